@@ -1,0 +1,110 @@
+"""The `cohort` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewards import doctor, score
+from rl.config_file import load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code; a fault the user can mend is one sentence on stderr."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("COHORT_DEBUG"):
+            raise
+        print(f"cohort: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cohort", description="Reinforcement-learning post-training for language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train with GRPO; started again, it goes on where it stopped")
+    train.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train.steps=20 model.dtype=fp32"
+    )
+    train.add_argument(
+        "--processes", type=int, default=None, help="default: one per GPU, one on a CPU machine"
+    )
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="rebuild report.html from a run folder, finished or not")
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--out", type=Path, default=None)
+    report.set_defaults(run=_report)
+
+    config = commands.add_parser("config", help="check a config and print it with every default")
+    config.add_argument("config")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.set_defaults(run=_config)
+
+    for name, run, help_text in (
+        ("score", score.run, "grade the rows of a file with a reward"),
+        ("doctor", _doctor, "check the rewards of a config against its dataset, before a run"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        {"score": score, "doctor": doctor}[name].add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    load_config(arguments.config, arguments.overrides)
+    import torch
+
+    processes = arguments.processes or max(1, torch.cuda.device_count())
+    recipe = [arguments.config, *arguments.overrides]
+    if processes == 1:
+        from recipes.grpo import main as grpo
+
+        return grpo(recipe)
+    if not torch.cuda.is_available():
+        # `accelerate launch --cpu` starts one process, whatever number it is given, unless mpirun is there.
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += [f"--num_processes={processes}", "--num_machines=1", "--main_process_port=0"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "recipes.grpo", *recipe]
+    os.execv(sys.executable, launch)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rl.report import build_report
+
+    print(build_report(arguments.run_dir, arguments.out))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from recipes.grpo import reward_specs
+    from recipes.tasks import load_rows
+
+    def load(path: str, overrides: Sequence[str]):
+        config = load_config(path, overrides)
+        return reward_specs(config), load_rows(config.data), config.data.prompt_column
+
+    return doctor.run(arguments, load)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from rl.config_file import dump_config
+
+    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Engine names to engines. `auto` takes vLLM where it can be used and says why when it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rl.config import EngineConfig
+from rollout.engine import Engine, TransformersEngine
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_start import vllm_available
+
+
+def make_engine(
+    config: EngineConfig,
+    model: str,
+    *,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_length: int,
+    revision: str | None,
+    note: Callable[[str], None],
+) -> Engine:
+    """The engine of `config`, holding the weights of `model`.
+
+    Raises:
+        ValueError: `engine.name=vllm` cannot be used here, with the reason.
+    """
+    name = config.name
+    if name == "auto":
+        reason = vllm_available()
+        name = "vllm" if reason is None else "transformers"
+        if reason is not None:
+            note(f"sampling with transformers, which is slower: {reason}")
+    if name == "transformers":
+        return TransformersEngine(
+            model,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            max_num_seqs=config.max_num_seqs,
+            timeout_s=config.timeout_s,
+            revision=revision,
+        )
+    return VllmEngine(
+        model,
+        tokenizer,
+        dtype=dtype,
+        max_model_len=max_model_length,
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_gib=config.kv_cache_gib,
+        enforce_eager=config.enforce_eager,
+        timeout_s=config.timeout_s,
+        revision=revision,
+    )

@@ -1,0 +1,329 @@
+"""GRPO: `accelerate launch -m recipes.grpo recipes/configs/NAME.yaml key=value ...`, or `cohort train CONFIG
+...`.
+
+Wires task + rewards + engine + policy from one config and runs `rl.train.train`. Started again with the same
+run_dir it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from recipes.engines import make_engine
+from recipes.models import resolve_model
+from recipes.tasks import load_rows
+from recipes.tasks.prompts import grader_columns, make_prompts, without
+from rewards.pool import RewardPool, RewardSpec
+from rl.advantages import group_outcome
+from rl.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.config import Config, SamplingConfig, check_processes
+from rl.config_file import load_config
+from rl.display import Display
+from rl.durable import RunLock
+from rl.ledger import Ledger
+from rl.loading import load_tokenizer
+from rl.metrics import MetricsLog
+from rl.phases import Phases, StopSignal
+from rl.policy import Policy
+from rl.report import build_report
+from rl.resume import resume
+from rl.run import Run
+from rl.rundir import Evaluation, EvaluationLog, claim_config, write_result
+from rl.trackers import Trackers
+from rl.train import train
+from rl.types import Prompt, SamplingParams, ScoredGroup
+from rl.update import weight_decay_groups
+from rl.world import World
+from rollout.chat import end_token_ids
+from rollout.engine import Engine
+from rollout.source import OnPolicySource, PromptStream, sample_and_score
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit code: 0 done, 1 a fault the user can mend, 128 + n stopped by signal n (run
+    again to go on).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: accelerate launch -m recipes.grpo CONFIG.yaml [section.key=value ...]")
+        return 0 if arguments else 2
+    began = time.monotonic()
+    stop = StopSignal()
+    stop.install()
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        return _run(config, stop, began)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("COHORT_DEBUG"):
+            raise
+        print(f"cohort: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        stop.restore()
+
+
+def _run(config: Config, stop: StopSignal, began: float) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    world = World(accelerator)
+    stop.any_process = world.any
+    check_processes(config, world.size)
+    if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"accelerate is set up for {kind.value}, and this release keeps a whole copy of the weights "
+            "in every process; launch with --multi_gpu, or use model.lora for a larger model"
+        )
+    if world.is_main:
+        with RunLock(config.run_dir):
+            return _locked_run(config, world, stop, began)
+    return _locked_run(config, world, stop, began)
+
+
+def _locked_run(config: Config, world: World, stop: StopSignal, began: float) -> int:
+    if world.is_main:
+        claim_config(config)
+    world.wait()
+    display = Display(config.train.steps, is_main=world.is_main)
+    with display:
+        run, close = build(config, world, stop, display)
+        try:
+            steps = train(run)
+        finally:
+            close()
+    if not world.is_main:
+        return stop.exit_code()
+    if steps == config.train.steps:
+        result = write_result(config, run.evaluations.read(), steps=steps, seconds=time.monotonic() - began)
+        for name, evaluation in zip(
+            ("before", "after"), _first_and_last(run.evaluations.read()), strict=False
+        ):
+            print(f"held-out {name}: {evaluation}")
+        print(f"{steps} steps in {result['seconds']:.0f} s; results in {config.run_dir}/result.json")
+    print(f"report: {build_report(config.run_dir)}")
+    if stop.received is not None and steps < config.train.steps:
+        print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+        return stop.exit_code()
+    return 0
+
+
+def build(config: Config, world: World, stop: StopSignal, display: Display) -> tuple[Run, Any]:
+    """A Run from its config, put back to its newest checkpoint, and the function that ends engine, graders
+    and trackers.
+
+    Cheap checks come first: config, dataset columns and rewards are refused before any model is loaded.
+    """
+    _make_deterministic(config)
+    phases = Phases(display.phase)
+    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    rows = load_rows(config.data)
+    scorer = make_scorer(config)
+    try:
+        scorer.check_columns(*grader_columns(config.data, rows))
+        tokenizer = load_tokenizer(model)
+        heldout = _heldout_prompts(config, tokenizer)
+        prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
+        policy = Policy(
+            model,
+            world.accelerator,
+            temperature=config.sampling.temperature,
+            with_reference=config.loss.kl_coef > 0,
+        )
+        if (reason := policy.settle_attention()) is not None:
+            display.note(
+                f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
+                "result"
+            )
+        if world.size > 1:
+            for _, parameter in policy.trainable():
+                torch.distributed.broadcast(parameter.data, 0)
+        ends = end_token_ids(tokenizer, config.sampling.stop_token_ids, policy.model.generation_config)
+        with display.phase(f"the engine to start ({config.engine.name})"):
+            engine = make_engine(
+                config.engine,
+                model.name,
+                tokenizer=tokenizer,
+                dtype=_engine_dtype(config),
+                device=world.accelerator.device,
+                max_model_length=_longest(config),
+                revision=model.revision,
+                note=display.note,
+            )
+    except BaseException:
+        scorer.close()
+        raise
+    source = OnPolicySource(
+        engine,
+        scorer,
+        PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle),
+        sampling_params(config.sampling, ends),
+        group_size=config.train.group_size,
+        seed=config.train.seed,
+        keep_fn=_keep_fn(config),
+        max_rounds=config.advantage.dynamic_sampling.max_rounds if config.advantage.dynamic_sampling else 1,
+        process=(world.rank, world.size),
+        gather_ints=world.gather_ints,
+        phase=phases,
+        sync_tolerance=config.engine.canary_tolerance,
+        verify_sync=config.engine.verify_sync,
+    )
+    run = Run(
+        config=config,
+        world=world,
+        policy=policy,
+        optimizer=make_optimizer(config, policy),
+        source=source,
+        evaluate=_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
+        store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
+        ledger=Ledger(config.run_dir, world.rank, world.size),
+        log=MetricsLog(config.run_dir),
+        evaluations=EvaluationLog(config.run_dir),
+        display=display,
+        phases=phases,
+        trackers=Trackers(
+            config.trackers if world.is_main else [],
+            run_dir=config.run_dir,
+            config=config.model_dump(mode="json"),
+            warn=display.warn,
+        ),
+        stop=stop,
+    )
+
+    def close() -> None:
+        run.trackers.close()
+        run.log.close()
+        source.close()
+
+    try:
+        _go_on(run)
+    except BaseException:
+        close()
+        raise
+    return run, close
+
+
+def _go_on(run: Run) -> None:
+    """Loads the newest valid checkpoint, if there is one, and says what was skipped."""
+    newest = run.store.load_newest() if run.world.is_main else None
+    folder: list[Any] = [str(newest.path) if newest else None]
+    if run.world.size > 1:
+        torch.distributed.broadcast_object_list(folder)
+    if folder[0] is None:
+        if run.world.is_main:
+            run.log.truncate_after(0)
+        return
+    loaded: LoadedCheckpoint = newest or run.store.load(Path(folder[0]))
+    for sentence in (*loaded.skipped, *loaded.version_changes):
+        run.display.warn(sentence)
+    run.policy.load_weights(loaded.path)
+    resume(run, loaded.trainer_state)
+    run.display.note(f"going on from {loaded.path} (step {loaded.step})")
+
+
+def reward_specs(config: Config) -> list[RewardSpec]:
+    return [RewardSpec(s.name, s.weight, s.requires, s.options, s.clip) for s in config.rewards.functions]
+
+
+def make_scorer(config: Config) -> RewardPool:
+    r = config.rewards
+    specs = reward_specs(config)
+    return RewardPool(
+        specs, workers=r.workers, deadline_s=r.deadline_s, memory_bytes=int(r.memory_gib * 2**30)
+    )
+
+
+def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
+    o = config.optimizer
+    groups = weight_decay_groups(policy, o.weight_decay)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+
+
+def sampling_params(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
+    return SamplingParams(
+        max_completion_length=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop_token_ids=tuple(stop_token_ids),
+    )
+
+
+def _heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
+    data = config.evaluation.data
+    return make_prompts(data, load_rows(data), tokenizer, "heldout") if data else []
+
+
+def _evaluator(
+    config: Config,
+    world: World,
+    engine: Engine,
+    scorer: RewardPool,
+    prompts: list[Prompt],
+    ends: Sequence[int],
+) -> Any:
+    e = config.evaluation
+
+    def evaluate(step: int) -> Evaluation:
+        groups = sample_and_score(
+            engine,
+            scorer,
+            prompts,
+            sampling_params(e.sampling, (*ends, *e.sampling.stop_token_ids)),
+            num_samples=e.num_samples,
+            seed=config.train.seed,
+            first=world.rank,
+            stride=world.size,
+        )
+        (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
+        return Evaluation.of(step, total, len(prompts))
+
+    return evaluate
+
+
+def _accuracy(group: ScoredGroup, metric: str) -> float:
+    """Mean of the metric over the samples of one prompt; what a grader abstained on counts as wrong."""
+    scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
+    return sum(scores) / len(scores)
+
+
+def _keep_fn(config: Config) -> Any:
+    if config.advantage.dynamic_sampling is None:
+        return None
+    weights = {spec.name: spec.weight for spec in config.rewards.functions}
+    return lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed"
+
+
+def _first_and_last(evaluations: list[Evaluation]) -> list[Evaluation]:
+    return [evaluations[0], evaluations[-1]] if evaluations else []
+
+
+def _engine_dtype(config: Config) -> torch.dtype:
+    if config.engine.dtype != "auto":
+        return getattr(torch, config.engine.dtype)
+    return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
+
+
+def _longest(config: Config) -> int:
+    sections = [(config.data, config.sampling)]
+    if config.evaluation.data:
+        sections.append((config.evaluation.data, config.evaluation.sampling))
+    return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
+
+
+def _make_deterministic(config: Config) -> None:
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic and not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

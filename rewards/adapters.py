@@ -1,0 +1,217 @@
+"""Rewards to and from other trainers: TRL, verl, OpenRLHF, AReaL.
+
+`as_*` turn a reward of this library (a name or a function, with options) into what the other trainer calls.
+`from_*` are factories for rewards made of the other trainer's functions; TRL's need none. In a config:
+
+    - {name: verl, options: {function: "my.reward:compute_score"}}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rewards.calling import arguments, completion_text, grade
+from rewards.plugins import RewardFunction, find, load_reward
+from rl.types import Reward
+
+Chat = Sequence[Mapping[str, Any]]
+
+
+class as_trl:
+    """A reward as TRL's GRPOTrainer calls it: `reward_funcs=[as_trl("math"), as_trl("think_format")]`.
+
+    Group-wise rewards get one call per run of equal prompts, so that groups of a batch stay apart.
+    """
+
+    def __init__(self, reward: str | Callable[..., Any], **options: Any) -> None:
+        self._made_of = (reward, options)
+        self.reward = load_reward(reward, options)
+        self.__name__ = self.reward.name.rpartition(":")[2]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, self._made_of
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """
+        Raises:
+            ValueError: the dataset lacks a column that the reward needs.
+        """
+        if self.reward.groupwise:
+            runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=lambda i: prompts[i])]
+        else:
+            runs = [list(range(len(prompts)))]
+        scores: list[float | None] = []
+        for run in runs:
+            cut = {k: [v[i] for i in run] for k, v in columns.items() if self.reward.takes(k)}
+            ids = None if completion_ids is None else [completion_ids[i] for i in run]
+            scores += _scores(self.reward, [prompts[i] for i in run], [completions[i] for i in run], ids, cut)
+        return scores
+
+
+def _remade(reward: Any, options: dict[str, Any]) -> as_trl:
+    return as_trl(reward, **options)
+
+
+def as_verl(
+    reward: str | Callable[..., Any], *, answer: str = "answer", abstain: float = 0.0, **options: Any
+) -> Callable[..., dict[str, Any]]:
+    """A reward as verl's `compute_score`; `ground_truth` is the column `answer`, `extra_info` the others.
+
+    verl cannot leave a sample out: one on which the reward abstains scores `abstain`, and its `reason` says
+    so.
+    """
+    loaded = load_reward(reward, options)
+
+    def compute_score(
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        row = {**(extra_info or {}), "data_source": data_source, answer: ground_truth}
+        found = _grade_one(loaded, "", solution_str, [], row)
+        score = abstain if found.score is None else found.score
+        return {"score": score, "reason": str(found.reason), "pred": found.extracted or ""}
+
+    return compute_score
+
+
+def as_openrlhf(
+    reward: str | Callable[..., Any], *, answer: str = "answer", abstain: float = 0.0, **options: Any
+) -> Callable[..., dict[str, Any]]:
+    """A reward as OpenRLHF's `reward_func(queries, prompts, labels)`; labels become the column `answer`.
+
+    `scores`, by which OpenRLHF filters groups, are the rewards within 0..1. Abstaining: as in `as_verl`.
+    """
+    loaded = load_reward(reward, options)
+
+    def reward_func(
+        queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any
+    ) -> dict[str, Any]:
+        import torch
+
+        texts = [query.removeprefix(prompt) for query, prompt in zip(queries, prompts, strict=True)]
+        found = _scores(loaded, prompts, texts, None, {answer: list(labels)})
+        rewards = torch.tensor([abstain if score is None else score for score in found])
+        abstained = torch.tensor([float(score is None) for score in found])
+        return {"rewards": rewards, "scores": rewards.clamp(0, 1), "extra_logs": {"abstained": abstained}}
+
+    return reward_func
+
+
+def as_areal(
+    reward: str | Callable[..., Any], *, abstain: float = 0.0, **options: Any
+) -> Callable[..., float]:
+    """A reward as AReaL's `reward_fn`, for one sample: `abstain` where the reward abstains."""
+    loaded = load_reward(reward, options)
+
+    def reward_fn(
+        prompt: Any, completions: Any, prompt_ids: Any, completion_ids: Sequence[int], **row: Any
+    ) -> float:
+        found = _grade_one(loaded, prompt, completions, completion_ids, row)
+        return abstain if found.score is None else found.score
+
+    return reward_fn
+
+
+class from_verl:
+    """verl's `compute_score` as a reward; it returns a number or a dict with "score".
+
+    `ground_truth` is the column `answer`; `data_source` and `extra_info` are columns where the dataset has
+    them.
+    """
+
+    takes_any_column = True
+
+    def __init__(self, function: str, answer: str = "answer", data_source: str = "") -> None:
+        self.compute_score, self.answer, self.data_source = find(function), answer, data_source
+        self.required_columns = (answer,)
+
+    def __call__(self, completions: Sequence[Any], **columns: Sequence[Any]) -> list[Any]:
+        scores = []
+        for i, completion in enumerate(completions):
+            row = {name: values[i] for name, values in columns.items()}
+            found = self.compute_score(
+                data_source=row.get("data_source", self.data_source),
+                solution_str=completion_text(completion),
+                ground_truth=row[self.answer],
+                extra_info=row.get("extra_info", {}),
+            )
+            scores.append(found["score"] if isinstance(found, Mapping) else found)
+        return scores
+
+
+class from_openrlhf:
+    """OpenRLHF's `reward_func` as a reward; it returns a tensor or a dict with "rewards"."""
+
+    def __init__(self, function: str, answer: str = "answer") -> None:
+        self.reward_func, self.answer, self.required_columns = find(function), answer, (answer,)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> Any:
+        plain = [prompt if isinstance(prompt, str) else completion_text(prompt) for prompt in prompts]
+        queries = [prompt + completion_text(c) for prompt, c in zip(plain, completions, strict=True)]
+        found = self.reward_func(queries, plain, columns[self.answer])
+        return found["rewards"] if isinstance(found, Mapping) else found
+
+
+class from_areal:
+    """AReaL's `reward_fn(prompt, completions, prompt_ids, completion_ids, **row)` -> number, for each sample.
+
+    There are no prompt ids here: `prompt_ids` is empty.
+    """
+
+    takes_any_column = True
+
+    def __init__(self, function: str) -> None:
+        self.reward_fn = find(function)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Any,
+        **columns: Sequence[Any],
+    ) -> list[Any]:
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
+        return [
+            self.reward_fn(prompt, completion_text(completion), [], ids, **row)
+            for prompt, completion, ids, row in zip(prompts, completions, completion_ids, rows, strict=True)
+        ]
+
+
+def _grade_one(
+    loaded: RewardFunction, prompt: Any, completion: Any, ids: Sequence[int], row: Mapping[str, Any]
+) -> Reward:
+    _check(loaded, row)
+    columns = {name: [value] for name, value in row.items()}
+    return grade(loaded, arguments(loaded, [prompt], [completion], [ids], columns), 1)[0]
+
+
+def _scores(
+    loaded: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    ids: Any,
+    columns: Mapping[str, Any],
+) -> list[float | None]:
+    _check(loaded, columns)
+    found = grade(loaded, arguments(loaded, prompts, completions, ids, columns), len(completions))
+    return [reward.score for reward in found]
+
+
+def _check(loaded: RewardFunction, columns: Mapping[str, Any]) -> None:
+    for column in loaded.required:
+        if column not in columns:
+            raise ValueError(
+                f"reward {loaded.name!r} needs the column {column!r}; there are: "
+                f"{', '.join(columns) or 'none'}"
+            )

@@ -1,0 +1,120 @@
+"""Calls a reward function as TRL does and checks what it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rewards.plugins import RewardFunction
+from rl.types import Reason, Reward
+
+ABSTAINING = frozenset({Reason.INFRA_ERROR, Reason.BAD_GOLD, Reason.NOT_APPLICABLE})
+MAX_SCORE = 1e9
+
+
+class BadValue(Exception):
+    """A reward function returned something other than one finite number, None or Reward per completion."""
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a completion: the string, or what the assistant's messages say, joined by newlines."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(
+        str(message.get("content") or "")
+        for message in completion
+        if message.get("role", "assistant") == "assistant"
+    )
+
+
+def arguments(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]] | None,
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """The keyword arguments of one call: TRL's own, the columns that the function takes, then its options.
+
+    `log_extra` and `log_metric` do nothing here and `trainer_state` is None; functions written for TRL may
+    ask for them.
+    """
+    given = {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": completion_ids,
+        "trainer_state": None,
+        "log_extra": _ignore,
+        "log_metric": _ignore,
+    }
+    taken = {name: value for name, value in given.items() if name in reward.given}
+    return {n: list(v) for n, v in columns.items() if reward.takes(n)} | taken | dict(reward.options)
+
+
+def _ignore(*_: Any, **__: Any) -> None: ...
+
+
+def grade(reward: RewardFunction, arguments: Mapping[str, Any], num_completions: int) -> list[Reward]:
+    """Calls the function, also an async one, in this thread.
+
+    Raises:
+        BadValue: what it returned is no list of `num_completions` finite numbers, Nones or Rewards.
+    """
+    values = reward.fn(**arguments)
+    if inspect.isawaitable(values):
+        values = asyncio.run(_wait_for(values))
+    return [to_reward(reward.name, value) for value in check_length(reward.name, values, num_completions)]
+
+
+async def _wait_for(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def check_length(name: str, values: Any, num_completions: int) -> list[Any]:
+    """The values as a list.
+
+    Raises:
+        BadValue: not a list (or tuple, array, tensor), or not one value per completion.
+    """
+    if isinstance(values, str | bytes | Mapping | Reward) or not hasattr(values, "__len__"):
+        raise BadValue(
+            f"{name} returned {type(values).__name__}; expected a list of {num_completions} numbers or None, "
+            "one per completion"
+        )
+    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not isinstance(listed, list) or len(listed) != num_completions:
+        shape = len(listed) if isinstance(listed, list) else "no"
+        raise BadValue(
+            f"{name} returned {shape} values; expected {num_completions} numbers or None, one per completion"
+        )
+    return listed
+
+
+def to_reward(name: str, value: Any) -> Reward:
+    """One returned value as a Reward. None means that the reward does not apply to this sample (TRL).
+
+    Raises:
+        BadValue: neither None, a Reward nor a number.
+    """
+    if value is None:
+        return Reward(None, Reason.NOT_APPLICABLE)
+    if isinstance(value, Reward):
+        if value.score is None:
+            if value.reason in ABSTAINING:
+                return value
+            return Reward(
+                None, Reason.NOT_APPLICABLE, value.detail or value.reason, value.extracted, value.elapsed_ms
+            )
+        number, rest = value.score, value
+    else:
+        number: Any = value
+        rest = Reward(None)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a scalar of numpy or torch
+        number = number.item() if hasattr(number, "item") else number
+    if not isinstance(number, int | float) or not abs(number) <= MAX_SCORE:
+        kind = type(number).__name__
+        raise BadValue(f"{name} returned {number!r:.60} ({kind}); expected a number within +-{MAX_SCORE:g}")
+    return Reward(float(number), rest.reason, rest.detail, rest.extracted, rest.elapsed_ms, rest.parts)

@@ -1,0 +1,69 @@
+"""Finds the one block of code in a completion that is graded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rl.types import Reason
+
+# Tags of a fence per language; the first is its name.
+TAGS: dict[str, tuple[str, ...]] = {
+    "python": ("python", "python3", "py", "py3"),
+    "c": ("c",),
+    "cpp": ("cpp", "c++", "cc", "cxx"),
+    "javascript": ("javascript", "js", "node"),
+}
+FENCE = re.compile(r"^[ \t]{0,3}(```+|~~~+)[ \t]*([\w+#.-]*)[^`\n]*$", re.MULTILINE)
+
+
+def completion_text(completion: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of a completion; of messages, the last one's content."""
+    if isinstance(completion, str):
+        return completion
+    return completion[-1]["content"] if completion else ""
+
+
+def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
+    """The last fenced block in `language`, else the last without a tag, else the whole text if it has no
+    fence.
+
+    Only what follows the last `</think>` counts. Without a block the reason says why: NO_ANSWER, or
+    TRUNCATED inside `<think>`.
+    """
+    text = text.replace("\r\n", "\n")
+    if "</think>" in text:
+        text = text.rpartition("</think>")[2]
+    elif text.lstrip().startswith("<think>"):
+        return None, Reason.TRUNCATED
+    blocks = _blocks(text)
+    if blocks is None:
+        return (text, Reason.SCORED) if text.strip() else (None, Reason.NO_ANSWER)
+    for wanted in (TAGS[language], ("",)):
+        found = [code for tag, code in blocks if tag.lower() in wanted and code.strip()]
+        if found:
+            return found[-1], Reason.SCORED
+    return None, Reason.NO_ANSWER
+
+
+def _blocks(text: str) -> list[tuple[str, str]] | None:
+    """(tag, content) of each fenced block; None if the text has no fence. A block left open ends with the
+    text or the next tag.
+    """
+    fences = list(FENCE.finditer(text))
+    if not fences:
+        return None
+    untagged = all(not fence[2] for fence in fences)
+    blocks: list[tuple[str, str]] = []
+    # An odd number of bare fences: the prompt opened the first block.
+    marker, tag, start = ("```", "", 0) if untagged and len(fences) % 2 else ("", "", 0)
+    for fence in fences:
+        closes = marker and not fence[2] and fence[1].startswith(marker)
+        if marker and not closes and not fence[2]:
+            continue  # a shorter or other fence inside the block
+        if marker:
+            blocks.append((tag, text[start : fence.start()]))
+        marker, tag, start = ("", "", 0) if closes else (fence[1], fence[2], fence.end() + 1)
+    if marker:
+        blocks.append((tag, text[start:]))
+    return blocks

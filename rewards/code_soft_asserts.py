@@ -1,0 +1,97 @@
+"""Partial credit for scripts of asserts: each `assert` becomes a test of its own that does not end the
+script.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+PASSED, FAILED, ERROR = "__assert_holds__", "__assert_failed__", "__assert_error__"
+
+
+class Sites:
+    """Every assert of the tests, in source order: how often it ran, whether it always held."""
+
+    def __init__(self) -> None:
+        self.held: list[bool | None] = []  # None: not reached
+        self.optional: list[bool] = []  # under an `if`, so that not reaching it is no failure
+        self.holders: set[str] = set()  # functions with asserts among these
+        self.first_failure = ""
+
+    def add(self, optional: bool) -> int:
+        self.held.append(None)
+        self.optional.append(optional)
+        return len(self.held) - 1
+
+    def names(self) -> dict[str, Any]:
+        """What the rewritten tests call."""
+        return {PASSED: self._holds, FAILED: self._failed}
+
+    def _holds(self, site: int, value: Any) -> None:
+        self.held[site] = bool(value) and self.held[site] is not False
+        if not self.held[site]:
+            self.first_failure = self.first_failure or f"assert {site} does not hold"
+
+    def _failed(self, site: int, error: Exception) -> None:
+        self.held[site] = False
+        self.first_failure = self.first_failure or f"assert {site}: {type(error).__name__}: {error}"
+
+    def attempt(self, name: str, run: Callable[[], Any]) -> None:
+        """Runs a test function. It is a test by itself if none of its asserts is, or if it raises."""
+        try:
+            run()
+        except Exception as error:
+            self._failed(self.add(False), error)
+            return
+        if name not in self.holders:
+            self.held[self.add(False)] = True
+
+    def results(self, aborted: bool) -> list[bool]:
+        """One entry per test. An assert that was not reached failed, unless an `if` left it out of a
+        complete run.
+        """
+        reached = [
+            held is True
+            for held, optional in zip(self.held, self.optional, strict=True)
+            if aborted or held is not None or not optional
+        ]
+        return [*reached, False] if aborted else reached
+
+
+def soften(body: list[ast.stmt], sites: Sites, optional: bool = False) -> list[ast.stmt]:
+    """The statements with their asserts rewritten, but for those in classes, and under `try` and `with`,
+    where an AssertionError is control flow.
+    """
+    return [_softened(node, sites, optional) for node in body]
+
+
+def _softened(node: ast.stmt, sites: Sites, optional: bool) -> ast.stmt:
+    if isinstance(node, ast.Assert):
+        return _site(node, sites.add(optional))
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        num_before = len(sites.held)
+        node.body = soften(node.body, sites, optional)
+        if len(sites.held) > num_before:
+            sites.holders.add(node.name)
+    elif isinstance(node, ast.For | ast.AsyncFor | ast.While):
+        node.body = soften(node.body, sites, optional)
+        node.orelse = soften(node.orelse, sites, optional)
+    elif isinstance(node, ast.If):
+        node.body = soften(node.body, sites, True)
+        node.orelse = soften(node.orelse, sites, True)
+    return node
+
+
+def _site(node: ast.Assert, number: int) -> ast.stmt:
+    """`try: holds(number, test)`, `except Exception as error: failed(number, error)`."""
+
+    def call(name: str, value: ast.expr) -> ast.stmt:
+        return ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(number), value], []))
+
+    handler = ast.ExceptHandler(
+        ast.Name("Exception", ast.Load()), ERROR, [call(FAILED, ast.Name(ERROR, ast.Load()))]
+    )
+    guarded = ast.Try([call(PASSED, node.test)], [handler], [], [])
+    return ast.fix_missing_locations(ast.copy_location(guarded, node))

@@ -1,0 +1,294 @@
+"""`cohort doctor rewards CONFIG`: does each reward do on this dataset what it is meant to?
+
+The dataset's own answers are graded as if they were completions: against themselves they must score 1,
+against each other's about 0. Nothing is sampled and no model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.compose import RewardSpec
+from rewards.pool import Faults, RewardPool
+from rewards.score import quantile, take_flags_anywhere
+from rl.types import Completion, Group, Prompt, Reward
+
+Row = Mapping[str, Any]
+Load = Callable[[str, Sequence[str]], tuple[list[RewardSpec], list[dict[str, Any]], str]]
+GOLD_COLUMNS = ("answer", "solution", "ground_truth", "gold", "label", "canonical_solution", "target")
+TEMPLATES = {
+    "the bare answer": "{gold}",
+    "boxed": "\\boxed{{gold}}",
+    "in <answer> tags": "<answer>\n{gold}\n</answer>",
+    "think, then boxed": "<think>\nhm\n</think>\n\\boxed{{gold}}",
+    "think, then <answer>": "<think>\nhm\n</think>\n<answer>\n{gold}\n</answer>",
+    "a code fence": "```python\n{gold}\n```",
+}
+NO_ANSWER = "I cannot tell."
+MANY_BAD_GOLDS, MUCH_FOR_OTHERS, NUM_SHOWN = 0.05, 0.1, 5
+
+
+@dataclass
+class Check:
+    """One question about a reward: `ok` None means that it does not apply."""
+
+    title: str
+    ok: bool | None
+    finding: str
+    rows: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Examination:
+    """What was found about one reward."""
+
+    name: str
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {'ok' if self.ok else 'NOT OK'}"]
+        for check in self.checks:
+            mark = {True: "ok  ", False: "FAIL", None: "-   "}[check.ok]
+            lines.append(f"  {mark} {check.title}: {check.finding}")
+            lines += [f"         {row}" for row in check.rows[:NUM_SHOWN]]
+        return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check the rewards of a config against its dataset, before a run."
+    parser.add_argument("what", choices=["rewards"])
+    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.size=100")
+    parser.add_argument("--rows", type=int, default=200, help="rows of the dataset that are tried")
+    parser.add_argument("--gold", help="the column that holds the right answer (default: found by its name)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--deadline", type=float, default=10.0, metavar="S", help="seconds for one completion"
+    )
+    take_flags_anywhere(parser)
+
+
+def run(args: argparse.Namespace, load: Load) -> int:
+    """Prints what was found about each reward; 0 if all is well, else 1.
+
+    Args:
+        load: (config path, overrides) -> rewards, rows of the dataset, name of its prompt column.
+
+    Raises:
+        ValueError: the config, the dataset or a reward is wrong.
+    """
+    specs, rows, prompt_column = load(args.config, args.overrides)
+    if not rows:
+        raise ValueError("the dataset has no rows; nothing can be learnt from it")
+    well = True
+    for spec in specs:
+        pool = RewardPool(
+            [RewardSpec(spec.name, options=spec.options)], workers=args.workers, deadline_s=args.deadline
+        )
+        try:
+            pool.check_columns(set(rows[0]), rows[0])
+            found = examine(pool, rows[: args.rows], prompt_column=prompt_column, gold_column=args.gold)
+        finally:
+            pool.close()
+        print(found)
+        well &= found.ok
+    return 0 if well else 1
+
+
+def examine(
+    pool: RewardPool, rows: Sequence[Row], *, prompt_column: str = "prompt", gold_column: str | None = None
+) -> Examination:
+    """Puts one reward to all questions. Of a reward without a gold in the dataset, only some can be asked."""
+    name = pool.asks[0].name
+    patient = Patient(pool, rows, prompt_column)
+    golds = find_golds(rows, pool.required_columns(), gold_column)
+    checks: list[Check] = []
+    if golds is None:
+        checks.append(Check("gold", None, "the dataset holds no answer that could be graded as a completion"))
+    else:
+        template = patient.best_template(golds)
+        checks += [
+            *_ask_golds(patient, golds, template),
+            _ask_others_golds(patient, golds, template),
+            _ask_swapped(patient, golds, template, gold_column),
+        ]
+    checks += [
+        _ask_prompt(patient, golds is not None),
+        _ask_latency(patient),
+        _ask_faults(pool.take_faults()),
+    ]
+    return Examination(name, checks)
+
+
+class Patient:
+    """A reward and the rows that it is tried on; remembers how long each grade took."""
+
+    def __init__(self, pool: RewardPool, rows: Sequence[Row], prompt_column: str) -> None:
+        self.pool, self.rows, self.prompt_column = pool, rows, prompt_column
+        self.timed: list[tuple[float, str]] = []
+
+    def grade(self, texts: Sequence[str], columns: Sequence[Row] | None = None) -> list[Reward]:
+        """`texts` as completions of the first rows, each in a group of its own."""
+        groups = []
+        for index, (text, row) in enumerate(zip(texts, columns or self.rows, strict=False)):
+            prompt = row.get(self.prompt_column, "")
+            messages = tuple(prompt) if isinstance(prompt, list) else ()
+            asked = Prompt(f"row {index}", prompt if isinstance(prompt, str) else "", (), messages, row)
+            ids = list(range(max(1, len(text) // 4)))  # about as many tokens as the text would have
+            groups.append(Group(asked, [Completion(ids, [], [True] * len(ids), "stop", [], text=text)]))
+        rewards = [scored.rewards[0] for scored in self.pool.score(groups)]
+        self.timed += [
+            (reward.elapsed_ms, f"row {index}: {shown(text)}")
+            for index, (reward, text) in enumerate(zip(rewards, texts, strict=False))
+        ]
+        return rewards
+
+    def best_template(self, golds: Sequence[str]) -> str:
+        """The form of a completion in which most of the first golds score: what the reward expects to see."""
+        some = golds[:20]
+        totals = {
+            name: sum(r.score or 0.0 for r in self.grade([filled(form, gold) for gold in some]))
+            for name, form in TEMPLATES.items()
+        }
+        return max(totals, key=lambda name: totals[name])
+
+
+def find_golds(rows: Sequence[Row], required: set[str], column: str | None) -> list[str] | None:
+    """The right answers as text, of the named column or of the first one that is called like one.
+
+    Raises:
+        ValueError: the named column is not there.
+    """
+    if column is not None and column not in rows[0]:
+        raise ValueError(f"--gold {column}: the dataset has {', '.join(rows[0])}")
+    names = (
+        [column]
+        if column
+        else [c for c in GOLD_COLUMNS if c in required] + [c for c in GOLD_COLUMNS if required]
+    )
+    for name in names:
+        if name in rows[0]:
+            return [str(row[name]) for row in rows]
+    return None
+
+
+def filled(template: str, gold: str) -> str:
+    return template.replace("{gold}", gold)
+
+
+def shown(text: str) -> str:
+    return re.sub(r"\s+", " ", text)[:60]
+
+
+def _ask_golds(patient: Patient, golds: Sequence[str], template: str) -> Iterator[Check]:
+    rewards = patient.grade([filled(TEMPLATES[template], gold) for gold in golds])
+    unusable = [i for i, reward in enumerate(rewards) if reward.score is None]
+    failing = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score < 1]
+    usable = len(rewards) - len(unusable)
+    yield Check(
+        "gold against gold",
+        not failing and usable > 0,
+        f"{usable - len(failing)} of {usable} score 1, written as: {template}",
+        [_row(i, golds[i], rewards[i]) for i in failing],
+    )
+    share = len(unusable) / len(rewards)
+    yield Check(
+        "unusable golds",
+        share <= MANY_BAD_GOLDS,
+        f"{len(unusable)} of {len(rewards)} ({share:.1%}) abstain; they are never trained on",
+        [_row(i, golds[i], rewards[i]) for i in unusable],
+    )
+
+
+def _row(index: int, gold: str, reward: Reward) -> str:
+    found = "" if reward.extracted is None else f", found {shown(reward.extracted)!r}"
+    return f"row {index}: gold {shown(gold)!r}{found}: {reward.score} {reward.reason} {shown(reward.detail)}"
+
+
+def _ask_others_golds(patient: Patient, golds: Sequence[str], template: str) -> Check:
+    others = [_another(golds, index) for index in range(len(golds))]
+    if None in others:
+        return Check("gold of another row", None, "all rows have the same gold")
+    rewards = patient.grade([filled(TEMPLATES[template], other or "") for other in others])
+    scores = [reward.score for reward in rewards if reward.score is not None]
+    mean = sum(scores) / len(scores) if scores else 0.0
+    paid = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score > 0]
+    rows = [f"{_row(i, golds[i], rewards[i])}; the completion was {shown(others[i] or '')!r}" for i in paid]
+    return Check(
+        "gold of another row", mean <= MUCH_FOR_OTHERS, f"mean score {mean:.3f}, expected about 0", rows
+    )
+
+
+def _another(golds: Sequence[str], index: int) -> str | None:
+    """The next gold that is not the same text."""
+    following = (golds[(index + k) % len(golds)] for k in range(1, len(golds)))
+    return next((gold for gold in following if gold.strip() != golds[index].strip()), None)
+
+
+def _ask_swapped(patient: Patient, golds: Sequence[str], template: str, column: str | None) -> Check:
+    """Only a gold may be unusable; only a completion may lack its answer. Swapped, it is the other way."""
+    title = "gold and completion keep their parts"
+    name = column or next((c for c in GOLD_COLUMNS if c in patient.pool.required_columns()), None)
+    if name is None:
+        return Check(title, None, "the reward names no gold column")
+    rows, golds = patient.rows[:20], golds[:20]
+    no_answer = patient.grade([NO_ANSWER] * len(rows))
+    no_gold = patient.grade(
+        [filled(TEMPLATES[template], g) for g in golds], [{**row, name: NO_ANSWER} for row in rows]
+    )
+    blamed = sum(reward.score is None for reward in no_answer)
+    excused = sum(reward.score is None for reward in no_gold)
+    probes = patient.grade(
+        ["$(1,2)$", "$1 < x < 2$"], [{**rows[0], name: "$1 < x < 2$"}, {**rows[0], name: "$(1,2)$"}]
+    )
+    backwards = [reward.score for reward in probes] == [0.0, 1.0]
+    if blamed > excused or backwards:
+        why = (
+            "an interval is taken for an inequality only the wrong way round"
+            if backwards
+            else (
+                f"a completion without an answer abstains ({blamed} of {len(rows)}), a gold without one does "
+                f"not ({excused})"
+            )
+        )
+        return Check(title, False, f"they look swapped: {why}")
+    return Check(
+        title, True, f"no answer: {len(rows) - blamed} of {len(rows)} get a score; no gold: {excused} abstain"
+    )
+
+
+def _ask_prompt(patient: Patient, has_gold: bool) -> Check:
+    """What is there without any work must not pay: nothing, or the prompt said again."""
+    prompts = [str(row.get(patient.prompt_column, "")) for row in patient.rows]
+    paid = []
+    for what, texts in (("an empty completion", [""] * len(prompts)), ("the prompt repeated", prompts)):
+        for index, reward in enumerate(patient.grade(texts)):
+            if reward.score is not None and reward.score > 0:
+                paid.append(f"row {index}: {what} scores {reward.score:g}: {shown(texts[index])!r}")
+    share = len(paid) / (2 * len(prompts))
+    return Check(
+        "no work, no pay",
+        share <= MUCH_FOR_OTHERS if has_gold else None,
+        f"{len(paid)} of {2 * len(prompts)} score",
+        paid,
+    )
+
+
+def _ask_latency(patient: Patient) -> Check:
+    ordered = sorted(patient.timed)
+    times = [elapsed for elapsed, _ in ordered]
+    p50, p99 = quantile(times, 0.5), quantile(times, 0.99)
+    finding = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms over {len(times)} grades; slowest:"
+    return Check("latency", None, finding, [f"{ms:.1f} ms, {what}" for ms, what in reversed(ordered[-2:])])
+
+
+def _ask_faults(faults: Faults) -> Check:
+    return Check("faults", not faults.num_faulty, str(faults).splitlines()[0], list(faults.examples))

@@ -1,0 +1,190 @@
+r"""Rewards for the form of a completion: think block, <think>/<answer>, tag count, \boxed{...}, code fence.
+
+Each is 1 for a well-formed completion and 0 otherwise (tag count: quarters). What looks like a tag to a
+reader but is none (other case, blanks or invisible characters inside, full-width brackets) counts as a tag
+too many. All are linear in the length of the completion.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rewards.calling import completion_text
+from rl.types import Reason, Reward
+
+_UNSEEN = (  # white space, controls, joiners, direction marks, fillers, variation selectors, tag characters
+    "\\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+)
+UNSEEN, SEEN = re.compile(f"[{_UNSEEN}]+"), re.compile(f"[^{_UNSEEN}]")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SPACING_COMMANDS = re.compile(r"\\(?:[,;:! ]|q?quad(?![a-zA-Z])|(?:text|mathrm|hspace|phantom)(?=\s*\{))")
+OPEN_R1_TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
+
+
+def is_blank(text: str) -> bool:
+    """Nothing in it can be seen: only white space, format and filler characters."""
+    return SEEN.search(text) is None
+
+
+def split_think(text: str, *, open_in_prompt: bool = False) -> tuple[str, str]:
+    """(thought, rest) of a completion that starts with exactly one closed, non-empty <think> block.
+
+    Args:
+        open_in_prompt: the chat template ends the prompt with `<think>`, so the completion begins inside the
+            block.
+
+    Raises:
+        ValueError: how the form is broken.
+    """
+    text = ("<think>" + text if open_in_prompt else text).lstrip()
+    _check_tags(text, "think")
+    if not text.startswith("<think>"):
+        raise ValueError("text before <think>")
+    thought, closing, rest = text[len("<think>") :].partition("</think>")
+    if not closing:
+        raise ValueError("</think> before <think>")
+    if is_blank(thought):
+        raise ValueError("nothing inside <think>")
+    return thought, rest
+
+
+def _check_tags(text: str, *names: str) -> None:
+    """Each tag once, and nothing else that looks like one."""
+    for name in names:
+        for tag in (f"<{name}>", f"</{name}>"):
+            if (count := text.count(tag)) != 1:
+                raise ValueError(f"{tag} occurs {count} times" if count else f"no {tag}")
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    if plain.count("<") == sum(text.count(tag) for tag in TAGS):
+        return  # every bracket belongs to a tag as it should be
+    shown = UNSEEN.sub("", plain).casefold()
+    for name in names:
+        for tag in (f"<{name}>", f"</{name}>", f"<{name}/>"):
+            if shown.count(tag) != (not tag.endswith("/>")):
+                raise ValueError(f"something that looks like {tag} but is not")
+
+
+def think_format(completions: Sequence[Any], *, open_in_prompt: bool = False, **columns: Any) -> list[Reward]:
+    """1 if the completion is one closed, non-empty <think> block and then something to see."""
+    return [_verdict(_check_think, completion, open_in_prompt) for completion in completions]
+
+
+def _check_think(text: str, open_in_prompt: bool) -> str:
+    _, answer = split_think(text, open_in_prompt=open_in_prompt)
+    if is_blank(answer):
+        raise ValueError("nothing after </think>")
+    return answer.strip()
+
+
+def think_answer_format(
+    completions: Sequence[Any], *, open_in_prompt: bool = False, **columns: Any
+) -> list[Reward]:
+    """1 if the completion is <think>...</think><answer>...</answer>, both non-empty (DeepSeek-R1, table 1).
+
+    White space around the tags is free; any other text outside them, and a second tag anywhere, breaks the
+    form.
+    """
+    return [_verdict(_check_think_answer, completion, open_in_prompt) for completion in completions]
+
+
+def _check_think_answer(text: str, open_in_prompt: bool) -> str:
+    _, rest = split_think(text, open_in_prompt=open_in_prompt)
+    _check_tags(text, "answer")
+    rest = rest.strip()
+    if not rest.startswith("<answer>"):
+        raise ValueError(
+            "text between </think> and <answer>" if "<answer>" in rest else "<answer> inside <think>"
+        )
+    if not rest.endswith("</answer>"):
+        raise ValueError("text after </answer>")
+    answer = rest[len("<answer>") : -len("</answer>")]
+    if is_blank(answer):
+        raise ValueError("nothing inside <answer>")
+    return answer.strip()
+
+
+def tag_count(completions: Sequence[Any], **columns: Any) -> list[Reward]:
+    """0.25 for each of open-r1's four tags, with their newlines, that occurs exactly once."""
+    texts = [completion_text(completion) for completion in completions]
+    return [Reward(sum(0.25 for tag in OPEN_R1_TAGS if text.count(tag) == 1)) for text in texts]
+
+
+def answer_part(text: str) -> str:
+    """What comes after the last </think>; the whole text where nothing is thought aloud.
+
+    Raises:
+        ValueError: a <think> is never closed: the completion was cut before its answer.
+    """
+    answer = text.rpartition("</think>")[2]
+    if "<think>" in answer:
+        raise ValueError("<think> is never closed")
+    return answer
+
+
+def boxed_format(completions: Sequence[Any], **columns: Any) -> list[Reward]:
+    r"""1 if the last \boxed{...} of the answer is closed and holds something to see."""
+    return [_verdict(_check_boxed, completion) for completion in completions]
+
+
+def _check_boxed(text: str) -> str:
+    answer = answer_part(text)
+    start = answer.rfind("\\boxed{")
+    if start < 0:
+        raise ValueError("no \\boxed{")
+    content = braced(answer, start + len("\\boxed"))
+    if is_blank(SPACING_COMMANDS.sub("", content).translate({ord(c): None for c in "{}~$"})):
+        raise ValueError("nothing inside \\boxed{}")
+    return content.strip()
+
+
+def braced(text: str, start: int) -> str:
+    r"""What stands between the brace at `start` and its partner; `\{` and `\}` are no braces.
+
+    Raises:
+        ValueError: the brace is never closed.
+    """
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0 and match[0] == "}":
+            return text[start + 1 : match.start()]
+    raise ValueError("\\boxed{ is never closed")
+
+
+def code_format(completions: Sequence[Any], *, language: str = "python", **columns: Any) -> list[Reward]:
+    """1 if the answer has a closed, non-empty code fence of the language; `language=""` takes any."""
+    return [_verdict(_check_code, completion, language) for completion in completions]
+
+
+def _check_code(text: str, language: str) -> str:
+    found, inside, counts = "", False, False
+    body: list[str] = []
+    for line in answer_part(text).split("\n"):
+        stripped = line.strip()
+        if not inside and stripped.startswith("```"):
+            inside, body = True, []
+            named = stripped[3:].strip().casefold()
+            counts = not language or named == language.casefold()
+        elif inside and stripped == "```":
+            inside = False
+            if counts and not is_blank("".join(body)):
+                found = "\n".join(body)
+        elif inside:
+            body.append(line)
+    if inside:
+        raise ValueError("a code fence is never closed")
+    if not found:
+        raise ValueError(f"no non-empty ```{language} fence")
+    return found
+
+
+def _verdict(check: Any, completion: Any, *arguments: Any) -> Reward:
+    try:
+        extracted = check(completion_text(completion), *arguments)
+    except ValueError as error:
+        return Reward(0.0, Reason.FORMAT, str(error))
+    return Reward(1.0, Reason.SCORED, extracted=extracted)

@@ -1,0 +1,317 @@
+"""Gold shape x predicted shape -> whether they are one answer, under the policy of `MathOptions`."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from rewards.math_equation import as_equation, proportion, renamed, same_inequality
+from rewards.math_options import MathOptions
+from rewards.math_probe import same_value
+from rewards.math_region import as_region
+from rewards.math_text import Node, Shape, TooComplex
+from rewards.math_units import units_agree
+from rewards.math_value import BUDGET, Evaluator, has, symbols
+
+MAX_ITEMS = 400
+MAX_PAIRS = 2_500
+
+
+def is_multiple(item: Shape) -> bool:
+    """Whether a shape offers more than one value, which is a hedge where the gold is one."""
+    if item[0] == "named":
+        return is_multiple(item[2])
+    if item[0] == "measure":
+        return is_multiple(item[1])
+    if item[0] in ("many", "set", "assign"):
+        return len(item[-1]) > 1
+    return item[0] in ("contradiction", "region", "setop")
+
+
+def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    """Whether a prediction is the gold.
+
+    Raises:
+        Undefined, TooComplex, ...: the prediction, or the gold, has no value.
+    """
+    kinds = gold[0], prediction[0]
+    if gold == prediction and gold[0] != "contradiction":
+        return True
+    if "contradiction" in kinds:
+        last = prediction[1] if options.chains == "last" and gold[0] != "contradiction" else None
+        return last is not None and same(gold, last, options)
+    if (
+        prediction[0] == "equation" and prediction[2] and gold[0] == "scalar"
+    ):  # m + n = 7 where 7 is asked for
+        return _same_number(gold[1], prediction[2], options)
+    if "named" in kinds or kinds == ("equation", "equation"):
+        return _same_named(gold, prediction, options)
+    if "measure" in kinds:
+        return _same_measure(gold, prediction, options)
+    if "assign" in kinds:
+        return _same_assigned(gold, prediction, options)
+    if "region" in kinds:
+        left, right = as_region(gold), as_region(prediction)
+        return left is not None and left == right and (options.loose_shapes or kinds == ("region", "region"))
+    if "many" in kinds or "set" in kinds:
+        return _same_items(gold, prediction, options)
+    if "matrix" in kinds:
+        return _same_matrix(gold, prediction, options)
+    if "ratio" in kinds:
+        return _same_ratio(gold, prediction, options)
+    if gold[0] != prediction[0]:
+        return False
+    return _same_kind(gold, prediction, options)
+
+
+def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    kind = gold[0]
+    if kind == "scalar":
+        return _same_number(gold[1], prediction[1], options)
+    if kind == "seq":
+        if len(gold[3]) != len(prediction[3]) or not _brackets_agree(gold, prediction):
+            return False
+        return all(same(a, b, options) for a, b in zip(gold[3], prediction[3], strict=True))
+    if kind == "base":
+        return gold[2] == prediction[2] and gold[1].lstrip("0") == prediction[1].lstrip("0")
+    if kind == "inequality":
+        return same_inequality(gold, prediction)
+    if kind == "setop":
+        if gold[1] != prediction[1]:
+            return False
+        straight = same(gold[2], prediction[2], options) and same(gold[3], prediction[3], options)
+        crossed = gold[1] != "minus" and same(gold[2], prediction[3], options)
+        return straight or (crossed and same(gold[3], prediction[2], options))
+    return gold == prediction
+
+
+def _brackets_agree(gold: Shape, prediction: Shape) -> bool:
+    """An interval's brackets mean something; a tuple's do not."""
+    if len(gold[3]) != 2 or "<<" in (gold[1], prediction[1]):
+        return True
+    return gold[1:3] == prediction[1:3]
+
+
+# Numbers and units -----------------------------------------------------------------------------------
+
+
+def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
+    gold_percent, percent = _marked(gold, "percent"), _marked(prediction, "percent")
+    if (gold_percent is None) != (percent is None):
+        if options.percent == "sign":
+            return False
+        if _close(gold, prediction, options):
+            return True
+        return options.percent == "either" and _close(gold_percent or gold, percent or prediction, options)
+    gold_degrees, degrees = _marked(gold, "deg"), _marked(prediction, "deg")
+    if (gold_degrees is None) != (degrees is None):
+        if _close(gold, prediction, options):
+            return True
+        return options.degrees == "either" and _close(gold_degrees or gold, degrees or prediction, options)
+    return _close(gold, prediction, options)
+
+
+def _marked(node: Node, mark: str) -> Node | None:
+    """What stands before a percent or degree sign."""
+    if node[0] == mark:
+        return node[1]
+    if node[0] == "neg" and (inner := _marked(node[1], mark)) is not None:
+        return ("neg", inner)
+    return None
+
+
+def _close(gold: Node, prediction: Node, options: MathOptions) -> bool:
+    if same_value(gold, prediction):
+        return True
+    if options.decimal_rtol <= 0 or not (has(gold, "dec") or has(prediction, "dec")):
+        return False
+    if symbols(gold) or symbols(prediction):
+        return False
+    evaluator = Evaluator(0, [BUDGET])
+    a, b = evaluator.value(gold), evaluator.value(prediction)
+    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+        a, b = evaluator.real(a), evaluator.real(b)
+        return bool(abs(a - b) <= options.decimal_rtol * max(abs(a), abs(b)))
+    return abs(a - b) <= Fraction(options.decimal_rtol) * max(abs(a), abs(b))
+
+
+def _same_measure(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    gold_inner, gold_unit = (gold[1], gold[2]) if gold[0] == "measure" else (gold, None)
+    inner, unit = (prediction[1], prediction[2]) if prediction[0] == "measure" else (prediction, None)
+    for written, other in ((unit, gold_unit), (gold_unit, unit)):
+        if written is not None and written.is_claim and (other is None or other.words != written.words):
+            return False
+    if options.units != "ignore" and gold_unit and unit:
+        if not units_agree(gold_unit, unit):
+            return False
+        return same(_scaled(gold_inner, gold_unit.factor), _scaled(inner, unit.factor), options)
+    # A count such as "million" or "dozen" belongs to the value; any other single unit does not.
+    counted = [each is not None and each.dimensions == () for each in (gold_unit, unit)]
+    if options.units == "strict" and not all(
+        each is None or count for each, count in zip((gold_unit, unit), counted, strict=True)
+    ):
+        return False
+    left = _scaled(gold_inner, gold_unit.factor) if gold_unit and counted[0] else gold_inner
+    right = _scaled(inner, unit.factor) if unit and counted[1] else inner
+    return same(left, right, options)
+
+
+def _scaled(item: Shape, factor: Fraction) -> Shape:
+    return ("scalar", ("mul", (item[1], ("num", factor)))) if item[0] == "scalar" and factor != 1 else item
+
+
+# Several values --------------------------------------------------------------------------------------
+
+
+def _same_items(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    if gold[0] not in ("many", "set") or prediction[0] not in ("many", "set"):
+        return options.loose_shapes and _same_across(gold, prediction, options)
+    left, right = gold[-1], prediction[-1]
+    if max(len(left), len(right)) > MAX_ITEMS:
+        raise TooComplex(f"more than {MAX_ITEMS} items")
+    if len(left) == len(right) and all(same(a, b, options) for a, b in zip(left, right, strict=True)):
+        return True
+    if options.ordered_lists and gold[0] == prediction[0] == "many" and "pm" not in (gold[1], prediction[1]):
+        return False
+    if ("dots",) in left or ("dots",) in right:
+        return False
+    return _same_unordered(left, right, options, is_set="set" in (gold[0], prediction[0]))
+
+
+def _same_unordered(
+    left: tuple[Shape, ...], right: tuple[Shape, ...], options: MathOptions, *, is_set: bool
+) -> bool:
+    """Each predicted item is a gold item, and each gold item is predicted; what the gold repeats must be
+    repeated.
+    """
+    plain = [
+        [item[1][1] for item in items if item[0] == "scalar" and item[1][0] == "num"]
+        for items in (left, right)
+    ]
+    if len(plain[0]) == len(left) and len(plain[1]) == len(right):
+        return set(plain[0]) == set(plain[1]) and (
+            is_set or len(set(plain[0])) == len(left) or sorted(plain[0]) == sorted(plain[1])
+        )
+    if len(left) * len(right) > MAX_PAIRS:
+        raise TooComplex(f"more than {MAX_PAIRS} pairs of items to compare")
+    covered: set[int] = set()
+    for item in right:
+        found = [index for index, other in enumerate(left) if same(other, item, options)]
+        if not found:
+            return False
+        fresh = next((index for index in found if index not in covered), found[0])
+        covered.update(found if is_set else (fresh,))
+    return len(covered) == len(left)
+
+
+def _same_across(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    """A list against a tuple with the same order, or a single item against a value."""
+    kinds = gold[0], prediction[0]
+    if kinds in (("many", "seq"), ("seq", "many")):
+        listed, tupled = (gold, prediction) if gold[0] == "many" else (prediction, gold)
+        if listed[1] in ("pm", "or") or tupled[1:3] != ("(", ")") or len(listed[2]) != len(tupled[3]):
+            return False
+        return all(same(a, b, options) for a, b in zip(gold[-1], prediction[-1], strict=True))
+    one, other = (gold, prediction) if gold[0] in ("many", "set") else (prediction, gold)
+    if one is gold:
+        return len(one[-1]) == 1 and same(one[-1][0], other, options)
+    return 0 < len(one[-1]) <= 8 and all(
+        same(other, item, options) for item in one[-1]
+    )  # 7 and 7 is no hedge
+
+
+def _same_assigned(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    if gold[0] == prediction[0]:
+        left, right = dict(gold[1]), dict(prediction[1])
+        return left.keys() == right.keys() and all(same(left[name], right[name], options) for name in left)
+    assigned, other = (gold, prediction) if gold[0] == "assign" else (prediction, gold)
+    if other[0] not in ("seq", "many") or (other[0] == "many" and other[1] in ("pm", "or")):
+        return False
+    pairs = list(assigned[1])
+    if assigned is prediction and all(len(name) == 1 for name, _ in pairs):
+        pairs.sort(key=lambda pair: pair[0])  # y = 2, x = 1 is the point (1, 2)
+    values = tuple(value for _, value in pairs)
+    if len(values) != len(other[-1]) or not options.loose_shapes:
+        return False
+    left, right = (values, other[-1]) if assigned is gold else (other[-1], values)
+    if all(same(a, b, options) for a, b in zip(left, right, strict=True)):
+        return True
+    numbered = all("_" in name for name, _ in pairs) and len({name.split("_")[0] for name, _ in pairs}) == 1
+    return numbered and other[0] == "many" and _same_unordered(left, right, options, is_set=False)
+
+
+def _same_matrix(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    if gold[0] == prediction[0]:
+        left, right = gold[1], prediction[1]
+        if len(left) != len(right) or len(left[0]) != len(right[0]):
+            return False
+        pairs = (
+            (a, b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True)
+        )
+        return all(_same_number(a, b, options) for a, b in pairs)
+    matrix, other = (gold, prediction) if gold[0] == "matrix" else (prediction, gold)
+    if matrix is prediction and len(matrix[1]) == len(matrix[1][0]) == 1:
+        return same(gold, ("scalar", matrix[1][0][0]), options)
+    if not options.loose_shapes or other[0] != "seq" or 1 not in (len(matrix[1]), len(matrix[1][0])):
+        return False
+    vector = tuple(("scalar", entry) for row in matrix[1] for entry in row)
+    left, right = (vector, other[3]) if matrix is gold else (other[3], vector)
+    return len(left) == len(right) and all(same(a, b, options) for a, b in zip(left, right, strict=True))
+
+
+def _same_ratio(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    if gold[0] != prediction[0]:
+        ratio, other = (gold, prediction) if gold[0] == "ratio" else (prediction, gold)
+        if not options.loose_shapes or other[0] != "scalar" or len(ratio[1]) != 2 or ("dots",) in ratio[1]:
+            return False
+        quotient = ("div", *ratio[1])
+        return (
+            _same_number(quotient, other[1], options)
+            if ratio is gold
+            else _same_number(other[1], quotient, options)
+        )
+    left, right = gold[1], prediction[1]
+    if len(left) != len(right) or [part == ("dots",) for part in left] != [
+        part == ("dots",) for part in right
+    ]:
+        return False
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a != ("dots",)]
+    if all(same_value(a, b) for a, b in pairs):
+        return True
+    if ("dots",) in left or (_is_time(left) and _is_time(right)):
+        return False
+    first, second = pairs[0]
+    return all(same_value(("mul", (a, second)), ("mul", (b, first))) for a, b in pairs[1:])
+
+
+def _is_time(parts: tuple[Node, ...]) -> bool:
+    hours, minutes = parts[0], parts[1]
+    return (
+        hours[0] == minutes[0] == "num"
+        and hours[1] <= 24
+        and 0 <= minutes[1] < 60
+        and (minutes[1] >= 10 or minutes[1] == 0)
+    )
+
+
+# Equations -------------------------------------------------------------------------------------------
+
+
+def _same_named(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
+    """x = 5 against x = 5, 5, x - 5 = 0.
+
+    Two different variables are different answers; a function may be renamed.
+    """
+    if gold[0] == "named" and prediction[0] == "named":
+        is_function = gold[1].endswith("()") or prediction[1].endswith("()")
+        if gold[1] == prediction[1] or is_function or "" in (gold[1], prediction[1]):
+            inner = prediction[2]
+            if gold[3] and len(gold[3]) == len(prediction[3]):
+                inner = renamed(inner, dict(zip(prediction[3], gold[3], strict=True)))
+            if same(gold[2], inner, options):
+                return True
+    elif gold[0] == "named" and prediction[0] != "equation":
+        return same(gold[2], prediction, options)
+    elif gold[0] not in ("named", "equation"):
+        return same(gold, prediction[2], options)
+    left, right = as_equation(gold), as_equation(prediction)
+    return left is not None and right is not None and proportion(left, right) is not None

@@ -1,0 +1,218 @@
+"""Commands with arguments (roots, functions, sums, environments), and the marks that follow a value (^, _,
+°).
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from rewards.math_text import Node, TooComplex, Unparsable, Unsupported
+from rewards.math_units import parse_unit
+from rewards.math_words import split
+
+if TYPE_CHECKING:
+    from rewards.math_parse import Parser
+
+_MATRICES = split("matrix pmatrix bmatrix Bmatrix smallmatrix array pmatrix* bmatrix*")
+_LINES = split("cases aligned align align* split gathered gather* equation equation*")
+_PLAIN_ARGUMENT = frozenset(("num", "dec", "sym", "const", "cmd", "open"))
+_INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
+
+
+def digit_argument(parser: Parser) -> Node:
+    """The argument of \\frac or \\sqrt without braces: one token, and of a number its first digit."""
+    kind, value, raw = parser.tokens[parser.at]
+    if value == "{" and parser.tokens[parser.at + 1][0] == "num" and parser.tokens[parser.at + 2][1] == "}":
+        parser.at += 3
+        return ("num", parser.tokens[parser.at - 2][1])
+    if kind == "num" and raw.isdigit() and len(raw) > 1:
+        parser.tokens[parser.at] = (kind, Fraction(int(raw[1:])), raw[1:])
+        return ("num", Fraction(int(raw[0])))
+    return parser.atom()
+
+
+def command(parser: Parser, name: str) -> Node:
+    if name == "frac":
+        above = digit_argument(parser)
+        return ("div", above, digit_argument(parser))
+    if name == "binom":
+        above = digit_argument(parser)
+        return ("fn", "binom", (above, digit_argument(parser)))
+    if name == "sqrt":
+        degree: Node = ("num", Fraction(2))
+        if parser.accept("["):
+            degree = parser.sum()
+            parser.expect("]")
+        return ("fn", "root", (digit_argument(parser), degree))
+    if name == "accent":
+        return ("sym", "accent " + raw_argument(parser))
+    if name == "begin":
+        return environment(parser)
+    raise Unparsable(f"\\{name} is out of place")
+
+
+def raw_argument(parser: Parser) -> str:
+    """The next token or group, as text."""
+    if not parser.accept("{"):
+        return parser.take()[2]
+    pieces, depth = [], 1
+    while True:
+        kind, value, raw = parser.take()
+        if kind == "end":
+            raise Unparsable("an unclosed brace")
+        depth += {"{": 1, "}": -1}.get(value, 0) if kind == "op" else 0
+        if depth == 0:
+            return "".join(pieces)
+        pieces.append(raw)
+
+
+def function(parser: Parser, name: str) -> Node:
+    power: Node | None = None
+    index: Node | None = None
+    while parser.kind() == "op" and parser.value() in ("^", "_"):
+        if parser.take()[1] == "^":
+            power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
+        else:
+            index = digit_argument(parser)
+    if power == ("neg", ("num", Fraction(1))) and "a" + name in _INVERSES:
+        name, power = "a" + name, None
+    arguments = _arguments(parser)
+    if name == "log" and index is not None:
+        arguments = (*arguments, index)
+    elif index is not None:
+        raise Unsupported(f"{name} with a subscript")
+    node: Node = ("fn", name, arguments)
+    return ("pow", node, power) if power is not None else node
+
+
+def _arguments(parser: Parser) -> tuple[Node, ...]:
+    """The bracket after a function, or the product up to the next sign or function: \\sin 2x \\cos x."""
+    if parser.kind() == "op" and parser.value() in ("(", "[", "{"):
+        node = parser.bracket(parser.take()[1])
+        return (
+            node[3] if node[0] == "seq" else node[2] if node[0] in ("list", "set") and node[-1] else (node,)
+        )
+    if parser.accept("-"):
+        return (("neg", _arguments(parser)[0]),)
+    node = parser.power()
+    while parser.kind() in _PLAIN_ARGUMENT or (parser.kind() == "op" and parser.value() == "{"):
+        if parser.kind() == "cmd" and parser.value() not in ("frac", "sqrt", "binom"):
+            break
+        node = ("mul", (node, parser.power()))
+    return (node,)
+
+
+def big(parser: Parser, kind: str) -> Node:
+    """\\sum_{k=1}^{n} body, the body up to the next sign."""
+    low: Node | None = None
+    high: Node | None = None
+    for _ in range(2):
+        if parser.accept("_"):
+            low = parser.atom()
+        elif parser.accept("^"):
+            high = digit_argument(parser)
+    if (
+        low is None
+        or high is None
+        or low[0] != "rel"
+        or low[1] != ("=",)
+        or low[2][0][0] not in ("sym", "const")
+    ):
+        raise Unsupported(f"a {kind} without plain bounds")
+    parser.descend()
+    body = parser.product()
+    parser.depth -= 1
+    return ("big", kind, low[2][0][1], low[2][1], high, body)
+
+
+def environment(parser: Parser) -> Node:
+    name = raw_argument(parser)
+    if name == "array" and parser.value() == "{":
+        raw_argument(parser)
+    parser.descend()
+    rows: list[list[Node]] = [[]]
+    while not (parser.kind() == "cmd" and parser.value() == "end"):
+        if parser.accept("\\\\"):
+            rows.append([])
+        elif parser.accept("&") or (parser.kind() == "sep" and parser.take()):
+            pass
+        elif parser.kind() == "end":
+            raise Unparsable(f"{name} is not closed")
+        elif len(rows) > 100 or len(rows[-1]) > 100:
+            raise TooComplex("a matrix of more than 100 rows or columns")
+        else:
+            rows[-1].append(parser.relation() if name in _LINES else parser.setop())
+    parser.take()
+    if raw_argument(parser) != name:
+        raise Unparsable(f"{name} is not closed")
+    parser.depth -= 1
+    rows = [row for row in rows if row]
+    if name in _LINES and rows and all(len(row) == 1 for row in rows):
+        return ("list", "and", tuple(row[0] for row in rows)) if len(rows) > 1 else rows[0][0]
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise Unparsable("rows of different lengths")
+    if name == "vmatrix":
+        return ("fn", "det", (("matrix", tuple(tuple(row) for row in rows)),))
+    if name not in _MATRICES:
+        raise Unsupported(f"\\begin{{{name[:20]}}}")
+    return ("matrix", tuple(tuple(row) for row in rows))
+
+
+def exponent(parser: Parser, base: Node) -> Node:
+    braced = parser.value() == "{" and parser.peek(1)[0] == "circ" and parser.peek(2)[1] == "}"
+    if braced or parser.kind() == "circ":
+        parser.at += 3 if braced else 1
+        return _degrees(parser, base)
+    if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
+        primes = raw_argument(parser)
+        if base[0] in ("sym", "call"):
+            return (base[0], base[1] + "'" * max(1, primes.count("prime") or primes.count("'")), *base[2:])
+        raise Unsupported("primes on a number")
+    if base[0] == "matrix" and parser.value() == "T":
+        parser.take()
+        return ("transpose", base)
+    if parser.kind() == "op" and parser.value() in ("*", "+"):
+        if base[0] not in ("sym", "domain"):
+            raise Unparsable("a mark on a value")
+        return ("sym", f"{base[1]}^{raw_argument(parser)}")
+    parser.descend()
+    power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
+    parser.depth -= 1
+    return ("pow", base, power)
+
+
+def _degrees(parser: Parser, base: Node) -> Node:
+    if parser.peek(0)[1] in ("C", "F") and parser.peek(1)[0] == "end":
+        return ("unit", base, parse_unit("°" + parser.take()[1]))
+    return ("deg", base)
+
+
+def exponent_value(parser: Parser) -> Node:
+    """x^10 means ten, as everybody who writes it does, though TeX would raise the 1 alone.
+
+    2^3^2 is 2^(3^2).
+    """
+    node = parser.atom()
+    if node[0] == "digits":  # x^2_i: the index belongs to x
+        node = ("num", node[2])
+    if parser.accept("^"):
+        parser.descend()
+        node = exponent(parser, node)
+        parser.depth -= 1
+    if parser.accept("!"):
+        node = ("fact", node)
+    return node
+
+
+def subscript(parser: Parser, node: Node) -> Node:
+    index = raw_argument(parser)
+    if node[0] == "digits":
+        if not index.isdigit() or not 2 <= int(index) <= 36:
+            raise Unparsable(f"the base {index[:20]!r}")
+        return ("base", node[1], int(index))
+    if node[0] == "pow" and node[1][0] == "sym":  # x^2_i
+        return ("pow", ("sym", f"{node[1][1]}_{index}"), node[2])
+    if node[0] in ("mul", "fn", "call", "sym", "text", "domain"):
+        return ("sym", f"{node[1]}_{index}")
+    raise Unparsable("a subscript on a value")

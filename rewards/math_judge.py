@@ -1,0 +1,271 @@
+"""Gold text x answer texts -> verdict: the cascade, cheapest step first.
+
+1. the same text; 2. two plain numbers; 3. choice letters; 4. shapes of the parsed texts, under the readings
+that their punctuation allows; 5. sympy in its own process, for what the grammar does not cover.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+
+from rewards import math_symbolic
+from rewards.math_boxes import boxes
+from rewards.math_compare import is_multiple, same
+from rewards.math_extract import extract, is_blank
+from rewards.math_options import MathOptions
+from rewards.math_parse import parse
+from rewards.math_probe import constant
+from rewards.math_shape import shape
+from rewards.math_text import MathError, Shape, TooComplex, Undefined, Unsupported, clean, text_key
+from rewards.math_value import symbols
+from rl.types import Reason
+
+Verdict = tuple[Reason, str]
+Texts = tuple[str, ...]
+
+MAX_GOLD_CHARS = 20_000
+_PROSE_CHARS = 150
+_ESCAPED = re.compile(
+    r"(?<!\\)\\\\(?=(?:boxed|text|[dt]?frac|leq?|geq?|sqrt|q?quad|pi|cdot|times|left|right|in|infty|pm|cup|circ)(?![a-z]))"
+)
+_PLAIN = re.compile(
+    r"(-?)(?:(\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.(\d+))?|\\[dt]?frac\{(-?\d+)\}\{(\d+)\}|(\d+)/(\d+))\.?",
+    re.ASCII,
+)
+_THOUSANDS = re.compile(r"\d(?:,|\\,| )\d{3}")
+_SCIENTIFIC = re.compile(r"\de-?\d")
+_DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),(\d+)")
+_CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*)?([(\[]?)([A-J])(?:([)\].:]+)\s*(.*)|\s*)",
+    re.IGNORECASE,
+)
+_CAN_BE_UNDEFINED = re.compile(
+    r"(?<![.\d])0|-|inf|∞"
+)  # a zero, written or made by a subtraction, or an infinity
+_CHOICE_LETTER = re.compile("[A-J]")
+_CHOICES = re.compile(r"[A-J](?:[\s,;&]*(?:and)?[\s,;&]*[A-J])+")
+_OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]]|\bor\b|\band\b|或")
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?=[\s,.;])")
+_UNUSABLE = frozenset(("?", "n/a", "na", "nan", "\\text{nan}", "null", "-", "--", "..."))
+
+
+@lru_cache(maxsize=8192)
+def gold_texts(answer: str) -> Texts:
+    """The answer texts of a gold: after ####, inside its boxes, or all of it. Empty if it is unusable."""
+    text = answer.strip()
+    if len(text) > MAX_GOLD_CHARS:
+        return ()
+    if "####" in text:
+        text = text[text.rfind("####") + 4 :].strip()
+    if "\\\\" in text:
+        text = _ESCAPED.sub(r"\\", text)
+    if "\\boxed" in text or "\\fbox" in text:
+        found, _ = boxes(text, loose=True)
+        if found is None:  # cut off inside its box: what is there is the answer
+            text = text[text.rfind("\\boxed") + 6 :].strip().removeprefix("{")
+        elif found:
+            return tuple(item for item in found if item.strip())
+    elif len(text) > _PROSE_CHARS and len(_WORD.findall(text)) > 12:
+        return extract(text, "any").answers or (text,)
+    is_unusable = len(text) < 40 and (text.strip(" \t\n.,;:$").casefold() in _UNUSABLE or is_blank(text))
+    return () if is_unusable else (text,)
+
+
+@lru_cache(maxsize=8192)
+def plain_number(text: str) -> tuple[Fraction, bool] | None:
+    """The value of an integer, a decimal or a fraction, and whether it is a decimal; else None."""
+    match = _PLAIN.fullmatch(text.strip(" $\n"))
+    if match is None or len(text) > 200:
+        return None
+    sign, whole, decimals, top, bottom, over, under = match.groups()
+    if whole is not None:
+        digits = whole.replace(",", "")
+        value = Fraction(int(digits + decimals), 10 ** len(decimals)) if decimals else Fraction(int(digits))
+    elif int(bottom or under) == 0:
+        return None
+    else:
+        value = Fraction(int(top or over), int(bottom or under))
+    return (-value if sign else value), decimals is not None
+
+
+@lru_cache(maxsize=8192)
+def _undefined(gold: Texts) -> str | None:
+    """Why a gold that is one number has no value: 1/0, 0^0. None for any other gold."""
+    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or plain_number(gold[0]) is not None:
+        return None
+    found = _gold_shape(gold, True, True)
+    if isinstance(found, MathError) or found[0] != "scalar" or symbols(found[1]):
+        return None
+    try:
+        constant(found[1])
+    except Undefined as error:
+        return f"the gold is undefined: {error}"
+    except MathError:
+        return None
+    return None
+
+
+def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
+    """Whether `texts`, which are one answer together, say the gold."""
+    gold = gold_texts(answer)
+    if not gold:
+        return Reason.BAD_GOLD, "the gold holds no answer"
+    if any("\\\\" in text for text in texts):
+        texts = tuple(_ESCAPED.sub(r"\\", text) for text in texts)
+    if (problem := _undefined(gold)) is not None:
+        return Reason.BAD_GOLD, problem
+    if gold == texts or (len(gold) == len(texts) == 1 and gold[0].strip(" $.\n") == texts[0].strip(" $.\n")):
+        return Reason.CORRECT, ""
+    if (size := sum(map(len, texts))) > options.max_chars:
+        return Reason.TOO_COMPLEX, f"an answer of {size} characters"
+    if len(gold) == len(texts) == 1 and (left := plain_number(gold[0])) and (right := plain_number(texts[0])):
+        difference, tolerance = (
+            abs(left[0] - right[0]),
+            Fraction(options.decimal_rtol) * max(abs(left[0]), abs(right[0])),
+        )
+        if difference == 0 or ((left[1] or right[1]) and difference <= tolerance):
+            return Reason.CORRECT, ""
+        if "," not in gold[0] + texts[0]:
+            return Reason.WRONG_ANSWER, ""
+    try:
+        return _judge_shapes(gold, texts, options)
+    except RecursionError:
+        return Reason.TOO_COMPLEX, "an answer nested too deeply"
+
+
+def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
+    if len(gold) == len(texts) == 1 and (letters := _choice_letters(gold[0], texts[0])) is not None:
+        return (Reason.CORRECT, "") if letters else (Reason.WRONG_ANSWER, "another choice")
+    verdict: Verdict | None = None
+    problem: MathError | None = None
+    for gold_reading, reading, thousands, scientific in _readings(gold, texts, options):
+        expected = _gold_shape(gold_reading, thousands, scientific)
+        if isinstance(expected, MathError):
+            problem = problem or expected
+            continue
+        found, error = _compare(expected, reading, thousands, scientific, options)
+        if found[0] is Reason.CORRECT:
+            return found
+        verdict, problem = verdict or found, problem or error
+    if len(gold) == len(texts) == 1:
+        if verdict is None and text_key(gold[0]) == text_key(texts[0]):
+            return Reason.CORRECT, ""
+        if isinstance(problem, Unsupported) and (verdict is None or problem.evaluates):
+            return (
+                _judge_symbolically(gold[0], texts[0], options)
+                or verdict
+                or (Reason.PARSE_ERROR, str(problem))
+            )
+    return verdict or (Reason.PARSE_ERROR, f"the gold is compared as text: {problem}")
+
+
+def _compare(
+    gold: Shape, texts: Texts, thousands: bool, scientific: bool, options: MathOptions
+) -> tuple[Verdict, MathError | None]:
+    try:
+        prediction = _shape(texts, thousands, scientific)
+        if same(gold, prediction, options):
+            return (Reason.CORRECT, ""), None
+    except TooComplex as error:
+        return (Reason.TOO_COMPLEX, str(error)), None
+    except Undefined as error:
+        return (Reason.BAD_VALUE, str(error)), None
+    except MathError as error:
+        return (Reason.PARSE_ERROR, str(error)), error
+    if is_multiple(prediction) and not is_multiple(gold):
+        return (Reason.HEDGE, "more than one value where the gold is one"), None
+    return (Reason.WRONG_ANSWER, ""), None
+
+
+def _shape(texts: Texts, thousands: bool, scientific: bool) -> Shape:
+    trees = [parse(clean(text), thousands=thousands, scientific=scientific) for text in texts]
+    return shape(trees[0] if len(trees) == 1 else ("list", ",", tuple(trees)))
+
+
+@lru_cache(maxsize=8192)
+def _gold_shape(texts: Texts, thousands: bool, scientific: bool) -> Shape | MathError:
+    try:
+        return _shape(texts, thousands, scientific)
+    except MathError as error:
+        return error
+
+
+def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple[Texts, Texts, bool, bool]]:
+    """The gold, the prediction, and how "1,234" and "2e-3" are read: first as numbers, then as a list and as
+    2e - 3.
+    """
+    yield gold, texts, True, True
+    everything = " ".join((*gold, *texts))
+    if _THOUSANDS.search(everything):
+        yield gold, texts, False, True
+    if _SCIENTIFIC.search(everything):
+        yield gold, texts, True, False
+    if options.decimal_comma and len(gold) == len(texts) == 1:
+        if (point := _with_point(texts[0], 1)) and "." in gold[0]:
+            yield gold, (point,), True, True
+        elif (point := _with_point(gold[0], 2)) and "." in texts[0]:
+            yield (point,), texts, True, True
+
+
+def _with_point(text: str, least_decimals: int) -> str | None:
+    """1,22 as 1.22. A gold such as 0,1 is more likely a list: it needs two decimals."""
+    stripped = clean(text)
+    match = _DECIMAL_COMMA.fullmatch(stripped)
+    if match is None or len(match.group(1)) < least_decimals or not match.group(1).strip("0"):
+        return None
+    if len(match.group(1)) == 3 and not stripped.lstrip("-").startswith("0"):  # 1,234 is a thousand
+        return None
+    return stripped.replace(",", ".")
+
+
+def _choice_letters(gold: str, text: str) -> bool | None:
+    """Whether two multiple-choice answers name the same letters; None if they are not such answers."""
+    if len(gold) > 60 or len(text) > 400 or _CHOICE_LETTER.search(gold) is None:
+        return None
+    expected, given = (_unstyled(each) for each in (gold, text))
+    choice = _CHOICE.fullmatch(expected)
+    if choice is None or choice.group(4) or not choice.group(2).isupper():
+        if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
+            return set(re.findall("[A-J]", expected)) == set(re.findall("[A-J]", given)) or None
+        return None
+    answer = _CHOICE.fullmatch(given)
+    if answer is None or (not answer.group(2).isupper() and not (choice.group(1) or choice.group(3))):
+        return None
+    if (rest := answer.group(4)) and _OTHER_CHOICE.search(rest):
+        return None
+    if rest and not answer.group(1) and len(rest.split()) > 12:
+        return None
+    return answer.group(2).upper() == choice.group(2) or None
+
+
+_STYLE = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}"
+    r"|\\[ ,;:!]|\\q?quad(?![a-z])|[{}]"
+)
+
+
+def _unstyled(text: str) -> str:
+    return _STYLE.sub(lambda match: match.group(1) or " ", clean(text)).strip(" .")
+
+
+def _judge_symbolically(gold: str, text: str, options: MathOptions) -> Verdict | None:
+    """Sympy's verdict, or None where it has none."""
+    gold, text = clean(gold), clean(text)
+    if options.symbolic_timeout_s <= 0 or not (
+        math_symbolic.is_askable(gold) and math_symbolic.is_askable(text)
+    ):
+        return None
+    try:
+        equal = math_symbolic.worker.equal(gold, text, options.symbolic_timeout_s)
+    except math_symbolic.SymbolicTimeout as error:
+        return (
+            (Reason.INFRA_ERROR, f"{error} to read the gold")
+            if error.on_gold
+            else (Reason.TIMEOUT, str(error))
+        )
+    except math_symbolic.SymbolicFault as error:
+        return Reason.INFRA_ERROR, str(error)
+    return None if equal is None else (Reason.CORRECT, "") if equal else (Reason.WRONG_ANSWER, "")

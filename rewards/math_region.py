@@ -1,0 +1,232 @@
+"""Sets of real numbers as sorted, disjoint intervals: unions, complements, and the solutions of linear
+inequalities.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+from rewards.math_probe import constant
+from rewards.math_text import MathError, Node, Shape, Undefined, Unparsable, Unsupported
+from rewards.math_value import symbols
+
+Endpoint = Fraction | float  # a float is an infinity
+_MANTISSA_BITS = 140
+
+
+class Interval(NamedTuple):
+    low: Endpoint
+    has_low: bool
+    high: Endpoint
+    has_high: bool
+
+
+Region = tuple[Interval, ...]
+REALS: Region = (Interval(-math.inf, False, math.inf, False),)
+
+
+def endpoint(node: Node) -> Endpoint:
+    """The real number of a tree without variables, rounded to 140 bits unless it is rational, or an infinity.
+
+    Raises:
+        Unsupported: it has variables, or is not real.
+    """
+    if sign := infinity(node):
+        return sign * math.inf
+    if symbols(node):
+        raise Unsupported("an interval with variables")
+    value = constant(node)
+    if isinstance(value, Fraction):
+        return value
+    if hasattr(value, "_mpc_"):
+        raise Unsupported("a complex end of an interval")
+    sign, mantissa, exponent, bits = value._mpf_
+    if bits > _MANTISSA_BITS:
+        shift = bits - _MANTISSA_BITS
+        mantissa, exponent = (int(mantissa) + (1 << (shift - 1))) >> shift, exponent + shift
+    return Fraction(-int(mantissa) if sign else int(mantissa)) * Fraction(2) ** exponent
+
+
+def infinity(node: Node) -> int:
+    """1 or -1 for plus or minus infinity, else 0."""
+    if node == ("const", "inf"):
+        return 1
+    return -infinity(node[1]) if node[0] == "neg" else 0
+
+
+def interval(low: Endpoint, has_low: bool, high: Endpoint, has_high: bool) -> Region:
+    """One interval; empty if its ends are the wrong way round."""
+    if low > high or (low == high and not (has_low and has_high)):
+        return ()
+    return (Interval(low, has_low and low != -math.inf, high, has_high and high != math.inf),)
+
+
+def union(*regions: Region) -> Region:
+    parts = sorted(
+        (part for region in regions for part in region), key=lambda part: (part.low, not part.has_low)
+    )
+    merged: list[Interval] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if (
+            last is None
+            or part.low > last.high
+            or (part.low == last.high and not (part.has_low or last.has_high))
+        ):
+            merged.append(part)
+        else:
+            high, has_high = max((last.high, last.has_high), (part.high, part.has_high))
+            merged[-1] = Interval(last.low, last.has_low, high, has_high)
+    return tuple(merged)
+
+
+def complement(region: Region) -> Region:
+    gaps: list[Interval] = []
+    low: Endpoint = -math.inf
+    has_low = False
+    for part in region:
+        gaps.extend(interval(low, has_low, part.low, not part.has_low and part.low != -math.inf))
+        low, has_low = part.high, not part.has_high
+    if low != math.inf:
+        gaps.extend(interval(low, has_low, math.inf, False))
+    return tuple(gaps)
+
+
+def intersection(left: Region, right: Region) -> Region:
+    return complement(union(complement(left), complement(right)))
+
+
+def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
+    """The variable and the solutions of a chain such as -2 < 3 - x <= 5, linear in x, |x| or f(x).
+
+    Raises:
+        Unsupported: not such a chain.
+    """
+    unknown: Node | None = None
+    region = REALS
+    for op, left, right in zip(ops, sides, sides[1:], strict=False):
+        if infinity(left) or infinity(right):
+            unknown, part = _against_infinity(op, left, right, unknown)
+        else:
+            slope, shift, found = _linear(("add", (left, ("neg", right))))
+            if found is None or slope == 0 or (unknown is not None and found != unknown):
+                raise Unsupported("not an inequality in one variable")
+            unknown, part = found, _half_line(op, slope, -shift / slope)
+        region = intersection(region, part)
+    if unknown is None:
+        raise Unsupported("an inequality without a variable")
+    name: Node = unknown
+    if name[0] == "fn":  # |x|
+        return name[2][0][1], _unfold(region)
+    return ("" if name[0] == "call" else name[1]), region
+
+
+def _against_infinity(op: str, left: Node, right: Node, unknown: Node | None) -> tuple[Node | None, Region]:
+    """x < infinity says nothing about x."""
+    other = right if infinity(left) else left
+    _, _, found = _linear(other)
+    if op not in ("<", ">", "<=", ">=") or found is None or (unknown is not None and found != unknown):
+        raise Unsupported("not an inequality in one variable")
+    return found, REALS
+
+
+def _half_line(op: str, slope: Fraction, bound: Fraction) -> Region:
+    if op in ("=", "==", "!="):
+        point = interval(bound, True, bound, True)
+        return complement(point) if op == "!=" else point
+    if op not in ("<", ">", "<=", ">="):
+        raise Unsupported(f"the relation {op}")
+    if slope < 0:
+        op = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}[op]
+    closed = op.endswith("=")
+    if op[0] == "<":
+        return interval(-math.inf, False, bound, closed)
+    return interval(bound, closed, math.inf, False)
+
+
+def _unfold(region: Region) -> Region:
+    """The x whose |x| lies in a region."""
+    positive = intersection(region, interval(Fraction(0), True, math.inf, False))
+    mirrored = tuple(
+        Interval(-part.high, part.has_high, -part.low, part.has_low) for part in reversed(positive)
+    )
+    return union(mirrored, positive)
+
+
+def _linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
+    """(a, b, u) with node = a u + b, where u is x, |x| or f(x), or None for a constant."""
+    kind = node[0]
+    unknown: Node
+    if kind in ("sym", "call") or (kind == "fn" and node[1] == "abs" and node[2][0][0] == "sym"):
+        return Fraction(1), Fraction(0), node
+    if not symbols(node):
+        value = endpoint(node)
+        if isinstance(value, float):
+            raise Unsupported("infinity in an inequality")
+        return Fraction(0), Fraction(value), None
+    if kind == "neg":
+        slope, shift, unknown = _linear(node[1])
+        return -slope, -shift, unknown
+    if kind in ("add", "mul"):
+        slope, shift, unknown = _linear(node[1][0])
+        for term in node[1][1:]:
+            a, b, other = _linear(term)
+            if unknown is not None and other is not None and (kind == "mul" or unknown != other):
+                raise Unsupported("not linear")
+            if kind == "add":
+                slope, shift = slope + a, shift + b
+            else:
+                slope, shift = slope * b + a * shift, shift * b
+            unknown = unknown or other
+        return slope, shift, unknown
+    if kind == "div":
+        slope, shift, unknown = _linear(node[1])
+        _, divisor, other = _linear(node[2])
+        if other is not None:
+            raise Unsupported("not linear")
+        if divisor == 0:
+            raise Undefined("division by zero")
+        return slope / divisor, shift / divisor, unknown
+    raise Unsupported("not linear")
+
+
+def as_region(item: Shape) -> Region | None:
+    """The set of reals that a shape is, if it is one: an interval, a finite set, a union."""
+    try:
+        return _as_region(item)
+    except MathError:
+        return None
+
+
+def _as_region(item: Shape) -> Region | None:
+    if item[0] == "region":
+        return item[1]
+    if item[0] == "named":
+        return _as_region(item[2])
+    if item[0] == "seq" and len(item[3]) == 2 and item[1] in "([" and item[2] in ")]":
+        low, high = (_end(end) for end in item[3])
+        return interval(low, item[1] == "[", high, item[2] == "]") if low < high else None
+    if item[0] == "set":
+        points = [_end(end) for end in item[1]]
+        return union(*(interval(point, True, point, True) for point in points))
+    if item[0] == "many" and item[1] == "or":
+        parts = [_as_region(part) for part in item[2]]
+        return (
+            union(*(part for part in parts if part is not None))
+            if all(part is not None for part in parts)
+            else None
+        )
+    return None
+
+
+def _end(item: Shape) -> Endpoint:
+    return item[1] * float("inf") if item[0] == "infinity" else endpoint(scalar(item))
+
+
+def scalar(item: Shape) -> Node:
+    """The tree of a shape that is one value."""
+    if item[0] != "scalar":
+        raise Unparsable(f"a {item[0]} where a number should be")
+    return item[1]

@@ -1,0 +1,302 @@
+"""Trees -> shapes: whether an answer is one value, several, a point, a set of reals, an equation, a word.
+
+A shape is a tuple whose first field names it:
+    scalar node, measure shape Unit, infinity sign, base digits base, ratio nodes, text words, dots
+    named name shape arguments (f(x) = ...), assign ((name, shape), ...)
+    many how shapes (a bare list), set shapes, seq open close shapes, matrix rows
+    region intervals, setop op shape shape, builder node nodes, domain name
+    equation node value (node = 0; x + y = 5 has the value 5), inequality op node (node op 0)
+    contradiction shape (a chain such as 8 = 7, and the shape of its last side)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rewards import math_region as regions
+from rewards.math_matrix import fold
+from rewards.math_probe import same_value
+from rewards.math_region import as_region, scalar
+from rewards.math_text import MathError, Node, Shape, Unparsable, Unsupported
+from rewards.math_units import Unit
+from rewards.math_value import has, kinds, symbols
+from rewards.math_words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS
+
+_PLAIN = frozenset(("num", "dec", "const"))
+_NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop"))
+_INEQUALITIES = frozenset(("<", ">", "<=", ">=", "!="))
+
+
+def shape(node: Node) -> Shape:
+    """The shape of a tree.
+
+    Raises:
+        MathError: it has none, such as a matrix in a sum with a number.
+    """
+    kind = node[0]
+    if kind == "unit":
+        return _measure(shape(node[1]), node[2])
+    if kind == "list":
+        return _several(node[1], [shape(item) for item in node[2]])
+    if kind == "rel":
+        return _relation(node[1], node[2])
+    if kind == "set":
+        return ("set", _flat(shape(item) for item in node[1]))
+    if kind == "seq":
+        return _sequence(node)
+    if kind == "setop":
+        return _set_operation(node[1], shape(node[2]), shape(node[3]))
+    if kind == "builder":
+        return _builder(node)
+    if kind == "text":
+        words = node[1]
+        if words in EMPTY_WORDS:
+            return ("set", ())
+        if words in NUMBER_WORDS:
+            return ("scalar", ("num", Fraction(NUMBER_WORDS[words])))
+        return ("region", regions.REALS) if words in REAL_WORDS else node
+    if kind == "empty":
+        return ("set", ())
+    if kind == "domain":
+        return ("region", regions.REALS) if node[1] == "R" else node
+    if kind in ("base", "dots", "ratio"):
+        return node
+    if (kind == "const" or kind == "neg") and (sign := regions.infinity(node)):
+        return ("infinity", sign)
+    if kind in _PLAIN:
+        return ("scalar", node)
+    inside = kinds(node)
+    if "pm" in inside:
+        return ("many", "pm", (shape(_signed(node, 1)), shape(_signed(node, -1))))
+    if "matrix" in inside or "transpose" in inside:
+        folded = fold(node)
+        return ("matrix", folded[1]) if folded[0] == "matrix" else ("scalar", folded)
+    if not inside.isdisjoint(_NOT_IN_FORMULAS):
+        raise Unparsable("a formula with a set or a sentence in it")
+    if node[0] == "sym" and node[1] in ("", None):
+        raise Unparsable("an empty name")
+    return ("scalar", node)
+
+
+def _signed(node: Any, sign: int) -> Any:
+    """The tree with every ± read as its upper sign (1) or its lower one (-1)."""
+    if not isinstance(node, tuple):
+        return node
+    if node and node[0] == "pm":
+        term = _signed(node[3], sign)
+        term = term if node[1] * sign > 0 else ("neg", term)
+        return term if node[2] is None else ("add", (_signed(node[2], sign), term))
+    return tuple(_signed(part, sign) for part in node)
+
+
+def _measure(inner: Shape, unit: Unit) -> Shape:
+    if unit.words and unit.words <= {"pct", "percent", "percentage"} and inner[0] == "scalar":
+        return ("scalar", ("percent", inner[1]))
+    if unit.words and unit.dimensions == (("deg", 1),) and inner[0] == "scalar":
+        return ("scalar", ("deg", inner[1]))
+    return ("measure", inner, unit)
+
+
+def _sequence(node: Node) -> Shape:
+    items = tuple(shape(item) for item in node[3])
+    if len(items) == 1 and items[0][0] == "seq":  # [[1, 2]]
+        return ("matrix", (tuple(scalar(item) for item in items[0][3]),))
+    if node[1] == "[" and len(items) > 1 and all(item[0] == "seq" and item[1] == "[" for item in items):
+        rows = tuple(tuple(scalar(entry) for entry in item[3]) for item in items)
+        if len({len(row) for row in rows}) == 1:
+            return ("matrix", rows)
+    return ("seq", node[1], node[2], items)
+
+
+def _flat(items: Any) -> tuple[Shape, ...]:
+    flat: list[Shape] = []
+    for item in items:
+        flat.extend(item[2] if item[0] == "many" and item[1] == "pm" else (item,))
+    return tuple(flat)
+
+
+# Relations -------------------------------------------------------------------------------------------
+
+
+def name_of(node: Node) -> tuple[str, ...] | None:
+    """What a left side gives a name to: x, x_1, f(x), AB, |AB|, (x, y)."""
+    if node[0] == "sym":
+        return (node[1],)
+    if node[0] == "call" and all(argument[0] == "sym" for argument in node[2]):
+        return (f"{node[1]}()",)
+    if node[0] == "fn" and node[1] in ("abs", "max", "min") and len(node[2]) == 1:
+        inner = name_of(node[2][0])
+        return (f"{node[1]} {inner[0]}",) if inner and len(inner) == 1 else None
+    if node[0] == "mul" and all(
+        (part[0] == "sym" and part[1][0].isupper()) or part[0] == "mul" for part in node[1]
+    ):
+        inner = [name_of(part) for part in node[1]]
+        return ("".join(name[0] for name in inner if name),) if all(inner) else None
+    if node[0] == "div" and (all(map(_is_segment, node[1:])) or all(map(_is_differential, node[1:]))):
+        return (str(node[1:]),)  # NO/BO, dy/dx
+    if node[0] in ("seq", "ratio"):
+        names = [name_of(item) for item in node[-1]]
+        if all(name is not None and len(name) == 1 for name in names):
+            parts = tuple(name[0] for name in names if name)
+            return parts if node[0] == "seq" else (":".join(parts),)
+    return None
+
+
+def _is_segment(node: Node) -> bool:
+    name = name_of(node)
+    return name is not None and len(name[0]) > 1 and name[0].isupper() and name[0].isalpha()
+
+
+def _is_differential(node: Node) -> bool:
+    return node[0] == "mul" and len(node[1]) == 2 and node[1][0] == ("sym", "d") and node[1][1][0] == "sym"
+
+
+def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    if "~" in ops:  # what stands before ≈ is the answer, unless that is only a name
+        at = ops.index("~")
+        if at == 0 and name_of(sides[0]) is None:
+            return shape(sides[0])
+        ops, sides = (("=",), sides[:2]) if at == 0 else (ops[:at], sides[: at + 1])
+    if any(op in _INEQUALITIES for op in ops):
+        return _inequality(ops, sides)
+    if ops == ("in",):
+        names = name_of(sides[0])
+        if names is None:
+            raise Unsupported("membership of a formula")
+        return ("named", ", ".join(names), shape(sides[1]), ())
+    if any(op not in ("=", "==") for op in ops):
+        raise Unsupported(f"the relation {ops[0]}")
+    return _equality(sides)
+
+
+def _equality(sides: tuple[Node, ...]) -> Shape:
+    first: Node = sides[0]
+    names = name_of(first)
+    if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
+        return _equality((sides[1], sides[0]))
+    values: Sequence[Node] = sides[1:] if names else sides
+    plain = [side for side in values if not symbols(side) and _is_number(side)]
+    if any(not _agree(plain[0], other) for other in plain[1:]):
+        return ("contradiction", shape(sides[-1]))
+    if names is None:
+        if len(plain) == len(sides):
+            return shape(sides[-1])
+        if len(sides) != 2:
+            raise Unsupported("a chain of equations")
+        left, right = _number(sides[0]), _number(sides[1])
+        value = right if left[0] == "add" and all(term[0] == "sym" for term in left[1]) and plain else None
+        return ("equation", ("add", (left, ("neg", right))), value)
+    value = shape(sides[-1])
+    if len(names) > 1:
+        if value[0] == "seq" and len(value[3]) == len(names):
+            return ("assign", tuple(zip(names, value[3], strict=True)))
+        return value
+    arguments = tuple(argument[1] for argument in first[2]) if first[0] == "call" else ()
+    return ("named", "".join(names), value, arguments)
+
+
+def _number(node: Node) -> Node:
+    return scalar(shape(node))
+
+
+def _is_number(node: Node) -> bool:
+    return not has(
+        node,
+        "seq",
+        "set",
+        "list",
+        "text",
+        "unit",
+        "ratio",
+        "domain",
+        "empty",
+        "setop",
+        "matrix",
+        "pm",
+        "base",
+        "inf",
+        "dots",
+    )
+
+
+def _agree(left: Node, right: Node) -> bool:
+    try:
+        return same_value(left, right)
+    except MathError:
+        return False
+
+
+def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    try:
+        name, region = regions.solve(ops, sides)
+        return ("named", name, ("region", region), ()) if name else ("region", region)
+    except Unsupported:
+        if len(ops) != 1:
+            raise
+    return ("inequality", ops[0], ("add", (_number(sides[0]), ("neg", _number(sides[1])))))
+
+
+# Several items, sets ---------------------------------------------------------------------------------
+
+
+def _several(how: str, items: list[Shape]) -> Shape:
+    flat = list(_flat(items))
+    rest = flat[1:]
+    is_first_named = how != ";" and flat[0][0] == "named" and flat[0][2][0] in ("scalar", "measure")
+    if is_first_named and rest and all(item[0] in ("scalar", "dots", "measure") for item in rest):
+        return ("named", flat[0][1], ("many", how, (flat[0][2], *rest)), ())  # n = 1, 2, 3
+    if all(item[0] == "named" for item in flat):
+        names = [item[1] for item in flat]
+        if len(set(names)) == 1:
+            return ("named", names[0], _joined(how, [item[2] for item in flat]), flat[0][3])
+        if len(set(names)) == len(names) and how != "or" and not any(item[2][0] == "region" for item in flat):
+            return ("assign", tuple((item[1], _all(item[2])) for item in flat))
+    return _joined(how, [_unnamed(item) for item in flat])
+
+
+def _all(item: Shape) -> Shape:
+    return ("set", item[2]) if item[0] == "many" else item
+
+
+def _unnamed(item: Shape) -> Shape:
+    if item[0] == "assign":
+        return ("seq", "(", ")", tuple(value for _, value in item[1]))
+    return item[2] if item[0] == "named" else item
+
+
+def _joined(how: str, items: list[Shape]) -> Shape:
+    items = list(_flat(items))
+    if items and all(item[0] == "region" for item in items) and how in ("or", "and"):
+        found = items[0][1]
+        for item in items[1:]:
+            found = regions.union(found, item[1]) if how == "or" else regions.intersection(found, item[1])
+        return ("region", found)
+    return ("many", how, tuple(items))
+
+
+def _set_operation(op: str, left: Shape, right: Shape) -> Shape:
+    a, b = as_region(left), as_region(right)
+    if a is None or b is None:
+        return ("setop", op, _unnamed(left), _unnamed(right))
+    if op == "minus":
+        return ("region", regions.intersection(a, regions.complement(b)))
+    return ("region", regions.union(a, b) if op == "cup" else regions.intersection(a, b))
+
+
+def _builder(node: Node) -> Shape:
+    """{x | x > 2} is the solutions of its condition; over the integers, or with more to it, it stays a
+    formula.
+    """
+    _, head, conditions = node
+    domain = "R"
+    if head[0] == "rel" and head[1] == ("in",) and head[2][1][0] == "domain":
+        domain, head = head[2][1][1], head[2][0]
+    if head[0] == "sym" and domain in ("R", "C"):
+        inner = _unnamed(shape(conditions))
+        if inner[0] in ("region", "set", "scalar"):
+            return inner if inner[0] != "scalar" else ("set", (inner,))
+        if inner[0] == "many":
+            return ("set", inner[2])
+    return ("builder", node[1], conditions)

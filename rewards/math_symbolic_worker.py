@@ -1,0 +1,77 @@
+"""The process that runs sympy. Its owner starts this file with `python -I`, and kills it when it is late.
+
+One JSON line in, {"gold": ..., "prediction": ...}; out come {"read": "gold"} and then {"equal": true | false
+| null}, null for a text that sympy cannot read. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+MAX_MEMORY_BYTES = 1536 * 1024**2
+MAX_CPU_SECONDS = 300
+WARM_UP = (
+    r"\frac{x^2+1}{\sqrt{2}} + \sin(x)",
+    r"\gcd(x, y)",
+    r"\int_0^1 x dx",
+    r"\lim_{x \to 0} \frac{\sin x}{x}",
+)
+
+
+def limit_resources() -> None:
+    """Memory, processor time, no files to write, no core dump. After this the process can only compute."""
+    for kind, limit in (
+        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
+        (resource.RLIMIT_CPU, MAX_CPU_SECONDS),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is already in force
+            resource.setrlimit(kind, (limit, limit))
+
+
+def equal(gold: Any, prediction: Any) -> bool:
+    """Whether two sympy objects are the same value."""
+    import sympy
+
+    for item in (gold, prediction):
+        if item is None or (isinstance(item, sympy.Basic) and item.has(sympy.nan, sympy.zoo)):
+            return False
+    if isinstance(gold, sympy.Expr) and isinstance(prediction, sympy.Expr):
+        difference = gold.doit() - prediction.doit()
+        return difference == 0 or sympy.simplify(difference) == 0
+    if isinstance(gold, sympy.MatrixBase) and isinstance(prediction, sympy.MatrixBase):
+        return gold.shape == prediction.shape and sympy.simplify(gold - prediction) == sympy.zeros(
+            *gold.shape
+        )
+    return type(gold) is type(prediction) and gold == prediction
+
+
+def main() -> None:
+    limit_resources()
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints is an answer
+    from latex2sympy2_extended import latex2sympy
+
+    for text in WARM_UP:  # the parser builds its tables, and sympy imports half of itself, at the first use
+        equal(latex2sympy(text), latex2sympy("1"))
+    print(json.dumps({"ready": True}), file=out)
+    for line in sys.stdin:
+        request = json.loads(line)
+        verdict: bool | None = None
+        try:
+            gold = latex2sympy(request["gold"])
+            print(json.dumps({"read": "gold"}), file=out)
+            verdict = bool(equal(gold, latex2sympy(request["prediction"])))
+        except Exception:  # the parser raises whatever it meets; any of it means that the text cannot be read
+            verdict = None
+        print(json.dumps({"equal": verdict}), file=out)
+
+
+if __name__ == "__main__":
+    main()

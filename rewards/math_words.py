@@ -1,0 +1,235 @@
+"""The vocabulary: LaTeX commands, plain words, Unicode signs and the tokens they stand for.
+
+A table is lines of "kind value names"; "-" is an empty value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def split(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _table(text: str) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    for line in text.strip().splitlines():
+        kind, value, *names = line.split()
+        entry: Any = int(value) if kind == "pm" else "" if value == "-" else value
+        found.update(dict.fromkeys(names, (kind, entry)))
+    return found
+
+
+_FUNCTION_TABLE = _table("""
+fn sin sin
+fn cos cos
+fn tan tan tg
+fn cot cot ctg
+fn sec sec
+fn csc csc
+fn sinh sinh
+fn cosh cosh
+fn tanh tanh
+fn coth coth
+fn sech sech
+fn csch csch
+fn asin asin arcsin
+fn acos acos arccos
+fn atan atan arctan arctg
+fn acot acot arccot
+fn asec asec arcsec
+fn acsc acsc arccsc
+fn asinh asinh arcsinh arsinh
+fn acosh acosh arccosh arcosh
+fn atanh atanh arctanh artanh
+fn acoth acoth arccoth
+fn ln ln
+fn log log
+fn lg lg
+fn exp exp
+fn abs abs
+fn sgn sgn sign
+fn gcd gcd hcf
+fn lcm lcm
+fn max max
+fn min min
+fn floor floor
+fn ceil ceil ceiling
+fn erf erf
+fn Re Re
+fn Im Im
+fn arg arg
+fn det det
+fn conj conj
+""")
+FUNCTIONS: dict[str, str] = {name: value for name, (_, value) in _FUNCTION_TABLE.items()}
+_GREEK = split("""
+alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi omicron rho
+varrho sigma
+varsigma tau upsilon phi varphi chi psi omega Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega
+""")
+_LETTER_LIKE = split("ell hbar aleph mho odot oplus star bullet dagger top bot wp Pi")
+RELATIONS: dict[str, str] = {
+    **dict.fromkeys(("=", ":=", "coloneqq", "triangleq"), "="),
+    **dict.fromkeys(("==", "equiv"), "=="),
+    **dict.fromkeys(("<", "lt"), "<"),
+    **dict.fromkeys((">", "gt"), ">"),
+    **dict.fromkeys(("<=", "=<", "le", "leq", "leqslant", "leqq"), "<="),
+    **dict.fromkeys((">=", "ge", "geq", "geqslant", "geqq"), ">="),
+    **dict.fromkeys(("!=", "/=", "ne", "neq"), "!="),
+    **dict.fromkeys(("~=", "approx", "thickapprox", "simeq", "cong", "doteq"), "~"),
+    "in": "in",
+    "notin": "notin",
+    "sim": "sim",
+}
+COMMANDS: dict[str, tuple[str, Any]] = {
+    **{name: ("sym", name) for name in _GREEK | _LETTER_LIKE},
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()},
+    **_FUNCTION_TABLE,
+    **_table("""
+cmd frac frac dfrac tfrac cfrac nicefrac sfrac
+cmd binom binom dbinom tbinom
+cmd sqrt sqrt
+cmd choose choose
+cmd over over
+cmd begin begin
+cmd end end
+cmd accent overline bar vec hat dot ddot widehat tilde overrightarrow
+op * cdot times ast
+op / div
+op | mid vert lvert rvert
+op << langle
+op >> rangle
+op \\{ lbrace
+op \\} rbrace
+op [ lbrack
+op ] rbrack
+op : colon
+op ' prime
+sep or lor vee
+sep and land wedge
+dots ... ldots dots cdots dotsc dotsb vdots ddots hdots
+set0 - emptyset varnothing
+setop cup cup
+setop cap cap
+setop minus setminus backslash smallsetminus
+deg - degree deg
+circ - circ
+pm 1 pm
+pm -1 mp
+const pi pi
+const inf infty infin
+const i imath
+big sum sum
+big prod prod
+open floor lfloor
+close floor rfloor
+open ceil lceil
+close ceil rceil
+fn zeta zeta
+fn gamma Gamma
+prefix angle angle
+prefix triangle triangle
+domain R R reals
+domain Z Z
+domain N N
+domain Q Q
+domain C C
+cur £ pounds
+cur € euro
+cur ¥ yen
+"""),
+}
+CALCULUS = split("int iint iiint oint lim limsup liminf partial nabla")
+WORDS: dict[str, tuple[str, Any]] = {
+    **{
+        name: entry for name, entry in _FUNCTION_TABLE.items() if name not in ("arg", "det", "Re", "Im", "tg")
+    },
+    **{name: ("sym", name) for name in _GREEK if len(name) > 2},
+    **_table("""
+const pi pi
+const inf inf infty infinity Infinity oo
+cmd sqrt sqrt
+pm 1 pm
+setop cup cup union
+sep or or OR Or 或 或者
+sep and and AND And & 和 及 且 以及 与
+"""),
+}
+DROPPED = split("""
+left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr quad qquad displaystyle
+textstyle
+scriptstyle limits nolimits underline boxed fbox bf rm it hfill ensuremath mathop mathord mathbin mathstrut
+hline
+boldmath large Large null normalfont qed par noindent relax therefore
+""")
+MATH_STYLES = split("mathrm mathbf mathit mathsf mathtt mathcal mathbb mathfrak mathscr boldsymbol bm")
+TEXT_STYLES = MATH_STYLES | split("""
+text textbf textit textrm textsf texttt textnormal textup textmd mbox hbox operatorname emph pmb
+""")
+# Three letters in a row that are a word rather than a product of variables.
+SHORT_WORDS = split("""
+odd yes all one two six ten the any for not day men won sum max min are has cat dog red sun mon tue wed thu
+fri sat
+""")
+_COUNTED = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty
+"""
+NUMBER_WORDS = {word: number for number, word in enumerate(_COUNTED.split())}
+EMPTY_WORDS = frozenset(
+    (
+        "no solution",
+        "no solutions",
+        "empty set",
+        "no real solution",
+        "no real solutions",
+        "none",
+        "无解",
+        "空集",
+    )
+)
+REAL_WORDS = frozenset(
+    ("all real numbers", "all reals", "all real", "the real numbers", "real numbers", "全体实数", "任意实数")
+)
+# Words that a value may come after without being changed by them.
+INTRODUCTIONS = split("""
+the a an answer is are final approximately about approx roughly nearly equals equal to solution value total
+exactly of
+so thus hence therefore there option choice letter result
+""")
+
+_GREEK_ORDER = """
+alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi
+omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
+"""
+_GREEK_LETTERS = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK_ORDER.split(), strict=True))
+_BLANKS = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_ZERO_WIDTH = "\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\ufeff"
+# fmt: off
+CHARACTERS: dict[str, str] = {
+    **{character: f"\\{name} " for character, name in _GREEK_LETTERS.items()},
+    **dict.fromkeys("−–—‐‑﹣－", "-"),
+    **dict.fromkeys("·⋅•∙", "\\cdot "),
+    **dict.fromkeys(_BLANKS, " "),
+    **dict.fromkeys(_ZERO_WIDTH, ""),
+    **dict.fromkeys("≤⩽≦", "\\le "), **dict.fromkeys("≥⩾≧", "\\ge "), **dict.fromkeys("≈≃≅", "\\approx "),
+    **dict.fromkeys("∅ø⌀", "\\emptyset "), **dict.fromkeys("′’‘ʹ", "'"), **dict.fromkeys("°º˚", "^\\circ "),
+    **dict.fromkeys("，、﹐", ","), **dict.fromkeys("。．", "."), **dict.fromkeys("【〔", "["),
+    **dict.fromkeys("】〕", "]"), **dict.fromkeys("“”", " "), **dict.fromkeys("…⋯", "\\ldots "),
+    **dict.fromkeys("×✕", "\\times "), **dict.fromkeys("∕⁄", "/"),
+"÷": "\\div ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∞": "\\infty ", "≠": "\\ne ", "∪": "\\cup ",
+    "∩": "\\cap ", "∖": "\\setminus ", "∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "∨": "\\lor ",
+    "∧": "\\land ", "⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
+    "⌈": "\\lceil ", "⌉": "\\rceil ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}",
+    "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "∠": "\\angle ", "△": "\\triangle ", "∑": "\\sum ",
+    "∏": "\\prod ", "∫": "\\int ", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}",
+    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}",
+    "℃": "^\\circ C", "℉": "^\\circ F", "ⅈ": "i", "ⅇ": "e", "″": "''",
+}
+# fmt: on
+TRANSLATION = str.maketrans(
+    CHARACTERS
+    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if chr(code) not in CHARACTERS}
+)

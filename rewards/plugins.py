@@ -1,0 +1,232 @@
+"""Finds a reward function by its name and reads from its signature which columns it needs.
+
+A name is one of `BUILT_IN`, an entry point of group `cohort.rewards`, `module:callable`, or
+`package.module.callable`. It leads to a reward function (it takes `prompts`, `completions` or
+`completion_ids`) or to a factory (a class, or a function that takes none of them), which is called with the
+options and returns the reward function.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BUILT_IN: dict[str, str] = {
+    "math": "rewards.math:math_reward",
+    "code": "rewards.code:code_reward",
+    "think_format": "rewards.format:think_format",
+    "think_answer_format": "rewards.format:think_answer_format",
+    "tag_count": "rewards.format:tag_count",
+    "boxed_format": "rewards.format:boxed_format",
+    "code_format": "rewards.format:code_format",
+    "language_consistency": "rewards.language:LanguageConsistency",
+    "cosine_length": "rewards.shaping:CosineLength",
+    "kimi_length": "rewards.shaping:KimiLength",
+    "soft_overlong": "rewards.shaping:SoftOverlong",
+    "repetition": "rewards.shaping:Repetition",
+    "box_iou": "rewards.grounding:box_iou",
+    "mask_iou": "rewards.grounding:mask_iou",
+    "reasoning_gym": "rewards.gym:ReasoningGym",
+    "verl": "rewards.adapters:from_verl",
+    "openrlhf": "rewards.adapters:from_openrlhf",
+    "areal": "rewards.adapters:from_areal",
+}
+ENTRY_POINT_GROUP = "cohort.rewards"
+MARKERS = ("prompts", "completions", "completion_ids")
+GIVEN = frozenset({*MARKERS, "trainer_state", "log_extra", "log_metric"})
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function and what its signature asks for.
+
+    Attributes:
+        required: columns without which it cannot be called.
+        optional: columns that it names with a default; passed where the dataset has them.
+        takes_any: it has `**columns`, so every column is passed.
+        given: which of TRL's own arguments are passed.
+        needs_ids: it cannot do without token ids.
+        groupwise: it must see all completions of a prompt in one call, and of one prompt only.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    takes_any: bool
+    is_async: bool
+    groupwise: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = GIVEN
+    needs_ids: bool = False
+
+    def takes(self, column: str) -> bool:
+        named = self.takes_any or column in self.required or column in self.optional
+        return named and column not in self.options and column not in GIVEN
+
+
+def groupwise(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a reward function that compares the completions of a prompt: one call gets a whole group."""
+    fn.groupwise = True  # pyright: ignore[reportFunctionMemberAccess]
+    return fn
+
+
+def import_path(fn: Callable[..., Any]) -> str:
+    """`module:qualname` of a callable.
+
+    Raises:
+        ValueError: no other process can import it: a lambda, a nested function, or one of a script or
+            notebook.
+    """
+    module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    if module and qualname and module != "__main__" and "<" not in qualname:
+        return f"{module}:{qualname}"
+    raise ValueError(
+        f"reward {qualname or fn!r} of module {module!r} cannot be imported by a grader process: lambdas, "
+        "nested functions, configured objects and functions of a script or notebook have no import path; put "
+        "the function into a module, such as my_rewards.py in the working directory, and name it "
+        "'my_rewards:function' (a factory takes its arguments as options)"
+    )
+
+
+def load_reward(reward: str | Callable[..., Any], options: Mapping[str, Any] | None = None) -> RewardFunction:
+    """Imports the reward of that name, or takes the function, and binds its options.
+
+    The reserved option `groupwise: true` marks a function from outside.
+
+    Raises:
+        ValueError: no such name, it cannot be imported, or an option is unknown or missing.
+    """
+    options = dict(options or {})
+    marked = bool(options.pop("groupwise", False))
+    if isinstance(reward, str):
+        name, fn = reward, find(reward)
+    else:
+        name, fn = getattr(reward, "__name__", type(reward).__name__), reward
+    if not callable(fn):
+        raise ValueError(f"reward {name!r} is {type(fn).__name__}, not a function; name a callable")
+    if _is_factory(fn):
+        _check_options(name, inspect.signature(fn), options, allowed=None)
+        fn, options = fn(**options), {}
+        if not callable(fn) or _is_factory(fn):
+            raise ValueError(
+                f"reward {name!r} takes none of {', '.join(MARKERS)}, so it was called as a factory "
+                f"and returned {type(fn).__name__}, not a reward function (prompts, completions, **columns)"
+            )
+    return _describe(name, fn, options, marked)
+
+
+def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], marked: bool) -> RewardFunction:
+    signature = inspect.signature(fn)
+    parameters = signature.parameters.values()
+    for p in parameters:
+        if p.kind is p.POSITIONAL_ONLY:
+            raise ValueError(
+                f"reward {name!r} has the positional-only parameter {p.name!r}; rewards are called by keyword"
+            )
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    ours = name in BUILT_IN  # where options are keyword-only, so that no column is taken for one
+    columns = [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD or not ours]
+    _check_options(name, signature, options, allowed=[p.name for p in named if p.name not in GIVEN])
+    columns = [p for p in columns if p.name not in GIVEN and p.name not in options]
+    has_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = [p.name for p in columns if p.default is p.empty] + list(getattr(fn, "required_columns", ()))
+    return RewardFunction(
+        name=name,
+        fn=fn,
+        required=tuple(dict.fromkeys(required)),
+        optional=tuple(p.name for p in columns if p.default is not p.empty),
+        takes_any=bool(getattr(fn, "takes_any_column", has_rest and not ours)),
+        is_async=inspect.iscoroutinefunction(fn)
+        or inspect.iscoroutinefunction(getattr(fn, "__call__", None)),  # noqa: B004
+        groupwise=marked or bool(getattr(fn, "groupwise", False)),
+        options=options,
+        given=GIVEN if has_rest and not ours else GIVEN & {p.name for p in named},
+        needs_ids=any(p.name == "completion_ids" and p.default is p.empty for p in named),
+    )
+
+
+def _is_factory(fn: Callable[..., Any]) -> bool:
+    if inspect.isclass(fn):
+        return True
+    parameters = inspect.signature(fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return False
+    return not any(p.name in MARKERS for p in parameters)
+
+
+def _check_options(
+    name: str, signature: inspect.Signature, options: Mapping[str, Any], allowed: list[str] | None
+) -> None:
+    known = list(signature.parameters) if allowed is None else allowed
+    for option in options:
+        if option in known:
+            continue
+        near = difflib.get_close_matches(option, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
+        raise ValueError(f"reward {name!r} has no option {option!r}; {hint}")
+    missing = [
+        p.name
+        for p in signature.parameters.values()
+        if allowed is None
+        and p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in options
+    ]
+    if missing:
+        raise ValueError(
+            f"reward {name!r} needs the option {missing[0]!r}; give it as options: {{{missing[0]}: ...}}"
+        )
+
+
+def find(name: str) -> Any:
+    """The object that a reward's name leads to.
+
+    Raises:
+        ValueError: it leads nowhere.
+    """
+    if name in BUILT_IN:
+        return _import(name, *BUILT_IN[name].split(":"))
+    if ":" in name:
+        return _import(name, *name.split(":", 1))
+    found = _entry_points().get(name)
+    if found is not None:
+        try:
+            return found.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward {name!r} (entry point {found.value}) cannot be loaded: {error}"
+            ) from error
+    if "." in name:
+        return _import(name, *name.rsplit(".", 1))
+    known = [*BUILT_IN, *_entry_points()]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"built in are: {', '.join(known)}"
+    raise ValueError(f"no reward {name!r}; {hint} (a function of your own is named module:function)")
+
+
+def _entry_points() -> dict[str, Any]:
+    from importlib.metadata import entry_points  # 40 ms, and only names from outside need it
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _import(name: str, module_name: str, attributes: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r}: importing {module_name} failed with {type(error).__name__}: {error}; it must "
+            "be installed, or lie in the working directory"
+        ) from error
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            near = difflib.get_close_matches(attribute, [n for n in dir(found) if not n.startswith("_")], n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"reward {name!r}: {module_name} has no {attribute!r}{hint}")
+        found = getattr(found, attribute)
+    return found

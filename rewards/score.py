@@ -1,0 +1,252 @@
+"""`cohort score`: grades the rows of a JSON-lines file with one reward.
+
+A row holds `completion` (text, or messages), the columns that the reward needs, and if it likes `id`,
+`prompt` and `completion_ids`. For a group-wise reward, rows in a row with the same `group` (else the same
+`prompt`) are one group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rewards.compose import RewardSpec
+from rewards.pool import RewardPool
+from rl.types import Completion, Group, Prompt, Reward
+
+Row = Mapping[str, Any]
+AHEAD = 512
+SWITCHES = ("--chat", "-h", "--help")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Grade the rows of a JSON-lines file: one result a row, in order, and a summary."
+    parser.add_argument("name", help="a reward: built-in name, entry point or module:callable")
+    parser.add_argument("file", type=Path, help="JSON lines with `completion` and the columns of the reward")
+    parser.add_argument(
+        "options", nargs="*", metavar="key=value", help="options of the reward, values as JSON"
+    )
+    parser.add_argument("--out", type=Path, help="where results go (default: stdout, the summary to stderr)")
+    parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)))
+    parser.add_argument(
+        "--deadline", type=float, default=10.0, metavar="S", help="seconds for one completion"
+    )
+    parser.add_argument("--memory-gib", type=float, default=2.0, help="address space of one grader")
+    parser.add_argument(
+        "--chat", action="store_true", help="pass completions as messages, as TRL's rewards want"
+    )
+    take_flags_anywhere(parser)
+
+
+def take_flags_anywhere(parser: argparse.ArgumentParser) -> None:
+    """Lets key=value words follow flags; argparse by itself gives up on positionals that come after one."""
+    parse: Any = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        return parse(flags_last(sys.argv[1:] if args is None else args), namespace)
+
+    parser.parse_known_args = parse_known_args
+
+
+def flags_last(words: Iterable[str]) -> list[str]:
+    """The words with every --flag and its value moved behind the others; all but `SWITCHES` have a value."""
+    plain, flags, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            plain.append(word)
+            continue
+        flags.append(word)
+        if word not in SWITCHES and "=" not in word and rest:
+            flags.append(rest.pop(0))
+    return plain + flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Grades and prints; 0, or 1 if graders failed on more than a twentieth of the rows.
+
+    Raises:
+        ValueError: the file, a row, the reward or an option is wrong.
+    """
+    with ExitStack() as stack:
+        pool = RewardPool(
+            [RewardSpec(args.name, options=read_options(args.options))],
+            workers=args.workers,
+            deadline_s=args.deadline,
+            memory_bytes=int(args.memory_gib * (1 << 30)),
+        )
+        stack.callback(pool.close)
+        check_rows(pool, read_rows(args.file))
+        out = sys.stdout if args.out is None else stack.enter_context(args.out.open("w"))
+        rewards, start = [], time.monotonic()
+        for row_id, reward in score_rows(pool, read_rows(args.file), chat=args.chat):
+            rewards.append(reward)
+            out.write(json.dumps(result(row_id, reward)) + "\n")
+        seconds = time.monotonic() - start
+        if not rewards:
+            raise ValueError(f"{args.file} has no rows")
+        print(
+            summary(rewards, seconds),
+            pool.faults,
+            sep="\n",
+            file=sys.stderr if args.out is None else sys.stdout,
+        )
+        return int(pool.faults.share > 0.05)
+
+
+def read_options(words: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words; a value is JSON, or else a string.
+
+    Raises:
+        ValueError: a word has no "=".
+    """
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"option {word!r} must look like key=value, such as max_length=1024")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of each line that is not empty.
+
+    Raises:
+        ValueError: there is no such file, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f'{path}, line {number}: a row is an object such as {{"completion": "..."}}')
+            yield number, row
+
+
+def check_rows(pool: RewardPool, rows: Iterable[tuple[int, Row]]) -> None:
+    """
+    Raises:
+        ValueError: a row lacks its completion or a column, or a completion is neither text nor messages.
+    """
+    needs_ids = [asks.name for asks in pool.asks if asks.needs_ids]
+    for number, row in rows:
+        where = f"line {number}"
+        completion = row.get("completion")
+        if not (isinstance(completion, str) or _is_chat(completion)):
+            raise ValueError(
+                f"{where}: `completion` must be text or a list of messages; the row has: {', '.join(row)}"
+            )
+        if needs_ids and not isinstance(row.get("completion_ids"), list):
+            raise ValueError(
+                f"{where}: reward {needs_ids[0]!r} counts tokens, so each row needs `completion_ids`, a "
+                "list of token ids"
+            )
+        try:
+            pool.check_columns(set(row) - {"completion"}, None)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
+    )
+
+
+def score_rows(
+    pool: RewardPool, rows: Iterable[tuple[int, Row]], *, chat: bool = False
+) -> Iterator[tuple[Any, Reward]]:
+    """(id, reward) of each row, in order; a few hundred groups are in flight."""
+    flying: deque[tuple[list[Any], Any]] = deque()
+    for ids, group in _groups(pool, rows, chat):
+        flying.append((ids, pool.submit(group)))
+        if len(flying) > AHEAD:
+            ids, future = flying.popleft()
+            yield from zip(ids, future.result().rewards, strict=True)
+    for ids, future in flying:
+        yield from zip(ids, future.result().rewards, strict=True)
+
+
+def _groups(
+    pool: RewardPool, rows: Iterable[tuple[int, Row]], chat: bool
+) -> Iterator[tuple[list[Any], Group]]:
+    groupwise = any(asks.groupwise for asks in pool.asks)
+    numbered = enumerate(row for _, row in rows)
+    for _, members in itertools.groupby(numbered, key=lambda item: _key(item[1]) if groupwise else item[0]):
+        listed = list(members)
+        ids = [row.get("id", index) for index, row in listed]
+        yield ids, to_group(str(ids[0]), [row for _, row in listed], chat=chat)
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row.get("group", row.get("prompt")))
+
+
+def to_group(group_id: str, rows: list[Row], *, chat: bool = False) -> Group:
+    """Rows of one prompt as a group; columns are those of the first row."""
+    prompt, first = rows[0].get("prompt", ""), rows[0]["completion"]
+    chat = chat or isinstance(prompt, list) or isinstance(first, list)
+    text = prompt if isinstance(prompt, str) else ""
+    messages = (
+        tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": text},) if chat else ()
+    )
+    columns = {k: v for k, v in rows[0].items() if k not in ("completion", "prompt", "completion_ids")}
+    completions = []
+    for row in rows:
+        ids = row.get("completion_ids") or []
+        said = row["completion"]
+        said = said if isinstance(said, str) else "\n".join(str(m["content"]) for m in said)
+        completions.append(Completion(ids, [], [True] * len(ids), "stop", [], text=said))
+    return Group(Prompt(group_id, text, (), messages, columns), completions)
+
+
+def result(row_id: Any, reward: Reward) -> dict[str, Any]:
+    """One line of output."""
+    return {
+        "id": row_id,
+        "score": reward.score,
+        "reason": str(reward.reason),
+        "extracted": reward.extracted,
+        "elapsed_ms": round(reward.elapsed_ms, 3),
+        "detail": reward.detail,
+    }
+
+
+def summary(rewards: list[Reward], seconds: float) -> str:
+    """What the rewards of many rows come to, in a few lines."""
+    scores = [reward.score for reward in rewards if reward.score is not None]
+    reasons = ", ".join(
+        f"{r} {n}" for r, n in Counter(str(reward.reason) for reward in rewards).most_common()
+    )
+    latency = sorted(reward.elapsed_ms for reward in rewards)
+    mean = f"mean score {sum(scores) / len(scores):.4f}" if scores else "no scores"
+    return (
+        f"{len(rewards)} rows in {seconds:.2f} s ({len(rewards) / max(seconds, 1e-9):.0f}/s): {mean}, "
+        f"{len(rewards) - len(scores)} abstained\n"
+        f"reasons: {reasons}\n"
+        f"latency: p50 {quantile(latency, 0.5):.2f} ms, p99 {quantile(latency, 0.99):.2f} ms"
+    )
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    """The smallest value that at least `share` of the ordered values do not exceed."""
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]

@@ -1,0 +1,203 @@
+"""Rewards of a step -> advantages: one dict `ADVANTAGES`, name -> function of one group's rewards.
+
+Python floats (fp64): groups are tiny, and a group without spread gets exactly 0, so its rows may be skipped.
+Abstained rewards (score None) and aborted completions leave every mean and deviation and get advantage 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from rl.config import AdvantageConfig
+from rl.types import ScoredGroup
+
+STD_EPS = 1e-4
+"""Added to a deviation, outside the root, as TRL does; the paper's formula divides by the bare deviation."""
+
+Advantages = Callable[[Sequence[float], float], list[float]]
+"""(rewards of one group, standard deviation over the whole step) -> one advantage per reward."""
+
+ReduceMoments = Callable[[list[float]], list[float]]
+"""Sums each number over all processes, in fp64. Every process calls it equally often."""
+
+Outcome = Literal["mixed", "all_right", "all_wrong", "unscored"]
+
+
+def centered_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """r - mean(r): no division, so hard and easy prompts are not up-weighted (Dr. GRPO, arXiv:2503.20783).
+
+    Exactly 0 for rewards that are equal up to rounding, a single one included.
+    """
+    if not has_spread(rewards):
+        return [0.0] * len(rewards)
+    mean = math.fsum(rewards) / len(rewards)
+    return [r - mean for r in rewards]
+
+
+def grpo_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """(r - mean(r)) / (std(r) + 1e-4), sample deviation, G - 1 (DeepSeek-R1, arXiv:2501.12948 (3))."""
+    return _scaled(centered_advantages(rewards), 1 / (sample_std(rewards) + STD_EPS))
+
+
+def rloo_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """r - mean of the group's other rewards = G / (G - 1) * (r - mean(r)) (RLOO, arXiv:2402.14740)."""
+    return _scaled(centered_advantages(rewards), len(rewards) / max(len(rewards) - 1, 1))
+
+
+def max_rl_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """(r - mean(r)) / mean(r), 0 for a group without success (MaxRL, arXiv:2602.02710 algorithm 1).
+
+    Derived for binary rewards, where a prompt of pass rate p weighs about 1 / p as under maximum likelihood.
+    A positive factor on all rewards changes nothing.
+
+    Raises:
+        ValueError: a reward is negative; the mean could then be 0 or turn the sign around.
+    """
+    if min(rewards, default=0.0) < 0:
+        raise ValueError(
+            f"advantage.name=max_rl divides by the mean, so rewards must be >= 0, not {min(rewards):g}; "
+            "use rewards in [0, 1] without penalties, or advantage.name=grpo, centered or rloo"
+        )
+    mean = math.fsum(rewards) / max(len(rewards), 1)
+    return _scaled(centered_advantages(rewards), 1 / mean if mean > 0 else 0.0)
+
+
+def batch_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """(r - mean of the group) / (std over the step + 1e-4) (arXiv:2508.08221; TRL scale_rewards="batch")."""
+    return _scaled(centered_advantages(rewards), 1 / (batch_std + STD_EPS))
+
+
+ADVANTAGES: dict[str, Advantages] = {
+    "grpo": grpo_advantages,
+    "centered": centered_advantages,
+    "rloo": rloo_advantages,
+    "max_rl": max_rl_advantages,
+    "batch": batch_advantages,
+}
+
+
+def compute_advantages(
+    groups: Sequence[ScoredGroup],
+    *,
+    config: AdvantageConfig,
+    weights: Mapping[str, float],
+    reduce_moments: ReduceMoments | None = None,
+) -> list[list[float]]:
+    """One advantage per completion of every group of a step, in order.
+
+    aggregate="sum" normalises `Reward.score`, already the weighted sum. aggregate="gdpo" (arXiv:2601.05242)
+    normalises each of `Reward.parts` within its group as "grpo" does, sums them with `weights`, and divides
+    by the deviation of those sums over the step, plus 1e-4; their mean over the step is 0 by construction.
+
+    Args:
+        groups: this process's groups; they may be ragged.
+        weights: reward name -> weight; read by gdpo only.
+        reduce_moments: sums numbers over the processes; called twice, whatever the config. None: one process.
+
+    Raises:
+        ValueError: a score is not finite; gdpo finds no parts or one without a weight; max_rl a score < 0.
+    """
+    valid_ids = [valid_completions(group) for group in groups]
+    advantages = [[0.0] * len(group.rewards) for group in groups]
+    if config.aggregate == "gdpo":
+        sums = [_sum_of_normalised(g, ids, weights) for g, ids in zip(groups, valid_ids, strict=True)]
+        scale = 1 / (_std_over_step(sums, reduce_moments) + STD_EPS)
+        values = [_scaled(group_sums, scale) for group_sums in sums]
+    else:
+        scores = [
+            [_finite(g, i, g.rewards[i].score) for i in ids] for g, ids in zip(groups, valid_ids, strict=True)
+        ]
+        batch_std = _std_over_step(scores, reduce_moments)
+        values = [ADVANTAGES[config.name](group_scores, batch_std) for group_scores in scores]
+    for row, ids, group_values in zip(advantages, valid_ids, values, strict=True):
+        for i, value in zip(ids, group_values, strict=True):
+            row[i] = value
+    return advantages
+
+
+def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapping[str, float]) -> Outcome:
+    """Whether a group can teach: "mixed" if some advantage can differ from 0, else why none does.
+
+    "all_right": all valid scores are equal, positive and at least half of what the weights can pay (rewards
+    up to 1), so that a format bonus alone does not count; "all_wrong": equal and less; "unscored": none is
+    valid.
+    Under gdpo a group with equal scores is mixed if a part that has a weight has spread.
+    """
+    ids = valid_completions(scored)
+    if not ids:
+        return "unscored"
+    scores = [_finite(scored, i, scored.rewards[i].score) for i in ids]
+    series = [scores]
+    if config.aggregate == "gdpo":
+        series = [_part_scores(scored, ids, name)[1] for name, weight in weights.items() if weight]
+    if any(has_spread(values) for values in series):
+        return "mixed"
+    payable = math.fsum(weight for weight in weights.values() if weight > 0)
+    return "all_right" if scores[0] > 0 and scores[0] >= payable / 2 else "all_wrong"
+
+
+def valid_completions(scored: ScoredGroup) -> list[int]:
+    """Indices of the completions that count in the group's baseline: sampled without abort, and scored."""
+    assert len(scored.rewards) == len(scored.completions), f"{scored.prompt.id}: one reward each"
+    pairs = zip(scored.completions, scored.rewards, strict=True)
+    return [i for i, (c, r) in enumerate(pairs) if c.finish_reason != "abort" and r.score is not None]
+
+
+def has_spread(rewards: Sequence[float]) -> bool:
+    """Whether max(r) differs from min(r) by more than rounding (1e-9, relative or absolute)."""
+    return len(rewards) > 1 and not math.isclose(min(rewards), max(rewards), rel_tol=1e-9, abs_tol=1e-9)
+
+
+def sample_std(values: Sequence[float]) -> float:
+    """sqrt(sum((x - mean)^2) / (n - 1)); 0 for fewer than two values."""
+    return _std_over_step([values], None)
+
+
+def _std_over_step(values: Sequence[Sequence[float]], reduce_moments: ReduceMoments | None) -> float:
+    """Sample deviation of all values of all processes, in two passes: a large mean cancels no digits."""
+    reduce = reduce_moments or (lambda moments: moments)
+    flat = [x for group in values for x in group]
+    count, total = reduce([float(len(flat)), math.fsum(flat)])
+    mean = total / max(count, 1.0)
+    (squares,) = reduce([math.fsum((x - mean) ** 2 for x in flat)])
+    return math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+
+
+def _sum_of_normalised(scored: ScoredGroup, ids: Sequence[int], weights: Mapping[str, float]) -> list[float]:
+    """sum_k weight_k * grpo_advantages(part k) per valid completion; an abstained part adds 0."""
+    names = {name for i in ids for name in scored.rewards[i].parts}
+    if (unknown := names - set(weights)) or (ids and not names):
+        found = f"parts {sorted(unknown)} without a weight" if unknown else "no parts in Reward.parts"
+        raise ValueError(
+            f"advantage.aggregate=gdpo normalises each reward alone, but {scored.prompt.id} has {found}; "
+            f"weights are given for {sorted(weights)}; name every reward in rewards.functions, or set "
+            "advantage.aggregate=sum"
+        )
+    sums = dict.fromkeys(ids, 0.0)
+    for name, weight in weights.items():
+        part_ids, scores = _part_scores(scored, ids, name)
+        for i, value in zip(part_ids, grpo_advantages(scores), strict=True):
+            sums[i] += weight * value
+    return list(sums.values())
+
+
+def _part_scores(scored: ScoredGroup, ids: Sequence[int], name: str) -> tuple[list[int], list[float]]:
+    """Which of the completions `ids` the reward `name` applies to, and its scores there."""
+    found = [(i, scored.rewards[i].parts.get(name)) for i in ids]
+    part_ids = [i for i, score in found if score is not None]
+    return part_ids, [_finite(scored, i, score) for i, score in found if score is not None]
+
+
+def _finite(scored: ScoredGroup, index: int, score: float | None) -> float:
+    if score is None or not math.isfinite(score):
+        raise ValueError(
+            f"completion {index} of prompt {scored.prompt.id} has reward {score}; a reward must be a finite "
+            "number, or None to abstain"
+        )
+    return float(score)
+
+
+def _scaled(values: Sequence[float], factor: float) -> list[float]:
+    return [value * factor for value in values]

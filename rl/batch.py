@@ -1,0 +1,266 @@
+"""The packed batch: groups and their advantages become micro-batches under a token budget, prompts shared,
+nothing padded.
+
+A token's column is the token itself. `predecessors_L` says which column a causal policy predicts it from (the
+last prompt token for the first token of every completion), so the shift happens once, here, and a
+bidirectional policy ignores it.
+
+Weights are global: every token carries its share of the loss of the whole optimizer step, all processes
+included, so that summing over micro-batches and processes is exact however the work is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl.attention import Block, Layout
+from rl.types import Completion, Prompt, ScoredGroup
+
+SumOverProcesses = Callable[[list[float]], list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to train on: its prompt's index, ids, advantage, and the weight of each of its loss
+    tokens.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    group_index: int
+    advantage: float
+    weight: float = 0.0
+    in_loss: bool = True
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(self.completion.loss_mask) if self.in_loss else 0
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass. N packed tokens, of which L are in the loss, from S sequences.
+
+    Attributes:
+        token_ids_N, positions_N: the packed row; positions restart at each prompt and continue into its
+        completions.
+        blocks: prompts and their completions, in column order.
+        columns_L, predecessors_L: column of each loss token, and of the token it is predicted from.
+        sequence_ids_L: which of the S sequences a loss token belongs to, 0..S-1.
+        weights_L: share of the step's loss.
+        behavior_logprobs_L: the engine's log-probs, or None if it was asked for none.
+        old_logprobs_L: the policy's own before the first update of this step; None while no update has
+            happened.
+    """
+
+    token_ids_N: Int[Tensor, " N"]
+    positions_N: Int[Tensor, " N"]
+    blocks: tuple[Block, ...]
+    columns_L: Int[Tensor, " L"]
+    predecessors_L: Int[Tensor, " L"]
+    sequence_ids_L: Int[Tensor, " L"]
+    advantages_L: Float[Tensor, " L"]
+    weights_L: Float[Tensor, " L"]
+    behavior_logprobs_L: Float[Tensor, " L"] | None
+    num_sequences: int
+    old_logprobs_L: Float[Tensor, " L"] | None = None
+    _layout: Layout | None = field(default=None, repr=False)
+
+    @property
+    def targets_L(self) -> Int[Tensor, " L"]:
+        return self.token_ids_N[self.columns_L]
+
+    @property
+    def layout(self) -> Layout:
+        if self._layout is None:
+            self._layout = Layout.of(self.blocks, self.token_ids_N.device)
+        return self._layout
+
+    def to(self, device: torch.device) -> MicroBatch:
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors, _layout=None)
+
+
+@dataclass
+class Batch:
+    """What one optimizer step trains on: the micro-batches of this process, and counts over all processes.
+
+    Attributes:
+        num_sequences: completions in the denominators, rows without signal included.
+        num_loss_tokens: their loss tokens.
+        num_skipped_rows: rows of this process that cannot change the weights and so cost no forward pass.
+    """
+
+    micro_batches: list[MicroBatch]
+    num_sequences: float
+    num_loss_tokens: float
+    num_skipped_rows: int = 0
+
+    @property
+    def num_packed_tokens(self) -> int:
+        return sum(len(m.token_ids_N) for m in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class PackRules:
+    """How a step is packed.
+
+    Attributes:
+        row_weight: (loss tokens of the row, sequences of the step, loss tokens of the step, loss tokens of an
+            average step of this batch) -> weight of each of the row's loss tokens.
+        skip_without_signal: leave out rows with advantage 0 (right only without KL and entropy terms).
+        mask_truncated: completions cut by the length limit have no loss tokens.
+    """
+
+    token_budget: int
+    row_weight: Callable[[int, float, float, float], float]
+    num_minibatches: int = 1
+    skip_without_signal: bool = True
+    mask_truncated: bool = False
+
+
+def pack(
+    groups: Sequence[ScoredGroup],
+    advantages: Sequence[Sequence[float]],
+    rules: PackRules,
+    *,
+    sum_over_processes: SumOverProcesses = list,
+) -> list[Batch]:
+    """One Batch per optimizer step of a pass. Minibatch m takes the m-th contiguous share of the groups.
+
+    Aborted and empty completions are in no denominator. A sequence longer than the token budget gets a
+    micro-batch of its own.
+
+    Raises:
+        ValueError: the groups do not split into `rules.num_minibatches` equal parts.
+    """
+    if len(groups) % rules.num_minibatches:
+        raise ValueError(
+            f"{len(groups)} groups do not split into num_minibatches={rules.num_minibatches} equal parts; "
+            "choose a divisor of prompts_per_step / processes"
+        )
+    share = len(groups) // rules.num_minibatches
+    parts = [
+        _rows(groups, advantages, range(m * share, (m + 1) * share), rules)
+        for m in range(rules.num_minibatches)
+    ]
+    counts = sum_over_processes(
+        [float(n) for rows in parts for n in (len(rows), sum(r.num_loss_tokens for r in rows))]
+    )
+    tokens_per_step = sum(counts[1::2]) / rules.num_minibatches
+    return [
+        _batch(rows, rules, counts[2 * m], counts[2 * m + 1], tokens_per_step) for m, rows in enumerate(parts)
+    ]
+
+
+def _rows(
+    groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]], indices: range, rules: PackRules
+) -> list[Row]:
+    rows = []
+    for i in indices:
+        for completion, advantage in zip(groups[i].completions, advantages[i], strict=True):
+            if completion.finish_reason == "abort" or not completion.token_ids:
+                continue
+            in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
+            rows.append(Row(groups[i].prompt, completion, i, advantage, in_loss=in_loss))
+    return rows
+
+
+def _batch(
+    rows: list[Row], rules: PackRules, num_sequences: float, num_tokens: float, tokens_per_step: float
+) -> Batch:
+    kept = [
+        replace(row, weight=rules.row_weight(row.num_loss_tokens, num_sequences, num_tokens, tokens_per_step))
+        for row in rows
+        if row.num_loss_tokens and not (rules.skip_without_signal and row.advantage == 0)
+    ]
+    micro_batches = [
+        _micro_batch(bin_) for bin_ in _first_fit(_blocks(kept, rules.token_budget), rules.token_budget)
+    ]
+    return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
+
+
+def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
+    """Rows of one group side by side, cut where prompt and completions together would exceed the budget."""
+    blocks: list[list[Row]] = []
+    size, current = 0, None
+    for row in rows:
+        length = len(row.completion.token_ids)
+        if row.group_index != current or size + length > token_budget:
+            blocks.append([])
+            size, current = len(row.prompt.token_ids), row.group_index
+        blocks[-1].append(row)
+        size += length
+    return blocks
+
+
+def _block_size(block: list[Row]) -> int:
+    return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
+
+
+def _first_fit(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
+    """First-fit decreasing: largest block first, into the first bin with room."""
+    bins: list[list[list[Row]]] = []
+    room: list[int] = []
+    for block in sorted(blocks, key=_block_size, reverse=True):
+        size = _block_size(block)
+        index = next((i for i, free in enumerate(room) if size <= free), None)
+        if index is None:
+            bins.append([])
+            room.append(token_budget)
+            index = len(bins) - 1
+        bins[index].append(block)
+        room[index] -= size
+    return bins
+
+
+def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    blocks: list[Block] = []
+    columns: list[int] = []
+    predecessors: list[int] = []
+    sequence_ids: list[int] = []
+    per_token: list[tuple[float, float]] = []
+    behavior: list[float] = []
+    num_sequences = 0
+    for rows in bin_:
+        prompt = rows[0].prompt.token_ids
+        blocks.append(Block(len(token_ids), len(prompt), tuple(len(r.completion.token_ids) for r in rows)))
+        last_prompt_column = len(token_ids) + len(prompt) - 1
+        token_ids += prompt
+        positions += range(len(prompt))
+        for row in rows:
+            start, ids = len(token_ids), row.completion.token_ids
+            scored = [t for t, counts in enumerate(row.completion.loss_mask) if counts]
+            columns += [start + t for t in scored]
+            predecessors += [start + t - 1 if t else last_prompt_column for t in scored]
+            sequence_ids += [num_sequences] * len(scored)
+            per_token += [(row.advantage, row.weight)] * len(scored)
+            if row.completion.behavior_logprobs:
+                behavior += [row.completion.behavior_logprobs[t] for t in scored]
+            token_ids += ids
+            positions += range(len(prompt), len(prompt) + len(ids))
+            num_sequences += 1
+    if behavior and len(behavior) != len(columns):
+        raise ValueError(
+            "some completions of a batch carry behavior log-probs and others do not; ask the engine for all "
+            "or none"
+        )
+    return MicroBatch(
+        token_ids_N=torch.tensor(token_ids),
+        positions_N=torch.tensor(positions),
+        blocks=tuple(blocks),
+        columns_L=torch.tensor(columns),
+        predecessors_L=torch.tensor(predecessors),
+        sequence_ids_L=torch.tensor(sequence_ids),
+        advantages_L=torch.tensor([a for a, _ in per_token]),
+        weights_L=torch.tensor([w for _, w in per_token]),
+        behavior_logprobs_L=torch.tensor(behavior) if behavior else None,
+        num_sequences=num_sequences,
+    )

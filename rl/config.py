@@ -1,0 +1,350 @@
+"""The typed, validated configuration of a run: every key, its default, its range, and the rules between keys.
+
+`rl.config_file.load_config` reads it from YAML and overrides before any model is loaded. The resolved
+config is written to the run folder, so a run can be repeated from its folder alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TrainConfig(Section):
+    """How much is sampled and how it is trained on. A step samples `prompts_per_step` groups and consumes
+    each once.
+    """
+
+    steps: int = Field(default=100, ge=1)
+    prompts_per_step: int = Field(default=8, ge=1, description="groups per step, over all processes")
+    group_size: int = Field(default=8, ge=1, description="G, completions per prompt")
+    num_epochs: int = Field(
+        default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
+    )
+    num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
+    token_budget: int = Field(
+        default=8192, ge=16, description="packed tokens of one forward pass, per process"
+    )
+    max_staleness: int = Field(
+        default=0, ge=0, description="0: every completion is sampled by the current policy"
+    )
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = Field(
+        default=True, description="torch deterministic algorithms on CPU: exact resume"
+    )
+    max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
+
+
+class LoraConfig(Section):
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ReferenceConfig(Section):
+    """The reference of the KL term. With LoRA it is the base model and costs no copy."""
+
+    update_every: int = Field(
+        default=0, ge=0, description="steps between moves towards the policy; 0 = frozen"
+    )
+    mixup: float = Field(
+        default=1.0, gt=0, le=1, description="reference <- mixup * policy + (1 - mixup) * reference"
+    )
+
+
+class ModelConfig(Section):
+    name: str = Field(
+        default="smollm2-135m-instruct", description="hub name, folder, or the built-in smollm2-135m-instruct"
+    )
+    revision: str | None = None
+    dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
+        default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
+    )
+    attention: Literal["auto", "packed", "rows"] = Field(
+        default="auto",
+        description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
+    )
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    reference: ReferenceConfig = ReferenceConfig()
+    chat_template: str | None = Field(
+        default=None, description="path of a Jinja file; default: the tokenizer's own"
+    )
+
+
+class DataConfig(Section):
+    """Where prompts come from: `reasoning_gym:NAME`, a hub name, a file or folder that `datasets` reads, or
+    `module:callable`.
+    """
+
+    source: str = "reasoning_gym:chain_sum"
+    split: str = "train"
+    revision: str | None = None
+    prompt_column: str = "prompt"
+    columns: list[str] = Field(default=[], description="kept for graders; empty = all")
+    system_prompt: str | None = None
+    chat: bool = Field(
+        default=True, description="a text prompt becomes a user message; false: it stays plain text"
+    )
+    template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
+    size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
+    options: dict[str, Any] = Field(default={}, description="arguments of the generator or callable")
+    max_prompt_length: int = Field(
+        default=1024, ge=1, description="tokens, the chat template included; longer is an error"
+    )
+    shuffle: bool = True
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 = off")
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    max_completion_length: int = Field(default=256, ge=1)
+    stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
+
+
+class EngineConfig(Section):
+    """Who samples. `auto`: vLLM where it can be imported, else transformers."""
+
+    name: Literal["auto", "vllm", "transformers"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_num_seqs: int = Field(default=256, ge=1)
+    gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
+    kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
+    enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
+    verify_sync: bool = Field(
+        default=True, description="version, fingerprints and canary at every weight sync"
+    )
+    canary_tolerance: float | None = Field(
+        default=None, gt=0, description="nats; default by dtype: 0.02 fp32, 0.25 bf16"
+    )
+    timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
+
+
+class RewardSpec(Section):
+    name: str = Field(description="built-in name, entry point of group cohort.rewards, or module:callable")
+    weight: float = 1.0
+    requires: str | None = Field(default=None, description="a reward that must be > 0 for this one to count")
+    options: dict[str, Any] = {}
+    clip: tuple[float, float] | None = Field(default=None, description="(low, high) of the score")
+
+
+class RewardsConfig(Section):
+    functions: list[RewardSpec] = Field(default=[RewardSpec(name="math")], min_length=1)
+    workers: int = Field(default=1, ge=1, description="grader processes")
+    deadline_s: float = Field(
+        default=10.0, gt=0, description="per completion; then the grader is killed and the sample abstains"
+    )
+    memory_gib: float = Field(default=2.0, gt=0, description="address space of one grader")
+    max_fault_share: float = Field(
+        default=0.05, ge=0, le=1, description="share of grader faults in a step that stops the run"
+    )
+
+
+class DynamicSamplingConfig(Section):
+    """DAPO (arXiv:2503.14476) section 3.2: groups without spread are replaced by fresh ones."""
+
+    max_rounds: int = Field(default=3, ge=1, description="sampling rounds per step, the first included")
+
+
+class AdvantageConfig(Section):
+    name: Literal["grpo", "centered", "rloo", "batch", "max_rl"] = "grpo"
+    aggregate: Literal["sum", "gdpo"] = Field(
+        default="sum", description="sum: weighted sum, then normalise; gdpo: normalise each reward, then sum"
+    )
+    dynamic_sampling: DynamicSamplingConfig | None = None
+
+    @model_validator(mode="after")
+    def check_gdpo(self) -> AdvantageConfig:
+        if self.aggregate == "gdpo" and self.name != "grpo":
+            raise ValueError(
+                "advantage.aggregate=gdpo normalises each reward by its group's deviation and would ignore "
+                f"advantage.name={self.name}; use advantage.name=grpo, or advantage.aggregate=sum"
+            )
+        return self
+
+
+class SamplerCorrectionConfig(Section):
+    """Weights the loss by policy / sampler where the engine's numbers differ from the policy's (truncated
+    importance sampling).
+    """
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    low: float = Field(default=0.0, ge=0)
+    high: float = Field(default=2.0, gt=0)
+
+
+CLIP_RANGES = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (1.0, 4.0)}
+"""(clip_low, clip_high) of a loss where they are not 0.2: GSPO arXiv:2507.18071 section 5.1, DAPO
+arXiv:2503.14476, CISPO without a lower bound (arXiv:2506.13585) and weights up to 5 (ScaleRL,
+arXiv:2510.13786).
+"""
+
+
+class LossConfig(Section):
+    """DeepSeek-R1 (arXiv:2501.12948) equations (1)-(3) by default: clipped ratio, k3 KL, per-sequence mean.
+
+    The clip range defaults to that of the loss's own paper (`CLIP_RANGES`), else to 0.2 and 0.2.
+    """
+
+    name: Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"] = "grpo"
+    clip_low: float = Field(default=0.2, ge=0, le=1, description="ratio >= 1 - clip_low")
+    clip_high: float = Field(default=0.2, ge=0, description="ratio <= 1 + clip_high")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="upper bound of the ratio where the advantage is negative"
+    )
+    kl_coef: float = Field(default=0.001, ge=0, description="0: no reference model")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_bias_correction: bool = Field(
+        default=False,
+        description="KL times the ratio (arXiv:2512.02556): with k1 or k3 its gradient is then the KL's",
+    )
+    entropy_coef: float = Field(default=0.0, ge=0)
+    mask_truncated: bool = Field(
+        default=False, description="completions cut by the length limit give no gradient"
+    )
+    sampler_correction: SamplerCorrectionConfig | None = SamplerCorrectionConfig()
+    sapo_temperatures: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(1.0, 1.05), description="for positive and other advantages"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_clip_range(cls, values: Any) -> Any:
+        """The clip range of the loss's own paper, where the user gave none."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        low, high = CLIP_RANGES.get(values["name"], (0.2, 0.2))
+        return {"clip_low": low, "clip_high": high, **values}
+
+    @model_validator(mode="after")
+    def check_dual_clip(self) -> LossConfig:
+        if self.dual_clip is None:
+            return self
+        if self.name not in ("grpo", "dr_grpo", "bnpo", "dapo", "gspo"):
+            raise ValueError(f"loss.dual_clip does nothing under loss.name={self.name}; remove it")
+        if self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"loss.dual_clip={self.dual_clip} must be above 1 + loss.clip_high = {1 + self.clip_high:g}; "
+                "use loss.dual_clip=3.0, or leave it out"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy before, every `every` steps and after, on its own prompts and sampling; never touches
+    the training stream.
+    """
+
+    data: DataConfig | None = Field(default=None, description="default: no evaluation")
+    every: int = Field(default=0, ge=0, description="0: only before and after")
+    metric: str = Field(default="math", description="the reward whose score counts as accuracy")
+    num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=50, ge=0, description="steps; 0: only at the end and on a signal")
+    keep: int = Field(default=2, ge=1)
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: Path = Path("runs/default")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    train: TrainConfig = TrainConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def check_rules(self) -> Config:
+        t, s, loss = self.train, self.sampling, self.loss
+        if s.temperature == 0:
+            raise ValueError(
+                "sampling.temperature=0 draws the same completion G times, so no group has spread and "
+                "nothing is learnt; use sampling.temperature=1.0 (evaluation.sampling.temperature=0 is fine)"
+            )
+        if s.top_p < 1 or s.top_k > 0 or s.min_p > 0:
+            raise ValueError(
+                f"sampling.top_p={s.top_p}, top_k={s.top_k}, min_p={s.min_p} cut the sampled distribution, "
+                "and the importance ratio of a cut distribution against the full softmax is biased; use "
+                "top_p=1.0, top_k=0, min_p=0.0 for training (evaluation.sampling may cut)"
+            )
+        if t.group_size < 2:
+            raise ValueError(
+                f"train.group_size={t.group_size} leaves no other completion to compare with; "
+                "use train.group_size >= 2 (8 is usual)"
+            )
+        if t.prompts_per_step % t.num_minibatches:
+            divisors = [d for d in range(1, t.prompts_per_step + 1) if t.prompts_per_step % d == 0]
+            raise ValueError(
+                f"train.prompts_per_step={t.prompts_per_step} does not split into num_minibatches="
+                f"{t.num_minibatches} equal parts; use num_minibatches in {divisors}"
+            )
+        if loss.name == "cispo" and loss.clip_high < 1:
+            raise ValueError(
+                f"loss.clip_high={loss.clip_high} with loss.name=cispo caps every weight at "
+                f"{1 + loss.clip_high}; CISPO clips far above 1: use loss.clip_high=4.0 (weights up to "
+                "5.0) and loss.clip_low=1.0"
+            )
+        if (correction := loss.sampler_correction) and correction.low >= correction.high:
+            raise ValueError(
+                f"loss.sampler_correction: low={correction.low} must be below high={correction.high}; "
+                "for example low=0.5, high=2.0"
+            )
+        names = [r.name for r in self.rewards.functions]
+        for spec in self.rewards.functions:
+            if spec.requires is not None and spec.requires not in names:
+                raise ValueError(f"reward {spec.name} requires {spec.requires!r}, which is not among {names}")
+        if self.evaluation.data and self.evaluation.metric not in names:
+            raise ValueError(
+                f"evaluation.metric={self.evaluation.metric!r} is not a reward of this run; "
+                f"use one of {names}"
+            )
+        return self
+
+
+def check_processes(config: Config, num_processes: int) -> None:
+    """Raises ValueError, with values that would work, if the groups of a step do not split over the
+    processes.
+    """
+    p = config.train.prompts_per_step // config.train.num_minibatches
+    if p % num_processes == 0:
+        return
+    nearest = -(-p // num_processes) * num_processes * config.train.num_minibatches
+    below = p // num_processes * num_processes * config.train.num_minibatches
+    choices = [str(n) for n in (below, nearest) if n > 0]
+    raise ValueError(
+        f"train.prompts_per_step={config.train.prompts_per_step} / "
+        f"num_minibatches={config.train.num_minibatches} = {p} groups "
+        f"per optimizer step do not split over {num_processes} processes; use "
+        f"prompts_per_step={' or '.join(choices)}"
+    )

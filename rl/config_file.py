@@ -1,0 +1,105 @@
+"""Configs from YAML files and `key.sub=value` overrides, with every fault named and the nearest known key
+suggested.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rl.config import Config
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=value` overrides and validates.
+
+    Raises:
+        ValueError: the file is no mapping, an override has no '=', or a key, type, range or rule is broken;
+            every fault is listed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            near = difflib.get_close_matches(
+                str(path), [str(p) for p in Path(path).parent.glob("*.yaml")], n=1
+            )
+            raise ValueError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path} must hold keys and values (a YAML mapping), not {type(tree).__name__}")
+    for override in overrides:
+        key, eq, text = override.partition("=")
+        if not eq:
+            raise ValueError(f"override {override!r} must look like key.sub=value, such as train.steps=20")
+        node = tree
+        *parents, leaf = key.lstrip("-").split(".")
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[leaf] = _read_scalar(text)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error, path)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_scalar(text: str) -> Any:
+    """YAML, with 1e-5 read as a float (YAML 1.1 reads it as a string)."""
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+        return float(text)
+    return yaml.safe_load(text)
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    """Names of the fields that a config path's last parent has."""
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = (
+            model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        )
+        if field is None:
+            return []
+        model = _model_in(field.annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None
+
+
+def _explain(error: ValidationError, path: str | Path | None) -> str:
+    lines = []
+    for fault in error.errors():
+        location = list(fault["loc"])
+        key = ".".join(str(part) for part in location)
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=2, cutoff=0.5)
+            where = f"section {'.'.join(map(str, location[:-1]))}" if location[:-1] else "a config"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"{where} has: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        elif key:
+            lines.append(f"{key}={cast(Any, fault['input'])!r}: {fault['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(fault["msg"].removeprefix("Value error, "))
+    head = f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in {path or 'the config'}:"
+    return "\n  ".join([head, *lines])

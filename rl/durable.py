@@ -1,0 +1,114 @@
+"""Files that are whole or absent, and the lock that makes one process the only writer of a run folder.
+
+A rename publishes a file at once, but only what was fsynced before it survives a power cut: first the data,
+then the rename, then the folder that holds the name (LWN 457667, "Ensuring data reaches disk").
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+# Some network and user-space file systems refuse to fsync a folder; they order names by themselves.
+_FOLDER_FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
+
+
+class RunLockedError(ValueError):
+    """Another process writes into this run folder."""
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's data, or a folder's names, to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _FOLDER_FSYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that is at `path`, whole and on disk, once the block ends; not at all if it raises.
+
+    A process killed inside the block leaves `.partial-NAME`, which the next write of that name replaces.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+class RunLock:
+    """The sole right to write into `run_dir`, from `acquire` (or `with`) to `release` or the process's end.
+
+    The kernel holds the lock, so a killed process leaves none behind; `run.lock.json` only says whom to ask.
+    It is advisory: it binds those who take it.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._holder_file = self.run_dir / "run.lock.json"
+        # Not thread-local: a signal or watchdog thread may be the one that ends the run.
+        self._lock = FileLock(self.run_dir / "run.lock", timeout=0, thread_local=False)
+
+    def acquire(self) -> RunLock:
+        """Takes the lock at once or not at all.
+
+        Raises:
+            RunLockedError: someone holds it; the message says who.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunLockedError(
+                f"run_dir={self.run_dir} is being written by {self._holder()}; two writers would mix their "
+                "records. Wait for it to end, stop it, or use another run_dir"
+            ) from None
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with written_whole(self._holder_file) as file:
+            file.write(json.dumps(holder).encode())
+        return self
+
+    def release(self) -> None:
+        """Gives the lock back; safe to call twice."""
+        if self._lock.is_locked:
+            self._holder_file.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self._holder_file.read_bytes())
+            return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process (it has not written run.lock.json yet)"

@@ -1,0 +1,156 @@
+"""A readable sample of a run's groups, from its ledger: steps evenly spread, no more than a page can hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.ledger import Ledger
+from rl.redact import redact, show_controls
+from rl.types import Completion, Reward, ScoredGroup
+
+MAX_GROUPS = 60
+MAX_STEPS = 20
+MAX_BYTES = 2_500_000
+_GROUP_TEXT = 48_000  # characters of completions in one group; each gets an equal share, at most _TEXT
+_TEXT = 8_000
+_PROMPT_TEXT = 4_000
+_MAX_BARS = 96  # a completion's log-probs are shown as at most this many means
+
+
+def sample_groups(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Up to `MAX_GROUPS` groups as JSON objects of at most `MAX_BYTES`, by step; and what could not be read.
+
+    When size is short the first and the last step win. Long text keeps both of its ends;
+    secrets are hidden, and control and bidi characters are made visible.
+    """
+    ledger = Ledger(run_dir)
+    per_step: dict[int, list[dict[str, Any]]] = {}
+    for record in ledger.sample(MAX_STEPS):
+        found = per_step.setdefault(record.step, [])
+        advantages = record.advantages or [None] * len(record.groups)
+        chosen = _chosen(record.groups, MAX_GROUPS)
+        # The ledger counts steps from 0; curves and checks name a step by how many are done.
+        found += [describe_group(record.step + 1, record.groups[i], advantages[i]) for i in chosen]
+    quota = MAX_GROUPS // max(1, len(per_step))
+    kept: list[dict[str, Any]] = []
+    room = MAX_BYTES
+    for turn, step in enumerate(_ends_first(sorted(per_step))):
+        for group in _varied(per_step[step], quota, turn):
+            size = len(json_for_html(group).encode())
+            if size <= room:
+                room -= size
+                kept.append(group)
+    kept.sort(key=lambda group: group["step"])
+    return kept, list(ledger.damaged)
+
+
+def json_for_html(value: Any) -> str:
+    """JSON that cannot end the <script> element it stands in: <, >, &, U+2028 and U+2029 are escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def describe_group(step: int, scored: ScoredGroup, advantages: Sequence[float] | None) -> dict[str, Any]:
+    """A group as the report's browser reads it, the best completion first (by advantage, else by score)."""
+    budget = min(_TEXT, max(200, _GROUP_TEXT // max(1, len(scored.completions))))
+    entries = [
+        _describe_completion(c, r, None if advantages is None else advantages[i], budget)
+        for i, (c, r) in enumerate(zip(scored.completions, scored.rewards, strict=True))
+    ]
+    order = "advantage" if advantages is not None else "score"
+    entries.sort(key=lambda entry: -math.inf if entry[order] is None else entry[order], reverse=True)
+    scores = {
+        r.score for c, r in zip(scored.completions, scored.rewards, strict=True) if c.finish_reason != "abort"
+    }
+    tags = {
+        "no spread": len(scores - {None}) < 2 and not any(entry["advantage"] for entry in entries),
+        "truncated": any(c.finish_reason == "length" for c in scored.completions),
+        "abstained": None in scores,
+    }
+    return {
+        "step": step,
+        "id": _readable(scored.prompt.id, 200),
+        "prompt": _readable(scored.prompt.text, _PROMPT_TEXT),
+        "columns": {
+            _readable(name, 60): _readable(value if isinstance(value, str) else json.dumps(value), 400)
+            for name, value in list(redact(scored.prompt.columns).items())[:12]
+        },
+        "tags": [tag for tag, is_set in tags.items() if is_set],
+        "completions": entries,
+    }
+
+
+def _describe_completion(
+    completion: Completion, reward: Reward, advantage: float | None, budget: int
+) -> dict[str, Any]:
+    logprobs = completion.behavior_logprobs
+    return {
+        "text": _readable(completion.text, budget),
+        "score": _rounded(reward.score),
+        "advantage": _rounded(advantage),
+        "parts": {_readable(name, 60): _rounded(part) for name, part in list(reward.parts.items())[:12]},
+        "reason": str(reward.reason),
+        "detail": _readable(reward.detail, 300),
+        "extracted": None if reward.extracted is None else _readable(reward.extracted, 200),
+        "length": len(completion.token_ids),
+        "finish": completion.finish_reason,
+        "version": completion.policy_version,
+        "logprobs": [round(value, 2) for value in _means(logprobs, _MAX_BARS)],
+    }
+
+
+def _readable(text: str, limit: int) -> str:
+    shown = show_controls(redact(text))
+    if len(shown) <= limit:
+        return shown
+    half = limit // 2
+    return f"{shown[:half]}\n[… {len(shown) - 2 * half:,} characters left out …]\n{shown[-half:]}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def _means(values: Sequence[float], limit: int) -> list[float]:
+    size = max(1, math.ceil(len(values) / limit))
+    return [math.fsum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def _chosen(groups: Sequence[ScoredGroup], limit: int) -> list[int]:
+    """Indices of up to `limit` groups, evenly spread."""
+    if len(groups) <= limit:
+        return list(range(len(groups)))
+    return [i * (len(groups) - 1) // (limit - 1) for i in range(limit)]
+
+
+def _varied(groups: Sequence[dict[str, Any]], quota: int, turn: int) -> list[dict[str, Any]]:
+    """Up to `quota` groups, one of each kind (set of tags) before a second; `turn` picks the first."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for group in groups:
+        kinds.setdefault(tuple(group["tags"]), []).append(group)
+    queues = [kinds[kind] for kind in sorted(kinds)]
+    if queues:
+        queues = queues[turn % len(queues) :] + queues[: turn % len(queues)]
+    depth = max(map(len, queues), default=0)
+    return [queue[i] for i in range(depth) for queue in queues if i < len(queue)][:quota]
+
+
+def _ends_first(steps: Sequence[int]) -> list[int]:
+    """First, last, then the middles of ever smaller gaps."""
+    if not steps:
+        return []
+    order = [0, len(steps) - 1]
+    gaps = [(0, len(steps) - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        middle = (low + high) // 2
+        if high - low > 1:
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return [steps[i] for i in dict.fromkeys(order)]

@@ -1,0 +1,78 @@
+"""What the run is doing now, how long each phase of a step took, and whether somebody asked it to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+SHOWN = {
+    "sample": "sampling",
+    "score": "graders",
+    "pack": "packing",
+    "train": "training",
+    "sync": "the weight sync",
+    "save": "the checkpoint",
+    "eval": "held-out evaluation",
+}
+
+
+class Phases:
+    """Times the phases of a step and shows the current one: `with phases("sample"): ...`."""
+
+    def __init__(self, show: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self.show = show
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            with self.show(SHOWN[name]):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call, as metrics `time/<name>`."""
+        taken, self.seconds = self.seconds, {}
+        return {f"time/{name}": seconds for name, seconds in taken.items()}
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; a second one ends it
+    at once.
+
+    In a run of several processes all stop at the same step, because `any_process` combines their wishes.
+    """
+
+    def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
+        self.received: int | None = None
+        self.any_process = any_process
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def requested(self) -> bool:
+        """Whether any process was asked to stop; call it equally often on all of them."""
+        return self.any_process(self.received is not None)
+
+    def exit_code(self) -> int:
+        """128 + the signal, as shells and schedulers expect; 0 if there was none."""
+        return 0 if self.received is None else 128 + self.received
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            self.restore()
+            signal.raise_signal(number)
+        self.received = number

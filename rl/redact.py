@@ -1,0 +1,71 @@
+"""Takes out of text what must not reach a screen or a file: secrets, and characters that mislead a reader."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+
+# `token_budget` and `stop_token_ids` are no secrets: the word has to end the key.
+_SECRET_KEY = re.compile(
+    r"(^|[_\-.])(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?|authorization|bearer)$",
+    re.IGNORECASE,
+)
+_SECRET_TEXT = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@host
+)
+# CSI, then the strings (OSC, DCS, SOS, PM, APC) with their terminators, then two-character escapes.
+_ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]",
+    re.DOTALL,
+)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """The value with secrets as `***`: under keys such as `api_key`, in URLs, tokens, this environment's.
+
+    Mappings and lists are copied; other types than text are returned as they are.
+    """
+    if key and _SECRET_KEY.search(key) and value is not None:
+        return HIDDEN
+    if isinstance(value, Mapping):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return _redact_text(value) if isinstance(value, str) else value
+
+
+def _redact_text(text: str) -> str:
+    for name, secret in os.environ.items():
+        if len(secret) >= 8 and secret in text and _SECRET_KEY.search(name):
+            text = text.replace(secret, HIDDEN)
+    return _SECRET_TEXT.sub(HIDDEN, text)
+
+
+def strip_controls(text: str) -> str:
+    """Text that cannot steer a terminal: without escapes, control, bidi, zero-width and surrogate characters.
+
+    Line feeds and tabs stay.
+    """
+    return "".join(c for c in _ESCAPE.sub("", text) if c in "\n\t" or not _misleads(c))
+
+
+def show_controls(text: str) -> str:
+    """Text that shows its control, bidi, zero-width and surrogate characters as numbers: ⟨U+202E⟩.
+
+    Line feeds and tabs stay.
+    """
+    return "".join(c if c in "\n\t" or not _misleads(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def _misleads(character: str) -> bool:
+    if character.isascii():
+        return not character.isprintable()
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -1,0 +1,56 @@
+"""Going on after a stop: what a checkpoint holds besides weights, and how a run is put back to it.
+
+Exactness rests on three things: every random number is a function of (seed, prompt ordinal), not of a
+stream's state; the ledger has the groups of steps after the checkpoint, so they are replayed instead of
+sampled again; and logs are cut back to the checkpoint, so that metrics have neither gaps nor doubles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.run import Run
+from rl.trainer_state import TrainerState, capture_rng, restore_rng
+
+
+def training_state(run: Run, step: int) -> TrainerState:
+    """Everything but the weights. Called by all processes: each contributes its random state."""
+    return TrainerState(
+        step=step,
+        optimizer=optimizer_state_by_name(run.optimizer, run.policy.trainable()) | _moving_reference(run),
+        scheduler={"lr": run.optimizer.param_groups[0]["lr"], "step": step},
+        rng={f"rank{rank}": state for rank, state in enumerate(run.world.gather_objects(capture_rng()))},
+        counters={
+            "cursor": run.source.cursor,
+            "bad_steps_in_row": run.bad_steps_in_row,
+            "skipped_steps": run.skipped_steps,
+        },
+    )
+
+
+def resume(run: Run, state: TrainerState) -> None:
+    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`, and cuts the logs back
+    to it.
+    """
+    load_optimizer_state(run.optimizer, run.policy.trainable(), state.optimizer)
+    if (reference := state.optimizer.get("reference")) is not None and run.policy.reference is not None:
+        run.policy.reference.load_state_dict(reference)
+    mine = state.rng.get(f"rank{run.world.rank}")
+    if mine is not None:
+        restore_rng(mine)
+    run.start_step = state.step
+    run.source.cursor = state.counters["cursor"]
+    run.bad_steps_in_row = state.counters["bad_steps_in_row"]
+    run.skipped_steps = state.counters["skipped_steps"]
+    if run.world.is_main:
+        run.log.truncate_after(state.step)
+        run.evaluations.truncate_after(state.step)
+    run.world.wait()
+
+
+def _moving_reference(run: Run) -> dict[str, Any]:
+    """A reference that follows the policy is state; a frozen one is loaded again from where it came."""
+    if run.policy.reference is None or not run.config.model.reference.update_every:
+        return {}
+    return {"reference": run.policy.reference.state_dict()}

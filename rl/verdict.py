@@ -1,0 +1,132 @@
+"""Is this run healthy? Rules over the rows of `metrics.jsonl`: each has a metric, a first step, a remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rl.metrics import METRICS, Metric, show_value
+
+Level = Literal["No data", "Healthy", "Warning", "Broken"]
+_ORDER = ("No data", "Healthy", "Warning", "Broken")
+_RECENT_ROWS = 20  # a non-finite number counts against a run for this many steps
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule that fired. `since` is the first step of the stretch that lasts until now."""
+
+    level: Level
+    metric: str
+    since: int
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The worst level among the findings, which come worst first."""
+
+    level: Level
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """One line: the level and the rule that fired first among the worst."""
+        if self.level == "No data":
+            return "No data: no step is recorded yet"
+        if not self.findings:
+            return "Healthy: every number is inside its range"
+        worst = self.findings[0]
+        return f"{self.level}: {worst.text}, since step {worst.since}"
+
+
+def judge(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> Verdict:
+    """The verdict on a run, from its metric rows and its held-out evaluations, both in the order of steps.
+
+    A bound is crossed once `Metric.patience` values in a row, up to the last, are beyond it.
+    """
+    if not rows and not evaluations:
+        return Verdict("No data")
+    findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
+    findings += _nonfinite_rule(rows)
+    findings += _heldout_rule(evaluations or [row for row in rows if "heldout/low" in row])
+    findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
+    return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
+
+
+def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
+    """(step, value) of every row that has a finite value of the metric."""
+    found = [(row["step"], row.get(name)) for row in rows]
+    return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+
+
+def range_text(metric: Metric) -> str:
+    """The healthy range in words: "0.02 to 2.5", "at most 30 %", or "" for a metric without one."""
+    low, high = (
+        None if bound is None else f"{100 * bound:g} %" if metric.unit == "share" else f"{bound:g}"
+        for bound in (metric.low, metric.high)
+    )
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    return f"at most {high}" if high is not None else f"at least {low}" if low is not None else ""
+
+
+def _range_rule(metric: Metric, rows: Sequence[Row]) -> Finding | None:
+    if not range_text(metric):
+        return None
+    series = series_of(rows, metric.name)
+    levels: tuple[Level, ...] = ("Broken", "Warning")
+    for level in levels:
+        streak = 0
+        for _, value in reversed(series):
+            if not (metric.is_broken(value) if level == "Broken" else not metric.is_healthy(value)):
+                break
+            streak += 1
+        if streak >= metric.patience:
+            step, value = series[-streak][0], series[-1][1]
+            text = f"{metric.name} is {show_value(metric.name, value)}, healthy is {range_text(metric)}"
+            return Finding(level, metric.name, step, text, metric.hint)
+    return None
+
+
+def _nonfinite_rule(rows: Sequence[Row]) -> list[Finding]:
+    recent = [row for row in rows[-_RECENT_ROWS:] if row.get("nonfinite")]
+    if not recent:
+        return []
+    level: Level = "Broken" if recent[-1] is rows[-1] else "Warning"
+    names = ", ".join(sorted({str(name) for row in recent for name in row["nonfinite"]}))
+    first = str(recent[0]["nonfinite"][0])
+    hint = "lower optimizer.lr; try model.dtype=fp32; check rewards for infinite scores"
+    return [
+        Finding(
+            level,
+            first,
+            recent[0]["step"],
+            f"{names} not finite in {len(recent)} of the last {len(rows[-_RECENT_ROWS:])} steps",
+            hint,
+        )
+    ]
+
+
+def _heldout_rule(evaluations: Sequence[Row]) -> list[Finding]:
+    """Fires if the last held-out interval lies wholly below the first: training made the model worse."""
+    intervals = [
+        (row["step"], row.get("low", row.get("heldout/low")), row.get("high", row.get("heldout/high")))
+        for row in evaluations
+    ]
+    known = [(step, low, high) for step, low, high in intervals if low is not None and high is not None]
+    if len(known) < 2 or known[-1][2] >= known[0][1]:
+        return []
+    since = known[-1][0]
+    for step, _, high in reversed(known):
+        if high >= known[0][1]:
+            break
+        since = step
+    text = f"held-out accuracy fell below its start (now <= {known[-1][2]:.1%}, then >= {known[0][1]:.1%})"
+    hint = "go back to an earlier checkpoint; lower optimizer.lr, raise loss.kl_coef, or repair the reward"
+    return [Finding("Broken", "heldout/accuracy", since, text, hint)]

@@ -1,0 +1,306 @@
+"""The Engine protocol, and the transformers engine: slow, exact, always there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rollout.fingerprint import HeldTensor, compared_part, fingerprints
+from rollout.sampler import SeededSampler, completion_seed
+
+WEIGHTS_UNKNOWN = -1
+
+
+class EngineError(RuntimeError):
+    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
+
+
+class Engine(Protocol):
+    """Samples completions with the policy's weights of one version.
+
+    Attributes:
+        name: "transformers" or "vllm", for logs.
+        version: policy version whose weights it holds; WEIGHTS_UNKNOWN after an update that broke off.
+        tensors: every parameter it holds, under Hugging Face names.
+    """
+
+    name: str
+    version: int
+    tensors: Mapping[str, HeldTensor]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> list[Group]:
+        """One Group per prompt, in order. Completions end at `sampling.stop_token_ids`, the id included.
+
+        `seeds` holds one number per prompt. Completion g draws from a seed made of that number and g, so it
+        does not depend on what else is sampled, up to the rounding of the kernels. With temperature 0 the
+        log-probs are those of the distribution at temperature 1.
+
+        Raises:
+            EngineError: every completion failed, or nothing was finished within the time limit. One that
+                failed alone has `finish_reason` "abort".
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Replaces every weight; any dtype and device. After a broken-off update nothing is sampled."""
+        ...
+
+    def fingerprints(self) -> Mapping[str, int]:
+        """Hashes of what the engine really holds, one for each of `tensors` (`rollout.fingerprint`)."""
+        ...
+
+    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        """log p(ids[i] | ids[:i]) for i >= 1 at temperature 1: the canary of a weight sync."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model; safe to call twice."""
+        ...
+
+
+class TransformersEngine:
+    """`generate` of transformers on its own copy of the model; equal seeds, equal results (bitwise on a CPU).
+
+    Args:
+        model: folder or hub name.
+        tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
+        max_num_seqs: completions that are sampled together.
+        timeout_s: longest wait for one `generate` call.
+        version: policy version of the weights in `model`.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        max_num_seqs: int = 256,
+        timeout_s: float = 600.0,
+        revision: str | None = None,
+        version: int = 0,
+    ) -> None:
+        self.tokenizer, self.version = tokenizer, version
+        self.max_num_seqs, self.timeout_s = max_num_seqs, timeout_s
+        self.device = torch.device(device)
+        with torch.random.fork_rng():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), revision=revision, dtype=dtype)
+        self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
+        # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
+        self.model.generation_config = GenerationConfig()
+        self.tensors: Mapping[str, HeldTensor] = {
+            name: HeldTensor(tuple(p.shape), p.dtype, p.device, name)
+            for name, p in self.model.named_parameters()
+        }
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> list[Group]:
+        check_call(self, prompts, seeds)
+        deadline = time.monotonic() + self.timeout_s
+        config = self.model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", None)
+        faults = prompt_faults(prompts, sampling, vocab_size=config.vocab_size, room=room)
+        by_length = sorted(set(range(len(prompts))) - faults.keys(), key=lambda i: len(prompts[i].token_ids))
+        rows = [(i, g) for i in by_length for g in range(num_completions)]
+        done: dict[tuple[int, int], Completion] = {}
+        for start in range(0, len(rows), self.max_num_seqs):
+            chunk = rows[start : start + self.max_num_seqs]
+            row_seeds = [completion_seed(seeds[i], g) for i, g in chunk]
+            row_ids = [prompts[i].token_ids for i, _ in chunk]
+            try:
+                sampled = self._sample(row_ids, row_seeds, sampling, with_logprobs, deadline)
+            except RuntimeError as error:
+                faults |= {i: str(error) for i, _ in chunk}
+                continue
+            done |= zip(chunk, sampled, strict=True)
+        groups = [
+            Group(prompt, [done.get((i, g), aborted()) for g in range(num_completions)])
+            for i, prompt in enumerate(prompts)
+        ]
+        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
+        return groups
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        own = dict(self.model.named_parameters())
+        self.version = WEIGHTS_UNKNOWN
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(
+                    f"this model has no weight {name} of shape {tuple(tensor.shape)}; send its own kind"
+                )
+            own[name].copy_(tensor)
+        self.version = version
+
+    def fingerprints(self) -> dict[str, int]:
+        return fingerprints(
+            (name, compared_part(p, self.tensors[name], self.version))
+            for name, p in self.model.named_parameters()
+        )
+
+    @torch.no_grad()
+    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        ids = torch.tensor([token_ids], device=self.device)
+        logprobs = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
+
+    def close(self) -> None:
+        self.model = None
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        with_logprobs: bool,
+        deadline: float,
+    ) -> list[Completion]:
+        """One completion per row. Rows with the same prompt share its prefill."""
+        unique = list(dict.fromkeys(prompts))
+        rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
+        width = max(map(len, unique))
+        ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in unique], device=self.device)
+        mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=self.device)
+        sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
+        stop_ids = list(sampling.stop_token_ids)
+        output = self.model.generate(
+            ids_UT[rows_B],
+            attention_mask=mask_UT[rows_B],
+            past_key_values=self._prefill(ids_UT, mask_UT, rows_B),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_completion_length,
+                eos_token_id=stop_ids or None,
+                pad_token_id=stop_ids[0] if stop_ids else 0,
+                disable_compile=True,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([_Deadline(deadline)]),
+        )
+        return self._completions(output[:, width:].tolist(), sampler, sampling)
+
+    def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
+        """Keys and values of all prompt tokens but the last, once per prompt; None for a stateful model."""
+        if ids_UT.shape[1] < 2 or getattr(self.model, "_is_stateful", False):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask_UT.cumsum(-1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids_UT[:, :-1],
+            attention_mask=mask_UT[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(rows_B)
+        return cache
+
+    def _completions(
+        self, tokens: list[list[int]], sampler: SeededSampler, sampling: SamplingParams
+    ) -> list[Completion]:
+        completions = []
+        faults = sampler.failed_at_B.tolist()
+        for row, logprobs, failed_at in zip(tokens, sampler.chosen_logprobs(), faults, strict=True):
+            end = next((t + 1 for t, token in enumerate(row) if token in sampling.stop_token_ids), None)
+            length = min(end or len(row), failed_at)
+            reason: FinishReason = "abort"
+            if end == length:
+                reason = "stop"
+            elif length == sampling.max_completion_length:
+                reason = "length"
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            completions.append(finished(row[:length], logprobs[:length], reason, self.version, text))
+        return completions
+
+
+class _Deadline:
+    """A stopping criterion that ends all rows at a point of `time.monotonic()`."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        late = time.monotonic() > self.deadline
+        return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)
+
+
+def finished(
+    token_ids: list[int], logprobs: list[float], reason: FinishReason, version: int, text: str
+) -> Completion:
+    """A completion that one policy version sampled from its first token to its last."""
+    spans = [VersionSpan(version, len(token_ids))] if token_ids else []
+    return Completion(token_ids, logprobs, [True] * len(token_ids), reason, spans, text)
+
+
+def aborted() -> Completion:
+    return Completion([], [], [], "abort", [])
+
+
+def check_call(engine: Engine, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+    if engine.version == WEIGHTS_UNKNOWN:
+        raise EngineError(
+            f"the weights of engine {engine.name} are unknown, since an update broke off; update them again"
+        )
+
+
+def prompt_faults(
+    prompts: Sequence[Prompt], sampling: SamplingParams, *, vocab_size: int, room: int | None
+) -> dict[int, str]:
+    """Index -> why this prompt cannot be sampled: no tokens, unknown ids, or no room for the completion."""
+    faults = {}
+    for index, prompt in enumerate(prompts):
+        length = len(prompt.token_ids)
+        if length == 0:
+            faults[index] = f"prompt {prompt.id} has no tokens"
+        elif not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
+            faults[index] = f"prompt {prompt.id} has ids outside the vocabulary of {vocab_size}"
+        elif room is not None and length + sampling.max_completion_length > room:
+            faults[index] = (
+                f"prompt {prompt.id} has {length} tokens, with max_completion_length="
+                f"{sampling.max_completion_length} more than the model's {room} positions"
+            )
+    return faults
+
+
+def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: float, *, late: bool) -> None:
+    """Raises EngineError if not one completion of the call is usable; single failures are data."""
+    if any(c.finish_reason != "abort" for group in groups for c in group.completions) or not groups:
+        return
+    if late:
+        raise EngineError(
+            f"no completion of {len(groups)} prompts was finished within timeout_s={timeout_s:g}; sample "
+            "fewer or shorter completions, or raise engine.timeout_s"
+        )
+    first = next(iter(faults.values()), "the model's logits are not finite")
+    raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")

@@ -1,0 +1,130 @@
+"""A vLLM model's parameters under their Hugging Face names, read back from where the kernels use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
+
+# vLLM's parameter of all experts of a layer -> transformers' name; both [E, rows, columns], gate before up.
+_EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one Hugging Face tensor lives: rows [first, last) of a parameter of a module."""
+
+    module: Any
+    parameter: str
+    first: int
+    last: int
+    held: HeldTensor
+
+
+def find_slots(model: nn.Module) -> dict[str, Slot]:
+    """Hugging Face name -> slot, for a model on one device (no tensor parallelism).
+
+    vLLM stacks q, k, v into `qkv_proj` and gate, up into `gate_up_proj`; `packed_modules_mapping` names the
+    parts in order. Embeddings are padded to a multiple of 64 rows. On a CPU vLLM moves the weight of a linear
+    layer into a packed copy of the kernel and keeps an empty parameter: such a slot is sampled. A tied head
+    has a packed copy of its own.
+    """
+    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    owners: dict[int, str] = {}
+    slots: dict[str, Slot] = {}
+    modules: Any = model.named_modules()
+    for path, module in modules:
+        parent, _, leaf = path.rpartition(".")
+        for parameter, value in module.named_parameters(recurse=False):
+            own_name = f"{path}.{parameter}"
+            moved = value.numel() == 0
+            owner = own_name if moved else owners.setdefault(id(value), own_name)
+            if owner != own_name and not hasattr(module, "cpu_linear"):
+                continue  # the same bytes as the owner's
+            width = (module.input_size,) if moved else value.shape[1:]
+            dtype = module.weight.dtype if hasattr(module, "weight") else value.dtype
+            for name, first, last in _parts(module, value, packed.get(leaf, [leaf])):
+                full = ".".join(filter(None, (parent, name, parameter)))
+                if parameter in _EXPERTS:
+                    full = f"{path.removesuffix('.routed_experts')}.{_EXPERTS[parameter]}"
+                source = full if owner == own_name else owner
+                sampled = moved or source != full
+                held = HeldTensor((last - first, *width), dtype, value.device, source, sampled)
+                slots[full] = Slot(module, parameter, first, last, held)
+    return slots
+
+
+def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, first row, last row) of each Hugging Face tensor that is stacked in one parameter."""
+    if len(names) > 1:
+        ends = list(accumulate(module.output_sizes))
+        yield from zip(names, [0, *ends], ends, strict=False)
+        return
+    padded = len(value) if value.numel() else module.output_size
+    yield names[0], 0, getattr(module, "org_vocab_size", padded)
+
+
+def read_slots(slots: Mapping[str, Slot], version: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, the part that a fingerprint compares), from the tensors that the model computes with.
+
+    A packed weight is read by multiplying by unit vectors: each product is one column, exactly, since every
+    other term is 0.
+    """
+    products: dict[int, Tensor] = {}
+    for name, slot in slots.items():
+        if not slot.held.sampled:
+            rows = getattr(slot.module, slot.parameter)[slot.first : slot.last]
+            yield name, compared_part(rows, slot.held, version)
+            continue
+        key = id(slot.module)
+        if key not in products:
+            products = {key: _columns(slot, version)}
+        yield name, products[key][:, slot.first : slot.last]
+
+
+def _columns(slot: Slot, version: int) -> Tensor:
+    """Columns `sampled_columns` of a packed weight [N, K], as rows [8, N]."""
+    width = slot.held.shape[-1]
+    columns = sampled_columns(width, version)
+    units = torch.zeros(len(columns), width, dtype=slot.held.dtype, device=slot.held.device)
+    units[torch.arange(len(columns)), torch.tensor(columns)] = 1.0
+    return slot.module.quant_method.apply(slot.module, units, None) + 0.0
+
+
+def repack(slots: Mapping[str, Slot]) -> None:
+    """Packs again, on a CPU, what vLLM's reload leaves as it was.
+
+    The reload processes only layers that a tensor was loaded into, and a tied head is loaded through the
+    embedding: its packed copy would go on multiplying by the weights of the engine's start. Experts are
+    loaded, but their kernel packs them on the first load only and would read plain weights as packed ones.
+    """
+    for module in {id(s.module): s.module for n, s in slots.items() if s.held.source != n}.values():
+        module.quant_method.process_weights_after_loading(module)
+    for module in {id(s.module): s.module for s in slots.values() if packs_experts(s)}.values():
+        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+def packs_experts(slot: Slot) -> bool:
+    """True for experts on a CPU: `repack` rearranges them, so they can be compared only before it."""
+    return slot.parameter in _EXPERTS and slot.held.device.type == "cpu"
+
+
+def as_checkpoint(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What vLLM's loaders read: the stacked experts of transformers 5 one by one, all else as it is."""
+    stem, _, leaf = name.rpartition(".")
+    if tensor.ndim != 3 or not stem.endswith(".experts") or leaf not in _EXPERTS.values():
+        yield name, tensor
+        return
+    for expert, weight in enumerate(tensor):
+        if leaf == "down_proj":
+            yield f"{stem}.{expert}.down_proj.weight", weight
+        else:
+            gate, up = weight.chunk(2)
+            yield f"{stem}.{expert}.gate_proj.weight", gate
+            yield f"{stem}.{expert}.up_proj.weight", up

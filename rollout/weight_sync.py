@@ -1,0 +1,146 @@
+"""Versioned weights to the engine, with proof that they arrived: law 5 of the architecture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rl.types import WeightStream
+from rollout.engine import Engine
+from rollout.fingerprint import compared_part, covered_share, fingerprints, mismatches
+
+MAX_NAMED = 8
+
+
+class WeightSyncError(RuntimeError):
+    """The engine does not hold the policy's weights, or must not get them. The run has to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One weight sync. `canary_*` are absolute differences in nats, NaN if it was not verified.
+
+    Attributes:
+        seconds: of the whole sync, `verify_seconds` of it for the proof.
+        num_bytes: as the engine stores them.
+        compared_share: share of these bytes that the fingerprints compared; below 1 where a kernel packed the
+            weights and only sampled columns can be read back (vLLM on a CPU). The columns move with every
+            version.
+    """
+
+    seconds: float
+    num_tensors: int
+    num_bytes: int
+    canary_max_gap: float
+    canary_mean_gap: float
+    verify_seconds: float = 0.0
+    compared_share: float = 0.0
+
+
+def publish(
+    engine: Engine, weights: WeightStream, *, version: int, tolerance: float | None, verify: bool = True
+) -> SyncReport:
+    """Gives the engine the policy's weights of `version` and proves that it computes with them.
+
+    Before sending, every tensor is checked to be finite, expected and of the engine's shape, and
+    fingerprinted as the engine will store it; a fault here leaves the engine as it was. After sending, the
+    version, the fingerprint of every tensor that the engine holds, and log-probs of fixed tokens are
+    compared.
+
+    Args:
+        weights: iterated twice, so that a stream that changes between two passes is caught as well.
+        tolerance: largest gap of a canary log-prob, nats; None: 0.02 if the engine is all float32, else 0.25.
+        verify: False only checks that everything is finite.
+
+    Raises:
+        WeightSyncError: naming the tensors, the version or the gap.
+    """
+    start = time.perf_counter()
+    sent = _inspect(engine, weights, version, verify)
+    ready = time.perf_counter()
+    engine.update_weights(weights, version=version)
+    arrived = time.perf_counter()
+    gaps = _prove(engine, weights, sent, version, tolerance) if verify else [float("nan")]
+    end = time.perf_counter()
+    sizes = {n: torch.Size(h.shape).numel() * h.dtype.itemsize for n, h in engine.tensors.items()}
+    compared = sum(covered_share(h) * sizes[n] for n, h in engine.tensors.items()) / sum(sizes.values())
+    return SyncReport(
+        seconds=end - start,
+        num_tensors=len(sizes),
+        num_bytes=sum(sizes.values()),
+        canary_max_gap=max(gaps),
+        canary_mean_gap=sum(gaps) / len(gaps),
+        verify_seconds=(ready - start) + (end - arrived),
+        compared_share=compared if verify else 0.0,
+    )
+
+
+def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) -> dict[str, int]:
+    """Fingerprints of what is about to be sent, by the engine's names."""
+    extremes: dict[str, Tensor] = {}
+    copies: dict[str, list[str]] = {}
+    for name, held in engine.tensors.items():
+        copies.setdefault(held.source, []).append(name)
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            _check_shape(engine, name, tensor)
+            extremes[name] = torch.stack(torch.aminmax(tensor.detach())).float()
+            for copy in copies[name] if verify else ():
+                yield copy, compared_part(tensor, engine.tensors[copy], version)
+
+    sent = fingerprints(parts())
+    finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist() if extremes else []
+    broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
+    if broken:
+        raise WeightSyncError(
+            f"version {version} is not sent: {_listed(broken)} not finite; the engine keeps {engine.version}"
+        )
+    if missing := sorted(copies.keys() - extremes.keys()):
+        raise WeightSyncError(f"version {version} is not sent: the policy's stream lacks {_listed(missing)}")
+    return sent
+
+
+def _check_shape(engine: Engine, name: str, tensor: Tensor) -> None:
+    held = engine.tensors.get(name)
+    if held is not None and held.shape == tuple(tensor.shape):
+        return
+    has = f"{name} {held.shape}" if held else f"{_listed(sorted(engine.tensors), 3)}, not this name"
+    raise WeightSyncError(
+        f"the policy sends {name} {tuple(tensor.shape)} and engine {engine.name} has {has}; start both "
+        "from the same model (for a model family whose vLLM names differ, use engine.name=transformers)"
+    )
+
+
+def _prove(
+    engine: Engine, weights: WeightStream, sent: dict[str, int], version: int, tolerance: float | None
+) -> list[float]:
+    """Absolute gaps of the canary's log-probs, after version and fingerprints agreed."""
+    if engine.version != version:
+        raise WeightSyncError(
+            f"engine {engine.name} says it holds version {engine.version} after version {version} was sent"
+        )
+    if wrong := mismatches(sent, engine.fingerprints()):
+        raise WeightSyncError(
+            f"engine {engine.name} does not hold version {version}: the fingerprints of {len(wrong)} of "
+            f"{len(sent)} tensors differ from the policy's: {_listed(wrong)}"
+        )
+    if tolerance is None:
+        tolerance = 0.02 if all(h.dtype == torch.float32 for h in engine.tensors.values()) else 0.25
+    ids, expected = weights.canary()
+    gaps = [abs(a - b) for a, b in zip(engine.prompt_logprobs(ids), expected, strict=True)]
+    if not all(gap <= tolerance for gap in gaps):
+        raise WeightSyncError(
+            f"engine {engine.name} holds version {version} and computes otherwise: a canary log-prob differs "
+            f"by {max(gaps):.3g} nats from the policy's, more than {tolerance:g} (engine.canary_tolerance)"
+        )
+    return gaps
+
+
+def _listed(names: list[str], limit: int = MAX_NAMED) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

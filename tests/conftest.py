@@ -1,0 +1,132 @@
+"""A tiny real model and tokenizer, made once per session, and groups of ragged lengths."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+WORDS = [f"w{i}" for i in range(80)] + list("0123456789+-=.?") + ["\\boxed{", "}", "What", "is", "the"]
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tiny_tokenizer(folder: Path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama (hidden 32, grouped-query heads) with a word-level tokenizer, in Hugging Face form."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = make_tiny_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_rng_state(generator_state)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ragged_groups() -> Callable[..., tuple[list, list]]:
+    """(scored groups, advantages) with prompts of 1 to 9 and completions of 1 to 20 tokens, some advantages
+    0.
+    """
+    from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+
+    def make(
+        num_groups: int = 6,
+        group_size: int = 4,
+        *,
+        seed: int = 0,
+        vocabulary: int = 100,
+        max_length: int = 20,
+    ) -> tuple[list, list]:
+        draw = random.Random(seed)
+        groups, advantages = [], []
+        for p in range(num_groups):
+            prompt = Prompt(
+                f"p{p}", "", tuple(draw.randrange(5, vocabulary) for _ in range(draw.randint(1, 9)))
+            )
+            completions = []
+            for _ in range(group_size):
+                n = draw.randint(1, max_length)
+                ids = [draw.randrange(5, vocabulary) for _ in range(n)]
+                logprobs = [-4.5 + draw.gauss(0, 0.3) for _ in range(n)]
+                reason = "length" if n == max_length else "stop"
+                completions.append(Completion(ids, logprobs, [True] * n, reason, [VersionSpan(0, n)]))
+            groups.append(
+                ScoredGroup(Group(prompt, completions), [Reward(draw.random()) for _ in completions])
+            )
+            advantages.append([0.0 if draw.random() < 0.25 else draw.gauss(0, 1) for _ in completions])
+        return groups, advantages
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[..., dict[str, torch.Tensor]]:
+    """The gradient that one update would step along, by parameter name (the optimizer only records it)."""
+    from rl.batch import pack
+    from rl.update import pack_rules, update_policy
+
+    class Recorder(torch.optim.SGD):
+        recorded: dict[int, torch.Tensor]
+
+        def step(self, closure=None):  # type: ignore[override]
+            self.recorded = {
+                id(p): p.grad.clone() for g in self.param_groups for p in g["params"] if p.grad is not None
+            }
+
+    def compute(policy, config, groups: Sequence, advantages: Sequence) -> dict[str, torch.Tensor]:
+        named = policy.trainable()
+        optimizer = Recorder([p for _, p in named], lr=0.0)
+        batches = pack(groups, advantages, pack_rules(config))
+        update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+        return {name: optimizer.recorded[id(p)] for name, p in named if id(p) in optimizer.recorded}
+
+    return compute

@@ -1,0 +1,161 @@
+"""Law 1, 2 and 4: the gradient of a step is a sum over tokens, however the work is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rl.batch import pack
+from rl.config_file import load_config
+from rl.policy import Policy
+from rl.update import pack_rules
+
+LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"]
+
+
+def settings(folder, *overrides: str):
+    base = [
+        f"model.name={folder}",
+        "model.dtype=fp32",
+        "sampling.max_completion_length=20",
+        "loss.clip_high=4.0",
+    ]
+    return load_config(None, [*base, *overrides])
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_dir) -> Policy:
+    config = settings(tiny_model_dir)
+    policy = Policy(config.model, Accelerator(cpu=True), temperature=0.9, with_reference=True)
+    assert policy.settle_attention() is None
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in policy.reference.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def relative_error(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
+    size = sum(a[n].double().square().sum() for n in a) ** 0.5
+    assert size > 1e-3
+    return (difference / size).item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_does_not_depend_on_the_token_budget(policy, tiny_model_dir, ragged_groups, gradients, loss):
+    groups, advantages = ragged_groups()
+    one = settings(tiny_model_dir, f"loss.name={loss}", "train.token_budget=100000")
+    many = settings(tiny_model_dir, f"loss.name={loss}", "train.token_budget=40")
+    assert len(pack(groups, advantages, pack_rules(one))[0].micro_batches) == 1
+    assert len(pack(groups, advantages, pack_rules(many))[0].micro_batches) > 5
+    a, b = (gradients(policy, c, groups, advantages) for c in (one, many))
+    assert relative_error(a, b) <= 1e-5
+
+
+def test_gradient_does_not_depend_on_the_order_of_groups(policy, tiny_model_dir, ragged_groups, gradients):
+    groups, advantages = ragged_groups()
+    config = settings(tiny_model_dir)
+    a = gradients(policy, config, groups, advantages)
+    b = gradients(policy, config, groups[::-1], advantages[::-1])
+    assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_shared_prompts_give_the_gradient_of_one_sequence_at_a_time(
+    policy, tiny_model_dir, ragged_groups, gradients, loss
+):
+    groups, advantages = ragged_groups()
+    config = settings(tiny_model_dir, f"loss.name={loss}")
+    a = gradients(policy, config, groups, advantages)
+    policy.set_packed(False)
+    b = gradients(policy, config, groups, advantages)
+    policy.set_packed(True)
+    assert relative_error(a, b) <= 1e-5
+
+
+def test_packed_gradient_equals_transformers_own_padded_forward(
+    policy, tiny_model_dir, ragged_groups, gradients
+):
+    """The plain formula written out with `model(...).logits` on padded rows, REINFORCE with a global token
+    mean.
+    """
+    groups, advantages = ragged_groups()
+    config = settings(tiny_model_dir, "loss.name=reinforce", "loss.kl_coef=0", "loss.sampler_correction=null")
+    packed = gradients(policy, config, groups, advantages)
+    rows = [
+        (g.prompt.token_ids, c.token_ids, a)
+        for g, row in zip(groups, advantages, strict=True)
+        for c, a in zip(g.completions, row, strict=True)
+    ]
+    longest = max(len(p) + len(c) for p, c, _ in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, in_loss = torch.zeros_like(ids), torch.zeros(len(rows), longest)
+    for i, (p, c, a) in enumerate(rows):
+        ids[i, : len(p) + len(c)] = torch.tensor([*p, *c])
+        mask[i, : len(p) + len(c)] = 1
+        in_loss[i, len(p) : len(p) + len(c)] = a
+    policy.set_packed(False)
+    policy.scorer.zero_grad()
+    logits = policy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits / 0.9
+    logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    num_tokens = sum(len(c) for _, c, _ in rows)
+    (-(logprobs * in_loss[:, 1:]).sum() / num_tokens).backward()
+    padded = {name: p.grad.clone() for name, p in policy.trainable()}
+    policy.scorer.zero_grad()
+    policy.set_packed(True)
+    assert relative_error(packed, padded) <= 1e-5
+
+
+def test_rows_without_signal_are_skipped_and_stay_in_the_denominators(
+    policy, tiny_model_dir, ragged_groups, gradients
+):
+    groups, advantages = ragged_groups()
+    num_zero = sum(a == 0 for row in advantages for a in row)
+    assert num_zero >= 3
+    lazy = settings(tiny_model_dir, "loss.kl_coef=0")
+    batch = pack(groups, advantages, pack_rules(lazy))[0]
+    assert batch.num_skipped_rows == num_zero
+    assert batch.num_sequences == 24
+    # A KL term of weight 1e-30 changes no gradient and forbids skipping.
+    eager = settings(tiny_model_dir, "loss.kl_coef=1e-30")
+    assert pack(groups, advantages, pack_rules(eager))[0].num_skipped_rows == 0
+    a, b = (gradients(policy, c, groups, advantages) for c in (lazy, eager))
+    assert relative_error(a, b) <= 1e-5
+
+
+def test_minibatch_gradients_of_the_global_token_mean_add_up_to_the_whole(
+    policy, tiny_model_dir, ragged_groups
+):
+    """dapo weighs every token of the sampled batch alike: 3 minibatches hold 3 times the weight of one
+    pass.
+    """
+    groups, advantages = ragged_groups()
+    whole = pack(groups, advantages, pack_rules(settings(tiny_model_dir, "loss.name=dapo")))
+    parts = pack(
+        groups,
+        advantages,
+        pack_rules(
+            settings(tiny_model_dir, "loss.name=dapo", "train.num_minibatches=3", "train.prompts_per_step=6")
+        ),
+    )
+    assert len(whole) == 1 and len(parts) == 3
+    total = sum(m.weights_L.sum().item() for m in whole[0].micro_batches)
+    assert total == pytest.approx(1.0, rel=1e-6)
+    assert sum(m.weights_L.sum().item() for b in parts for m in b.micro_batches) == pytest.approx(
+        3.0, rel=1e-6
+    )
+    assert len({round(w, 12) for b in parts for m in b.micro_batches for w in m.weights_L.tolist()}) == 1
+
+
+@pytest.mark.parametrize("mode", ["gradient_checkpointing=true", "attention=rows"])
+def test_memory_options_do_not_change_the_gradient(policy, tiny_model_dir, ragged_groups, gradients, mode):
+    groups, advantages = ragged_groups()
+    config = settings(tiny_model_dir, f"model.{mode}", "loss.kl_coef=0")
+    other = Policy(config.model, Accelerator(cpu=True), temperature=0.9, with_reference=False)
+    other.settle_attention()
+    a = gradients(policy, config, groups, advantages)
+    b = gradients(other, config, groups, advantages)
+    assert relative_error(a, b) <= 1e-5

@@ -1,0 +1,142 @@
+"""Law 6: killed anywhere and started again, a run ends with the weights, logs and prompts of an undisturbed
+one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from rl.ledger import Ledger
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(600)  # the fixture does fifteen whole runs
+STEPS = 6
+KILLS = ("sample:4", "score:4", "train:4", "save:2", "sync:5", "eval:2", "term-train:2")
+NAMES = [kill.partition(":")[0] for kill in KILLS]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    out = tmp_path_factory.mktemp("runs")
+    data = out / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is w{i} + w{i + 1} ?"}) + "\n" for i in range(10)))
+    heldout = out / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps({"prompt": f"What is w{i} ?"}) + "\n" for i in range(40, 46)))
+    config = {
+        "model": {
+            "name": str(tiny_model_dir),
+            "dtype": "fp32",
+            "reference": {"update_every": 2, "mixup": 0.5},
+        },
+        "data": {"source": str(data), "max_prompt_length": 32},
+        "sampling": {"max_completion_length": 10},
+        "engine": {"name": "transformers"},
+        "rewards": {
+            "functions": [
+                {"name": "toy_rewards:low_words", "weight": 1.0},
+                {"name": "toy_rewards:even_words", "weight": 0.5},
+            ]
+        },
+        "train": {
+            "steps": STEPS,
+            "prompts_per_step": 4,
+            "group_size": 3,
+            "token_budget": 64,
+            "num_epochs": 2,
+        },
+        "advantage": {"dynamic_sampling": {"max_rounds": 2}},
+        "loss": {"kl_coef": 0.05},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "schedule": "cosine"},
+        "evaluation": {
+            "data": {"source": str(heldout), "max_prompt_length": 32},
+            "metric": "toy_rewards:low_words",
+            "every": 3,
+            "sampling": {"max_completion_length": 10, "temperature": 0.5},
+        },
+        "checkpoint": {"every": 2},
+    }
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(HERE / "killed_runs.py"), str(out / "config.yaml"), str(out), *KILLS],
+        env=environment,
+        check=True,
+        timeout=580,
+    )
+    return out, json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_was_killed_left_no_process_and_then_finished(runs, name):
+    _out, codes = runs
+    assert codes["whole"] == [0]
+    stopped = 128 + signal.SIGTERM if name.startswith("term-") else -signal.SIGKILL
+    assert codes[name] == [stopped, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_and_optimizer_are_bitwise_those_of_an_undisturbed_run(runs, name):
+    out, _ = runs
+    for file in ("model.safetensors", "trainer/optimizer.safetensors"):
+        whole, resumed = (
+            load_file(out / which / "checkpoints" / f"step-{STEPS:06d}" / file) for which in ("whole", name)
+        )
+        assert whole.keys() == resumed.keys()
+        assert all(bool((whole[key] == resumed[key]).all()) for key in whole), file
+    last, earlier = (
+        load_file(out / "whole" / "checkpoints" / f"step-{step:06d}" / "model.safetensors") for step in (6, 4)
+    )
+    assert any(bool((last[key] != earlier[key]).any()) for key in last)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_prompt_is_consumed_once_and_in_the_same_order(runs, name):
+    out, _ = runs
+    consumed = {}
+    for which in ("whole", name):
+        ledger = Ledger(out / which)
+        steps = [ledger.read(step) for step in range(STEPS)]
+        assert all(steps) and ledger.steps() == list(range(STEPS))
+        consumed[which] = [
+            (g.prompt.id, [c.token_ids for c in g.completions])
+            for s in steps
+            if s
+            for g in (*s.groups, *s.rejected)
+        ]
+    assert consumed["whole"] == consumed[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_have_neither_gaps_nor_doubles(runs, name):
+    out, _ = runs
+    rows = {}
+    for which in ("whole", name):
+        lines = [json.loads(line) for line in (out / which / "metrics.jsonl").read_text().splitlines()]
+        timing = ("time/", "sync/seconds", "tokens/per_second", "memory/")
+        rows[which] = [{k: v for k, v in row.items() if not k.startswith(timing)} for row in lines]
+    assert [row["step"] for row in rows["whole"]] == list(range(1, STEPS + 1))
+    assert rows["whole"] == rows[name]
+    evaluations = [(out / which / "evaluation.jsonl").read_text() for which in ("whole", name)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_two_checkpoints_are_kept_and_load_as_plain_models(runs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = runs
+    folders = sorted(p.name for p in (out / "whole" / "checkpoints").iterdir() if p.is_dir())
+    assert folders == ["step-000004", "step-000006"]
+    newest = out / "whole" / "checkpoints" / "step-000006"
+    model = AutoModelForCausalLM.from_pretrained(newest)
+    assert AutoTokenizer.from_pretrained(newest).eos_token == "<eos>"
+    saved = load_file(newest / "model.safetensors")
+    assert all(bool((saved[name] == p).all()) for name, p in model.state_dict().items() if name in saved)

@@ -1,0 +1,70 @@
+"""One rank of two: `python two_processes.py MODEL_DIR GROUPS.json OUT LOSS,LOSS`; writes its summed
+gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from rl.batch import pack
+from rl.config_file import load_config
+from rl.policy import Policy
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.update import pack_rules, update_policy
+from rl.world import World
+
+
+class Recorder(torch.optim.SGD):
+    def step(self, closure=None):  # type: ignore[override]
+        pass
+
+    def zero_grad(self, set_to_none=True):
+        pass
+
+
+def main(model_dir: str, data: str, out: str, losses: str) -> None:
+    world = World(Accelerator(cpu=True))
+    for loss in losses.split(","):
+        one_loss(world, model_dir, data, out, loss)
+
+
+def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> None:
+    config = load_config(
+        None,
+        [
+            f"model.name={model_dir}",
+            "model.dtype=fp32",
+            f"loss.name={loss}",
+            "loss.clip_high=4.0",
+            "train.token_budget=60",
+            "loss.kl_coef=0",
+        ],
+    )
+    policy = Policy(config.model, world.accelerator, temperature=1.0, with_reference=False)
+    policy.settle_attention()
+    rows = json.loads(Path(data).read_text())[world.rank :: world.size]
+    groups, advantages = [], []
+    for prompt_ids, completions, advantage in rows:
+        made = [
+            Completion(ids, logprobs, [True] * len(ids), "stop", [VersionSpan(0, len(ids))])
+            for ids, logprobs in completions
+        ]
+        groups.append(ScoredGroup(Group(Prompt("p", "", tuple(prompt_ids)), made), [Reward(0.0)] * len(made)))
+        advantages.append(advantage)
+    optimizer = Recorder([p for _, p in policy.trainable()], lr=0.0)
+    batches = pack(groups, advantages, pack_rules(config), sum_over_processes=world.sum)
+    result = update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+    gradients = {n: p.grad for n, p in policy.trainable() if p.grad is not None}
+    name = f"{out}/{loss}-rank{world.rank}of{world.size}"
+    save_file(gradients, f"{name}.safetensors")
+    Path(f"{name}.json").write_text(json.dumps(result.metrics))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

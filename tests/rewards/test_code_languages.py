@@ -1,0 +1,112 @@
+"""Programs in C, C++ and JavaScript: graded by their output, confined as Python's are."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rewards.code import CodeOptions, close_sandboxes, grade
+from rewards.code_languages import LANGUAGES
+from rewards.sandbox import Sandbox, SandboxError
+from rewards.sandbox_confine import landlock_abi
+from rl.types import Reason, Reward
+
+CASES = [{"input": "2 3\n", "output": "5\n"}, {"input": "10 -4\n", "output": "6\n"}]
+COMPILERS = {"c": "gcc", "cpp": "g++", "javascript": "node"}
+HEADERS = ("stdio.h", "stdlib.h", "string.h", "sys/socket.h", "unistd.h")
+C = "".join(f"#include <{header}>\n" for header in HEADERS)
+NODE = 'const fs = require("fs"), process_ = require("child_process");\n'
+
+HONEST = {
+    "c": C + 'int main(void) { long a, b; scanf("%ld %ld", &a, &b); printf("%ld\\n", a + b); }',
+    "cpp": "#include <iostream>\nint main() { long a, b; std::cin >> a >> b; std::cout << a + b; }",
+    "javascript": NODE
+    + 'const [a, b] = fs.readFileSync(0, "utf8").split(" ").map(Number);\n'
+    + "console.log(a + b);",
+}
+# Each prints the right answer to the first case if its trick works.
+HOSTILE = {
+    "c": {
+        "reads a file": 'int main(void) { if (fopen("/etc/passwd", "r")) puts("5"); }',
+        "writes files": 'int main(void) { if (fopen("/tmp/PWNED_c", "w") || fopen("x", "w")) puts("5"); }',
+        "forks": 'int main(void) { if (fork() >= 0) { puts("5"); sleep(60); } }',
+        "executes": 'int main(void) { execl("/bin/sh", "sh", "-c", "echo 5", NULL); }',
+        "opens a socket": 'int main(void) { if (socket(AF_INET, SOCK_STREAM, 0) >= 0) puts("5"); }',
+        "signals": '#include <signal.h>\nint main(void) { if (kill(getppid(), 0) == 0) puts("5"); }',
+        "takes memory": "int main(void) { for (;;) { char *p = malloc(1 << 26);"
+        ' if (!p) { puts("5"); return 1; } memset(p, 1, 1 << 26); } }',
+        "runs for ever": 'int main(void) { puts("5"); fflush(stdout); for (;;); }',
+        "prints without end": 'int main(void) { for (;;) puts("5"); }',
+        "includes a file": '#include "/etc/passwd"\nint main(void) { puts("5"); }',
+        "embeds a file": '__asm__(".incbin \\"/etc/passwd\\"");\nint main(void) { puts("5"); }',
+    },
+    "cpp": {"is a template bomb": "template<int N> struct A { A<N + 1> a, b; }; A<0> x; int main() {}"},
+    "javascript": {
+        "reads a file": 'console.log(fs.readFileSync("/etc/passwd", "utf8").length && 5);',
+        "writes a file": 'fs.writeFileSync("/tmp/PWNED_js", "x"); console.log(5);',
+        "executes": 'process_.execSync("echo 5", {stdio: "inherit"});',
+        "opens a socket": 'require("net").createServer().listen(0, () => { console.log(5); });',
+        "takes memory": "const x = []; for (;;) x.push(new Array(1e6).fill(1.5));",
+        "runs for ever": "console.log(5); for (;;);",
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_sandboxes() -> Iterator[None]:
+    if not landlock_abi():
+        pytest.skip("this kernel has no Landlock")
+    yield
+    close_sandboxes()
+
+
+def run(code: str, language: str, timeout_s: float = 60.0) -> Reward:
+    if shutil.which(COMPILERS[language]) is None:
+        pytest.skip(f"{COMPILERS[language]} is not installed")
+    tests = {"type": "stdio", "language": language, "cases": CASES}
+    options = CodeOptions(scoring="fraction", timeout_s=timeout_s, memory_mib=512, output_mib=1)
+    return grade(f"```{language}\n{code}\n```", tests, options=options)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_honest_program_gets_one_and_a_wrong_one_zero(language: str) -> None:
+    assert run(HONEST[language], language).score == 1.0
+    wrong = run(HONEST[language].replace("a + b", "a - b"), language)
+    assert (wrong.score, wrong.reason) == (0.0, Reason.WRONG_ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("language", "trick"), [(name, trick) for name in HOSTILE for trick in HOSTILE[name]]
+)
+def test_a_hostile_program_gets_zero_and_leaves_nothing(language: str, trick: str) -> None:
+    header = {"c": C, "cpp": "", "javascript": NODE}[language]
+    code = header + HOSTILE[language][trick]
+    reward = run(code, language, timeout_s=1.0 if "for ever" in trick else 60.0)
+    assert reward.score == 0.0, reward
+    assert trick != "prints without end" or reward.reason is Reason.OUTPUT_LIMIT
+    left = [
+        path for pattern in ("PWNED*", "cohort-code-*") for path in Path(tempfile.gettempdir()).glob(pattern)
+    ]
+    assert left == []
+
+
+def test_a_program_that_does_not_compile_is_a_parse_error() -> None:
+    reward = run("int main( {", "c")
+    assert (reward.score, reward.reason) == (0.0, Reason.PARSE_ERROR)
+    assert "error" in reward.detail
+
+
+def test_asserts_in_another_language_abstain() -> None:
+    tests = {"type": "asserts", "language": "c", "entry_point": "add", "code": "assert add(1, 1) == 2"}
+    reward = grade("int add;", tests)
+    assert (reward.score, reward.reason) == (None, Reason.BAD_GOLD)
+    assert "c needs type 'stdio'" in reward.detail
+
+
+def test_without_landlock_other_languages_are_refused_with_the_reason() -> None:
+    with pytest.raises(SandboxError, match="need Landlock"):
+        Sandbox(num_workers=1, commands=True, tier="seccomp")

@@ -1,0 +1,111 @@
+"""`cohort doctor rewards`: finds rewards that are wrong for their dataset."""
+
+import argparse
+
+import pytest
+
+from rewards import doctor
+from rewards.compose import RewardSpec
+from rewards.pool import RewardPool
+
+HERE = "rewards_for_tests:"
+ROWS = [{"prompt": f"What is {i} + {i}?", "answer": f"${2 * i}$"} for i in range(1, 13)]
+
+
+@pytest.fixture
+def examine():
+    pools = []
+
+    def examine_(spec, rows=ROWS, **options):
+        pools.append(RewardPool([spec], workers=1, deadline_s=20.0))
+        found = doctor.examine(pools[-1], rows, **options)
+        return found, {check.title: check for check in found.checks}
+
+    yield examine_
+    for pool in pools:
+        pool.close()
+
+
+def test_a_sound_reward_on_a_sound_dataset_is_well(examine):
+    found, checks = examine(HERE + "verified")
+    assert found.ok
+    assert checks["gold against gold"].finding.startswith("12 of 12 score 1")
+    assert checks["gold of another row"].finding == "mean score 0.000, expected about 0"
+    assert checks["unusable golds"].finding.startswith("0 of 12")
+    assert "p50" in checks["latency"].finding and "p99" in checks["latency"].finding
+    assert str(found).startswith(f"{HERE}verified: ok\n  ok   gold against gold: 12 of 12")
+
+
+def test_swapped_arguments_are_noticed(examine):
+    found, checks = examine(HERE + "verified_swapped")
+    assert checks["gold and completion keep their parts"].ok is False
+    assert "they look swapped" in checks["gold and completion keep their parts"].finding
+    assert not found.ok
+
+
+def test_a_reward_that_pays_everything_is_noticed(examine):
+    found, checks = examine(HERE + "generous")
+    assert not found.ok
+    assert checks["gold against gold"].ok
+    assert checks["gold of another row"].ok is False
+    assert checks["no work, no pay"].ok is False
+    assert "row 0" in checks["gold of another row"].rows[0]
+
+
+def test_golds_that_cannot_be_used_are_counted_and_shown(examine):
+    rows = [*ROWS[:9], *({"prompt": "?", "answer": f"no number here {c}"} for c in "abc")]
+    found, checks = examine(HERE + "verified", rows)
+    assert not found.ok
+    assert checks["unusable golds"].finding.startswith("3 of 12 (25.0%) abstain")
+    assert [row.split(":")[0] for row in checks["unusable golds"].rows] == ["row 9", "row 10", "row 11"]
+
+
+def test_prompts_that_give_the_answer_away_are_noticed(examine):
+    rows = [{**row, "prompt": f"{row['prompt']} (It is {row['answer']}.)"} for row in ROWS]
+    found, checks = examine(HERE + "verified", rows)
+    assert not found.ok
+    assert checks["no work, no pay"].finding == "12 of 24 score"
+    assert checks["no work, no pay"].rows[0].startswith("row 0: the prompt repeated scores 1")
+
+
+def test_a_format_reward_has_no_gold_and_is_well(examine):
+    found, checks = examine("think_format", [{"prompt": "hello"}, {"prompt": "you"}])
+    assert found.ok
+    assert checks["gold"].ok is None
+    assert checks["no work, no pay"].finding == "0 of 4 score"
+
+
+def test_faults_of_graders_are_shown(examine):
+    found, checks = examine(HERE + "length", [{"prompt": "raise"}])
+    assert not found.ok
+    assert "raised" in checks["faults"].finding
+
+
+def test_the_gold_column_can_be_named(examine):
+    rows = [{"prompt": "?", "answer": "x", "right": str(i)} for i in range(3)]
+    _, checks = examine(RewardSpec(HERE + "exact"), rows, gold_column="right")
+    assert checks["gold against gold"].finding.startswith("0 of 3 score 1")
+    with pytest.raises(ValueError, match="--gold wrong: the dataset has prompt, answer, right"):
+        examine(HERE + "exact", rows, gold_column="wrong")
+
+
+def test_the_command_examines_every_reward_of_a_config_and_exits_1_if_one_is_not_well(capsys):
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    args = parser.parse_args(["rewards", "my.yaml", "--rows", "4", "a.b=1"])
+
+    def load(config, overrides):
+        assert (config, overrides) == ("my.yaml", ["a.b=1"])
+        return [RewardSpec(HERE + "exact"), RewardSpec(HERE + "generous")], ROWS, "prompt"
+
+    assert doctor.run(args, load) == 1
+    said = capsys.readouterr().out
+    assert f"{HERE}exact: ok" in said and f"{HERE}generous: NOT OK" in said and "4 of 4 score 1" in said
+
+
+def test_a_missing_column_is_an_error():
+    args = argparse.Namespace(config="c", overrides=[], rows=4, gold=None, workers=1, deadline=5.0)
+    with pytest.raises(ValueError, match="needs the column 'answer'"):
+        doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [{"prompt": "?"}], "prompt"))
+    with pytest.raises(ValueError, match="has no rows"):
+        doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [], "prompt"))

@@ -1,0 +1,149 @@
+"""`cohort score`: rows in, rows out, in order; faults of the file are named by line."""
+
+import argparse
+import json
+
+import pytest
+
+from rewards import score
+
+HERE = "rewards_for_tests:"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run_(rows, *words):
+        """(results, stdout, stderr, exit code) of `cohort score WORDS` on a file with these rows."""
+        file = tmp_path / "rows.jsonl"
+        file.write_text(
+            "".join(row + "\n" if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+        )
+        parser = argparse.ArgumentParser()
+        commands = parser.add_subparsers(required=True)
+        score.add_arguments(commands.add_parser("score"))
+        args = parser.parse_args(
+            [
+                "score",
+                *(word.replace("FILE", str(file)).replace("OUT", str(tmp_path / "out")) for word in words),
+            ]
+        )
+        code = score.run(args)
+        said = capsys.readouterr()
+        lines = (tmp_path / "out").read_text() if (tmp_path / "out").exists() else said.out
+        return [json.loads(line) for line in lines.splitlines()], said.out, said.err, code
+
+    return run_
+
+
+def test_each_row_gets_a_result_with_its_id_in_the_order_of_the_file(run):
+    rows = [{"id": f"r{i}", "completion": "x" * i} for i in range(700)]
+    results, _, err, code = run(rows, HERE + "length", "FILE", "--workers", "2")
+    assert [(r["id"], r["score"]) for r in results] == [(f"r{i}", i) for i in range(700)]
+    assert set(results[0]) == {"id", "score", "reason", "extracted", "elapsed_ms", "detail"}
+    assert "700 rows" in err and "mean score 349.5" in err and "graders failed on 0 of 700" in err
+    assert code == 0
+
+
+def test_reason_and_extracted_answer_are_given_and_rows_without_id_are_numbered(run):
+    results, *_ = run(
+        [{"completion": "3", "answer": "3"}, "", {"completion": "4", "answer": "4"}], HERE + "rich", "FILE"
+    )
+    assert [(r["id"], r["reason"], r["extracted"]) for r in results] == [
+        (0, "correct", "3"),
+        (1, "correct", "4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["FILE", "bonus=0.5", "--out", "OUT", "--workers", "2"],
+        ["FILE", "--out", "OUT", "--workers", "2", "bonus=0.5"],
+        ["--workers=2", "FILE", "--out", "OUT", "bonus=0.5"],
+    ],
+)
+def test_options_are_key_value_words_before_or_after_the_flags(run, words):
+    results, out, _, _ = run([{"completion": "a", "answer": "a"}], HERE + "exact", *words)
+    assert results[0]["score"] == 1.5
+    assert out.startswith("1 rows in ")
+
+
+def test_a_row_on_which_the_grader_hangs_abstains_and_the_others_stand(run):
+    rows = [{"completion": text} for text in ("a", "hang", "abc")]
+    results, _, err, code = run(rows, HERE + "length", "FILE", "--deadline", "1")
+    assert [r["score"] for r in results] == [1.0, None, 3.0]
+    assert results[1]["reason"] == "infra_error" and results[1]["detail"].startswith("timeout")
+    assert "timeout 1" in err and code == 1
+
+
+def test_chats_are_passed_as_messages(run):
+    chat = [{"role": "assistant", "content": "<think>a</think>b"}]
+    rows = [{"completion": chat, "prompt": [{"role": "user", "content": "q"}]}, {"completion": "<think>"}]
+    results, *_ = run(rows, "trl.rewards:think_format_reward", "FILE", "--chat", "--deadline", "60")
+    assert [r["score"] for r in results] == [1.0, 0.0]
+
+
+def test_token_ids_come_from_the_rows(run):
+    results, *_ = run(
+        [{"completion": "", "completion_ids": [1] * 10}], "soft_overlong", "FILE", "max_length=10", "buffer=4"
+    )
+    assert results[0]["score"] == -1.0
+
+
+def test_rows_with_the_same_group_are_one_group_for_a_groupwise_reward(run):
+    rows = [
+        {"completion": "a", "group": 1},
+        {"completion": "abc", "group": 1},
+        {"completion": "abcdef", "group": 2},
+    ]
+    results, *_ = run(rows, HERE + "centred", "FILE")
+    assert [r["score"] for r in results] == [-1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "message"),
+    [
+        ([{"completion": "a"}, "{"], [HERE + "length"], "line 2: not JSON"),
+        (["[1]"], [HERE + "length"], "line 1: a row is an object"),
+        (
+            [{"text": "a"}],
+            [HERE + "length"],
+            "line 1: `completion` must be text or a list of messages; the row has: text",
+        ),
+        ([{"completion": [1]}], [HERE + "length"], "line 1: `completion` must be"),
+        (
+            [{"completion": "a", "answer": "a"}, {"completion": "a", "anwser": ""}],
+            [HERE + "exact"],
+            "line 2: .*rename 'anwser'",
+        ),
+        (
+            [{"completion": "a"}],
+            ["soft_overlong", "max_length=4", "buffer=1"],
+            "line 1: .* each row needs `completion_ids`",
+        ),
+        ([{"completion": "a"}], [HERE + "exact", "bonsu=1"], "did you mean 'bonus'"),
+        ([{"completion": "a"}], [HERE + "length", "word"], "'word' must look like key=value"),
+        ([{"completion": "a"}], ["lenght"], "no reward 'lenght'"),
+        ([], [HERE + "length"], "has no rows"),
+    ],
+)
+def test_what_is_wrong_with_a_file_or_a_word_is_said(run, rows, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(rows, words[0], "FILE", *words[1:])
+
+
+def test_a_file_that_is_not_there_is_named(run):
+    with pytest.raises(ValueError, match=r"no file .*rows\.jsonl\.gone"):
+        run([], HERE + "length", "FILE.gone")
+
+
+def test_quantiles_are_values_that_occur():
+    ordered = [1.0, 2.0, 3.0, 4.0]
+    assert [score.quantile(ordered, share) for share in (0.0, 0.25, 0.5, 0.51, 0.99, 1.0)] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+        4,
+    ]

@@ -1,0 +1,82 @@
+"""Packing: columns, predecessors and shares by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from rl.attention import Block
+from rl.batch import PackRules, pack
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+
+
+def completion(ids, reason="stop", mask=None) -> Completion:
+    return Completion(ids, [-0.5] * len(ids), mask or [True] * len(ids), reason, [VersionSpan(0, len(ids))])
+
+
+def scored(prompt_ids, *completions: Completion) -> ScoredGroup:
+    return ScoredGroup(
+        Group(Prompt("p", "", tuple(prompt_ids)), list(completions)), [Reward(1.0)] * len(completions)
+    )
+
+
+def rules(budget=1000, **options) -> PackRules:
+    return PackRules(
+        token_budget=budget, row_weight=lambda n, s, t, m: 1.0 / (s * n) if n else 0.0, **options
+    )
+
+
+def test_columns_and_predecessors_of_a_shared_prompt():
+    """Row [10 11 | 1 2 | 3]: tokens 1 and 3 are both predicted from column 1, the last of the prompt."""
+    (batch,) = pack([scored([10, 11], completion([1, 2]), completion([3]))], [[1.0, -1.0]], rules())
+    (m,) = batch.micro_batches
+    assert m.token_ids_N.tolist() == [10, 11, 1, 2, 3]
+    assert m.positions_N.tolist() == [0, 1, 2, 3, 2]
+    assert m.blocks == (Block(0, 2, (2, 1)),)
+    assert m.columns_L.tolist() == [2, 3, 4] and m.targets_L.tolist() == [1, 2, 3]
+    assert m.predecessors_L.tolist() == [1, 2, 1]
+    assert m.sequence_ids_L.tolist() == [0, 0, 1]
+    assert m.advantages_L.tolist() == [1.0, 1.0, -1.0]
+    assert m.weights_L.tolist() == [0.25, 0.25, 0.5]
+
+
+def test_a_group_larger_than_the_budget_repeats_its_prompt():
+    """Prompt 2 + completions 3, 3, 3 under a budget of 8: [prompt, c0, c1] and [prompt, c2]."""
+    group = scored([8, 9], *(completion([1, 2, 3]) for _ in range(3)))
+    (batch,) = pack([group], [[1.0, 1.0, 1.0]], rules(budget=8))
+    assert [len(m.token_ids_N) for m in batch.micro_batches] == [8, 5]
+    assert batch.num_packed_tokens == 13
+
+
+def test_tokens_that_the_policy_did_not_choose_are_read_and_not_trained():
+    (batch,) = pack([scored([9], completion([1, 2, 3], mask=[True, False, True]))], [[1.0]], rules())
+    (m,) = batch.micro_batches
+    assert m.token_ids_N.tolist() == [9, 1, 2, 3]
+    assert m.columns_L.tolist() == [1, 3] and m.predecessors_L.tolist() == [0, 2]
+    assert batch.num_loss_tokens == 2
+
+
+def test_aborted_completions_are_in_no_denominator_and_truncated_ones_may_be_masked():
+    group = scored([9], completion([1]), completion([], "abort"), completion([2, 3], "length"))
+    (kept,) = pack([group], [[1.0, 0.0, 1.0]], rules())
+    assert (kept.num_sequences, kept.num_loss_tokens) == (2, 3)
+    (masked,) = pack([group], [[1.0, 0.0, 1.0]], rules(mask_truncated=True))
+    assert (masked.num_sequences, masked.num_loss_tokens) == (2, 1)
+
+
+def test_counts_are_those_of_all_processes():
+    (batch,) = pack(
+        [scored([9], completion([1, 2]))], [[1.0]], rules(), sum_over_processes=lambda xs: [2 * x for x in xs]
+    )
+    assert (batch.num_sequences, batch.num_loss_tokens) == (2, 4)
+    assert batch.micro_batches[0].weights_L.tolist() == [0.25, 0.25]
+
+
+def test_groups_that_do_not_split_into_minibatches_are_refused():
+    with pytest.raises(ValueError, match="3 groups do not split into num_minibatches=2"):
+        pack([scored([9], completion([1]))] * 3, [[1.0]] * 3, rules(num_minibatches=2))
+
+
+def test_mixed_behavior_logprobs_are_refused():
+    bare = Completion([1], [], [True], "stop", [VersionSpan(0, 1)])
+    with pytest.raises(ValueError, match="all or none"):
+        pack([scored([9], completion([1, 2]), bare)], [[1.0, 1.0]], rules())

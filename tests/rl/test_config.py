@@ -1,0 +1,87 @@
+"""Bad configs get a sentence with the cause and the remedy, before any model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rl.config import Config, check_processes
+from rl.config_file import dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "optimizer.learning_rate=1",
+            "optimizer.learning_rate: unknown key; section optimizer has: lr, betas",
+        ),
+        ("train.group_sise=8", "train.group_sise: unknown key; did you mean group_size?"),
+        ("samplign.top_p=0.9", "samplign: unknown key; did you mean sampling?"),
+        ("rewards.functions=[{name: math, wieght: 2}]", "did you mean weight?"),
+        ("train.steps=abc", "train.steps='abc': Input should be a valid integer"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: Input should be greater than 0"),
+        ("loss.name=ppo", "loss.name='ppo'"),
+        ("sampling.temperature=0", "draws the same completion G times"),
+        ("sampling.top_p=0.9", "the importance ratio of a cut distribution"),
+        ("sampling.top_k=50", "evaluation.sampling may cut"),
+        ("train.group_size=1", "use train.group_size >= 2"),
+        ("train.num_minibatches=3", "use num_minibatches in [1, 2, 4, 8]"),
+        ("loss.dual_clip=1.1", "loss.dual_clip=1.1 must be above 1 + loss.clip_high"),
+        ("rewards.functions=[{name: math, requires: think_format}]", "not among ['math']"),
+        ("train.steps", "must look like key.sub=value"),
+    ],
+)
+def test_a_bad_value_names_the_key_the_rule_and_the_remedy(override, message):
+    with pytest.raises(ValueError) as caught:
+        load_config(None, [override])
+    assert message in " ".join(str(caught.value).split())
+
+
+def test_every_fault_is_listed_at_once():
+    with pytest.raises(ValueError, match="3 faults") as caught:
+        load_config(None, ["train.steps=0", "train.sed=1", "optimizer.lr=0"])
+    assert "did you mean seed" in str(caught.value)
+
+
+def test_scientific_notation_is_a_number():
+    assert load_config(None, ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
+
+
+def test_an_evaluation_metric_must_be_a_reward_of_the_run():
+    with pytest.raises(ValueError, match=r"evaluation.metric='acc' is not a reward of this run"):
+        load_config(None, ["evaluation.metric=acc", "evaluation.data={source: 'x'}"])
+
+
+def test_groups_must_split_over_processes():
+    config = load_config(None, ["train.prompts_per_step=6"])
+    check_processes(config, 3)
+    with pytest.raises(ValueError, match="use prompts_per_step=4 or 8"):
+        check_processes(config, 4)
+
+
+def test_a_wrong_path_names_the_near_one():
+    with pytest.raises(ValueError, match=r"did you mean .*quickstart\.yaml"):
+        load_config(CONFIGS[0].parent / "quickstrat.yaml")
+
+
+def test_at_most_twelve_fields_per_level():
+    def sections(model):
+        yield model
+        for field in model.model_fields.values():
+            for argument in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if isinstance(argument, type) and hasattr(argument, "model_fields"):
+                    yield from sections(argument)
+
+    crowded = {s.__name__: len(s.model_fields) for s in sections(Config) if len(s.model_fields) > 12}
+    assert crowded.keys() <= {"Config"} and crowded.get("Config", 0) <= 13

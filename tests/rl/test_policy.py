@@ -1,0 +1,154 @@
+"""The policy: LoRA, the stream of weights, the reference, saving, and models that do not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from rl.batch import pack
+from rl.config_file import load_config
+from rl.policy import Policy, probe_batch
+from rl.update import pack_rules, update_policy
+
+
+def make(folder, *overrides, with_reference=False) -> tuple[Policy, object]:
+    config = load_config(None, [f"model.name={folder}", "model.dtype=fp32", *overrides])
+    policy = Policy(config.model, Accelerator(cpu=True), temperature=1.0, with_reference=with_reference)
+    policy.settle_attention()
+    return policy, config
+
+
+def step(policy, config, ragged_groups, lr=0.5, **options):
+    groups, advantages = ragged_groups()
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=lr)
+    return update_policy(
+        policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss, **options
+    )
+
+
+def test_the_weight_stream_of_an_adapter_is_the_merged_model(tiny_model_dir, ragged_groups, tmp_path):
+    policy, config = make(tiny_model_dir, "model.lora={r: 4, alpha: 16}", "loss.kl_coef=0")
+    assert all("lora_" in name for name, _ in policy.trainable())
+    step(policy, config, ragged_groups)
+    streamed = dict(policy.weights())
+    policy.write_model(tmp_path)
+    from peft import AutoPeftModelForCausalLM
+
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path).merge_and_unload()
+    assert dict(merged.named_parameters()).keys() == streamed.keys()
+    plain = dict(AutoModelForCausalLM.from_pretrained(tiny_model_dir).named_parameters())
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(streamed[name], parameter, rtol=0, atol=1e-6)
+    moved = [n for n in streamed if not torch.equal(streamed[n], plain[n])]
+    assert moved and all("proj" in n for n in moved)
+
+
+def test_with_an_adapter_the_reference_is_the_base_model(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "model.lora={r: 4}", with_reference=True)
+    base, _ = make(tiny_model_dir)
+    step(policy, config, ragged_groups)
+    batch = probe_batch(policy.model)
+    with torch.no_grad():
+        expected = base.logprobs(batch)[0]
+        assert not torch.allclose(policy.logprobs(batch)[0], expected, atol=1e-3)
+    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
+    assert policy.reference is None
+
+
+def test_the_reference_follows_by_its_mixup(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, with_reference=True)
+    start = [p.clone() for p in policy.reference.parameters()]
+    step(policy, config, ragged_groups)
+    policy.move_reference(0.25)
+    for theirs, ours, old in zip(
+        policy.reference.parameters(), policy.scorer.parameters(), start, strict=True
+    ):
+        torch.testing.assert_close(theirs, 0.75 * old + 0.25 * ours)
+
+
+def test_the_canary_is_the_models_own_log_softmax(tiny_model_dir):
+    policy, _ = make(tiny_model_dir)
+    ids, logprobs = policy.weights().canary()
+    logits = AutoModelForCausalLM.from_pretrained(tiny_model_dir)(torch.tensor([ids])).logits[0]
+    expected = [logits[i - 1].log_softmax(-1)[ids[i]].item() for i in range(1, len(ids))]
+    assert logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16-mixed", "bf16"])
+def test_saved_weights_load_back_bitwise_and_name_the_compute_dtype(
+    tiny_model_dir, ragged_groups, tmp_path, dtype
+):
+    policy, config = make(tiny_model_dir, f"model.dtype={dtype}", "loss.kl_coef=0")
+    step(policy, config, ragged_groups)
+    policy.write_model(tmp_path)
+    other, _ = make(tiny_model_dir, f"model.dtype={dtype}")
+    other.load_weights(tmp_path)
+    for (name, a), (_, b) in zip(policy.trainable(), other.trainable(), strict=True):
+        assert a.dtype == b.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+        assert torch.equal(a, b), name
+    wanted = "float32" if dtype == "fp32" else "bfloat16"
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == wanted
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == getattr(torch, wanted)
+
+
+def test_strictly_on_policy_needs_one_forward_pass_and_has_ratio_one(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0")
+    calls = []
+    policy.scorer.register_forward_hook(lambda *_: calls.append(1))
+    result = step(policy, config, ragged_groups)
+    assert len(calls) == 1
+    assert result.metrics["policy/ratio_mean"] == result.metrics["policy/ratio_max"] == 1.0
+    assert result.metrics["policy/clip_fraction"] == 0.0
+
+
+def test_a_second_epoch_has_the_ratio_of_the_first_update(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0", "train.num_epochs=2")
+    result = step(policy, config, ragged_groups, num_epochs=2)
+    assert result.num_updates == 2
+    assert result.metrics["policy/ratio_max"] > 1.001
+
+
+def test_a_batch_without_signal_changes_nothing_not_even_moments(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0")
+    groups, advantages = ragged_groups()
+    optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.1, weight_decay=0.1)
+    update_policy(policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss)
+    weights = [p.clone() for _, p in policy.trainable()]
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    zeros = [[0.0] * len(row) for row in advantages]
+    result = update_policy(policy, optimizer, pack(groups, zeros, pack_rules(config)), config.loss)
+    assert result.num_updates == 0
+    assert all(torch.equal(a, b) for a, (_, b) in zip(weights, policy.trainable(), strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0")
+    groups, advantages = ragged_groups()
+    advantages[0][0] = float("nan")
+    before = [p.clone() for _, p in policy.trainable()]
+    optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.1)
+    result = update_policy(policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss)
+    assert (result.num_updates, result.bad_steps) == (0, 1)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.trainable(), strict=True))
+    assert all(p.grad is None for _, p in policy.trainable())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has ids up to 104, the model's embedding 50 rows"):
+        make(tmp_path)
+
+
+def test_a_moving_reference_and_an_adapter_exclude_each_other(tiny_model_dir):
+    with pytest.raises(ValueError, match=r"model.reference.update_every=0"):
+        make(tiny_model_dir, "model.lora={r: 4}", "model.reference.update_every=2", with_reference=True)

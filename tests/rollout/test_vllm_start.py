@@ -1,0 +1,126 @@
+"""Starting vLLM: versions that fit, distributed trainers, and a process group that survives the engine."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import make_model, make_tokenizer, save
+
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_start import version_conflict, vllm_available
+
+REASON = vllm_available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(make_model(0), tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    ("version", "torch_version", "reason"),
+    [
+        ("0.32.0", "2.13.0+cpu", None),
+        ("0.25.1", "2.13.0", None),
+        ("0.25.0", "2.13.0", r"outside the tested range >=0.25.1,<0.33; pip install 'vllm>=0.25.1,<0.33'"),
+        ("0.33.0", "2.13.0", "outside the tested range"),
+        (
+            "0.32.0",
+            "2.12.0+cu130",
+            "built for torch 2.13.0, and torch 2.12.0+cu130 is installed; pip install torch==",
+        ),
+    ],
+)
+def test_a_vllm_that_does_not_fit_is_explained(version, torch_version, reason):
+    requires = ["torch==2.13.0+cpu; python_version >= '3'", "torch==1.0; python_version < '3'", "torchvision"]
+    found = version_conflict("vllm", version, requires, torch_version=torch_version)
+    assert found is None if reason is None else reason in (found or "")
+
+
+RANK_PROGRAM = """
+    import sys
+    import torch, torch.distributed as dist
+    from tiny_llama import Stream, make_model, make_prompts, make_tokenizer
+    from rl.types import SamplingParams
+    from rollout.vllm_engine import VllmEngine
+    from rollout.weight_sync import publish
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=rank, world_size=2)
+    engine = VllmEngine(sys.argv[3], make_tokenizer(), dtype=torch.float32, max_model_len=128, max_num_seqs=8,
+                        kv_cache_gib=0.03, timeout_s=90)
+    publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
+    # Ranks sample different amounts: no step of one engine may wait for the other.
+    for _ in range(1 + 2 * rank):
+        engine.generate(make_prompts(4), num_completions=2, sampling=SamplingParams(4 + rank), seeds=[1])
+    engine.close()
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    print("sum over ranks", total.item(), "world", dist.get_world_size())
+    dist.destroy_process_group()
+"""
+
+
+LATE_PROGRAM = """
+    import sys, time
+    import torch.distributed as dist
+    from rollout.engine import EngineError
+    from rollout.vllm_start import _meet
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=rank, world_size=2)
+    if rank == 1:
+        time.sleep(3)
+    else:
+        try:
+            _meet(1.0)
+        except EngineError as error:
+            print(error)
+"""
+
+
+def run_two_ranks(program, *arguments):
+    """The outputs of two processes that run `program` with their rank and the arguments."""
+    folders = (Path(__file__).parents[2], Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), str(rank), *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        return [p.communicate(timeout=150)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_have_an_engine_each_and_keep_their_process_group(folder, tmp_path):
+    for output in run_two_ranks(RANK_PROGRAM, tmp_path, folder):
+        assert "sum over ranks 3.0 world 2" in output, output[-3000:]
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_to_the_start_is_named(tmp_path):
+    output = run_two_ranks(LATE_PROGRAM, tmp_path)[0]
+    assert "not every process reached the start of its vLLM engine within timeout_s=1:" in output
+    assert "ank 1" in output, output[-3000:]
+
+
+def test_a_distributed_run_without_a_process_group_is_told_the_order(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE=2 .* make the policy \(accelerate\) before the vLLM engine"
+    ):
+        VllmEngine(folder, make_tokenizer(), dtype=torch.float32, max_model_len=128)

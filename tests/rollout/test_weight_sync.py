@@ -1,0 +1,271 @@
+"""A weight sync proves itself: whatever goes wrong between policy and engine is named and stops the run."""
+
+import math
+
+import pytest
+import torch
+from tiny_llama import (
+    CANARY,
+    Stream,
+    largest_gap,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    save,
+    token_logprobs,
+)
+
+from rl.types import SamplingParams
+from rollout.engine import TransformersEngine
+from rollout.fingerprint import (
+    HeldTensor,
+    _hash_words,
+    compared_part,
+    covered_share,
+    fingerprints,
+    mismatches,
+    sampled_columns,
+)
+from rollout.weight_sync import WeightSyncError, publish
+
+Q0, Q1 = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1))
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(make_model(0), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def engine(folder):
+    return TransformersEngine(folder, make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """Another model than the engine was started from."""
+    return make_model(1)
+
+
+def lora_delta():
+    """A LoRA update of rank 2 for DOWN [64, 96]."""
+    generator = torch.Generator().manual_seed(5)
+    return 0.01 * torch.randn(64, 2, generator=generator) @ torch.randn(2, 96, generator=generator)
+
+
+def dropped(tensors):
+    return {name: t for name, t in tensors.items() if name != Q0}
+
+
+def swapped(tensors):
+    return tensors | {Q0: tensors[Q1], Q1: tensors[Q0]}
+
+
+def stale(tensors):
+    """The engine's own old tensor instead of the policy's."""
+    return tensors | {Q0: dict(make_model(0).named_parameters())[Q0].detach()}
+
+
+def lora_missing(tensors):
+    return tensors | {DOWN: tensors[DOWN] - lora_delta()}
+
+
+def lora_twice(tensors):
+    return tensors | {DOWN: tensors[DOWN] + lora_delta()}
+
+
+def transposed_rows(tensors):
+    """Two rows exchanged: sums and norms stay the same."""
+    return tensors | {Q0: tensors[Q0][[1, 0, *range(2, 64)]]}
+
+
+FAULTS = {
+    dropped: [Q0],
+    swapped: [Q0, Q1],
+    stale: [Q0],
+    lora_missing: [DOWN],
+    lora_twice: [DOWN],
+    transposed_rows: [Q0],
+}
+
+
+def test_after_a_sync_the_engine_computes_as_the_policy_does(engine, policy):
+    ids = list(range(30, 60))
+    assert largest_gap(engine.prompt_logprobs(ids), token_logprobs(policy, ids)) > 0.1
+    report = publish(engine, Stream(policy), version=7, tolerance=1e-4)
+    assert largest_gap(engine.prompt_logprobs(ids), token_logprobs(policy, ids)) < 1e-5
+    assert engine.version == 7
+    # 2 layers x (q, k, v, o, gate, up, down, 2 norms) + the embedding (which is the head) + the last norm
+    assert report.num_tensors == 2 * 9 + 2
+    # float32: 300 x 64 + 64 + 2 x (64 x 64 x 2 + 32 x 64 x 2 + 3 x 64 x 96 + 2 x 64) numbers
+    assert report.num_bytes == 4 * (19264 + 2 * (8192 + 4096 + 18432 + 128))
+    assert report.compared_share == 1.0
+    assert 0 <= report.canary_mean_gap <= report.canary_max_gap < 1e-5
+    assert 0 < report.verify_seconds < report.seconds
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_on_the_way_is_caught_by_name(engine, policy, fault):
+    """The stream shows the right tensors when inspected and wrong ones when sent."""
+    with pytest.raises(WeightSyncError, match="does not hold version 1") as caught:
+        publish(engine, Stream(policy, {2: fault}), version=1, tolerance=100.0)
+    assert str(caught.value).endswith(": " + ", ".join(FAULTS[fault]))
+
+
+def test_a_tensor_that_is_missing_from_the_stream_is_refused_before_sending(engine, policy):
+    before = engine.fingerprints()
+    with pytest.raises(WeightSyncError, match=f"version 1 is not sent: the policy's stream lacks {Q0}$"):
+        publish(engine, Stream(policy, {1: dropped}), version=1, tolerance=1.0)
+    assert (engine.version, engine.fingerprints()) == (0, before)
+
+
+@pytest.mark.parametrize("fault", [lora_missing, swapped, stale], ids=lambda f: f.__name__)
+def test_a_stream_that_is_wrong_throughout_is_caught_by_the_canary(engine, policy, fault):
+    """Fingerprints agree, since both passes are wrong; only the policy's own log-probs tell."""
+    with pytest.raises(WeightSyncError, match=r"computes otherwise: a canary log-prob differs by .* nats"):
+        publish(engine, Stream(policy, {1: fault, 2: fault}), version=1, tolerance=None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_sent(engine, value):
+    policy = make_model(1)
+    with torch.no_grad():
+        policy.get_parameter(DOWN)[3, 5] = value
+    before = engine.fingerprints()
+    for verify in (True, False):
+        with pytest.raises(WeightSyncError, match=f"version 1 is not sent: {DOWN} not finite; .* keeps 0"):
+            publish(engine, Stream(policy), version=1, tolerance=1.0, verify=verify)
+    assert (engine.version, engine.fingerprints()) == (0, before)
+
+
+def test_an_engine_that_keeps_its_old_version_is_caught(folder, policy):
+    class Forgetful(TransformersEngine):
+        def update_weights(self, weights, *, version):
+            super().update_weights(weights, version=0)
+
+    engine = Forgetful(folder, make_tokenizer())
+    with pytest.raises(WeightSyncError, match="says it holds version 0 after version 1 was sent"):
+        publish(engine, Stream(policy), version=1, tolerance=1.0)
+
+
+def test_another_models_weights_are_refused_with_both_names(engine):
+    with pytest.raises(
+        WeightSyncError, match=r"sends model.embed_tokens.weight \(310, 64\) and engine transformers"
+    ):
+        publish(engine, Stream(make_model(1, vocab_size=310)), version=1, tolerance=1.0)
+    with pytest.raises(
+        WeightSyncError, match=r"sends model\.layers\.2\..* has .* and \d+ more, not this name"
+    ):
+        publish(engine, Stream(make_model(1, layers=3)), version=1, tolerance=1.0)
+
+
+def test_a_float32_policy_syncs_to_a_bfloat16_engine_and_one_flipped_bit_is_seen(folder, policy):
+    engine = TransformersEngine(folder, make_tokenizer(), dtype=torch.bfloat16)
+    report = publish(engine, Stream(policy), version=1, tolerance=None)
+    assert report.num_bytes == 2 * (19264 + 2 * (8192 + 4096 + 18432 + 128))
+    sent = engine.fingerprints()
+    weight = engine.model.get_parameter(DOWN)
+    weight.view(torch.int16)[3, 5] ^= 1
+    assert mismatches(sent, engine.fingerprints()) == [DOWN]
+
+
+def test_the_canary_tolerance_defaults_to_the_engines_precision(folder, policy):
+    """0.02 nats for float32, 0.25 for bfloat16: a policy that is off by 0.1 passes only the second."""
+
+    class Shifted(Stream):
+        def canary(self):
+            ids, logprobs = super().canary()
+            return ids, [x + 0.1 for x in logprobs]
+
+    with pytest.raises(WeightSyncError, match=r"more than 0\.02"):
+        publish(TransformersEngine(folder, make_tokenizer()), Shifted(policy), version=1, tolerance=None)
+    half = TransformersEngine(folder, make_tokenizer(), dtype=torch.bfloat16)
+    assert 0.1 < publish(half, Shifted(policy), version=1, tolerance=None).canary_max_gap < 0.25
+
+
+def test_a_canary_that_is_not_a_number_does_not_pass(engine, policy):
+    class Broken(Stream):
+        def canary(self):
+            return CANARY, [math.nan] * (len(CANARY) - 1)
+
+    with pytest.raises(WeightSyncError, match="differs by nan nats"):
+        publish(engine, Broken(policy), version=1, tolerance=1.0)
+
+
+def test_an_unverified_sync_sends_once_and_proves_nothing(engine, policy):
+    report = publish(engine, Stream(policy, {2: swapped}), version=1, tolerance=1e-4, verify=False)
+    assert math.isnan(report.canary_max_gap) and report.compared_share == 0.0
+
+
+def test_samples_follow_the_published_weights(engine, policy, folder, tmp_path):
+    publish(engine, Stream(policy), version=1, tolerance=1e-4)
+    fresh = TransformersEngine(save(policy, tmp_path), make_tokenizer(), version=1)
+    call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
+    assert engine.generate(make_prompts(4, 7), **call) == fresh.generate(make_prompts(4, 7), **call)
+
+
+def words(tensor):
+    return _hash_words(tensor.contiguous().view(-1).view(torch.uint8)).item()
+
+
+def xxh(tensor):
+    return fingerprints([("x", tensor)])["x"]
+
+
+@pytest.mark.parametrize("digest", [words, xxh], ids=["cuda", "cpu"])
+def test_both_hashes_see_order_scale_sign_and_length(digest):
+    """The CUDA hash is plain integer arithmetic, so it is tested here on the CPU.
+
+    5,000,003 bfloat16 numbers are 1,250,001 words of 8 bytes, more than a chunk of 2^20 words. The words at
+    numbers 4 and 4,194,308 have the same place in their chunks.
+    """
+    x = torch.randn(5_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
+    changed = [x.clone() for _ in range(6)]
+    changed[0][[5, 9]] = x[[9, 5]]
+    changed[1][4:8], changed[1][4_194_308:4_194_312] = x[4_194_308:4_194_312], x[4:8]
+    changed[2][-1] += 1
+    changed[3][[3, 7]] = -x[[3, 7]]  # the sign bits are the top bits of two 64-bit words
+    changed[4] *= 2
+    changed[5][:] = x.roll(1)
+    hashes = [digest(t) for t in [x, *changed, x[:-1], torch.cat([x, torch.zeros(1).bfloat16()])]]
+    assert len(set(hashes)) == 9
+    assert digest(x.clone()) == hashes[0]
+
+
+def test_the_cuda_hash_gives_the_sum_that_its_docstring_states():
+    """Three words against Python's unbounded integers."""
+    data = torch.arange(20, dtype=torch.uint8) * 12 + 7
+    raw = bytes(data.tolist()) + bytes(4)
+    mask = 2**64 - 1
+    total = 20
+    for i in range(3):
+        z = (i + 1) * 0x9E3779B97F4A7C15 & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        w = int.from_bytes(raw[8 * i : 8 * i + 8], "little")
+        total += (w ^ w >> 32) * ((z ^ z >> 31) | 1)
+    assert _hash_words(data).item() & mask == total & mask
+
+
+def test_sampled_columns_cover_the_width_in_turn():
+    assert sampled_columns(20, 0) == [0, 3, 6, 9, 12, 15, 18]
+    assert sampled_columns(20, 1) == [1, 4, 7, 10, 13, 16, 19]
+    assert sampled_columns(6, 5) == [0, 1, 2, 3, 4, 5]
+    for width in (8, 9, 64, 576, 1536):
+        periods = -(-width // 8)
+        seen = sorted(c for version in range(100, 100 + periods) for c in sampled_columns(width, version))
+        assert seen == list(range(width))
+
+
+def test_a_sampled_fingerprint_compares_whole_columns_in_the_engines_dtype():
+    held = HeldTensor((2, 20), torch.bfloat16, torch.device("cpu"), "x", sampled=True)
+    x = torch.arange(40.0).view(2, 20) + 0.001
+    part = compared_part(x, held, version=1)
+    assert part.tolist() == [[c, 20.0 + c] for c in (1, 4, 7, 10, 13, 16, 19)]
+    assert (part.dtype, covered_share(held)) == (torch.bfloat16, 1 / 3)
+    assert torch.signbit(compared_part(-0.0 * x, held, 0)).sum() == 0
+
+
+def test_mismatches_name_what_differs_and_what_one_side_lacks():
+    assert mismatches({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}) == ["b", "c", "d"]
