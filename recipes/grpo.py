@@ -166,6 +166,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
         sampling_params(config.sampling, ends),
         group_size=config.train.group_size,
         seed=config.train.seed,
+        with_logprobs=config.loss.sampler_correction is not None,
         keep_fn=_keep_fn(config),
         max_rounds=config.advantage.dynamic_sampling.max_rounds if config.advantage.dynamic_sampling else 1,
         process=(world.rank, world.size),

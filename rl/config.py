@@ -28,9 +28,7 @@ class TrainConfig(Section):
         default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
     )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
-    token_budget: int = Field(
-        default=8192, ge=16, description="packed tokens of one forward pass, per process"
-    )
+    token_budget: int = Field(default=8192, ge=16, description="packed tokens of one forward pass")
     max_staleness: int = Field(
         default=0, ge=0, description="0: every completion is sampled by the current policy"
     )
@@ -72,6 +70,7 @@ class ModelConfig(Section):
         description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
     )
     gradient_checkpointing: bool = False
+    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = None
     reference: ReferenceConfig = ReferenceConfig()
     chat_template: str | None = Field(

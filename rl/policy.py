@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from rl.attention import PACKED
 from rl.batch import MicroBatch, PackRules, pack
 from rl.config import ModelConfig
-from rl.loading import STORAGE_DTYPE, add_lora, check_vocabulary, load_model, load_tokenizer
+from rl.loading import (
+    STORAGE_DTYPE,
+    add_lora,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    use_fused_layers,
+)
 from rl.logprobs import token_logprobs
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
 
@@ -44,6 +51,8 @@ class CausalScorer(nn.Module):
         temperature.
         """
         hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
+        if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
+            hidden_LD = hidden_LD.to(torch.get_autocast_dtype("cuda"))
         head = cast(Any, self.model.get_output_embeddings())
         config = self.model.config.get_text_config()
         return token_logprobs(
@@ -94,6 +103,8 @@ class Policy:
         self.tokenizer = load_tokenizer(config)
         model = load_model(config)
         check_vocabulary(model, self.tokenizer)
+        if accelerator.device.type == "cuda":
+            use_fused_layers(model.to(accelerator.device), config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.peft_model: Any = add_lora(model, config) if config.lora else None
@@ -148,9 +159,7 @@ class Policy:
             reason = None if self.config.attention != "rows" else "model.attention=rows"
             if reason is None:
                 try:
-                    self.set_packed(True)
-                    gap = (self.scorer(batch, 1.0)[0] - expected).abs().max().item()
-                    reason = None if gap <= tolerance else f"packed log-probs differ by {gap:.2g} nats"
+                    reason = self._packing_fault(batch, expected, tolerance)
                 except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
                     reason = str(error).splitlines()[0]
         self.scorer.train()
@@ -159,6 +168,22 @@ class Policy:
                 raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
             self.set_packed(False)
         return reason
+
+    def _packing_fault(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
+        """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
+        more than rounding moves one sequence at a time (fused kernels take 16 bits only).
+        """
+        with self.autocast():
+            rounded = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        self.set_packed(True)
+        gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        if not gap <= tolerance:
+            return f"packed log-probs differ by {gap:.2g} nats"
+        with self.autocast():
+            gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        if not gap <= 4 * rounded + tolerance:
+            return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
+        return None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":
