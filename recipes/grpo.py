@@ -30,6 +30,7 @@ from rl.display import Display
 from rl.durable import RunLock
 from rl.ledger import Ledger
 from rl.loading import load_tokenizer
+from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy
@@ -40,7 +41,7 @@ from rl.rundir import Evaluation, EvaluationLog, claim_config, write_result
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, SamplingParams, ScoredGroup
-from rl.update import weight_decay_groups
+from rl.update import pack_rules, weight_decay_groups
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
@@ -152,7 +153,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
                 tokenizer=tokenizer,
                 dtype=_engine_dtype(config),
                 device=world.accelerator.device,
-                max_model_length=_longest(config),
+                max_model_length=longest_sequence(config),
                 revision=model.revision,
                 note=display.note,
             )
@@ -175,6 +176,9 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
         sync_tolerance=config.engine.canary_tolerance,
         verify_sync=config.engine.verify_sync,
     )
+    if policy.device.type == "cuda":
+        held = probe(policy, config, pack_rules(config))
+        display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
     run = Run(
         config=config,
         world=world,
@@ -312,7 +316,8 @@ def _engine_dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
 
 
-def _longest(config: Config) -> int:
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with the longest completion, of training and evaluation."""
     sections = [(config.data, config.sampling)]
     if config.evaluation.data:
         sections.append((config.evaluation.data, config.evaluation.sampling))

@@ -11,6 +11,7 @@ ratio.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -26,6 +27,7 @@ from accelerate import Accelerator
 from rl import logprobs, shared_prompt
 from rl.batch import pack
 from rl.config_file import load_config
+from rl.memory import GIB, ModelSize, probe, training_bytes
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy, weight_decay_groups
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the config")
     arguments = parser.parse_args()
     workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    workload.export()
     groups = draw_groups(workload)
     answers = [len(c.token_ids) for g in groups for c in g.completions]
     print(f"{workload.prompts} x {workload.group}: {sum(answers)} completion tokens, longest {max(answers)}")
@@ -78,7 +81,10 @@ def draw_groups(workload: Workload) -> list[ScoredGroup]:
 
 
 def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profiled: bool) -> None:
+    workload = Workload.current()
     base = [f"model.name={model}", "loss.name=dapo", "loss.kl_coef=0", "loss.sampler_correction=null"]
+    base += [f"data.max_prompt_length={workload.prompt_length}"]
+    base += [f"sampling.max_completion_length={workload.max_length}"]
     config = load_config(None, [*base, *overrides])
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     policy = Policy(config.model, accelerator, temperature=1.0, with_reference=False)
@@ -87,6 +93,10 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
     advantages = [[r.score - 0.5 for r in g.rewards] for g in groups]  # type: ignore[operator]
     on_gpu = policy.device.type == "cuda"
     if on_gpu:
+        size = ModelSize.of(policy.model.config, fused_layers=config.model.fused_layers)
+        predicted = sum(training_bytes(size, config, config.train.token_budget).values())
+        held = probe(policy, config, pack_rules(config))
+        print(f"memory: predicted {predicted / GIB:.1f} GiB, probe {held / GIB:.1f} GiB", flush=True)
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> tuple[float, float]:
@@ -111,7 +121,8 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
             step()
         column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=70))
-    del policy, optimizer
+    del policy, optimizer, step
+    gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
 
