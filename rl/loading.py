@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rl.config import ModelConfig
 
-STORAGE_DTYPE = {"bf16-mixed": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+def storage_dtype(config: ModelConfig) -> torch.dtype:
+    """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
+    compute would see, and the adapters stay fp32.
+    """
+    if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -44,7 +51,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
-        config.name, revision=config.revision, dtype=STORAGE_DTYPE[config.dtype]
+        config.name, revision=config.revision, dtype=storage_dtype(config)
     )
     return cast(PreTrainedModel, model)
 

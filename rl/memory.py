@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rl.batch import PackRules, pack
 from rl.config import Config
-from rl.loading import STORAGE_DTYPE
+from rl.loading import storage_dtype
 from rl.logprobs import CHUNK_BYTES
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
@@ -83,7 +83,8 @@ class ModelSize:
 
 def training_bytes(size: ModelSize, config: Config, token_budget: int) -> dict[str, int]:
     """Bytes of each part at the peak of a backward pass over a full micro-batch, of the training process."""
-    stored = STORAGE_DTYPE[config.model.dtype].itemsize
+    stored = storage_dtype(config.model).itemsize
+    master = 2 if config.model.dtype == "bf16" else 4
     compute = 4 if config.model.dtype == "fp32" else 2
     trained = _trained_parameters(size, config)
     layer = size.saved_per_token * compute
@@ -97,8 +98,8 @@ def training_bytes(size: ModelSize, config: Config, token_budget: int) -> dict[s
         head += size.head * (4 + compute)
     return {
         "weights": size.parameters * stored,
-        "gradients": trained * stored,
-        "optimizer": 2 * trained * stored,
+        "gradients": trained * master,
+        "optimizer": 2 * trained * master,
         "weights in the compute dtype": size.linear * compute if compute != stored else 0,
         "reference": size.parameters * stored if copied else 0,
         "activations": token_budget * saved,

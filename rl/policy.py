@@ -21,11 +21,11 @@ from rl.attention import PACKED
 from rl.batch import MicroBatch, PackRules, pack
 from rl.config import ModelConfig
 from rl.loading import (
-    STORAGE_DTYPE,
     add_lora,
     check_vocabulary,
     load_model,
     load_tokenizer,
+    storage_dtype,
     use_fused_layers,
 )
 from rl.logprobs import token_logprobs
@@ -143,7 +143,7 @@ class Policy:
                 wrong; or attention=packed was asked for and is not exact.
         """
         batch = probe_batch(self.model).to(self.device)
-        tolerance = 2e-4 if STORAGE_DTYPE[self.config.dtype] == torch.float32 else 0.25
+        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.25
         self.scorer.eval()
         self.set_packed(False)
         with torch.no_grad():
@@ -267,8 +267,9 @@ class PolicyWeights:
             if ".base_layer." in name:
                 layer = cast(Any, model.get_submodule(name.split(".base_layer.")[0]))
                 if name.endswith("weight"):
-                    value = value + sum(
-                        layer.get_delta_weight(a).to(value.dtype) for a in layer.active_adapters
+                    # In fp32: rounding to the engine's dtype happens once, on arrival.
+                    value = value.float() + sum(
+                        layer.get_delta_weight(a).float() for a in layer.active_adapters
                     )
                 name = name.replace(".base_layer.", ".")
             yield name, value
