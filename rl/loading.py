@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,13 +72,15 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
         return
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
+    stored = storage_dtype(config)
     ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
 
     def hidden(narrow: bool) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
             return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    exact, plain = hidden(False), hidden(True)
+    exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
+    plain = hidden(True)
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
     if not gap < 1.5 * rounded + 0.01:
@@ -85,6 +88,15 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
             f"Liger's layers change the hidden states of {type(model).__name__} by {gap:.2g}, where bf16 "
             f"alone rounds by {rounded:.2g}; use model.fused_layers=false"
         )
+
+
+def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a bf16 model computes in fp32; its weights come back as they were: fp32 holds every bf16."""
+    model.float()
+    try:
+        return compute()
+    finally:
+        model.bfloat16()
 
 
 def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:

@@ -162,8 +162,8 @@ def _trained_parameters(size: ModelSize, config: Config) -> int:
 
 
 def probe(policy: Policy, config: Config, rules: PackRules) -> float:
-    """A forward and backward pass over a full micro-batch of the longest completions; returns the most bytes
-    that the process held. No weight, moment or generator is changed.
+    """Two passes over a full micro-batch of the longest completions, the second on top of the first one's
+    gradients; returns the most bytes that the process held. No weight, moment or generator is changed.
 
     Raises:
         ValueError: it does not fit; with the token budget to try.
@@ -176,10 +176,12 @@ def probe(policy: Policy, config: Config, rules: PackRules) -> float:
         moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
         if config.loss.kl_coef > 0:
             policy.reference_logprobs(micro_batch)
-        logprobs, entropy = policy.logprobs(micro_batch)
-        (logprobs.sum() + config.loss.entropy_coef * entropy.sum()).backward()
+        for _ in range(2):
+            logprobs, entropy = policy.logprobs(micro_batch)
+            (logprobs.sum() + config.loss.entropy_coef * entropy.sum()).backward()
+            del logprobs, entropy
         held = torch.cuda.max_memory_allocated(device)
-        del moments, logprobs, entropy
+        del moments
     except torch.OutOfMemoryError:
         raise ValueError(
             f"train.token_budget={budget} with completions of {config.sampling.max_completion_length} tokens "
