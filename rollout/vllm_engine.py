@@ -66,6 +66,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    runs_alone = False
 
     def __init__(
         self,
