@@ -38,7 +38,7 @@ class ContinuousSource:
         in_flight: most completions that are submitted and not collected; None: all that age allows.
         num_steps: steps of the run; no prompt is started that no step would train on.
         gather: what every process gives, in rank order; all processes call it equally often.
-        timeout_s: longest wait for the engine to finish a group, or for graders to finish one.
+        timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
     """
 
     def __init__(

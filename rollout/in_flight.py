@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -56,7 +56,7 @@ class InFlight:
         limit: most completions that are submitted and not collected, at least one group; None: no limit.
             Refills wait until a quarter of it is free: a prefill in every decode step costs an engine more
             than a few idle places.
-        timeout_s: longest wait for the engine to finish a group, or for the graders to finish one.
+        timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
     """
 
     def __init__(
@@ -190,18 +190,19 @@ class InFlight:
         """The scored groups of sampled requests.
 
         Raises:
-            RuntimeError: the graders did not finish one within `timeout_s`, although each has its deadline.
+            RuntimeError: no group at all was graded for `timeout_s`.
         """
-        groups = []
-        for request in requests:
-            assert request.scored is not None
-            try:
-                groups.append(request.scored.result(timeout=self.timeout_s))
-            except TimeoutError:
+        futures = [request.scored for request in requests if request.scored is not None]
+        assert len(futures) == len(requests)
+        while any(not future.done() for future in futures):
+            graded = [r.scored for r in self._queue if r.scored is not None and not r.scored.done()]
+            if graded and not wait(graded, self.timeout_s, FIRST_COMPLETED).done:
+                slow = [r.prompt.id for r in requests if r.scored is not None and not r.scored.done()]
                 raise RuntimeError(
-                    f"the graders did not finish prompt {request.prompt.id} within {self.timeout_s:g} s"
-                ) from None
-        return groups
+                    f"the graders finished no group for {self.timeout_s:g} s, while the run waited for "
+                    f"prompts {', '.join(slow[:3])}; lower rewards.deadline_s, or raise rewards.workers"
+                )
+        return [future.result() for future in futures]
 
     def sample_again(self, request: Request) -> None:
         """In its old place in the queue, so that the order of prompts stays, with other random numbers."""

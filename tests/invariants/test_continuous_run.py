@@ -72,10 +72,10 @@ def test_without_staleness_a_run_is_the_on_policy_run_bit_for_bit(config_file, m
 def test_two_processes_sample_ahead_together(config_file):
     """Over gloo, with dynamic sampling that leaves the processes uneven, and a second start that goes on."""
     run = config_file.parent / "run"
-    command = [sys.executable, "-m", "recipes.cli", "train", str(config_file), "--processes=2"]
+    command = [sys.executable, "-m", "recipes.cli", "train", str(config_file), f"run_dir={run}"]
     for steps in (2, STEPS):
         done = subprocess.run(
-            [*command, f"run_dir={run}", "train.max_staleness=2", f"train.steps={steps}"],
+            [*command, "train.max_staleness=2", f"train.steps={steps}", "--processes=2"],
             cwd=HERE.parents[1],
             capture_output=True,
             text=True,

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 
 import pytest
 from tick_engine import AloneEngine, OneWeight, ThreadScorer, TickEngine, length_of
@@ -334,6 +335,21 @@ def test_a_wait_for_the_engine_is_bounded_and_names_what_it_waits_for():
     with pytest.raises(EngineError, match=r"finished no group for 0.2 s, with 48 completions in flight") as e:
         source.next_groups(B)
     assert source.stream.at(0).id in str(e.value) and "engine.timeout_s" in str(e.value)
+
+
+class Hanging(ThreadScorer):
+    def submit(self, group):
+        return Future()
+
+
+def test_a_wait_for_the_graders_is_bounded_and_names_what_it_waits_for():
+    stream = PromptStream(PROMPTS, seed=SEED)
+    options = {"group_size": G, "seed": SEED, "verify_sync": False, "max_staleness": 1, "timeout_s": 0.2}
+    source = ContinuousSource(TickEngine(), Hanging(), stream, SAMPLING, **options)
+    source.publish(OneWeight(), version=0)
+    with pytest.raises(RuntimeError, match=r"graders finished no group for 0\.2 s") as caught:
+        source.next_groups(B)
+    assert stream.at(0).id in str(caught.value) and "rewards.deadline_s" in str(caught.value)
 
 
 def test_an_engine_that_fails_for_a_whole_batch_stops_the_run():
