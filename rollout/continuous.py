@@ -30,9 +30,9 @@ MAX_ATTEMPTS = 3
 class ContinuousSource:
     """Keeps completions in flight while the trainer learns, and grades each group as it finishes.
 
-    With `max_staleness=0` it returns what `OnPolicySource` returns, bit for bit, and starts the next step's
-    prompts as soon as their weights are there. Dynamic sampling: a rejected group is replaced by the next one
-    in the queue, and a step goes round at most `max_rounds` times, as in `OnPolicySource`.
+    With `max_staleness=0` it asks the engine for what `OnPolicySource` asks for and returns the same, bit for
+    bit. Dynamic sampling: a rejected group is replaced by the next one in the queue, and a step goes round at
+    most `max_rounds` times, as in `OnPolicySource`.
 
     Args:
         in_flight: most completions that are submitted and not collected; None: all that age allows.
@@ -137,7 +137,9 @@ class ContinuousSource:
                 self.engine, weights, version=version, tolerance=self.sync_tolerance, verify=self.verify_sync
             )
         self.policy_version = version
-        if self._share:  # until the first batch is asked for, a run may be replaying what its ledger holds
+        # Until the first batch is asked for, a run may be replaying what its ledger holds. Without staleness,
+        # prompts would run beside an evaluation in one run and not in another, and round otherwise.
+        if self._share and self.max_staleness:
             self._deal(self.gather(self._room(self._share)))
             self._in_flight.refill()
         return report
