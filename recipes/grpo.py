@@ -19,12 +19,12 @@ from accelerate import Accelerator, DistributedType
 
 from recipes.engines import make_engine
 from recipes.models import resolve_model
+from recipes.sources import make_source, sampling_params
 from recipes.tasks import load_rows
 from recipes.tasks.prompts import grader_columns, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
-from rl.advantages import group_outcome
 from rl.checkpoint import CheckpointStore, LoadedCheckpoint
-from rl.config import Config, SamplingConfig, check_processes
+from rl.config import Config, check_processes
 from rl.config_file import load_config
 from rl.display import Display
 from rl.durable import RunLock
@@ -40,12 +40,12 @@ from rl.run import Run
 from rl.rundir import Evaluation, EvaluationLog, claim_config, write_result
 from rl.trackers import Trackers
 from rl.train import train
-from rl.types import Prompt, SamplingParams, ScoredGroup
+from rl.types import Prompt, ScoredGroup
 from rl.update import pack_rules, weight_decay_groups
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
-from rollout.source import OnPolicySource, PromptStream, sample_and_score
+from rollout.source import PromptStream, sample_and_score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,22 +160,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
     except BaseException:
         scorer.close()
         raise
-    source = OnPolicySource(
-        engine,
-        scorer,
-        PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle),
-        sampling_params(config.sampling, ends),
-        group_size=config.train.group_size,
-        seed=config.train.seed,
-        with_logprobs=config.loss.sampler_correction is not None,
-        keep_fn=_keep_fn(config),
-        max_rounds=config.advantage.dynamic_sampling.max_rounds if config.advantage.dynamic_sampling else 1,
-        process=(world.rank, world.size),
-        gather_ints=world.gather_ints,
-        phase=phases,
-        sync_tolerance=config.engine.canary_tolerance,
-        verify_sync=config.engine.verify_sync,
-    )
+    stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
+    source = make_source(config, world, engine, scorer, stream, ends, phases)
     if policy.device.type == "cuda":
         held = probe(policy, config, pack_rules(config))
         display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
@@ -250,17 +236,6 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def sampling_params(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
-    return SamplingParams(
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        stop_token_ids=tuple(stop_token_ids),
-    )
-
-
 def _heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     data = config.evaluation.data
     return make_prompts(data, load_rows(data), tokenizer, "heldout") if data else []
@@ -297,13 +272,6 @@ def _accuracy(group: ScoredGroup, metric: str) -> float:
     """Mean of the metric over the samples of one prompt; what a grader abstained on counts as wrong."""
     scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
     return sum(scores) / len(scores)
-
-
-def _keep_fn(config: Config) -> Any:
-    if config.advantage.dynamic_sampling is None:
-        return None
-    weights = {spec.name: spec.weight for spec in config.rewards.functions}
-    return lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed"
 
 
 def _first_and_last(evaluations: list[Evaluation]) -> list[Evaluation]:

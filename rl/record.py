@@ -13,6 +13,11 @@ from rl.types import Completion, Reason, Reward, ScoredGroup
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
+COUNTS = {
+    "replaced": "rollout/replaced",
+    "in_flight": "rollout/in_flight",
+    "over_age": "staleness/over_age",
+}
 Sum = Callable[[list[float]], list[float]]
 
 
@@ -28,14 +33,18 @@ def group_metrics(
     config: AdvantageConfig,
     weights: Mapping[str, float],
     world: World,
+    counts: Mapping[str, float],
 ) -> dict[str, float]:
-    """Means and extremes over the completions of all processes; a mean over nothing is left out."""
+    """Means and extremes over the completions of all processes; a mean over nothing is left out.
+
+    `counts` is what the source of this process counted; all processes count the same things.
+    """
     pairs = [(c, r) for g in groups for c, r in zip(g.completions, g.rewards, strict=True)]
     live = [c for c, _ in pairs if c.finish_reason != "abort"]
     scores = [r.score for c, r in pairs if r.score is not None and c.finish_reason != "abort"]
     outcomes = [group_outcome(g, config=config, weights=weights) for g in groups]
     lengths = [len(c.token_ids) for c in live]
-    staleness = [step - c.policy_version for c in live]
+    ages = [(step - span.policy_version, span.num_tokens) for c in live for span in c.version_spans]
     ratios: dict[str, tuple[float, float]] = {
         "reward/mean": (math.fsum(scores), len(scores)),
         "_squares": (math.fsum(s * s for s in scores), len(scores)),
@@ -46,7 +55,7 @@ def group_metrics(
         "completion/length_mean": (sum(lengths), len(lengths)),
         "completion/truncated_share": (sum(c.finish_reason == "length" for c in live), len(live)),
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
-        "staleness/mean": (sum(staleness), len(staleness)),
+        "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
     }
     for name in weights:
         parts = [p for _, r in pairs if (p := r.parts.get(name)) is not None]
@@ -60,7 +69,7 @@ def group_metrics(
         [
             float(max(lengths, default=0)),
             -float(min(lengths, default=0)),
-            float(max(staleness, default=0)),
+            float(max((age for age, _ in ages), default=0)),
         ]
     )
     values |= {
@@ -69,7 +78,8 @@ def group_metrics(
         "staleness/max": oldest,
         "tokens/completion": totals["completion/length_mean"][0],
     }
-    return values
+    counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
+    return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
 
 
 def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: Sum) -> None:

@@ -106,10 +106,8 @@ def check_update(run: Run, step: int, update: UpdateResult) -> None:
         if run.bad_steps_in_row >= run.config.train.max_bad_steps:
             raise RuntimeError(
                 f"{run.bad_steps_in_row} steps in a row had a non-finite loss or gradient; {where}. Nothing "
-                "non-finite was "
-                "saved. Lower optimizer.lr or optimizer.max_grad_norm, or use model.dtype=fp32, and start "
-                "again from "
-                "the newest checkpoint in a new run_dir"
+                "non-finite was saved. Lower optimizer.lr or optimizer.max_grad_norm, or use "
+                "model.dtype=fp32, and start again from the newest checkpoint in a new run_dir"
             )
 
 
@@ -143,6 +141,7 @@ def record(
         config=run.config.advantage,
         weights=run.reward_weights,
         world=run.world,
+        counts=run.source.last_counts,
     )
     values |= update.metrics | run.phases.take()
     values |= {

@@ -38,10 +38,12 @@ class Engine(Protocol):
         name: "transformers" or "vllm", for logs.
         version: policy version whose weights it holds; WEIGHTS_UNKNOWN after an update that broke off.
         tensors: every parameter it holds, under Hugging Face names.
+        runs_alone: it samples while nobody calls it, in a process of its own.
     """
 
     name: str
     version: int
+    runs_alone: bool
     tensors: Mapping[str, HeldTensor]
 
     @property
@@ -130,6 +132,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    runs_alone = False
 
     def __init__(
         self,
