@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def main() -> None:
         for side in arguments.sides.split(","):
             run = _cohort if side.startswith("cohort") else _trl
             steps = run(side, folder, model, workload, arguments)
+            if not steps and side.startswith("cohort"):
+                sys.exit(1)
             if steps:
                 results[side] = summary(steps)
                 print(side, json.dumps({k: round(v, 3) for k, v in results[side].items()}), flush=True)
@@ -118,6 +121,7 @@ def _cohort(
     file.write_text(yaml.safe_dump(config))
     if not _launch(side, ["recipes.grpo", str(file), *arguments.set], arguments):
         return []
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # tens of GiB with the moments
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [_cohort_step(row, n, run_dir, model) for n, row in enumerate(rows)]
 
