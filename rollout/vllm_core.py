@@ -133,10 +133,10 @@ class VllmCore:
         """Waits until a message of the core's process is there, or `deadline`."""
         queue = self._client.outputs_queue
         while queue.empty():
+            self._check_alive()
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return False
-            self._check_alive()
             with queue.not_empty:
                 queue.not_empty.wait_for(lambda: bool(queue.queue), min(remaining, _LIVENESS_S))
         return True
