@@ -129,12 +129,11 @@ class EngineConfig(Section):
     gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
     kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
-    verify_sync: bool = Field(
-        default=True, description="version, fingerprints and canary at every weight sync"
-    )
-    canary_tolerance: float | None = Field(
-        default=None, gt=0, description="nats; default by dtype: 0.02 fp32, 0.25 bf16"
-    )
+    process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
+    seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
+    recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
+    verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
+    canary_tolerance: float | None = Field(default=None, gt=0, description="nats; 0.02 fp32, 0.25 bf16")
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
 
 

@@ -125,6 +125,8 @@ class VllmCore:
         """Ends the core and its process; safe to call twice."""
         if self.engine is not None:
             stop_engine(self.engine, owns_group=self._owns_group)
+        if self._process is not None:
+            self._process.join(_LIVENESS_S)  # killed by now; else it would stay as a zombie
         self.engine = self._client = None
 
     def _has_output(self, deadline: float) -> bool:

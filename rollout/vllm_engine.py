@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +25,11 @@ from rollout.calls import (
 )
 from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
+from rollout.vllm_bucket import Bucket, Layout
 from rollout.vllm_core import Answer, VllmCore
-from rollout.vllm_start import start_engine, vllm_available
+from rollout.vllm_start import cpu_arguments, gpu_arguments, start_engine, vllm_available
 
-CPU_BLOCK_SIZE = (
-    32  # tokens; completions share the full blocks of their prompt, and vLLM's 128 would share little
-)
+Process = Literal["auto", "own", "inside"]
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -45,24 +44,31 @@ class Flight:
 
 
 class VllmEngine:
-    """Stock vLLM (V1 engine core) in this process; weights go in through vLLM's own reload.
+    """Stock vLLM (V1 engine core); weights go in through vLLM's own reload.
 
     Args:
         model: folder or hub name.
         tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
         max_model_len: longest prompt plus completion, in tokens.
+        process: "own" gives vLLM's engine core a process of its own, which samples while this one trains;
+            "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit,
+            and "inside" on a CPU, where both would share the same cores.
         gpu_memory_utilization: share of the GPU for weights, activations and KV cache.
         kv_cache_gib: KV cache on a CPU.
         enforce_eager: no CUDA graphs; default: eager on a CPU only.
-        seed_requests: False takes vLLM's one generator for all completions, which is not reproducible;
-            per-request seeds cost a kernel launch per completion and token on a GPU.
+        seed_requests: every completion draws from its own seed. Without it all draw from vLLM's one generator
+            and no call can be repeated, only its distribution. Default: seeds where they cost nothing, which
+            is on a CPU and in vLLM's second model runner (dense models on a GPU). The first one launches a
+            kernel per completion and token for them. On a GPU equal seeds give equal completions up to
+            rounding, which depends on what else is in the batch.
         recompute_kv: an update computes the keys and values of running completions anew with the new weights;
             default: they stay those of the weights that sampled them.
-        timeout_s: longest wait for one `generate` call, and for the other processes at the start.
+        timeout_s: longest wait for one `generate` call, for an answer of the core, and for the start.
         version: policy version of the weights in `model`.
 
     Raises:
         ValueError: vLLM cannot be used here, or refuses the model or the arguments.
+        EngineError: it did not start in time.
     """
 
     name = "vllm"
@@ -75,11 +81,12 @@ class VllmEngine:
         *,
         dtype: torch.dtype,
         max_model_len: int,
+        process: Process = "auto",
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.35,
         kv_cache_gib: float = 2.0,
         enforce_eager: bool | None = None,
-        seed_requests: bool = True,
+        seed_requests: bool | None = None,
         recompute_kv: bool = False,
         timeout_s: float = 600.0,
         revision: str | None = None,
@@ -90,48 +97,35 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
+        own = process == "own" or (process == "auto" and not on_cpu)
         eager = on_cpu if enforce_eager is None else enforce_eager
-        device_arguments = (
-            {
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "block_size": CPU_BLOCK_SIZE,
-                # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, max_model_len),
-            }
-            if on_cpu
-            else {"gpu_memory_utilization": gpu_memory_utilization}
-        )
-        arguments = device_arguments | {
+        if on_cpu:
+            arguments = cpu_arguments(kv_cache_gib, max_model_len=max_model_len)
+        else:
+            arguments = gpu_arguments(
+                gpu_memory_utilization, max_model_len=max_model_len, max_num_seqs=max_num_seqs, eager=eager
+            )
+        arguments |= {
             "model": str(model),
             "revision": revision,
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "enforce_eager": eager,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # the model's own would add its temperature and penalties
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "seed": 0,
-            "worker_extension_cls": "rollout.vllm_worker.WeightReceiver",
-            "scheduler_cls": "rollout.vllm_scheduler.make_scheduler",
         }
         self.tokenizer, self.version = tokenizer, version
-        self.max_model_len, self.timeout_s = max_model_len, timeout_s
-        self.seed_requests, self.recompute_kv = seed_requests, recompute_kv
-        engine, owns_group = start_engine(arguments, timeout_s=timeout_s)
+        self.timeout_s, self.max_model_len, self.recompute_kv = timeout_s, max_model_len, recompute_kv
+        engine, owns_group = start_engine(arguments, own=own, timeout_s=timeout_s)
+        seeds_are_free = on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
+        self.seed_requests = seeds_are_free if seed_requests is None else seed_requests
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         self._vocab_size = engine.model_config.get_vocab_size()
         self._core = VllmCore(
-            engine,
-            own=False,
-            owns_group=owns_group,
-            uncompiled=on_cpu and eager,
-            timeout_s=timeout_s,
+            engine, own=own, owns_group=owns_group, uncompiled=on_cpu and eager, timeout_s=timeout_s
         )
-        self.tensors: Mapping[str, HeldTensor] = self._describe()
+        self.tensors: Mapping[str, HeldTensor] = self._describe(uncompiled=own and on_cpu and eager)
+        self._bucket = Bucket(self.tensors, self.device) if own else None
+        self._handle_sent = False
         self._versions = [version]  # of the weights, one more at each update
         self._requests: dict[str, tuple[Flight, int, int]] = {}  # id -> flight, completion, first of versions
         self._num_requests = self._num_submitted = 0
@@ -192,7 +186,10 @@ class VllmEngine:
         self.version = WEIGHTS_UNKNOWN
         self._take(self._core.pause())
         self._core.call("cohort_begin")
-        self._core.call("cohort_receive", self._rounded(weights))
+        if self._bucket is None:
+            self._core.call("cohort_receive", self._rounded(weights))
+        else:
+            self._bucket.send(self._known(weights), self._load_bucket)
         self._core.call("cohort_finish", version)
         self._core.resume(recompute_kv=self.recompute_kv)
         self._versions.append(version)
@@ -227,6 +224,8 @@ class VllmEngine:
 
     def close(self) -> None:
         self._core.close()
+        if self._bucket is not None:
+            self._bucket.close()
         self._requests, self._landed, self._num_submitted = {}, [], 0
 
     def _launch(self, call: Call, *, for_collect: bool) -> tuple[list[Flight], dict[int, str]]:
@@ -310,14 +309,22 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _describe(self) -> dict[str, HeldTensor]:
+    def _describe(self, *, uncompiled: bool) -> dict[str, HeldTensor]:
         return {
             name: HeldTensor(tuple(shape), getattr(torch, dtype), self.device, source, sampled)
-            for name, shape, dtype, source, sampled in self._core.call("cohort_describe")
+            for name, shape, dtype, source, sampled in self._core.call("cohort_describe", uncompiled)
         }
 
-    def _rounded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in self.tensors:
                 raise ValueError(f"vLLM's model has no weight {name}; send the model it was started from")
-            yield name, tensor.detach().to(self.tensors[name].dtype)
+            yield name, tensor.detach()
+
+    def _rounded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(self.tensors[name].dtype)) for name, tensor in self._known(weights))
+
+    def _load_bucket(self, layout: Layout) -> None:
+        assert self._bucket is not None
+        self._core.call("cohort_receive_bucket", layout, None if self._handle_sent else self._bucket.handle)
+        self._handle_sent = True

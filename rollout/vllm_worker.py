@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +14,35 @@ import torch
 from torch import Tensor
 
 from rollout.fingerprint import fingerprints
-from rollout.vllm_weights import Slot, as_checkpoint, find_slots, packs_experts, read_slots, repack
+from rollout.vllm_bucket import Layout, open_bucket, received
+from rollout.vllm_start import TRAINER_PID
+from rollout.vllm_weights import (
+    Slot,
+    as_checkpoint,
+    complete_layers,
+    find_slots,
+    packs_experts,
+    read_slots,
+    repack,
+)
+
+_PARENT_CHECK_S = 1.0
+
+
+def end_with(pid: int) -> None:
+    """Kills this process when process `pid` is its parent no more: a trainer killed by -9 tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(_PARENT_CHECK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
+
+
+# At import, since vLLM calls nothing else of ours before the model is loaded, which may take minutes.
+if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
+    end_with(int(os.environ[TRAINER_PID]))
 
 
 class WeightReceiver:
@@ -21,12 +54,19 @@ class WeightReceiver:
     cohort_slots: dict[str, Slot]
     cohort_loaded: dict[str, int]
     cohort_open: bool
+    cohort_bucket: Tensor
+    cohort_layers: dict[str, frozenset[str]]
     get_model: Any
     model_config: Any
     vllm_config: Any
 
-    def cohort_describe(self) -> list[list[Any]]:
-        """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them."""
+    def cohort_describe(self, uncompiled: bool) -> list[list[Any]]:
+        """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them.
+
+        `uncompiled`: this process compiles nothing from here on (see `VllmCore`).
+        """
+        if uncompiled:
+            torch.compiler.set_stance("force_eager")
         self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
         held = {name: slot.held for name, slot in self.cohort_slots.items()}
         return [
@@ -45,6 +85,7 @@ class WeightReceiver:
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.get_model())
         self.cohort_open = True
+        self.cohort_layers = complete_layers(self.cohort_slots)
 
     @torch.no_grad()
     def cohort_receive(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -53,6 +94,15 @@ class WeightReceiver:
 
         with set_current_vllm_config(self.vllm_config):
             self.get_model().load_weights(piece for pair in tensors for piece in as_checkpoint(*pair))
+
+    def cohort_receive_bucket(self, layout: Layout, handle: list[Any] | None) -> None:
+        """Loads a filling of the bucket; `handle` comes with the first one."""
+        if handle is not None:
+            self.cohort_bucket = open_bucket(handle)
+        held = {name: slot.held for name, slot in self.cohort_slots.items()}
+        self.cohort_receive(received(self.cohort_bucket, layout, held, self.cohort_layers))
+        if self.cohort_bucket.is_cuda:
+            torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
 
     @torch.no_grad()
     def cohort_finish(self, version: int) -> None:
