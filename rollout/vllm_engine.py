@@ -96,7 +96,7 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
-        own = process == "own" or (process == "auto" and not on_cpu)
+        own = self.runs_alone = process == "own" or (process == "auto" and not on_cpu)
         eager = on_cpu if enforce_eager is None else enforce_eager
         if on_cpu:
             arguments = cpu_arguments(kv_cache_gib, max_model_len=max_model_len)

@@ -1,6 +1,8 @@
-"""`ContinuousSource` on real vLLM in this process: on-policy at staleness 0, ages and spans beyond."""
+"""`ContinuousSource` on real vLLM: on-policy at staleness 0, ages and spans beyond, and overlap."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 import torch
@@ -34,15 +36,18 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def engine(models, tmp_path_factory):
-    engine = VllmEngine(
-        save(models[0], tmp_path_factory.mktemp("model")),
-        make_tokenizer(),
-        dtype=torch.float32,
-        max_model_len=128,
-        max_num_seqs=6,
-        kv_cache_gib=0.03,
-    )
+def folder(models, tmp_path_factory):
+    return save(models[0], tmp_path_factory.mktemp("model"))
+
+
+def start(folder, **options):
+    options |= {"max_model_len": 128, "max_num_seqs": 6, "kv_cache_gib": 0.03}
+    return VllmEngine(folder, make_tokenizer(), dtype=torch.float32, **options)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    engine = start(folder)
     yield engine
     engine.close()
 
@@ -91,3 +96,19 @@ def test_one_step_ahead_the_order_is_the_streams_and_every_token_knows_its_versi
                 expected = alone[start : start + first.num_tokens]
                 assert largest_gap(c.behavior_logprobs[: first.num_tokens], expected) < 2e-5
     assert several > 0 and engine.in_flight == 0
+
+
+def test_an_engine_of_its_own_process_goes_on_while_the_trainer_computes(folder, models):
+    source = make(ContinuousSource, start(folder, process="own"), max_staleness=1)
+    graded = []
+    source.scorer.on_submit = lambda: graded.append(1)
+    try:
+        for step in range(3):
+            source.publish(Stream(models[step % 2]), version=step)
+            source.next_groups(B)
+            deadline = time.monotonic() + 60
+            while source.engine.in_flight and time.monotonic() < deadline:
+                time.sleep(0.01)  # the trainer computes, and does not call the source
+            assert source.engine.in_flight == 0 and len(graded) == (step + 2) * B
+    finally:
+        source.close()
