@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 
 def low_words(prompts, completions, **columns):
     """Share of the completion's words that are w0 to w39."""
@@ -25,3 +29,28 @@ def broken(prompts, completions, **columns):
 
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
+
+
+_calls = []
+
+
+def broken_once(prompts, completions, **columns):
+    """Raises on the third completion of its process and scores all others."""
+    _calls.append(1)
+    if len(_calls) == 3:
+        raise RuntimeError("only once")
+    return low_words(prompts, completions)
+
+
+def slow(prompts, completions, **columns):
+    time.sleep(0.05)
+    return low_words(prompts, completions)
+
+
+def stops_the_trainer(prompts, completions, **columns):
+    """Scores, and sends the trainer SIGTERM at the second evaluation, of w70 to w72."""
+    if any(f"w{i}" in str(prompts) for i in (70, 71, 72)):
+        _calls.append(1)
+        if len(_calls) == 4:
+            os.kill(os.getppid(), signal.SIGTERM)
+    return low_words(prompts, completions)
