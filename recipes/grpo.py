@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from datasets import disable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import make_engine
 from recipes.models import resolve_model
@@ -79,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: Config, stop: StopSignal, began: float) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
+    disable_progress_bar()
+    disable_progress_bars()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     world = World(accelerator)
     stop.any_process = world.any
@@ -122,7 +127,8 @@ def _conclude(run: Run, steps: int) -> None:
     evaluations, result = run.evaluations.read(), read_result(run.config.run_dir)
     if run.start_step < steps or result.get("steps") != steps:
         result = write_result(run.config, evaluations, steps=steps, seconds=run.seconds)
-    for name, evaluation in zip(("before", "after"), _first_and_last(evaluations), strict=False):
+    ends = [*evaluations[:1], *evaluations[-1:]]
+    for name, evaluation in zip(("before", "after"), ends, strict=False):
         print(f"held-out {name}: {evaluation}")
     print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
@@ -148,12 +154,13 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         check_config(model, tokenizer, longest)
-        policy = Policy(
-            model,
-            world.accelerator,
-            temperature=config.sampling.temperature,
-            with_reference=config.loss.kl_coef > 0,
-        )
+        with display.phase("the model to load"):
+            policy = Policy(
+                model,
+                world.accelerator,
+                temperature=config.sampling.temperature,
+                with_reference=config.loss.kl_coef > 0,
+            )
         if (reason := policy.settle_attention()) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
@@ -162,7 +169,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if world.size > 1:
             for _, parameter in policy.trainable():
                 torch.distributed.broadcast(parameter.data, 0)
-        ends = end_token_ids(tokenizer, config.sampling.stop_token_ids, policy.model.generation_config)
+        ends = end_token_ids(tokenizer, (), policy.model.generation_config)
         with display.phase(f"the engine to start ({config.engine.name})"):
             engine = make_engine(
                 config.engine,
@@ -268,14 +275,14 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def sampling_params(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingParams:
     return SamplingParams(
         max_completion_length=sampling.max_completion_length,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        stop_token_ids=tuple(stop_token_ids),
+        stop_token_ids=tuple(sorted({*ends, *sampling.stop_token_ids})),
     )
 
 
@@ -294,7 +301,7 @@ def _evaluator(
             engine,
             scorer,
             prompts,
-            sampling_params(e.sampling, (*ends, *e.sampling.stop_token_ids)),
+            sampling_params(e.sampling, ends),
             num_samples=e.num_samples,
             seed=config.train.seed,
             first=world.rank,
@@ -308,9 +315,9 @@ def _evaluator(
 
 
 def _accuracy(group: ScoredGroup, metric: str) -> float:
-    """Mean of the metric over the samples of one prompt; what a grader abstained on counts as wrong."""
+    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
     scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
-    return sum(scores) / len(scores)
+    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)
 
 
 def _keep_fn(config: Config) -> Any:
@@ -318,10 +325,6 @@ def _keep_fn(config: Config) -> Any:
         return None
     weights = {spec.name: spec.weight for spec in config.rewards.functions}
     return lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed"
-
-
-def _first_and_last(evaluations: list[Evaluation]) -> list[Evaluation]:
-    return [evaluations[0], evaluations[-1]] if evaluations else []
 
 
 def _engine_dtype(config: Config) -> torch.dtype:

@@ -40,7 +40,8 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
         if first_failed > 0:
             words = _last_words(logs[first_failed - 1])
             print(f"process {first_failed} failed first:\n{words}", file=sys.stderr)
-    code = next((child.returncode for child in children if child.returncode), 0)
+    codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]
+    code = next(filter(None, codes), 0)
     return 128 - code if code < 0 else code
 
 
@@ -87,15 +88,22 @@ def _pass_signals_on(children: Sequence[Child]) -> list[int]:
 
 
 def _wait(children: Sequence[Child], asked: Sequence[int]) -> int:
-    """Waits for the end of all and returns the rank that failed first, or -1."""
-    first, deadline = -1, float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        stopped = {None, 0, *(128 + number for number in asked)}
-        failed = [rank for rank, child in enumerate(children) if child.returncode not in stopped]
-        if failed and first < 0:
-            first, deadline = failed[0], time.monotonic() + PATIENCE_S
+    """Waits for the end of all and returns the rank that failed first, or -1.
+
+    One that a signal ended goes before those that complain of its absence, which may end sooner.
+    """
+    failed: list[int] = []
+    deadline = float("inf")
+    while True:
+        codes = [child.poll() for child in children]
+        well = {None, 0, *(128 + number for number in asked)}
+        failed += [r for r, code in enumerate(codes) if code not in well and r not in failed]
+        if None not in codes or time.monotonic() > deadline:
+            break
+        if failed:
+            deadline = min(deadline, time.monotonic() + PATIENCE_S)
         time.sleep(POLL_S)
-    return first
+    return min(failed, key=lambda rank: children[rank].returncode > 0, default=-1)
 
 
 def _end(children: Sequence[Child]) -> None:

@@ -42,7 +42,7 @@ class Evaluation:
 
     @staticmethod
     def of(step: int, total_score: float, n: int) -> Evaluation:
-        low, high = wilson_interval(min(max(total_score, 0.0), float(n)), n)
+        low, high = wilson_interval(min(total_score, float(n)), n)
         return Evaluation(step, total_score / max(n, 1), low, high, n)
 
     def __str__(self) -> str:

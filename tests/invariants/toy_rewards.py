@@ -31,6 +31,18 @@ def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
+def three(prompts, completions, **columns):
+    return [3.0] * len(completions)
+
+
+def minus_one(prompts, completions, **columns):
+    return [-1.0] * len(completions)
+
+
+def longer_than_one(prompts, completions, completion_ids, **columns):
+    return [float(len(ids) > 1) for ids in completion_ids]
+
+
 _calls = []
 
 
@@ -54,3 +66,13 @@ def stops_the_trainer(prompts, completions, **columns):
         if len(_calls) == 4:
             os.kill(os.getppid(), signal.SIGTERM)
     return low_words(prompts, completions)
+
+
+def kills_the_trainer(prompts, completions, **columns):
+    """Scores; where TOY_KILL names a file that is there, kills one trainer with -9 at the 30th completion."""
+    _calls.append(1)
+    order = os.environ.get("TOY_KILL", "")
+    if len(_calls) == 30 and os.path.exists(order):
+        os.remove(order)
+        os.kill(os.getppid(), signal.SIGKILL)
+    return even_words(prompts, completions)

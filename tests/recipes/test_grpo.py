@@ -110,6 +110,27 @@ def test_heldout_accuracy_reaches_the_trackers(config_file, heldout):
     assert [e.step for e in found.Scalars("reward/mean")] == [1, 2]
 
 
+def test_an_accuracy_stays_a_share_whatever_the_metric_scores(config_file, heldout):
+    """Scores of 3 for each and of -1 for each are an accuracy of 1 and of 0."""
+    for name, accuracy in (("three", 1.0), ("minus_one", 0.0)):
+        run = config_file.parent / name
+        rewards = f"rewards.functions=[{{name: 'toy_rewards:{name}'}}]"
+        metric = f"evaluation.metric=toy_rewards:{name}"
+        assert main([str(config_file), *heldout, rewards, metric, "train.steps=1", f"run_dir={run}"]) == 0
+        assert json.loads((run / "result.json").read_text())["heldout_after"] == accuracy
+
+
+def test_training_stop_ids_do_not_end_heldout_completions(config_file, heldout):
+    """Every id ends a training completion at once; a held-out one goes on to its own limit."""
+    ids = list(range(5, 105))
+    lengths = "rewards.functions=[{name: 'toy_rewards:longer_than_one'}]"
+    overrides = [lengths, "evaluation.metric=toy_rewards:longer_than_one", f"sampling.stop_token_ids={ids}"]
+    assert main([str(config_file), *heldout, *overrides, "train.steps=1"]) == 0
+    run = config_file.parent / "run"
+    assert [row["completion/length_max"] for row in read_rows(run / "metrics.jsonl")] == [1.0]
+    assert json.loads((run / "result.json").read_text())["heldout_before"] > 0
+
+
 def test_a_finished_run_can_be_extended_and_not_be_changed(config_file, capsys):
     assert main([str(config_file)]) == 0
     assert main([str(config_file), "train.steps=3"]) == 0

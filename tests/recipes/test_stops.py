@@ -16,6 +16,7 @@ import pytest
 
 from recipes.grpo import main
 from rl.ledger import Ledger
+from rl.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,3 +133,41 @@ def wait_until(condition, launcher: subprocess.Popen[str], limit_s: float = 120.
     while not condition():
         assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
         time.sleep(0.1)
+
+
+def test_two_processes_of_which_one_was_killed_end_as_if_none_had_been(config_file, monkeypatch):
+    """Dynamic sampling, two epochs and a checkpoint every other step; the other process is ended."""
+    order = config_file.parent / "kill"
+    monkeypatch.setenv("TOY_KILL", str(order))
+    overrides = [
+        "rewards.functions=[{name: 'toy_rewards:kills_the_trainer'}]",
+        "advantage.dynamic_sampling={max_rounds: 3}",
+        "train.steps=5",
+        "train.num_epochs=2",
+        "checkpoint.every=2",
+    ]
+    codes, runs = [], {}
+    for name in ("whole", "killed", "killed"):
+        if name == "killed" and name not in runs:
+            order.touch()
+        runs[name] = config_file.parent / name
+        launcher = launch(config_file, *overrides, f"run_dir={runs[name]}")
+        _out, err = launcher.communicate(timeout=200)
+        codes.append(launcher.returncode)
+    assert codes == [0, 128 + signal.SIGKILL, 0], err
+    files = [r / "checkpoints" / "step-000005" / "model.safetensors" for r in runs.values()]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    consumed = [
+        [
+            g.prompt.id
+            for step in range(5)
+            for r in Ledger(run, 0, 2).read_all(step)
+            for g in r.groups + r.rejected
+        ]
+        for run in runs.values()
+    ]
+    assert consumed[0] == consumed[1] and len(consumed[0]) > 5 * 2
+    outcomes = [
+        [row["groups/without_spread"] for row in read_rows(run / "metrics.jsonl")] for run in runs.values()
+    ]
+    assert outcomes[0] == outcomes[1] and max(outcomes[0]) > 0
