@@ -58,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
 
+    plan = commands.add_parser("plan", help="predict a run's GPU memory, and the settings that fill the GPU")
+    plan.add_argument("config")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpu-gib", type=float, default=None, help="default: this machine's GPU")
+    plan.set_defaults(run=_plan)
+
     for name, run, help_text in (
         ("score", score.run, "grade the rows of a file with a reward"),
         ("doctor", _doctor, "check the rewards of a config against its dataset, before a run"),
@@ -108,6 +114,32 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return reward_specs(config), load_rows(config.data), config.data.prompt_column
 
     return doctor.run(arguments, load)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoConfig
+
+    from recipes.grpo import longest_sequence
+    from recipes.models import resolve_model
+    from rl.memory import GIB, plan_memory
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.gpu_gib is None and not torch.cuda.is_available():
+        raise ValueError("this machine has no GPU to plan for; name its memory, such as --gpu-gib 80")
+    capacity = int(arguments.gpu_gib * GIB) if arguments.gpu_gib else torch.cuda.mem_get_info()[1]
+    model = AutoConfig.from_pretrained(resolve_model(config.model.name), revision=config.model.revision)
+    plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
+    for name, size in plan.parts.items():
+        print(f"{name:30s}{size / GIB:8.1f} GiB")
+    print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB of {capacity / GIB:.0f}")
+    if not plan.token_budget:
+        print("it does not fit; try model.gradient_checkpointing=true, or model.lora")
+        return 1
+    print(
+        f"fits: train.token_budget={plan.token_budget} engine.gpu_memory_utilization={plan.engine_share:.2f}"
+    )
+    return 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

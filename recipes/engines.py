@@ -54,6 +54,9 @@ def make_engine(
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_gib=config.kv_cache_gib,
         enforce_eager=config.enforce_eager,
+        process=config.process,
+        seed_requests=config.seed_requests,
+        recompute_kv=config.recompute_kv,
         timeout_s=config.timeout_s,
         revision=revision,
     )

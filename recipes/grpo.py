@@ -22,18 +22,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import make_engine
 from recipes.models import resolve_model
+from recipes.sources import make_source, sampling_params
 from recipes.tasks import load_rows
 from recipes.tasks.prompts import grader_columns, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
-from rl.advantages import group_outcome
 from rl.checkpoint import CheckpointStore, LoadedCheckpoint
-from rl.config import Config, SamplingConfig, check_processes
+from rl.config import Config, check_processes
 from rl.config_file import load_config
 from rl.display import Display
 from rl.durable import RunLock, with_remedy
 from rl.ledger import Ledger
 from rl.loading import check_config, load_tokenizer
 from rl.manifest import unsupported_versions
+from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal, stop_with_launcher
 from rl.policy import Policy
@@ -44,12 +45,12 @@ from rl.run import Run
 from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
 from rl.trackers import Trackers
 from rl.train import train
-from rl.types import Prompt, SamplingParams, ScoredGroup
-from rl.update import weight_decay_groups
+from rl.types import Prompt, ScoredGroup
+from rl.update import pack_rules, weight_decay_groups
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
-from rollout.source import OnPolicySource, PromptStream, sample_and_score
+from rollout.source import PromptStream, sample_and_score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,21 +185,11 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     except BaseException:
         scorer.close()
         raise
-    source = OnPolicySource(
-        engine,
-        scorer,
-        PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle),
-        sampling_params(config.sampling, ends),
-        group_size=config.train.group_size,
-        seed=config.train.seed,
-        keep_fn=_keep_fn(config),
-        max_rounds=config.advantage.dynamic_sampling.max_rounds if config.advantage.dynamic_sampling else 1,
-        process=(world.rank, world.size),
-        gather_ints=world.gather_ints,
-        phase=phases,
-        sync_tolerance=config.engine.canary_tolerance,
-        verify_sync=config.engine.verify_sync,
-    )
+    stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
+    source = make_source(config, world, engine, scorer, stream, ends, phases)
+    if policy.device.type == "cuda":
+        held = probe(policy, config, pack_rules(config))
+        display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
     run = Run(
         config=config,
         world=world,
@@ -275,17 +266,6 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingParams:
-    return SamplingParams(
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        stop_token_ids=tuple(sorted({*ends, *sampling.stop_token_ids})),
-    )
-
-
 def _evaluator(
     config: Config,
     world: World,
@@ -320,13 +300,6 @@ def _accuracy(group: ScoredGroup, metric: str) -> float:
     return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)
 
 
-def _keep_fn(config: Config) -> Any:
-    if config.advantage.dynamic_sampling is None:
-        return None
-    weights = {spec.name: spec.weight for spec in config.rewards.functions}
-    return lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed"
-
-
 def _engine_dtype(config: Config) -> torch.dtype:
     if config.engine.dtype != "auto":
         return getattr(torch, config.engine.dtype)
@@ -337,6 +310,14 @@ def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> in
     """Tokens of the longest prompt with the completion that may follow it."""
     sets = [(prompts, config.sampling), (heldout, config.evaluation.sampling)]
     return max(len(p.token_ids) + sampling.max_completion_length for some, sampling in sets for p in some)
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with the longest completion, of training and evaluation."""
+    sections = [(config.data, config.sampling)]
+    if config.evaluation.data:
+        sections.append((config.evaluation.data, config.evaluation.sampling))
+    return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
 
 
 def _make_deterministic(config: Config) -> None:

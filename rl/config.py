@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from rl.config_rules import check_rules
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -28,11 +30,16 @@ class TrainConfig(Section):
         default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
     )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
-    token_budget: int = Field(
-        default=8192, ge=16, description="packed tokens of one forward pass, per process"
-    )
+    token_budget: int = Field(default=8192, ge=16, description="packed tokens of one forward pass")
     max_staleness: int = Field(
-        default=0, ge=0, description="0: every completion is sampled by the current policy"
+        default=0,
+        ge=0,
+        description="steps that sampling may run ahead; 0: the current policy samples every token",
+    )
+    in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        description="most completions started and not finished, per process; default: all that age allows",
     )
     seed: int = Field(default=0, ge=0)
     deterministic: bool = Field(
@@ -72,6 +79,7 @@ class ModelConfig(Section):
         description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
     )
     gradient_checkpointing: bool = False
+    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = None
     reference: ReferenceConfig = ReferenceConfig()
     chat_template: str | None = Field(
@@ -120,12 +128,11 @@ class EngineConfig(Section):
     gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
     kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
-    verify_sync: bool = Field(
-        default=True, description="version, fingerprints and canary at every weight sync"
-    )
-    canary_tolerance: float | None = Field(
-        default=None, gt=0, description="nats; default by dtype: 0.02 fp32, 0.25 bf16"
-    )
+    process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
+    seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
+    recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
+    verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
+    canary_tolerance: float | None = Field(default=None, gt=0, description="nats; 0.02 fp32, 0.25 bf16")
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
 
 
@@ -173,8 +180,8 @@ class AdvantageConfig(Section):
 
 
 class SamplerCorrectionConfig(Section):
-    """Weights the loss by policy / sampler where the engine's numbers differ from the policy's (truncated
-    importance sampling).
+    """Weights the loss by old policy / sampler: truncated importance sampling, for an engine whose numbers
+    differ from the policy's and for samples of an older policy. Below `high` the weight is the exact ratio.
     """
 
     level: Literal["token", "sequence", "geometric"] = "token"
@@ -194,6 +201,14 @@ class LossConfig(Section):
     """DeepSeek-R1 (arXiv:2501.12948) equations (1)-(3) by default: clipped ratio, k3 KL, per-sequence mean.
 
     The clip range defaults to that of the loss's own paper (`CLIP_RANGES`), else to 0.2 and 0.2.
+
+    Stale samples (train.max_staleness > 0) get the decoupled objective of arXiv:2110.00641 section 3 and
+    arXiv:2505.24298: the clipped ratio is policy / old, old being the policy before the step, and
+    `sampler_correction` weighs it by old / sampler. With one update per batch old costs no forward pass, the
+    ratio is 1, and the gradient of a token is min(old / sampler, high) A grad log p: the current policy's own
+    where nothing is truncated, but for the weight of the tokens before it (level "sequence" has that too, at
+    more variance). A clip of policy / sampler would give no gradient to a token that earlier steps moved by
+    more than the clip range in the direction of its advantage. The KL term is not weighted.
     """
 
     name: Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"] = "grpo"
@@ -286,49 +301,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_rules(self) -> Config:
-        t, s, loss = self.train, self.sampling, self.loss
-        if s.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0 draws the same completion G times, so no group has spread and "
-                "nothing is learnt; use sampling.temperature=1.0 (evaluation.sampling.temperature=0 is fine)"
-            )
-        if s.top_p < 1 or s.top_k > 0 or s.min_p > 0:
-            raise ValueError(
-                f"sampling.top_p={s.top_p}, top_k={s.top_k}, min_p={s.min_p} cut the sampled distribution, "
-                "and the importance ratio of a cut distribution against the full softmax is biased; use "
-                "top_p=1.0, top_k=0, min_p=0.0 for training (evaluation.sampling may cut)"
-            )
-        if t.group_size < 2:
-            raise ValueError(
-                f"train.group_size={t.group_size} leaves no other completion to compare with; "
-                "use train.group_size >= 2 (8 is usual)"
-            )
-        if t.prompts_per_step % t.num_minibatches:
-            divisors = [d for d in range(1, t.prompts_per_step + 1) if t.prompts_per_step % d == 0]
-            raise ValueError(
-                f"train.prompts_per_step={t.prompts_per_step} does not split into num_minibatches="
-                f"{t.num_minibatches} equal parts; use num_minibatches in {divisors}"
-            )
-        if loss.name == "cispo" and loss.clip_high < 1:
-            raise ValueError(
-                f"loss.clip_high={loss.clip_high} with loss.name=cispo caps every weight at "
-                f"{1 + loss.clip_high}; CISPO clips far above 1: use loss.clip_high=4.0 (weights up to "
-                "5.0) and loss.clip_low=1.0"
-            )
-        if (correction := loss.sampler_correction) and correction.low >= correction.high:
-            raise ValueError(
-                f"loss.sampler_correction: low={correction.low} must be below high={correction.high}; "
-                "for example low=0.5, high=2.0"
-            )
-        names = [r.name for r in self.rewards.functions]
-        for spec in self.rewards.functions:
-            if spec.requires is not None and spec.requires not in names:
-                raise ValueError(f"reward {spec.name} requires {spec.requires!r}, which is not among {names}")
-        if self.evaluation.data and self.evaluation.metric not in names:
-            raise ValueError(
-                f"evaluation.metric={self.evaluation.metric!r} is not a reward of this run; "
-                f"use one of {names}"
-            )
+        check_rules(self)
         return self
 
 

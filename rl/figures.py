@@ -106,7 +106,8 @@ def build_figures(rows: Sequence[Row], evaluations: Sequence[Row]) -> tuple[list
         ),
         Figure(
             "Does the sampler match the policy?",
-            "Both compute the same log-probs up to rounding. A jump means wrong or stale weights.",
+            "Both compute the same log-probs up to rounding, and up to what the policy moved in "
+            "train.max_staleness steps. A jump means wrong or stale weights.",
             [
                 draw.lines(
                     {"log-prob gap, mean": "sampler/logprob_gap_mean", "mismatch KL": "sampler/mismatch_kl"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +19,14 @@ from transformers import (
 
 from rl.config import ModelConfig
 
-STORAGE_DTYPE = {"bf16-mixed": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+def storage_dtype(config: ModelConfig) -> torch.dtype:
+    """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
+    compute would see, and the adapters stay fp32.
+    """
+    if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -58,7 +67,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=STORAGE_DTYPE[config.dtype]
+            config.name, revision=config.revision, dtype=storage_dtype(config)
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -66,6 +75,55 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             "and of an architecture that this transformers knows as a causal language model"
         ) from error
     return cast(PreTrainedModel, model)
+
+
+def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
+    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family.
+
+    Raises:
+        ValueError: the fused layers do not reproduce the model's own hidden states.
+    """
+    if config.dtype == "fp32":
+        return
+    embedding = cast(Any, model.get_input_embeddings())
+    embedding.register_forward_hook(_narrow_under_autocast)
+    if not config.fused_layers or importlib.util.find_spec("liger_kernel") is None:
+        return
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    stored = storage_dtype(config)
+    ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+    def hidden(narrow: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
+    plain = hidden(True)
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
+    if not gap < 1.5 * rounded + 0.01:
+        raise ValueError(
+            f"Liger's layers change the hidden states of {type(model).__name__} by {gap:.2g}, where bf16 "
+            f"alone rounds by {rounded:.2g}; use model.fused_layers=false"
+        )
+
+
+def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a bf16 model computes in fp32; its weights come back as they were: fp32 holds every bf16."""
+    model.float()
+    try:
+        return compute()
+    finally:
+        model.bfloat16()
+
+
+def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """Autocast leaves embeddings in fp32, and with them every residual sum and norm of the model."""
+    if not torch.is_autocast_enabled(output.device.type):
+        return output
+    return output.to(torch.get_autocast_dtype(output.device.type))
 
 
 def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:

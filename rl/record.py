@@ -15,6 +15,11 @@ from rl.update import UpdateResult
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
+COUNTS = {
+    "replaced": "rollout/replaced",
+    "in_flight": "rollout/in_flight",
+    "over_age": "staleness/over_age",
+}
 Sum = Callable[[list[float]], list[float]]
 
 
@@ -38,11 +43,13 @@ def group_metrics(
     config: AdvantageConfig,
     weights: Mapping[str, float],
     world: World,
+    counts: Mapping[str, float],
 ) -> dict[str, float]:
     """Means and extremes over the completions of all processes; a mean over nothing is left out.
 
     `rejected` are groups that dynamic sampling replaced: they count among the outcomes of groups, the faults
     of graders and the sampled tokens, and in nothing else.
+    `counts` is what the source of this process counted; all processes count the same things.
     """
     pairs = _pairs(groups)
     live = [c for c, _ in pairs if c.finish_reason != "abort"]
@@ -51,7 +58,7 @@ def group_metrics(
     outcomes = [group_outcome(g, config=config, weights=weights) for g in sampled]
     faults, num_graded = grader_faults(sampled)
     lengths = [len(c.token_ids) for c in live]
-    staleness = [step - c.policy_version for c in live]
+    ages = [(step - span.policy_version, span.num_tokens) for c in live for span in c.version_spans]
     ratios: dict[str, tuple[float, float]] = {
         "reward/mean": (math.fsum(scores), len(scores)),
         "_squares": (math.fsum(s * s for s in scores), len(scores)),
@@ -63,7 +70,7 @@ def group_metrics(
         "completion/length_mean": (sum(lengths), len(lengths)),
         "completion/truncated_share": (sum(c.finish_reason == "length" for c in live), len(live)),
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
-        "staleness/mean": (sum(staleness), len(staleness)),
+        "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
         "_tokens": (sum(len(c.token_ids) for c, _ in _pairs(sampled)), 1),
     }
     for name in weights:
@@ -79,7 +86,7 @@ def group_metrics(
         [
             float(max(lengths, default=0)),
             -float(min(lengths, default=0)),
-            float(max(staleness, default=0)),
+            float(max((age for age, _ in ages), default=0)),
         ]
     )
     values |= {
@@ -88,7 +95,8 @@ def group_metrics(
         "staleness/max": oldest,
         "tokens/completion": totals["_tokens"][0],
     }
-    return values
+    counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
+    return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
 
 
 def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: Sum) -> str:

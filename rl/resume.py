@@ -3,6 +3,11 @@
 Exactness rests on three things: every random number is a function of (seed, prompt ordinal), not of a
 stream's state; the ledger has the groups of steps after the checkpoint, so they are replayed instead of
 sampled again; and logs are cut back to the checkpoint, so that metrics have neither gaps nor doubles.
+
+With train.max_staleness > 0 the steps that the ledger holds are repeated bit for bit, and what was in flight
+is sampled again, by newer weights. Every prompt is still consumed once and in order, and no step is trained
+on two different batches; only the weights after the first step that had to be sampled anew are not those of
+an undisturbed run.
 """
 
 from __future__ import annotations

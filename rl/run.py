@@ -26,7 +26,7 @@ from rl.world import World
 class GroupSource(Protocol):
     """Where scored groups come from; `rollout.source` has the real ones."""
 
-    cursor: int
+    cursor: Any
     policy_version: int
     last_counts: dict[str, float]
     last_rejected: list[ScoredGroup]

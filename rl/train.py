@@ -130,6 +130,7 @@ def record(
         config=run.config.advantage,
         weights=run.reward_weights,
         world=run.world,
+        counts=run.source.last_counts,
     )
     values |= update.metrics | run.phases.take()
     values |= {

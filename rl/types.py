@@ -7,6 +7,7 @@ each completion into a `Reward`. A `ScoredGroup` is what crosses from `rollout/`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -181,6 +182,10 @@ class Scorer(Protocol):
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Rewards for every completion, in order. Never raises for a bad sample: that sample abstains."""
+        ...
+
+    def submit(self, group: Group) -> Future[ScoredGroup]:
+        """Starts grading a group and returns at once; the future ends within the grader's deadlines."""
         ...
 
     def close(self) -> None:

@@ -13,15 +13,22 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams
+from rollout.calls import (
+    WEIGHTS_UNKNOWN,
+    Call,
+    EngineError,
+    aborted,
+    check_call,
+    check_groups,
+    completion,
+    decode_texts,
+    prompt_faults,
+)
 from rollout.fingerprint import HeldTensor, compared_part, fingerprints
 from rollout.sampler import SeededSampler, completion_seed
 
-WEIGHTS_UNKNOWN = -1
-
-
-class EngineError(RuntimeError):
-    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
+__all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError", "TransformersEngine"]
 
 
 class Engine(Protocol):
@@ -31,11 +38,45 @@ class Engine(Protocol):
         name: "transformers" or "vllm", for logs.
         version: policy version whose weights it holds; WEIGHTS_UNKNOWN after an update that broke off.
         tensors: every parameter it holds, under Hugging Face names.
+        runs_alone: it samples while nobody calls it, in a process of its own.
     """
 
     name: str
     version: int
+    runs_alone: bool
     tensors: Mapping[str, HeldTensor]
+
+    @property
+    def in_flight(self) -> int:
+        """Completions that were submitted and not collected yet."""
+        ...
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> None:
+        """Begins to sample; `collect` hands the groups out. The arguments are those of `generate`.
+
+        Raises:
+            EngineError: the weights are unknown, or the engine is dead.
+        """
+        ...
+
+    def collect(self, *, timeout_s: float) -> list[Group]:
+        """Groups that are finished, in the order in which they finished; none if `timeout_s` passed before.
+
+        `group.prompt` is the object that was submitted. A completion that failed is an "abort" in its group:
+        unlike `generate`, this raises nothing even when all did.
+
+        Raises:
+            EngineError: the engine died; it names what was waited for.
+        """
+        ...
 
     def generate(
         self,
@@ -50,7 +91,7 @@ class Engine(Protocol):
 
         `seeds` holds one number per prompt. Completion g draws from a seed made of that number and g, so it
         does not depend on what else is sampled, up to the rounding of the kernels. With temperature 0 the
-        log-probs are those of the distribution at temperature 1.
+        log-probs are those of the distribution at temperature 1. What was submitted stays in flight.
 
         Raises:
             EngineError: every completion failed, or nothing was finished within the time limit. One that
@@ -59,7 +100,11 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Replaces every weight; any dtype and device. After a broken-off update nothing is sampled."""
+        """Replaces every weight; any dtype and device. After a broken-off update nothing is sampled.
+
+        Allowed while completions are in flight: they pause, none is aborted, and their `version_spans` say
+        which version sampled which token.
+        """
         ...
 
     def fingerprints(self) -> Mapping[str, int]:
@@ -87,6 +132,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    runs_alone = False
 
     def __init__(
         self,
@@ -112,6 +158,31 @@ class TransformersEngine:
             name: HeldTensor(tuple(p.shape), p.dtype, p.device, name)
             for name, p in self.model.named_parameters()
         }
+        self._submitted: list[Call] = []
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(call.prompts) * call.num_completions for call in self._submitted)
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> None:
+        """Only notes the call: `collect` samples it, with the weights of that moment."""
+        check_call(self, prompts, seeds)
+        self._submitted.append(Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs))
+
+    def collect(self, *, timeout_s: float) -> list[Group]:
+        """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
+        if self._submitted:
+            check_call(self, (), ())
+        calls, self._submitted = self._submitted, []
+        return [g for call in calls for g in self._groups(call, time.monotonic() + self.timeout_s)[0]]
 
     def generate(
         self,
@@ -123,29 +194,36 @@ class TransformersEngine:
         with_logprobs: bool = True,
     ) -> list[Group]:
         check_call(self, prompts, seeds)
-        deadline = time.monotonic() + self.timeout_s
+        began = time.monotonic()
+        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
+        groups, faults = self._groups(call, began + self.timeout_s)
+        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > began + self.timeout_s)
+        return groups
+
+    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
+        """(one group per prompt, why prompts failed)."""
+        prompts, sampling = call.prompts, call.sampling
         config = self.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None)
         faults = prompt_faults(prompts, sampling, vocab_size=config.vocab_size, room=room)
         by_length = sorted(set(range(len(prompts))) - faults.keys(), key=lambda i: len(prompts[i].token_ids))
-        rows = [(i, g) for i in by_length for g in range(num_completions)]
+        rows = [(i, g) for i in by_length for g in range(call.num_completions)]
         done: dict[tuple[int, int], Completion] = {}
         for start in range(0, len(rows), self.max_num_seqs):
             chunk = rows[start : start + self.max_num_seqs]
-            row_seeds = [completion_seed(seeds[i], g) for i, g in chunk]
+            row_seeds = [completion_seed(call.seeds[i], g) for i, g in chunk]
             row_ids = [prompts[i].token_ids for i, _ in chunk]
             try:
-                sampled = self._sample(row_ids, row_seeds, sampling, with_logprobs, deadline)
+                sampled = self._sample(row_ids, row_seeds, sampling, call.with_logprobs, deadline)
             except RuntimeError as error:
                 faults |= {i: str(error) for i, _ in chunk}
                 continue
             done |= zip(chunk, sampled, strict=True)
         groups = [
-            Group(prompt, [done.get((i, g), aborted()) for g in range(num_completions)])
+            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
             for i, prompt in enumerate(prompts)
         ]
-        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
-        return groups
+        return groups, faults
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -237,8 +315,8 @@ class TransformersEngine:
                 reason = "stop"
             elif length == sampling.max_completion_length:
                 reason = "length"
-            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-            completions.append(finished(row[:length], logprobs[:length], reason, self.version, text))
+            completions.append(completion(row[:length], logprobs[:length], reason, [self.version]))
+        decode_texts(self.tokenizer, completions)
         return completions
 
 
@@ -251,56 +329,3 @@ class _Deadline:
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         late = time.monotonic() > self.deadline
         return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)
-
-
-def finished(
-    token_ids: list[int], logprobs: list[float], reason: FinishReason, version: int, text: str
-) -> Completion:
-    """A completion that one policy version sampled from its first token to its last."""
-    spans = [VersionSpan(version, len(token_ids))] if token_ids else []
-    return Completion(token_ids, logprobs, [True] * len(token_ids), reason, spans, text)
-
-
-def aborted() -> Completion:
-    return Completion([], [], [], "abort", [])
-
-
-def check_call(engine: Engine, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
-    if engine.version == WEIGHTS_UNKNOWN:
-        raise EngineError(
-            f"the weights of engine {engine.name} are unknown, since an update broke off; update them again"
-        )
-
-
-def prompt_faults(
-    prompts: Sequence[Prompt], sampling: SamplingParams, *, vocab_size: int, room: int | None
-) -> dict[int, str]:
-    """Index -> why this prompt cannot be sampled: no tokens, unknown ids, or no room for the completion."""
-    faults = {}
-    for index, prompt in enumerate(prompts):
-        length = len(prompt.token_ids)
-        if length == 0:
-            faults[index] = f"prompt {prompt.id} has no tokens"
-        elif not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
-            faults[index] = f"prompt {prompt.id} has ids outside the vocabulary of {vocab_size}"
-        elif room is not None and length + sampling.max_completion_length > room:
-            faults[index] = (
-                f"prompt {prompt.id} has {length} tokens, with max_completion_length="
-                f"{sampling.max_completion_length} more than the model's {room} positions"
-            )
-    return faults
-
-
-def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: float, *, late: bool) -> None:
-    """Raises EngineError if not one completion of the call is usable; single failures are data."""
-    if any(c.finish_reason != "abort" for group in groups for c in group.completions) or not groups:
-        return
-    if late:
-        raise EngineError(
-            f"no completion of {len(groups)} prompts was finished within timeout_s={timeout_s:g}; sample "
-            "fewer or shorter completions, or raise engine.timeout_s"
-        )
-    first = next(iter(faults.values()), "the model's logits are not finite")
-    raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")

@@ -6,9 +6,10 @@ an adversary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,9 @@ import xxhash
 from torch import Tensor
 
 NUM_SAMPLED_COLUMNS = 8
-_WORDS_PER_CHUNK = 1 << 20
+_ROW_WORDS = 1024
+_ROW_BYTES = 8 * _ROW_WORDS
+_BATCH_ROWS = 8192  # 64 MiB, hashed by half a dozen kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +75,24 @@ def compared_part(tensor: Tensor, held: HeldTensor, version: int) -> Tensor:
 
 
 def fingerprints(parts: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Name -> 64-bit hash of the tensor's bytes, row by row; one transfer from the device."""
+    """Name -> 64-bit hash of the tensor's bytes, row by row.
+
+    On a CPU xxh3; on any other device `hash_words` in large batches, and one transfer at the end.
+    """
     hashes: dict[str, int] = {}
-    waiting: dict[str, Tensor] = {}
-    for name, tensor in parts:
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
-        if flat.device.type == "cpu":
-            hashes[name] = xxhash.xxh3_64_intdigest(cast(Any, flat.numpy()))
-        else:
-            waiting[name] = _hash_words(flat)
-    arrived = torch.stack(list(waiting.values())).tolist() if waiting else []
-    return hashes | dict(zip(waiting, arrived, strict=True))
+    names: list[str] = []
+
+    def elsewhere() -> Iterator[Tensor]:
+        for name, tensor in parts:
+            flat = tensor.contiguous().view(-1).view(torch.uint8)
+            if flat.device.type == "cpu":
+                hashes[name] = xxhash.xxh3_64_intdigest(cast(Any, flat.numpy()))
+            else:
+                names.append(name)
+                yield flat
+
+    found = hash_words(elsewhere())
+    return hashes | dict(zip(names, found, strict=True))
 
 
 def mismatches(sent: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
@@ -90,25 +100,66 @@ def mismatches(sent: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
     return sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
 
 
-def _hash_words(flat: Tensor) -> Tensor:
-    """Sum over i of (w_i xor (w_i >> 32)) * m_i mod 2^64, the w_i being the bytes as 64-bit words; int64.
+def hash_words(flats: Iterable[Tensor]) -> list[int]:
+    """length + sum over r of p_r * (sum over c of (w_rc xor (w_rc >> 32)) * m_c) mod 2^64, for each tensor.
 
-    The m_i are pseudo-random and odd, so the sum depends on the order; integer sums do not depend on how a
-    device adds. The shift brings the high bytes down, where every bit of a multiplier acts on them.
+    The w_rc are its bytes as 64-bit words in rows of 1,024, padded with zeros; the m_c and p_r are
+    pseudo-random and odd, so the sum depends on the order. Integer sums do not depend on how a device adds.
+    The shift brings the high bytes down, where every bit of a multiplier acts on them.
+
+    Args:
+        flats: uint8 [number of bytes], all on one device.
     """
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    total = torch.full((), flat.numel(), dtype=torch.int64, device=flat.device)
-    multipliers = _multipliers(flat.device)
-    for number, chunk in enumerate(words.split(_WORDS_PER_CHUNK)):
-        mixed = chunk ^ ((chunk >> 32) & 0xFFFFFFFF)
-        total = total + (mixed * multipliers[: len(chunk)]).sum() * (2 * number + 1)
-    return total
+    lengths: list[int] = []
+    owners: list[int] = []  # of each piece, which tensor it is of
+    numbers: list[Tensor] = []  # of each piece, its rows
+    sums: list[Tensor] = []
+    batch: list[Tensor] = []
+    size = 0
+    for flat in flats:
+        for k, piece in enumerate(flat.split(_BATCH_ROWS * _ROW_BYTES)):
+            rows = _num_rows(piece)
+            if batch and size + rows > _BATCH_ROWS:
+                sums.append(_row_sums(batch))
+                batch, size = [], 0
+            owners.append(len(lengths))
+            numbers.append(torch.arange(k * _BATCH_ROWS, k * _BATCH_ROWS + rows))
+            batch.append(piece)
+            size += rows
+        lengths.append(len(flat))
+    if not batch:
+        return lengths
+    sums.append(_row_sums(batch))
+    device = batch[0].device
+    owners_R = torch.tensor(owners).repeat_interleave(torch.tensor([len(n) for n in numbers]))
+    weights_R = _odd(torch.cat(numbers).to(device) + _ROW_WORDS + 1)
+    totals = torch.tensor(lengths, device=device)
+    return totals.index_add_(0, owners_R.to(device), torch.cat(sums) * weights_R).tolist()
+
+
+def _row_sums(pieces: Sequence[Tensor]) -> Tensor:
+    """The inner sum of `hash_words`, for every row of every piece; int64 [R]."""
+    starts = [0, *accumulate(map(_num_rows, pieces))]
+    bytes_B = torch.zeros(starts[-1] * _ROW_BYTES, dtype=torch.uint8, device=pieces[0].device)
+    for start, piece in zip(starts, pieces, strict=False):
+        bytes_B[start * _ROW_BYTES :][: len(piece)].copy_(piece)
+    words_RC = bytes_B.view(torch.int64).view(-1, _ROW_WORDS)
+    mixed_RC = (words_RC >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(words_RC)
+    return mixed_RC.mul_(_column_weights(bytes_B.device)).sum(-1)
+
+
+def _num_rows(piece: Tensor) -> int:
+    return -(-len(piece) // _ROW_BYTES)
 
 
 @cache
-def _multipliers(device: torch.device) -> Tensor:
-    """SplitMix64 of 1, 2, ..., made odd (Steele et al. 2014, section 5), in two's complement."""
-    z = torch.arange(1, _WORDS_PER_CHUNK + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB
+def _column_weights(device: torch.device) -> Tensor:
+    return _odd(torch.arange(1, _ROW_WORDS + 1, device=device))
+
+
+def _odd(numbers: Tensor) -> Tensor:
+    """SplitMix64 of the numbers, made odd (Steele et al. 2014, section 5), in two's complement; int64."""
+    z = numbers * -0x61C8864680B583EB
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return (z ^ ((z >> 31) & 0x1FFFFFFFF)) | 1

@@ -25,14 +25,15 @@ class Source(Protocol):
     """What the training loop needs from rollouts; asynchrony is a property of the source, not of the loop.
 
     Attributes:
-        cursor: prompts consumed so far over all processes; saved in checkpoints.
+        cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. A source whose
+            cursor is set goes on from there, and forgets what it had started.
         policy_version: version of the weights that the engine samples from.
         max_staleness: training step minus policy version never exceeds it.
         last_counts: what the latest `next_groups` sampled and threw away, for the metrics.
         last_rejected: the groups it threw away, for the ledger.
     """
 
-    cursor: int
+    cursor: Any
     policy_version: int
     max_staleness: int
     last_counts: dict[str, float]
@@ -140,7 +141,7 @@ class OnPolicySource:
         """Consumes sum(wanted) prompts over all processes; this one takes every num_processes-th while shares
         are equal.
         """
-        ordinals = _deal(self.cursor, wanted)[self.rank]
+        ordinals = deal(self.cursor, wanted)[self.rank]
         self.cursor += sum(wanted)
         if not ordinals:
             return []
@@ -169,16 +170,16 @@ class OnPolicySource:
         self.engine.close()
 
 
-def _deal(cursor: int, wanted: Sequence[int]) -> list[list[int]]:
-    """Ordinals from `cursor` on, dealt round to the processes until each has what it wants: [2, 1] -> [[0,
+def deal(first: int, wanted: Sequence[int]) -> list[list[int]]:
+    """Ordinals from `first` on, dealt round to the processes until each has what it wants: [2, 1] -> [[0,
     2], [1]].
     """
     hands: list[list[int]] = [[] for _ in wanted]
     while any(len(hand) < n for hand, n in zip(hands, wanted, strict=True)):
         for hand, n in zip(hands, wanted, strict=True):
             if len(hand) < n:
-                hand.append(cursor)
-                cursor += 1
+                hand.append(first)
+                first += 1
     return hands
 
 

@@ -1,54 +1,74 @@
-"""vLLM in this process, beside the policy: one engine per process, one device, no tensor parallelism."""
+"""vLLM as an engine: prompts into requests, finished requests into groups, weights under running requests."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams
-from rollout.engine import (
+from rollout.calls import (
     WEIGHTS_UNKNOWN,
+    Call,
     EngineError,
     aborted,
     check_call,
     check_groups,
-    finished,
+    completion,
+    decode_texts,
     prompt_faults,
 )
-from rollout.fingerprint import HeldTensor, fingerprints
+from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
-from rollout.vllm_start import start_engine, stop_engine, vllm_available
-from rollout.vllm_weights import as_checkpoint, find_slots, packs_experts, read_slots, repack
+from rollout.vllm_bucket import Bucket, Layout
+from rollout.vllm_core import Answer, VllmCore
+from rollout.vllm_start import cpu_arguments, gpu_arguments, start_engine, vllm_available
 
-CPU_BLOCK_SIZE = (
-    32  # tokens; completions share the full blocks of their prompt, and vLLM's 128 would share little
-)
+Process = Literal["auto", "own", "inside"]
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
+@dataclass(slots=True)
+class Flight:
+    """A prompt whose completions are being sampled; None for one that is not finished."""
+
+    prompt: Prompt
+    completions: list[Completion | None]
+    num_missing: int
+    for_collect: bool
+
+
 class VllmEngine:
-    """Stock vLLM (V1 engine core) in this process; weights go in through vLLM's own reload.
+    """Stock vLLM (V1 engine core); weights go in through vLLM's own reload.
 
     Args:
         model: folder or hub name.
         tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
         max_model_len: longest prompt plus completion, in tokens.
+        process: "own" gives vLLM's engine core a process of its own, which samples while this one trains;
+            "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit,
+            and "inside" on a CPU, where both would share the same cores.
         gpu_memory_utilization: share of the GPU for weights, activations and KV cache.
         kv_cache_gib: KV cache on a CPU.
         enforce_eager: no CUDA graphs; default: eager on a CPU only.
-        seed_requests: False takes vLLM's one generator for all completions, which is not reproducible;
-            per-request seeds cost a kernel launch per completion and token on a GPU.
-        timeout_s: longest wait for one `generate` call, and for the other processes at the start.
+        seed_requests: every completion draws from its own seed. Without it all draw from vLLM's one generator
+            and no call can be repeated, only its distribution. Default: seeds where they cost nothing, which
+            is on a CPU and in vLLM's second model runner (dense models on a GPU). The first one launches a
+            kernel per completion and token for them. On a GPU equal seeds give equal completions up to
+            rounding, which depends on what else is in the batch.
+        recompute_kv: an update computes the keys and values of running completions anew with the new weights;
+            default: they stay those of the weights that sampled them.
+        timeout_s: longest wait for one `generate` call, for an answer of the core, and for the start.
         version: policy version of the weights in `model`.
 
     Raises:
         ValueError: vLLM cannot be used here, or refuses the model or the arguments.
+        EngineError: it did not start in time.
     """
 
     name = "vllm"
@@ -60,11 +80,13 @@ class VllmEngine:
         *,
         dtype: torch.dtype,
         max_model_len: int,
+        process: Process = "auto",
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.35,
         kv_cache_gib: float = 2.0,
         enforce_eager: bool | None = None,
-        seed_requests: bool = True,
+        seed_requests: bool | None = None,
+        recompute_kv: bool = False,
         timeout_s: float = 600.0,
         revision: str | None = None,
         version: int = 0,
@@ -74,42 +96,70 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
+        own = process == "own" or (process == "auto" and not on_cpu)
         eager = on_cpu if enforce_eager is None else enforce_eager
-        device_arguments = (
-            {
-                "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                "block_size": CPU_BLOCK_SIZE,
-                # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(4096, max_model_len),
-            }
-            if on_cpu
-            else {"gpu_memory_utilization": gpu_memory_utilization}
-        )
-        arguments = device_arguments | {
+        if on_cpu:
+            arguments = cpu_arguments(kv_cache_gib, max_model_len=max_model_len)
+        else:
+            arguments = gpu_arguments(
+                gpu_memory_utilization, max_model_len=max_model_len, max_num_seqs=max_num_seqs, eager=eager
+            )
+        arguments |= {
             "model": str(model),
             "revision": revision,
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "enforce_eager": eager,
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # the model's own would add its temperature and penalties
-            "logprobs_mode": "processed_logprobs",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "seed": 0,
         }
         self.tokenizer, self.version = tokenizer, version
-        self.max_model_len, self.seed_requests, self.timeout_s = max_model_len, seed_requests, timeout_s
-        self._uncompiled = on_cpu and eager
-        self._calls = 0
-        self._loaded: dict[str, int] = {}
-        self._engine: Any
-        self._engine, self._owns_group = start_engine(arguments, timeout_s=timeout_s)
-        self._vocab_size = self._engine.model_config.get_vocab_size()
-        self._slots = find_slots(self._engine.apply_model(lambda model: model)[0])
-        self.tensors: Mapping[str, HeldTensor] = {name: slot.held for name, slot in self._slots.items()}
+        self.timeout_s, self.max_model_len, self.recompute_kv = timeout_s, max_model_len, recompute_kv
+        self.runs_alone = own
+        engine, owns_group = start_engine(arguments, own=own, timeout_s=timeout_s)
+        seeds_are_free = on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
+        self.seed_requests = seeds_are_free if seed_requests is None else seed_requests
+        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        self._vocab_size = engine.model_config.get_vocab_size()
+        self._core = VllmCore(
+            engine, own=own, owns_group=owns_group, uncompiled=on_cpu and eager, timeout_s=timeout_s
+        )
+        self.tensors: Mapping[str, HeldTensor] = self._describe(uncompiled=own and on_cpu and eager)
+        self._bucket = Bucket(self.tensors, self.device) if own else None
+        self._handle_sent = False
+        self._versions = [version]  # of the weights, one more at each update
+        self._requests: dict[str, tuple[Flight, int, int]] = {}  # id -> flight, completion, first of versions
+        self._num_requests = self._num_submitted = 0
+        self._landed: list[Flight] = []
+
+    @property
+    def in_flight(self) -> int:
+        return self._num_submitted
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> None:
+        check_call(self, prompts, seeds)
+        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
+        flights, _ = self._launch(call, for_collect=True)
+        self._num_submitted += len(prompts) * num_completions
+        self._landed += [flight for flight in flights if not flight.num_missing]
+
+    def collect(self, *, timeout_s: float) -> list[Group]:
+        deadline = time.monotonic() + timeout_s
+        while not self._landed and self._num_submitted:
+            check_call(self, (), ())
+            self._advance(deadline, f"sampling {self._num_submitted} submitted completions")
+            if time.monotonic() >= deadline:
+                break
+        groups, self._landed = self._groups(self._landed), []
+        self._num_submitted -= sum(len(group.completions) for group in groups)
+        return groups
 
     def generate(
         self,
@@ -122,36 +172,31 @@ class VllmEngine:
     ) -> list[Group]:
         check_call(self, prompts, seeds)
         deadline = time.monotonic() + self.timeout_s
-        faults = prompt_faults(prompts, sampling, vocab_size=self._vocab_size, room=self.max_model_len)
-        waiting: dict[str, int] = {}
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            if index not in faults:
-                parameters = self._parameters(sampling, num_completions, completion_seed(seed), with_logprobs)
-                waiting[self._submit(list(prompt.token_ids), parameters)] = index
-        answers = {waiting[request]: output for request, output in self._drain(waiting, deadline)}
-        groups = [
-            Group(prompt, self._completions(answers.get(i), num_completions))
-            for i, prompt in enumerate(prompts)
-        ]
+        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
+        flights, faults = self._launch(call, for_collect=False)
+        while any(flight.num_missing for flight in flights) and time.monotonic() < deadline:
+            self._advance(deadline, f"sampling {len(prompts)} prompts x {num_completions} completions")
+        self._abandon(flights)
+        groups = self._groups(flights)
         check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
         return groups
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.version = WEIGHTS_UNKNOWN
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._rounded(weights)})
-        self._loaded = fingerprints(
-            read_slots({n: s for n, s in self._slots.items() if packs_experts(s)}, version)
-        )
-        repack(self._slots)
-        self._engine.reset_prefix_cache()
+        self._take(self._core.pause())
+        self._core.call("cohort_begin")
+        if self._bucket is None:
+            self._core.call("cohort_receive", self._rounded(weights))
+        else:
+            self._bucket.send(self._known(weights), self._load_bucket)
+        self._core.call("cohort_finish", version)
+        self._core.resume(recompute_kv=self.recompute_kv)
+        self._versions.append(version)
         self.version = version
 
-    @torch.no_grad()
     def fingerprints(self) -> dict[str, int]:
-        """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
-        shown = {name: slot for name, slot in self._slots.items() if not packs_experts(slot)}
-        return self._loaded | fingerprints(read_slots(shown, self.version))
+        return self._core.call("cohort_fingerprints", self.version)
 
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         from vllm import SamplingParams as Parameters
@@ -165,58 +210,92 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         deadline = time.monotonic() + self.timeout_s
-        answers = [output for _, output in self._drain([self._submit(token_ids, parameters)], deadline)]
-        if not answers:
-            raise EngineError(
-                f"the log-probs of {len(token_ids)} tokens took longer than timeout_s={self.timeout_s:g}"
-            )
+        request, found = self._start(token_ids, parameters), None
+        what = f"the log-probs of {len(token_ids)} tokens"
+        while found is None and time.monotonic() < deadline:
+            found = next((a for a in self._advance(deadline, what) if a.request_id == request), None)
+        if found is None:
+            self._core.abort([request])
+            raise EngineError(f"{what} took longer than timeout_s={self.timeout_s:g}")
         return [
             position[token].logprob
-            for position, token in zip(answers[0].prompt_logprobs[1:], token_ids[1:], strict=True)
+            for position, token in zip(found.prompt_logprobs[1:], token_ids[1:], strict=True)
         ]
 
     def close(self) -> None:
-        if self._engine is not None:
-            stop_engine(self._engine, owns_group=self._owns_group)
-        self._engine, self._slots = None, {}
+        self._core.close()
+        if self._bucket is not None:
+            self._bucket.close()
+        self._requests, self._landed, self._num_submitted = {}, [], 0
 
-    def _submit(self, token_ids: list[int], parameters: Any) -> str:
-        from vllm.inputs import tokens_input
+    def _launch(self, call: Call, *, for_collect: bool) -> tuple[list[Flight], dict[int, str]]:
+        """Starts every completion that can be sampled: (a flight per prompt, why some prompts cannot)."""
+        faults = prompt_faults(
+            call.prompts, call.sampling, vocab_size=self._vocab_size, room=self.max_model_len
+        )
+        flights = []
+        for index, (prompt, seed) in enumerate(zip(call.prompts, call.seeds, strict=True)):
+            number = call.num_completions
+            if index in faults:
+                flights.append(Flight(prompt, [aborted() for _ in range(number)], 0, for_collect))
+                continue
+            flight = Flight(prompt, [None] * number, number, for_collect)
+            for g in range(number):
+                parameters = self._parameters(call.sampling, completion_seed(seed) + g, call.with_logprobs)
+                request = self._start(list(prompt.token_ids), parameters)
+                self._requests[request] = (flight, g, len(self._versions) - 1)
+            flights.append(flight)
+        return flights, faults
 
-        self._calls += 1
-        request = str(self._calls)
-        self._engine.add_request(request, tokens_input(token_ids), parameters)
+    def _start(self, token_ids: list[int], parameters: Any) -> str:
+        self._num_requests += 1
+        request = str(self._num_requests)
+        # Requests of different weights share no cached keys and values.
+        self._core.add(request, token_ids, parameters, salt=str(len(self._versions) - 1))
         return request
 
-    def _drain(self, requests: Iterable[str], deadline: float) -> list[tuple[str, Any]]:
-        """(request, output) of what finishes before `deadline`; the other requests are aborted.
+    def _advance(self, deadline: float, waiting_for: str) -> list[Answer]:
+        """Takes in what finishes; waits for the first answer until `deadline`."""
+        remaining = max(0.0, deadline - time.monotonic())
+        return self._take(self._core.answers(timeout_s=remaining, waiting_for=waiting_for))
 
-        Raises:
-            EngineError: the engine core failed.
-        """
-        answers: list[tuple[str, Any]] = []
-        # An eager vLLM still compiles the ranks of its log-probs: 6 s on a CPU, and a C++ compiler is needed.
-        stance = torch.compiler.set_stance("force_eager") if self._uncompiled else nullcontext()
-        # On a CPU vLLM draws from torch's global generator beside the requests' own, and drops the numbers.
-        with stance, torch.random.fork_rng(devices=[], enabled=self.seed_requests):
-            while self._engine.has_unfinished_requests() and time.monotonic() < deadline:
-                try:
-                    outputs = self._engine.step()
-                except Exception as error:
-                    raise EngineError(f"vLLM stopped while sampling: {error}") from error
-                answers += [(output.request_id, output) for output in outputs if output.finished]
-        if self._engine.has_unfinished_requests():
-            self._engine.abort_request(list(requests))
+    def _take(self, answers: list[Answer]) -> list[Answer]:
+        """Puts finished completions into their flights."""
+        for answer in answers:
+            if answer.request_id not in self._requests:
+                continue
+            flight, g, first = self._requests.pop(answer.request_id)
+            reason = REASONS.get(answer.finish_reason, "abort")
+            versions = self._versions[first : first + len(answer.marks) + 1]
+            flight.completions[g] = completion(
+                answer.token_ids, answer.logprobs, reason, versions, answer.marks
+            )
+            flight.num_missing -= 1
+            if flight.for_collect and not flight.num_missing:
+                self._landed.append(flight)
         return answers
 
-    def _parameters(
-        self, sampling: SamplingParams, num_completions: int, seed: int, with_logprobs: bool
-    ) -> Any:
+    def _abandon(self, flights: list[Flight]) -> None:
+        """Aborts what is still missing in these flights."""
+        if not any(flight.num_missing for flight in flights):
+            return
+        ours = {id(flight) for flight in flights}
+        late = [request for request, (flight, _, _) in self._requests.items() if id(flight) in ours]
+        self._core.abort(late)
+        for request in late:
+            del self._requests[request]
+
+    def _groups(self, flights: list[Flight]) -> list[Group]:
+        """Groups with their texts; what is missing in a flight is aborted."""
+        groups = [Group(f.prompt, [c or aborted() for c in f.completions]) for f in flights]
+        decode_texts(self.tokenizer, [c for group in groups for c in group.completions])
+        return groups
+
+    def _parameters(self, sampling: SamplingParams, seed: int, with_logprobs: bool) -> Any:
         from vllm import SamplingParams as Parameters
         from vllm.sampling_params import RequestOutputKind
 
         return Parameters(
-            n=num_completions,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -226,29 +305,26 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # ends are explicit: stop_token_ids
             logprobs=0 if with_logprobs else None,
-            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completions(self, output: Any, num_completions: int) -> list[Completion]:
-        if output is None:
-            return [aborted() for _ in range(num_completions)]
-        completions = []
-        for answer in output.outputs:
-            ids = list(answer.token_ids)
-            logprobs = (
-                [answer.logprobs.logprobs[i] for i in answer.logprobs.start_indices]
-                if answer.logprobs
-                else []
-            )
-            reason = REASONS.get(answer.finish_reason, "abort")
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            completions.append(finished(ids, logprobs, reason, self.version, text))
-        return completions
+    def _describe(self, *, uncompiled: bool) -> dict[str, HeldTensor]:
+        return {
+            name: HeldTensor(tuple(shape), getattr(torch, dtype), self.device, source, sampled)
+            for name, shape, dtype, source, sampled in self._core.call("cohort_describe", uncompiled)
+        }
 
-    def _rounded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name not in self.tensors:
                 raise ValueError(f"vLLM's model has no weight {name}; send the model it was started from")
-            yield from as_checkpoint(name, tensor.detach().to(self.tensors[name].dtype))
+            yield name, tensor.detach()
+
+    def _rounded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(self.tensors[name].dtype)) for name, tensor in self._known(weights))
+
+    def _load_bucket(self, layout: Layout) -> None:
+        assert self._bucket is not None
+        self._core.call("cohort_receive_bucket", layout, None if self._handle_sent else self._bucket.handle)
+        self._handle_sent = True

@@ -1,12 +1,14 @@
-"""Starting vLLM inside the trainer's process, and putting back what it changes around itself."""
+"""Starting vLLM, inside the trainer's process or beside it, and putting back what it changes there."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,8 +24,18 @@ from rollout.engine import EngineError
 
 OLDEST, BELOW = Version("0.25.1"), Version("0.33")
 
+STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
+TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
+
 # Read by vLLM at import; a user's own values win.
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a trainer copies its threads' locks
+}
+
+# What a launcher tells the trainer about its ranks; the core's own process is no rank.
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def vllm_available() -> str | None:
@@ -34,7 +46,8 @@ def vllm_available() -> str | None:
     reason = version_conflict(*found, torch_version=torch.__version__)
     if reason is not None:
         return reason
-    # The engine core runs in this process, where the trainer's tensors need no copy to reach it.
+    # Else vLLM would take a process of its own by itself; `start_engine` decides that. With this value a CPU
+    # build also keeps core and worker together in one process, as on a GPU.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -111,20 +124,61 @@ def process_state_kept() -> Iterator[None]:
         os.environ.update({n: v for n, v in environment.items() if not n.startswith("VLLM_")})
 
 
-def start_engine(arguments: dict[str, Any], *, timeout_s: float) -> tuple[Any, bool]:
+def cpu_arguments(kv_cache_gib: float, *, max_model_len: int) -> dict[str, Any]:
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "block_size": 32,  # tokens; completions share the full blocks of their prompt, 128 would share little
+        # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, max_model_len),
+    }
+
+
+def gpu_arguments(share: float, *, max_model_len: int, max_num_seqs: int, eager: bool) -> dict[str, Any]:
+    """A burst of prompts is prefilled in a step or two, and any number of running completions has a graph.
+
+    Raises:
+        ValueError: the GPU has less than `share` of its memory left beside the trainer.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if free < share * total:
+        fits = max(0.0, free - 2**30) / total  # 1 GiB for the context of another process
+        raise ValueError(
+            f"engine.gpu_memory_utilization={share:g} of {total / 2**30:.0f} GiB is more than the "
+            f"{free / 2**30:.1f} GiB that are free beside the trainer; use at most {fits:.2f}"
+        )
+    # vLLM's own choice of graphs ends at 512 completions.
+    graphs = {"max_cudagraph_capture_size": max(min(2 * max_num_seqs, 512), min(max_num_seqs, 1024))}
+    return {
+        "gpu_memory_utilization": share,
+        "max_num_batched_tokens": max(16384, max_model_len),
+    } | ({} if eager else graphs)
+
+
+# For every engine: tokens in, tokens out, no statistics, and our classes at two seams that vLLM offers.
+_ALWAYS = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # the model's own would add its temperature and penalties
+    "logprobs_mode": "processed_logprobs",
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+    "seed": 0,
+    "worker_extension_cls": "rollout.vllm_worker.WeightReceiver",
+    "scheduler_cls": "rollout.vllm_scheduler.make_scheduler",
+}
+
+
+def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> tuple[Any, bool]:
     """(vllm.LLMEngine on this process's own device, whether vLLM made torch's default process group).
 
-    In a distributed trainer every process starts its own engine at the same time: vLLM joins the default
-    group, in which making its groups of one needs all processes. `external_launcher` gives each process its
-    own GPU (LOCAL_RANK).
+    Args:
+        own: the engine core gets a process of its own.
 
     Raises:
         ValueError: vLLM refuses the model or the arguments; or a distributed run has no process group yet.
-        EngineError: another process did not come to the start within `timeout_s`.
+        EngineError: the core, or another process of a distributed run, did not start within `timeout_s`.
     """
-    from vllm import EngineArgs, LLMEngine
-    from vllm.usage.usage_lib import UsageContext
-
     grouped = dist.is_available() and dist.is_initialized()
     if not grouped and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -132,18 +186,66 @@ def start_engine(arguments: dict[str, Any], *, timeout_s: float) -> tuple[Any, b
             "policy (accelerate) before the vLLM engine"
         )
     with process_state_kept():
+        if own:
+            return _start_beside(arguments, timeout_s), False
         if grouped and dist.get_world_size() > 1:
-            _meet(timeout_s)
-            arguments = arguments | {"distributed_executor_backend": "external_launcher"}
-            os.environ["RANK"] = str(dist.get_rank())
-            os.environ.setdefault(
-                "LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
-            )
-        try:
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
-    return engine, not grouped
+            arguments = arguments | _join_group(timeout_s)
+        return _llm_engine(arguments, own=False), not grouped
+
+
+def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
+    from vllm import EngineArgs, LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
+    args, usage = EngineArgs(**_ALWAYS | arguments), UsageContext.LLM_CLASS
+    try:
+        return LLMEngine.from_engine_args(args, usage_context=usage, enable_multiprocessing=own)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
+
+
+def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
+    """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
+    os.environ[TRAINER_PID] = str(os.getpid())
+    if torch.cuda.device_count() > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        ours = torch.cuda.current_device()
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ours] if visible else str(ours)
+    before = set(multiprocessing.active_children())
+    killed = threading.Event()
+
+    def kill() -> None:  # vLLM waits without end for a core that neither answers nor dies
+        killed.set()
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+
+    timer = threading.Timer(timeout_s, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        return _llm_engine(arguments, own=True)
+    except ValueError as error:
+        if killed.is_set():
+            raise EngineError(
+                f"vLLM's engine core did not start within timeout_s={timeout_s:g}; raise engine.timeout_s"
+            ) from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def _join_group(timeout_s: float) -> dict[str, Any]:
+    """Arguments for an engine inside one rank of a distributed trainer, where every rank starts its own.
+
+    vLLM joins the default group, in which making its groups of one needs all processes at the same time.
+    `external_launcher` gives each process its own GPU (LOCAL_RANK).
+    """
+    _meet(timeout_s)
+    os.environ["RANK"] = str(dist.get_rank())
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+    return {"distributed_executor_backend": "external_launcher"}
 
 
 def _meet(timeout_s: float) -> None:
@@ -166,6 +268,6 @@ def stop_engine(engine: Any, *, owns_group: bool) -> None:
         if not owns_group:
             dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
         with process_state_kept():
-            engine.engine_core.shutdown()
+            engine.engine_core.shutdown(timeout=STOP_S)
     finally:
         dist.destroy_process_group = destroy

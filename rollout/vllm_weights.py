@@ -70,6 +70,26 @@ def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, 
     yield names[0], 0, getattr(module, "org_vocab_size", padded)
 
 
+def complete_layers(slots: Mapping[str, Slot]) -> dict[str, frozenset[str]]:
+    """Name -> the names with which its layer is complete; only layers that nothing else belongs to.
+
+    To be called while vLLM reloads, when the parameters have the sizes that are loaded. An embedding that is
+    padded is never complete: vLLM processes it at the very end.
+    """
+    names: dict[int, set[str]] = {}
+    for name, slot in slots.items():
+        if slot.held.source == name:
+            names.setdefault(id(slot.module), set()).add(name)
+    found: dict[str, frozenset[str]] = {}
+    for slot in slots.values():
+        ours = names.get(id(slot.module), set())
+        loaded = sum(torch.Size(slots[name].held.shape).numel() for name in ours)
+        tensors = [*slot.module.parameters(recurse=False), *slot.module.buffers(recurse=False)]
+        if loaded == sum(tensor.numel() for tensor in tensors):
+            found |= dict.fromkeys(ours, frozenset(ours))
+    return found
+
+
 def read_slots(slots: Mapping[str, Slot], version: int) -> Iterator[tuple[str, Tensor]]:
     """(name, the part that a fingerprint compares), from the tensors that the model computes with.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class SyncReport:
 
     Attributes:
         seconds: of the whole sync, `verify_seconds` of it for the proof.
+        parts: seconds to "inspect" what is sent, to "send" it (until the engine has loaded it), to compare
+            "fingerprints" and the "canary".
         num_bytes: as the engine stores them.
         compared_share: share of these bytes that the fingerprints compared; below 1 where a kernel packed the
             weights and only sampled columns can be read back (vLLM on a CPU). The columns move with every
@@ -39,6 +41,7 @@ class SyncReport:
     canary_mean_gap: float
     verify_seconds: float = 0.0
     compared_share: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def publish(
@@ -59,24 +62,42 @@ def publish(
     Raises:
         WeightSyncError: naming the tensors, the version or the gap.
     """
-    start = time.perf_counter()
+    clock = _Clock()
     sent = _inspect(engine, weights, version, verify)
-    ready = time.perf_counter()
+    clock.stop("inspect")
     engine.update_weights(weights, version=version)
-    arrived = time.perf_counter()
-    gaps = _prove(engine, weights, sent, version, tolerance) if verify else [float("nan")]
-    end = time.perf_counter()
+    clock.stop("send")
+    gaps = [float("nan")]
+    if verify:
+        _compare(engine, sent, version)
+        clock.stop("fingerprints")
+        gaps = _canary_gaps(engine, weights, version, tolerance)
+        clock.stop("canary")
     sizes = {n: torch.Size(h.shape).numel() * h.dtype.itemsize for n, h in engine.tensors.items()}
     compared = sum(covered_share(h) * sizes[n] for n, h in engine.tensors.items()) / sum(sizes.values())
+    seconds = sum(clock.parts.values())
     return SyncReport(
-        seconds=end - start,
+        seconds=seconds,
         num_tensors=len(sizes),
         num_bytes=sum(sizes.values()),
         canary_max_gap=max(gaps),
         canary_mean_gap=sum(gaps) / len(gaps),
-        verify_seconds=(ready - start) + (end - arrived),
+        verify_seconds=seconds - clock.parts["send"],
         compared_share=compared if verify else 0.0,
+        parts=clock.parts,
     )
+
+
+class _Clock:
+    """Seconds since the last stop, by name."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.parts[name], self._last = now - self._last, now
 
 
 def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) -> dict[str, int]:
@@ -116,10 +137,7 @@ def _check_shape(engine: Engine, name: str, tensor: Tensor) -> None:
     )
 
 
-def _prove(
-    engine: Engine, weights: WeightStream, sent: dict[str, int], version: int, tolerance: float | None
-) -> list[float]:
-    """Absolute gaps of the canary's log-probs, after version and fingerprints agreed."""
+def _compare(engine: Engine, sent: dict[str, int], version: int) -> None:
     if engine.version != version:
         raise WeightSyncError(
             f"engine {engine.name} says it holds version {engine.version} after version {version} was sent"
@@ -129,6 +147,10 @@ def _prove(
             f"engine {engine.name} does not hold version {version}: the fingerprints of {len(wrong)} of "
             f"{len(sent)} tensors differ from the policy's: {_listed(wrong)}"
         )
+
+
+def _canary_gaps(engine: Engine, weights: WeightStream, version: int, tolerance: float | None) -> list[float]:
+    """Absolute gaps between the engine's log-probs of fixed tokens and the policy's, in nats."""
     if tolerance is None:
         tolerance = 0.02 if all(h.dtype == torch.float32 for h in engine.tensors.values()) else 0.25
     ids, expected = weights.canary()

@@ -41,6 +41,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
         ("rewards.functions=[{name: math, requires: think_format}]", "not among ['math']"),
         ("train.steps", "must look like key.sub=value"),
         ("data.columns=[a", "override 'data.columns=[a': the value is not valid YAML"),
+        ("train.in_flight=64", "train.in_flight=64 does nothing under train.max_staleness=0"),
     ],
 )
 def test_a_bad_value_names_the_key_the_rule_and_the_remedy(override, message):
@@ -62,6 +63,16 @@ def test_scientific_notation_is_a_number():
 def test_an_evaluation_metric_must_be_a_reward_of_the_run():
     with pytest.raises(ValueError, match=r"evaluation.metric='acc' is not a reward of this run"):
         load_config(None, ["evaluation.metric=acc", "evaluation.data={source: 'x'}"])
+
+
+def test_stale_samples_need_the_sampler_correction():
+    with pytest.raises(ValueError, match=r"leave loss\.sampler_correction at its default"):
+        load_config(None, ["train.max_staleness=1", "loss.sampler_correction=null"])
+
+
+def test_at_least_one_group_is_in_flight():
+    with pytest.raises(ValueError, match=r"use train\.in_flight=8 or more"):
+        load_config(None, ["train.max_staleness=1", "train.in_flight=7"])
 
 
 def test_groups_must_split_over_processes():

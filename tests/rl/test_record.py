@@ -29,6 +29,7 @@ def metrics(groups, rejected=()):
         config=AdvantageConfig(),
         weights={"math": 1.0},
         world=World(Accelerator(cpu=True)),
+        counts={},
     )
 
 
@@ -83,3 +84,25 @@ def test_a_watch_names_what_is_broken_and_not_what_is_unusual():
         "completion/truncated_share is 100.0 %, healthy is at most 30 %, since step 10"
     )
     assert "raise sampling.max_completion_length" in str(finding)
+
+
+def completion(*spans: tuple[int, int]) -> Completion:
+    n = sum(count for _, count in spans)
+    versions = [VersionSpan(version, count) for version, count in spans]
+    return Completion([5] * n, [-1.0] * n, [True] * n, "stop", versions)
+
+
+def test_ages_are_those_of_tokens_and_the_counts_of_the_source_are_metrics():
+    """At step 5: two tokens of age 2, six of age 1 and two of age 1: (2 * 2 + 8 * 1) / 10."""
+    group = Group(Prompt("p", "", (1,)), [completion((3, 2), (4, 6)), completion((4, 2))])
+    values = group_metrics(
+        [ScoredGroup(group, [Reward(0.0), Reward(1.0)])],
+        step=5,
+        config=AdvantageConfig(),
+        weights={},
+        world=World(Accelerator(cpu=True)),
+        counts={"rounds": 2.0, "replaced": 3.0, "over_age": 1.0, "in_flight": 24.0},
+    )
+    assert values["staleness/mean"] == 1.2 and values["staleness/max"] == 2.0
+    assert values["rollout/replaced"] == 3.0 and values["rollout/in_flight"] == 24.0
+    assert values["staleness/over_age"] == 1.0

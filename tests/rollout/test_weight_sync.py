@@ -19,10 +19,10 @@ from rl.types import SamplingParams
 from rollout.engine import TransformersEngine
 from rollout.fingerprint import (
     HeldTensor,
-    _hash_words,
     compared_part,
     covered_share,
     fingerprints,
+    hash_words,
     mismatches,
     sampled_columns,
 )
@@ -103,6 +103,8 @@ def test_after_a_sync_the_engine_computes_as_the_policy_does(engine, policy):
     assert report.compared_share == 1.0
     assert 0 <= report.canary_mean_gap <= report.canary_max_gap < 1e-5
     assert 0 < report.verify_seconds < report.seconds
+    assert list(report.parts) == ["inspect", "send", "fingerprints", "canary"]
+    assert sum(report.parts.values()) == pytest.approx(report.seconds)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
@@ -206,7 +208,7 @@ def test_samples_follow_the_published_weights(engine, policy, folder, tmp_path):
 
 
 def words(tensor):
-    return _hash_words(tensor.contiguous().view(-1).view(torch.uint8)).item()
+    return hash_words([tensor.contiguous().view(-1).view(torch.uint8)])[0]
 
 
 def xxh(tensor):
@@ -217,8 +219,8 @@ def xxh(tensor):
 def test_both_hashes_see_order_scale_sign_and_length(digest):
     """The CUDA hash is plain integer arithmetic, so it is tested here on the CPU.
 
-    5,000,003 bfloat16 numbers are 1,250,001 words of 8 bytes, more than a chunk of 2^20 words. The words at
-    numbers 4 and 4,194,308 have the same place in their chunks.
+    5,000,003 bfloat16 numbers are 1,250,001 words of 8 bytes, in 1,221 rows. The words at numbers 4 and
+    4,194,308 have the same column.
     """
     x = torch.randn(5_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
     changed = [x.clone() for _ in range(6)]
@@ -234,18 +236,31 @@ def test_both_hashes_see_order_scale_sign_and_length(digest):
 
 
 def test_the_cuda_hash_gives_the_sum_that_its_docstring_states():
-    """Three words against Python's unbounded integers."""
-    data = torch.arange(20, dtype=torch.uint8) * 12 + 7
+    """1,027 words, the last one of 4 bytes, against Python's unbounded integers."""
+    data = (torch.arange(1026 * 8 + 4) * 12 + 7).to(torch.uint8)
     raw = bytes(data.tolist()) + bytes(4)
     mask = 2**64 - 1
-    total = 20
-    for i in range(3):
-        z = (i + 1) * 0x9E3779B97F4A7C15 & mask
+
+    def odd(number):
+        z = number * 0x9E3779B97F4A7C15 & mask
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        return (z ^ z >> 31) | 1
+
+    total = len(data)
+    for i in range(1027):
         w = int.from_bytes(raw[8 * i : 8 * i + 8], "little")
-        total += (w ^ w >> 32) * ((z ^ z >> 31) | 1)
-    assert _hash_words(data).item() & mask == total & mask
+        total += odd(1025 + i // 1024) * odd(1 + i % 1024) * (w ^ w >> 32)
+    assert hash_words([data])[0] & mask == total & mask
+
+
+def test_the_cuda_hash_does_not_depend_on_what_else_is_hashed(monkeypatch):
+    sizes = [8192 * 3, 5, 0, 8192 * 9 + 17, 8192, 100_000]
+    tensors = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    alone = [hash_words([t])[0] for t in tensors]
+    assert hash_words(tensors) == alone and len(set(alone)) == 6
+    monkeypatch.setattr("rollout.fingerprint._BATCH_ROWS", 4)  # of 3 + 1 + 0 + 10 + 1 + 13 rows
+    assert hash_words(tensors) == alone
 
 
 def test_sampled_columns_cover_the_width_in_turn():

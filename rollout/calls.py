@@ -1,0 +1,107 @@
+"""What every engine says about one sampling call: whether it can be sampled, and what came out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+
+WEIGHTS_UNKNOWN = -1
+
+
+class EngineError(RuntimeError):
+    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
+
+
+class Named(Protocol):
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one `Engine.submit` or `Engine.generate`."""
+
+    prompts: tuple[Prompt, ...]
+    num_completions: int
+    sampling: SamplingParams
+    seeds: tuple[int, ...]
+    with_logprobs: bool
+
+
+def completion(
+    token_ids: list[int],
+    logprobs: list[float],
+    reason: FinishReason,
+    versions: Sequence[int],
+    ends: Sequence[int] = (),
+) -> Completion:
+    """A completion without its text. `versions[k]` sampled the tokens up to number `ends[k]`, the last of the
+    versions the rest.
+    """
+    bounds = [0, *ends, len(token_ids)]
+    spans: list[VersionSpan] = []
+    for version, (first, last) in zip(versions, pairwise(bounds), strict=True):
+        if spans and spans[-1].policy_version == version:
+            spans[-1] = VersionSpan(version, spans[-1].num_tokens + last - first)
+        elif last > first:
+            spans.append(VersionSpan(version, last - first))
+    return Completion(token_ids, logprobs, [True] * len(token_ids), reason, spans)
+
+
+def aborted() -> Completion:
+    return Completion([], [], [], "abort", [])
+
+
+def decode_texts(tokenizer: Any, completions: Sequence[Completion]) -> None:
+    """Fills in the texts, without special tokens, in one call of the tokenizer."""
+    filled = [c for c in completions if c.token_ids]
+    if not filled:
+        return
+    texts = tokenizer.batch_decode([c.token_ids for c in filled], skip_special_tokens=True)
+    for c, text in zip(filled, texts, strict=True):
+        c.text = text
+
+
+def check_call(engine: Named, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+    if engine.version == WEIGHTS_UNKNOWN:
+        raise EngineError(
+            f"the weights of engine {engine.name} are unknown, since an update broke off; update them again"
+        )
+
+
+def prompt_faults(
+    prompts: Sequence[Prompt], sampling: SamplingParams, *, vocab_size: int, room: int | None
+) -> dict[int, str]:
+    """Index -> why this prompt cannot be sampled: no tokens, unknown ids, or no room for the completion."""
+    faults = {}
+    for index, prompt in enumerate(prompts):
+        length = len(prompt.token_ids)
+        if length == 0:
+            faults[index] = f"prompt {prompt.id} has no tokens"
+        elif not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
+            faults[index] = f"prompt {prompt.id} has ids outside the vocabulary of {vocab_size}"
+        elif room is not None and length + sampling.max_completion_length > room:
+            faults[index] = (
+                f"prompt {prompt.id} has {length} tokens, with max_completion_length="
+                f"{sampling.max_completion_length} more than the model's {room} positions"
+            )
+    return faults
+
+
+def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: float, *, late: bool) -> None:
+    """Raises EngineError if not one completion of the call is usable; single failures are data."""
+    if any(c.finish_reason != "abort" for group in groups for c in group.completions) or not groups:
+        return
+    if late:
+        raise EngineError(
+            f"no completion of {len(groups)} prompts was finished within timeout_s={timeout_s:g}; sample "
+            "fewer or shorter completions, or raise engine.timeout_s"
+        )
+    first = next(iter(faults.values()), "the model's logits are not finite")
+    raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")

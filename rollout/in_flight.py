@@ -1,0 +1,212 @@
+"""Requests on their way through engine and graders, in the order in which they were started.
+
+An engine in a process of its own samples while the trainer computes. Between `begin_overlap` and
+`end_overlap` a thread takes in what it finishes, hands it to the graders, which are processes too, and
+refills the engine. Outside of that only the caller's thread touches the engine, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from rl.types import Prompt, SamplingParams, ScoredGroup, Scorer
+from rollout.engine import Engine, EngineError
+from rollout.source import sampling_seed
+
+WAVES = 4
+POLL_S = 1.0
+OVERLAP_POLL_S = 0.02  # also the longest that `end_overlap` waits for its thread, when all is well
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt from the moment it is dealt to this process until it is trained on.
+
+    Attributes:
+        attempt: 0; higher if it was sampled again because it was over-age. Part of its sampling seed.
+        scored: there once it is sampled; ends when it is graded.
+    """
+
+    ordinal: int
+    prompt: Prompt
+    attempt: int = 0
+    is_submitted: bool = False
+    scored: Future[ScoredGroup] | None = None
+
+    @property
+    def id(self) -> str:
+        """Unlike the prompt's own, unique: a small dataset comes round while it is still in flight."""
+        return f"{self.prompt.id} (number {self.ordinal}, attempt {self.attempt})"
+
+    def seed(self, run_seed: int) -> int:
+        purpose = f"again-{self.attempt}" if self.attempt else "train"
+        return sampling_seed(run_seed, self.ordinal, purpose)
+
+
+class InFlight:
+    """A queue of requests. Whatever finishes goes to the graders at once, and keeps its place in the queue.
+
+    Args:
+        limit: most completions that are submitted and not collected, at least one group; None: no limit.
+            Refills wait until a quarter of it is free: a prefill in every decode step costs an engine more
+            than a few idle places.
+        timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scorer: Scorer,
+        sampling: SamplingParams,
+        *,
+        group_size: int,
+        seed: int,
+        with_logprobs: bool,
+        limit: int | None,
+        timeout_s: float,
+    ) -> None:
+        self.engine, self.scorer, self.sampling = engine, scorer, sampling
+        self.group_size, self.seed, self.with_logprobs = group_size, seed, with_logprobs
+        self.limit, self.timeout_s = limit, timeout_s
+        self._queue: deque[Request] = deque()
+        self._at_engine: dict[str, Request] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._fault: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def ordinals(self) -> list[int]:
+        return [request.ordinal for request in self._queue]
+
+    def append(self, requests: Iterable[Request]) -> None:
+        self._queue += requests
+
+    def clear(self) -> None:
+        """Forgets all requests; what the engine still finishes of them is dropped."""
+        self._queue.clear()
+        self._at_engine.clear()
+
+    def heads(self, count: int) -> list[Request]:
+        return list(islice(self._queue, count))
+
+    def drop(self, count: int) -> None:
+        for _ in range(count):
+            self._queue.popleft()
+
+    def refill(self) -> None:
+        """Submits waiting requests, oldest first."""
+        waiting = [request for request in self._queue if not request.is_submitted]
+        wave = len(waiting)
+        if self.limit is not None:
+            room = max(0, self.limit - self.engine.in_flight) // self.group_size
+            smallest = max(1, self.limit // self.group_size // WAVES)
+            wave = min(room, wave) if room >= min(smallest, wave) else 0
+        if not wave:
+            return
+        chosen = waiting[:wave]
+        self.engine.submit(
+            [replace(request.prompt, id=request.id) for request in chosen],
+            num_completions=self.group_size,
+            sampling=self.sampling,
+            seeds=[request.seed(self.seed) for request in chosen],
+            with_logprobs=self.with_logprobs,
+        )
+        for request in chosen:
+            request.is_submitted = True
+            self._at_engine[request.id] = request
+
+    def pump(self, timeout_s: float = 0.0) -> bool:
+        """Refills the engine and sends what it finishes within `timeout_s` to the graders; whether it did."""
+        self.refill()
+        finished = self.engine.collect(timeout_s=timeout_s)
+        for group in finished:
+            request = self._at_engine.pop(group.prompt.id, None)
+            if request is not None:  # else it was forgotten
+                group.prompt = request.prompt
+                request.scored = self.scorer.submit(group)
+        return bool(finished)
+
+    def begin_overlap(self) -> None:
+        """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile."""
+        if self.engine.runs_alone and self._at_engine:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._overlap, name="in flight", daemon=True)
+            self._thread.start()
+
+    def end_overlap(self) -> None:
+        """The caller may use the engine again; safe to call at any time.
+
+        Raises:
+            EngineError: the engine failed meanwhile, or did not come back from a call.
+        """
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join(self.timeout_s)
+        if self._thread.is_alive():
+            raise EngineError(
+                f"engine {self.engine.name} did not hand out what it had finished within {self.timeout_s:g} s"
+            )
+        self._thread = None
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+
+    def _overlap(self) -> None:
+        try:
+            while self._at_engine and not self._stop.is_set():
+                self.pump(OVERLAP_POLL_S)
+        except Exception as error:
+            self._fault = error  # `end_overlap` raises it where somebody can act on it
+
+    def wait_for_engine(self, requests: Sequence[Request]) -> None:
+        """Returns when all of `requests` are sampled; what else is finished by then is graded as well.
+
+        Raises:
+            EngineError: no group at all was finished for `timeout_s`.
+        """
+        last = time.monotonic()
+        while True:
+            missing = [request for request in requests if request.scored is None]
+            if self.pump(min(POLL_S, self.timeout_s) if missing else 0.0):
+                last = time.monotonic()
+            if not missing:
+                return
+            if time.monotonic() - last > self.timeout_s:
+                raise EngineError(
+                    f"engine {self.engine.name} finished no group for {self.timeout_s:g} s, with "
+                    f"{self.engine.in_flight} completions in flight, while the run waited for prompt "
+                    f"{missing[0].prompt.id}; read the engine's log, or raise engine.timeout_s"
+                )
+
+    def wait_for_graders(self, requests: Sequence[Request]) -> list[ScoredGroup]:
+        """The scored groups of sampled requests.
+
+        Raises:
+            RuntimeError: no group at all was graded for `timeout_s`.
+        """
+        futures = [request.scored for request in requests if request.scored is not None]
+        assert len(futures) == len(requests)
+        while any(not future.done() for future in futures):
+            graded = [r.scored for r in self._queue if r.scored is not None and not r.scored.done()]
+            if graded and not wait(graded, self.timeout_s, FIRST_COMPLETED).done:
+                slow = [r.prompt.id for r in requests if r.scored is not None and not r.scored.done()]
+                raise RuntimeError(
+                    f"the graders finished no group for {self.timeout_s:g} s, while the run waited for "
+                    f"prompts {', '.join(slow[:3])}; lower rewards.deadline_s, or raise rewards.workers"
+                )
+        return [future.result() for future in futures]
+
+    def sample_again(self, request: Request) -> None:
+        """In its old place in the queue, so that the order of prompts stays, with other random numbers."""
+        request.attempt += 1
+        request.is_submitted, request.scored = False, None

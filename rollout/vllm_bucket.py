@@ -1,0 +1,116 @@
+"""Weights into another process by handle: bytes that both map, filled and loaded again and again.
+
+On a GPU the bytes are device memory shared by CUDA IPC, on a CPU an anonymous file, which no crash
+leaves behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from rollout.fingerprint import HeldTensor
+
+BUCKET_BYTES = 256 << 20
+_ALIGNMENT = 256
+Layout = list[list[Any]]  # [name, first byte] of every tensor in a filled bucket
+
+
+class Bucket:
+    """Shared bytes in the trainer's process, as many as the largest tensor needs and at most all tensors.
+
+    Attributes:
+        bytes_B: the shared memory.
+        handle: plain data (numbers and bytes) with which the other process opens it.
+    """
+
+    def __init__(self, tensors: Mapping[str, HeldTensor], device: torch.device) -> None:
+        sizes = [_aligned(_num_bytes(held)) for held in tensors.values()]
+        size = max(*sizes, min(BUCKET_BYTES, sum(sizes)))
+        if device.type == "cuda":
+            self.bytes_B = torch.empty(size, dtype=torch.uint8, device=device)
+            arguments: Any = reduce_tensor(self.bytes_B)[1]
+            # The first seven say what to build (types, sizes, device); the rest is where the memory is.
+            self.handle: list[Any] = ["cuda", size, arguments[3], *arguments[7:]]
+        else:
+            self._file = os.memfd_create("cohort weights")
+            os.ftruncate(self._file, size)
+            self.bytes_B = _mapped(self._file, size)
+            self.handle = ["cpu", size, f"/proc/{os.getpid()}/fd/{self._file}"]
+        self.tensors = tensors
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Callable[[Layout], None]) -> None:
+        """Rounds every tensor to what the engine holds, into the bucket; `deliver` loads each filling."""
+        layout: Layout = []
+        end = 0
+        for name, tensor in weights:
+            held = self.tensors[name]
+            if layout and end + _num_bytes(held) > len(self.bytes_B):
+                self._deliver(layout, deliver)
+                layout, end = [], 0
+            view(self.bytes_B, end, held).copy_(tensor.detach())
+            layout.append([name, end])
+            end = _aligned(end + _num_bytes(held))
+        if layout:
+            self._deliver(layout, deliver)
+
+    def _deliver(self, layout: Layout, deliver: Callable[[Layout], None]) -> None:
+        if self.bytes_B.is_cuda:
+            torch.cuda.current_stream(self.bytes_B.device).synchronize()
+        deliver(layout)
+
+    def close(self) -> None:
+        """Gives the memory back once the other process has let go of it too."""
+        if self.handle[0] == "cpu" and len(self.bytes_B):
+            os.close(self._file)
+        self.bytes_B = torch.empty(0, dtype=torch.uint8)
+
+
+def open_bucket(handle: list[Any]) -> Tensor:
+    """The bytes of a `Bucket` of another process, on this process's current device."""
+    kind, size, *where = handle
+    if kind == "cuda":
+        offset, *memory = where
+        place = (torch.UntypedStorage, torch.uint8, torch.cuda.current_device())
+        return rebuild_cuda_tensor(torch.Tensor, (size,), (1,), offset, *place, *memory)
+    file = os.open(where[0], os.O_RDWR)
+    try:
+        return _mapped(file, size)
+    finally:
+        os.close(file)
+
+
+def received(
+    bytes_B: Tensor, layout: Layout, tensors: Mapping[str, HeldTensor], layers: Mapping[str, frozenset[str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a filled bucket, which the next filling will overwrite.
+
+    vLLM keeps what it is given until all of a layer is there. So a tensor is a copy, unless this bucket holds
+    the whole layer: `layers` has, for a tensor whose layer is complete with them, the names it takes.
+    """
+    here = {name for name, _ in layout}
+    for name, start in layout:
+        tensor = view(bytes_B, start, tensors[name])
+        yield name, tensor if name in layers and layers[name] <= here else tensor.clone()
+
+
+def view(bytes_B: Tensor, start: int, held: HeldTensor) -> Tensor:
+    return bytes_B[start : start + _num_bytes(held)].view(held.dtype).view(held.shape)
+
+
+def _mapped(file: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+
+
+def _num_bytes(held: HeldTensor) -> int:
+    return torch.Size(held.shape).numel() * held.dtype.itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

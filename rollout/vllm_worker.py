@@ -1,0 +1,127 @@
+"""The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.fingerprint import fingerprints
+from rollout.vllm_bucket import Layout, open_bucket, received
+from rollout.vllm_start import TRAINER_PID
+from rollout.vllm_weights import (
+    Slot,
+    as_checkpoint,
+    complete_layers,
+    find_slots,
+    packs_experts,
+    read_slots,
+    repack,
+)
+
+_PARENT_CHECK_S = 1.0
+
+
+def end_with(pid: int) -> None:
+    """Kills this process when process `pid` is its parent no more: a trainer killed by -9 tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(_PARENT_CHECK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
+
+
+# At import, since vLLM calls nothing else of ours before the model is loaded, which may take minutes.
+if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
+    end_with(int(os.environ[TRAINER_PID]))
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its worker; `VllmCore.call` reaches them by name.
+
+    Every name starts with `cohort_`, since vLLM refuses a name that its worker has already.
+    """
+
+    cohort_slots: dict[str, Slot]
+    cohort_loaded: dict[str, int]
+    cohort_open: bool
+    cohort_bucket: Tensor
+    cohort_layers: dict[str, frozenset[str]]
+    get_model: Any
+    model_config: Any
+    vllm_config: Any
+
+    def cohort_describe(self, uncompiled: bool) -> list[list[Any]]:
+        """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them.
+
+        `uncompiled`: this process compiles nothing from here on (see `VllmCore`).
+        """
+        if uncompiled:
+            torch.compiler.set_stance("force_eager")
+        self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
+        held = {name: slot.held for name, slot in self.cohort_slots.items()}
+        return [
+            [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
+            for name, h in held.items()
+        ]
+
+    @torch.no_grad()
+    def cohort_begin(self) -> None:
+        """From here to `cohort_finish` the model holds no weights that could be used."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if self.cohort_open:  # an update broke off; what it loaded would count towards this one
+            self.cohort_close()
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.get_model())
+        self.cohort_open = True
+        self.cohort_layers = complete_layers(self.cohort_slots)
+
+    @torch.no_grad()
+    def cohort_receive(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads tensors under their Hugging Face names; they must stay as they are until `cohort_finish`."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.get_model().load_weights(piece for pair in tensors for piece in as_checkpoint(*pair))
+
+    def cohort_receive_bucket(self, layout: Layout, handle: list[Any] | None) -> None:
+        """Loads a filling of the bucket; `handle` comes with the first one."""
+        if handle is not None:
+            self.cohort_bucket = open_bucket(handle)
+        held = {name: slot.held for name, slot in self.cohort_slots.items()}
+        self.cohort_receive(received(self.cohort_bucket, layout, held, self.cohort_layers))
+        if self.cohort_bucket.is_cuda:
+            torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
+
+    @torch.no_grad()
+    def cohort_finish(self, version: int) -> None:
+        self.cohort_close()
+        experts = {name: slot for name, slot in self.cohort_slots.items() if packs_experts(slot)}
+        self.cohort_loaded = fingerprints(read_slots(experts, version))
+        repack(self.cohort_slots)
+
+    def cohort_close(self) -> None:
+        """Gives every layer its parameters back, with what was loaded."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.get_model(), self.model_config)
+        self.cohort_open = False
+
+    @torch.no_grad()
+    def cohort_fingerprints(self, version: int) -> dict[str, int]:
+        """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
+        shown = {name: slot for name, slot in self.cohort_slots.items() if not packs_experts(slot)}
+        return self.cohort_loaded | fingerprints(read_slots(shown, version))

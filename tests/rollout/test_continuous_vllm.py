@@ -1,0 +1,93 @@
+"""`ContinuousSource` on real vLLM in this process: on-policy at staleness 0, ages and spans beyond."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tick_engine import ThreadScorer
+from tiny_llama import (
+    Stream,
+    largest_gap,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    save,
+    token_logprobs,
+)
+
+from rl.types import SamplingParams
+from rollout.continuous import ContinuousSource
+from rollout.source import OnPolicySource, PromptStream
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_start import vllm_available
+
+REASON = vllm_available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+PROMPTS = make_prompts(4, 9, 17, 5, 12)
+SAMPLING = SamplingParams(40, stop_token_ids=tuple(range(2, 300, 12)))  # about 12 tokens, at most 40
+B, G, SEED = 3, 2, 5
+
+
+@pytest.fixture(scope="module")
+def models():
+    return make_model(0), make_model(1)
+
+
+@pytest.fixture(scope="module")
+def engine(models, tmp_path_factory):
+    engine = VllmEngine(
+        save(models[0], tmp_path_factory.mktemp("model")),
+        make_tokenizer(),
+        dtype=torch.float32,
+        max_model_len=128,
+        max_num_seqs=6,
+        kv_cache_gib=0.03,
+    )
+    yield engine
+    engine.close()
+
+
+def make(kind, engine, **options):
+    stream = PromptStream(PROMPTS, seed=SEED)
+    return kind(engine, ThreadScorer(), stream, SAMPLING, group_size=G, seed=SEED, **options)
+
+
+def has_spread(group):
+    return len({reward.score for reward in group.rewards}) > 1
+
+
+def run(source, models, steps):
+    batches = []
+    for step in range(steps):
+        source.publish(Stream(models[step % 2]), version=step)
+        batches.append(source.next_groups(B))
+    return batches
+
+
+def test_without_staleness_it_is_the_on_policy_source(engine, models):
+    options = {"keep_fn": has_spread, "max_rounds": 2}
+    expected = run(make(OnPolicySource, engine, **options), models, 4)
+    assert run(make(ContinuousSource, engine, max_staleness=0, **options), models, 4) == expected
+    assert engine.in_flight == 0
+
+
+def test_one_step_ahead_the_order_is_the_streams_and_every_token_knows_its_version(engine, models):
+    source = make(ContinuousSource, engine, max_staleness=1, num_steps=8)
+    batches = run(source, models, 8)
+    ids = [g.prompt.id for batch in batches for g in batch]
+    assert ids == [source.stream.at(n).id for n in range(8 * B)]
+    several = 0
+    for step, batch in enumerate(batches):
+        for group in batch:
+            for c in group.completions:
+                assert sum(span.num_tokens for span in c.version_spans) == len(c.token_ids)
+                assert all(0 <= step - span.policy_version <= 1 for span in c.version_spans)
+                several += len(c.version_spans) > 1
+                first = c.version_spans[0]
+                alone = token_logprobs(
+                    models[first.policy_version % 2], [*group.prompt.token_ids, *c.token_ids]
+                )
+                start = len(group.prompt.token_ids) - 1
+                expected = alone[start : start + first.num_tokens]
+                assert largest_gap(c.behavior_logprobs[: first.num_tokens], expected) < 2e-5
+    assert several > 0 and engine.in_flight == 0

@@ -1,0 +1,234 @@
+"""vLLM with its engine core in a process of its own: the same samples, the same proofs, and no process left.
+
+One engine serves all tests but the last, which kills one.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_streaming import collect_all
+from test_weight_sync import FAULTS, Q0
+from tiny_llama import (
+    CANARY,
+    END,
+    Stream,
+    largest_gap,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    save,
+    token_logprobs,
+)
+
+from rl.types import SamplingParams
+from rollout import vllm_bucket
+from rollout.engine import EngineError
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_start import vllm_available
+from rollout.weight_sync import WeightSyncError, publish
+
+REASON = vllm_available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+TINY = {"dtype": torch.float32, "max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(make_model(0), tmp_path_factory.mktemp("model"))
+
+
+def surroundings():
+    """What a training process relies on; vLLM reads its own variables later."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "PYTEST_"))}
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), random.getstate(), environment
+
+
+@pytest.fixture(scope="module")
+def started(folder):
+    """(engine, surroundings before its start, after it). Its bucket has the size of the largest tensor: the
+    weights come in several fillings, which cut layers in two.
+    """
+    before = surroundings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_bucket, "BUCKET_BYTES", 1)
+        engine = VllmEngine(folder, make_tokenizer(), process="own", **TINY)
+    yield engine, before, surroundings()
+    engine.close()
+
+
+@pytest.fixture
+def engine(started):
+    """The engine with the weights it was started from."""
+    own = started[0]
+    assert own.in_flight == 0
+    if own.version != 0:
+        own.update_weights(Stream(make_model(0)), version=0)
+    return own
+
+
+def test_the_core_is_a_process_of_its_own_and_its_start_changes_nothing_here(started):
+    engine, before, after = started
+    assert psutil.Process(engine._core.pid).ppid() == os.getpid()
+    assert before == after
+
+
+def test_samples_are_those_of_an_engine_inside_this_process(engine, folder):
+    inside = VllmEngine(folder, make_tokenizer(), process="inside", **TINY)
+    try:
+        call = {
+            "num_completions": 4,
+            "sampling": SamplingParams(24, temperature=0.8, top_k=50, stop_token_ids=(END,)),
+            "seeds": [1, 2, 3],
+        }
+        expected = inside.generate(make_prompts(4, 40, 17), **call)
+        found = engine.generate(make_prompts(4, 40, 17), **call)
+        for a, b in zip(expected, found, strict=True):
+            for x, y in zip(a.completions, b.completions, strict=True):
+                assert (x.token_ids, x.text, x.finish_reason) == (y.token_ids, y.text, y.finish_reason)
+                assert x.version_spans == y.version_spans
+                assert largest_gap(x.behavior_logprobs, y.behavior_logprobs) < 1e-5
+        assert inside.tensors == engine.tensors
+        assert inside.fingerprints() == engine.fingerprints()
+    finally:
+        inside.close()
+
+
+def test_after_a_sync_the_engine_computes_as_the_policy_does(engine):
+    policy = make_model(1)
+    assert largest_gap(engine.prompt_logprobs(CANARY), token_logprobs(policy, CANARY)) > 0.1
+    report = publish(engine, Stream(policy), version=7, tolerance=1e-4)
+    assert (engine.version, report.num_tensors) == (7, 2 * 9 + 2 + 1)
+    assert largest_gap(engine.prompt_logprobs(CANARY), token_logprobs(policy, CANARY)) < 2e-5
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_on_the_way_is_caught_by_name(engine, fault):
+    with pytest.raises(WeightSyncError, match="does not hold version 1") as caught:
+        publish(engine, Stream(make_model(1), {2: fault}), version=1, tolerance=1e9)
+    named = str(caught.value).rpartition(": ")[2].split(", ")
+    # vLLM stacks q, k and v and leaves memory that was never written where one of the three is dropped.
+    assert set(FAULTS[fault]) <= set(named) <= {*FAULTS[fault], *(Q0.replace("q_", k) for k in ("k_", "v_"))}
+
+
+def test_weights_of_another_model_are_refused_and_the_next_update_heals(engine):
+    with pytest.raises(ValueError, match=r"vLLM's model has no weight model\.norm\.bias"):
+        engine.update_weights([("model.norm.bias", torch.zeros(64))], version=1)
+    with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
+        engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1])
+    publish(engine, Stream(make_model(1)), version=2, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("recompute_kv", [False, True])
+def test_an_update_under_running_completions_switches_where_the_spans_say(engine, monkeypatch, recompute_kv):
+    """When the short completions are there, the long ones have 4 tokens or more, and up to 100 to go."""
+    old, new = make_model(0), make_model(1)
+    monkeypatch.setattr(engine, "recompute_kv", recompute_kv)
+    long, short = make_prompts(20, 6)
+    engine.submit([long], num_completions=8, sampling=SamplingParams(104), seeds=[1])
+    engine.submit([short], num_completions=2, sampling=SamplingParams(4), seeds=[2])
+    assert [g.prompt.id for g in engine.collect(timeout_s=60.0)] == [short.id]
+    publish(engine, Stream(new), version=1, tolerance=1e-4)
+    for c in collect_all(engine)[0].completions:
+        first, second = c.version_spans
+        assert (first.policy_version, second.policy_version) == (0, 1)
+        assert first.num_tokens + second.num_tokens == len(c.token_ids) == 104 and first.num_tokens >= 4
+        ids, k = [*long.token_ids, *c.token_ids], first.num_tokens
+        before, after = token_logprobs(old, ids)[19 : 19 + k], token_logprobs(new, ids)[19 + k :]
+        assert largest_gap(c.behavior_logprobs[:k], before) < 2e-5
+        assert (largest_gap(c.behavior_logprobs[k:], after) < 2e-5) == recompute_kv
+
+
+def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, monkeypatch):
+    call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
+    expected = engine.generate(make_prompts(4, 5), **call)
+    monkeypatch.setattr(engine, "timeout_s", 0.0)
+    with pytest.raises(EngineError, match=r"no completion of 2 prompts was finished within timeout_s=0;"):
+        engine.generate(make_prompts(4, 5), **call)
+    monkeypatch.undo()
+    again = engine.generate(make_prompts(4, 5), **call)
+    assert [c.token_ids for g in again for c in g.completions] == [
+        c.token_ids for g in expected for c in g.completions
+    ]
+
+
+def test_a_core_that_does_not_answer_in_time_is_named(engine, monkeypatch):
+    process = psutil.Process(engine._core.pid)
+    monkeypatch.setattr(engine._core, "timeout_s", 0.2)
+    process.suspend()
+    try:
+        with pytest.raises(EngineError, match=r"cohort_fingerprints.*no answer within timeout_s=0\.2"):
+            engine.fingerprints()
+        engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1])
+        began = time.monotonic()
+        assert engine.collect(timeout_s=0.3) == [] and time.monotonic() - began < 2
+    finally:
+        process.resume()
+    monkeypatch.undo()
+    assert len(collect_all(engine)) == 1
+
+
+WATCHED = """
+    import multiprocessing, os, sys, time
+    from rollout.vllm_worker import end_with
+
+    def child(parent):
+        end_with(parent)
+        time.sleep(60)
+
+    if __name__ == "__main__":
+        process = multiprocessing.get_context("fork").Process(target=child, args=(os.getpid(),))
+        process.start()
+        print(process.pid, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_core_ends_when_its_trainer_is_killed():
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WATCHED)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    core = psutil.Process(int(trainer.stdout.readline()))
+    trainer.kill()
+    trainer.wait()
+    core.wait(timeout=10)
+
+
+def test_closing_ends_the_process_in_the_middle_of_its_work(engine):
+    process = psutil.Process(engine._core.pid)
+    engine.submit(make_prompts(4), num_completions=8, sampling=SamplingParams(100), seeds=[1])
+    began = time.monotonic()
+    engine.close()
+    engine.close()
+    assert time.monotonic() - began < 5
+    assert not psutil.pid_exists(process.pid) and engine.in_flight == 0
+    with pytest.raises(EngineError, match="the engine is closed"):
+        engine.submit(make_prompts(4), num_completions=1, sampling=SamplingParams(1), seeds=[1])
+
+
+def test_a_core_that_dies_is_an_error_within_seconds_and_leaves_no_process(folder):
+    engine = VllmEngine(folder, make_tokenizer(), process="own", **TINY)
+    pid = engine._core.pid
+    engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(100), seeds=[1])
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"failed while sampling 2 submitted completions: .*"):
+        while True:
+            engine.collect(timeout_s=60.0)
+    with pytest.raises(EngineError, match="engine core failed"):
+        publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
+    with pytest.raises(EngineError, match=r"engine core failed|weights of engine vllm are unknown"):
+        engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1])
+    engine.close()
+    assert time.monotonic() - began < 10
+    assert not psutil.pid_exists(pid) and not multiprocessing.active_children()
