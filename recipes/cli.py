@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import doctor, score
+from rewards.score import take_flags_anywhere
 from rl.config_file import load_config
+from rl.durable import with_remedy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("COHORT_DEBUG"):
             raise
-        print(f"cohort: {error}", file=sys.stderr)
+        print(f"cohort: {with_remedy(error)}", file=sys.stderr)
         return 1
 
 
@@ -37,8 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="such as train.steps=20 model.dtype=fp32"
     )
     train.add_argument(
-        "--processes", type=int, default=None, help="default: one per GPU, one on a CPU machine"
+        "--processes",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="default: one per GPU, one on a CPU machine",
     )
+    take_flags_anywhere(train)
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="rebuild report.html from a run folder, finished or not")
@@ -77,14 +84,18 @@ def _train(arguments: argparse.Namespace) -> int:
         from recipes.grpo import main as grpo
 
         return grpo(recipe)
-    if not torch.cuda.is_available():
-        # `accelerate launch --cpu` starts one process, whatever number it is given, unless mpirun is there.
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += [f"--num_processes={processes}", "--num_machines=1", "--main_process_port=0"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "recipes.grpo", *recipe]
-    os.execv(sys.executable, launch)
+    from recipes.launch import launch
+
+    return launch(recipe, processes)
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "number of processes"
 
 
 def _report(arguments: argparse.Namespace) -> int:

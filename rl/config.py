@@ -272,7 +272,7 @@ class EvaluationConfig(Section):
 
     data: DataConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
-    metric: str = Field(default="math", description="the reward whose score counts as accuracy")
+    metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
 

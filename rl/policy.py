@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from rl.loading import (
     check_vocabulary,
     load_model,
     load_tokenizer,
+    nonfinite_parameters,
     storage_dtype,
     use_fused_layers,
 )
@@ -102,7 +104,7 @@ class Policy:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
         self.tokenizer = load_tokenizer(config)
         model = load_model(config)
-        check_vocabulary(model, self.tokenizer)
+        check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
         if accelerator.device.type == "cuda":
             use_fused_layers(model.to(accelerator.device), config)
         if config.gradient_checkpointing:
@@ -149,6 +151,11 @@ class Policy:
         with torch.no_grad():
             expected = self.scorer(batch, 1.0)[0]
             gap = (expected - _plain_logprobs(self.model, batch)).abs().max().item()
+            if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
+                raise ValueError(
+                    f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
+                    "take an earlier checkpoint, or download the model again"
+                )
             if not gap <= tolerance:
                 raise ValueError(
                     f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats "

@@ -163,6 +163,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_pa
         make(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_named(tiny_model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 weights such as model.layers.0.mlp.up_proj.weight hold NaN"):
+        make(tmp_path)
+
+
 def test_a_moving_reference_and_an_adapter_exclude_each_other(tiny_model_dir):
     with pytest.raises(ValueError, match=r"model.reference.update_every=0"):
         make(tiny_model_dir, "model.lora={r: 4}", "model.reference.update_every=2", with_reference=True)
