@@ -23,14 +23,18 @@ Where. The last box, else "the answer is", else the last formula or number; `ext
 Hedging. More than one value where the gold is one is a hedge, whatever the values; so are 8 = 7, and ±3 for
     3. A chain of equalities must agree with itself (`chains`).
 Percent. 20% is 20 and 0.2; two percentages must be equal (`percent`).
-Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m. "million" and "dozen" count
-    (`units`). 90° is 90 and pi/2, but a plain 45 is not pi/4 (`degrees`).
+Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m; 2 hours 15 minutes are 135
+    minutes. "million" and "dozen" count (`units`). 90° is 90 and pi/2; a plain 45 is not pi/4 (`degrees`).
 Rounding. None: 3.14 is not pi, 0.333 is not 1/3. `decimal_rtol` passes float noise such as
     0.30000000000000004.
 Order. 1, 2 is 2, 1 and {2, 1} (`ordered_lists`). A tuple keeps its order; (0, 1) is not [0, 1].
 Shape. x = 5 is 5, f(x) = x^2 is x^2, (1, 2) is x = 1, y = 2, and 0 < x < 1 is (0, 1). `loose_shapes` adds {3}
     for 3, (1, 2) for 1, 2 or for a column, and 1/2 for 1:2. A row is not a column. Equations may differ by a
     factor.
+Names. f(2) = 5, P(A) = 5, \\int ... = 5 and x + y = 5 are 5 where a number is asked for; 2x = 5, x^2 = 5
+    and a line such as 3x + 4y = 5 are not. 12 (mod 7) is 5.
+Conditions. k pi, k in Z is n pi, and n >= 1 may be left unsaid; y = 2x (x > 0) is not y = 2x.
+Radicals. sqrt(a / b) is sqrt(a b) / b, as for positive numbers; sqrt(x^2) is |x|, not x.
 Numerals. 1,22 is 1.22 where a decimal is expected (`decimal_comma`). 101_2 is 101_2, not 5 and not 101.
 Letters. A is (A), A. and (A) 12. x is neither y nor X; the argument of a function may be renamed. A logarithm
     without a base is natural, as in the LaTeX that sympy prints.

@@ -19,7 +19,8 @@ CONNECTED = re.compile(
     r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
     r"(?:(?<=[,;dr和])(?:[A-Za-z]\{?\w{0,3}\}?(?:\([a-z]\))?=))?"
 )
-_HEDGES = split("maybe perhaps possibly alternatively either also could might 或者 也可能 可能")
+_HEDGES = split("maybe perhaps possibly alternatively either also could might or 或者 也可能 可能")
+_FALLBACKS = split("if otherwise else failing 如果 否则")
 _CORRECTIONS = split(
     "wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错"
 )
@@ -99,11 +100,14 @@ def are_connected(between: str, *, loose: bool = False) -> bool:
         BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between))
         .casefold()
         .replace(",", " ")
+        .replace(":", " ")
         .strip(" ()")
         .split()
     )
     if len(words) > (6 if loose else 5):
         return False
+    if not _FALLBACKS.isdisjoint(words):  # "If that is wrong:"
+        return True
     if not _HEDGES.isdisjoint(words) and _CORRECTIONS.isdisjoint(words):
         return True
     return _CONNECTED_WORDS.fullmatch(" ".join(words) + " ") is not None

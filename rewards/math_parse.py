@@ -4,6 +4,7 @@ A node is a tuple whose first field names it:
     num F, dec F (F a Fraction; dec was written as a decimal)     sym name     const pi|e|i|inf     dots
     add nodes, mul nodes, div a b, pow a b, neg a, fact a, pm sign a b (a ± b), percent a, deg a
     fn name nodes, call name nodes (an undefined function), big sum|prod name low high body
+    cases ((node, condition), ...), residue node modulus
     list how nodes ("," ";" "or" "and"), seq open close nodes, set nodes, builder node nodes, setop op a b
     rel ops nodes (a < b = c), ratio nodes, matrix rows, base digits base, unit node Unit, text words, domain
     name, empty
@@ -14,17 +15,18 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from rewards.math_atoms import atom, bracket
+from rewards.math_atoms import atom, bracket, symbol
 from rewards.math_constructs import exponent, subscript
 from rewards.math_lex import Token, lex
 from rewards.math_text import Node, TooComplex, Unparsable, introduces, text_key
-from rewards.math_units import parse_unit
+from rewards.math_unit_text import measured
 
 MAX_DEPTH = 32
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
 END: Token = ("end", "", "")
 _ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
+_ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
 _AFTER_NUMBER = _AFTER_ITEM | {"+", "-", "*", "/"}
 _VALUE_STARTS = frozenset(("num", "dec", "sym", "const", "fn", "open", "big", "prefix", "set0", "domain"))
@@ -145,10 +147,10 @@ class Parser:
 
     def relation(self, left: Node | None = None) -> Node:
         """Sides and the relations between them; "≈ 7" and "= 7" are 7, "< 7" is something below 7."""
-        while left is None and self.kind() == "rel" and self.value() in ("~", "="):
-            self.take()
         if left is None:
-            left = ("sym", "") if self.kind() == "rel" else self.side()
+            while self.tokens[self.at][0] == "rel" and self.value() in ("~", "=", "sim"):
+                self.take()
+            left = ("sym", "") if self.tokens[self.at][0] == "rel" else self.side()
         sides, ops = [left], []
         while self.tokens[self.at][0] == "rel":
             ops.append(self.take()[1])
@@ -161,22 +163,17 @@ class Parser:
             self.take()
             return ("dots",)
         node = self.setop()
-        if self.tokens[self.at][0] in ("cur", "text"):
-            words = self.currency + (self.take()[2] if self.kind() == "cur" else "")
-            words += " " + self.unit_text() if self.kind() == "text" else ""
-        elif not (words := self.currency):
+        kind, value, _ = self.tokens[self.at]
+        if kind in _ENDING_KINDS and not self.currency:
             return node
-        return ("unit", node, parse_unit(words.replace("\\$", "$").replace("$", " dollars ")))
-
-    def unit_text(self) -> str:
-        pieces, depth = [], 0
-        while depth or not (self.kind() in ("end", "sep", "rel") or self.value() in _ENDS):
-            kind, value, raw = self.take()
-            if kind == "end":
-                break
-            depth += {"{": 1, "}": -1}.get(value, 0)
-            pieces.append({"text": f" {raw} ", "circ": "°", "*": "·"}.get("*" if value == "*" else kind, raw))
-        return "".join(pieces).replace("{", "").replace("}", "")
+        if kind == "cmd" and value == "over":
+            self.take()
+            node = ("div", node, self.setop())
+        if self.kind() == "mod":
+            is_operator = self.take()[1] == "remainder"
+            modulus = self.atom()
+            return ("fn", "mod", (node, modulus)) if is_operator else ("residue", node, modulus)
+        return measured(self, node)
 
     def setop(self) -> Node:
         node = self.ratio()
@@ -262,6 +259,8 @@ class Parser:
         if kind in _VALUE_STARTS:
             return True
         if kind == "cmd":
+            if value == "frac" and self.peek(1)[1] == "{" and self.peek(2)[0] == "text":  # km over h
+                return False
             return value in ("frac", "binom", "sqrt", "begin", "accent")
         if kind == "op" and value == "[":  # not the end of [0, 1[
             return self.peek(1)[0] not in ("end", "setop", "sep", "op") or self.peek(1)[1] in (
@@ -287,6 +286,9 @@ class Parser:
 
     def bracket(self, opener: str) -> Node:
         return bracket(self, opener)
+
+    def named(self, name: str) -> Node:
+        return symbol(self, name)
 
     def power(self) -> Node:
         kind, value, _ = self.tokens[self.at]
@@ -316,7 +318,7 @@ class Parser:
                 node = (node[0], node[1] + "'", *node[2:])
             elif value == "!":
                 self.take()
-                node = ("fact", node)
+                node = ("fn", "double factorial", (node,)) if self.accept("!") else ("fact", node)
             elif value == "%":
                 self.take()
                 node = ("percent", node)
