@@ -39,6 +39,9 @@ _PLAIN = re.compile(
 )
 _THOUSANDS = re.compile(r"\d(?:,|\\,| )\d{3}")
 _SCIENTIFIC = re.compile(r"\de-?\d")
+_HAS_A_POLE = re.compile(
+    r"frac|over|div|[/÷^!∕⁄∞]|inf|nan|log|ln|lg|tan|cot|sec|csc|binom|zeta|Gamma|root|sqrt\["
+)
 _DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),(\d+)")
 _CAN_BE_UNDEFINED = re.compile(
     r"(?<![.\d])0|-|inf|∞"
@@ -89,7 +92,9 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 @lru_cache(maxsize=8192)
 def _undefined(gold: Texts) -> str | None:
     """Why a gold that is one number has no value: 1/0, 0^0. None for any other gold."""
-    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or plain_number(gold[0]) is not None:
+    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or not _HAS_A_POLE.search(gold[0]):
+        return None
+    if plain_number(gold[0]) is not None:
         return None
     found = _gold_shape(gold, True, True)
     if isinstance(found, MathError) or found[0] != "scalar" or symbols(found[1]):
@@ -117,11 +122,9 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
     if (size := sum(map(len, texts))) > options.max_chars:
         return Reason.TOO_COMPLEX, f"an answer of {size} characters"
     if len(gold) == len(texts) == 1 and (left := plain_number(gold[0])) and (right := plain_number(texts[0])):
-        difference, tolerance = (
-            abs(left[0] - right[0]),
-            Fraction(options.decimal_rtol) * max(abs(left[0]), abs(right[0])),
-        )
-        if difference == 0 or ((left[1] or right[1]) and difference <= tolerance):
+        if left[0] == right[0] or (
+            (left[1] or right[1]) and _within(left[0], right[0], options.decimal_rtol)
+        ):
             return Reason.CORRECT, ""
         if "," not in gold[0] + texts[0]:
             return Reason.WRONG_ANSWER, ""
@@ -129,6 +132,10 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return _judge_shapes(gold, texts, options)
     except RecursionError:
         return Reason.TOO_COMPLEX, "an answer nested too deeply"
+
+
+def _within(left: Fraction, right: Fraction, tolerance: float) -> bool:
+    return abs(left - right) <= Fraction(tolerance) * max(abs(left), abs(right))
 
 
 def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:

@@ -12,12 +12,12 @@ A node is a tuple whose first field names it:
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 from rewards.math_atoms import atom, bracket, symbol
 from rewards.math_constructs import exponent, subscript
 from rewards.math_lex import Token, lex
+from rewards.math_mixed import as_mixed, read_mixed
 from rewards.math_text import Node, TooComplex, Unparsable, introduces, text_key
 from rewards.math_unit_text import measured
 
@@ -28,7 +28,12 @@ END: Token = ("end", "", "")
 _ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
 _ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
-_AFTER_NUMBER = _AFTER_ITEM | {"+", "-", "*", "/"}
+# A number or a letter that one of these follows is all of its power.
+_BARE = frozenset(("num", "sym", "dec", "const"))
+_AFTER_BARE = _AFTER_ITEM | {"+", "-", "*", "/"}
+_AFTER_TERM = _AFTER_ITEM | {"+", "-"}
+_NO_FACTORS = frozenset(("end", "rel", "sep", "text", "cur"))
+_NO_MARKS = frozenset(("end", "rel", "sep", "sym", "const", "cmd", "fn", "text"))
 _VALUE_STARTS = frozenset(("num", "dec", "sym", "const", "fn", "open", "big", "prefix", "set0", "domain"))
 
 
@@ -217,10 +222,12 @@ class Parser:
                 return _joined("add", terms)
 
     def product(self) -> Node:
-        factors = [self.signed()]
+        factors = [self.power() if self.tokens[self.at][0] != "op" else self.signed()]
         divisions = 0
         while True:
             kind, value, _ = self.tokens[self.at]
+            if kind in _NO_FACTORS or value in _AFTER_TERM:
+                return _joined("mul", factors)
             if kind == "op" and value == "*":
                 self.take()
                 factors.append(self.signed())
@@ -233,27 +240,14 @@ class Parser:
             elif self.starts_value(kind, value):
                 previous = self.tokens[self.at - 1]
                 if kind in ("num", "dec") and previous[0] in ("num", "dec"):
-                    factors = [self.mixed(factors)]
+                    factors = [read_mixed(self, factors)]
                     continue
                 is_mixed = len(factors) == 1 and kind == "cmd" and value == "frac" and previous[0] == "num"
                 is_mixed = is_mixed and factors[0][0] in ("num", "neg")
                 right = self.power()
-                factors = [_mixed(factors[0], right)] if is_mixed else [*factors, right]
+                factors = [as_mixed(factors[0], right)] if is_mixed else [*factors, right]
             else:
                 return _joined("mul", factors)
-
-    def mixed(self, factors: list[Node]) -> Node:
-        """2 1/3, at its second number."""
-        whole, top, slash, bottom = factors[0], self.peek(), self.peek(1), self.peek(2)
-        if (
-            len(factors) == 1
-            and slash[1] == "/"
-            and whole[0] == top[0] == bottom[0] == "num"
-            and 0 < top[1] < bottom[1]
-        ):
-            self.at += 3
-            return ("num", whole[1] + top[1] / bottom[1])
-        raise Unparsable("two numbers without an operator")
 
     def starts_value(self, kind: str, value: Any) -> bool:
         if kind in _VALUE_STARTS:
@@ -292,9 +286,11 @@ class Parser:
 
     def power(self) -> Node:
         kind, value, _ = self.tokens[self.at]
-        if kind == "num" and self.tokens[self.at + 1][1] in _AFTER_NUMBER:
-            self.at += 1
-            return ("num", value)
+        if kind in _BARE:
+            following = self.tokens[self.at + 1]
+            if following[0] in _NO_MARKS or following[1] in _AFTER_BARE:
+                self.at += 1
+                return (kind, value)
         node: Node = self.atom()
         postfixes = 0
         while True:
@@ -330,21 +326,5 @@ def _listed(nodes: list[Node], how: str) -> Node:
     return nodes[0] if len(nodes) == 1 else ("list", how, tuple(nodes))
 
 
-def _divided(node: Node, right: Node) -> Node:
-    return ("div", node, right)
-
-
 def _joined(kind: str, parts: list[Node]) -> Node:
     return parts[0] if len(parts) == 1 else (kind, tuple(parts))
-
-
-def _mixed(node: Node, right: Node) -> Node:
-    """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
-    if right[0] in ("percent", "deg"):
-        return (right[0], _mixed(node, right[1]))
-    if right[0] == "div" and right[1][0] == "num" and right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
-        whole = node[1][1] if node[0] == "neg" else node[1]
-        if isinstance(whole, Fraction) and whole.denominator == 1:
-            total: Node = ("num", whole + right[1][1] / right[2][1])
-            return ("neg", total) if node[0] == "neg" else total
-    return ("mul", (node, right))

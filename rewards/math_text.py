@@ -55,6 +55,7 @@ _INVISIBLE_COMMANDS = re.compile(r"\\[hv]?(?:phantom|tag|label|space|color)")
 _INVISIBLE = re.compile(r"\\(?:[hv]?phantom|tag\*?|label|[hv]space\*?|color)\s*\{[^{}]*\}")
 _TIMES_X = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _CUP_U = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[\\])")
+_RARE = re.compile(r"implies|Right|Longright|mod|\{:\}|prime|\. ?[mM]")
 _IMPLIES = ("\\implies", "\\Rightarrow", "\\Longrightarrow")
 _MODULO = re.compile(r"\(\s*(?:\\text\s*\{\s*|\\[bp]?)?mod(?:ulo)?\s*\}?\s*(\w{1,9})\s*\)")
 _PRIMES = re.compile(r"\^\s*(?:\\prime(?![a-z])|\{\s*(?:\\prime\s*){1,3}\})")
@@ -101,18 +102,20 @@ def clean(text: str) -> str:
         text = _TIMES_X.sub(r"\\times ", text)
     if "U" in text:
         text = _CUP_U.sub(r"\\cup ", text)
-    if "rrow" in text or "implies" in text:
-        for sign in _IMPLIES:
-            text = text.rpartition(sign)[2]
-    if "mod" in text:
-        text = _MODULO.sub(r"\\pmod{\1}", text)
-    if "{:}" in text or "prime" in text:
-        text = _PRIMES.sub(lambda match: "'" * match.group().count("prime"), text.replace("{:}", ":"))
-    if ".m" in text or ". m" in text:
-        text = _MERIDIEM.sub(r"\1m", text)
+    if _RARE.search(text):
+        text = _without_rarities(text)
     if "or" in text or "and" in text:
         text = _GLUED_OR.sub(lambda match: r" \lor " if match.group(1) == "or" else r" \land ", text)
     return _strip(text)
+
+
+def _without_rarities(text: str) -> str:
+    """What only few answers hold, in one way of writing it. Of a => b, b is the answer."""
+    for sign in _IMPLIES:
+        text = text.rpartition(sign)[2]
+    text = _MODULO.sub(r"\\pmod{\1}", text.replace("{:}", ":"))
+    text = _PRIMES.sub(lambda match: "'" * match.group().count("prime"), text)
+    return _MERIDIEM.sub(r"\1m", text)
 
 
 def _without_delimiters(text: str) -> str:
