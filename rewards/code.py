@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rewards.code_extract import TAGS, completion_text, extract_code
+from rewards.code_extract import TAGS, extract_code
 from rewards.code_judge import JUDGES, SOLUTION, Verdict, fault_of, judge_calls, judge_outputs
 from rewards.code_languages import prepared
 from rewards.code_tests import STDIO, CodeTests, parse_tests
+from rewards.completion import last_message_text
 from rewards.sandbox import Command, Limits, Program, RunResult, Sandbox, SandboxError
 from rl.types import Reason, Reward
 
@@ -107,7 +108,7 @@ def grade_all(
         sandbox = shared_sandbox(options)
     except SandboxError as error:
         return [Reward(None, Reason.INFRA_ERROR, str(error)) for _ in pairs]
-    return sandbox.map(lambda pair: grade(completion_text(pair[0]), pair[1], options=options), pairs)
+    return sandbox.map(lambda pair: grade(last_message_text(pair[0]), pair[1], options=options), pairs)
 
 
 def grade(

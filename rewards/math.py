@@ -48,6 +48,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from rewards.completion import last_message_text
 from rewards.math_extract import extract
 from rewards.math_judge import Verdict, gold_texts, judge
 from rewards.math_options import MathOptions
@@ -112,7 +113,7 @@ def math_reward(
     """
     policy = math_options if isinstance(math_options, MathOptions) else MathOptions.of(math_options)
     pairs = zip(completions, answer, strict=True)
-    return [_grade_any(_text(completion), gold, policy) for completion, gold in pairs]
+    return [_grade_any(last_message_text(completion), gold, policy) for completion, gold in pairs]
 
 
 def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
@@ -121,15 +122,14 @@ def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
     rewards = [_grade_any(completion, each, options) for each in answer]
     if not rewards:
         return grade(completion, "", options=options)
-    return max(rewards, key=lambda reward: -1.0 if reward.score is None else reward.score)
+    return max(rewards, key=_weight)
 
 
-def _text(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    last = completion[-1] if completion else ""
-    content = last.get("content") if isinstance(last, Mapping) else last
-    return content if isinstance(content, str) else ""
+def _weight(reward: Reward) -> int:
+    """Which of several alternatives speaks: the right one; then one that could not be compared."""
+    if reward.score is None:
+        return 1 if reward.reason is Reason.INFRA_ERROR else -1
+    return 2 if reward.score else 0
 
 
 def _verdict(answer: str, texts: tuple[str, ...], options: MathOptions) -> Verdict:

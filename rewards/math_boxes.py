@@ -44,7 +44,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
     while (box := BOX.search(text, start)) is not None:
         start = box.end()
         if text[start : start + 1] == "{":
-            end = _closing_brace(text, start)
+            end = closing_brace(text, start)
             if end is None:
                 return None, len(text)
             closed.append((box.start(), end + 1, text[start + 1 : end]))
@@ -63,7 +63,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
     return tuple(_unwrapped(content) for content in reversed(contents)), closed[-1][1]
 
 
-def _closing_brace(text: str, opening: int) -> int | None:
+def closing_brace(text: str, opening: int) -> int | None:
     """Where the brace at `opening` is closed; None if it is not, or only after more braces than an answer
     has.
     """

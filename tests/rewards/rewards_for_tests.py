@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
 from rewards.plugins import groupwise
 from rl.types import Reason, Reward
 
