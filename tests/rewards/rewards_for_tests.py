@@ -45,6 +45,26 @@ def length(completions, **columns):
     return FAULTS[text]() if text in FAULTS else [float(len(text))]
 
 
+def nap(completions):
+    """Sleeps as many seconds as "nap 0.2" says, or has a fault; counts its calls."""
+    text = completions[0]
+    NAPS.append(text)
+    if text.startswith("nap"):
+        time.sleep(float(text.split()[1]))
+    return FAULTS[text]() if text in FAULTS else [float(len(NAPS))]
+
+
+NAPS = []
+
+
+def patient(completions):
+    """Naps, by a deadline of its own."""
+    return nap(completions)
+
+
+patient.time_limit_s = 3.0  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def ids(completion_ids):
     return [float(sum(token_ids)) for token_ids in completion_ids]
 
