@@ -20,6 +20,10 @@ def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple
     for written, other in ((unit, gold_unit), (gold_unit, unit)):
         if written is not None and written.is_claim and (other is None or other.words != written.words):
             return None
+    if any(
+        _is_angle(one) and _is_temperature(other) for one, other in ((gold, unit), (prediction, gold_unit))
+    ):
+        return None
     if gold_inner[0] == inner[0] == "ratio":
         gold_inner, inner = _on_one_clock(gold_inner, gold_unit, inner, unit)
     if options.units != "ignore" and gold_unit and unit:
@@ -37,6 +41,14 @@ def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple
     left = _scaled(gold_inner, gold_unit.factor) if gold_unit and counted[0] else gold_inner
     right = _scaled(inner, unit.factor) if unit and counted[1] else inner
     return left, right
+
+
+def _is_angle(item: Shape) -> bool:
+    return item[0] == "scalar" and item[1][0] == "deg"
+
+
+def _is_temperature(unit: Unit | None) -> bool:
+    return unit is not None and unit.dimensions in ((("°C", 1),), (("°F", 1),))
 
 
 def _scaled(item: Shape, factor: Fraction) -> Shape:
