@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.config_file import dump_config, load_config
+from rl.config_file import dump_config, read_config
+from rl.diffusion.config import DiffusionConfig
 from rl.metrics import wilson_interval
 
 MAY_CHANGE = {
@@ -88,7 +89,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
-def claim_config(config: Config) -> None:
+def claim_config(config: Config | DiffusionConfig) -> None:
     """Writes the resolved config into a new run folder, or checks that a run that is resumed has the same.
 
     Raises:
@@ -96,7 +97,8 @@ def claim_config(config: Config) -> None:
     """
     path = config.run_dir / "config.yaml"
     if path.is_file():
-        old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+        old = _flat(read_config(type(config), path).model_dump(mode="json"))
+        new = _flat(config.model_dump(mode="json"))
         changed = [
             k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE
         ]

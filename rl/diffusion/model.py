@@ -46,7 +46,7 @@ def load_diffusion_model(
     Raises:
         ValueError: an unsupported layout, no mask token, or a model whose attention stays causal.
     """
-    raw = _raw_config(name, revision)
+    raw = raw_config(name, revision)
     native = native_config(raw, name)
     if native is None:
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
@@ -223,7 +223,7 @@ def _head_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
-def _raw_config(name: str, revision: str | None) -> dict[str, Any]:
+def raw_config(name: str, revision: str | None) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     except OSError as error:
