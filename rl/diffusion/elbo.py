@@ -50,8 +50,8 @@ def pack_plan(plan: Sequence[Noised], token_budget: int) -> list[PlanRow]:
 def masked_elbo(
     scorer: Scorer, rows: Sequence[PlanRow], num_examples: int
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " L"]]:
-    """Estimates of the E examples' ELBOs in nats, sum of weight * log p over scored tokens; and those log p,
-    detached, in the order of the rows.
+    """Estimates of the E examples' ELBOs in nats (fp64), sum of weight * log p over scored tokens; and those
+    log p, detached, in the order of the rows.
 
     Differentiable. An estimate is complete over all rows of a plan: those of single rows add up to it.
     """
@@ -59,7 +59,7 @@ def masked_elbo(
     for row in rows:
         logprobs_L, _ = scorer(row.token_ids_N, row.documents, row.columns_L, row.targets_L)
         scored.append(logprobs_L.detach())
-        weighted_L = row.weights_L.to(logprobs_L.dtype) * logprobs_L
+        weighted_L = row.weights_L * logprobs_L.double()  # thousands of terms add up
         estimates.append(weighted_L.new_zeros(num_examples).index_add(0, row.examples_L, weighted_L))
     return torch.stack(estimates).sum(0), torch.cat(scored)
 
