@@ -8,16 +8,23 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rl.config import Config
+from rl.config import Config, Section
+
+C = TypeVar("C", bound=Section)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `a.b=value` overrides and validates.
+    """The config of a GRPO run: `read_config` with its schema."""
+    return read_config(Config, path, overrides)
+
+
+def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file, applies `a.b=value` overrides and validates by `schema`.
 
     Raises:
         ValueError: the file is no mapping, an override has no '=', or a key, type, range or rule is broken;
@@ -54,13 +61,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
                 f"special characters in quotes within quotes: '{key}=\"...\"'"
             ) from None
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(_explain(error, path)) from None
+        raise ValueError(_explain(error, path, schema)) from None
 
 
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+def dump_config(config: Section) -> str:
+    """The resolved config as YAML; `read_config` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -75,9 +82,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _fields_at(location: Sequence[int | str]) -> list[str]:
+def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str]:
     """Names of the fields that a config path's last parent has."""
-    model: Any = Config
+    model: Any = schema
     for part in location:
         if isinstance(part, int):
             continue
@@ -99,13 +106,13 @@ def _model_in(annotation: Any) -> Any:
     return None
 
 
-def _explain(error: ValidationError, path: str | Path | None) -> str:
+def _explain(error: ValidationError, path: str | Path | None, schema: type[Section]) -> str:
     lines = []
     for fault in error.errors():
         location = list(fault["loc"])
         key = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
-            known = _fields_at(location[:-1])
+            known = _fields_at(schema, location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=2, cutoff=0.5)
             where = f"section {'.'.join(map(str, location[:-1]))}" if location[:-1] else "a config"
             hint = f"did you mean {' or '.join(near)}?" if near else f"{where} has: {', '.join(known)}"

@@ -28,6 +28,7 @@ from rl.safe_stream import SafeStream, is_watched, sparkline
 _HISTORY = 40  # values in a sparkline
 _PLAIN = (
     ("reward", "reward/mean"),
+    ("bound", "diffusion/bound"),
     ("no spread", "groups/without_spread"),
     ("length", "completion/length_mean"),
     ("cut", "completion/truncated_share"),
@@ -35,6 +36,7 @@ _PLAIN = (
     ("KL", "policy/kl"),
     ("mismatch", "sampler/mismatch_kl"),
     ("tokens/s", "tokens/per_second"),
+    ("tokens/s", "diffusion/tokens_per_second"),
     ("took", "time/step"),
 )
 
@@ -249,13 +251,17 @@ class Display:
         if self._heldout:
             yield "held-out", Text(self._heldout_text())
         for label, names in (
+            ("bound", (("", "diffusion/bound"), ("scored", "diffusion/scored_share"))),
             ("length", (("", "completion/length_mean"), ("cut", "completion/truncated_share"))),
             (
                 "policy",
                 (("entropy", "policy/entropy"), ("KL", "policy/kl"), ("gradient", "policy/grad_norm")),
             ),
             ("sampler", (("mismatch KL", "sampler/mismatch_kl"), ("gap", "sampler/logprob_gap_mean"))),
-            ("speed", (("", "tokens/per_second"), ("a step", "time/step"))),
+            (
+                "speed",
+                (("", "tokens/per_second"), ("", "diffusion/tokens_per_second"), ("a step", "time/step")),
+            ),
         ):
             if (numbers := self._numbers(*names)).plain:
                 yield label, numbers

@@ -64,6 +64,11 @@ def build_figures(rows: Sequence[Row], evaluations: Sequence[Row]) -> tuple[list
             [draw.rewards()],
         ),
         Figure(
+            "Bound on the training text",
+            "Nats per maskable token; the negative log-likelihood is at most this. Steps are noisy.",
+            [draw.lines({"bound": "diffusion/bound"})],
+        ),
+        Figure(
             "Do groups teach?",
             "Only groups with spread give a gradient; too easy and too hard ones cost samples for nothing.",
             [draw.groups()],

@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from rl.config import Config
+from rl.diffusion.config import DiffusionConfig, TextConfig
 from rl.durable import written_whole
 from rl.figures import build_figures
 from rl.group_sample import json_for_html, sample_groups
@@ -183,7 +184,8 @@ def _evaluations_in(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Settings that are not the defaults: key -> (value, default)."""
-    here, defaults = _flat(redact(config)), _flat(Config().model_dump(mode="json"))
+    plain = DiffusionConfig(data=TextConfig(source="")) if "objective" in config else Config()
+    here, defaults = _flat(redact(config)), _flat(plain.model_dump(mode="json"))
     return {
         key: (_shown_text(_plain(value)), _plain(defaults.get(key, "none")))
         for key, value in here.items()

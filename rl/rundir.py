@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.config_file import dump_config, load_config
+from rl.config_file import dump_config, read_config
+from rl.diffusion.config import DiffusionConfig
 from rl.metrics import wilson_interval
 
 MAY_CHANGE = {
@@ -88,7 +89,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
-def claim_config(config: Config) -> None:
+def claim_config(config: Config | DiffusionConfig) -> None:
     """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
 
     A folder whose run did no step yet, because a fault was found first, takes any config.
@@ -97,7 +98,7 @@ def claim_config(config: Config) -> None:
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
     path = config.run_dir / "config.yaml"
-    if path.is_file() and (changed := _changes(load_config(path), config)):
+    if path.is_file() and (changed := _changes(read_config(type(config), path), config)):
         if _has_steps(config.run_dir):
             lines = "\n  ".join(changed)
             raise ValueError(

@@ -319,6 +319,7 @@ def test_every_metric_with_data_has_a_curve():
     assert [figure.title for figure in figures] == [
         "Held-out accuracy",
         "Reward",
+        "Bound on the training text",
         "Do groups teach?",
         "Exploration and drift",
         "Completion length",

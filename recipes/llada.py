@@ -1,0 +1,198 @@
+"""Diffusion language models: `accelerate launch -m recipes.llada recipes/configs/NAME.yaml key=value ...`.
+
+Pre-training (rows with `text`) and supervised fine-tuning (prompts and answers) of LLaDA, or of a causal
+model that becomes a diffusion model on the way. Started again with the same run_dir it goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from recipes.models import resolve_model
+from recipes.tasks import load_rows
+from rl.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.config_file import read_config
+from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
+from rl.diffusion.likelihood import BoundLog
+from rl.diffusion.policy import DiffusionPolicy
+from rl.diffusion.text import encode_rows, padded_examples, padding_ids
+from rl.diffusion.train import DiffusionRun, resume, train
+from rl.display import Display
+from rl.durable import RunLock
+from rl.metrics import MetricsLog
+from rl.phases import Phases, StopSignal
+from rl.report import build_report
+from rl.rundir import claim_config, write_atomically
+from rl.trackers import Trackers
+from rl.update import weight_decay_groups
+from rl.world import World
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit code: 0 done, 1 a fault the user can mend, 128 + n stopped by signal n (run
+    again to go on).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: accelerate launch -m recipes.llada CONFIG.yaml [section.key=value ...]")
+        return 0 if arguments else 2
+    began = time.monotonic()
+    stop = StopSignal()
+    stop.install()
+    try:
+        return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("COHORT_DEBUG"):
+            raise
+        print(f"cohort: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        stop.restore()
+
+
+def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"accelerate is set up for {kind.value}, and this recipe keeps a whole copy of the weights in "
+            "every process; launch with --multi_gpu, or use model.lora for a larger model"
+        )
+    world = World(accelerator)
+    stop.any_process = world.any
+    if world.is_main:
+        with RunLock(config.run_dir):
+            return _locked_run(config, world, stop, began)
+    return _locked_run(config, world, stop, began)
+
+
+def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: float) -> int:
+    if world.is_main:
+        claim_config(config)
+    world.wait()
+    with Display(config.train.steps, is_main=world.is_main) as display:
+        run = build(config, world, stop, display)
+        try:
+            steps = train(run)
+        finally:
+            run.trackers.close()
+            run.log.close()
+    if not world.is_main:
+        return stop.exit_code()
+    if steps == config.train.steps:
+        seconds = time.monotonic() - began
+        write_result(run, steps=steps, seconds=seconds)
+        print(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
+    print(f"report: {build_report(config.run_dir)}")
+    if stop.received is not None and steps < config.train.steps:
+        print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+        return stop.exit_code()
+    return 0
+
+
+def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Display) -> DiffusionRun:
+    """A run from its config, put back to its newest checkpoint."""
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic and not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    rows = load_rows(config.data.rows())
+    policy = DiffusionPolicy(config.model, world.accelerator, name=resolve_model(config.model.name))
+    padding_ids(config.eos, policy.tokenizer)
+    for section in filter(None, (config.data, config.evaluation.data)):
+        _check_length(section, policy)
+    examples, dropped = encode_rows(rows, config.data, policy.tokenizer)
+    if dropped:
+        display.note(f"{dropped} examples longer than data.max_length={config.data.max_length} are left out")
+    if world.size > 1:
+        for _, parameter in policy.trainable():
+            torch.distributed.broadcast(parameter.data, 0)
+    o = config.optimizer
+    groups = weight_decay_groups(cast(Any, policy), o.weight_decay)
+    run = DiffusionRun(
+        config=config,
+        world=world,
+        policy=policy,
+        optimizer=torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
+        examples=examples,
+        heldout=_heldout(config, policy),
+        store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
+        log=MetricsLog(config.run_dir),
+        bounds=BoundLog(config.run_dir),
+        display=display,
+        phases=Phases(display.phase),
+        trackers=Trackers(
+            config.trackers if world.is_main else [],
+            run_dir=config.run_dir,
+            config=config.model_dump(mode="json"),
+            warn=display.warn,
+        ),
+        stop=stop,
+    )
+    _go_on(run)
+    return run
+
+
+def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
+    """`result.json`: seconds, steps, and the bound on held-out text before and after."""
+    result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
+    found = run.bounds.read()
+    for name, (_, bound) in zip(("before", "after"), (found[:1] + found[-1:]), strict=False):
+        result[f"heldout_{name}"] = {
+            "nats_per_token": bound.nats_per_token,
+            "error": bound.error,
+            "perplexity": bound.perplexity,
+            "num_tokens": bound.num_tokens,
+        }
+        print(f"held-out text {name}: {bound}")
+    write_atomically(run.config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _heldout(config: DiffusionConfig, policy: DiffusionPolicy) -> Any:
+    """Held-out examples end with one end-of-text token, whatever follows it in training."""
+    section = config.evaluation.data
+    if section is None:
+        return []
+    encoded, _ = encode_rows(load_rows(section.rows()), section, policy.tokenizer)
+    return padded_examples(encoded, EosConfig(policy="single"), padding_ids(EosConfig(), policy.tokenizer))
+
+
+def _check_length(section: TextConfig, policy: DiffusionPolicy) -> None:
+    limit = policy.context_length
+    if limit is not None and section.max_length > limit:
+        raise ValueError(
+            f"data.max_length={section.max_length} is beyond the model's context of {limit} tokens; use "
+            f"max_length={limit} with too_long=drop"
+        )
+
+
+def _go_on(run: DiffusionRun) -> None:
+    """Loads the newest valid checkpoint, if there is one, and says what was skipped."""
+    newest = run.store.load_newest() if run.world.is_main else None
+    folder: list[Any] = [str(newest.path) if newest else None]
+    if run.world.size > 1:
+        torch.distributed.broadcast_object_list(folder)
+    if folder[0] is None:
+        if run.world.is_main:
+            run.log.truncate_after(0)
+        return
+    loaded: LoadedCheckpoint = newest or run.store.load(Path(folder[0]))
+    for sentence in (*loaded.skipped, *loaded.version_changes):
+        run.display.warn(sentence)
+    run.policy.load_weights(loaded.path)
+    resume(run, loaded.trainer_state)
+    run.display.note(f"going on from {loaded.path} (step {loaded.step})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The typed configuration of `recipes/llada.py`: pre-training and fine-tuning of diffusion models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rl.config import CheckpointConfig, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, Section
+
+
+class TrainConfig(Section):
+    steps: int = Field(default=100, ge=1)
+    examples_per_step: int = Field(default=32, ge=1, description="over all processes")
+    token_budget: int = Field(
+        default=8192, ge=16, description="packed tokens of one forward pass, per process"
+    )
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = Field(
+        default=True, description="torch deterministic algorithms on CPU: exact resume"
+    )
+    max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
+
+
+class DiffusionModelConfig(Section):
+    name: str = Field(default="smollm2-135m-instruct", description="a LLaDA, or a causal model to convert")
+    revision: str | None = None
+    dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
+        default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
+    )
+    mask_token: str | int | None = Field(
+        default=None, description="token or id; default: the checkpoint's own, else a spare vocabulary row"
+    )
+    shift: bool | None = Field(
+        default=None,
+        description="the left neighbour predicts a token (Dream); default: as the checkpoint says",
+    )
+    gradient_checkpointing: bool = False
+    compile: bool = Field(default=False, description="torch.compile of every layer")
+    lora: LoraConfig | None = None
+    chat_template: str | None = Field(
+        default=None, description="path of a Jinja file; default: the tokenizer's own"
+    )
+
+    def plain(self, name: str) -> ModelConfig:
+        """What tokenizer, dtype and adapters need of it."""
+        return ModelConfig(
+            name=name,
+            revision=self.revision,
+            dtype=self.dtype,
+            lora=self.lora,
+            chat_template=self.chat_template,
+        )
+
+
+class TextConfig(Section):
+    """Rows in TRL's formats: `prompt` and `completion` (text or messages), `messages`, or `text`.
+
+    `text` is pre-training: rows are joined, an end-of-text token after each, and cut every `max_length`.
+    """
+
+    source: str = Field(description="hub name, file or folder that `datasets` reads, or module:callable")
+    split: str = "train"
+    revision: str | None = None
+    options: dict[str, Any] = Field(default={}, description="arguments of the hub loader or callable")
+    size: int | None = Field(default=None, ge=1, description="the first rows of the dataset")
+    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
+    system_prompt: str | None = None
+    max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
+    too_long: Literal["error", "drop"] = "error"
+
+    def rows(self) -> DataConfig:
+        return DataConfig(
+            source=self.source,
+            split=self.split,
+            revision=self.revision,
+            options=self.options,
+            size=self.size,
+        )
+
+
+class EosConfig(Section):
+    """What follows an answer. End-of-text padding is part of the answer: masked, scored and seen.
+
+    It teaches a model that is given a canvas of fixed length to end its text early. Long paddings teach it to
+    end too early; `rainbow` (one end of text, then a cycle of other tokens) is against that.
+    """
+
+    policy: Literal["batch_max", "multiple", "single", "rainbow"] = Field(
+        default="batch_max", description="pad to the step's longest example, to a multiple, or not at all"
+    )
+    multiple: int = Field(default=32, ge=1, description="tokens; policy=multiple only")
+    rainbow_tokens: list[str | int] = Field(
+        default=[], description="tokens that text never uses, in order; policy=rainbow only, 7 in the paper"
+    )
+
+    @model_validator(mode="after")
+    def check_rainbow(self) -> EosConfig:
+        if self.policy == "rainbow" and not self.rainbow_tokens:
+            raise ValueError(
+                "eos.policy=rainbow pads with a cycle of tokens that text never uses: list them in "
+                "eos.rainbow_tokens (7 reserved special tokens), or use eos.policy=batch_max"
+            )
+        return self
+
+
+class ObjectiveConfig(Section):
+    """How masks are drawn and weighted (rl/diffusion/objectives.py); `bernoulli`, `systematic: false` is the
+    reference code.
+    """
+
+    scheme: Literal["coupled", "count", "subset", "bernoulli"] = "coupled"
+    systematic: bool = Field(default=True, description="noise levels spread evenly over the step's examples")
+    num_draws: int = Field(default=1, ge=1, description="mask draws per example and step")
+    normaliser: Literal["sequence", "token"] = Field(
+        default="sequence", description="each example counts alike (LLaDA), or each token"
+    )
+    random_length_share: float = Field(
+        default=0.0, ge=0, le=1, description="examples cut to a random length; 0.01 in LLaDA's pre-training"
+    )
+
+
+class BoundConfig(Section):
+    """The bound on held-out text, before, every `every` steps and after, with the same masks each time."""
+
+    data: TextConfig | None = Field(default=None, description="default: no evaluation")
+    every: int = Field(default=0, ge=0, description="0: only before and after")
+    num_draws: int = Field(default=4, ge=1, description="mask draws per example")
+
+
+class DiffusionConfig(Section):
+    """A whole run of pre-training or supervised fine-tuning."""
+
+    run_dir: Path = Path("runs/llada")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+    train: TrainConfig = TrainConfig()
+    model: DiffusionModelConfig = DiffusionModelConfig()
+    data: TextConfig
+    eos: EosConfig = EosConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2.5e-5, weight_decay=0.1, warmup_steps=50)
+    evaluation: BoundConfig = BoundConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

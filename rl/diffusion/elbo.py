@@ -1,0 +1,96 @@
+"""The one estimator of the bound on a log-likelihood, and the packed rows it is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl.diffusion.attention import Documents
+from rl.diffusion.objectives import Noised
+
+Scorer = Callable[..., tuple[Tensor, Tensor]]
+"""`DiffusionScorer`, or anything with its call: (token ids, documents, columns, targets) -> (log-probs,
+entropies).
+"""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Noised copies side by side in one row, each a document of its own.
+
+    Attributes:
+        columns_L: scored columns of the row; `targets_L`, `weights_L` and `examples_L` belong to them.
+    """
+
+    token_ids_N: Int[Tensor, " N"]
+    documents: Documents
+    columns_L: Int[Tensor, " L"]
+    targets_L: Int[Tensor, " L"]
+    weights_L: Float[Tensor, " L"]
+    examples_L: Int[Tensor, " L"]
+
+    def to(self, device: torch.device) -> PlanRow:
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors, documents=Documents.of(self.documents.lengths, device))
+
+
+def pack_plan(plan: Sequence[Noised], token_budget: int) -> list[PlanRow]:
+    """Rows of at most `token_budget` tokens, filled first-fit with the longest copies first. A longer copy
+    has a row of its own.
+    """
+    bins = first_fit([len(copy.token_ids_T) for copy in plan], token_budget)
+    return [_row([plan[i] for i in members]) for members in bins]
+
+
+def masked_elbo(
+    scorer: Scorer, rows: Sequence[PlanRow], num_examples: int
+) -> tuple[Float[Tensor, " E"], Float[Tensor, " L"]]:
+    """Estimates of the E examples' ELBOs in nats (fp64), sum of weight * log p over scored tokens; and those
+    log p, detached, in the order of the rows.
+
+    Differentiable. An estimate is complete over all rows of a plan: those of single rows add up to it.
+    """
+    estimates, scored = [], []
+    for row in rows:
+        logprobs_L, _ = scorer(row.token_ids_N, row.documents, row.columns_L, row.targets_L)
+        scored.append(logprobs_L.detach())
+        weighted_L = row.weights_L * logprobs_L.double()  # thousands of terms add up
+        estimates.append(weighted_L.new_zeros(num_examples).index_add(0, row.examples_L, weighted_L))
+    return torch.stack(estimates).sum(0), torch.cat(scored)
+
+
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: indices by bin, the largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
+        if found is None:
+            found = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[found].append(index)
+        room[found] -= sizes[index]
+    return bins
+
+
+def _row(copies: Sequence[Noised]) -> PlanRow:
+    lengths = [len(copy.token_ids_T) for copy in copies]
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+
+    def joined(part: Callable[[Noised, int], Any]) -> Tensor:
+        return torch.cat([part(copy, start) for copy, start in zip(copies, starts, strict=True)])
+
+    return PlanRow(
+        token_ids_N=joined(lambda copy, _: copy.token_ids_T),
+        documents=Documents.of(lengths),
+        columns_L=joined(lambda copy, start: copy.columns_K + start),
+        targets_L=joined(lambda copy, _: copy.targets_K),
+        weights_L=joined(lambda copy, _: copy.weights_K),
+        examples_L=joined(lambda copy, _: torch.full_like(copy.columns_K, copy.example)),
+    )

@@ -1,0 +1,182 @@
+"""What a diffusion model thinks of given text: bounds on log-likelihoods, multiple choice, perplexity.
+
+Algorithm 3 of LLaDA (arXiv:2502.09992) in its unbiased form: sizes of the mask lie evenly over 1..m with one
+random offset. The published script's rounding can be asked for, to compare with its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rl.diffusion.elbo import masked_elbo, pack_plan
+from rl.diffusion.model import DiffusionScorer
+from rl.diffusion.objectives import (
+    Example,
+    Noised,
+    Scheme,
+    make_plan,
+    reference_likelihood_plan,
+    step_generator,
+)
+from rl.metrics import read_rows
+from rl.rundir import write_atomically
+from rl.world import World
+
+EXAMPLES_AT_ONCE = 16
+
+
+@torch.no_grad()
+def log_likelihoods(
+    scorer: DiffusionScorer,
+    examples: Sequence[Example],
+    *,
+    mask_token_id: int,
+    num_draws: int = 128,
+    seed: int = 0,
+    scheme: Scheme = "subset",
+    token_budget: int = 8192,
+    reference_batch: int | None = None,
+) -> Float[Tensor, " E"]:
+    """Estimates, in nats, of the ELBO of each example's maskable tokens given the others.
+
+    One maskable token needs no draws: its value is exact. All requests of a call share their rows.
+
+    Args:
+        num_draws: masks per example; the paper uses 128.
+        scheme: "subset" is Algorithm 3; "coupled" has less variance at equal forward passes (num_draws / 2).
+        reference_batch: draws sizes as the published script does with this batch size, bias included.
+
+    Raises:
+        ValueError: an example has no maskable token or contains the mask token.
+    """
+    device = next(scorer.parameters()).device
+    training = scorer.training
+    scorer.eval()
+    found = []
+    for first in range(0, len(examples), EXAMPLES_AT_ONCE):
+        plan: list[Noised] = []
+        for index, example in enumerate(examples[first : first + EXAMPLES_AT_ONCE]):
+            generator = step_generator(seed, first + index)
+            if reference_batch is not None and example.num_maskable > 1:
+                copies = reference_likelihood_plan(
+                    example,
+                    generator,
+                    mask_token_id=mask_token_id,
+                    num_draws=num_draws,
+                    batch_size=reference_batch,
+                )
+            else:
+                one = example.num_maskable == 1
+                copies = make_plan(
+                    [example],
+                    generator,
+                    mask_token_id=mask_token_id,
+                    scheme="subset" if one else scheme,
+                    num_draws=1 if one else num_draws,
+                )
+            plan += [replace(copy, example=index) for copy in copies]
+        rows = [row.to(device) for row in pack_plan(plan, token_budget)]
+        size = min(EXAMPLES_AT_ONCE, len(examples) - first)
+        found.append(sum(masked_elbo(scorer, [row], size)[0] for row in rows))
+    scorer.train(training)
+    return torch.cat(found).cpu()
+
+
+def choose(log_likelihoods_C: Sequence[float], lengths_C: Sequence[int] | None = None) -> int:
+    """Index of the choice with the greatest log-likelihood, or the greatest per unit of `lengths_C`
+    (characters in lm-eval's acc_norm).
+    """
+    lengths = lengths_C or [1] * len(log_likelihoods_C)
+    scores = [value / length for value, length in zip(log_likelihoods_C, lengths, strict=True)]
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on the negative log-likelihood of text, in nats per token, over `num_tokens` tokens.
+
+    Attributes:
+        error: standard error over the examples; it has both their spread and that of the masks.
+    """
+
+    nats_per_token: float
+    error: float
+    num_tokens: int
+    num_examples: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats_per_token, 700.0))
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.nats_per_token:.4f} +- {self.error:.4f} nats a token, perplexity at most "
+            f"{self.perplexity:.4g} ({self.num_tokens:,} tokens of {self.num_examples:,} examples)"
+        )
+
+
+@torch.no_grad()
+def bound(
+    scorer: DiffusionScorer,
+    examples: Sequence[Example],
+    generator: torch.Generator,
+    *,
+    mask_token_id: int,
+    num_draws: int,
+    token_budget: int = 8192,
+    world: World | None = None,
+) -> Bound:
+    """The bound on a set of texts by coupled, systematic masks; with a world, its processes share the work.
+
+    The same generator state gives the same masks, so that two models are compared on equal terms.
+    """
+    device = next(scorer.parameters()).device
+    training = scorer.training
+    scorer.eval()
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    plan = make_plan(examples, generator, mask_token_id=mask_token_id, num_draws=num_draws)
+    mine = [copy for copy in plan if copy.example % size == rank]
+    elbos = torch.zeros(len(examples), dtype=torch.float64)
+    for row in pack_plan(mine, token_budget):
+        elbos += masked_elbo(scorer, [row.to(device)], len(examples))[0].cpu()
+    scorer.train(training)
+    if world:
+        elbos = torch.tensor(world.sum(elbos.tolist()), dtype=torch.float64)
+    counts = torch.tensor([e.num_maskable for e in examples], dtype=torch.float64)
+    mean = -(elbos.sum() / counts.sum()).item()
+    # A ratio of sums: its residuals are what each example adds beyond its share.
+    residuals = -elbos - mean * counts
+    n = len(examples)
+    error = (residuals.square().sum() * n / max(n - 1, 1)).sqrt().item() / counts.sum().item()
+    return Bound(mean, error, int(counts.sum()), n)
+
+
+class BoundLog:
+    """`likelihood.jsonl` of a run folder: the held-out bound, a step at most once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "likelihood.jsonl"
+
+    def read(self) -> list[tuple[int, Bound]]:
+        return [(row.pop("step"), Bound(**row)) for row in read_rows(self.path)]
+
+    def at(self, step: int) -> Bound | None:
+        return next((found for s, found in self.read() if s == step), None)
+
+    def write(self, step: int, found: Bound) -> None:
+        self._replace([*((s, b) for s, b in self.read() if s < step), (step, found)])
+
+    def truncate_after(self, step: int) -> None:
+        self._replace([(s, b) for s, b in self.read() if s <= step])
+
+    def _replace(self, rows: Sequence[tuple[int, Bound]]) -> None:
+        lines = (json.dumps({"step": s, **asdict(b)}) + "\n" for s, b in rows)
+        write_atomically(self.path, "".join(lines))

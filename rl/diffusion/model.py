@@ -1,0 +1,258 @@
+"""Masked diffusion language models as plain transformers models with bidirectional attention.
+
+A loaded model is an ordinary `LlamaForCausalLM` (or Qwen, ...) whose config says what it is: `is_causal`
+False, `mask_token_id`, and `diffusion_shift` where the hidden state of a token's left neighbour predicts it
+(Dream). Any causal checkpoint becomes one: same weights, another attention, a vocabulary row that text never
+uses as the mask token. Nothing takes padded batches: sequences are packed into one row (`Documents`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
+
+from rl.diffusion.attention import BIDIRECTIONAL, Documents
+from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
+from rl.logprobs import token_logprobs
+
+SPARE_NAMES = ("mask", "reserved", "unused", "placeholder")
+
+
+def load_diffusion_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    mask_token_id: int | None = None,
+    shift: bool | None = None,
+) -> PreTrainedModel:
+    """A masked diffusion model from a folder or hub name: LLaDA-8B, iLLaDA and Dream checkpoints, those that
+    this project saved, and any causal one, which is converted.
+
+    Args:
+        mask_token_id: default: what the checkpoint says. A causal checkpoint says nothing.
+        shift: default: what the checkpoint says; False for a causal one.
+
+    Raises:
+        ValueError: an unsupported layout, no mask token, or a model whose attention stays causal.
+    """
+    raw = raw_config(name, revision)
+    native = native_config(raw, name)
+    if native is None:
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        shift = bool(raw.get("diffusion_shift", False)) if shift is None else shift
+    else:
+        config, native_shift = native
+        shift = native_shift if shift is None else shift
+        if hasattr(config, "llada"):
+            tensors = read_llada_tensors(checkpoint_folder(name, revision), raw, name)
+            model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        else:
+            kind: Any = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
+            model = kind.from_pretrained(name, revision=revision, config=config, dtype=dtype)
+    mask_token_id = raw.get("mask_token_id") if mask_token_id is None else mask_token_id
+    if mask_token_id is None:
+        raise ValueError(
+            f"{name} names no mask token (mask_token_id in config.json); pass the id of a vocabulary row "
+            "that text never uses, such as a reserved special token: find_mask_token looks for one"
+        )
+    return to_diffusion(cast(PreTrainedModel, model), mask_token_id=mask_token_id, shift=shift)
+
+
+def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = False) -> PreTrainedModel:
+    """Turns a causal model into a masked diffusion model in place, and proves that its attention is
+    bidirectional: changing the last token of a document changes its first hidden state, and no other
+    document.
+
+    Raises:
+        ValueError: `mask_token_id` is no row of the vocabulary or ends text; or the model stays causal.
+    """
+    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    config = model.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not 0 <= mask_token_id < rows:
+        raise ValueError(f"mask_token_id={mask_token_id} is none of the model's {rows} vocabulary rows")
+    if mask_token_id in ends:
+        raise ValueError(
+            f"mask_token_id={mask_token_id} is also the end-of-text token; a mask must not occur in text"
+        )
+    model.set_attn_implementation(BIDIRECTIONAL)
+    for part in {id(c): c for c in (model.config, config)}.values():
+        part.is_causal = False
+        part.mask_token_id = mask_token_id
+        part.diffusion_shift = shift
+    _check_bidirectional(model)
+    return model
+
+
+def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int | None = None) -> int:
+    """The id to use as mask: `wanted` (a token or an id), else the checkpoint's or the tokenizer's own, else
+    a row that no text uses: the first row beyond the tokenizer's ids, or a special token whose name says that
+    it is spare.
+
+    Raises:
+        ValueError: there is none, or `wanted` is not in the vocabulary; the message lists special tokens.
+    """
+    special = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
+    shown = ", ".join(special[:30])
+    vocabulary = tokenizer.get_vocab()
+    if isinstance(wanted, str):
+        if wanted not in vocabulary:
+            raise ValueError(
+                f"model.mask_token={wanted!r} is not in the vocabulary; special tokens are: {shown}"
+            )
+        return vocabulary[wanted]
+    own = getattr(config, "mask_token_id", None)
+    for found in (wanted, own, tokenizer.mask_token_id):
+        if found is not None:
+            return int(found)
+    num_rows = config.get_text_config().vocab_size
+    largest = max(vocabulary.values())
+    if largest + 1 < num_rows:
+        return largest + 1
+    for token in special:
+        if any(name in token.lower() for name in SPARE_NAMES):
+            return vocabulary[token]
+    raise ValueError(
+        f"the model has no mask token, no spare vocabulary row ({num_rows} rows, ids up to {largest}) and no "
+        f"token whose name says that it is spare; set model.mask_token to a special token that your text "
+        f"never uses, one of: {shown}"
+    )
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    token_ids_N: Int[Tensor, " N"],
+    documents: Documents,
+) -> Float[Tensor, "N D"]:
+    """Hidden state of every token of a packed row after the last norm; each token sees its whole document.
+
+    Raises:
+        ValueError: the model attends causally, or the documents do not cover the row.
+    """
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation != BIDIRECTIONAL:
+        raise ValueError(
+            f"{type(model).__name__} attends by {implementation!r}, which is causal, and a diffusion model "
+            "must see both sides; convert it with rl.diffusion.model.to_diffusion"
+        )
+    if documents.num_tokens != len(token_ids_N):
+        raise ValueError(
+            f"documents of {documents.num_tokens} tokens do not cover a row of {len(token_ids_N)}"
+        )
+    return model.base_model(
+        input_ids=token_ids_N[None],
+        position_ids=documents.positions_N[None],
+        use_cache=False,
+        cohort_documents=documents,
+    ).last_hidden_state[0]
+
+
+def predicting_columns(
+    model: PreTrainedModel, columns_L: Int[Tensor, " L"], documents: Documents
+) -> Int[Tensor, " L"]:
+    """The columns whose hidden states predict the tokens at `columns_L`: those columns themselves, or with
+    the shifted alignment their left neighbours (a document's first token predicts itself).
+    """
+    if not getattr(model.config, "diffusion_shift", False):
+        return columns_L
+    return torch.where(documents.positions_N[columns_L] > 0, columns_L - 1, columns_L)
+
+
+def logits_at(
+    model: PreTrainedModel,
+    hidden_ND: Float[Tensor, "N D"],
+    columns_L: Int[Tensor, " L"],
+    documents: Documents,
+) -> Float[Tensor, "L V"]:
+    """Logits of the tokens at `columns_L`, in the model's dtype. L x V numbers: mind the memory."""
+    head = cast(Any, model.get_output_embeddings())
+    logits = head(hidden_ND[predicting_columns(model, columns_L, documents)])
+    settings = _head_settings(model)
+    logits = logits * settings["logit_scale"]
+    if (softcap := settings["softcap"]) is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+class DiffusionScorer(nn.Module):
+    """A diffusion model that answers with log-probs of given tokens: the head runs on scored tokens only.
+
+    A module of its own, so that FSDP2 and `torch.compile` wrap a forward that includes the head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        token_ids_N: Int[Tensor, " N"],
+        documents: Documents,
+        columns_L: Int[Tensor, " L"],
+        targets_L: Int[Tensor, " L"],
+        temperature: float = 1.0,
+    ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+        """log p(target | noisy row) of each scored column and the entropy of its distribution, in nats."""
+        hidden_ND = hidden_states(self.model, token_ids_N, documents)
+        head = cast(Any, self.model.get_output_embeddings())
+        return token_logprobs(
+            hidden_ND[predicting_columns(self.model, columns_L, documents)],
+            targets_L,
+            weight_VD=head.weight,
+            bias_V=getattr(head, "bias", None),
+            temperature=temperature,
+            **_head_settings(self.model),
+        )
+
+
+def _head_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What stands between the head's product and the logits (Cohere, Granite, Gemma 2)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+def raw_config(name: str, revision: str | None) -> dict[str, Any]:
+    try:
+        return PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+    except OSError as error:
+        raise ValueError(
+            f"model.name={name!r} is neither a folder with a model nor a name on a hub that can be reached: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+@torch.no_grad()
+def _check_bidirectional(model: PreTrainedModel) -> None:
+    device = cast(Tensor, cast(Any, model.get_input_embeddings()).weight).device
+    if device.type == "meta":
+        return
+    training = model.training
+    model.eval()
+    documents = Documents.of([4, 3], device)
+    ids = torch.tensor([1, 2, 3, 4, 5, 6, 7], device=device) % model.config.get_text_config().vocab_size
+    changed = ids.clone()
+    changed[3] = 0
+    before, after = (hidden_states(model, row, documents) for row in (ids, changed))
+    model.train(training)
+    if not (before[0] != after[0]).any():
+        raise ValueError(
+            f"{type(model).__name__} stays causal: its first token does not see the last one; a state-space "
+            "or recurrent model cannot be a diffusion model, use a transformer such as Llama or Qwen"
+        )
+    if (before[4:] - after[4:]).abs().max() > 1e-3 * before[4:].abs().max():
+        raise ValueError(
+            f"{type(model).__name__} mixes the documents of a packed row, so they cannot be packed; use a "
+            "transformer such as Llama or Qwen"
+        )

@@ -1,0 +1,98 @@
+"""The diffusion model being trained: loading, scoring, adapters, and folders to save it in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from rl.diffusion.config import DiffusionModelConfig
+from rl.diffusion.layouts import native_config
+from rl.diffusion.model import DiffusionScorer, find_mask_token, load_diffusion_model, raw_config
+from rl.loading import STORAGE_DTYPE, add_lora, check_vocabulary, load_tokenizer
+
+ARCHITECTURE = "MaskedDiffusionLM"
+
+
+class DiffusionPolicy:
+    """A masked diffusion model, its tokenizer and its adapters on the accelerator's device.
+
+    Args:
+        name: folder or hub name; `config.name` with built-in names resolved.
+    """
+
+    def __init__(self, config: DiffusionModelConfig, accelerator: Accelerator, *, name: str) -> None:
+        self.config, self.accelerator = config, accelerator
+        plain = config.plain(name)
+        self.tokenizer = load_tokenizer(plain)
+        self.dtype = STORAGE_DTYPE[config.dtype]
+        raw = raw_config(name, config.revision)
+        native = native_config(raw, name)
+        model_config = native[0] if native else AutoConfig.from_pretrained(name, revision=config.revision)
+        self.mask_token_id = find_mask_token(self.tokenizer, model_config, config.mask_token)
+        model = load_diffusion_model(
+            name,
+            revision=config.revision,
+            dtype=self.dtype,
+            mask_token_id=self.mask_token_id,
+            shift=config.shift,
+        )
+        check_vocabulary(model, self.tokenizer)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.peft_model: Any = add_lora(model, plain) if config.lora else None
+        self.scorer = DiffusionScorer(model).to(accelerator.device)
+        self.scorer.train()
+        if config.compile:
+            for layer in model.base_model.layers:  # type: ignore[union-attr]
+                layer.compile(dynamic=True)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.scorer.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def context_length(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.dtype == "bf16-mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def load_weights(self, folder: Path) -> None:
+        """Weights (or the adapter) that `write_model` wrote, bit for bit."""
+        if self.peft_model is not None:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            saved = load_peft_weights(str(folder), device=str(self.device))
+            set_peft_model_state_dict(self.peft_model, saved)
+            return
+        self.model.load_state_dict(load_diffusion_model(str(folder), dtype=self.dtype).state_dict())
+
+    def write_model(self, folder: Path) -> None:
+        """A Hugging Face folder that `load_diffusion_model` opens (an adapter's folder with LoRA), and the
+        tokenizer.
+
+        Its architecture has a name that no engine for causal models knows, so that none serves it as one.
+        """
+        (self.peft_model or self.model).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config_file = folder / "config.json"
+        if config_file.exists():
+            dtype = "float32" if self.config.dtype == "fp32" else "bfloat16"
+            changed = {"architectures": [ARCHITECTURE], "dtype": dtype}
+            config_file.write_text(json.dumps(json.loads(config_file.read_text()) | changed, indent=2) + "\n")

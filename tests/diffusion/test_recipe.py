@@ -1,0 +1,165 @@
+"""The recipe as a user meets it: runs, restarts, and faults that are refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from recipes.llada import main
+from rl.diffusion.model import load_diffusion_model
+from rl.phases import Phases
+
+STEPS = 4
+
+
+@pytest.fixture
+def config_file(tiny_model_dir, tmp_path) -> Path:
+    rows = [{"prompt": f"What is w{i} ?", "completion": f"w{i} w{i + 1}"} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[9:]))
+    config = {
+        "model": {"name": str(tiny_model_dir), "dtype": "fp32", "mask_token": "<unk>"},
+        "data": {"source": str(tmp_path / "train.jsonl"), "max_length": 32},
+        "train": {"steps": STEPS, "examples_per_step": 4, "token_budget": 64},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"data": {"source": str(tmp_path / "heldout.jsonl"), "max_length": 32}},
+        "checkpoint": {"every": 2},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(config_file: Path, name: str, *overrides: str) -> Path:
+    folder = config_file.parent / name
+    assert main([str(config_file), f"run_dir={folder}", *overrides]) == 0
+    return folder
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in lines]
+
+
+def final_state(folder: Path) -> dict:
+    last = folder / "checkpoints" / f"step-{STEPS:06d}"
+    return load_file(last / "model.safetensors") | load_file(last / "trainer" / "optimizer.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(bool((a[k] == b[k]).all()) for k in a)
+
+
+def test_a_run_leaves_everything_a_user_looks_for(config_file, capsys):
+    folder = run(config_file, "run", "trackers=[tensorboard]")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == STEPS
+    assert result["heldout_after"]["num_tokens"] == 9
+    assert result["heldout_after"]["nats_per_token"] != result["heldout_before"]["nats_per_token"]
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    page = (folder / "report.html").read_text()
+    assert "Bound on the training text" in page and "objective.scheme" not in page
+    out = capsys.readouterr().out
+    assert f"step {STEPS}/{STEPS}" in out and "held-out text after step 4: at most" in out
+    checkpoint = folder / "checkpoints" / f"step-{STEPS:06d}"
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert (config["architectures"], config["mask_token_id"]) == (["MaskedDiffusionLM"], 2)
+    assert config["is_causal"] is False
+    assert load_diffusion_model(str(checkpoint)).config.mask_token_id == 2
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_stopped_and_a_killed_run_end_bit_by_bit_like_an_undisturbed_one(config_file, monkeypatch):
+    whole = run(config_file, "whole")
+    extended = run(config_file, "extended", "train.steps=2")
+    run(config_file, "extended")
+    child = os.fork()
+    if child == 0:
+        entries = []
+
+        def strike(self: Phases, name: str, original=Phases.__call__):
+            entries.append(name)
+            if entries.count("train") == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, name)
+
+        monkeypatch.setattr(Phases, "__call__", strike)
+        main([str(config_file), f"run_dir={config_file.parent / 'killed'}"])
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed = config_file.parent / "killed"
+    assert sorted(p.name for p in (killed / "checkpoints").glob("step-*")) == ["step-000002"]
+    run(config_file, "killed")
+    for folder in (extended, killed):
+        assert same(final_state(whole), final_state(folder))
+        assert rows(folder) == rows(whole)
+    assert (killed / "likelihood.jsonl").read_text() == (whole / "likelihood.jsonl").read_text()
+    early = load_file(whole / "checkpoints" / "step-000002" / "model.safetensors")
+    assert not same(early, load_file(whole / "checkpoints" / "step-000004" / "model.safetensors"))
+
+
+def test_pretraining_and_adapters_run_and_resume(config_file):
+    text = config_file.parent / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(30)))
+    settings = [
+        f"data={{source: {text}, max_length: 16}}",
+        "objective={random_length_share: 0.5, normaliser: token}",
+        "evaluation.data=null",
+        "model.lora={r: 2}",
+    ]
+    whole = run(config_file, "whole", *settings)
+    run(config_file, "parts", *settings, "train.steps=2")
+    parts = run(config_file, "parts", *settings)
+    name = f"checkpoints/step-{STEPS:06d}/adapter_model.safetensors"
+    assert same(load_file(whole / name), load_file(parts / name))
+    assert rows(whole) == rows(parts)
+
+
+def test_two_processes_share_one_run(config_file):
+    """Over gloo, in checkpoints and metrics equal to one process up to the order of sums."""
+    alone = run(config_file, "alone")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+    done = subprocess.run(
+        [*launch, "-m", "recipes.llada", str(config_file), f"run_dir={config_file.parent / 'both'}"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = config_file.parent / "both"
+    for one, two in zip(rows(alone), rows(both), strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=2"], "did you mean steps?"),
+        (["model.mask_token=null"], "set model.mask_token to a special token"),
+        (["model.mask_token=<mask>"], "model.mask_token='<mask>' is not in the vocabulary"),
+        (["model.mask_token=w3"], "contains the mask token"),
+        (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.prompt_column=question"], "name yours with data.prompt_column"),
+        (["data.max_length=5"], "raise it, or leave such rows out with data.too_long=drop"),
+        (["data.max_length=1024"], "beyond the model's context of 512 tokens"),
+        (["eos.policy=rainbow"], "list them in eos.rainbow_tokens"),
+        (["model.name=/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_faults_get_a_sentence_and_exit_code_one(config_file, capsys, overrides, message):
+    folder = config_file.parent / "fault"
+    assert main([str(config_file), f"run_dir={folder}", "evaluation.data=null", *overrides]) == 1
+    error = capsys.readouterr().err
+    assert error.count("cohort:") == 1 and message in error and "Traceback" not in error

@@ -1,0 +1,142 @@
+"""Rows in TRL's formats become prompts and answers, each tokenised once, and end as their policy says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from rl.diffusion.config import EosConfig, TextConfig
+from rl.diffusion.text import Encoded, encode_rows, padded_examples, padding_ids
+from tests.diffusion.conftest import MASK
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def encode(rows, tokenizer, **settings):
+    return encode_rows(rows, TextConfig(source="rows.jsonl", **settings), tokenizer)[0]
+
+
+def words(tokenizer, ids) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens([int(i) for i in ids]))
+
+
+def test_trl_formats_give_the_same_example(tokenizer):
+    chat = [{"role": "user", "content": "What is w1 ?"}], [{"role": "assistant", "content": "w7 w8"}]
+    formats = [
+        [{"prompt": "What is w1 ?", "completion": "w7 w8"}],
+        [{"prompt": chat[0], "completion": chat[1]}],
+        [{"messages": [*chat[0], *chat[1]]}],
+    ]
+    for rows in formats:
+        (found,) = encode(rows, tokenizer)
+        assert words(tokenizer, found.prompt) == "<user> What is w1 ? <eos> <assistant>"
+        assert words(tokenizer, found.answer) == "w7 w8 <eos>"
+    (plain,) = encode(formats[0], tokenizer, chat=False)
+    assert words(tokenizer, plain.prompt) == "What is w1 ?"
+    assert words(tokenizer, plain.answer) == "w7 w8 <eos>"
+    (named,) = encode(
+        [{"question": "w1", "answer": "w2"}], tokenizer, prompt_column="question", completion_column="answer"
+    )
+    assert words(tokenizer, named.answer) == "w2 <eos>"
+
+
+def test_every_assistant_turn_is_an_example_that_sees_nothing_after_it(tokenizer):
+    turns = ["w1", "w2", "w3", "w4"]
+    messages = [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(turns)
+    ]
+    first, second = encode([{"messages": messages}], tokenizer, system_prompt=None)
+    assert words(tokenizer, first.prompt) == "<user> w1 <eos> <assistant>"
+    assert words(tokenizer, first.answer) == "w2 <eos>"
+    assert (
+        words(tokenizer, second.prompt) == "<user> w1 <eos> <assistant> w2 <eos> <user> w3 <eos> <assistant>"
+    )
+    assert words(tokenizer, second.answer) == "w4 <eos>"
+
+
+def test_what_a_template_writes_behind_the_end_of_a_turn_is_no_answer(tokenizer):
+    """LLaDA-8B-Base's template ends every chat with a header for the next answer."""
+    always = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}<assistant> "
+    shipped, tokenizer.chat_template = tokenizer.chat_template, always
+    try:
+        (found,) = encode([{"prompt": "w1", "completion": "w2"}], tokenizer)
+        assert words(tokenizer, found.prompt) == "<user> w1 <eos> <assistant>"
+        assert words(tokenizer, found.answer) == "w2 <eos>"
+        tokenizer.chat_template = "{{ messages[0]['content'] }} <eos> {{ messages | length }}"
+        with pytest.raises(ValueError, match="row 0: the chat template changes what it is given"):
+            encode([{"prompt": "w1", "completion": "w2"}], tokenizer)
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match=r"no chat template.*data.chat=false"):
+            encode([{"prompt": "w1", "completion": "w2"}], tokenizer)
+    finally:
+        tokenizer.chat_template = shipped
+
+
+def test_text_is_joined_and_cut(tokenizer):
+    rows = [{"text": "w1 w2 w3"}, {"text": "w4"}, {"text": "w5 w6"}]
+    pieces = encode(rows, tokenizer, max_length=4)
+    assert [words(tokenizer, p.answer) for p in pieces] == ["w1 w2 w3 <eos>", "w4 <eos> w5 w6", "<eos>"]
+    assert all(len(p.prompt) == 0 for p in pieces)
+
+
+def ended(tokenizer, **settings) -> list[str]:
+    batch = [
+        Encoded(np.array([20, 21]), np.array([30, 1])),
+        Encoded(np.array([22]), np.array([31, 32, 33, 34, 1])),
+    ]
+    config = EosConfig(**settings)
+    examples = padded_examples(batch, config, padding_ids(config, tokenizer))
+    for encoded, example in zip(batch, examples, strict=True):
+        prompt = len(encoded.prompt)
+        assert example.maskable_T.tolist() == [False] * prompt + [True] * (len(example.token_ids_T) - prompt)
+        assert example.token_ids_T[: len(encoded)].tolist() == [*encoded.prompt, *encoded.answer]
+    return [words(tokenizer, e.token_ids_T[len(b) :]) for b, e in zip(batch, examples, strict=True)]
+
+
+def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
+    assert ended(tokenizer, policy="single") == ["", ""]
+    assert ended(tokenizer, policy="batch_max") == ["<eos> <eos>", ""]
+    assert ended(tokenizer, policy="multiple", multiple=4) == ["", "<eos> <eos>"]
+    rainbow = {"policy": "rainbow", "rainbow_tokens": ["w78", 84]}
+    assert ended(tokenizer, **rainbow) == ["w78 w79", ""]
+    with pytest.raises(ValueError, match=r"eos.rainbow_tokens: <x> not in the vocabulary"):
+        ended(tokenizer, policy="rainbow", rainbow_tokens=["<x>"])
+    with pytest.raises(ValueError, match=r"list them in eos.rainbow_tokens"):
+        EosConfig(policy="rainbow")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        (
+            {"question": "w1"},
+            {},
+            r"has the columns 'question', and 'prompt' and 'completion' or 'messages' or",
+        ),
+        ({"prompt": "w1", "completion": ""}, {}, "row 0: the answer is empty"),
+        ({"prompt": "w1", "completion": ""}, {"chat": False}, "row 0: the answer is empty"),
+        ({"messages": [{"role": "user", "content": "w1"}]}, {}, "no message has the role 'assistant'"),
+        (
+            {"prompt": "w1", "completion": "w2 " * 30},
+            {"max_length": 20},
+            r"4 \+ 31 tokens, more than data.max",
+        ),
+        ({"prompt": "w1", "completion": "w2 " * 30}, {"max_length": 20, "too_long": "drop"}, "no example of"),
+        ({"text": 3}, {}, "'text' is int, not text"),
+    ],
+)
+def test_rows_that_cannot_be_used_get_a_sentence(tokenizer, row, settings, message):
+    with pytest.raises(ValueError, match=message):
+        encode([row], tokenizer, **settings)
+
+
+def test_long_examples_can_be_dropped(tokenizer):
+    rows = [{"prompt": "w1", "completion": "w2 " * n} for n in (3, 30, 5)]
+    config = TextConfig(source="rows.jsonl", max_length=20, too_long="drop")
+    kept, dropped = encode_rows(rows, config, tokenizer)
+    assert (len(kept), dropped) == (2, 1)
+    assert MASK not in kept[0].answer

@@ -1,0 +1,62 @@
+"""One rank of several: `python training.py MODEL_DIR DATA OUT key=value ...` writes the gradient and the
+numbers of one training step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from recipes.llada import build
+from rl.config_file import read_config
+from rl.diffusion.config import DiffusionConfig
+from rl.diffusion.train import DiffusionRun, train_step
+from rl.display import Display
+from rl.phases import StopSignal
+from rl.world import World
+
+
+def make_run(model_dir: str, data: str, run_dir: str, *overrides: str) -> DiffusionRun:
+    base = [
+        f"model.name={model_dir}",
+        "model.dtype=fp32",
+        "model.mask_token=<unk>",
+        f"data.source={data}",
+        f"run_dir={run_dir}",
+        "data.max_length=64",
+        "train.examples_per_step=7",
+        "train.token_budget=100000",
+        "optimizer.max_grad_norm=1e9",
+    ]
+    config = read_config(DiffusionConfig, None, [*base, *overrides])
+    world = World(Accelerator(cpu=True))
+    return build(config, world, StopSignal(), Display(1, is_main=False))
+
+
+def step_gradient(run: DiffusionRun, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What one step would move along; the weights stay."""
+    found: dict[str, torch.Tensor] = {}
+
+    def record(*_: Any, **__: Any) -> None:
+        found.update({n: p.grad.clone() for n, p in run.policy.trainable() if p.grad is not None})
+
+    run.optimizer.step = record  # type: ignore[method-assign]
+    return found, train_step(run, step)
+
+
+def main(model_dir: str, data: str, out: str, *overrides: str) -> None:
+    run = make_run(model_dir, data, f"{out}-run", *overrides)
+    gradient, values = step_gradient(run)
+    name = f"{out}-{run.world.rank}of{run.world.size}"
+    save_file(gradient, f"{name}.safetensors")
+    Path(f"{name}.json").write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
