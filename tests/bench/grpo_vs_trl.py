@@ -58,7 +58,8 @@ def main() -> None:
     show(results)
 
 
-def _launch(side: str, command: list[str], arguments: argparse.Namespace) -> bool:
+def _launch(side: str, command: list[str], arguments: argparse.Namespace) -> None:
+    """Runs a side to its end or its time limit; what it measured until then counts."""
     log = (arguments.logs or Path(tempfile.gettempdir())) / f"{side}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as sink:
@@ -72,13 +73,13 @@ def _launch(side: str, command: list[str], arguments: argparse.Namespace) -> boo
             )
             failed = done.returncode != 0
         except subprocess.TimeoutExpired:
-            failed = True
+            failed = False
+            print(f"{side} was ended after {arguments.timeout_s:g} s")
     if failed:
         print(
             f"{side} did not end well; the last lines of {log}:\n"
             + "\n".join(log.read_text().splitlines()[-15:])
         )
-    return not failed
 
 
 def _trl(
@@ -86,7 +87,8 @@ def _trl(
 ) -> list[dict]:
     out = folder / f"{side}.json"
     command = ["tests.bench.trl_side", str(model), str(out), side.removeprefix("trl-")]
-    return json.loads(out.read_text()) if _launch(side, command, arguments) else []
+    _launch(side, command, arguments)
+    return json.loads(out.read_text()) if out.exists() else []
 
 
 def _cohort(
@@ -119,7 +121,8 @@ def _cohort(
         config["loss"]["sampler_correction"] = None
     file = folder / f"{side}.yaml"
     file.write_text(yaml.safe_dump(config))
-    if not _launch(side, ["recipes.grpo", str(file), *arguments.set], arguments):
+    _launch(side, ["recipes.grpo", str(file), *arguments.set], arguments)
+    if not (run_dir / "metrics.jsonl").exists():
         return []
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # tens of GiB with the moments
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

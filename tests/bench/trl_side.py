@@ -23,7 +23,7 @@ from tests.bench.workload import Workload, coin, prompt_texts
 
 def main(model: str, out: Path, setting: str) -> None:
     workload, on_gpu = Workload.current(), torch.cuda.is_available()
-    clock = Clock()
+    clock = Clock(out)
     micro_batch = min(16, workload.prompts * workload.group)
     best = setting == "best"
     config = GRPOConfig(
@@ -66,7 +66,6 @@ def main(model: str, out: Path, setting: str) -> None:
     if on_gpu:
         clock.watch(trainer.vllm_generation, "sync_weights", "sync")
     trainer.train()
-    out.write_text(json.dumps(clock.steps))
 
 
 def _lora(workload: Workload):
@@ -80,7 +79,8 @@ def _lora(workload: Workload):
 class Clock(TrainerCallback):
     """Seconds per phase of each step; the weight sync is inside the sampling call and is taken out of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path) -> None:
+        self.out = out
         self.steps: list[dict[str, float]] = []
         self.now: dict[str, float] = {}
         self.tokens = 0
@@ -116,6 +116,7 @@ class Clock(TrainerCallback):
                 "peak": _peak(),
             }
         )
+        self.out.write_text(json.dumps(self.steps))
         print(json.dumps({k: round(v, 2) for k, v in self.steps[-1].items()}), flush=True)
 
 
