@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import doctor, score
+from rewards.score import take_flags_anywhere
 from rl.config_file import load_config
+from rl.durable import with_remedy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("COHORT_DEBUG"):
             raise
-        print(f"cohort: {error}", file=sys.stderr)
+        print(f"cohort: {with_remedy(error)}", file=sys.stderr)
         return 1
 
 
@@ -37,8 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="such as train.steps=20 model.dtype=fp32"
     )
     train.add_argument(
-        "--processes", type=int, default=None, help="default: one per GPU, one on a CPU machine"
+        "--processes",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="default: one per GPU, one on a CPU machine",
     )
+    take_flags_anywhere(train)
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="rebuild report.html from a run folder, finished or not")
@@ -50,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("config")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
+
+    plan = commands.add_parser("plan", help="predict a run's GPU memory, and the settings that fill the GPU")
+    plan.add_argument("config")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpu-gib", type=float, default=None, help="default: this machine's GPU")
+    plan.set_defaults(run=_plan)
 
     for name, run, help_text in (
         ("score", score.run, "grade the rows of a file with a reward"),
@@ -71,14 +84,18 @@ def _train(arguments: argparse.Namespace) -> int:
         from recipes.grpo import main as grpo
 
         return grpo(recipe)
-    if not torch.cuda.is_available():
-        # `accelerate launch --cpu` starts one process, whatever number it is given, unless mpirun is there.
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += [f"--num_processes={processes}", "--num_machines=1", "--main_process_port=0"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "recipes.grpo", *recipe]
-    os.execv(sys.executable, launch)
+    from recipes.launch import launch
+
+    return launch(recipe, processes)
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "number of processes"
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -97,6 +114,32 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return reward_specs(config), load_rows(config.data), config.data.prompt_column
 
     return doctor.run(arguments, load)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoConfig
+
+    from recipes.grpo import longest_sequence
+    from recipes.models import resolve_model
+    from rl.memory import GIB, plan_memory
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.gpu_gib is None and not torch.cuda.is_available():
+        raise ValueError("this machine has no GPU to plan for; name its memory, such as --gpu-gib 80")
+    capacity = int(arguments.gpu_gib * GIB) if arguments.gpu_gib else torch.cuda.mem_get_info()[1]
+    model = AutoConfig.from_pretrained(resolve_model(config.model.name), revision=config.model.revision)
+    plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
+    for name, size in plan.parts.items():
+        print(f"{name:30s}{size / GIB:8.1f} GiB")
+    print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB of {capacity / GIB:.0f}")
+    if not plan.token_budget:
+        print("it does not fit; try model.gradient_checkpointing=true, or model.lora")
+        return 1
+    print(
+        f"fits: train.token_budget={plan.token_budget} engine.gpu_memory_utilization={plan.engine_share:.2f}"
+    )
+    return 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ run_dir it goes on where it stopped.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from datasets import disable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import make_engine
 from recipes.models import resolve_model
@@ -27,20 +30,23 @@ from rl.checkpoint import CheckpointStore, LoadedCheckpoint
 from rl.config import Config, check_processes
 from rl.config_file import load_config
 from rl.display import Display
-from rl.durable import RunLock
+from rl.durable import RunLock, with_remedy
 from rl.ledger import Ledger
-from rl.loading import load_tokenizer
+from rl.loading import check_config, load_tokenizer
+from rl.manifest import unsupported_versions
+from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
-from rl.phases import Phases, StopSignal
+from rl.phases import Phases, StopSignal, stop_with_launcher
 from rl.policy import Policy
+from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import resume
 from rl.run import Run
-from rl.rundir import Evaluation, EvaluationLog, claim_config, write_result
+from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
-from rl.update import weight_decay_groups
+from rl.update import pack_rules, weight_decay_groups
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
@@ -58,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     stop = StopSignal()
     stop.install()
+    stop_with_launcher()
     try:
         config = load_config(arguments[0], arguments[1:])
         return _run(config, stop, began)
+    except KeyboardInterrupt:
+        print("cohort: stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("COHORT_DEBUG"):
             raise
-        print(f"cohort: {error}", file=sys.stderr, flush=True)
+        print(f"cohort: {with_remedy(error)}", file=sys.stderr, flush=True)
         return 1
     finally:
         stop.restore()
@@ -72,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: Config, stop: StopSignal, began: float) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
+    disable_progress_bar()
+    disable_progress_bars()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     world = World(accelerator)
     stop.any_process = world.any
@@ -93,28 +106,35 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     world.wait()
     display = Display(config.train.steps, is_main=world.is_main)
     with display:
-        run, close = build(config, world, stop, display)
+        for sentence in unsupported_versions():
+            display.warn(sentence)
+        run, close = build(config, world, stop, display, began)
         try:
             steps = train(run)
         finally:
             close()
-    if not world.is_main:
-        return stop.exit_code()
-    if steps == config.train.steps:
-        result = write_result(config, run.evaluations.read(), steps=steps, seconds=time.monotonic() - began)
-        for name, evaluation in zip(
-            ("before", "after"), _first_and_last(run.evaluations.read()), strict=False
-        ):
-            print(f"held-out {name}: {evaluation}")
-        print(f"{steps} steps in {result['seconds']:.0f} s; results in {config.run_dir}/result.json")
-    print(f"report: {build_report(config.run_dir)}")
-    if stop.received is not None and steps < config.train.steps:
-        print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
-        return stop.exit_code()
-    return 0
+    stopped = steps < config.train.steps
+    if world.is_main:
+        if not stopped:
+            _conclude(run, steps)
+        print(f"report: {build_report(config.run_dir)}")
+        if stopped:
+            print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+    return stop.exit_code() if stopped else 0
 
 
-def build(config: Config, world: World, stop: StopSignal, display: Display) -> tuple[Run, Any]:
+def _conclude(run: Run, steps: int) -> None:
+    """Writes and prints the results; those of a run that was finished before stay as they are."""
+    evaluations, result = run.evaluations.read(), read_result(run.config.run_dir)
+    if run.start_step < steps or result.get("steps") != steps:
+        result = write_result(run.config, evaluations, steps=steps, seconds=run.seconds)
+    ends = [*evaluations[:1], *evaluations[-1:]]
+    for name, evaluation in zip(("before", "after"), ends, strict=False):
+        print(f"held-out {name}: {evaluation}")
+    print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
+
+
+def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:
     """A Run from its config, put back to its newest checkpoint, and the function that ends engine, graders
     and trackers.
 
@@ -122,20 +142,26 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
     """
     _make_deterministic(config)
     phases = Phases(display.phase)
-    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-    rows = load_rows(config.data)
+    rows, held = load_rows(config.data), config.evaluation.data
+    heldout_rows = load_rows(held) if held else []
     scorer = make_scorer(config)
     try:
         scorer.check_columns(*grader_columns(config.data, rows))
+        if held:
+            scorer.check_columns(*grader_columns(held, heldout_rows))
+        model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
         tokenizer = load_tokenizer(model)
-        heldout = _heldout_prompts(config, tokenizer)
+        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
-        policy = Policy(
-            model,
-            world.accelerator,
-            temperature=config.sampling.temperature,
-            with_reference=config.loss.kl_coef > 0,
-        )
+        longest = _longest(config, prompts, heldout)
+        check_config(model, tokenizer, longest)
+        with display.phase("the model to load"):
+            policy = Policy(
+                model,
+                world.accelerator,
+                temperature=config.sampling.temperature,
+                with_reference=config.loss.kl_coef > 0,
+            )
         if (reason := policy.settle_attention()) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
@@ -144,7 +170,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
         if world.size > 1:
             for _, parameter in policy.trainable():
                 torch.distributed.broadcast(parameter.data, 0)
-        ends = end_token_ids(tokenizer, config.sampling.stop_token_ids, policy.model.generation_config)
+        ends = end_token_ids(tokenizer, (), policy.model.generation_config)
         with display.phase(f"the engine to start ({config.engine.name})"):
             engine = make_engine(
                 config.engine,
@@ -152,7 +178,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
                 tokenizer=tokenizer,
                 dtype=_engine_dtype(config),
                 device=world.accelerator.device,
-                max_model_length=_longest(config),
+                max_model_length=max(longest, len(policy.canary_ids) + 1),
                 revision=model.revision,
                 note=display.note,
             )
@@ -161,6 +187,9 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
         raise
     stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     source = make_source(config, world, engine, scorer, stream, ends, phases)
+    if policy.device.type == "cuda":
+        held = probe(policy, config, pack_rules(config))
+        display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
     run = Run(
         config=config,
         world=world,
@@ -181,6 +210,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display) -> t
             warn=display.warn,
         ),
         stop=stop,
+        began=began,
     )
 
     def close() -> None:
@@ -211,6 +241,10 @@ def _go_on(run: Run) -> None:
         run.display.warn(sentence)
     run.policy.load_weights(loaded.path)
     resume(run, loaded.trainer_state)
+    if run.world.is_main:
+        run.watch.rows.extend(run.log.read())
+        for e in run.evaluations.read():
+            run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     run.display.note(f"going on from {loaded.path} (step {loaded.step})")
 
 
@@ -232,11 +266,6 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def _heldout_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
-    data = config.evaluation.data
-    return make_prompts(data, load_rows(data), tokenizer, "heldout") if data else []
-
-
 def _evaluator(
     config: Config,
     world: World,
@@ -252,12 +281,13 @@ def _evaluator(
             engine,
             scorer,
             prompts,
-            sampling_params(e.sampling, (*ends, *e.sampling.stop_token_ids)),
+            sampling_params(e.sampling, ends),
             num_samples=e.num_samples,
             seed=config.train.seed,
             first=world.rank,
             stride=world.size,
         )
+        check_faults(groups, config.rewards.max_fault_share, world.sum)
         (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
         return Evaluation.of(step, total, len(prompts))
 
@@ -265,13 +295,9 @@ def _evaluator(
 
 
 def _accuracy(group: ScoredGroup, metric: str) -> float:
-    """Mean of the metric over the samples of one prompt; what a grader abstained on counts as wrong."""
+    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
     scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
-    return sum(scores) / len(scores)
-
-
-def _first_and_last(evaluations: list[Evaluation]) -> list[Evaluation]:
-    return [evaluations[0], evaluations[-1]] if evaluations else []
+    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)
 
 
 def _engine_dtype(config: Config) -> torch.dtype:
@@ -280,7 +306,14 @@ def _engine_dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
 
 
-def _longest(config: Config) -> int:
+def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> int:
+    """Tokens of the longest prompt with the completion that may follow it."""
+    sets = [(prompts, config.sampling), (heldout, config.evaluation.sampling)]
+    return max(len(p.token_ids) + sampling.max_completion_length for some, sampling in sets for p in some)
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with the longest completion, of training and evaluation."""
     sections = [(config.data, config.sampling)]
     if config.evaluation.data:
         sections.append((config.evaluation.data, config.evaluation.sampling))

@@ -61,6 +61,7 @@ def _options(config: Config, world: World, phases: Phases) -> dict[str, Any]:
     return {
         "group_size": config.train.group_size,
         "seed": config.train.seed,
+        "with_logprobs": config.loss.sampler_correction is not None,
         "keep_fn": _keep_fn(config),
         "max_rounds": dynamic.max_rounds if dynamic else 1,
         "process": (world.rank, world.size),
@@ -70,14 +71,14 @@ def _options(config: Config, world: World, phases: Phases) -> dict[str, Any]:
     }
 
 
-def sampling_params(sampling: SamplingConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingParams:
     return SamplingParams(
         max_completion_length=sampling.max_completion_length,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        stop_token_ids=tuple(stop_token_ids),
+        stop_token_ids=tuple(sorted({*ends, *sampling.stop_token_ids})),
     )
 
 

@@ -26,7 +26,8 @@ the reward.
 A reward that compares the completions of one prompt is marked: `@rewards.plugins.groupwise`, or the option
 `groupwise: true`. Only then does one call hold a whole group, and always exactly one; any other function is
 called for each completion alone, as soon as that is sampled, in a process that is killed at the deadline
-(`rewards.pool`).
+(`rewards.pool`). A reward that keeps a longer deadline of its own, and scores what misses it, says so by an
+attribute `time_limit_s`: seconds for one completion, or a function of the options that returns them.
 
 Built in, with their options:
 

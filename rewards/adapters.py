@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.calling import arguments, completion_text, grade
+from rewards.calling import arguments, grade
+from rewards.completion import completion_text
 from rewards.plugins import RewardFunction, find, load_reward
 from rl.types import Reward
 

@@ -19,17 +19,6 @@ class BadValue(Exception):
     """A reward function returned something other than one finite number, None or Reward per completion."""
 
 
-def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion: the string, or what the assistant's messages say, joined by newlines."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(
-        str(message.get("content") or "")
-        for message in completion
-        if message.get("role", "assistant") == "assistant"
-    )
-
-
 def arguments(
     reward: RewardFunction,
     prompts: Sequence[Any],

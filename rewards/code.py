@@ -20,15 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rewards.code_extract import TAGS, completion_text, extract_code
+from rewards.code_extract import TAGS, extract_code
 from rewards.code_judge import JUDGES, SOLUTION, Verdict, fault_of, judge_calls, judge_outputs
-from rewards.code_languages import prepared
+from rewards.code_languages import COMPILE_TIMEOUT_S, prepared
 from rewards.code_tests import STDIO, CodeTests, parse_tests
+from rewards.completion import last_message_text
 from rewards.sandbox import Command, Limits, Program, RunResult, Sandbox, SandboxError
 from rl.types import Reason, Reward
 
 SCRIPT = "rewards.sandbox_script"
 MAX_DETAIL = 300
+LONGEST_START_S = 30.0  # of a sandbox, on a busy machine
 ABSTAINING = (Reason.INFRA_ERROR, Reason.BAD_GOLD)
 
 
@@ -97,6 +99,16 @@ def code_reward(
     return grade_all(completions, tests, options=options)
 
 
+def _time_limit_s(options: Mapping[str, Any]) -> float:
+    """What one completion may take with these options of `code_reward`, a compilation included."""
+    known = {name: value for name, value in options.items() if name in ("timeout_s", "total_timeout_s")}
+    limits = CodeOptions(**known)
+    return max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S + LONGEST_START_S
+
+
+code_reward.time_limit_s = _time_limit_s  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def grade_all(
     completions: Sequence[Any], tests: Sequence[Any], *, options: CodeOptions | None = None
 ) -> list[Reward]:
@@ -107,7 +119,7 @@ def grade_all(
         sandbox = shared_sandbox(options)
     except SandboxError as error:
         return [Reward(None, Reason.INFRA_ERROR, str(error)) for _ in pairs]
-    return sandbox.map(lambda pair: grade(completion_text(pair[0]), pair[1], options=options), pairs)
+    return sandbox.map(lambda pair: grade(last_message_text(pair[0]), pair[1], options=options), pairs)
 
 
 def grade(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 
 from rl.types import Reason
 
@@ -17,13 +16,6 @@ TAGS: dict[str, tuple[str, ...]] = {
 FENCE = re.compile(r"^[ \t]{0,3}(```+|~~~+)[ \t]*([\w+#.-]*)[^`\n]*$", re.MULTILINE)
 
 
-def completion_text(completion: str | Sequence[Mapping[str, str]]) -> str:
-    """The text of a completion; of messages, the last one's content."""
-    if isinstance(completion, str):
-        return completion
-    return completion[-1]["content"] if completion else ""
-
-
 def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
     """The last fenced block in `language`, else the last without a tag, else the whole text if it has no
     fence.
@@ -32,9 +24,8 @@ def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
     TRUNCATED inside `<think>`.
     """
     text = text.replace("\r\n", "\n")
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif text.lstrip().startswith("<think>"):
+    text = text.rpartition("</think>")[2]
+    if text.lstrip().startswith("<think>"):
         return None, Reason.TRUNCATED
     blocks = _blocks(text)
     if blocks is None:

@@ -13,6 +13,7 @@ table beside it, so that linked lists and trees of any depth, and cycles, are fl
 from __future__ import annotations
 
 import collections
+import datetime
 import decimal
 import fractions
 import json
@@ -189,6 +190,12 @@ _BY_TYPE: dict[type, Callable[[Encoder, Any, int], Any]] = {
         *coder._items((value.numerator, value.denominator), depth),
     ],
     decimal.Decimal: lambda coder, value, depth: ["decimal", str(value)],
+    datetime.date: lambda coder, value, depth: ["date", value.isoformat()],
+    datetime.datetime: lambda coder, value, depth: ["datetime", value.isoformat()],
+    datetime.timedelta: lambda coder, value, depth: [
+        "timedelta",
+        [value.days, value.seconds, value.microseconds],
+    ],
     collections.deque: lambda coder, value, depth: ["deque", coder._items(value, depth)],
     collections.Counter: lambda coder, value, depth: ["counter", coder._pairs(value, depth)],
     collections.OrderedDict: lambda coder, value, depth: ["ordered", coder._pairs(value, depth)],
@@ -268,6 +275,10 @@ def _plain(value: Any, *kinds: type) -> Any:
     return value
 
 
+async def _done(value: Any) -> Any:
+    return value
+
+
 def _integers(coder: Decoder, values: list[Any]) -> list[int]:
     return [_plain(value, int) for value in coder._list(values)]
 
@@ -285,6 +296,10 @@ _MAKE: dict[str, Callable[[Decoder, list[Any]], Any]] = {
     "range": lambda coder, value: range(*_integers(coder, value[1:4])),
     "fraction": lambda coder, value: fractions.Fraction(*_integers(coder, value[1:3])),
     "decimal": lambda coder, value: decimal.Decimal(_plain(value[1], str)),
+    "date": lambda coder, value: datetime.date.fromisoformat(_plain(value[1], str)),
+    "datetime": lambda coder, value: datetime.datetime.fromisoformat(_plain(value[1], str)),
+    "timedelta": lambda coder, value: datetime.timedelta(*_integers(coder, value[1])),
+    "awaitable": lambda coder, value: _done(coder.decode(value[1])),
     "deque": lambda coder, value: collections.deque(coder._list(value[1])),
     "counter": lambda coder, value: collections.Counter(coder._mapping(value[1])),
     "ordered": lambda coder, value: collections.OrderedDict(coder._mapping(value[1])),

@@ -14,6 +14,7 @@ from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, N
 CONTROL_FLOW = frozenset(
     {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 )
+MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 PLAIN_CLASSES = frozenset(
     {int, float, str, bool, list, tuple, dict, set, frozenset, bytes, complex, object, type}
 )
@@ -51,6 +52,7 @@ class Link:
         self._classes: dict[str, type] = {}
         self._unannounced: list[str] = []
         self._remotes: dict[int, Remote] = {}
+        self._exceptions: dict[str, type[Exception]] = {}
         self._callbacks: list[Callable[..., Any]] = []
 
     def ask(self, operation: str, target: int | str, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -120,14 +122,7 @@ class Link:
     def _exception(self, names: Any, message: Any) -> Exception:
         """The nearest built-in exception class; control-flow exceptions become RuntimeError."""
         names = [name for name in names if type(name) is str] if type(names) is list else []
-        kind: Any = RuntimeError
-        for name in names:
-            found = getattr(builtins, name, None)
-            if isinstance(found, type) and issubclass(found, Exception) and name not in CONTROL_FLOW:
-                kind = found
-                break
-        if CONTROL_FLOW.intersection(names):
-            kind = RuntimeError
+        kind: Any = RuntimeError if CONTROL_FLOW.intersection(names) else self._exception_class(names)
         text = str(message) if kind is not RuntimeError or not names else f"{names[0]}: {message}"
         try:
             error = kind(text)
@@ -135,6 +130,19 @@ class Link:
             error = RuntimeError(text)
         self.raised = error
         return error
+
+    def _exception_class(self, names: list[str]) -> type[Exception]:
+        """What an exception class of the solution, the first of these names and derived from the others, is
+        here.
+        """
+        found = getattr(builtins, names[0], None) if names else RuntimeError
+        if isinstance(found, type) and issubclass(found, Exception):
+            return found
+        if names[0] not in self._exceptions:
+            if len(names) > MAX_BASES or len(self._exceptions) > MAX_EXCEPTIONS:
+                return RuntimeError
+            self._exceptions[names[0]] = type(names[0], (self._exception_class(names[1:]),), {})
+        return self._exceptions[names[0]]
 
     def _call_back(self, number: Any, args: Any, objects: Any) -> list[Any]:
         decoder = Decoder(self._resolve, self._classes.__getitem__)
@@ -185,11 +193,22 @@ class Link:
         raise NoPlainForm(f"a {type(value).__name__} has no plain form")
 
     def _resolve(self, tag: str, number: Any) -> Any:
+        if tag == "exception" and type(number) is list and all(type(name) is str for name in number):
+            kind = self._exception_class(number)
+            # `Error = Exception` of the solution must not catch what the tests raise by themselves
+            return RuntimeError if issubclass(AssertionError, kind) else kind
         if tag != "handle" or type(number) is not int:
             raise BadValue(f"unknown tag {str(tag)[:40]!r}")
         if number not in self._remotes:
             self._remotes[number] = Remote(self, number)
         return self._remotes[number]
+
+
+def _between(operation: str) -> Callable[[Remote, Any], Any]:
+    def operate(self: Remote, other: Any) -> Any:
+        return self._link.ask(operation, self._number, (other,)) if type(other) is Remote else NotImplemented
+
+    return operate
 
 
 class Remote:
@@ -223,6 +242,15 @@ class Remote:
     def __delitem__(self, key: Any) -> None:
         self._link.ask("delitem", self._number, (key,))
 
+    def __enter__(self) -> Any:
+        return self._link.ask("enter", self._number)
+
+    def __exit__(self, *_: object) -> None:
+        self._link.ask("exit", self._number)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return type(value) is Remote and self._link.ask("isinstance", self._number, (value,)) is True
+
     def __len__(self) -> int:
         return self._link.ask("len", self._number)
 
@@ -230,6 +258,10 @@ class Remote:
         return True
 
     __contains__ = None
+
+    # Between two objects of the solution only: an operand of the tests could be an expected value.
+    __add__, __sub__, __mul__ = _between("add"), _between("sub"), _between("mul")
+    __truediv__, __matmul__ = _between("truediv"), _between("matmul")
 
     def __iter__(self) -> Any:
         iterator = self._link.ask("iter", self._number)
@@ -250,14 +282,23 @@ class Remote:
         return str(self._link.ask("repr", self._number))
 
 
-def entry_function(link: Link, entry_point: str) -> Callable[..., Any]:
-    """The entry point as a function of the tester."""
+class Entry:
+    """The entry point: calls it, and has the attributes of the class or function that it names."""
 
-    def candidate(*args: Any, **kwargs: Any) -> Any:
-        return link.ask("call", entry_point, args, kwargs)
+    def __init__(self, link: Link, path: str) -> None:
+        self._link, self._path = link, path
+        self.__name__ = path.rpartition(".")[2]
 
-    candidate.__name__ = entry_point.rpartition(".")[2]
-    return candidate
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._link.ask("call", self._path, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._link.look_up_attribute(self._path), name)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, self._link.look_up_attribute(self._path))
 
 
 def _update(original: Any, update: Any) -> None:

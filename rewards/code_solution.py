@@ -13,6 +13,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable
+from types import CoroutineType
 from typing import Any, cast
 
 from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, dumps, loads
@@ -45,6 +46,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "next": next,
     "str": str,
     "repr": repr,
+    "enter": lambda target: type(target).__enter__(target),
+    "exit": lambda target: type(target).__exit__(target, None, None, None),
+    "isinstance": lambda target, value: isinstance(value, target),
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul")},
 }
 
 
@@ -135,7 +140,7 @@ class Server:
     def _reply(self, result: Any, sent: list[Any], args: list[Any], with_objects: bool) -> list[Any]:
         encoder = Encoder(self._refer, self._is_shared)
         try:
-            value = encoder.encode(result)
+            value = _awaited(encoder, result) if type(result) is CoroutineType else encoder.encode(result)
             changed = []
             for index, before in enumerate(sent):
                 if type(before) is list and before[0] in MUTABLE:
@@ -162,6 +167,8 @@ class Server:
     def _refer(self, value: Any) -> list[Any]:
         if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
             return Encoder(_refuse, lambda kind: False).encode(value.tolist())
+        if isinstance(value, type) and issubclass(value, Exception):
+            return ["exception", [kind.__name__ for kind in value.__mro__[:-1]]]
         if len(self.handles) >= MAX_HANDLES:
             raise BadValue(f"more than {MAX_HANDLES} objects that cannot cross")
         self.handles.append(value)
@@ -196,6 +203,13 @@ class Server:
 
     def _is_shared(self, kind: type) -> bool:
         return kind.__name__ in self.shared and kind.__module__ == "solution"
+
+
+def _awaited(encoder: Encoder, coroutine: Any) -> list[Any]:
+    """What an `async def` returns: carried out here, to be awaited there."""
+    import asyncio
+
+    return ["awaitable", encoder.encode(asyncio.run(coroutine))]
 
 
 class _Missing(Exception):

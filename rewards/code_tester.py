@@ -15,6 +15,7 @@ import ast
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,16 +23,23 @@ from typing import Any
 from rewards.code_compare import same_value
 from rewards.code_namespace import Namespace
 from rewards.code_protocol import Channel
-from rewards.code_remote import Link, Misuse, SolutionFault, entry_function
+from rewards.code_remote import Entry, Link, Misuse, SolutionFault
 from rewards.code_soft_asserts import Sites, soften
 
 VERDICT = 5
 MAX_DETAIL = 500
+# What may outlast a script of tests: attributes that it sets, but for its own `self`, and settings of the
+# interpreter and the library.
+LEAVES_TRACES = re.compile(
+    r"(?<!\bself)\.\w+(?:\[[^\]\n]*\])?\s*(?:[-+*/%|&^@]|//|\*\*|<<|>>)?=(?!=)|\bdel\s+\w+\.|__dict__"
+    r"|\b(?:setattr|delattr|set\w*context|getcontext|environ|putenv|simplefilter|filterwarnings|patch|mock"
+    r"|signal|chdir|locale|reload|threading|atexit|vars|globals)\b|\bsys\.(?:set|modules|path)|\bgc\."
+)
 
 
 def main(source: bytes) -> int:
     """`source`: {"code" | "cases", "prompt", "entry_point", "partial", "tolerance"} as JSON. Writes the
-    verdict as JSON lines.
+    verdict as JSON lines. Returns 1 if the tests may have changed the interpreter for those that follow.
     """
     given = json.loads(source)
     random.seed()
@@ -45,7 +53,7 @@ def main(source: bytes) -> int:
     if link.fault is not None:  # also where the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
     _write({**verdict, "num_calls": link.num_calls})
-    return 0
+    return int(any(LEAVES_TRACES.search(given[name] or "") for name in ("code", "prompt")))
 
 
 def _write(record: dict[str, Any]) -> None:
@@ -56,7 +64,7 @@ def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
     """LeetCode-style data: each case calls the entry point and compares the value. Tuples equal lists, as
     JSON has no tuples.
     """
-    call = entry_function(link, given["entry_point"])
+    call = Entry(link, given["entry_point"])
     passed: list[bool] = []
     detail = ""
     for index, case in enumerate(given["cases"]):
@@ -87,7 +95,9 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
             code = compile(source, "<tests>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError) as error:
         return {"outcome": "bad_gold", "detail": f"the tests do not compile: {_described(error)}"}
-    namespace = Namespace(link, entry_point, lambda names: _run_prompt(given["prompt"], entry_point, names))
+    namespace = Namespace(
+        link, entry_point, source, lambda names: _run_prompt(given["prompt"], entry_point, names)
+    )
     namespace.install_modules()
     namespace.update(sites.names())
     outcome, detail = "passed", ""

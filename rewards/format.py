@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
+from rewards.math_boxes import closing_brace
 from rl.types import Reason, Reward
 
 _UNSEEN = (  # white space, controls, joiners, direction marks, fillers, variation selectors, tag characters
@@ -147,12 +148,10 @@ def braced(text: str, start: int) -> str:
     Raises:
         ValueError: the brace is never closed.
     """
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0 and match[0] == "}":
-            return text[start + 1 : match.start()]
-    raise ValueError("\\boxed{ is never closed")
+    end = closing_brace(text, start)
+    if end is None:
+        raise ValueError("\\boxed{ is never closed")
+    return text[start + 1 : end]
 
 
 def code_format(completions: Sequence[Any], *, language: str = "python", **columns: Any) -> list[Reward]:

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from rewards.worker import HEADER, MAX_FRAME_BYTES
 
-MAX_BESIDE = 64
+MAX_BESIDE = 64  # async calls that run beside each other
+MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
 TAIL_BYTES = 4000
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -27,7 +28,10 @@ BOOT = (
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call on its way. `alone` is set when a process died under it: it is tried once more, by itself."""
+    """One call on its way. `alone` is set when a process died under it: it is tried once more, by itself.
+
+    `started`: when its turn came, on the monotonic clock; 0 while it waits behind another call.
+    """
 
     id: int
     frame: bytes
@@ -55,9 +59,15 @@ def worker_path() -> list[str]:
 class Grader:
     """A process, the bytes on their way, and the calls that it holds. One thread starts and uses it.
 
+    Calls are answered in the order in which they were sent, but for async ones, which run beside each other.
+    A few short ones are sent ahead, so that the process does not wait for each; the clock of a call starts
+    when the one before it is answered.
+
     Attributes:
+        calls: by id, in the order in which they were sent.
         ready: it has loaded its rewards.
         ended: its output is closed, or is no protocol; nothing more will come.
+        usual_s: how long a call took of late.
     """
 
     def __init__(self, path: Sequence[str], hello: bytes, selector: selectors.BaseSelector) -> None:
@@ -75,31 +85,46 @@ class Grader:
         self.selector, self.born = selector, time.monotonic()
         self.outbox, self.inbox, self.tail = bytearray(), bytearray(), bytearray()
         self.calls: dict[int, Call] = {}
-        self.ready = self.ended = False
+        self.ready = self.ended = self.is_writing = False
+        self.usual_s = 1.0
         for stream in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(stream.fileno(), False)
         selector.register(self.stdout, selectors.EVENT_READ, (self, self.read_answers))
         selector.register(self.stderr, selectors.EVENT_READ, (self, self.read_stderr))
-        self.post(hello)
+        self.outbox += hello
+        self.flush()
 
     def has_room_for(self, call: Call) -> bool:
-        """Idle, or grading nothing but async calls, of which it takes `MAX_BESIDE`."""
+        """Idle; or grading async calls and asked for another; or done soon enough with what it has."""
         if not self.calls or not self.ready:
             return self.ready
-        beside = call.is_async and not call.alone and len(self.calls) < MAX_BESIDE
-        return beside and all(c.is_async and not c.alone for c in self.calls.values())
+        last = next(reversed(self.calls.values()))
+        if call.alone or last.alone or call.is_async != last.is_async:
+            return False
+        limit = MAX_BESIDE if call.is_async else min(MAX_AHEAD, AHEAD_S / self.usual_s)
+        return len(self.calls) < limit
 
     def take(self, call: Call) -> None:
-        call.started = time.monotonic()
+        """Queues a call for this process; `flush` sends it."""
+        call.started = time.monotonic() if call.is_async or not self.calls else 0.0
         self.calls[call.id] = call
-        self.post(call.frame)
+        self.outbox += call.frame
 
-    def post(self, data: bytes) -> None:
-        waiting = bool(self.outbox)
-        self.outbox += data
-        if not waiting:
+    def answered(self, call_id: int) -> Call | None:
+        """The call of an answer that has come, which is over; the clock of the next one starts."""
+        call = self.calls.pop(call_id, None)
+        if call is not None and not call.is_async:
+            now = time.monotonic()
+            self.usual_s += (now - call.started - self.usual_s) / 4
+            if self.calls:
+                next(iter(self.calls.values())).started = now
+        return call
+
+    def flush(self) -> None:
+        if self.outbox and not self.is_writing:
             self.write_some()
             if self.outbox:
+                self.is_writing = True
                 self.selector.register(self.stdin, selectors.EVENT_WRITE, (self, self.write_some))
 
     def write_some(self) -> None:
@@ -109,7 +134,8 @@ class Grader:
             return
         except OSError:
             self.outbox.clear()  # it is dying; the end of its stdout will say so
-        if not self.outbox:
+        if self.is_writing and not self.outbox:
+            self.is_writing = False
             self._forget(self.stdin)
 
     def read_stderr(self) -> None:

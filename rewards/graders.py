@@ -151,15 +151,20 @@ class Graders:
                 return self._count_failed_start(str(error))
 
     def _dispatch(self) -> None:
-        """First come, first served; async calls join busy processes only while no other call waits."""
+        """First come, first served, by the process that has least to do. Async calls join busy processes only
+        while no other call waits.
+        """
         for queue in (self._waiting, self._waiting_async):
             while queue:
-                grader = next((g for g in self._graders if g.has_room_for(queue[0])), None)
+                free = [grader for grader in self._graders if grader.has_room_for(queue[0])]
+                grader = min(free, key=lambda grader: len(grader.calls), default=None)
                 if grader is None or (queue is self._waiting_async and self._waiting and grader.calls):
                     break
                 with self._lock:
                     call = queue.popleft()
                 grader.take(call)
+        for grader in self._graders:
+            grader.flush()
 
     def _receive_all(self) -> None:
         for grader in list(self._graders):
@@ -177,21 +182,23 @@ class Graders:
                 self._failed_starts = 0
             else:
                 grader.tail += f"\n{message['error']}".encode()
-        elif (call := grader.calls.pop(message.get("id", -1), None)) is not None:
+        elif (call := grader.answered(message.get("id", -1))) is not None:
             call.answer(message)
 
     def _bury(self, grader: Grader) -> None:
-        """It died by itself. Its calls are tried once more, each alone; one that was alone is the culprit."""
+        """It died by itself. The calls that it was grading are tried once more, each alone; one that was
+        alone is the culprit. Those that waited for their turn go back to the queue.
+        """
         how = self._kill(grader)
         if not grader.ready:
             self._count_failed_start(how)
         for call in reversed(grader.calls.values()):
             if call.alone:
                 call.fail("crash", f"the grader died ({how})")
-            else:
-                call.alone = True
-                with self._lock:
-                    self._waiting.appendleft(call)
+                continue
+            call.alone = call.started > 0
+            with self._lock:
+                self._waiting.appendleft(call)
 
     def _count_failed_start(self, how: str) -> None:
         self._failed_starts += 1
@@ -204,7 +211,8 @@ class Graders:
 
     def _next_look(self) -> float:
         """Seconds to wait for bytes: to the next deadline, at most 0.25 while a process is busy, else 5."""
-        ends = [call.started + call.deadline_s for g in self._graders for call in g.calls.values()]
+        running = [call for g in self._graders for call in g.calls.values() if call.started]
+        ends = [call.started + call.deadline_s for call in running]
         ends += [grader.born + START_S for grader in self._graders if not grader.ready]
         return max(LOOK_S, min([end - time.monotonic() for end in ends] + [0.25 if ends else 5.0]))
 
@@ -215,17 +223,19 @@ class Graders:
             return
         self._looked = now
         for grader in list(self._graders):
-            late = [c for c in grader.calls.values() if now - c.started > c.deadline_s + GRACE_S * c.is_async]
+            running = [call for call in grader.calls.values() if call.started]
+            late = [c for c in running if now - c.started > c.deadline_s + GRACE_S * c.is_async]
             if late:
                 self._kill(grader)
                 for call in late:
-                    if len(grader.calls) == 1:
+                    if len(running) == 1:
                         call.fail("timeout", f"no answer within {call.deadline_s:g} s; the grader was killed")
                     call.alone = True  # one of several: which one blocks their event loop shows alone
+                again = [call for call in reversed(grader.calls.values()) if not call.future.done()]
                 with self._lock:
-                    again = [call for call in grader.calls.values() if not call.future.done()]
-                    self._waiting.extendleft(call for call in again if call.alone)
-                    self._waiting_async.extendleft(call for call in again if not call.alone)
+                    for call in again:
+                        beside = call.is_async and not call.alone
+                        (self._waiting_async if beside else self._waiting).appendleft(call)
             elif not grader.ready and now - grader.born > START_S:
                 self._bury(grader)
             elif grader.process.poll() is not None:

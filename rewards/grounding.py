@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
 from rewards.gym import find_answer
 from rl.types import Reason, Reward
 

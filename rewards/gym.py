@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
 from rewards.format import answer_part, braced
 from rl.types import Reason, Reward
 

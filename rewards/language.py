@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
 from rl.types import Reason, Reward
 
 LATIN = "A-Za-z\u00c0-\u024f\u1e00-\u1eff"

@@ -23,14 +23,18 @@ Where. The last box, else "the answer is", else the last formula or number; `ext
 Hedging. More than one value where the gold is one is a hedge, whatever the values; so are 8 = 7, and ±3 for
     3. A chain of equalities must agree with itself (`chains`).
 Percent. 20% is 20 and 0.2; two percentages must be equal (`percent`).
-Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m. "million" and "dozen" count
-    (`units`). 90° is 90 and pi/2, but a plain 45 is not pi/4 (`degrees`).
+Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m; 2 hours 15 minutes are 135
+    minutes. "million" and "dozen" count (`units`). 90° is 90 and pi/2; a plain 45 is not pi/4 (`degrees`).
 Rounding. None: 3.14 is not pi, 0.333 is not 1/3. `decimal_rtol` passes float noise such as
     0.30000000000000004.
 Order. 1, 2 is 2, 1 and {2, 1} (`ordered_lists`). A tuple keeps its order; (0, 1) is not [0, 1].
 Shape. x = 5 is 5, f(x) = x^2 is x^2, (1, 2) is x = 1, y = 2, and 0 < x < 1 is (0, 1). `loose_shapes` adds {3}
     for 3, (1, 2) for 1, 2 or for a column, and 1/2 for 1:2. A row is not a column. Equations may differ by a
     factor.
+Names. f(2) = 5, P(A) = 5, \\int ... = 5 and x + y = 5 are 5 where a number is asked for; 2x = 5, x^2 = 5
+    and a line such as 3x + 4y = 5 are not. 12 (mod 7) is 5.
+Conditions. k pi, k in Z is n pi, and n >= 1 may be left unsaid; y = 2x (x > 0) is not y = 2x.
+Radicals. sqrt(a / b) is sqrt(a b) / b, as for positive numbers; sqrt(x^2) is |x|, not x.
 Numerals. 1,22 is 1.22 where a decimal is expected (`decimal_comma`). 101_2 is 101_2, not 5 and not 101.
 Letters. A is (A), A. and (A) 12. x is neither y nor X; the argument of a function may be renamed. A logarithm
     without a base is natural, as in the LaTeX that sympy prints.
@@ -44,6 +48,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from rewards.completion import last_message_text
 from rewards.math_extract import extract
 from rewards.math_judge import Verdict, gold_texts, judge
 from rewards.math_options import MathOptions
@@ -108,7 +113,7 @@ def math_reward(
     """
     policy = math_options if isinstance(math_options, MathOptions) else MathOptions.of(math_options)
     pairs = zip(completions, answer, strict=True)
-    return [_grade_any(_text(completion), gold, policy) for completion, gold in pairs]
+    return [_grade_any(last_message_text(completion), gold, policy) for completion, gold in pairs]
 
 
 def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
@@ -117,15 +122,14 @@ def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
     rewards = [_grade_any(completion, each, options) for each in answer]
     if not rewards:
         return grade(completion, "", options=options)
-    return max(rewards, key=lambda reward: -1.0 if reward.score is None else reward.score)
+    return max(rewards, key=_weight)
 
 
-def _text(completion: Any) -> str:
-    if isinstance(completion, str):
-        return completion
-    last = completion[-1] if completion else ""
-    content = last.get("content") if isinstance(last, Mapping) else last
-    return content if isinstance(content, str) else ""
+def _weight(reward: Reward) -> int:
+    """Which of several alternatives speaks: the right one; then one that could not be compared."""
+    if reward.score is None:
+        return 1 if reward.reason is Reason.INFRA_ERROR else -1
+    return 2 if reward.score else 0
 
 
 def _verdict(answer: str, texts: tuple[str, ...], options: MathOptions) -> Verdict:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _CLOSERS = {"(": (")", "]"), "[": (")", "]", "["), "<<": (">>",), "]": ("[", ")", "]")}
 # `a(b + c)` is a product, `f(x)` an application.
 _FUNCTION_LETTERS = frozenset("fgh")
+_CHOICES = {"C": "binom", "P": "perm"}
+_PAIR = ["op", "num", "op", "num", "op"]
 
 
 def atom(parser: Parser) -> Node:
@@ -24,7 +26,7 @@ def atom(parser: Parser) -> Node:
     if kind in ("dec", "const", "domain"):
         return (kind, value)
     if kind == "sym":
-        return _symbol(parser, value)
+        return symbol(parser, value)
     if kind == "fn":
         return function(parser, value)
     if kind == "cmd":
@@ -51,7 +53,9 @@ def bracket(parser: Parser, opener: str) -> Node:
     if opener == "|":
         return _absolute(parser)
     if opener == "\\{":
-        return _set(parser)
+        return _set(parser, "\\}")
+    if opener == "{" and _is_builder(parser):
+        return _set(parser, "}")
     if opener not in ("(", "[", "{", "<<", "]"):
         raise Unparsable(f"{opener!r} where a value should be")
     parser.descend()
@@ -112,36 +116,59 @@ def _rounded(parser: Parser, name: str) -> Node:
     return ("fn", name, (node,))
 
 
-def _set(parser: Parser) -> Node:
+def _is_builder(parser: Parser) -> bool:
+    """{x | x > 2}, which lost the backslashes of its braces."""
+    bar = parser.peek(1)[1] in ("|", ":") and not parser.bars and not parser.in_builder
+    return bar and parser.kind() == "sym" and parser.peek(2)[0] == "sym" and parser.peek(3)[0] == "rel"
+
+
+def _set(parser: Parser, closer: str) -> Node:
     """\\{1, 2\\}, \\{x | x > 2\\}, \\{x \\in \\mathbb{R} : x > 2\\}, \\{\\}."""
-    if parser.accept("\\}"):
+    if parser.accept(closer):
         return ("empty",)
     parser.descend()
     outer, parser.in_builder = parser.in_builder, True
     bars, parser.bars = parser.bars, 0
-    node = parser.items(("\\}",))
+    node = parser.items((closer,))
     parser.in_builder = outer
     if parser.accept("|") or parser.accept(":"):
-        conditions = parser.items(("\\}",))
+        conditions = parser.items((closer,))
         node = ("builder", node, conditions)
     else:
         node = ("set", node[2] if node[0] == "list" else (node,))
     parser.depth, parser.bars = parser.depth - 1, bars
-    parser.expect("\\}")
+    parser.expect(closer)
     return node
 
 
-def _symbol(parser: Parser, name: str) -> Node:
+def symbol(parser: Parser, name: str) -> Node:
+    """A variable, a function's value f(2), or a quantity such as P(A | B) before its equals sign."""
     while parser.kind() == "op" and parser.value() in ("_", "'"):
         name += "_" + raw_argument(parser) if parser.take()[1] == "_" else "'"
-    if (
-        parser.kind() == "op"
-        and parser.value() == "("
-        and (name[0] in _FUNCTION_LETTERS or _is_definition(parser))
-    ):
+    if parser.kind() != "op" or parser.value() not in ("(", "["):
+        return ("sym", name)
+    if name.isupper() and (said := _statement(parser)):
+        return ("sym", name + said)
+    if name in _CHOICES and [parser.peek(ahead)[0] for ahead in range(5)] == _PAIR:  # C(8, 3)
+        return ("fn", _CHOICES[name], parser.bracket(parser.take()[1])[3])
+    if parser.value() == "(" and (name[0] in _FUNCTION_LETTERS or _is_definition(parser)):
         arguments = bracket(parser, parser.take()[1])
         return ("call", name, arguments[3] if arguments[0] == "seq" else (arguments,))
     return ("sym", name)
+
+
+def _statement(parser: Parser) -> str:
+    """(X = 1), (A | B), (win) where an equals sign follows: what a probability is of. Else nothing."""
+    depth, said = 0, False
+    for ahead in range(40):
+        kind, value, _ = parser.peek(ahead)
+        depth += (value in ("(", "[")) - (value in (")", "]"))
+        said = said or kind in ("rel", "text", "setop", "sep") or value == "|"
+        if depth == 0:
+            if not said or parser.peek(ahead + 1)[0] != "rel":
+                return ""
+            return "".join(parser.take()[2] for _ in range(ahead + 1))
+    return ""
 
 
 def _is_definition(parser: Parser) -> bool:
@@ -158,5 +185,5 @@ def _named_figure(parser: Parser, prefix: str) -> Node:
     """\\angle ABC, \\triangle ABC: a name."""
     name = prefix + " "
     while parser.kind() == "sym":
-        name += _symbol(parser, parser.take()[1])[1]
+        name += symbol(parser, parser.take()[1])[1]
     return ("sym", name)

@@ -19,7 +19,8 @@ CONNECTED = re.compile(
     r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
     r"(?:(?<=[,;dr和])(?:[A-Za-z]\{?\w{0,3}\}?(?:\([a-z]\))?=))?"
 )
-_HEDGES = split("maybe perhaps possibly alternatively either also could might 或者 也可能 可能")
+_HEDGES = split("maybe perhaps possibly alternatively either also could might or 或者 也可能 可能")
+_FALLBACKS = split("if otherwise else failing 如果 否则")
 _CORRECTIONS = split(
     "wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错"
 )
@@ -43,7 +44,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
     while (box := BOX.search(text, start)) is not None:
         start = box.end()
         if text[start : start + 1] == "{":
-            end = _closing_brace(text, start)
+            end = closing_brace(text, start)
             if end is None:
                 return None, len(text)
             closed.append((box.start(), end + 1, text[start + 1 : end]))
@@ -62,7 +63,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
     return tuple(_unwrapped(content) for content in reversed(contents)), closed[-1][1]
 
 
-def _closing_brace(text: str, opening: int) -> int | None:
+def closing_brace(text: str, opening: int) -> int | None:
     """Where the brace at `opening` is closed; None if it is not, or only after more braces than an answer
     has.
     """
@@ -99,11 +100,14 @@ def are_connected(between: str, *, loose: bool = False) -> bool:
         BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between))
         .casefold()
         .replace(",", " ")
+        .replace(":", " ")
         .strip(" ()")
         .split()
     )
     if len(words) > (6 if loose else 5):
         return False
+    if not _FALLBACKS.isdisjoint(words):  # "If that is wrong:"
+        return True
     if not _HEDGES.isdisjoint(words) and _CORRECTIONS.isdisjoint(words):
         return True
     return _CONNECTED_WORDS.fullmatch(" ".join(words) + " ") is not None

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
+from typing import Any
 
+from rewards.math_conditions import same_under_conditions
 from rewards.math_equation import as_equation, proportion, renamed, same_inequality
+from rewards.math_measure import without_units
 from rewards.math_options import MathOptions
 from rewards.math_probe import same_value
-from rewards.math_region import as_region
+from rewards.math_region import as_region, listed_intervals
 from rewards.math_text import Node, Shape, TooComplex
-from rewards.math_units import units_agree
 from rewards.math_value import BUDGET, Evaluator, has, symbols
 
 MAX_ITEMS = 400
 MAX_PAIRS = 2_500
+MAX_PIECES = 20
+_CONSTANTS = frozenset(("c", "K", "k", "C_1", "c_1"))
 
 
 def is_multiple(item: Shape) -> bool:
     """Whether a shape offers more than one value, which is a hedge where the gold is one."""
     if item[0] == "named":
         return is_multiple(item[2])
-    if item[0] == "measure":
+    if item[0] in ("measure", "given"):
         return is_multiple(item[1])
     if item[0] in ("many", "set", "assign"):
         return len(item[-1]) > 1
@@ -36,6 +41,8 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     kinds = gold[0], prediction[0]
     if gold == prediction and gold[0] != "contradiction":
         return True
+    if "given" in kinds:
+        return same_under_conditions(gold, prediction, functools.partial(same, options=options))
     if "contradiction" in kinds:
         last = prediction[1] if options.chains == "last" and gold[0] != "contradiction" else None
         return last is not None and same(gold, last, options)
@@ -46,11 +53,14 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     if "named" in kinds or kinds == ("equation", "equation"):
         return _same_named(gold, prediction, options)
     if "measure" in kinds:
-        return _same_measure(gold, prediction, options)
+        values = without_units(gold, prediction, options)
+        return values is not None and same(*values, options)
     if "assign" in kinds:
         return _same_assigned(gold, prediction, options)
     if "region" in kinds:
         left, right = as_region(gold), as_region(prediction)
+        left = listed_intervals(gold, may_be_points=False) if left is None else left
+        right = listed_intervals(prediction, may_be_points=True) if right is None else right
         return left is not None and left == right and (options.loose_shapes or kinds == ("region", "region"))
     if "many" in kinds or "set" in kinds:
         return _same_items(gold, prediction, options)
@@ -58,6 +68,8 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         return _same_matrix(gold, prediction, options)
     if "ratio" in kinds:
         return _same_ratio(gold, prediction, options)
+    if "residue" in kinds:
+        return _same_residue(gold, prediction)
     if gold[0] != prediction[0]:
         return False
     return _same_kind(gold, prediction, options)
@@ -73,6 +85,8 @@ def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         return all(same(a, b, options) for a, b in zip(gold[3], prediction[3], strict=True))
     if kind == "base":
         return gold[2] == prediction[2] and gold[1].lstrip("0") == prediction[1].lstrip("0")
+    if kind == "pieces":
+        return _same_pieces(gold[1], prediction[1], options)
     if kind == "inequality":
         return same_inequality(gold, prediction)
     if kind == "setop":
@@ -91,10 +105,11 @@ def _brackets_agree(gold: Shape, prediction: Shape) -> bool:
     return gold[1:3] == prediction[1:3]
 
 
-# Numbers and units -----------------------------------------------------------------------------------
+# Numbers -----------------------------------------------------------------------------------
 
 
 def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
+    prediction = _with_constant_of(gold, prediction)
     gold_percent, percent = _marked(gold, "percent"), _marked(prediction, "percent")
     if (gold_percent is None) != (percent is None):
         if options.percent == "sign":
@@ -108,6 +123,16 @@ def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
             return True
         return options.degrees == "either" and _close(gold_degrees or gold, degrees or prediction, options)
     return _close(gold, prediction, options)
+
+
+def _with_constant_of(gold: Node, prediction: Node) -> Node:
+    """x^2 + c as x^2 + C: the name of the constant of integration is free."""
+    if gold[0] != "add" or prediction[0] != "add":
+        return prediction
+    mine, theirs = symbols(gold) - symbols(prediction), symbols(prediction) - symbols(gold)
+    if mine == {"C"} and len(theirs) == 1 and theirs <= _CONSTANTS:
+        return renamed(prediction, dict.fromkeys(theirs, "C"))
+    return prediction
 
 
 def _marked(node: Node, mark: str) -> Node | None:
@@ -132,31 +157,6 @@ def _close(gold: Node, prediction: Node, options: MathOptions) -> bool:
         a, b = evaluator.real(a), evaluator.real(b)
         return bool(abs(a - b) <= options.decimal_rtol * max(abs(a), abs(b)))
     return abs(a - b) <= Fraction(options.decimal_rtol) * max(abs(a), abs(b))
-
-
-def _same_measure(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
-    gold_inner, gold_unit = (gold[1], gold[2]) if gold[0] == "measure" else (gold, None)
-    inner, unit = (prediction[1], prediction[2]) if prediction[0] == "measure" else (prediction, None)
-    for written, other in ((unit, gold_unit), (gold_unit, unit)):
-        if written is not None and written.is_claim and (other is None or other.words != written.words):
-            return False
-    if options.units != "ignore" and gold_unit and unit:
-        if not units_agree(gold_unit, unit):
-            return False
-        return same(_scaled(gold_inner, gold_unit.factor), _scaled(inner, unit.factor), options)
-    # A count such as "million" or "dozen" belongs to the value; any other single unit does not.
-    counted = [each is not None and each.dimensions == () for each in (gold_unit, unit)]
-    if options.units == "strict" and not all(
-        each is None or count for each, count in zip((gold_unit, unit), counted, strict=True)
-    ):
-        return False
-    left = _scaled(gold_inner, gold_unit.factor) if gold_unit and counted[0] else gold_inner
-    right = _scaled(inner, unit.factor) if unit and counted[1] else inner
-    return same(left, right, options)
-
-
-def _scaled(item: Shape, factor: Fraction) -> Shape:
-    return ("scalar", ("mul", (item[1], ("num", factor)))) if item[0] == "scalar" and factor != 1 else item
 
 
 # Several values --------------------------------------------------------------------------------------
@@ -208,9 +208,9 @@ def _same_across(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     kinds = gold[0], prediction[0]
     if kinds in (("many", "seq"), ("seq", "many")):
         listed, tupled = (gold, prediction) if gold[0] == "many" else (prediction, gold)
-        if listed[1] in ("pm", "or") or tupled[1:3] != ("(", ")") or len(listed[2]) != len(tupled[3]):
-            return False
-        return all(same(a, b, options) for a, b in zip(gold[-1], prediction[-1], strict=True))
+        is_tuple = listed[1] not in ("pm", "or") and tupled[1:3] == ("(", ")")
+        if is_tuple and len(listed[2]) == len(tupled[3]):
+            return all(same(a, b, options) for a, b in zip(gold[-1], prediction[-1], strict=True))
     one, other = (gold, prediction) if gold[0] in ("many", "set") else (prediction, gold)
     if one is gold:
         return len(one[-1]) == 1 and same(one[-1][0], other, options)
@@ -283,6 +283,16 @@ def _same_ratio(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     return all(same_value(("mul", (a, second)), ("mul", (b, first))) for a, b in pairs[1:])
 
 
+def _same_residue(gold: Shape, prediction: Shape) -> bool:
+    """3 (mod 7) is 10 (mod 7), and 3."""
+    (_, left, modulus), other = (gold, prediction) if gold[0] == "residue" else (prediction, gold)
+    remainder = ("fn", "mod", (left, modulus))
+    if other[0] == "residue":
+        others_remainder = ("fn", "mod", (other[1], modulus))
+        return same_value(modulus, other[2]) and same_value(remainder, others_remainder)
+    return other[0] == "scalar" and same_value(remainder, other[1])
+
+
 def _is_time(parts: tuple[Node, ...]) -> bool:
     hours, minutes = parts[0], parts[1]
     return (
@@ -291,6 +301,14 @@ def _is_time(parts: tuple[Node, ...]) -> bool:
         and 0 <= minutes[1] < 60
         and (minutes[1] >= 10 or minutes[1] == 0)
     )
+
+
+def _same_pieces(left: tuple[Any, ...], right: tuple[Any, ...], options: MathOptions) -> bool:
+    """The same values under the same conditions, in any order."""
+    if len(left) != len(right) or len(left) > MAX_PIECES:
+        return False
+    pairs = [[same(a, b, options) and same(c, d, options) for b, d in right] for a, c in left]
+    return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True)))
 
 
 # Equations -------------------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _MATRICES = split("matrix pmatrix bmatrix Bmatrix smallmatrix array pmatrix* bmatrix*")
 _LINES = split("cases aligned align align* split gathered gather* equation equation*")
 _PLAIN_ARGUMENT = frozenset(("num", "dec", "sym", "const", "cmd", "open"))
+_FUNCTION_NAMES = tuple(("sym", name) for name in "fgh")
+_IF, _OTHERWISE = split("if when for where 当 若"), split("otherwise else 其他 其它")
+_ORDINALS = frozenset(f"{{{ending}}}" for ending in ("th", "st", "nd", "rd"))
+_BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
 _INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
 
 
@@ -35,7 +39,10 @@ def digit_argument(parser: Parser) -> Node:
 def command(parser: Parser, name: str) -> Node:
     if name == "frac":
         above = digit_argument(parser)
-        return ("div", above, digit_argument(parser))
+        below = digit_argument(parser)
+        if above == ("sym", "d") and below[0] == "mul" and below[1][0] == above:
+            raise Unsupported("a derivative is not worked out")
+        return ("div", above, below)
     if name == "binom":
         above = digit_argument(parser)
         return ("fn", "binom", (above, digit_argument(parser)))
@@ -77,6 +84,8 @@ def function(parser: Parser, name: str) -> Node:
             index = digit_argument(parser)
     if power == ("neg", ("num", Fraction(1))) and "a" + name in _INVERSES:
         name, power = "a" + name, None
+    if parser.kind() == "rel":  # max = 5
+        return ("sym", name)
     arguments = _arguments(parser)
     if name == "log" and index is not None:
         arguments = (*arguments, index)
@@ -123,7 +132,15 @@ def big(parser: Parser, kind: str) -> Node:
     parser.descend()
     body = parser.product()
     parser.depth -= 1
+    if low[2][0] == ("const", "i"):  # an index here, not the imaginary unit
+        body = _replaced(body, ("const", "i"), ("sym", "i"))
     return ("big", kind, low[2][0][1], low[2][1], high, body)
+
+
+def _replaced(node: Node, old: Node, new: Node) -> Node:
+    if node == old:
+        return new
+    return tuple(_replaced(part, old, new) for part in node) if isinstance(node, tuple) else node
 
 
 def environment(parser: Parser) -> Node:
@@ -137,6 +154,8 @@ def environment(parser: Parser) -> Node:
             rows.append([])
         elif parser.accept("&") or (parser.kind() == "sep" and parser.take()):
             pass
+        elif name == "cases" and (parser.accept(",") or parser.kind() == "text"):
+            rows[-1].extend(_spoken_condition(parser))
         elif parser.kind() == "end":
             raise Unparsable(f"{name} is not closed")
         elif len(rows) > 100 or len(rows[-1]) > 100:
@@ -150,6 +169,8 @@ def environment(parser: Parser) -> Node:
     rows = [row for row in rows if row]
     if name in _LINES and rows and all(len(row) == 1 for row in rows):
         return ("list", "and", tuple(row[0] for row in rows)) if len(rows) > 1 else rows[0][0]
+    if name == "cases" and rows and all(len(row) == 2 for row in rows):
+        return ("cases", tuple(tuple(row) for row in rows))
     if not rows or len({len(row) for row in rows}) != 1:
         raise Unparsable("rows of different lengths")
     if name == "vmatrix":
@@ -157,6 +178,16 @@ def environment(parser: Parser) -> Node:
     if name not in _MATRICES:
         raise Unsupported(f"\\begin{{{name[:20]}}}")
     return ("matrix", tuple(tuple(row) for row in rows))
+
+
+def _spoken_condition(parser: Parser) -> list[Node]:
+    """Nothing for "if", which a condition follows; "otherwise" is one."""
+    words = parser.take()[2].strip(" ,.").casefold() if parser.kind() == "text" else ""
+    if words in _OTHERWISE:
+        return [("text", "otherwise")]
+    if words and words not in _IF:
+        raise Unparsable(f"{words[:20]!r} in a case")
+    return []
 
 
 def exponent(parser: Parser, base: Node) -> Node:
@@ -169,17 +200,42 @@ def exponent(parser: Parser, base: Node) -> Node:
         if base[0] in ("sym", "call"):
             return (base[0], base[1] + "'" * max(1, primes.count("prime") or primes.count("'")), *base[2:])
         raise Unsupported("primes on a number")
+    if base[0] == "domain":
+        return _marked_domain(base[1], raw_argument(parser))
+    if base[0] == "num" and "".join(parser.peek(ahead)[2] for ahead in range(4)) in _ORDINALS:
+        raw_argument(parser)  # 5^{th}
+        return base
+    if base in _FUNCTION_NAMES and [parser.peek(ahead)[2] for ahead in range(5)] == ["{", "-", "1", "}", "("]:
+        parser.at += 4  # f^{-1}(x): the inverse of f
+        return parser.named(base[1] + "^{-1}")
     if base[0] == "matrix" and parser.value() == "T":
         parser.take()
         return ("transpose", base)
     if parser.kind() == "op" and parser.value() in ("*", "+"):
-        if base[0] not in ("sym", "domain"):
+        if base[0] != "sym":
             raise Unparsable("a mark on a value")
         return ("sym", f"{base[1]}^{raw_argument(parser)}")
     parser.descend()
     power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
     parser.depth -= 1
+    if base[0] == "sym" and base[1][1:2] == "_" and (chosen := _chosen(base[1][0], base[1][2:], power)):
+        return chosen
     return ("pow", base, power)
+
+
+def _chosen(letter: str, total: str, picked: Node) -> Node | None:
+    """C_8^3 and A_8^3: combinations and permutations of 3 out of 8, as they are written in China."""
+    name = {"C": "binom", "A": "perm"}.get(letter)
+    if name is None or not (total.isascii() and total.isdigit()) or picked[0] != "num":
+        return None
+    return ("fn", name, (("num", Fraction(int(total[:9]))), picked)) if picked[1] <= int(total[:9]) else None
+
+
+def _marked_domain(name: str, mark: str) -> Node:
+    """R^+, N^*, Z_+: the positive ones."""
+    if mark in ("+", "*", "{+}", "{*}", ">0") and (mark[-1] in "+0" or name != "R"):
+        return ("domain", "Z+" if name in "NZ" else f"{name}+")
+    return ("sym", f"{name}^{mark}")
 
 
 def _degrees(parser: Parser, base: Node) -> Node:
@@ -207,12 +263,19 @@ def exponent_value(parser: Parser) -> Node:
 
 def subscript(parser: Parser, node: Node) -> Node:
     index = raw_argument(parser)
+    if node[0] == "num" and node[1] >= 0 and node[1].denominator == 1:  # (1101)_2
+        node = ("digits", str(int(node[1])), node[1])
     if node[0] == "digits":
-        if not index.isdigit() or not 2 <= int(index) <= 36:
+        base = _BASES.get(index.strip(), int(index) if index.isdigit() and len(index) < 3 else 0)
+        if not 2 <= base <= 36:
             raise Unparsable(f"the base {index[:20]!r}")
-        return ("base", node[1], int(index))
+        return ("base", node[1], base) if base != 10 else ("num", node[2])
     if node[0] == "pow" and node[1][0] == "sym":  # x^2_i
+        if chosen := _chosen(node[1][1], index, node[2]):
+            return chosen
         return ("pow", ("sym", f"{node[1][1]}_{index}"), node[2])
-    if node[0] in ("mul", "fn", "call", "sym", "text", "domain"):
+    if node[0] == "domain":
+        return _marked_domain(node[1], index)
+    if node[0] in ("mul", "fn", "call", "sym", "text"):
         return ("sym", f"{node[1]}_{index}")
     raise Unparsable("a subscript on a value")

@@ -13,7 +13,7 @@ _FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
 
 def renamed(item: Any, names: dict[str, str]) -> Any:
     """A shape with its variables under other names."""
-    if not isinstance(item, tuple):
+    if type(item) is not tuple:  # an interval of numbers has no names
         return item
     if len(item) == 2 and item[0] == "sym":
         return ("sym", names.get(item[1], item[1]))

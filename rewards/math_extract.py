@@ -47,11 +47,12 @@ _FINAL = re.compile(
     re.IGNORECASE,
 )
 _STATED = re.compile(
-    r"(?:answer|result)\s{0,3}\**\s{0,3}(?:is|are|=|:|：|≈)+\s{0,3}(?:approximately|about)?|(?:答案|结果)\s*(?:应?[为是]|[:：=])+|答[:：]",
+    r"(?:answer|result|option|choice)\s{0,3}\**\s{0,3}(?:is|are|=|:|：|≈)+\s{0,3}(?:approximately|about)?|(?:答案|结果)\s*(?:应?[为是]|[:：=])+|答[:：]|选项?\s?(?:[为是:：]\s?)?(?=[A-J(（])",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"####\s*([^\n]+)")
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_CONNECTIVE = re.compile(r"^(?:therefore|thus|hence|so|then|finally|also)[,:]?\s+", re.IGNORECASE)
 _CLAUSE = re.compile(
     r"\s*[,(]?\s(?:because|since|as|which|so|where|when|given|but|(?:and )?not)\s.*",
     re.IGNORECASE | re.DOTALL,
@@ -95,7 +96,8 @@ def extract(completion: str, mode: Literal["any", "stated", "boxed"] = "any") ->
             return Extraction((), Reason.TRUNCATED, "<answer> is not closed")
         text = tags[-1]
         if mode != "boxed" and not BOX.search(text):
-            return _nonempty((text.strip(),))
+            stated = _last(_STATED, text)
+            return _nonempty((text.strip(),) if stated is None else _stated(text[stated.end() :]))
     if "\\boxed" in text or "\\fbox" in text or "\\framebox" in text:
         boxed, end_of_box = boxes(text)
         if boxed is None:
@@ -157,7 +159,7 @@ def _unboxed(text: str, mode: str) -> tuple[str, ...]:
     if (hashes := _last(_HASHES, text)) is not None:
         return (hashes.group(1),)
     stated = _last(_STATED, text)
-    whole = text.strip()
+    whole = _CONNECTIVE.sub("", text.strip(), count=1)
     if stated is not None and (answer := _stated(text[stated.end() :])):
         return answer
     if mode == "stated":
@@ -204,7 +206,7 @@ def _looks_bare(text: str) -> bool:
 
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_MATH_WORDS = split("and or sqrt pi sin cos tan ln log frac")
+_MATH_WORDS = split("and or equals sqrt pi sin cos tan ln log frac")
 _CJK_WORDS = re.compile("[\u3400-\u9fff]{4}")
 _LABEL = re.compile(r"[\w)]\s{0,9}:(?!\d)\s{0,9}\S")
 

@@ -128,17 +128,46 @@ def _gamma(evaluator: Evaluator, value: Number) -> Number:
 
 def _binomial(evaluator: Evaluator, n: Number, k: Number) -> Number:
     if all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k)):
-        if k < 0 or n < 0:
-            raise Undefined("a binomial coefficient of negative numbers")
-        if n > 20_000:
-            raise TooComplex("a binomial coefficient of large numbers")
-        evaluator.charge(1 + float(n) / 10)
-        return evaluator.exact(Fraction(math.comb(int(n), int(k))))
+        return _chosen(math.comb)(evaluator, n, k)
     one = Fraction(1)
     top = _gamma(evaluator, evaluator.combine(n, one, "+"))
     left = _gamma(evaluator, evaluator.combine(k, one, "+"))
     right = _gamma(evaluator, evaluator.combine(evaluator.combine(n, -k, "+"), one, "+"))
     return evaluator.combine(top, evaluator.combine(left, right, "*"), "/")
+
+
+def _chosen(count: Callable[[int, int], int]) -> Callable[..., Number]:
+    """`math.comb` or `math.perm` of whole numbers, bounded."""
+
+    def function(evaluator: Evaluator, n: Number, k: Number) -> Number:
+        if not all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k)):
+            raise Unsupported("a choice out of a number that is not whole")
+        if k < 0 or n < 0:
+            raise Undefined("a binomial coefficient of negative numbers")
+        if n > 20_000:
+            raise TooComplex("a binomial coefficient of large numbers")
+        evaluator.charge(1 + float(n) / 10)
+        return evaluator.exact(Fraction(count(int(n), int(k))))
+
+    return function
+
+
+def _double_factorial(evaluator: Evaluator, value: Number) -> Number:
+    """n (n - 2) (n - 4) ..."""
+    if not isinstance(value, Fraction) or value.denominator != 1 or value < 0:
+        raise Unsupported("the double factorial of a number that is not whole")
+    if value > MAX_FACTORIAL:
+        raise TooComplex(f"the double factorial of a number above {MAX_FACTORIAL}")
+    evaluator.charge(1 + float(value) / 10)
+    return evaluator.exact(Fraction(math.prod(range(int(value), 0, -2))))
+
+
+def _remainder(evaluator: Evaluator, value: Number, modulus: Number) -> Number:
+    if not all(isinstance(number, Fraction) and number.denominator == 1 for number in (value, modulus)):
+        raise Unsupported("a remainder of numbers that are not whole")
+    if modulus == 0:
+        raise Undefined("a remainder after division by zero")
+    return value % modulus
 
 
 def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
@@ -291,6 +320,9 @@ FUNCTIONS: dict[str, Callable[..., Number]] = {
     "abs": _absolute,
     "gamma": _gamma,
     "binom": _binomial,
+    "perm": _chosen(math.perm),
+    "double factorial": _double_factorial,
+    "mod": _remainder,
     "floor": _rounded(up=False),
     "ceil": _rounded(up=True),
     "max": _extreme(max),

@@ -13,13 +13,15 @@ from functools import lru_cache
 
 from rewards import math_symbolic
 from rewards.math_boxes import boxes
+from rewards.math_choices import choice_letters
 from rewards.math_compare import is_multiple, same
+from rewards.math_conditions import split_conditions
 from rewards.math_extract import extract, is_blank
 from rewards.math_options import MathOptions
 from rewards.math_parse import parse
 from rewards.math_probe import constant
 from rewards.math_shape import shape
-from rewards.math_text import MathError, Shape, TooComplex, Undefined, Unsupported, clean, text_key
+from rewards.math_text import MathError, Node, Shape, TooComplex, Undefined, Unsupported, clean, text_key
 from rewards.math_value import symbols
 from rl.types import Reason
 
@@ -37,17 +39,13 @@ _PLAIN = re.compile(
 )
 _THOUSANDS = re.compile(r"\d(?:,|\\,| )\d{3}")
 _SCIENTIFIC = re.compile(r"\de-?\d")
-_DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),(\d+)")
-_CHOICE = re.compile(
-    r"(?:(?:the\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*)?([(\[]?)([A-J])(?:([)\].:]+)\s*(.*)|\s*)",
-    re.IGNORECASE,
+_HAS_A_POLE = re.compile(
+    r"frac|over|div|[/÷^!∕⁄∞]|inf|nan|log|ln|lg|tan|cot|sec|csc|binom|zeta|Gamma|root|sqrt\["
 )
+_DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),(\d+)")
 _CAN_BE_UNDEFINED = re.compile(
     r"(?<![.\d])0|-|inf|∞"
 )  # a zero, written or made by a subtraction, or an infinity
-_CHOICE_LETTER = re.compile("[A-J]")
-_CHOICES = re.compile(r"[A-J](?:[\s,;&]*(?:and)?[\s,;&]*[A-J])+")
-_OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]]|\bor\b|\band\b|或")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?=[\s,.;])")
 _UNUSABLE = frozenset(("?", "n/a", "na", "nan", "\\text{nan}", "null", "-", "--", "..."))
 
@@ -94,7 +92,9 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 @lru_cache(maxsize=8192)
 def _undefined(gold: Texts) -> str | None:
     """Why a gold that is one number has no value: 1/0, 0^0. None for any other gold."""
-    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or plain_number(gold[0]) is not None:
+    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or not _HAS_A_POLE.search(gold[0]):
+        return None
+    if plain_number(gold[0]) is not None:
         return None
     found = _gold_shape(gold, True, True)
     if isinstance(found, MathError) or found[0] != "scalar" or symbols(found[1]):
@@ -122,11 +122,9 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
     if (size := sum(map(len, texts))) > options.max_chars:
         return Reason.TOO_COMPLEX, f"an answer of {size} characters"
     if len(gold) == len(texts) == 1 and (left := plain_number(gold[0])) and (right := plain_number(texts[0])):
-        difference, tolerance = (
-            abs(left[0] - right[0]),
-            Fraction(options.decimal_rtol) * max(abs(left[0]), abs(right[0])),
-        )
-        if difference == 0 or ((left[1] or right[1]) and difference <= tolerance):
+        if left[0] == right[0] or (
+            (left[1] or right[1]) and _within(left[0], right[0], options.decimal_rtol)
+        ):
             return Reason.CORRECT, ""
         if "," not in gold[0] + texts[0]:
             return Reason.WRONG_ANSWER, ""
@@ -136,8 +134,12 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return Reason.TOO_COMPLEX, "an answer nested too deeply"
 
 
+def _within(left: Fraction, right: Fraction, tolerance: float) -> bool:
+    return abs(left - right) <= Fraction(tolerance) * max(abs(left), abs(right))
+
+
 def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
-    if len(gold) == len(texts) == 1 and (letters := _choice_letters(gold[0], texts[0])) is not None:
+    if len(gold) == len(texts) == 1 and (letters := choice_letters(gold[0], texts[0])) is not None:
         return (Reason.CORRECT, "") if letters else (Reason.WRONG_ANSWER, "another choice")
     verdict: Verdict | None = None
     problem: MathError | None = None
@@ -181,8 +183,35 @@ def _compare(
 
 
 def _shape(texts: Texts, thousands: bool, scientific: bool) -> Shape:
-    trees = [parse(clean(text), thousands=thousands, scientific=scientific) for text in texts]
-    return shape(trees[0] if len(trees) == 1 else ("list", ",", tuple(trees)))
+    answers = [split_conditions(clean(text)) for text in texts]
+    trees = [_tree(answer, thousands, scientific) for answer, _ in answers]
+    found = shape(trees[0] if len(trees) == 1 else ("list", ",", tuple(trees)))
+    members = tuple(member for _, conditions in answers for member in conditions.members)
+    relations = [text for _, conditions in answers for text in conditions.relations]
+    if members or relations:
+        return ("given", found, members, tuple(shape(parse(relation)) for relation in relations))
+    return found
+
+
+def _tree(text: str, thousands: bool, scientific: bool) -> Node:
+    """The tree of a text. What is not worked out before an equals sign names what stands behind it."""
+    try:
+        return parse(text, thousands=thousands, scientific=scientific)
+    except Unsupported:
+        name, value = _at_equals_sign(text)
+        if not value:
+            raise
+        return ("rel", ("=",), (("sym", text_key(name)), _tree(value, thousands, scientific)))
+
+
+def _at_equals_sign(text: str) -> tuple[str, str]:
+    """What stands before and behind the first equals sign that is in no bracket."""
+    depth = 0
+    for at, character in enumerate(text):
+        depth += (character in "({[") - (character in ")}]")
+        if character == "=" and not depth:
+            return text[:at], text[at + 1 :]
+    return text, ""
 
 
 @lru_cache(maxsize=8192)
@@ -204,10 +233,15 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
     if _SCIENTIFIC.search(everything):
         yield gold, texts, True, False
     if options.decimal_comma and len(gold) == len(texts) == 1:
-        if (point := _with_point(texts[0], 1)) and "." in gold[0]:
+        if (point := _with_point(texts[0], 1)) and ("." in gold[0] or _is_fraction(gold[0])):
             yield gold, (point,), True, True
         elif (point := _with_point(gold[0], 2)) and "." in texts[0]:
             yield (point,), texts, True, True
+
+
+def _is_fraction(text: str) -> bool:
+    found = plain_number(text)
+    return found is not None and found[0].denominator > 1
 
 
 def _with_point(text: str, least_decimals: int) -> str | None:
@@ -219,36 +253,6 @@ def _with_point(text: str, least_decimals: int) -> str | None:
     if len(match.group(1)) == 3 and not stripped.lstrip("-").startswith("0"):  # 1,234 is a thousand
         return None
     return stripped.replace(",", ".")
-
-
-def _choice_letters(gold: str, text: str) -> bool | None:
-    """Whether two multiple-choice answers name the same letters; None if they are not such answers."""
-    if len(gold) > 60 or len(text) > 400 or _CHOICE_LETTER.search(gold) is None:
-        return None
-    expected, given = (_unstyled(each) for each in (gold, text))
-    choice = _CHOICE.fullmatch(expected)
-    if choice is None or choice.group(4) or not choice.group(2).isupper():
-        if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
-            return set(re.findall("[A-J]", expected)) == set(re.findall("[A-J]", given)) or None
-        return None
-    answer = _CHOICE.fullmatch(given)
-    if answer is None or (not answer.group(2).isupper() and not (choice.group(1) or choice.group(3))):
-        return None
-    if (rest := answer.group(4)) and _OTHER_CHOICE.search(rest):
-        return None
-    if rest and not answer.group(1) and len(rest.split()) > 12:
-        return None
-    return answer.group(2).upper() == choice.group(2) or None
-
-
-_STYLE = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}"
-    r"|\\[ ,;:!]|\\q?quad(?![a-z])|[{}]"
-)
-
-
-def _unstyled(text: str) -> str:
-    return _STYLE.sub(lambda match: match.group(1) or " ", clean(text)).strip(" .")
 
 
 def _judge_symbolically(gold: str, text: str, options: MathOptions) -> Verdict | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
+from string import ascii_letters
 from typing import Any
 
 from rewards.math_text import TooComplex, Unparsable, Unsupported, has_cjk
@@ -53,12 +54,29 @@ _ESCAPES: dict[str, tuple[str, str]] = {
     "\\$": ("cur", "$"),
     "\\&": ("sep", "and"),
     "\\#": ("text", "#"),
+    "\\|": ("op", "|"),
 }
 _SINGLE: dict[str, Token] = {sign: ("op", sign, sign) for sign in "()[]{}^_,;|&%'-"}
+# Signs and letters that stand for themselves where none of `_GLUED` follows.
+_LONE: dict[str, Token] = {
+    **{letter: ("sym", letter, letter) for letter in ascii_letters},
+    **{letter: ("const", letter, letter) for letter in "ei"},
+    "+": ("op", "+", "+"),
+    "*": ("op", "*", "*"),
+    "/": ("op", "/", "/"),
+    "=": ("rel", "=", "="),
+    " ": ("space", "", " "),
+}
+_GLUED = frozenset(ascii_letters + "/*-<=>")
 _OTHERS = frozenset("+-*/^_!',;:|()[]{}&%")
 _DEPTH = {"(": 1, "[": 1, "\\{": 1, "<<": 1, ")": -1, "]": -1, "\\}": -1, ">>": -1}
 _WORDY = re.compile(r"[A-Za-z]{2,}|[\u3400-\u9fff]")
 _BRACED = re.compile(r"\s*\{")
+_ARGUMENT = re.compile(r"\s*[\w(\[{\\]")
+_THIN_SPACE = re.compile(r"~|\\[,;:! ]")
+_UNIT_GROUP = re.compile(r"([A-Za-z][^{}]{0,40}\^\s*\{-?\d\}[^{}]{0,20})\}")
+_LISTED = re.compile(r",\s+(?:and\s+)?|\s+and\s+")  # Alice, Bob and Carol
+_JOINED = re.compile(r"([A-Za-z][A-Za-z ]*?),?\s+(and|or)")
 
 
 def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bool = False) -> list[Token]:
@@ -77,6 +95,11 @@ def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bo
             depth += _DEPTH.get(character, 0)
             position += 1
             continue
+        if (lone := _LONE.get(character)) and text[position + 1 : position + 2] not in _GLUED:
+            if lone[0] != "space":
+                tokens.append(lone)
+            position += 1
+            continue
         if character in "0123456789.":
             token, after = _number(text, position, thousands and depth == 0, scientific)
             if token is not None:
@@ -92,7 +115,8 @@ def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bo
         if kind == "command":
             position = _command(match.group("command"), text, position, tokens, (thousands, scientific))
         elif kind == "word":
-            _word(raw, tokens, prose)
+            is_last = raw in WORDS and _ARGUMENT.match(text, position) is None
+            _word(raw, tokens, prose, is_last)
         elif kind == "cjk":
             tokens.append((*WORDS.get(raw, ("text", raw)), raw))
         elif kind == "relation":
@@ -218,28 +242,44 @@ def _styled(name: str, text: str, position: int, tokens: list[Token], modes: tup
     if "{" in content:  # a style around a formula: the group speaks for itself
         if name.startswith("text"):
             raise Unparsable("a formula inside a text")
-        return position
-    after, word = closing + 1, content.strip()
+        unit = _UNIT_GROUP.match(text, opening.end())
+        if unit is None or not tokens or not _ends_value(tokens[-1]) or not _is_unit(unit.group(1)):
+            return position
+        closing, content = unit.end() - 1, unit.group(1)
+    after, word = closing + 1, _THIN_SPACE.sub(" ", content).strip()
     if name == "mathbb" and word in ("R", "Z", "N", "Q", "C"):
         tokens.append(("domain", word, word))
+    elif tokens and _ends_value(tokens[-1]) and text[after : after + 1] != "_" and _is_unit(word):
+        tokens.append(("text", word, word))
     elif word in WORDS or (name in ("operatorname", "mathrm") and word in FUNCTIONS):
         kind, value = WORDS.get(word) or ("fn", FUNCTIONS[word])
         tokens.append((kind, value, word))
-    elif tokens and _ends_value(tokens[-1]) and parse_unit(word).dimensions:
-        tokens.append(("text", word, word))
+    elif tokens and _ends_value(tokens[-1]) and (joined := _JOINED.fullmatch(word)):
+        tokens.append(("text", joined.group(1), joined.group(1)))
+        tokens.append((*WORDS[joined.group(2)], joined.group(2)))
     elif not _WORDY.search(word) or any(character.isdigit() for character in word):
         inside = lex(word, thousands=modes[0], scientific=modes[1], prose=name not in MATH_STYLES)
         tokens.extend(inside if len(inside) < 2 else [("op", "{", "{"), *inside, ("op", "}", "}")])
     elif name == "operatorname":
         tokens.append(("sym", word, word))
     elif word:
-        tokens.append(("text", word, word))
+        listed = _LISTED.split(word) if not tokens and "{" not in text[after:] else [word]
+        for index, each in enumerate(listed):
+            tokens.extend([("op", ",", ",")] if index else [])
+            tokens.append(("text", each, each))
     return after
 
 
-def _word(word: str, tokens: list[Token], prose: bool = False) -> None:
+def _is_unit(words: str) -> bool:
+    return words.lower() in ("am", "pm") or bool(parse_unit(_THIN_SPACE.sub(" ", words)).dimensions)
+
+
+def _word(word: str, tokens: list[Token], prose: bool = False, is_last: bool = False) -> None:
+    """`is_last`: nothing that "min" and "sec" could be functions of follows."""
     if len(word) == 1:
         tokens.append(({"e": "const", "i": "const"}.get(word, "sym"), word, word))
+    elif is_last and tokens and _ends_value(tokens[-1]) and is_unit_word(word):
+        tokens.append(("text", word, word))
     elif word in WORDS:
         tokens.append((*WORDS[word], word))
     elif (

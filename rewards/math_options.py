@@ -37,7 +37,7 @@ class MathOptions:
     percent: Literal["either", "hundredths", "sign"] = "either"
     units: Literal["lenient", "strict", "ignore"] = "lenient"
     degrees: Literal["either", "radians"] = "either"
-    decimal_rtol: float = 1e-12
+    decimal_rtol: float = 1e-14
     decimal_comma: bool = True
     ordered_lists: bool = False
     loose_shapes: bool = True
@@ -53,7 +53,7 @@ class MathOptions:
                 raise ValueError(f"{name}={value!r} is not a policy of the math grader; use one of {choices}")
         if not 0 <= self.decimal_rtol < 1:
             raise ValueError(
-                f"decimal_rtol={self.decimal_rtol} is not in [0, 1); use 1e-12 for float noise only"
+                f"decimal_rtol={self.decimal_rtol} is not in [0, 1); use 1e-14 for float noise only"
             )
         if self.symbolic_timeout_s < 0 or self.max_chars < 1:
             raise ValueError("symbolic_timeout_s and max_chars have to be positive; use 0.7 and 4000")

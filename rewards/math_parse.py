@@ -4,6 +4,7 @@ A node is a tuple whose first field names it:
     num F, dec F (F a Fraction; dec was written as a decimal)     sym name     const pi|e|i|inf     dots
     add nodes, mul nodes, div a b, pow a b, neg a, fact a, pm sign a b (a ± b), percent a, deg a
     fn name nodes, call name nodes (an undefined function), big sum|prod name low high body
+    cases ((node, condition), ...), residue node modulus
     list how nodes ("," ";" "or" "and"), seq open close nodes, set nodes, builder node nodes, setop op a b
     rel ops nodes (a < b = c), ratio nodes, matrix rows, base digits base, unit node Unit, text words, domain
     name, empty
@@ -11,22 +12,28 @@ A node is a tuple whose first field names it:
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
-from rewards.math_atoms import atom, bracket
+from rewards.math_atoms import atom, bracket, symbol
 from rewards.math_constructs import exponent, subscript
 from rewards.math_lex import Token, lex
+from rewards.math_mixed import as_mixed, read_mixed
 from rewards.math_text import Node, TooComplex, Unparsable, introduces, text_key
-from rewards.math_units import parse_unit
+from rewards.math_unit_text import measured
 
 MAX_DEPTH = 32
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
 END: Token = ("end", "", "")
 _ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
+_ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
-_AFTER_NUMBER = _AFTER_ITEM | {"+", "-", "*", "/"}
+# A number or a letter that one of these follows is all of its power.
+_BARE = frozenset(("num", "sym", "dec", "const"))
+_AFTER_BARE = _AFTER_ITEM | {"+", "-", "*", "/"}
+_AFTER_TERM = _AFTER_ITEM | {"+", "-"}
+_NO_FACTORS = frozenset(("end", "rel", "sep", "text", "cur"))
+_NO_MARKS = frozenset(("end", "rel", "sep", "sym", "const", "cmd", "fn", "text"))
 _VALUE_STARTS = frozenset(("num", "dec", "sym", "const", "fn", "open", "big", "prefix", "set0", "domain"))
 
 
@@ -145,10 +152,10 @@ class Parser:
 
     def relation(self, left: Node | None = None) -> Node:
         """Sides and the relations between them; "≈ 7" and "= 7" are 7, "< 7" is something below 7."""
-        while left is None and self.kind() == "rel" and self.value() in ("~", "="):
-            self.take()
         if left is None:
-            left = ("sym", "") if self.kind() == "rel" else self.side()
+            while self.tokens[self.at][0] == "rel" and self.value() in ("~", "=", "sim"):
+                self.take()
+            left = ("sym", "") if self.tokens[self.at][0] == "rel" else self.side()
         sides, ops = [left], []
         while self.tokens[self.at][0] == "rel":
             ops.append(self.take()[1])
@@ -161,22 +168,17 @@ class Parser:
             self.take()
             return ("dots",)
         node = self.setop()
-        if self.tokens[self.at][0] in ("cur", "text"):
-            words = self.currency + (self.take()[2] if self.kind() == "cur" else "")
-            words += " " + self.unit_text() if self.kind() == "text" else ""
-        elif not (words := self.currency):
+        kind, value, _ = self.tokens[self.at]
+        if kind in _ENDING_KINDS and not self.currency:
             return node
-        return ("unit", node, parse_unit(words.replace("\\$", "$").replace("$", " dollars ")))
-
-    def unit_text(self) -> str:
-        pieces, depth = [], 0
-        while depth or not (self.kind() in ("end", "sep", "rel") or self.value() in _ENDS):
-            kind, value, raw = self.take()
-            if kind == "end":
-                break
-            depth += {"{": 1, "}": -1}.get(value, 0)
-            pieces.append({"text": f" {raw} ", "circ": "°", "*": "·"}.get("*" if value == "*" else kind, raw))
-        return "".join(pieces).replace("{", "").replace("}", "")
+        if kind == "cmd" and value == "over":
+            self.take()
+            node = ("div", node, self.setop())
+        if self.kind() == "mod":
+            is_operator = self.take()[1] == "remainder"
+            modulus = self.atom()
+            return ("fn", "mod", (node, modulus)) if is_operator else ("residue", node, modulus)
+        return measured(self, node)
 
     def setop(self) -> Node:
         node = self.ratio()
@@ -220,10 +222,12 @@ class Parser:
                 return _joined("add", terms)
 
     def product(self) -> Node:
-        factors = [self.signed()]
+        factors = [self.power() if self.tokens[self.at][0] != "op" else self.signed()]
         divisions = 0
         while True:
             kind, value, _ = self.tokens[self.at]
+            if kind in _NO_FACTORS or value in _AFTER_TERM:
+                return _joined("mul", factors)
             if kind == "op" and value == "*":
                 self.take()
                 factors.append(self.signed())
@@ -236,32 +240,21 @@ class Parser:
             elif self.starts_value(kind, value):
                 previous = self.tokens[self.at - 1]
                 if kind in ("num", "dec") and previous[0] in ("num", "dec"):
-                    factors = [self.mixed(factors)]
+                    factors = [read_mixed(self, factors)]
                     continue
                 is_mixed = len(factors) == 1 and kind == "cmd" and value == "frac" and previous[0] == "num"
                 is_mixed = is_mixed and factors[0][0] in ("num", "neg")
                 right = self.power()
-                factors = [_mixed(factors[0], right)] if is_mixed else [*factors, right]
+                factors = [as_mixed(factors[0], right)] if is_mixed else [*factors, right]
             else:
                 return _joined("mul", factors)
-
-    def mixed(self, factors: list[Node]) -> Node:
-        """2 1/3, at its second number."""
-        whole, top, slash, bottom = factors[0], self.peek(), self.peek(1), self.peek(2)
-        if (
-            len(factors) == 1
-            and slash[1] == "/"
-            and whole[0] == top[0] == bottom[0] == "num"
-            and 0 < top[1] < bottom[1]
-        ):
-            self.at += 3
-            return ("num", whole[1] + top[1] / bottom[1])
-        raise Unparsable("two numbers without an operator")
 
     def starts_value(self, kind: str, value: Any) -> bool:
         if kind in _VALUE_STARTS:
             return True
         if kind == "cmd":
+            if value == "frac" and self.peek(1)[1] == "{" and self.peek(2)[0] == "text":  # km over h
+                return False
             return value in ("frac", "binom", "sqrt", "begin", "accent")
         if kind == "op" and value == "[":  # not the end of [0, 1[
             return self.peek(1)[0] not in ("end", "setop", "sep", "op") or self.peek(1)[1] in (
@@ -288,11 +281,16 @@ class Parser:
     def bracket(self, opener: str) -> Node:
         return bracket(self, opener)
 
+    def named(self, name: str) -> Node:
+        return symbol(self, name)
+
     def power(self) -> Node:
         kind, value, _ = self.tokens[self.at]
-        if kind == "num" and self.tokens[self.at + 1][1] in _AFTER_NUMBER:
-            self.at += 1
-            return ("num", value)
+        if kind in _BARE:
+            following = self.tokens[self.at + 1]
+            if following[0] in _NO_MARKS or following[1] in _AFTER_BARE:
+                self.at += 1
+                return (kind, value)
         node: Node = self.atom()
         postfixes = 0
         while True:
@@ -316,7 +314,7 @@ class Parser:
                 node = (node[0], node[1] + "'", *node[2:])
             elif value == "!":
                 self.take()
-                node = ("fact", node)
+                node = ("fn", "double factorial", (node,)) if self.accept("!") else ("fact", node)
             elif value == "%":
                 self.take()
                 node = ("percent", node)
@@ -328,21 +326,5 @@ def _listed(nodes: list[Node], how: str) -> Node:
     return nodes[0] if len(nodes) == 1 else ("list", how, tuple(nodes))
 
 
-def _divided(node: Node, right: Node) -> Node:
-    return ("div", node, right)
-
-
 def _joined(kind: str, parts: list[Node]) -> Node:
     return parts[0] if len(parts) == 1 else (kind, tuple(parts))
-
-
-def _mixed(node: Node, right: Node) -> Node:
-    """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
-    if right[0] in ("percent", "deg"):
-        return (right[0], _mixed(node, right[1]))
-    if right[0] == "div" and right[1][0] == "num" and right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
-        whole = node[1][1] if node[0] == "neg" else node[1]
-        if isinstance(whole, Fraction) and whole.denominator == 1:
-            total: Node = ("num", whole + right[1][1] / right[2][1])
-            return ("neg", total) if node[0] == "neg" else total
-    return ("mul", (node, right))

@@ -25,6 +25,7 @@ class Interval(NamedTuple):
 
 Region = tuple[Interval, ...]
 REALS: Region = (Interval(-math.inf, False, math.inf, False),)
+DOMAINS: dict[str, Region] = {"R": REALS, "R+": (Interval(Fraction(0), False, math.inf, False),)}
 
 
 def endpoint(node: Node) -> Endpoint:
@@ -92,6 +93,11 @@ def complement(region: Region) -> Region:
     if low != math.inf:
         gaps.extend(interval(low, has_low, math.inf, False))
     return tuple(gaps)
+
+
+def is_finite(region: Region) -> bool:
+    """Whether a set consists of single points."""
+    return all(part.low == part.high for part in region)
 
 
 def intersection(left: Region, right: Region) -> Region:
@@ -198,6 +204,20 @@ def as_region(item: Shape) -> Region | None:
         return _as_region(item)
     except MathError:
         return None
+
+
+def listed_intervals(item: Shape, *, may_be_points: bool) -> Region | None:
+    """The union of (-1, 2), (3, 5), which are intervals for sure where one is closed or endless."""
+    if item[0] != "many" or item[1] == "pm" or any(part[0] not in ("seq", "region") for part in item[2]):
+        return None
+    sure = any(
+        part[0] == "region"
+        or "[" in part[1]
+        or "]" in part[2]
+        or any(end[0] == "infinity" for end in part[3])
+        for part in item[2]
+    )
+    return as_region(("many", "or", item[2])) if sure or may_be_points else None
 
 
 def _as_region(item: Shape) -> Region | None:

@@ -2,6 +2,7 @@
 
 A shape is a tuple whose first field names it:
     scalar node, measure shape Unit, infinity sign, base digits base, ratio nodes, text words, dots
+    residue node modulus, pieces ((shape, condition), ...), given shape members relations (`math_conditions`)
     named name shape arguments (f(x) = ...), assign ((name, shape), ...)
     many how shapes (a bare list), set shapes, seq open close shapes, matrix rows
     region intervals, setop op shape shape, builder node nodes, domain name
@@ -11,12 +12,15 @@ A shape is a tuple whose first field names it:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from rewards import math_region as regions
 from rewards.math_matrix import fold
+from rewards.math_measure import compound
+from rewards.math_names import is_quantity, name_of
 from rewards.math_probe import same_value
 from rewards.math_region import as_region, scalar
 from rewards.math_text import MathError, Node, Shape, Unparsable, Unsupported
@@ -25,7 +29,7 @@ from rewards.math_value import has, kinds, symbols
 from rewards.math_words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS
 
 _PLAIN = frozenset(("num", "dec", "const"))
-_NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop"))
+_NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop", "cases"))
 _INEQUALITIES = frozenset(("<", ">", "<=", ">=", "!="))
 
 
@@ -50,6 +54,8 @@ def shape(node: Node) -> Shape:
         return _set_operation(node[1], shape(node[2]), shape(node[3]))
     if kind == "builder":
         return _builder(node)
+    if kind == "cases":
+        return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in node[1]]))
     if kind == "text":
         words = node[1]
         if words in EMPTY_WORDS:
@@ -60,12 +66,12 @@ def shape(node: Node) -> Shape:
     if kind == "empty":
         return ("set", ())
     if kind == "domain":
-        return ("region", regions.REALS) if node[1] == "R" else node
-    if kind in ("base", "dots", "ratio"):
+        return ("region", regions.DOMAINS[node[1]]) if node[1] in regions.DOMAINS else node
+    if kind in ("base", "dots", "ratio", "residue"):
         return node
     if (kind == "const" or kind == "neg") and (sign := regions.infinity(node)):
         return ("infinity", sign)
-    if kind in _PLAIN:
+    if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
         return ("scalar", node)
     inside = kinds(node)
     if "pm" in inside:
@@ -78,6 +84,23 @@ def shape(node: Node) -> Shape:
     if node[0] == "sym" and node[1] in ("", None):
         raise Unparsable("an empty name")
     return ("scalar", node)
+
+
+def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tuple[tuple[Shape, Shape], ...]:
+    """Pieces with "otherwise" as what the other conditions leave, where these are about one variable."""
+    *others, (value, last) = pieces
+    names = {condition[1] for _, condition in others if condition[0] == "named"}
+    if last != ("text", "otherwise") or len(names) != 1:
+        return tuple(pieces)
+    covered = [
+        as_region(("set", (inner[2],)) if inner[0] == "named" and inner[2][0] == "scalar" else inner)
+        for _, inner in others
+    ]
+    known = [region for region in covered if region is not None]
+    if len(known) < len(covered):
+        return tuple(pieces)
+    rest: Shape = ("named", names.pop(), ("region", regions.complement(regions.union(*known))), ())
+    return (*others, (value, rest))
 
 
 def _signed(node: Any, sign: int) -> Any:
@@ -120,39 +143,6 @@ def _flat(items: Any) -> tuple[Shape, ...]:
 # Relations -------------------------------------------------------------------------------------------
 
 
-def name_of(node: Node) -> tuple[str, ...] | None:
-    """What a left side gives a name to: x, x_1, f(x), AB, |AB|, (x, y)."""
-    if node[0] == "sym":
-        return (node[1],)
-    if node[0] == "call" and all(argument[0] == "sym" for argument in node[2]):
-        return (f"{node[1]}()",)
-    if node[0] == "fn" and node[1] in ("abs", "max", "min") and len(node[2]) == 1:
-        inner = name_of(node[2][0])
-        return (f"{node[1]} {inner[0]}",) if inner and len(inner) == 1 else None
-    if node[0] == "mul" and all(
-        (part[0] == "sym" and part[1][0].isupper()) or part[0] == "mul" for part in node[1]
-    ):
-        inner = [name_of(part) for part in node[1]]
-        return ("".join(name[0] for name in inner if name),) if all(inner) else None
-    if node[0] == "div" and (all(map(_is_segment, node[1:])) or all(map(_is_differential, node[1:]))):
-        return (str(node[1:]),)  # NO/BO, dy/dx
-    if node[0] in ("seq", "ratio"):
-        names = [name_of(item) for item in node[-1]]
-        if all(name is not None and len(name) == 1 for name in names):
-            parts = tuple(name[0] for name in names if name)
-            return parts if node[0] == "seq" else (":".join(parts),)
-    return None
-
-
-def _is_segment(node: Node) -> bool:
-    name = name_of(node)
-    return name is not None and len(name[0]) > 1 and name[0].isupper() and name[0].isalpha()
-
-
-def _is_differential(node: Node) -> bool:
-    return node[0] == "mul" and len(node[1]) == 2 and node[1][0] == ("sym", "d") and node[1][1][0] == "sym"
-
-
 def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
     if "~" in ops:  # what stands before ≈ is the answer, unless that is only a name
         at = ops.index("~")
@@ -186,15 +176,16 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
         if len(sides) != 2:
             raise Unsupported("a chain of equations")
         left, right = _number(sides[0]), _number(sides[1])
-        value = right if left[0] == "add" and all(term[0] == "sym" for term in left[1]) and plain else None
-        return ("equation", ("add", (left, ("neg", right))), value)
+        is_value = bool(plain) and is_quantity(left) and not _agree(right, ("num", Fraction(0)))
+        return ("equation", ("add", (left, ("neg", right))), right if is_value else None)
     value = shape(sides[-1])
-    if len(names) > 1:
+    name, *more = names
+    if more:
         if value[0] == "seq" and len(value[3]) == len(names):
             return ("assign", tuple(zip(names, value[3], strict=True)))
         return value
-    arguments = tuple(argument[1] for argument in first[2]) if first[0] == "call" else ()
-    return ("named", "".join(names), value, arguments)
+    arguments = tuple(argument[1] for argument in first[2]) if name.endswith("()") else ()
+    return ("named", name, value, arguments)
 
 
 def _number(node: Node) -> Node:
@@ -243,14 +234,18 @@ def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
 
 def _several(how: str, items: list[Shape]) -> Shape:
     flat = list(_flat(items))
+    if how == "and" and (measure := compound(flat)) is not None:
+        return measure
     rest = flat[1:]
     is_first_named = how != ";" and flat[0][0] == "named" and flat[0][2][0] in ("scalar", "measure")
     if is_first_named and rest and all(item[0] in ("scalar", "dots", "measure") for item in rest):
         return ("named", flat[0][1], ("many", how, (flat[0][2], *rest)), ())  # n = 1, 2, 3
+    if (left_out := _left_out(flat)) is not None:
+        return left_out
     if all(item[0] == "named" for item in flat):
         names = [item[1] for item in flat]
         if len(set(names)) == 1:
-            return ("named", names[0], _joined(how, [item[2] for item in flat]), flat[0][3])
+            return ("named", names[0], _joined(how, [item[2] for item in flat], of_one=True), flat[0][3])
         if len(set(names)) == len(names) and how != "or" and not any(item[2][0] == "region" for item in flat):
             return ("assign", tuple((item[1], _all(item[2])) for item in flat))
     return _joined(how, [_unnamed(item) for item in flat])
@@ -266,13 +261,28 @@ def _unnamed(item: Shape) -> Shape:
     return item[2] if item[0] == "named" else item
 
 
-def _joined(how: str, items: list[Shape]) -> Shape:
+def _left_out(items: list[Shape]) -> Shape | None:
+    """x != 1, 2: all reals but these."""
+    first, *rest = items
+    if first[0] != "named" or first[2][0] != "region" or not rest:
+        return None
+    if any(item[0] != "scalar" for item in rest) or not regions.is_finite(regions.complement(first[2][1])):
+        return None
+    points = as_region(("set", tuple(rest)))
+    if points is None:
+        return None
+    return ("named", first[1], ("region", regions.intersection(first[2][1], regions.complement(points))), ())
+
+
+def _joined(how: str, items: list[Shape], *, of_one: bool = False) -> Shape:
+    """`of_one`: conditions of one variable. A comma between them is an "and", or an "or" where that leaves
+    nothing.
+    """
     items = list(_flat(items))
-    if items and all(item[0] == "region" for item in items) and how in ("or", "and"):
-        found = items[0][1]
-        for item in items[1:]:
-            found = regions.union(found, item[1]) if how == "or" else regions.intersection(found, item[1])
-        return ("region", found)
+    if items and all(item[0] == "region" for item in items) and (of_one or how in ("or", "and")):
+        parts = [item[1] for item in items]
+        either, both = regions.union(*parts), functools.reduce(regions.intersection, parts)
+        return ("region", either if how == "or" or (how != "and" and not both) else both)
     return ("many", how, tuple(items))
 
 
@@ -290,6 +300,13 @@ def _builder(node: Node) -> Shape:
     formula.
     """
     _, head, conditions = node
+    rules = conditions[2] if conditions[0] == "list" and conditions[1] != "or" else (conditions,)
+    members = tuple(filter(None, map(_membership, rules)))
+    others = [rule for rule in rules if _membership(rule) is None]
+    if members and head[0] != "sym" and not others:  # {2k | k in Z}
+        return ("given", ("set", (shape(head),)), members, ())
+    if members and head[0] == "sym" and len(others) == 1 and others[0][:2] == ("rel", ("=",)):
+        return ("given", _unnamed(shape(others[0])), members, ())  # {x | x = 2k, k in Z}
     domain = "R"
     if head[0] == "rel" and head[1] == ("in",) and head[2][1][0] == "domain":
         domain, head = head[2][1][1], head[2][0]
@@ -300,3 +317,10 @@ def _builder(node: Node) -> Shape:
         if inner[0] == "many":
             return ("set", inner[2])
     return ("builder", node[1], conditions)
+
+
+def _membership(rule: Node) -> tuple[str, str] | None:
+    """(k, Z) of k in Z."""
+    if rule[0] != "rel" or rule[1] != ("in",) or rule[2][0][0] != "sym" or rule[2][1][0] != "domain":
+        return None
+    return rule[2][0][1], rule[2][1][1]

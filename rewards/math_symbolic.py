@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rewards.math_text import MathError
 START_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 60.0
 MAX_CHARS = 300
+MAX_TRIES_OF_A_GOLD, MAX_SLOW_GOLDS = 2, 10_000  # a gold that is too slow twice is not asked about again
 _WORKER = Path(__file__).with_name("math_symbolic_worker.py")
 _HARMLESS = re.compile(r"[A-Za-z0-9\\{}()\[\]|<>=+\-*/^_,.;:!'&%~\s]*")
 _LARGE = re.compile(r"\d{13}|\^\{?[^{}]{0,9}\^\{?[^{}]{0,9}\^|\d{4}\s*!|!\s*!|__")
@@ -55,6 +57,7 @@ class SymbolicWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._is_ready = False
+        self._slow_golds: Counter[str] = Counter()
 
     def equal(self, gold: str, prediction: str, timeout_s: float) -> bool | None:
         """Whether sympy finds two LaTeX texts equal; None if it cannot read one of them.
@@ -64,6 +67,8 @@ class SymbolicWorker:
                 starts another.
             SymbolicFault: see there.
         """
+        if self._slow_golds[gold] >= MAX_TRIES_OF_A_GOLD:
+            raise SymbolicTimeout(timeout_s, on_gold=True)
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
             raise SymbolicFault(f"the sympy process stayed busy for {LOCK_TIMEOUT_S} s")
         try:
@@ -111,6 +116,8 @@ class SymbolicWorker:
             message = self._receive(deadline)
             if message is None:
                 self._spawn()  # so that the next question does not wait for all of a start
+                if not read_gold and len(self._slow_golds) < MAX_SLOW_GOLDS:
+                    self._slow_golds[gold] += 1
                 raise SymbolicTimeout(timeout_s, on_gold=not read_gold)
             if "read" not in message:
                 return message

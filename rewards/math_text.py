@@ -55,6 +55,11 @@ _INVISIBLE_COMMANDS = re.compile(r"\\[hv]?(?:phantom|tag|label|space|color)")
 _INVISIBLE = re.compile(r"\\(?:[hv]?phantom|tag\*?|label|[hv]space\*?|color)\s*\{[^{}]*\}")
 _TIMES_X = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 _CUP_U = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[\\])")
+_RARE = re.compile(r"implies|Right|Longright|mod|\{:\}|prime|\. ?[mM]")
+_IMPLIES = ("\\implies", "\\Rightarrow", "\\Longrightarrow")
+_MODULO = re.compile(r"\(\s*(?:\\text\s*\{\s*|\\[bp]?)?mod(?:ulo)?\s*\}?\s*(\w{1,9})\s*\)")
+_PRIMES = re.compile(r"\^\s*(?:\\prime(?![a-z])|\{\s*(?:\\prime\s*){1,3}\})")
+_MERIDIEM = re.compile(r"(?<![A-Za-z])([apAP])\. ?[mM](?![A-Za-z])\.?")
 _GLUED_OR = re.compile(r"(?<=[\d)}])\s*(or|and)(?=\s*[A-Za-z]\s*[=(<>])")
 _DOLLAR_AMOUNT = re.compile(r"\\?\$\s*(?=[\d.])|(?<=\d)\s*\\?\$")
 _GLUED_COMMAND = re.compile(r"\\(q?quad)(?=[a-z])")
@@ -97,9 +102,20 @@ def clean(text: str) -> str:
         text = _TIMES_X.sub(r"\\times ", text)
     if "U" in text:
         text = _CUP_U.sub(r"\\cup ", text)
+    if _RARE.search(text):
+        text = _without_rarities(text)
     if "or" in text or "and" in text:
         text = _GLUED_OR.sub(lambda match: r" \lor " if match.group(1) == "or" else r" \land ", text)
     return _strip(text)
+
+
+def _without_rarities(text: str) -> str:
+    """What only few answers hold, in one way of writing it. Of a => b, b is the answer."""
+    for sign in _IMPLIES:
+        text = text.rpartition(sign)[2]
+    text = _MODULO.sub(r"\\pmod{\1}", text.replace("{:}", ":"))
+    text = _PRIMES.sub(lambda match: "'" * match.group().count("prime"), text)
+    return _MERIDIEM.sub(r"\1m", text)
 
 
 def _without_delimiters(text: str) -> str:
@@ -117,11 +133,15 @@ _FACTORIAL_END = re.compile(r"(?:[\d)}]|(?<![A-Za-z])[A-Za-z])$")
 
 
 def _strip(text: str) -> str:
-    text = text.strip().strip("*`").lstrip(" \t\r\n,;:~")
+    text = text.strip().strip("`").lstrip("*").lstrip(" \t\r\n,;:~")
+    if text[-1:] == "*" and text[-2:-1] != "^":
+        text = text.rstrip("*")
+    if text[:1] == text[-1:] == "'":
+        text = text.strip("'")
     stripped = text.rstrip(_TAIL)
     tail = text[len(stripped) :]
     if tail.startswith("...") or (tail.startswith("!") and _FACTORIAL_END.search(stripped)):
-        return stripped + (tail[:3] if tail[0] == "." else "!")
+        return stripped + (tail[:3] if tail[0] == "." else "!!" if tail[:2] == "!!" else "!")
     return stripped
 
 
@@ -130,7 +150,9 @@ _STYLE = re.compile(
     r"\s*\*?\{([^{}]*)\}"
 )
 _SPACES = re.compile(r"(?:\\[,;:!> ]|[\s~]|\\q?quad(?![a-zA-Z]))+")
-_ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]{3})")
+_ARTICLE = re.compile(r"^(?:an?|the|on|in|at) (?=[a-z]{3})")
+_ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)(?![a-z])")
+_SYNONYMS = {"dne": "does not exist"}
 _LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
@@ -146,7 +168,10 @@ def text_key(text: str) -> str:
             break
     text = _SPACES.sub(" ", text).strip(_TAIL + "\"'")
     text = _LOOSE_SPACE.sub("", text)
-    return _ARTICLE.sub("", text.casefold()) if len(text) > 1 else text
+    if len(text) < 2:
+        return text
+    key = _ARTICLE.sub("", _ORDINAL.sub("", text.casefold()))
+    return _SYNONYMS.get(key, key)
 
 
 def has_cjk(text: str) -> bool:

@@ -26,7 +26,7 @@ m 1/1000000 µm um micrometer micrometers micron microns
 m 1/1000000000 nm nanometer nanometers
 m 1/10000000000 angstrom angstroms
 m 0.3048 ft foot feet
-m 0.0254 inch inches
+m 0.0254 inch inches in
 m 0.9144 yd yard yards
 m 1609.344 mi mile miles
 s 1 s sec secs second seconds 秒
@@ -71,6 +71,18 @@ Pa 1000 kPa
 V 1 V volt volts
 A 1 amp amps ampere amperes
 K 1 K kelvin kelvins
+C 1 C coulomb coulombs
+T 1 T tesla
+F 1 F farad farads
+ohm 1 Ω ohm ohms
+Wb 1 Wb
+eV 1 eV
+eV 1000 keV
+eV 1000000 MeV
+cal 1 cal calorie calories
+cal 1000 kcal
+arcsec 1 arcsecond arcseconds arcsec
+arcsec 60 arcminute arcminutes arcmin
 mol 1 mol mole moles
 °C 1 °C celsius
 °F 1 °F fahrenheit
@@ -107,8 +119,9 @@ _CLAIMS = split(
     "times except approximately about either neither but maybe perhaps mod when where for "
     "cannot isn't isnt never instead greater fewer above below 或 不 以上 以下"
 )
-_PIECE = re.compile(r"[A-Za-z°µ¢'_]+|[\u3400-\u9fff]+|\^\s*\{?\s*(-?\d+)\s*\}?|[/*·]|\S")
+_PIECE = re.compile(r"[A-Za-z°µΩ¢'_]+|\d+|[\u3400-\u9fff]+|\^\s*\{?\s*(-?\d+)\s*\}?|[/*·]|\S")
 _CJK_POWER = re.compile("^(平方|立方)(.+)$")
+_TEMPERATURE = re.compile(r"deg(?:ree)?s?\s+([CF])(?:elsius|ahrenheit)?(?![A-Za-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +151,7 @@ def is_unit_word(word: str) -> bool:
 @lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit:
     """The unit that a trailing text means."""
+    text = _TEMPERATURE.sub(lambda match: "°" + match.group(1).upper(), text)
     dimensions: dict[str, int] = {}
     factor, words, known, sign, power = Fraction(1), [], True, 1, 1
     pieces = list(_PIECE.finditer(text))
@@ -154,14 +168,15 @@ def parse_unit(text: str) -> Unit:
             continue
         if cjk := _CJK_POWER.match(piece):
             power, piece = _POWERS[cjk.group(1)], cjk.group(2)
-        if piece in "*·.,()" or piece.lower() in _FILLER:
+        following = pieces[index + 1] if index + 1 < len(pieces) else None
+        is_inch = piece == "in" and (following is None or following.group(1) is not None)
+        if piece in "*·.,()" or (piece.lower() in _FILLER and not is_inch):
             continue
         entry = _TABLE.get(piece) or _TABLE.get(piece.lower())
         words.append(piece.casefold())
         if entry is None:
             known = False
             continue
-        following = pieces[index + 1] if index + 1 < len(pieces) else None
         if following is not None and following.group(1) is not None and len(following.group(1)) < 3:
             power = int(following.group(1))
         elif following is not None and following.group() in ("squared", "cubed"):
@@ -172,9 +187,13 @@ def parse_unit(text: str) -> Unit:
         factor *= entry[1] ** (sign * power)
         power = 1
     is_claim = len(words) > 6 or any(word in _CLAIMS or any(c.isdigit() for c in word) for word in words)
+    is_claim = is_claim and words != ["times"]
     stems = frozenset(_stem(word) for word in words)
     pairs = tuple(sorted((name, exponent) for name, exponent in dimensions.items() if exponent))
     return Unit(pairs if known else None, factor if known else Fraction(1), stems, is_claim)
+
+
+_STERLING = (("gbp", 1),)  # "pounds" are a mass, except beside a £
 
 
 def _stem(word: str) -> str:
@@ -186,6 +205,9 @@ def _stem(word: str) -> str:
 def units_agree(gold: Unit, prediction: Unit) -> bool:
     """Whether two written units may belong to one answer; known ones must have the same dimensions."""
     if gold.dimensions is not None and prediction.dimensions is not None:
+        is_money = _STERLING in (gold.dimensions, prediction.dimensions)
+        if is_money and (gold.words == {"pound"} or prediction.words == {"pound"}):
+            return True
         return gold.dimensions == prediction.dimensions
     if not gold.words or not prediction.words:
         return True

@@ -149,6 +149,9 @@ class Evaluator:
             return Fraction(2 + code % 11 + (self.point - 10))
         if self.point == 0:
             return Fraction(1, 4) + unit * Fraction(11, 16)
+        if self.point >= 4:
+            far = 20_000 + unit * 10**6
+            return far if self.point == 6 or (code & 4096 > 0) == (self.point == 4) else -far
         size = Fraction(9, 8) + unit * 3
         return size if self.point == 1 else -size if self.point == 2 or code & 4096 else size
 

@@ -107,6 +107,9 @@ op [ lbrack
 op ] rbrack
 op : colon
 op ' prime
+sym P Pr
+mod residue pmod
+mod remainder bmod mod
 sep or lor vee
 sep and land wedge
 dots ... ldots dots cdots dotsc dotsb vdots ddots hdots
@@ -153,6 +156,9 @@ const inf inf infty infinity Infinity oo
 cmd sqrt sqrt
 pm 1 pm
 setop cup cup union
+op : to 比
+text if if
+rel = equals
 sep or or OR Or 或 或者
 sep and and AND And & 和 及 且 以及 与
 """),
@@ -162,6 +168,7 @@ left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr 
 textstyle
 scriptstyle limits nolimits underline boxed fbox bf rm it hfill ensuremath mathop mathord mathbin mathstrut
 hline
+square blacksquare Box blacksquare checkmark tiny scriptsize footnotesize small normalsize LARGE huge Huge
 boldmath large Large null normalfont qed par noindent relax therefore
 """)
 MATH_STYLES = split("mathrm mathbf mathit mathsf mathtt mathcal mathbb mathfrak mathscr boldsymbol bm")
@@ -197,9 +204,12 @@ REAL_WORDS = frozenset(
 INTRODUCTIONS = split("""
 the a an answer is are final approximately about approx roughly nearly equals equal to solution value total
 exactly of
-so thus hence therefore there option choice letter result
+so thus hence therefore there option choice letter result maximum minimum largest smallest greatest
+possible sum product area number remainder
 """)
 
+_SAME_THING = ("or equivalently", "or simply", "equivalently", "that is", "i.e.", "i.e")
+WORDS |= dict.fromkeys(_SAME_THING, ("sep", "or"))
 _GREEK_ORDER = """
 alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi
 omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
@@ -219,7 +229,7 @@ CHARACTERS: dict[str, str] = {
     **dict.fromkeys("，、﹐", ","), **dict.fromkeys("。．", "."), **dict.fromkeys("【〔", "["),
     **dict.fromkeys("】〕", "]"), **dict.fromkeys("“”", " "), **dict.fromkeys("…⋯", "\\ldots "),
     **dict.fromkeys("×✕", "\\times "), **dict.fromkeys("∕⁄", "/"),
-"÷": "\\div ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∞": "\\infty ", "≠": "\\ne ", "∪": "\\cup ",
+"÷": "\\div ", "∶": ":", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∞": "\\infty ", "≠": "\\ne ", "∪": "\\cup ",
     "∩": "\\cap ", "∖": "\\setminus ", "∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "∨": "\\lor ",
     "∧": "\\land ", "⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ",
     "⌈": "\\lceil ", "⌉": "\\rceil ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}",

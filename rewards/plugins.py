@@ -51,6 +51,8 @@ class RewardFunction:
         given: which of TRL's own arguments are passed.
         needs_ids: it cannot do without token ids.
         groupwise: it must see all completions of a prompt in one call, and of one prompt only.
+        time_limit_s: how long it may take for one completion by a deadline of its own, which comes before
+            the pool's: what is late by it is a fault of the completion, not of the grader. 0: it has none.
     """
 
     name: str
@@ -63,6 +65,7 @@ class RewardFunction:
     options: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = GIVEN
     needs_ids: bool = False
+    time_limit_s: float = 0.0
 
     def takes(self, column: str) -> bool:
         named = self.takes_any or column in self.required or column in self.optional
@@ -147,7 +150,13 @@ def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], marked
         options=options,
         given=GIVEN if has_rest and not ours else GIVEN & {p.name for p in named},
         needs_ids=any(p.name == "completion_ids" and p.default is p.empty for p in named),
+        time_limit_s=_time_limit_s(fn, options),
     )
+
+
+def _time_limit_s(fn: Any, options: Mapping[str, Any]) -> float:
+    limit_s = getattr(fn, "time_limit_s", 0.0)
+    return float(limit_s) if isinstance(limit_s, int | float) else float(limit_s(options))
 
 
 def _is_factory(fn: Callable[..., Any]) -> bool:

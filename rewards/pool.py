@@ -73,7 +73,8 @@ class RewardPool:
         Args:
             specs: specs, names, or functions that can be imported by another process.
             workers: grader processes.
-            deadline_s: per completion, on the clock; then the grader is killed and the sample abstains.
+            deadline_s: per completion, on the clock; then the grader is killed and the sample abstains. A
+                reward with a longer deadline of its own (`code`) gets that.
             memory_bytes: address space that one grader may take beyond what loading the rewards took.
 
         Raises:
@@ -147,7 +148,8 @@ class RewardPool:
         """
         futures = [self.submit(group) for group in groups]
         num_calls = len(self.specs) * sum(len(group.completions) for group in groups)
-        limit_s = 2 * (self.deadline_s + START_S) * (num_calls + 1)
+        longest_s = max(self.deadline_s, *(asks.time_limit_s for asks in self.asks))
+        limit_s = 2 * (longest_s + START_S) * (num_calls + 1)
         return [future.result(timeout=limit_s) for future in futures]
 
     def take_faults(self) -> Faults:

@@ -305,8 +305,8 @@ class Zygote:
                     os.dup2(descriptor, target)
                     os.close(descriptor)
                 try:
-                    judge.main(os.pread(SOURCE, os.fstat(SOURCE).st_size, 0))
-                    clean = vars(builtins) == builtins_before and _thread._count() == 0
+                    status = judge.main(os.pread(SOURCE, os.fstat(SOURCE).st_size, 0))
+                    clean = status == 0 and vars(builtins) == builtins_before and _thread._count() == 0
                     again = clean and num_served < MAX_SERVED
                 except BaseException:
                     again = False

@@ -126,6 +126,7 @@ class CosineLength:
         self.correct, self.wrong = (max_correct, min_correct), (min_wrong, max_wrong)
         self.correctness = Correctness(accuracy, accuracy_options or {})
         self.required_columns = self.correctness.inner.required
+        self.time_limit_s = self.correctness.inner.time_limit_s
         self.takes_any_column = True
 
     def __call__(
@@ -154,6 +155,7 @@ class KimiLength:
     def __init__(self, accuracy: str = "math", accuracy_options: Mapping[str, Any] | None = None) -> None:
         self.correctness = Correctness(accuracy, accuracy_options or {})
         self.required_columns = self.correctness.inner.required
+        self.time_limit_s = self.correctness.inner.time_limit_s
         self.takes_any_column = True
 
     def __call__(

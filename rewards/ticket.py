@@ -32,6 +32,7 @@ class Asks:
     given: Collection[str]
     options: Collection[str]
     needs_ids: bool
+    time_limit_s: float
 
     def pick(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The columns that the reward takes."""
@@ -105,7 +106,7 @@ class Ticket:
             ],
             "completion_ids": None,
             "columns": self._columns[number],
-            "deadline_s": self._grading.deadline_s * len(indices),
+            "deadline_s": max(self._grading.deadline_s, asks.time_limit_s) * len(indices),
         }
         if "prompts" in asks.given:
             message["prompt"] = [dict(m) for m in self._prompt.messages] if chat else self._prompt.text
@@ -143,9 +144,14 @@ class Ticket:
             self._future.set_exception(error)
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def is_json(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
     try:
-        json.dumps(value, allow_nan=False)
+        _encode(value)
     except (TypeError, ValueError):
         return False
     return True

@@ -27,9 +27,12 @@ MAX_TEXT = 2000
 HEADER = struct.Struct(">I")
 
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def encode_frame(message: Mapping[str, Any]) -> bytes:
     """Length (4 bytes, big-endian), then JSON. NaN is refused: scores that cross are finite."""
-    body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
+    body = _encode(message).encode()
     return HEADER.pack(len(body)) + body
 
 
@@ -140,6 +143,7 @@ def _fault_of(error: BaseException) -> dict[str, str]:
     if isinstance(error, BadValue):
         return {"fault": "bad_value", "detail": _brief(error)}
     if isinstance(error, MemoryError):
+        error.__traceback__ = None  # its frames hold what filled the memory; the answer needs some
         return {"fault": "memory", "detail": "the grader passed its memory limit"}
     return {"fault": "raised", "detail": f"{type(error).__name__}: {_brief(error)}{_place(error)}"}
 
@@ -171,6 +175,7 @@ def _columns(reward: RewardFunction) -> dict[str, Any]:
         "given": sorted(reward.given),
         "options": sorted(reward.options),
         "needs_ids": reward.needs_ids,
+        "time_limit_s": reward.time_limit_s,
     }
 
 

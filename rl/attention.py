@@ -10,6 +10,7 @@ implementation) is never used: the layout is the mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from rl.shared_prompt import VarlenPlan, flash_serves, shared_prompt_attention
 
 PACKED = "cohort_packed"
 
@@ -52,23 +55,33 @@ class Layout:
 
     Attributes:
         sizes: columns of prompt, completions, prompt, completions, ... in order.
-        slots: per block, where each completion column lies in the flattened G x C rectangle of its
-            completions.
+        longest: columns of the longest prompt with one of its completions.
     """
 
     blocks: tuple[Block, ...]
-    sizes: tuple[int, ...]
-    slots: tuple[Int[Tensor, " n"], ...]
+    device: torch.device
 
-    @staticmethod
-    def of(blocks: tuple[Block, ...], device: torch.device) -> Layout:
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(n for b in self.blocks for n in (b.prompt_length, sum(b.completion_lengths)))
+
+    @cached_property
+    def longest(self) -> int:
+        return max((b.prompt_length + max(b.completion_lengths, default=0) for b in self.blocks), default=0)
+
+    @cached_property
+    def slots(self) -> tuple[Int[Tensor, " n"], ...]:
+        """Per block, where each completion column lies in the flattened G x C rectangle of completions."""
         slots = []
-        for block in blocks:
+        for block in self.blocks:
             width = max(block.completion_lengths, default=0)
             pieces = [torch.arange(n) + g * width for g, n in enumerate(block.completion_lengths)]
-            slots.append(torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(device))
-        sizes = tuple(n for b in blocks for n in (b.prompt_length, sum(b.completion_lengths)))
-        return Layout(blocks, sizes, tuple(slots))
+            slots.append(torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(self.device))
+        return tuple(slots)
+
+    @cached_property
+    def varlen(self) -> VarlenPlan:
+        return VarlenPlan.of([(b.prompt_length, b.completion_lengths) for b in self.blocks], self.device)
 
 
 def packed_attention(
@@ -94,6 +107,11 @@ def packed_attention(
     """
     if cohort_layout is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
+    whole = sliding_window is None or cohort_layout.longest <= sliding_window
+    if whole and softcap is None and s_aux is None and dropout == 0 and flash_serves(query, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prompt_attention(q, k, v, cohort_layout.varlen, scale=scale)[None], None
     attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
     # Split, not slices: the backward of a slice writes zeros for the whole row.
     pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]

@@ -78,7 +78,7 @@ class MicroBatch:
     @property
     def layout(self) -> Layout:
         if self._layout is None:
-            self._layout = Layout.of(self.blocks, self.token_ids_N.device)
+            self._layout = Layout(self.blocks, self.token_ids_N.device)
         return self._layout
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -180,7 +180,7 @@ def _batch(
         if row.num_loss_tokens and not (rules.skip_without_signal and row.advantage == 0)
     ]
     micro_batches = [
-        _micro_batch(bin_) for bin_ in _first_fit(_blocks(kept, rules.token_budget), rules.token_budget)
+        _micro_batch(bin_) for bin_ in _bins(_blocks(kept, rules.token_budget), rules.token_budget)
     ]
     return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
 
@@ -203,11 +203,29 @@ def _block_size(block: list[Row]) -> int:
     return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
 
 
-def _first_fit(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
-    """First-fit decreasing: largest block first, into the first bin with room."""
+def _bins(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
+    """As few bins as first-fit decreasing needs, filled evenly: the largest block into the emptiest bin.
+
+    Even bins have a lower peak of memory than full ones and a small rest. Where the even filling does not
+    stay within the budget, the first-fit one stands.
+    """
+    ordered = sorted(blocks, key=_block_size, reverse=True)
+    bins = _first_fit(ordered, token_budget)
+    even: list[list[list[Row]]] = [[] for _ in bins]
+    sizes = [0] * len(bins)
+    for block in ordered:
+        index = sizes.index(min(sizes))
+        even[index].append(block)
+        sizes[index] += _block_size(block)
+    limit = max((sum(map(_block_size, bin_)) for bin_ in bins), default=0)
+    return even if max(sizes, default=0) <= limit else bins
+
+
+def _first_fit(ordered: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
+    """Each block into the first bin with room."""
     bins: list[list[list[Row]]] = []
     room: list[int] = []
-    for block in sorted(blocks, key=_block_size, reverse=True):
+    for block in ordered:
         size = _block_size(block)
         index = next((i for i, free in enumerate(room) if size <= free), None)
         if index is None:

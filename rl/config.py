@@ -30,9 +30,7 @@ class TrainConfig(Section):
         default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
     )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
-    token_budget: int = Field(
-        default=8192, ge=16, description="packed tokens of one forward pass, per process"
-    )
+    token_budget: int = Field(default=8192, ge=16, description="packed tokens of one forward pass")
     max_staleness: int = Field(
         default=0,
         ge=0,
@@ -81,6 +79,7 @@ class ModelConfig(Section):
         description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
     )
     gradient_checkpointing: bool = False
+    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = None
     reference: ReferenceConfig = ReferenceConfig()
     chat_template: str | None = Field(
@@ -273,7 +272,7 @@ class EvaluationConfig(Section):
 
     data: DataConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
-    metric: str = Field(default="math", description="the reward whose score counts as accuracy")
+    metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
 

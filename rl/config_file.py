@@ -30,7 +30,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
                 str(path), [str(p) for p in Path(path).parent.glob("*.yaml")], n=1
             )
             raise ValueError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
         if not isinstance(tree, dict):
             raise ValueError(f"{path} must hold keys and values (a YAML mapping), not {type(tree).__name__}")
     for override in overrides:
@@ -43,7 +46,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        node[leaf] = _read_scalar(text)
+        try:
+            node[leaf] = _read_scalar(text)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"override {override!r}: the value is not valid YAML ({_one_line(error)}); put text with "
+                f"special characters in quotes within quotes: '{key}=\"...\"'"
+            ) from None
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -60,6 +69,10 @@ def _read_scalar(text: str) -> Any:
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)
     return yaml.safe_load(text)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

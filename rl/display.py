@@ -149,11 +149,13 @@ class Display:
         if not self._is_live:
             self._print(self._line())
 
-    def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
-        """Shows an evaluation on held-out prompts with its interval."""
+    def heldout(
+        self, step: int, accuracy: float, low: float, high: float, *, from_before: bool = False
+    ) -> None:
+        """Shows an evaluation on held-out prompts with its interval; remembers one from before."""
         with self._lock:
             self._heldout.append((step, accuracy, f" [{100 * low:.1f}, {100 * high:.1f}]"))
-        if not self._is_live:
+        if not self._is_live and not from_before:
             self._print(f"held-out {self._heldout_text()}")
 
     def note(self, text: str) -> None:

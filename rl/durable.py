@@ -22,6 +22,22 @@ from filelock import FileLock, Timeout
 _FOLDER_FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space and start again: a run goes on where it stopped",
+    errno.EDQUOT: "free some space and start again: a run goes on where it stopped",
+    errno.EROFS: "set run_dir to a folder that can be written",
+    errno.EACCES: "set run_dir to a folder that can be written",
+    errno.EEXIST: "set run_dir to a folder, or to a name that is free",
+    errno.ENOTDIR: "set run_dir to a folder, or to a name that is free",
+}
+
+
+def with_remedy(error: Exception) -> str:
+    """The error as a sentence, with a remedy where it is the operating system's and has none."""
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{error}; {remedy}" if remedy else str(error)
+
+
 class RunLockedError(ValueError):
     """Another process writes into this run folder."""
 

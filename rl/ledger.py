@@ -80,6 +80,8 @@ class Ledger:
     ) -> Path:
         """Records a step, in place of an earlier record of it. On disk when this returns.
 
+        Rank 0 also removes the shares in this step of ranks that the run no longer has.
+
         Raises:
             ValueError: a number is not finite, a value is not JSON, or lengths disagree; nothing is written.
             OSError: the disk is full or fails; nothing is written.
@@ -106,6 +108,9 @@ class Ledger:
                 lines.write(_group_line(group, step, {"kept": True, "advantages": row}))
             for group in rejected:
                 lines.write(_group_line(group, step, {"kept": False, "advantages": None}))
+        if self.rank == 0:
+            for rank in [r for s, r in self._present() if s == step and r >= self.world_size]:
+                self._path(step, rank).unlink(missing_ok=True)
         return path
 
     def read(self, step: int) -> LedgerStep | None:

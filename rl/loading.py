@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rl.config import ModelConfig
 
-STORAGE_DTYPE = {"bf16-mixed": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+def storage_dtype(config: ModelConfig) -> torch.dtype:
+    """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
+    compute would see, and the adapters stay fp32.
+    """
+    if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -18,47 +34,144 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     token.
 
     Raises:
-        ValueError: there is neither a pad nor an end-of-text token, or no fast path to load one.
+        ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.name={config.name!r} is neither a folder with a model nor a name on a hub that can be "
-            "reached: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+            f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
+            "holds a model and its tokenizer, or such a name on a hub that can be reached"
+        ) from error
     if config.chat_template is not None:
+        if not Path(config.chat_template).is_file():
+            raise ValueError(
+                f"model.chat_template={config.chat_template!r} is no file; give the path of a Jinja template"
+            )
         tokenizer.chat_template = Path(config.chat_template).read_text()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"the tokenizer of {config.name} has neither a pad nor an end-of-text token, so no "
-                "completion can end; "
-                "add eos_token to its tokenizer_config.json"
+                "completion can end; add eos_token to its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        config.name, revision=config.revision, dtype=STORAGE_DTYPE[config.dtype]
-    )
+    """The model in its storage dtype.
+
+    Raises:
+        ValueError: its files cannot be read, or transformers does not know its architecture.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, revision=config.revision, dtype=storage_dtype(config)
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"model.name={config.name!r}: the model cannot be loaded: {_first_line(error)} It must be whole, "
+            "and of an architecture that this transformers knows as a causal language model"
+        ) from error
     return cast(PreTrainedModel, model)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer can produce an id that the embedding has no row for."""
-    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= rows:
+def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
+    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family.
+
+    Raises:
+        ValueError: the fused layers do not reproduce the model's own hidden states.
+    """
+    if config.dtype == "fp32":
+        return
+    embedding = cast(Any, model.get_input_embeddings())
+    embedding.register_forward_hook(_narrow_under_autocast)
+    if not config.fused_layers or importlib.util.find_spec("liger_kernel") is None:
+        return
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    stored = storage_dtype(config)
+    ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+    def hidden(narrow: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
+    plain = hidden(True)
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
+    if not gap < 1.5 * rounded + 0.01:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, the model's embedding {rows} rows; they do not belong "
-            "together: "
-            "set model.name to a folder that holds the matching tokenizer, or resize the embedding and save "
-            "the model first"
+            f"Liger's layers change the hidden states of {type(model).__name__} by {gap:.2g}, where bf16 "
+            f"alone rounds by {rounded:.2g}; use model.fused_layers=false"
         )
+
+
+def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a bf16 model computes in fp32; its weights come back as they were: fp32 holds every bf16."""
+    model.float()
+    try:
+        return compute()
+    finally:
+        model.bfloat16()
+
+
+def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """Autocast leaves embeddings in fp32, and with them every residual sum and norm of the model."""
+    if not torch.is_autocast_enabled(output.device.type):
+        return output
+    return output.to(torch.get_autocast_dtype(output.device.type))
+
+
+def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Checks what the model's config alone tells, before its weights are read.
+
+    Args:
+        longest: tokens of the longest prompt and the completion that may follow it.
+
+    Raises:
+        ValueError: there is no config of a model, its vocabulary is smaller than the tokenizer's, or it has
+            fewer positions than `longest`.
+    """
+    try:
+        found = AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
+        ) from error
+    positions = getattr(found, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"the longest prompt and its completion may have {longest} tokens, and {config.name} has "
+            f"{positions} positions; lower sampling.max_completion_length (or that of evaluation.sampling), "
+            "leave out long prompts, or take another model"
+        )
+    if (num_ids := getattr(found, "vocab_size", None)) is not None:
+        check_vocabulary(num_ids, tokenizer)
+
+
+def check_vocabulary(num_ids: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer can produce an id that the embedding has no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= num_ids:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model's embedding {num_ids} rows; they do not "
+            "belong together: set model.name to a folder that holds the matching tokenizer, or resize the "
+            "embedding and save the model first"
+        )
+
+
+def nonfinite_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that hold NaN or infinity."""
+    return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+    return f"{line}."
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
@@ -80,4 +193,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"model.lora.target_modules={lora.target_modules!r}: {error}") from error

@@ -7,13 +7,18 @@ the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""Of a chunk's logits: small where they should stay near the cache, large where a product must fill a GPU."""
 
 
 def token_logprobs(
@@ -38,32 +43,137 @@ def token_logprobs(
     return logprobs, entropy
 
 
-def _chunk_rows(num_vocabulary: int, itemsize: int) -> int:
-    return max(16, CHUNK_BYTES // (num_vocabulary * itemsize))
+def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:
+    chunk = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
+    return max(16, chunk // (len(weight_VD) * itemsize))
 
 
-def _scaled_logits(
+@dataclass(frozen=True)
+class _Head:
+    """From hidden states [R, D] to softmax(softcap(hidden @ weight^T + bias) * factor), a chunk of rows at a
+    time.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    scale: float
+    softcap: float | None
+    fused: bool = False
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits over temperature in fp32 or wider, and tanh of the soft cap for the chain rule."""
+        logits = hidden @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        tanh = None
+        if self.softcap is not None:
+            tanh = torch.tanh(logits / self.softcap)
+            logits = self.softcap * tanh
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits, tanh
+
+    def statistics(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log-sum-exp, log-prob of the target, and entropy, one per row."""
+        if self.fused:
+            from rl.logprob_kernels import logit_statistics
+
+            return logit_statistics(hidden @ self.weight.T, targets, factor=self.scale / self.temperature)
+        logits, _ = self.logits(hidden)
+        lse = torch.logsumexp(logits, dim=-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+        logits -= lse[:, None]
+        entropy = -torch.linalg.vecdot(logits.exp(), logits.clamp_min(torch.finfo(logits.dtype).min))
+        return lse, logprobs, entropy
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H)."""
+        factor = self.scale / self.temperature
+        if self.fused:
+            from rl.logprob_kernels import logit_gradient_
+
+            slopes = [torch.zeros_like(lse) if g is None else g for g in (grad_logprobs, grad_entropy)]
+            logits = hidden @ self.weight.T
+            return logit_gradient_(logits, targets, [lse, entropy, *slopes], factor=factor)
+        logits, tanh = self.logits(hidden)
+        logits -= lse[:, None]
+        probs = logits.exp()
+        coefficient = torch.zeros_like(lse) if grad_logprobs is None else -grad_logprobs
+        if grad_entropy is None:
+            grad = probs.mul_(coefficient[:, None])
+        else:
+            slope = coefficient[:, None] - grad_entropy[:, None] * (logits + entropy[:, None])
+            grad = torch.where(probs > 0, probs * slope, 0.0)
+        if grad_logprobs is not None:
+            grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None].to(grad.dtype))
+        if tanh is not None:
+            grad = grad * (1 - tanh.square())
+        return grad * factor if factor != 1.0 else grad
+
+
+def _head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     temperature: float,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits over temperature in fp32 or wider, and tanh of the soft cap for the chain rule."""
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if scale != 1.0:
-        logits = logits * scale
-    tanh = None
-    if softcap is not None:
-        tanh = torch.tanh(logits / softcap)
-        logits = softcap * tanh
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits, tanh
+) -> tuple[_Head, int]:
+    """The head in the hidden states' dtype, and the rows of a chunk.
+
+    Autocast does not reach inside a backward pass, so both passes cast by hand. The Triton kernels serve
+    16-bit logits on a CUDA device with nothing between them and the softmax.
+    """
+    compute = hidden.dtype
+    narrow = compute in (torch.bfloat16, torch.float16)
+    fused = hidden.is_cuda and narrow and bias is None and softcap is None and kernels_work()
+    itemsize = compute.itemsize if fused else torch.promote_types(compute, torch.float32).itemsize
+    offset = None if bias is None else bias.to(compute)
+    head = _Head(weight.to(compute), offset, temperature, scale, softcap, fused)
+    return head, _chunk_rows(weight, itemsize)
+
+
+@cache
+def kernels_work() -> bool:
+    """Compares the Triton kernels with plain torch once, and says so if they cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        with torch.autocast("cuda", enabled=False):
+            gap = _kernel_gap()
+        reason = None if gap < 5e-3 else f"they differ by {gap:.2g} from plain torch"
+    except Exception as error:  # whatever a compiler or driver raises, the remedy is the same
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    if reason is not None:
+        warnings.warn(f"the fused log-prob kernels are off, plain torch is slower: {reason}", stacklevel=2)
+    return reason is None
+
+
+def _kernel_gap() -> float:
+    """Largest difference on three rows; gradients relative to the largest one, which bf16 rounds."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = partial(torch.randn, device="cuda", generator=generator)
+    hidden, weight = draw(3, 64).bfloat16(), draw(5001, 64).bfloat16() / 4
+    targets = torch.tensor([0, 17, 5000], device="cuda")
+    plain, fused = (_Head(weight, None, 0.7, 1.0, None, fused) for fused in (False, True))
+    expected, found = (head.statistics(hidden, targets) for head in (plain, fused))
+    gaps = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
+    slopes = (expected[0], expected[2], draw(3), draw(3))
+    wide, narrow = (head.gradient(hidden, targets, *slopes) for head in (plain, fused))
+    gaps.append((wide - narrow).abs().max() / wide.abs().max())
+    return torch.stack(gaps).max().item()
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -78,21 +188,14 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        # Autocast does not reach inside an autograd function's backward: both passes compute in the hidden
-        # states' dtype.
-        compute = hidden.dtype
-        matrix = weight.to(compute)
-        offset = None if bias is None else bias.to(compute)
-        wide = torch.promote_types(compute, torch.float32)
-        rows = _chunk_rows(weight.shape[0], wide.itemsize)
+        head, rows = _head(hidden, weight, bias, temperature, scale, softcap)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, lse = (hidden.new_empty(len(targets), dtype=wide) for _ in range(3))
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            logits, _ = _scaled_logits(hidden[part], matrix, offset, temperature, scale, softcap)
-            lse[part] = torch.logsumexp(logits, dim=-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - lse[part]
-            logits -= lse[part, None]
-            entropy[part] = -torch.linalg.vecdot(logits.exp(), logits.clamp_min(torch.finfo(wide).min))
+        # Autocast would narrow the entropy's dot product to 16 bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(targets), rows):
+                part = slice(start, start + rows)
+                lse[part], logprobs[part], entropy[part] = head.statistics(hidden[part], targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.settings = (temperature, scale, softcap)
         ctx.set_materialize_grads(False)
@@ -100,38 +203,18 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropy = grads
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        temperature, scale, softcap = ctx.settings
-        compute, wide = hidden.dtype, lse.dtype
-        matrix = weight.to(compute)
-        offset = None if bias is None else bias.to(compute)
-        rows = _chunk_rows(weight.shape[0], wide.itemsize)
-        needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        head, rows = _head(hidden, weight, bias, *ctx.settings)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias and bias is not None else None
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits, tanh = _scaled_logits(hidden[part], matrix, offset, temperature, scale, softcap)
-            logits -= lse[part, None]
-            probs = logits.exp()
-            # d logp[target] = onehot - p;  d H = -p * (log p + H)
-            coefficient = torch.zeros_like(lse[part]) if grad_logprobs is None else -grad_logprobs[part]
-            if grad_entropy is None:
-                grad = probs.mul_(coefficient[:, None])
-            else:
-                slope = coefficient[:, None] - grad_entropy[part, None] * (logits + entropy[part, None])
-                grad = torch.where(probs > 0, probs * slope, 0.0)
-            if grad_logprobs is not None:
-                grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(wide))
-            factor = scale / temperature
-            if tanh is not None:
-                grad = grad * (1 - tanh.square())
-            if factor != 1.0:
-                grad = grad * factor
-            narrow = grad.to(compute)
-            grad_hidden[part] = narrow @ matrix
+            slopes = (None if g is None else g[part] for g in grads)
+            grad = head.gradient(hidden[part], targets[part], lse[part], entropy[part], *slopes)
+            narrow = grad.to(hidden.dtype)
+            grad_hidden[part] = narrow @ head.weight
             if grad_weight is not None:
                 grad_weight += narrow.T @ hidden[part]
             if grad_bias is not None:

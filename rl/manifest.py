@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from rl.durable import fsync_path
 
@@ -112,6 +114,22 @@ def library_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def unsupported_versions() -> list[str]:
+    """One sentence for each library that has another version than this package asks for."""
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("cohort-rl") or []]
+    except metadata.PackageNotFoundError:  # run from its folder, not installed
+        return []
+    now = library_versions()
+    return [
+        f"{r.name} {now[r.name]} is installed, and cohort is made for {r.specifier}: "
+        f"pip install '{r.name}{r.specifier}'"
+        for r in wanted
+        if r.name in now and not r.specifier.contains(Version(now[r.name]).public, prereleases=True)
+        if r.marker is None or r.marker.evaluate({"extra": ""})
+    ]
 
 
 def version_changes(saved: Mapping[str, str]) -> list[str]:

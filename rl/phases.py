@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
 SHOWN = {
     "sample": "sampling",
     "score": "graders",
@@ -42,9 +46,10 @@ class Phases:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; a second one ends it
-    at once.
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; the same one again
+    ends it at once.
 
+    A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is the same wish.
     In a run of several processes all stop at the same step, because `any_process` combines their wishes.
     """
 
@@ -72,7 +77,17 @@ class StopSignal:
         return 0 if self.received is None else 128 + self.received
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received == number:
             self.restore()
             signal.raise_signal(number)
-        self.received = number
+        self.received = self.received or number
+
+
+def stop_with_launcher() -> None:
+    """Where a launcher started this process, its end sends this one SIGTERM, however it ended (Linux only).
+
+    `accelerate launch` ends on a SIGTERM without passing it on, which would leave an orphan that trains on.
+    """
+    launched = "COHORT_LAUNCHED" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

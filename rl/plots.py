@@ -199,8 +199,8 @@ def _frame(x_range: Point, y_range: Point, height: int, *, is_fixed: bool) -> Fr
     num_gaps = 4 if height > 160 else 2
     if not is_fixed:
         if high - low < 1e-12 * max(1.0, abs(high)):
-            pad = abs(high) * 0.1 or 1.0
-            low, high = low - pad, high + pad
+            pad = abs(high) * 0.1
+            low, high = (low - pad, high + pad) if pad else (0.0, 1.0)
         # The axis ends on ticks, so that no curve touches the frame.
         ticks = nice_ticks(low, high, num_gaps)
         gap = ticks[1] - ticks[0] if len(ticks) > 1 else high - low

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,15 @@ from transformers import PreTrainedModel
 from rl.attention import PACKED
 from rl.batch import MicroBatch, PackRules, pack
 from rl.config import ModelConfig
-from rl.loading import STORAGE_DTYPE, add_lora, check_vocabulary, load_model, load_tokenizer
+from rl.loading import (
+    add_lora,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    nonfinite_parameters,
+    storage_dtype,
+    use_fused_layers,
+)
 from rl.logprobs import token_logprobs
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
 
@@ -44,6 +53,8 @@ class CausalScorer(nn.Module):
         temperature.
         """
         hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
+        if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
+            hidden_LD = hidden_LD.to(torch.get_autocast_dtype("cuda"))
         head = cast(Any, self.model.get_output_embeddings())
         config = self.model.config.get_text_config()
         return token_logprobs(
@@ -93,7 +104,9 @@ class Policy:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
         self.tokenizer = load_tokenizer(config)
         model = load_model(config)
-        check_vocabulary(model, self.tokenizer)
+        check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
+        if accelerator.device.type == "cuda":
+            use_fused_layers(model.to(accelerator.device), config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.peft_model: Any = add_lora(model, config) if config.lora else None
@@ -132,12 +145,17 @@ class Policy:
                 wrong; or attention=packed was asked for and is not exact.
         """
         batch = probe_batch(self.model).to(self.device)
-        tolerance = 2e-4 if STORAGE_DTYPE[self.config.dtype] == torch.float32 else 0.25
+        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.25
         self.scorer.eval()
         self.set_packed(False)
         with torch.no_grad():
             expected = self.scorer(batch, 1.0)[0]
             gap = (expected - _plain_logprobs(self.model, batch)).abs().max().item()
+            if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
+                raise ValueError(
+                    f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
+                    "take an earlier checkpoint, or download the model again"
+                )
             if not gap <= tolerance:
                 raise ValueError(
                     f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats "
@@ -148,9 +166,7 @@ class Policy:
             reason = None if self.config.attention != "rows" else "model.attention=rows"
             if reason is None:
                 try:
-                    self.set_packed(True)
-                    gap = (self.scorer(batch, 1.0)[0] - expected).abs().max().item()
-                    reason = None if gap <= tolerance else f"packed log-probs differ by {gap:.2g} nats"
+                    reason = self._packing_fault(batch, expected, tolerance)
                 except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
                     reason = str(error).splitlines()[0]
         self.scorer.train()
@@ -159,6 +175,22 @@ class Policy:
                 raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
             self.set_packed(False)
         return reason
+
+    def _packing_fault(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
+        """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
+        more than rounding moves one sequence at a time (fused kernels take 16 bits only).
+        """
+        with self.autocast():
+            rounded = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        self.set_packed(True)
+        gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        if not gap <= tolerance:
+            return f"packed log-probs differ by {gap:.2g} nats"
+        with self.autocast():
+            gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        if not gap <= 4 * rounded + tolerance:
+            return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
+        return None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":
@@ -242,8 +274,9 @@ class PolicyWeights:
             if ".base_layer." in name:
                 layer = cast(Any, model.get_submodule(name.split(".base_layer.")[0]))
                 if name.endswith("weight"):
-                    value = value + sum(
-                        layer.get_delta_weight(a).to(value.dtype) for a in layer.active_adapters
+                    # In fp32: rounding to the engine's dtype happens once, on arrival.
+                    value = value.float() + sum(
+                        layer.get_delta_weight(a).float() for a in layer.active_adapters
                     )
                 name = name.replace(".base_layer.", ".")
             yield name, value

@@ -30,6 +30,7 @@ def training_state(run: Run, step: int) -> TrainerState:
             "cursor": run.source.cursor,
             "bad_steps_in_row": run.bad_steps_in_row,
             "skipped_steps": run.skipped_steps,
+            "seconds": run.seconds,
         },
     )
 
@@ -44,7 +45,8 @@ def resume(run: Run, state: TrainerState) -> None:
     mine = state.rng.get(f"rank{run.world.rank}")
     if mine is not None:
         restore_rng(mine)
-    run.start_step = state.step
+    run.start_step = run.saved_step = state.step
+    run.seconds_before = state.counters.get("seconds", 0.0)
     run.source.cursor = state.counters["cursor"]
     run.bad_steps_in_row = state.counters["bad_steps_in_row"]
     run.skipped_steps = state.counters["skipped_steps"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from rl.policy import Policy
 from rl.rundir import Evaluation, EvaluationLog
 from rl.trackers import Trackers
 from rl.types import ScoredGroup, WeightStream
+from rl.verdict import Watch
 from rl.world import World
 
 
@@ -35,7 +37,13 @@ class GroupSource(Protocol):
 
 @dataclass
 class Run:
-    """The collaborators of a run, and where it stands: `start_step` steps are done already."""
+    """The collaborators of a run, and where it stands: `start_step` steps are done already.
+
+    Attributes:
+        began: `time.monotonic()` when this process was started.
+        seconds_before: what earlier processes of this run took, up to the checkpoint that it goes on from.
+        saved_step: step of the newest checkpoint; 0 if there is none.
+    """
 
     config: Config
     world: World
@@ -51,10 +59,26 @@ class Run:
     phases: Phases
     trackers: Trackers
     stop: StopSignal
+    began: float
     start_step: int = 0
+    saved_step: int = 0
+    seconds_before: float = 0.0
     bad_steps_in_row: int = 0
     skipped_steps: int = 0
+    watch: Watch = field(default_factory=Watch)
+    told: set[str] = field(default_factory=set)
 
     @property
     def reward_weights(self) -> dict[str, float]:
         return {spec.name: spec.weight for spec in self.config.rewards.functions}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken so far, earlier processes included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def warn_once(self, topic: str, text: str) -> None:
+        """Shows a warning, unless there was one of this topic already."""
+        if topic not in self.told:
+            self.told.add(topic)
+            self.display.warn(text)

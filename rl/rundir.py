@@ -42,7 +42,7 @@ class Evaluation:
 
     @staticmethod
     def of(step: int, total_score: float, n: int) -> Evaluation:
-        low, high = wilson_interval(min(max(total_score, 0.0), float(n)), n)
+        low, high = wilson_interval(min(total_score, float(n)), n)
         return Evaluation(step, total_score / max(n, 1), low, high, n)
 
     def __str__(self) -> str:
@@ -89,32 +89,44 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def claim_config(config: Config) -> None:
-    """Writes the resolved config into a new run folder, or checks that a run that is resumed has the same.
+    """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
+
+    A folder whose run did no step yet, because a fault was found first, takes any config.
 
     Raises:
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
     path = config.run_dir / "config.yaml"
-    if path.is_file():
-        old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-        changed = [
-            k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE
-        ]
-        if changed:
-            lines = "\n  ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
+    if path.is_file() and (changed := _changes(load_config(path), config)):
+        if _has_steps(config.run_dir):
+            lines = "\n  ".join(changed)
             raise ValueError(
                 f"{config.run_dir} holds a run with other settings:\n  {lines}\n"
                 "use another run_dir, or the settings that are there (only steps, saving, logging and engine "
                 "limits may change)"
             )
+        (config.run_dir / "evaluation.jsonl").unlink(missing_ok=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_config(config))
+
+
+def _changes(before: Config, now: Config) -> list[str]:
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    keys = sorted((old.keys() | new.keys()) - MAY_CHANGE)
+    return [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+
+
+def _has_steps(run_dir: Path) -> bool:
+    return any(any(run_dir.glob(pattern)) for pattern in ("ledger/step-*", "checkpoints/step-*"))
 
 
 def write_result(
     config: Config, evaluations: list[Evaluation], *, steps: int, seconds: float
 ) -> dict[str, Any]:
-    """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps."""
+    """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps.
+
+    `seconds` counts the whole run, restarts included.
+    """
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
@@ -127,6 +139,14 @@ def write_result(
         }
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """What `write_result` wrote; empty if there is none."""
+    try:
+        return json.loads((run_dir / "result.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from rl.advantages import compute_advantages
 from rl.batch import pack
 from rl.checkpoint import CheckpointWriteError
-from rl.record import check_faults, group_metrics
+from rl.record import check_faults, check_update, group_metrics
 from rl.resume import training_state
 from rl.run import Run
 from rl.trainer_state import NonFiniteError
@@ -33,7 +33,7 @@ def train(run: Run) -> int:
     config, source, policy, phases = run.config, run.source, run.policy, run.phases
     source.publish(policy.weights(), version=run.start_step)
     step = run.start_step
-    if step == 0 or _every(step, config.evaluation.every):
+    if step in (0, config.train.steps) or _every(step, config.evaluation.every):
         evaluate(run, step)
     while step < config.train.steps and not run.stop.requested():
         began = time.monotonic()
@@ -60,6 +60,8 @@ def train(run: Run) -> int:
             save(run, step)
         if last or _every(step, config.evaluation.every):
             evaluate(run, step)
+    if run.saved_step != step:
+        save(run, step, must=True)
     return step
 
 
@@ -68,15 +70,16 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     recorded.
     """
     source = run.source
-    recorded = run.ledger.read(step)
-    replays = run.world.all(recorded is not None and recorded.world_size == run.world.size)
-    cursor = source.cursor
+    recorded, cursor = run.ledger.read(step), source.cursor
+    replays = run.world.all(recorded is not None and recorded.cursor_before == cursor)
     if recorded is not None and replays:
-        groups = recorded.groups
+        groups, source.last_rejected = recorded.groups, recorded.rejected
         source.cursor, source.last_counts = recorded.cursor_after, recorded.counts
     else:
         groups = source.next_groups(run.config.train.prompts_per_step)
-    check_faults(groups, run.config.rewards.max_fault_share, run.world.sum)
+    sampled = [*groups, *source.last_rejected]
+    if fault := check_faults(sampled, run.config.rewards.max_fault_share, run.world.sum):
+        run.warn_once("graders", f"step {step + 1}: {fault}")
     advantages = compute_advantages(
         groups, config=run.config.advantage, weights=run.reward_weights, reduce_moments=run.world.sum
     )
@@ -92,23 +95,6 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
             counts=source.last_counts,
         )
     return groups, advantages
-
-
-def check_update(run: Run, step: int, update: UpdateResult) -> None:
-    """Counts skipped optimizer steps; stops the run after too many in a row. The step's ledger holds the
-    batch.
-    """
-    run.skipped_steps += update.bad_steps
-    run.bad_steps_in_row = run.bad_steps_in_row + 1 if update.bad_steps else 0
-    if update.bad_steps:
-        where = f"the batch is in {run.ledger.folder}/step-{step:06d}-rank*.jsonl.gz"
-        run.display.warn(f"step {step}: loss or gradient not finite, update skipped; {where}")
-        if run.bad_steps_in_row >= run.config.train.max_bad_steps:
-            raise RuntimeError(
-                f"{run.bad_steps_in_row} steps in a row had a non-finite loss or gradient; {where}. Nothing "
-                "non-finite was saved. Lower optimizer.lr or optimizer.max_grad_norm, or use "
-                "model.dtype=fp32, and start again from the newest checkpoint in a new run_dir"
-            )
 
 
 def follow_reference(run: Run, step: int) -> None:
@@ -128,6 +114,8 @@ def evaluate(run: Run, step: int) -> None:
     if run.world.is_main:
         run.evaluations.write(evaluation)
         run.display.heldout(step, evaluation.accuracy, evaluation.low, evaluation.high)
+        numbers = {name: getattr(evaluation, name) for name in ("accuracy", "low", "high")}
+        run.trackers.log(step, {f"heldout/{name}": value for name, value in numbers.items()})
     run.world.wait()
 
 
@@ -137,6 +125,7 @@ def record(
     """One row of metrics for the step that just ended (rows count from 1: the number of steps done)."""
     values = group_metrics(
         groups,
+        rejected=run.source.last_rejected,
         step=step - 1,
         config=run.config.advantage,
         weights=run.reward_weights,
@@ -157,22 +146,33 @@ def record(
         run.log.write(step, values)
         run.trackers.log(step, values)
         run.display.step(step, values)
+        for finding in run.watch.broken(step, values):
+            run.warn_once(finding.metric, str(finding))
 
 
-def save(run: Run, step: int) -> None:
-    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched."""
+def save(run: Run, step: int, *, must: bool = False) -> None:
+    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched.
+
+    Raises:
+        RuntimeError: a tensor is not finite; or the disk fails and `must`, because the run is about to end.
+    """
     with run.phases("save"):
         state = training_state(run, step)
-        fault = ""
+        fault, is_fatal = "", False
         if run.world.is_main:
             try:
                 run.store.save(step, write_model=run.policy.write_model, trainer_state=state)
             except CheckpointWriteError as error:
-                run.display.warn(str(error))
+                fault, is_fatal = f"{error}; started again, the run repeats what follows them", must
             except NonFiniteError as error:
-                fault = str(error)
-        if fault := run.world.gather_objects(fault)[0]:
-            raise RuntimeError(fault)
+                fault, is_fatal = str(error), True
+        fault, is_fatal = run.world.gather_objects((fault, is_fatal))[0]
+    if is_fatal:
+        raise RuntimeError(fault)
+    if fault:
+        run.display.warn(fault)
+    else:
+        run.saved_step = step
 
 
 def _every(step: int, period: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -100,7 +101,15 @@ def update_policy(
             optimizer.zero_grad(set_to_none=True)
             result.metrics["policy/grad_norm"] = norm
     result.metrics |= tally.means(world)
+    result.metrics["memory/peak"] = world.max([peak_memory_gib(policy.device)])[0]
     return result
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most this process has held so far: on its GPU as torch allocated it, on a CPU resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,9 @@ class Finding:
     since: int
     text: str
     hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}, since step {self.since}" + (f"; {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,18 @@ def judge(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> Verdict:
     findings += _heldout_rule(evaluations or [row for row in rows if "heldout/low" in row])
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
     return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
+
+
+class Watch:
+    """Judges a run while it runs, by its latest rows."""
+
+    def __init__(self) -> None:
+        self.rows: deque[Row] = deque(maxlen=_RECENT_ROWS)
+
+    def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
+        """What is broken, not merely unusual, after a step with these numbers."""
+        self.rows.append({"step": step, **values})
+        return [finding for finding in judge(list(self.rows)).findings if finding.level == "Broken"]
 
 
 def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:

@@ -53,6 +53,7 @@ class ContinuousSource:
         max_staleness: int,
         in_flight: int | None = None,
         num_steps: int | None = None,
+        with_logprobs: bool = True,
         keep_fn: Callable[[ScoredGroup], bool] | None = None,
         max_rounds: int = 1,
         process: tuple[int, int] = (0, 1),
@@ -72,7 +73,14 @@ class ContinuousSource:
         self.last_counts: dict[str, float] = {}
         self.last_rejected: list[ScoredGroup] = []
         self._in_flight = InFlight(
-            engine, scorer, sampling, group_size=group_size, seed=seed, limit=in_flight, timeout_s=timeout_s
+            engine,
+            scorer,
+            sampling,
+            group_size=group_size,
+            seed=seed,
+            with_logprobs=with_logprobs,
+            limit=in_flight,
+            timeout_s=timeout_s,
         )
         self._share = 0
         self._over_age: list[ScoredGroup] = []

@@ -67,11 +67,13 @@ class InFlight:
         *,
         group_size: int,
         seed: int,
+        with_logprobs: bool,
         limit: int | None,
         timeout_s: float,
     ) -> None:
         self.engine, self.scorer, self.sampling = engine, scorer, sampling
-        self.group_size, self.seed, self.limit, self.timeout_s = group_size, seed, limit, timeout_s
+        self.group_size, self.seed, self.with_logprobs = group_size, seed, with_logprobs
+        self.limit, self.timeout_s = limit, timeout_s
         self._queue: deque[Request] = deque()
         self._at_engine: dict[str, Request] = {}
         self._thread: threading.Thread | None = None
@@ -116,7 +118,7 @@ class InFlight:
             num_completions=self.group_size,
             sampling=self.sampling,
             seeds=[request.seed(self.seed) for request in chosen],
-            with_logprobs=True,
+            with_logprobs=self.with_logprobs,
         )
         for request in chosen:
             request.is_submitted = True

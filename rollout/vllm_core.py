@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from threading import Thread
@@ -64,12 +65,38 @@ class VllmCore:
         """Process id of the core, None if it is this process."""
         return self._process.pid if self._process else None
 
-    def add(self, request_id: str, token_ids: list[int], parameters: Any, *, salt: str) -> None:
-        """Starts a request; only requests with the same salt share cached prompts."""
+    def add(
+        self,
+        token_ids: list[int],
+        parameters: Any,
+        *,
+        request_ids: Sequence[str],
+        seeds: Sequence[int | None],
+        salt: str,
+    ) -> None:
+        """Starts one request per id and seed; only requests with the same salt share cached prompts.
+
+        As `LLMEngine.add_request` does for n completions, but for their parent: it would hold them back until
+        the last one is finished. Checking the prompt and its parameters costs more than all else, so this is
+        done once.
+        """
         from vllm.inputs import tokens_input
 
-        with self._faults("a request was added"):
-            self.engine.add_request(request_id, tokens_input(token_ids, cache_salt=salt), parameters)
+        with self._faults("requests were added"):
+            engine = self.engine
+            checked = engine.input_processor.process_inputs(
+                request_ids[0],
+                tokens_input(token_ids, cache_salt=salt),
+                parameters,
+                supported_tasks=engine.get_supported_tasks(),
+            )
+            for request_id, seed in zip(request_ids, seeds, strict=True):
+                request = copy(checked)
+                request.request_id = request.external_req_id = request_id
+                request.sampling_params = copy(checked.sampling_params)
+                request.sampling_params.seed = seed
+                engine.output_processor.add_request(request, None, None, 0)
+                engine.engine_core.add_request(request)
 
     def abort(self, request_ids: list[str]) -> None:
         with self._faults("requests were aborted"):
@@ -133,10 +160,10 @@ class VllmCore:
         """Waits until a message of the core's process is there, or `deadline`."""
         queue = self._client.outputs_queue
         while queue.empty():
+            self._check_alive()
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return False
-            self._check_alive()
             with queue.not_empty:
                 queue.not_empty.wait_for(lambda: bool(queue.queue), min(remaining, _LIVENESS_S))
         return True

@@ -114,6 +114,7 @@ class VllmEngine:
         }
         self.tokenizer, self.version = tokenizer, version
         self.timeout_s, self.max_model_len, self.recompute_kv = timeout_s, max_model_len, recompute_kv
+        self.runs_alone = own
         engine, owns_group = start_engine(arguments, own=own, timeout_s=timeout_s)
         seeds_are_free = on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
         self.seed_requests = seeds_are_free if seed_requests is None else seed_requests
@@ -209,7 +210,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         deadline = time.monotonic() + self.timeout_s
-        request, found = self._start(token_ids, parameters), None
+        request, found = self._start(token_ids, parameters, [None])[0], None
         what = f"the log-probs of {len(token_ids)} tokens"
         while found is None and time.monotonic() < deadline:
             found = next((a for a in self._advance(deadline, what) if a.request_id == request), None)
@@ -232,26 +233,28 @@ class VllmEngine:
         faults = prompt_faults(
             call.prompts, call.sampling, vocab_size=self._vocab_size, room=self.max_model_len
         )
-        flights = []
+        flights, parameters = [], _parameters(call.sampling, call.with_logprobs)
         for index, (prompt, seed) in enumerate(zip(call.prompts, call.seeds, strict=True)):
             number = call.num_completions
             if index in faults:
                 flights.append(Flight(prompt, [aborted() for _ in range(number)], 0, for_collect))
                 continue
             flight = Flight(prompt, [None] * number, number, for_collect)
-            for g in range(number):
-                parameters = self._parameters(call.sampling, completion_seed(seed) + g, call.with_logprobs)
-                request = self._start(list(prompt.token_ids), parameters)
+            base = completion_seed(seed)
+            draws = [base + g if self.seed_requests else None for g in range(number)]
+            for g, request in enumerate(self._start(list(prompt.token_ids), parameters, draws)):
                 self._requests[request] = (flight, g, len(self._versions) - 1)
             flights.append(flight)
         return flights, faults
 
-    def _start(self, token_ids: list[int], parameters: Any) -> str:
-        self._num_requests += 1
-        request = str(self._num_requests)
+    def _start(self, token_ids: list[int], parameters: Any, seeds: Sequence[int | None]) -> list[str]:
+        """One request per seed; their ids."""
+        requests = [str(self._num_requests + k) for k in range(len(seeds))]
+        self._num_requests += len(seeds)
         # Requests of different weights share no cached keys and values.
-        self._core.add(request, token_ids, parameters, salt=str(len(self._versions) - 1))
-        return request
+        salt = str(len(self._versions) - 1)
+        self._core.add(token_ids, parameters, request_ids=requests, seeds=seeds, salt=salt)
+        return requests
 
     def _advance(self, deadline: float, waiting_for: str) -> list[Answer]:
         """Takes in what finishes; waits for the first answer until `deadline`."""
@@ -290,24 +293,6 @@ class VllmEngine:
         decode_texts(self.tokenizer, [c for group in groups for c in group.completions])
         return groups
 
-    def _parameters(self, sampling: SamplingParams, seed: int, with_logprobs: bool) -> Any:
-        from vllm import SamplingParams as Parameters
-        from vllm.sampling_params import RequestOutputKind
-
-        return Parameters(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=seed if self.seed_requests else None,
-            max_tokens=sampling.max_completion_length,
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,  # ends are explicit: stop_token_ids
-            logprobs=0 if with_logprobs else None,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _describe(self, *, uncompiled: bool) -> dict[str, HeldTensor]:
         return {
             name: HeldTensor(tuple(shape), getattr(torch, dtype), self.device, source, sampled)
@@ -327,3 +312,21 @@ class VllmEngine:
         assert self._bucket is not None
         self._core.call("cohort_receive_bucket", layout, None if self._handle_sent else self._bucket.handle)
         self._handle_sent = True
+
+
+def _parameters(sampling: SamplingParams, with_logprobs: bool) -> Any:
+    from vllm import SamplingParams as Parameters
+    from vllm.sampling_params import RequestOutputKind
+
+    return Parameters(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_completion_length,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # ends are explicit: stop_token_ids
+        logprobs=0 if with_logprobs else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -50,7 +50,10 @@ def final_only(stock: Any) -> Any:
             self.num_updates = 0
 
         def add_request(self, request: Any) -> None:
-            self.tallies[request.request_id] = Tally(request.sampling_params.logprobs is not None)
+            parameters = request.sampling_params
+            self.tallies[request.request_id] = Tally(parameters.logprobs is not None)
+            # vLLM searches this list for every token: 5 us for 512 ids, a fifth of all it does for a token.
+            parameters.stop_token_ids = frozenset(parameters.stop_token_ids)
             super().add_request(request)
 
         def finish_requests(self, *arguments: Any, **named: Any) -> Any:

@@ -143,7 +143,7 @@ def gpu_arguments(share: float, *, max_model_len: int, max_num_seqs: int, eager:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if free < share * total:
-        fits = max(0.0, free - 2**30) / total  # 1 GiB for the context of another process
+        fits = int(100 * max(0.0, free - 2**30) / total) / 100  # 1 GiB for another process's context
         raise ValueError(
             f"engine.gpu_memory_utilization={share:g} of {total / 2**30:.0f} GiB is more than the "
             f"{free / 2**30:.1f} GiB that are free beside the trainer; use at most {fits:.2f}"

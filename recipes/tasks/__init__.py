@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,40 +67,58 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
         raise ValueError(
             f"data.source={path!r} is neither a file, a hub name nor an importable module:callable ({error})"
         ) from None
-    rows = list(function(**config.options))
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"data.source={path!r} must return a list of mappings (one per prompt)")
-    return [dict(row) for row in rows[: config.size]]
+    try:
+        made = function(**config.options)
+        rows = list(itertools.islice(made, config.size)) if isinstance(made, Iterable) else [made]
+    except Exception as error:  # a function of the user's may raise anything
+        raise ValueError(
+            f"data.source={path!r} with data.options={config.options} raised {type(error).__name__}: {error}"
+        ) from error
+    if wrong := next((type(row).__name__ for row in rows if not isinstance(row, Mapping)), None):
+        raise ValueError(
+            f"data.source={path!r} must return a list of mappings, one per prompt, such as "
+            f"[{{'prompt': ..., 'answer': ...}}], not {wrong}"
+        )
+    return [dict(row) for row in rows]
 
 
 def _from_datasets(source: str, config: DataConfig) -> list[Row]:
     import datasets
-    from datasets import exceptions
 
     path = Path(source)
+    if path.is_file() and path.suffix not in FILE_LOADERS:
+        raise ValueError(
+            f"data.source={source}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}"
+        )
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"data.source={source} is an empty file")
     try:
         if path.is_dir() and (path / "dataset_dict.json").exists() | (path / "state.json").exists():
             loaded = datasets.load_from_disk(source)
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = _split_of(loaded, config)
         elif path.is_file():
-            if path.suffix not in FILE_LOADERS:
-                raise ValueError(
-                    f"data.source={source}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}"
-                )
             loaded = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=source, split="train")
         else:
             loaded = datasets.load_dataset(
                 source, revision=config.revision, split=config.split, **config.options
             )
-    except (
-        OSError,
-        exceptions.DatasetGenerationError,
-        exceptions.DatasetNotFoundError,
-    ) as error:
-        raise ValueError(f"data.source={source!r} could not be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # builders, readers and the hub raise whatever they like
+        raise ValueError(_reading_fault(error, config)) from error
     size = len(loaded) if config.size is None else min(config.size, len(loaded))
     return [dict(row) for row in loaded.select(range(size))]
+
+
+def _reading_fault(error: BaseException, config: DataConfig) -> str:
+    """What went wrong, and at its root: `datasets` often says no more than that something did."""
+    if "corresponds to no data" in str(error):
+        return f"data.source={config.source!r} has no rows"
+    root = error
+    while (deeper := root.__cause__ or root.__context__) is not None:
+        root = deeper
+    said = [f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}" for e in (error, root)]
+    asked = "" if Path(config.source).exists() else f" (revision {config.revision}, split {config.split!r})"
+    return f"data.source={config.source!r}{asked} could not be read: {'; '.join(dict.fromkeys(said))}"
 
 
 def _split_of(splits: Any, config: DataConfig) -> Any:

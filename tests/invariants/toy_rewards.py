@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 
 def low_words(prompts, completions, **columns):
     """Share of the completion's words that are w0 to w39."""
@@ -25,3 +29,50 @@ def broken(prompts, completions, **columns):
 
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
+
+
+def three(prompts, completions, **columns):
+    return [3.0] * len(completions)
+
+
+def minus_one(prompts, completions, **columns):
+    return [-1.0] * len(completions)
+
+
+def longer_than_one(prompts, completions, completion_ids, **columns):
+    return [float(len(ids) > 1) for ids in completion_ids]
+
+
+_calls = []
+
+
+def broken_once(prompts, completions, **columns):
+    """Raises on the third completion of its process and scores all others."""
+    _calls.append(1)
+    if len(_calls) == 3:
+        raise RuntimeError("only once")
+    return low_words(prompts, completions)
+
+
+def slow(prompts, completions, **columns):
+    time.sleep(0.05)
+    return low_words(prompts, completions)
+
+
+def stops_the_trainer(prompts, completions, **columns):
+    """Scores, and sends the trainer SIGTERM at the second evaluation, of w70 to w72."""
+    if any(f"w{i}" in str(prompts) for i in (70, 71, 72)):
+        _calls.append(1)
+        if len(_calls) == 4:
+            os.kill(os.getppid(), signal.SIGTERM)
+    return low_words(prompts, completions)
+
+
+def kills_the_trainer(prompts, completions, **columns):
+    """Scores; where TOY_KILL names a file that is there, kills one trainer with -9 at the 30th completion."""
+    _calls.append(1)
+    order = os.environ.get("TOY_KILL", "")
+    if len(_calls) == 30 and os.path.exists(order):
+        os.remove(order)
+        os.kill(os.getppid(), signal.SIGKILL)
+    return even_words(prompts, completions)

@@ -16,39 +16,9 @@ from recipes.cli import main as cohort
 from recipes.grpo import main
 from rl.metrics import read_rows
 
-TOYS = Path(__file__).parents[1] / "invariants"
 
-
-@pytest.fixture
-def config_file(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(TOYS))
-    monkeypatch.setattr(sys, "path", [str(TOYS), *sys.path])
-    rows = [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in range(8)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
-        "data": {"source": str(tmp_path / "train.jsonl"), "max_prompt_length": 32},
-        "sampling": {"max_completion_length": 8},
-        "engine": {"name": "transformers"},
-        "rewards": {"functions": [{"name": "toy_rewards:low_words"}]},
-        "train": {"steps": 2, "prompts_per_step": 2, "group_size": 4, "token_budget": 256},
-        "loss": {"kl_coef": 0.0},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 0},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def test_a_run_leaves_everything_a_user_looks_for(config_file, capsys):
-    rows = [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in (3, 70, 71, 72)]
-    path = config_file.parent / "heldout.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    heldout = f"evaluation.data={{source: {path}, max_prompt_length: 32}}"
-    overrides = [heldout, "evaluation.metric=toy_rewards:low_words", "trackers=[tensorboard]"]
-    assert main([str(config_file), *overrides, "evaluation.sampling.max_completion_length=8"]) == 0
+def test_a_run_leaves_everything_a_user_looks_for(config_file, heldout, capsys):
+    assert main([str(config_file), *heldout, "trackers=[tensorboard]"]) == 0
     run = config_file.parent / "run"
     result = json.loads((run / "result.json").read_text())
     assert result.keys() >= {"heldout_before", "heldout_after", "n", "seconds", "steps"}
@@ -74,9 +44,22 @@ def test_a_run_leaves_everything_a_user_looks_for(config_file, capsys):
         (["data.prompt_column=question"], "no column 'question'; it has 'prompt', 'answer'"),
         (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
         (["model.name=/no/such/folder"], "/no/such/folder"),
+        (["model.chat_template=/no/such.jinja"], "give the path of a Jinja template"),
+        (["sampling.max_completion_length=506"], "has 512 positions; lower sampling.max_completion_length"),
+        (["model.lora={target_modules: nope}"], "model.lora.target_modules='nope'"),
+        (["data.template=Q: {prompt} A:"], "the value is not valid YAML"),
+        (
+            ["evaluation.data={source: HELD, prompt_column: answer, columns: [prompt, solution]}"],
+            "'solution'",
+        ),
     ],
 )
-def test_faults_get_a_sentence_and_exit_code_one(config_file, capsys, overrides, message):
+def test_faults_get_a_sentence_and_exit_code_one(config_file, heldout, capsys, overrides, message):
+    held = config_file.parent / "heldout.jsonl"
+    overrides = [
+        "evaluation.metric=toy_rewards:low_words",
+        *(o.replace("HELD", str(held)) for o in overrides),
+    ]
     assert main([str(config_file), *overrides]) == 1
     error = capsys.readouterr().err
     assert error.count("cohort:") == 1 and message in error and "Traceback" not in error
@@ -88,6 +71,66 @@ def test_a_failing_reward_stops_the_run_and_names_the_fault(config_file, capsys)
     assert "graders failed on 8 of 8 completions" in error and "no such thing" in error
 
 
+def test_a_heldout_set_is_graded_or_the_run_does_not_start(config_file, heldout, capsys):
+    """What graders fail on counts as wrong, so a failing one would be a false accuracy."""
+    broken = "rewards.functions=[{name: 'toy_rewards:broken'}]"
+    assert main([str(config_file), *heldout, broken, "evaluation.metric=toy_rewards:broken"]) == 1
+    assert "graders failed on 4 of 4 completions" in capsys.readouterr().err
+    needs = "rewards.functions=[{name: math}]"
+    columns = "evaluation.data.columns=[prompt]"
+    assert main([str(config_file), *heldout, needs, columns, "evaluation.metric=math"]) == 1
+    assert "reward 'math' needs the column 'answer'; the dataset has: none" in capsys.readouterr().err
+
+
+def test_a_single_grader_fault_is_counted_and_shown_and_trained_around(config_file, capsys):
+    assert main([str(config_file), "rewards.functions=[{name: 'toy_rewards:broken_once'}]"]) == 0
+    rows = read_rows(config_file.parent / "run" / "metrics.jsonl")
+    assert [row["graders/faults"] for row in rows] == [1 / 8, 0.0]
+    out = capsys.readouterr().out
+    assert "warning: step 1: graders failed on 1 of 8 completions, which count in nothing" in out
+    assert "only once" in out
+
+
+def test_what_is_broken_is_said_on_the_screen(config_file, capsys):
+    overrides = ["rewards.functions=[{name: 'toy_rewards:constant'}]", "train.steps=6"]
+    assert main([str(config_file), *overrides, "sampling.max_completion_length=1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: completion/truncated_share is 100.0 %") == 1
+    assert "raise sampling.max_completion_length" in out
+    assert out.count("warning: groups/without_spread is 100.0 %") == 1
+
+
+def test_heldout_accuracy_reaches_the_trackers(config_file, heldout):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([str(config_file), *heldout, "trackers=[tensorboard]"]) == 0
+    (events,) = (config_file.parent / "run" / "tensorboard").glob("events*")
+    found = EventAccumulator(str(events)).Reload()
+    assert [e.step for e in found.Scalars("heldout/accuracy")] == [0, 2]
+    assert [e.step for e in found.Scalars("reward/mean")] == [1, 2]
+
+
+def test_an_accuracy_stays_a_share_whatever_the_metric_scores(config_file, heldout):
+    """Scores of 3 for each and of -1 for each are an accuracy of 1 and of 0."""
+    for name, accuracy in (("three", 1.0), ("minus_one", 0.0)):
+        run = config_file.parent / name
+        rewards = f"rewards.functions=[{{name: 'toy_rewards:{name}'}}]"
+        metric = f"evaluation.metric=toy_rewards:{name}"
+        assert main([str(config_file), *heldout, rewards, metric, "train.steps=1", f"run_dir={run}"]) == 0
+        assert json.loads((run / "result.json").read_text())["heldout_after"] == accuracy
+
+
+def test_training_stop_ids_do_not_end_heldout_completions(config_file, heldout):
+    """Every id ends a training completion at once; a held-out one goes on to its own limit."""
+    ids = list(range(5, 105))
+    lengths = "rewards.functions=[{name: 'toy_rewards:longer_than_one'}]"
+    overrides = [lengths, "evaluation.metric=toy_rewards:longer_than_one", f"sampling.stop_token_ids={ids}"]
+    assert main([str(config_file), *heldout, *overrides, "train.steps=1"]) == 0
+    run = config_file.parent / "run"
+    assert [row["completion/length_max"] for row in read_rows(run / "metrics.jsonl")] == [1.0]
+    assert json.loads((run / "result.json").read_text())["heldout_before"] > 0
+
+
 def test_a_finished_run_can_be_extended_and_not_be_changed(config_file, capsys):
     assert main([str(config_file)]) == 0
     assert main([str(config_file), "train.steps=3"]) == 0
@@ -95,6 +138,19 @@ def test_a_finished_run_can_be_extended_and_not_be_changed(config_file, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert main([str(config_file), "train.steps=3", "optimizer.lr=0.5"]) == 1
     assert "optimizer.lr: 0.001 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_does_not_hold_the_folder(config_file, heldout, capsys):
+    """A mended config goes on in the same run_dir, and measures its start anew."""
+    run = config_file.parent / "run"
+    broken = "rewards.functions=[{name: 'toy_rewards:broken'}]"
+    assert main([str(config_file), "data.prompt_column=nothing"]) == 1
+    assert main([str(config_file), *heldout, "evaluation.metric=toy_rewards:broken", broken]) == 1
+    (run / "evaluation.jsonl").write_text('{"step": 0, "accuracy": 0.0, "low": 0.0, "high": 0.5, "n": 4}\n')
+    assert main([str(config_file), *heldout]) == 0
+    assert json.loads((run / "result.json").read_text())["heldout_before"] > 0
+    assert main([str(config_file), *heldout, "data.prompt_column=nothing"]) == 1
+    assert "data.prompt_column: 'prompt' there, 'nothing' now" in capsys.readouterr().err
 
 
 def test_a_run_folder_in_use_is_refused(config_file, capsys):

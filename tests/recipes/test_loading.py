@@ -74,6 +74,36 @@ def test_unreadable_sources_name_the_cause(config, message):
     assert message in str(caught.value)
 
 
+def nothing():
+    return None
+
+
+def failing():
+    raise KeyError("no such thing")
+
+
+def test_a_callable_that_fails_or_returns_no_rows_is_named():
+    with pytest.raises(ValueError, match=r"failing' with data.options=\{\} raised KeyError: 'no such thing'"):
+        load_rows(DataConfig(source=f"{__name__}:failing"))
+    with pytest.raises(ValueError, match=r"must return a list of mappings, one per prompt, .* not NoneType"):
+        load_rows(DataConfig(source=f"{__name__}:nothing"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is an empty file"),
+        ("a.csv", b"prompt,answer\n", "has no rows"),
+        ("a.jsonl", b'{"prompt": "a"\nxx', "could not be read: .*; ValueError: "),
+        ("a.csv", b"prompt,answer\nWhat \xe9,x\n", "could not be read: .*UTF8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataConfig(source=str(tmp_path / name)))
+
+
 def test_an_unknown_file_type_and_a_missing_split_are_named(tmp_path):
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(ValueError, match=r"cannot read '.xml' files; use .json, .jsonl, .csv, .parquet"):

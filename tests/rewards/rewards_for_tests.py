@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from rewards.calling import completion_text
+from rewards.completion import completion_text
 from rewards.plugins import groupwise
 from rl.types import Reason, Reward
 
@@ -43,6 +43,26 @@ def length(completions, **columns):
     """The number of characters; a completion that names a fault has it."""
     text = completions[0]
     return FAULTS[text]() if text in FAULTS else [float(len(text))]
+
+
+def nap(completions):
+    """Sleeps as many seconds as "nap 0.2" says, or has a fault; counts its calls."""
+    text = completions[0]
+    NAPS.append(text)
+    if text.startswith("nap"):
+        time.sleep(float(text.split()[1]))
+    return FAULTS[text]() if text in FAULTS else [float(len(NAPS))]
+
+
+NAPS = []
+
+
+def patient(completions):
+    """Naps, by a deadline of its own."""
+    return nap(completions)
+
+
+patient.time_limit_s = 3.0  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def ids(completion_ids):

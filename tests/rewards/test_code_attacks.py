@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import code_attacks
+import code_lies
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,9 @@ def own_cases() -> list[dict[str, Any]]:
     for programs, tests, expected in (
         (code_attacks.AGAINST_ASSERTS, code_attacks.ADD_TESTS, 0.0),
         (code_attacks.AGAINST_OUTPUT, code_attacks.SUM_TESTS, 0.0),
+        (code_lies.LIES, code_attacks.ADD_TESTS, 0.0),
         (code_attacks.HONEST_ASSERTS, code_attacks.ADD_TESTS, 1.0),
+        (code_lies.UNUSUAL, code_attacks.ADD_TESTS, 1.0),
         (code_attacks.HONEST_OUTPUT, code_attacks.SUM_TESTS, 1.0),
     ):
         for name, code in programs.items():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_late_verdict_is_a_timeout_and_the_next_question_is_answered(worker):
     assert not caught.value.on_gold
     assert late.poll() is not None
     assert worker.equal("x + x", "3x", timeout_s=20.0) is False
+
+
+def test_a_gold_that_is_too_slow_is_no_fault_of_the_prediction_and_asked_about_twice_only(worker):
+    assert worker.equal("x + x", "2x", timeout_s=20.0) is True
+    for _ in range(math_symbolic.MAX_TRIES_OF_A_GOLD):
+        with pytest.raises(SymbolicTimeout) as caught:
+            worker.equal(SLOW, "x", timeout_s=0.5)
+        assert caught.value.on_gold
+        worker.equal("x", "x", timeout_s=20.0)  # the replacement has started
+    began = time.monotonic()
+    with pytest.raises(SymbolicTimeout):
+        worker.equal(SLOW, "x", timeout_s=20.0)
+    assert time.monotonic() - began < 1.0
 
 
 def test_a_killed_process_is_replaced_within_the_question(worker):

@@ -9,7 +9,8 @@ import rewards_for_tests
 import torch
 
 from rewards import plugins
-from rewards.calling import BadValue, arguments, completion_text, grade
+from rewards.calling import BadValue, arguments, grade
+from rewards.completion import completion_text, last_message_text
 from rewards.plugins import import_path, load_reward
 from rl.types import Reason, Reward
 
@@ -141,6 +142,9 @@ def test_completion_text_joins_what_the_assistant_said():
     assert completion_text(chat) == "a\nb"
     assert completion_text("a") == "a"
     assert completion_text([{"role": "assistant", "content": None}]) == ""
+    assert last_message_text(chat) == "b" and last_message_text([]) == last_message_text([{}]) == ""
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert completion_text([{"role": "assistant", "content": parts}]) == "ab"
 
 
 def test_every_built_in_name_is_a_string_path_that_names_this_package():

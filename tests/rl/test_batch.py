@@ -80,3 +80,12 @@ def test_mixed_behavior_logprobs_are_refused():
     bare = Completion([1], [], [True], "stop", [VersionSpan(0, 1)])
     with pytest.raises(ValueError, match="all or none"):
         pack([scored([9], completion([1, 2]), bare)], [[1.0, 1.0]], rules())
+
+
+def test_micro_batches_are_as_few_as_first_fit_needs_and_even(ragged_groups):
+    groups, advantages = ragged_groups(num_groups=24)
+    rules = PackRules(token_budget=300, row_weight=lambda *_: 1.0, skip_without_signal=False)
+    sizes = [len(m.token_ids_N) for m in pack(groups, advantages, rules)[0].micro_batches]
+    assert max(sizes) <= 300
+    assert len(sizes) <= -(-sum(sizes) // 300) + 1
+    assert max(sizes) - min(sizes) <= 60

@@ -40,6 +40,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
         ("loss.dual_clip=1.1", "loss.dual_clip=1.1 must be above 1 + loss.clip_high"),
         ("rewards.functions=[{name: math, requires: think_format}]", "not among ['math']"),
         ("train.steps", "must look like key.sub=value"),
+        ("data.columns=[a", "override 'data.columns=[a': the value is not valid YAML"),
         ("train.in_flight=64", "train.in_flight=64 does nothing under train.max_staleness=0"),
     ],
 )
@@ -79,6 +80,12 @@ def test_groups_must_split_over_processes():
     check_processes(config, 3)
     with pytest.raises(ValueError, match="use prompts_per_step=4 or 8"):
         check_processes(config, 4)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: [1\n")
+    with pytest.raises(ValueError, match=r"c\.yaml is not valid YAML: .*line 2"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_a_wrong_path_names_the_near_one():

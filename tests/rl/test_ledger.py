@@ -339,3 +339,11 @@ def test_a_step_of_256_completions_of_1000_tokens_is_a_few_megabytes(tmp_path):
     assert write(ledger, 1, *groups).stat().st_size < 3e6
     step = ledger.read(1)
     assert step is not None and step.groups == groups
+
+
+def test_a_step_that_is_sampled_again_by_fewer_processes_has_no_share_of_the_others(tmp_path):
+    for rank in (0, 1):
+        for step in (0, 1):
+            write(Ledger(tmp_path, rank, 2), step)
+    write(Ledger(tmp_path, 0, 1), 1)
+    assert sorted(Ledger(tmp_path)._present()) == [(0, 0), (0, 1), (1, 0)]

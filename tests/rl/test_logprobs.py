@@ -54,3 +54,17 @@ def test_a_token_of_zero_probability_gives_no_nan():
     logprobs, entropy = token_logprobs(hidden, torch.tensor([0]), weight_VD=weight)
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.item() == 0.0 and entropy.item() == 0.0 and torch.isfinite(hidden.grad).all()
+
+
+def test_autocast_changes_neither_pass():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(300, 8, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 7, 299, 12, 3])
+    plain = token_logprobs(hidden, targets, weight_VD=weight)
+    wanted = torch.autograd.grad(plain[0].sum() + plain[1].sum(), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_logprobs(hidden, targets, weight_VD=weight)
+    got = torch.autograd.grad(found[0].sum() + found[1].sum(), (hidden, weight))
+    for a, b in zip((*plain, *wanted), (*found, *got), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -59,6 +59,20 @@ def test_with_an_adapter_the_reference_is_the_base_model(tiny_model_dir, ragged_
     assert policy.reference is None
 
 
+def test_an_adapter_is_fp32_beside_a_bf16_base_and_is_added_before_rounding(tiny_model_dir, ragged_groups):
+    policy, config = make(tiny_model_dir, "model.lora={r: 4}", "model.dtype=bf16-mixed", "loss.kl_coef=0")
+    assert policy.settle_attention() is None
+    step(policy, config, ragged_groups)
+    kinds = {("lora_" in name, p.dtype) for name, p in policy.model.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    name = "model.layers.0.mlp.down_proj"
+    layer = policy.model.get_submodule(name)
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    assert delta.abs().max() > 0
+    sent = dict(policy.weights())[f"{name}.weight"]
+    torch.testing.assert_close(sent, layer.base_layer.weight.float() + delta, rtol=0, atol=1e-7)
+
+
 def test_the_reference_follows_by_its_mixup(tiny_model_dir, ragged_groups):
     policy, config = make(tiny_model_dir, with_reference=True)
     start = [p.clone() for p in policy.reference.parameters()]
@@ -146,6 +160,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_pa
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has ids up to 104, the model's embedding 50 rows"):
+        make(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tiny_model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 weights such as model.layers.0.mlp.up_proj.weight hold NaN"):
         make(tmp_path)
 
 

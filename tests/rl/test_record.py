@@ -1,13 +1,89 @@
-"""The numbers of a step from its groups."""
+"""The numbers of a step: what dynamic sampling threw away counts, graders that fail are told apart."""
 
 from __future__ import annotations
 
+import pytest
 from accelerate import Accelerator
 
 from rl.config import AdvantageConfig
-from rl.record import group_metrics
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.record import check_faults, group_metrics
+from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
+from rl.verdict import Watch
 from rl.world import World
+
+
+def scored(*rewards: Reward | float, num_tokens: int = 2, reason="stop") -> ScoredGroup:
+    given = [r if isinstance(r, Reward) else Reward(r, parts={"math": r}) for r in rewards]
+    completions = [
+        Completion([7] * num_tokens, [], [True] * num_tokens, reason, [VersionSpan(0, num_tokens)])
+        for _ in given
+    ]
+    return ScoredGroup(Group(Prompt("p", "", (1,)), completions), given)
+
+
+def metrics(groups, rejected=()):
+    return group_metrics(
+        groups,
+        rejected=rejected,
+        step=0,
+        config=AdvantageConfig(),
+        weights={"math": 1.0},
+        world=World(Accelerator(cpu=True)),
+        counts={},
+    )
+
+
+def test_replaced_groups_count_as_all_right_or_all_wrong_and_in_nothing_else():
+    kept = [scored(1.0, 0.0), scored(0.0, 1.0)]
+    rejected = [scored(1.0, 1.0, num_tokens=5), scored(0.0, 0.0, num_tokens=3)]
+    alone, both = metrics(kept), metrics(kept, rejected)
+    assert (alone["groups/all_right"], alone["groups/without_spread"]) == (0.0, 0.0)
+    assert (both["groups/all_right"], both["groups/all_wrong"]) == (0.25, 0.25)
+    assert both["groups/without_spread"] == 0.5
+    assert alone["tokens/completion"] == 8 and both["tokens/completion"] == 8 + 10 + 6
+    changed = {name for name in both if both[name] != alone[name]}
+    assert changed == {"groups/all_right", "groups/all_wrong", "groups/without_spread", "tokens/completion"}
+    assert both["reward/std"] == 0.5 and both["completion/length_max"] == 2
+
+
+FAULT = Reward(None, Reason.INFRA_ERROR, "raised: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("groups", "max_share", "said"),
+    [
+        ([scored(1.0, 0.0)], 0.05, ""),
+        ([scored(*[1.0] * 9, FAULT)], 0.05, "graders failed on 1 of 10 completions"),
+        ([scored(*[1.0] * 38, FAULT, FAULT)], 0.05, "graders failed on 2 of 40 completions"),
+        ([scored(Reward(None, Reason.BAD_GOLD), Reward(None, Reason.NOT_APPLICABLE))], 0.05, ""),
+        ([scored(FAULT, FAULT, reason="abort")], 0.05, ""),
+    ],
+)
+def test_failing_graders_are_named_and_tolerated_up_to_a_share(groups, max_share, said):
+    sentence = check_faults(groups, max_share, list)
+    assert sentence.startswith(said) and bool(sentence) == bool(said)
+    assert not said or "raised: KeyError" in sentence
+
+
+@pytest.mark.parametrize(
+    ("groups", "max_share"), [([scored(*[1.0] * 37, *[FAULT] * 3)], 0.05), ([scored(1.0, FAULT)], 0.0)]
+)
+def test_too_many_failures_stop_the_run(groups, max_share):
+    with pytest.raises(RuntimeError, match=r"more than rewards.max_fault_share=.*raised: KeyError"):
+        check_faults(groups, max_share, list)
+
+
+def test_a_watch_names_what_is_broken_and_not_what_is_unusual():
+    """Five values in a row decide: truncation is unusual above 30 % and broken above 95 %."""
+    watch = Watch()
+    assert not any(watch.broken(step, {"completion/truncated_share": 0.5}) for step in range(10))
+    found = [watch.broken(step, {"completion/truncated_share": 1.0}) for step in range(10, 15)]
+    assert not any(found[:4])
+    (finding,) = found[4]
+    assert str(finding).startswith(
+        "completion/truncated_share is 100.0 %, healthy is at most 30 %, since step 10"
+    )
+    assert "raise sampling.max_completion_length" in str(finding)
 
 
 def completion(*spans: tuple[int, int]) -> Completion:

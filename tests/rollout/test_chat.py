@@ -55,6 +55,19 @@ def test_system_prompt_template_and_plain_text(tokenizer):
         ([{"prompt": "w1 " * 40}], {}, "raise data.max_prompt_length to"),
         ([{"prompt": 7}], {}, "must be text or a non-empty list of messages"),
         ([{"prompt": ""}], {"chat": False}, "is empty"),
+        ([{"prompt": "w1"}, {"prompt": " "}], {}, "train row 1: the prompt is empty; remove the row"),
+        (
+            [{"prompt": "w1"}, {"answer": "2"}],
+            {},
+            "train row 1: data.prompt_column: the dataset has no column",
+        ),
+        ([{"prompt": [{"role": "user"}]}], {}, "messages with role and content, not list [{'role': 'user'}]"),
+        ([{"prompt": "w1", "seen": {1, 2}}], {}, "column 'seen' holds set {1, 2}"),
+        (
+            [{"prompt": "w1", "x": float("nan")}],
+            {},
+            "name only the columns that graders need in data.columns",
+        ),
     ],
 )
 def test_bad_rows_are_refused_with_cause_and_remedy(tokenizer, rows, options, message):
@@ -77,3 +90,15 @@ def test_end_ids_are_collected_from_tokenizer_model_and_config(tokenizer):
 
     assert end_token_ids(tokenizer, (9,), Generation()) == (1, 7, 9)
     assert end_token_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_a_template_that_refuses_a_chat_says_so_with_the_row(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"train row 0: the chat template refuses .*\(no system role\)"):
+        render(tokenizer, [{"prompt": "w1"}])
+
+
+def test_only_the_named_columns_need_to_be_json(tokenizer):
+    (prompt,) = render(tokenizer, [{"prompt": "w1", "seen": {1}, "answer": "2"}], columns=["answer"])
+    assert prompt.columns == {"answer": "2"}

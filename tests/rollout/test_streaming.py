@@ -35,16 +35,30 @@ def folder(models, tmp_path_factory):
     return save(models[0], tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def vllm(folder):
-    engine = VllmEngine(
-        folder,
-        make_tokenizer(),
-        dtype=torch.float32,
-        max_model_len=128,
-        max_num_seqs=6,
-        kv_cache_gib=0.03,
-    )
+@pytest.fixture(scope="module", params=["one step at a time", "one step in flight"])
+def vllm(folder, request):
+    """On a GPU vLLM schedules a step while another runs. It can on a CPU too, and has no use for it there."""
+    from vllm.platforms import current_platform
+
+    in_flight = request.param == "one step in flight"
+    stock = current_platform.check_and_update_config
+
+    def asynchronous(config):
+        stock(config)
+        config.scheduler_config.async_scheduling = in_flight
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(current_platform), "check_and_update_config", staticmethod(asynchronous))
+        engine = VllmEngine(
+            folder,
+            make_tokenizer(),
+            dtype=torch.float32,
+            max_model_len=128,
+            process="inside",
+            max_num_seqs=6,
+            kv_cache_gib=0.03,
+        )
+    assert engine._core.engine.vllm_config.scheduler_config.async_scheduling == in_flight
     yield engine
     engine.close()
 

@@ -204,6 +204,15 @@ def test_a_core_ends_when_its_trainer_is_killed():
     core.wait(timeout=10)
 
 
+def test_a_core_that_does_not_start_in_time_is_named_and_killed(folder):
+    with pytest.raises(
+        EngineError, match=r"engine core did not start within timeout_s=0\.5; raise engine\.t"
+    ):
+        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=0.5, **TINY)
+    ours = [child.name() for child in psutil.Process().children() if "EngineCor" in child.name()]
+    assert len(ours) == 1  # the one of this module
+
+
 def test_closing_ends_the_process_in_the_middle_of_its_work(engine):
     process = psutil.Process(engine._core.pid)
     engine.submit(make_prompts(4), num_completions=8, sampling=SamplingParams(100), seeds=[1])

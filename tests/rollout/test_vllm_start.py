@@ -11,7 +11,7 @@ import torch
 from tiny_llama import make_model, make_tokenizer, save
 
 from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import version_conflict, vllm_available
+from rollout.vllm_start import gpu_arguments, version_conflict, vllm_available
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -40,6 +40,18 @@ def test_a_vllm_that_does_not_fit_is_explained(version, torch_version, reason):
     requires = ["torch==2.13.0+cpu; python_version >= '3'", "torch==1.0; python_version < '3'", "torchvision"]
     found = version_conflict("vllm", version, requires, torch_version=torch_version)
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_a_share_of_the_gpu_that_is_not_free_is_refused_with_one_that_fits(monkeypatch):
+    """30.4 of 80 GiB are free; 1 GiB of them goes to a process's own context: 29.4 / 80 = 0.3675."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(30.4 * 2**30), 80 << 30))
+    with pytest.raises(ValueError, match=r"=0\.5 of 80 GiB is more than the 30\.4 GiB .* use at most 0\.36"):
+        gpu_arguments(0.5, max_model_len=1224, max_num_seqs=256, eager=False)
+    for number, graphs in ((64, 128), (256, 512), (700, 700), (3000, 1024)):
+        arguments = gpu_arguments(0.3, max_model_len=1224, max_num_seqs=number, eager=False)
+        assert arguments["max_cudagraph_capture_size"] == graphs
+    eager = gpu_arguments(0.3, max_model_len=20000, max_num_seqs=64, eager=True)
+    assert eager == {"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 20000}
 
 
 RANK_PROGRAM = """

@@ -1,0 +1,118 @@
+"""Starts the processes of a run on this machine, as accelerate expects them, and ends them together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import torch
+
+Child = subprocess.Popen[Any]
+PATIENCE_S = 15.0
+POLL_S = 0.1
+
+
+def launch(recipe: Sequence[str], num_processes: int) -> int:
+    """Runs `python -m recipes.grpo RECIPE` in several processes and returns the exit code of the run.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on, and the run has the time its step takes to save and stop. When
+    a process fails, the others, which wait for it, are killed after `PATIENCE_S`. Only the first one speaks;
+    of another one that fails before it, the last words are shown.
+    """
+    environment = _environment(num_processes)
+    with ExitStack() as stack:
+        logs = [stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in range(1, num_processes)]
+        children: list[Child] = []
+        stack.callback(_end, children)
+        asked = _pass_signals_on(children)
+        for rank, log in enumerate([None, *logs]):
+            children.append(_start(recipe, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log))
+        first_failed = _wait(children, asked)
+        _end(children)
+        if first_failed > 0:
+            words = _last_words(logs[first_failed - 1])
+            print(f"process {first_failed} failed first:\n{words}", file=sys.stderr)
+    codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]
+    code = next(filter(None, codes), 0)
+    return 128 - code if code < 0 else code
+
+
+def _environment(num_processes: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "COHORT_LAUNCHED": "1",
+    }
+    if not torch.cuda.is_available():
+        world["ACCELERATE_USE_CPU"] = "1"
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **world}
+
+
+def _start(recipe: Sequence[str], environment: dict[str, str], log: IO[str] | None) -> Child:
+    # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+    return subprocess.Popen(
+        [sys.executable, "-m", "recipes.grpo", *recipe],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _pass_signals_on(children: Sequence[Child]) -> list[int]:
+    """Passes signals on from now; the list that is returned holds those that came."""
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    return asked
+
+
+def _wait(children: Sequence[Child], asked: Sequence[int]) -> int:
+    """Waits for the end of all and returns the rank that failed first, or -1.
+
+    One that a signal ended goes before those that complain of its absence, which may end sooner.
+    """
+    failed: list[int] = []
+    deadline = float("inf")
+    while True:
+        codes = [child.poll() for child in children]
+        well = {None, 0, *(128 + number for number in asked)}
+        failed += [r for r, code in enumerate(codes) if code not in well and r not in failed]
+        if None not in codes or time.monotonic() > deadline:
+            break
+        if failed:
+            deadline = min(deadline, time.monotonic() + PATIENCE_S)
+        time.sleep(POLL_S)
+    return min(failed, key=lambda rank: children[rank].returncode > 0, default=-1)
+
+
+def _end(children: Sequence[Child]) -> None:
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def _last_words(log: IO[str]) -> str:
+    log.seek(0)
+    lines = [line.rstrip() for line in log if line.strip()]
+    return "\n".join([line for line in lines if line.startswith("cohort: ")] or lines[-20:])

@@ -1,0 +1,34 @@
+"""The text of a completion, which is a string or a list of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def completion_text(completion: str | Sequence[Any]) -> str:
+    """The string, or what the assistant's messages say, joined by newlines."""
+    if isinstance(completion, str):
+        return completion
+    said = [message for message in completion if _role(message) == "assistant"]
+    return "\n".join(map(_content, said))
+
+
+def last_message_text(completion: str | Sequence[Any]) -> str:
+    """The string, or what the last message says: where an answer or a program is looked for."""
+    if isinstance(completion, str):
+        return completion
+    return _content(completion[-1]) if completion else ""
+
+
+def _role(message: Any) -> str:
+    return message.get("role", "assistant") if isinstance(message, Mapping) else "assistant"
+
+
+def _content(message: Any) -> str:
+    """A message's content: text, or parts of which some are text; "" for a message without any."""
+    content = message.get("content") if isinstance(message, Mapping) else message
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))

@@ -1,0 +1,172 @@
+"""GRPO steps of Cohort and of TRL's GRPOTrainer on workload W, one after the other on the same device.
+
+    python -m tests.bench.grpo_vs_trl [--shape 1.5b] [--steps 5] [--sides cohort,trl-best] [--set KEY=VALUE]
+
+Both are whole runs in processes of their own: Cohort is `recipes.grpo` from a config, ledger and metrics
+and the proof of weights included. Prints seconds per step by phase (median of the steps after the first
+two), completion tokens per second, the training phase's model FLOPs utilisation, peak memory of the
+training process, and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from tests.bench.flops import peak_flops, training_flops
+from tests.bench.workload import Workload, write_model
+
+PHASES = ("sample", "score", "pack", "train", "sync", "rest")
+WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for option in fields(Workload):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}", type=type(option.default), default=option.default
+        )
+    parser.add_argument("--sides", default="cohort,trl-best,trl-default")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of Cohort's config")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="for each side")
+    parser.add_argument("--logs", type=Path, help="keep the output of each side here")
+    arguments = parser.parse_args()
+    workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    workload.export()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = write_model(folder / "model", workload)
+        results = {}
+        for side in arguments.sides.split(","):
+            run = _cohort if side.startswith("cohort") else _trl
+            steps = run(side, folder, model, workload, arguments)
+            if not steps and side.startswith("cohort"):
+                sys.exit(1)
+            if steps:
+                results[side] = summary(steps)
+                print(side, json.dumps({k: round(v, 3) for k, v in results[side].items()}), flush=True)
+    show(results)
+
+
+def _launch(side: str, command: list[str], arguments: argparse.Namespace) -> bool:
+    log = (arguments.logs or Path(tempfile.gettempdir())) / f"{side}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as sink:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                timeout=arguments.timeout_s,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+            failed = done.returncode != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+    if failed:
+        print(
+            f"{side} did not end well; the last lines of {log}:\n"
+            + "\n".join(log.read_text().splitlines()[-15:])
+        )
+    return not failed
+
+
+def _trl(
+    side: str, folder: Path, model: Path, workload: Workload, arguments: argparse.Namespace
+) -> list[dict]:
+    out = folder / f"{side}.json"
+    command = ["tests.bench.trl_side", str(model), str(out), side.removeprefix("trl-")]
+    return json.loads(out.read_text()) if _launch(side, command, arguments) else []
+
+
+def _cohort(
+    side: str, folder: Path, model: Path, workload: Workload, arguments: argparse.Namespace
+) -> list[dict]:
+    run_dir = folder / side
+    stale = int(side.removeprefix("cohort-stale")) if side.startswith("cohort-stale") else 0
+    config = {
+        "run_dir": str(run_dir),
+        "model": {
+            "name": str(model),
+            "dtype": "bf16-mixed",
+            **({"lora": {"r": workload.lora, "alpha": 2 * workload.lora}} if workload.lora else {}),
+        },
+        "data": {"source": "tests.bench.workload:rows", "max_prompt_length": workload.prompt_length},
+        "sampling": {"max_completion_length": workload.max_length, "stop_token_ids": workload.stop_ids},
+        "rewards": {"functions": [{"name": "tests.bench.workload:coin"}]},
+        "train": {
+            "steps": workload.steps,
+            "prompts_per_step": workload.prompts,
+            "group_size": workload.group,
+            "token_budget": 12288,
+            "max_staleness": stale,
+        },
+        "loss": {"name": "dapo", "kl_coef": 0.0, "clip_high": 0.2},
+        "optimizer": {"lr": 1e-6},
+        "checkpoint": {"every": 0},
+    }
+    if not stale:
+        config["loss"]["sampler_correction"] = None
+    file = folder / f"{side}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    if not _launch(side, ["recipes.grpo", str(file), *arguments.set], arguments):
+        return []
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # tens of GiB with the moments
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [_cohort_step(row, n, run_dir, model) for n, row in enumerate(rows)]
+
+
+def _cohort_step(row: dict, step: int, run_dir: Path, model: Path) -> dict[str, float]:
+    from rl.ledger import Ledger
+
+    times = {phase: row.get(f"time/{phase}", 0.0) for phase in PHASES}
+    times["rest"] = row["time/step"] - sum(times.values())
+    recorded = Ledger(run_dir, 0, 1).read(step)
+    assert recorded is not None
+    lengths = [(len(g.prompt.token_ids), [len(c.token_ids) for c in g.completions]) for g in recorded.groups]
+    flops = training_flops(json.loads((model / "config.json").read_text()), lengths)
+    return times | {
+        "step": row["time/step"],
+        "tokens": row["tokens/completion"],
+        "peak": row.get("memory/peak", 0.0),
+        "mfu": flops / times["train"] / peak_flops(),
+    }
+
+
+def summary(steps: list[dict]) -> dict[str, float]:
+    """Medians over the steps after the warm-up."""
+    kept = steps[WARM_UP:] or steps[-1:]
+    names = {name for step in kept for name in step}
+    return {name: statistics.median(step.get(name, 0.0) for step in kept) for name in sorted(names)}
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    columns = ("step", *PHASES)
+    print(
+        f"\n{'seconds':14s}" + "".join(f"{c:>8s}" for c in columns) + f"{'tok/s':>9s}{'MFU':>6s}{'GiB':>7s}"
+    )
+    for side, r in results.items():
+        cells = "".join(f"{r.get(c, 0.0):8.2f}" for c in columns)
+        print(f"{side:14s}{cells}{r['tokens'] / r['step']:9.0f}{r.get('mfu', 0.0):6.2f}{r['peak']:7.1f}")
+    for ours in (side for side in results if side.startswith("cohort")):
+        for theirs in (side for side in results if side.startswith("trl")):
+            a, b = results[theirs], results[ours]
+            speed = (b["tokens"] / b["step"]) / (a["tokens"] / a["step"])
+            phases = "  ".join(
+                f"{p} {a[p] / b[p]:.2f}x" for p in ("sample", "train", "sync") if b.get(p) and a.get(p)
+            )
+            print(f"{theirs} / {ours}: tokens per second {speed:.2f}x; seconds {phases}")
+
+
+if __name__ == "__main__":
+    main()

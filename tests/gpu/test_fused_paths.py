@@ -1,0 +1,79 @@
+"""On a GPU: the fused paths are on, and a step's gradient is the plain path's within what bf16 rounds.
+
+python -m pytest tests/gpu
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rl.config_file import load_config
+from rl.logprobs import kernels_work
+from rl.policy import Policy
+from rl.shared_prompt import flash_works
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _settings(folder, dtype: str, *overrides: str):
+    base = [f"model.name={folder}", f"model.dtype={dtype}", "sampling.max_completion_length=20"]
+    return load_config(None, [*base, "loss.clip_high=4.0", *overrides])
+
+
+def _alone_on(device: str) -> SimpleNamespace:
+    """What a policy needs of an Accelerator, of which a process can have one device only."""
+    return SimpleNamespace(
+        device=torch.device(device), num_processes=1, process_index=0, is_main_process=True
+    )
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16-mixed"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir):
+    config = _settings(tiny_model_dir, "fp32", "model.fused_layers=false")
+    policy = Policy(config.model, _alone_on("cuda:0"), temperature=0.9, with_reference=False)
+    policy.set_packed(False)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_model_dir, dtype):
+    config = _settings(tiny_model_dir, dtype)
+    policy = Policy(config.model, _alone_on("cuda:0"), temperature=0.9, with_reference=False)
+    assert policy.settle_attention() is None
+    return policy
+
+
+def relative_error(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    difference = sum((a[n].cpu() - b[n].cpu()).double().square().sum() for n in a) ** 0.5
+    size = sum(b[n].cpu().double().square().sum() for n in b) ** 0.5
+    assert size > 1e-3
+    return (difference / size).item()
+
+
+def test_the_fused_kernels_agree_with_plain_torch():
+    assert kernels_work()
+    assert flash_works()
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("budget", [40, 100000])
+def test_gradient_is_that_of_one_fp32_sequence_at_a_time(
+    plain, ours, dtype, tiny_model_dir, ragged_groups, gradients, loss, budget
+):
+    groups, advantages = ragged_groups()
+    overrides = (f"loss.name={loss}", "loss.kl_coef=0", f"train.token_budget={budget}")
+    expected = gradients(plain, _settings(tiny_model_dir, "fp32", *overrides), groups, advantages)
+    found = gradients(ours, _settings(tiny_model_dir, dtype, *overrides), groups, advantages)
+    assert relative_error(found, expected) <= (1e-4 if dtype == "fp32" else 0.04)

@@ -1,0 +1,173 @@
+"""Runs that are stopped, killed or out of disk: what they leave, what they say, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipes.grpo import main
+from rl.ledger import Ledger
+from rl.metrics import read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+
+
+def test_a_run_that_ended_before_its_last_evaluation_makes_it_when_started_again(config_file, heldout):
+    """What a kill during the last evaluation leaves: the checkpoint, the first evaluation and no result."""
+    run = config_file.parent / "run"
+    assert main([str(config_file), *heldout]) == 0
+    whole = json.loads((run / "result.json").read_text())
+    assert whole["heldout_before"] != whole["heldout_after"]
+    first, _last = (run / "evaluation.jsonl").read_text().splitlines()
+    (run / "evaluation.jsonl").write_text(first + "\n")
+    (run / "result.json").unlink()
+    assert main([str(config_file), *heldout]) == 0
+    again = json.loads((run / "result.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in whole.items() if k != "seconds"
+    }
+
+
+def test_seconds_count_the_whole_run_and_a_second_start_does_not_change_the_result(config_file):
+    run = config_file.parent / "run"
+    assert main([str(config_file)]) == 0
+    state = run / "checkpoints" / "step-000002" / "trainer" / "state.json"
+    assert 0 < json.loads(state.read_text())["counters"]["seconds"] < 60
+    result = (run / "result.json").read_text()
+    assert main([str(config_file)]) == 0
+    assert (run / "result.json").read_text() == result
+    before = json.loads(result)["seconds"]
+    assert main([str(config_file), "train.steps=3"]) == 0
+    extended = json.loads((run / "result.json").read_text())
+    assert extended["steps"] == 3 and extended["seconds"] > before
+
+
+def test_a_signal_during_an_evaluation_still_saves_the_step(config_file, heldout, capsys):
+    """The grader sends SIGTERM at the second evaluation, after the step's own look at signals."""
+    run = config_file.parent / "run"
+    rewards = "rewards.functions=[{name: 'toy_rewards:stops_the_trainer'}]"
+    overrides = [rewards, "evaluation.metric=toy_rewards:stops_the_trainer", "evaluation.every=1"]
+    assert main([str(config_file), *heldout, *overrides, "train.steps=5"]) == 128 + signal.SIGTERM
+    assert checkpoints(run) == ["step-000001"]
+    capsys.readouterr()
+    assert main([str(config_file), *heldout, *overrides, "train.steps=2"]) == 0
+    assert checkpoints(run)[-1] == "step-000002"
+    before = json.loads((run / "result.json").read_text())["heldout_before"]
+    assert f"at step 2, from {100 * before:.1f} %" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_is_no_success_and_the_same_command_finishes(config_file, capsys):
+    run = config_file.parent / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # the model file is larger, a ledger smaller
+    try:
+        assert main([str(config_file)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    error = capsys.readouterr().err
+    assert "checkpoint of step 2 could not be written" in error and "the run repeats" in error
+    assert not checkpoints(run) and not (run / "result.json").exists()
+    sampled = Ledger(run).read(1)
+    assert main([str(config_file)]) == 0
+    assert checkpoints(run) == ["step-000002"]
+    assert Ledger(run).read(1) == sampled
+
+
+def launch(config_file: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "recipes.cli", "train", "--processes", "2", str(config_file), *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_save_and_stop_together_at_a_signal(config_file, number):
+    run = config_file.parent / "run"
+    slow = "rewards.functions=[{name: 'toy_rewards:slow'}]"
+    launcher = launch(config_file, slow, "train.steps=200")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), launcher)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(number)
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 128 + number, err[-2000:]
+    assert "the same command goes on from there" in out and "Traceback" not in err
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    assert 0 < steps < 200 and checkpoints(run) == [f"step-{steps:06d}"]
+    assert len(children) >= 4 and not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_the_processes_of_a_killed_launcher_save_and_end(config_file):
+    run = config_file.parent / "run"
+    launcher = launch(config_file, "rewards.functions=[{name: 'toy_rewards:slow'}]", "train.steps=200")
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), launcher)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert len(checkpoints(run)) == 1
+
+
+def test_a_fault_in_a_run_of_two_processes_is_one_sentence(config_file):
+    launcher = launch(config_file, "rewards.functions=[{name: math}]", "data.columns=[prompt]")
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1, out
+    assert "reward 'math' needs the column 'answer'" in err and "Traceback" not in err
+
+
+def wait_until(condition, launcher: subprocess.Popen[str], limit_s: float = 120.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
+        time.sleep(0.1)
+
+
+def test_two_processes_of_which_one_was_killed_end_as_if_none_had_been(config_file, monkeypatch):
+    """Dynamic sampling, two epochs and a checkpoint every other step; the other process is ended."""
+    order = config_file.parent / "kill"
+    monkeypatch.setenv("TOY_KILL", str(order))
+    overrides = [
+        "rewards.functions=[{name: 'toy_rewards:kills_the_trainer'}]",
+        "advantage.dynamic_sampling={max_rounds: 3}",
+        "train.steps=5",
+        "train.num_epochs=2",
+        "checkpoint.every=2",
+    ]
+    codes, runs = [], {}
+    for name in ("whole", "killed", "killed"):
+        if name == "killed" and name not in runs:
+            order.touch()
+        runs[name] = config_file.parent / name
+        launcher = launch(config_file, *overrides, f"run_dir={runs[name]}")
+        _out, err = launcher.communicate(timeout=200)
+        codes.append(launcher.returncode)
+    assert codes == [0, 128 + signal.SIGKILL, 0], err
+    files = [r / "checkpoints" / "step-000005" / "model.safetensors" for r in runs.values()]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    consumed = [
+        [
+            g.prompt.id
+            for step in range(5)
+            for r in Ledger(run, 0, 2).read_all(step)
+            for g in r.groups + r.rejected
+        ]
+        for run in runs.values()
+    ]
+    assert consumed[0] == consumed[1] and len(consumed[0]) > 5 * 2
+    outcomes = [
+        [row["groups/without_spread"] for row in read_rows(run / "metrics.jsonl")] for run in runs.values()
+    ]
+    assert outcomes[0] == outcomes[1] and max(outcomes[0]) > 0

@@ -1,0 +1,35 @@
+"""Signals ask once, a repeated one ends, and the wishes of several launchers are one wish."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from rl.phases import StopSignal
+
+
+@pytest.fixture
+def stop():
+    stop = StopSignal().install()
+    yield stop
+    stop.restore()
+
+
+def test_a_signal_is_a_wish_and_its_number_the_exit_code(stop):
+    assert not stop.requested() and stop.exit_code() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested() and stop.exit_code() == 143
+
+
+def test_the_sigterm_of_a_launcher_after_ctrl_c_is_the_same_wish(stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested() and stop.exit_code() == 130
+
+
+def test_the_same_signal_again_ends_at_once(stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
