@@ -111,7 +111,7 @@ def claim_config(config: Config | DiffusionConfig) -> None:
     write_atomically(path, dump_config(config))
 
 
-def _changes(before: Config, now: Config) -> list[str]:
+def _changes(before: Config | DiffusionConfig, now: Config | DiffusionConfig) -> list[str]:
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     keys = sorted((old.keys() | new.keys()) - MAY_CHANGE)
     return [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from rl.diffusion.config import DiffusionModelConfig
 from rl.diffusion.layouts import native_config
 from rl.diffusion.model import DiffusionScorer, find_mask_token, load_diffusion_model, raw_config
-from rl.loading import STORAGE_DTYPE, add_lora, check_vocabulary, load_tokenizer
+from rl.loading import add_lora, check_vocabulary, load_tokenizer, storage_dtype
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -31,7 +31,7 @@ class DiffusionPolicy:
         self.config, self.accelerator = config, accelerator
         plain = config.plain(name)
         self.tokenizer = load_tokenizer(plain)
-        self.dtype = STORAGE_DTYPE[config.dtype]
+        self.dtype = storage_dtype(plain)
         raw = raw_config(name, config.revision)
         native = native_config(raw, name)
         model_config = native[0] if native else AutoConfig.from_pretrained(name, revision=config.revision)
@@ -43,7 +43,7 @@ class DiffusionPolicy:
             mask_token_id=self.mask_token_id,
             shift=config.shift,
         )
-        check_vocabulary(model, self.tokenizer)
+        check_vocabulary(model.get_input_embeddings().weight.shape[0], self.tokenizer)  # type: ignore[union-attr]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.peft_model: Any = add_lora(model, plain) if config.lora else None
