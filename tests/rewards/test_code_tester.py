@@ -42,11 +42,12 @@ def test_a_library_name_that_tests_do_not_import_is_the_librarys(sandbox, entry_
     assert score(sandbox, HONEST, entry_point, test) == 1.0
 
 
-def test_a_function_of_the_solution_that_is_not_under_test_judges_nothing(sandbox):
-    tests = {"type": "asserts", "entry_point": "area", "code": "assert same(area(2), 12.566)"}
-    reward = grade(LYING + "def same(a, b): return True\n", tests, options=PATIENT, sandbox=sandbox)
+@pytest.mark.parametrize("name", ["check_equal", "assertAlmostEqual", "almost_equal", "np_allclose"])
+def test_a_function_of_the_solution_that_is_called_like_a_judge_is_none(sandbox, name):
+    tests = {"type": "asserts", "entry_point": "area", "code": f"assert {name}(area(2), 12.566)"}
+    reward = grade(LYING + f"def {name}(a, b): return True\n", tests, options=PATIENT, sandbox=sandbox)
     assert (reward.score, reward.reason) == (None, Reason.BAD_GOLD)
-    assert "'same'" in reward.detail
+    assert f"'{name}'" in reward.detail
 
 
 def test_without_an_entry_point_every_other_name_is_the_solutions(sandbox):
