@@ -114,7 +114,6 @@ class VllmEngine:
         }
         self.tokenizer, self.version = tokenizer, version
         self.timeout_s, self.max_model_len, self.recompute_kv = timeout_s, max_model_len, recompute_kv
-        self.runs_alone = own
         engine, owns_group = start_engine(arguments, own=own, timeout_s=timeout_s)
         seeds_are_free = on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
         self.seed_requests = seeds_are_free if seed_requests is None else seed_requests
