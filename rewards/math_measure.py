@@ -20,9 +20,7 @@ def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple
     for written, other in ((unit, gold_unit), (gold_unit, unit)):
         if written is not None and written.is_claim and (other is None or other.words != written.words):
             return None
-    if any(
-        _is_angle(one) and _is_temperature(other) for one, other in ((gold, unit), (prediction, gold_unit))
-    ):
+    if options.units != "ignore" and (_is_odd(gold, unit) or _is_odd(prediction, gold_unit)):
         return None
     if gold_inner[0] == inner[0] == "ratio":
         gold_inner, inner = _on_one_clock(gold_inner, gold_unit, inner, unit)
@@ -43,12 +41,10 @@ def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple
     return left, right
 
 
-def _is_angle(item: Shape) -> bool:
-    return item[0] == "scalar" and item[1][0] == "deg"
-
-
-def _is_temperature(unit: Unit | None) -> bool:
-    return unit is not None and unit.dimensions in ((("°C", 1),), (("°F", 1),))
+def _is_odd(item: Shape, unit: Unit | None) -> bool:
+    """25% beside 25 dollars, 25 degrees beside 25 cm or 25 degrees Celsius: a mark is a unit, too."""
+    is_marked = item[0] == "scalar" and item[1][0] in ("percent", "deg")
+    return is_marked and unit is not None and bool(unit.dimensions) and unit.dimensions != (("rad", 1),)
 
 
 def _scaled(item: Shape, factor: Fraction) -> Shape:
