@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=None)
     report.set_defaults(run=_report)
 
+    denoising = commands.add_parser(
+        "denoising", help="show in which order a diffusion model wrote completions of a run"
+    )
+    denoising.add_argument("run_dir", type=Path)
+    denoising.add_argument("--frames", type=int, default=6)
+    denoising.set_defaults(run=_denoising)
+
     config = commands.add_parser("config", help="check a config and print it with every default")
     config.add_argument("config")
     config.add_argument("overrides", nargs="*", metavar="key=value")
@@ -102,6 +109,24 @@ def _report(arguments: argparse.Namespace) -> int:
     from rl.report import build_report
 
     print(build_report(arguments.run_dir, arguments.out))
+    return 0
+
+
+def _denoising(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rl.diffusion.trace_view import denoising_frames, sampled_traces
+    from rl.ledger import Ledger
+
+    console = Console(highlight=False, markup=False)
+    found = sampled_traces(Ledger(arguments.run_dir))
+    if not found:
+        raise ValueError(f"{arguments.run_dir} holds no completion of a masked diffusion model")
+    for step, scored, i in found:
+        score = scored.rewards[i].score
+        reward = "none" if score is None else f"{score:g}"
+        console.print(f"step {step}, prompt {scored.prompt.id!r}, reward {reward}", style="bold")
+        console.print(denoising_frames(scored.completions[i], max(arguments.frames, 1)))
     return 0
 
 

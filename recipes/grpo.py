@@ -20,6 +20,7 @@ from accelerate import Accelerator, DistributedType
 from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
+from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy
 from recipes.engines import make_engine
 from recipes.models import resolve_model
 from recipes.sources import make_source, sampling_params
@@ -27,8 +28,9 @@ from recipes.tasks import load_rows
 from recipes.tasks.prompts import grader_columns, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
 from rl.checkpoint import CheckpointStore, LoadedCheckpoint
-from rl.config import Config, check_processes
+from rl.config import Config, ModelConfig, check_processes
 from rl.config_file import load_config
+from rl.diffusion.rl_config import MaskedRunConfig
 from rl.display import Display
 from rl.durable import RunLock, with_remedy
 from rl.ledger import Ledger
@@ -141,6 +143,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     Cheap checks come first: config, dataset columns and rewards are refused before any model is loaded.
     """
     _make_deterministic(config)
+    check_canvas(config)
     phases = Phases(display.phase)
     rows, held = load_rows(config.data), config.evaluation.data
     heldout_rows = load_rows(held) if held else []
@@ -154,14 +157,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
         longest = _longest(config, prompts, heldout)
-        check_config(model, tokenizer, longest)
         with display.phase("the model to load"):
-            policy = Policy(
-                model,
-                world.accelerator,
-                temperature=config.sampling.temperature,
-                with_reference=config.loss.kl_coef > 0,
-            )
+            policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
         if (reason := policy.settle_attention()) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
@@ -172,22 +169,13 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
                 torch.distributed.broadcast(parameter.data, 0)
         ends = end_token_ids(tokenizer, (), policy.model.generation_config)
         with display.phase(f"the engine to start ({config.engine.name})"):
-            engine = make_engine(
-                config.engine,
-                model.name,
-                tokenizer=tokenizer,
-                dtype=_engine_dtype(config),
-                device=world.accelerator.device,
-                max_model_length=max(longest, len(policy.canary_ids) + 1),
-                revision=model.revision,
-                note=display.note,
-            )
+            engine = _make_engine(config, model, policy, longest, display)
     except BaseException:
         scorer.close()
         raise
     stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     source = make_source(config, world, engine, scorer, stream, ends, phases)
-    if policy.device.type == "cuda":
+    if policy.device.type == "cuda" and not isinstance(config, MaskedRunConfig):
         held = probe(policy, config, pack_rules(config))
         display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
     run = Run(
@@ -224,6 +212,34 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         close()
         raise
     return run, close
+
+
+def _make_policy(
+    config: Config, model: ModelConfig, accelerator: Accelerator, tokenizer: Any, longest: int
+) -> Policy:
+    if isinstance(config, MaskedRunConfig):
+        return make_masked_policy(config, model, accelerator, longest)
+    check_config(model, tokenizer, longest)
+    with_reference = config.loss.kl_coef > 0
+    temperature = config.sampling.temperature
+    return Policy(model, accelerator, temperature=temperature, with_reference=with_reference)
+
+
+def _make_engine(
+    config: Config, model: ModelConfig, policy: Policy, longest: int, display: Display
+) -> Engine:
+    if isinstance(config, MaskedRunConfig):
+        return make_masked_engine(config, model, policy, dtype=_engine_dtype(config))
+    return make_engine(
+        config.engine,
+        model.name,
+        tokenizer=policy.tokenizer,
+        dtype=_engine_dtype(config),
+        device=policy.device,
+        max_model_length=max(longest, len(policy.canary_ids) + 1),
+        revision=model.revision,
+        note=display.note,
+    )
 
 
 def _go_on(run: Run) -> None:

@@ -69,12 +69,22 @@ def batch_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[f
     return _scaled(centered_advantages(rewards), 1 / (batch_std + STD_EPS))
 
 
+def wd1_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+    """softmax(A) - softmax(-A) over the group, A = r - mean(r): what wd1 (arXiv:2507.08838) weighs log-probs
+    with, its positive and its negative samples in one. 0 without spread; for loss.name=reinforce.
+    """
+    centered = centered_advantages(rewards)
+    up, down = ([math.exp(sign * a) for a in centered] for sign in (1, -1))
+    return [u / math.fsum(up) - d / math.fsum(down) for u, d in zip(up, down, strict=True)]
+
+
 ADVANTAGES: dict[str, Advantages] = {
     "grpo": grpo_advantages,
     "centered": centered_advantages,
     "rloo": rloo_advantages,
     "max_rl": max_rl_advantages,
     "batch": batch_advantages,
+    "wd1": wd1_advantages,
 }
 
 

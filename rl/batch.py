@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -54,8 +55,10 @@ class MicroBatch:
         sequence_ids_L: which of the S sequences a loss token belongs to, 0..S-1.
         weights_L: share of the step's loss.
         behavior_logprobs_L: the engine's log-probs, or None if it was asked for none.
+        rows: the S sequences, for a policy that needs more of them than a packed row.
         old_logprobs_L: the policy's own before the first update of this step; None while no update has
             happened.
+        plan: masks that a diffusion policy drew for this batch; every model that scores it sees the same.
     """
 
     token_ids_N: Int[Tensor, " N"]
@@ -68,7 +71,9 @@ class MicroBatch:
     weights_L: Float[Tensor, " L"]
     behavior_logprobs_L: Float[Tensor, " L"] | None
     num_sequences: int
+    rows: tuple[Row, ...] = field(default=(), repr=False)
     old_logprobs_L: Float[Tensor, " L"] | None = None
+    plan: Any = field(default=None, repr=False)
     _layout: Layout | None = field(default=None, repr=False)
 
     @property
@@ -281,4 +286,5 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
         weights_L=torch.tensor([w for _, w in per_token]),
         behavior_logprobs_L=torch.tensor(behavior) if behavior else None,
         num_sequences=num_sequences,
+        rows=tuple(row for rows in bin_ for row in rows),
     )

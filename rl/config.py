@@ -163,7 +163,7 @@ class DynamicSamplingConfig(Section):
 
 
 class AdvantageConfig(Section):
-    name: Literal["grpo", "centered", "rloo", "batch", "max_rl"] = "grpo"
+    name: Literal["grpo", "centered", "rloo", "batch", "max_rl", "wd1"] = "grpo"
     aggregate: Literal["sum", "gdpo"] = Field(
         default="sum", description="sum: weighted sum, then normalise; gdpo: normalise each reward, then sum"
     )

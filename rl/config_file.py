@@ -14,13 +14,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rl.config import Config, Section
+from rl.diffusion.rl_config import MaskedRunConfig
 
 C = TypeVar("C", bound=Section)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a GRPO run: `read_config` with its schema."""
-    return read_config(Config, path, overrides)
+    """The config of an RL run: `MaskedRunConfig` where there is a section `diffusion`."""
+    tree = _read_tree(path, overrides)
+    return _validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
 
 
 def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
@@ -30,6 +32,10 @@ def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
         ValueError: the file is no mapping, an override has no '=', or a key, type, range or rule is broken;
             every fault is listed.
     """
+    return _validated(schema, _read_tree(path, overrides), path)
+
+
+def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
@@ -60,6 +66,10 @@ def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
                 f"override {override!r}: the value is not valid YAML ({_one_line(error)}); put text with "
                 f"special characters in quotes within quotes: '{key}=\"...\"'"
             ) from None
+    return tree
+
+
+def _validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -> C:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:

@@ -16,14 +16,14 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl.durable import fsync_path, written_whole
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
+from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
@@ -241,6 +241,7 @@ def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[
         "version_spans": [[span.policy_version, span.num_tokens] for span in completion.version_spans],
         "text": completion.text,
         "routes": _pack_routes(completion.routes),
+        **({} if completion.trace is None else {"trace": asdict(completion.trace)}),
         "reward": {
             "score": reward.score,
             "reason": str(reward.reason),
@@ -331,4 +332,5 @@ def _parse_completion(entry: dict[str, Any]) -> Completion:
         version_spans=[VersionSpan(version, count) for version, count in entry["version_spans"]],
         text=entry["text"],
         routes=_unpack(routes).reshape(routes["shape"]) if isinstance(routes, dict) else routes,
+        trace=Trace(**entry["trace"]) if "trace" in entry else None,
     )

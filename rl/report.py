@@ -20,9 +20,12 @@ from markupsafe import Markup
 
 from rl.config import Config
 from rl.diffusion.config import DiffusionConfig, TextConfig
+from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.trace_view import denoising_html, sampled_traces
 from rl.durable import written_whole
 from rl.figures import build_figures
 from rl.group_sample import json_for_html, sample_groups
+from rl.ledger import Ledger
 from rl.manifest import library_versions
 from rl.metrics import METRICS, Metric, read_rows, show_seconds, show_value
 from rl.plots import sparkline
@@ -74,6 +77,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "more_figures": more_figures,
         "groups": groups,
         "groups_json": Markup(json_for_html(groups)),
+        "denoisings": _denoisings(run_dir),
         "changed": _changed(config),
         "config": _shown_text(
             yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True) if config else ""
@@ -83,6 +87,14 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "notes": [show_controls(note) for note in damaged],
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _denoisings(run_dir: Path) -> list[Markup]:
+    """In which order a diffusion model wrote some completions; nothing for other models."""
+    return [
+        Markup(denoising_html(scored.completions[i], f"Step {step}, prompt {scored.prompt.id}:"))
+        for step, scored, i in sampled_traces(Ledger(run_dir))
+    ]
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -185,6 +197,7 @@ def _evaluations_in(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Settings that are not the defaults: key -> (value, default)."""
     plain = DiffusionConfig(data=TextConfig(source="")) if "objective" in config else Config()
+    plain = MaskedRunConfig() if "diffusion" in config else plain
     here, defaults = _flat(redact(config)), _flat(plain.model_dump(mode="json"))
     return {
         key: (_shown_text(_plain(value)), _plain(defaults.get(key, "none")))

@@ -68,6 +68,24 @@ class VersionSpan:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """In which order a masked diffusion sampler wrote a canvas: a completion and the tail behind its end.
+
+    Attributes:
+        steps: of each column of the canvas, the step (from 0) that committed its token; `num_steps` where
+            none did.
+        tail_ids: what stands behind the completion; the mask token where no token was committed.
+        num_steps: model calls of the row.
+        pieces: the text of each token of the completion, for readers.
+    """
+
+    steps: list[int]
+    tail_ids: list[int]
+    num_steps: int
+    pieces: list[str]
+
+
 @dataclass(slots=True)
 class Completion:
     """What the behavior policy answered to one prompt.
@@ -82,6 +100,7 @@ class Completion:
         version_spans: in order, they add up to len(token_ids).
         text: the ids decoded once, without special tokens, for graders and readers.
         routes: experts chosen per token and layer (mixture-of-experts replay), or None.
+        trace: the order in which a masked diffusion sampler committed the tokens, or None.
     """
 
     token_ids: list[int]
@@ -91,6 +110,7 @@ class Completion:
     version_spans: list[VersionSpan]
     text: str = ""
     routes: Any = None
+    trace: Trace | None = None
 
     @property
     def policy_version(self) -> int:

@@ -141,7 +141,9 @@ class Denoiser(Protocol):
     mask_token_id: int
     context_length: int | None
     shift: bool
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def hidden(self, token_ids_N: Int[Tensor, " N"], layout: Layout) -> Float[Tensor, "N D"]:
         """Hidden states of the packed columns; each sees its whole row."""

@@ -36,3 +36,11 @@ def boxed_chain_sum(
         }
         for entry in entries
     ]
+
+
+def solved_chain_sum(*, size: int, seed: int, **options: int) -> list[dict[str, Any]]:
+    """The rows of `boxed_chain_sum` with their `completion`, for supervised fine-tuning."""
+    return [
+        {**row, "completion": [{"role": "assistant", "content": f"\\boxed{{{row['answer']}}}"}]}
+        for row in boxed_chain_sum(size=size, seed=seed, **options)
+    ]

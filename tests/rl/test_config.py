@@ -9,6 +9,7 @@ import pytest
 from rl.config import Config, check_processes
 from rl.config_file import dump_config, load_config, read_config
 from rl.diffusion.config import DiffusionConfig
+from rl.diffusion.rl_config import MaskedRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -16,6 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
     schema = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
+    schema = MaskedRunConfig if path.stem.startswith("llada_rl") else schema
     config = read_config(schema, path)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert read_config(schema, tmp_path / "c.yaml") == config

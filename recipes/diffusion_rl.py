@@ -1,0 +1,94 @@
+"""What a masked diffusion model needs of `recipes/grpo.py`: its policy, and its sampler as the engine."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from rl.config import Config, ModelConfig, SamplingConfig
+from rl.diffusion.model import load_diffusion_model
+from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.rl_policy import MaskedPolicy
+from rl.policy import Policy
+from rollout.diffusion_engine import DiffusionEngine
+from rollout.diffusion_steps import DenoisingParams
+from rollout.engine import Engine
+
+
+def denoising_params(config: MaskedRunConfig, sampling: SamplingConfig) -> DenoisingParams:
+    """How canvases of `sampling.max_completion_length` are filled.
+
+    Raises:
+        ValueError: the length is not divisible by the block.
+    """
+    d, length = config.diffusion, sampling.max_completion_length
+    blocks = length // d.block_length if length % d.block_length == 0 else 0
+    return DenoisingParams(
+        gen_length=length,
+        block_length=d.block_length,
+        steps=d.steps_per_block * blocks if d.steps_per_block and blocks else None,
+        temperature=sampling.temperature,
+        remasking=d.remasking,
+        threshold=d.threshold,
+        cache=d.cache,
+        refresh_every=d.refresh_every,
+    )
+
+
+def check_canvas(config: Config) -> None:
+    """Refuses lengths and steps that do not fit each other, before anything is loaded."""
+    if not isinstance(config, MaskedRunConfig):
+        return
+    sections = {"sampling": config.sampling}
+    if config.evaluation.data:
+        sections["evaluation.sampling"] = config.evaluation.sampling
+    for name, sampling in sections.items():
+        try:
+            denoising_params(config, sampling)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}.max_completion_length={sampling.max_completion_length}, diffusion.block_length="
+                f"{config.diffusion.block_length}: {error}"
+            ) from None
+
+
+def make_masked_policy(
+    config: MaskedRunConfig, model: ModelConfig, accelerator: Accelerator, longest: int
+) -> Policy:
+    """The policy, after a look at its context.
+
+    Raises:
+        ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
+    """
+    policy = MaskedPolicy(config, accelerator, name=model.name)
+    room = policy.trained.context_length
+    if room is not None and longest > room:
+        raise ValueError(
+            f"the longest prompt and its completion may have {longest} tokens, and {config.model.name} has "
+            f"{room} positions; lower sampling.max_completion_length, or leave out long prompts"
+        )
+    return cast(Policy, policy)
+
+
+def make_masked_engine(
+    config: MaskedRunConfig, model: ModelConfig, policy: Policy, *, dtype: torch.dtype
+) -> Engine:
+    """The sampler on a copy of the model of its own."""
+    masked = cast(MaskedPolicy, policy)
+    own: Any = load_diffusion_model(
+        model.name,
+        revision=model.revision,
+        dtype=dtype,
+        mask_token_id=masked.trained.mask_token_id,
+        shift=config.diffusion.shift,
+    )
+    return DiffusionEngine(
+        own.to(policy.device),
+        policy.tokenizer,
+        denoising_params(config, config.sampling),
+        max_num_seqs=config.engine.max_num_seqs,
+        timeout_s=config.engine.timeout_s,
+        graphs=not config.engine.enforce_eager,
+    )

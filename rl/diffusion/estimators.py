@@ -1,0 +1,263 @@
+"""What stands for the log-prob of a completion in RL, since a masked diffusion model cannot say it.
+
+Every estimator draws noised copies of a sequence (data: they are kept, so that old, current and reference
+policy see the same masks) and makes one number per loss token of the log-probs of what is masked in them:
+
+    one_step   log p(token | prompt, nothing of the completion)                 d1 arXiv:2504.12216, wd1
+    elbo       the sequence's ELBO over its length, the same for every token:   ESPO arXiv:2512.03759
+               any loss of tokens is then one of sequences
+    sandwich   the token's share of the ELBO; where the advantage is negative,  SPG arXiv:2510.09541
+               mixed with its share of an upper bound
+    trace      log p(token | the canvas at the step that committed it)          TraceRL arXiv:2509.06949,
+               with blocks of one column the exact log-prob from left to right  JustGRPO
+
+Only `elbo` and the `trace` of a left-to-right sampler estimate a bound, or the value, of the log-likelihood
+without bias. One step ignores what the tokens of a completion say about each other: by design it is far off.
+
+Copies see the prompt, the completion and masks for the rest of the canvas, as the sampler did: tokens that
+it wrote behind the end are no part of the completion, and masked they are averaged out. `trace` shows them as
+they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from rl.batch import MicroBatch, Row
+from rl.diffusion.elbo import PlanRow, Scorer, pack_plan
+from rl.diffusion.objectives import Example, Noised, make_plan, step_generator
+from rl.diffusion.rl_config import EstimatorConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The copies of a micro-batch's sequences in packed rows; `slots` of each row say which of the L loss
+    tokens its scored columns are.
+    """
+
+    rows: list[PlanRow]
+    slots: list[Int[Tensor, " K"]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """K scored tokens of a plan: log-prob and entropy (nats), weight, and which loss token it is."""
+
+    logprobs_K: Float[Tensor, " K"]
+    entropies_K: Float[Tensor, " K"]
+    weights_K: Float[Tensor, " K"]
+    slots_K: Int[Tensor, " K"]
+
+
+def draw_plan(
+    batch: MicroBatch, config: EstimatorConfig, *, mask_token_id: int, seed: int, token_budget: int
+) -> Plan:
+    """Masks for every sequence of a micro-batch, a function of the seed and the sequence alone.
+
+    Raises:
+        ValueError: `trace` without the sampler's trace, or a sequence with the mask token in it.
+    """
+    copies: list[Noised] = []
+    tables: list[Tensor] = []
+    first = 0
+    for index, row in enumerate(batch.rows):
+        generator = step_generator(seed, _fingerprint(row))
+        drawn = COPIES[config.name](row, config, mask_token_id, generator)
+        copies += [replace(copy, example=index) for copy in drawn]
+        counts = torch.tensor(row.completion.loss_mask)
+        tables.append(counts.cumsum(0) - 1 + first)
+        first += int(counts.sum())
+    starts = torch.tensor([0, *(len(t) for t in tables[:-1])]).cumsum(0)
+    starts -= torch.tensor([len(row.prompt.token_ids) for row in batch.rows])
+    table, packed = torch.cat(tables), pack_plan(copies, token_budget)
+    slots = [table[starts[p.examples_L] + p.documents.positions_N[p.columns_L]] for p in packed]
+    device = batch.token_ids_N.device
+    return Plan([p.to(device) for p in packed], [s.to(device) for s in slots])
+
+
+def score(
+    scorer: Scorer, plan: Plan, batch: MicroBatch, config: EstimatorConfig, *, temperature: float = 1.0
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+    """The estimate of each loss token and the mean entropy of the distributions it was scored under.
+
+    With more than one row, the backward pass computes each row again instead of keeping it: the copies of a
+    sequence may be many, and no more of them than one row is in memory.
+    """
+
+    def of_row(row: PlanRow) -> tuple[Tensor, Tensor]:
+        return scorer(row.token_ids_N, row.documents, row.columns_L, row.targets_L, temperature)
+
+    many = len(plan.rows) > 1 and torch.is_grad_enabled()
+    found = [checkpoint(of_row, row, use_reentrant=False) if many else of_row(row) for row in plan.rows]
+    scored = Scored(
+        torch.cat([logprobs for logprobs, _ in found]),
+        torch.cat([entropies for _, entropies in found]),
+        torch.cat([row.weights_L for row in plan.rows]),
+        torch.cat(plan.slots),
+    )
+    return COMBINE[config.name](scored, batch, config), _mean_entropies(scored, len(batch.columns_L))
+
+
+# Copies of one sequence.
+
+
+def one_step_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
+    """The whole completion masked, and each prompt token with probability `prompt_mask`."""
+    ids, scored = _canvas(row, mask), _scored_columns(row)
+    copies = []
+    for _ in range(config.num_draws):
+        noisy = _masked_prompt(ids, row, config, mask, generator).index_fill(0, scored, mask)
+        weights = torch.full((len(scored),), 1.0 / config.num_draws)
+        copies.append(Noised(0, noisy, scored, ids[scored], weights))
+    return copies
+
+
+def bound_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
+    """Coupled masks: each token is scored once per draw, in one of two complementary masks."""
+    ids, length = _canvas(row, mask), len(row.prompt.token_ids) + len(row.completion.token_ids)
+    maskable = torch.zeros(length, dtype=torch.bool).index_fill(0, _scored_columns(row), True)
+    example = Example(ids[:length], maskable)
+    plan = make_plan([example], generator, mask_token_id=mask, num_draws=config.num_draws)
+    copies = []
+    for copy in plan:
+        whole = torch.cat([copy.token_ids_T, ids[length:]])
+        copies.append(replace(copy, token_ids_T=_masked_prompt(whole, row, config, mask, generator)))
+    return copies
+
+
+def trace_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
+    """A canvas for each step that committed a token of the completion (or `merge` steps together).
+
+    Of more than `max_canvases` that many are drawn; their gradients weigh what they stand for.
+    """
+    trace, prompt = row.completion.trace, list(row.prompt.token_ids)
+    if trace is None:
+        raise ValueError(
+            f"diffusion.estimator.name=trace needs the sampler's commit steps, and a completion of prompt "
+            f"{row.prompt.id} has none; sample with the diffusion engine"
+        )
+    ids = torch.tensor([*prompt, *row.completion.token_ids, *trace.tail_ids])
+    turns = torch.cat([torch.full((len(prompt),), -1), torch.tensor(trace.steps) // config.merge])
+    scored = _scored_columns(row)
+    canvases = turns[scored].unique()
+    weight = 1.0
+    if config.max_canvases is not None and len(canvases) > config.max_canvases:
+        weight = len(canvases) / config.max_canvases
+        canvases = canvases[torch.randperm(len(canvases), generator=generator)[: config.max_canvases]]
+    copies = []
+    for turn in canvases.tolist():
+        columns = scored[turns[scored] == turn]
+        noisy = ids.where(turns < turn, mask)
+        copies.append(Noised(0, noisy, columns, ids[columns], torch.full((len(columns),), weight)))
+    return copies
+
+
+Copies = Callable[[Row, EstimatorConfig, int, torch.Generator], list[Noised]]
+COPIES: dict[str, Copies] = {
+    "one_step": one_step_copies,
+    "elbo": bound_copies,
+    "sandwich": bound_copies,
+    "trace": trace_copies,
+}
+
+
+# From scored tokens to one number per loss token.
+
+
+def summed(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
+    """sum of weight * log p over the copies that score a token."""
+    values_K = scored.weights_K * scored.logprobs_K
+    return values_K.new_zeros(len(batch.columns_L)).index_add(0, scored.slots_K, values_K)
+
+
+def sequence_mean(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
+    """ELBO / length of a token's sequence."""
+    shares_L = summed(scored, batch, config)
+    zeros_S = shares_L.new_zeros(batch.num_sequences)
+    totals_S = zeros_S.index_add(0, batch.sequence_ids_L, shares_L)
+    counts_S = zeros_S.index_add(0, batch.sequence_ids_L, torch.ones_like(shares_L))
+    return (totals_S / counts_S.clamp(min=1))[batch.sequence_ids_L]
+
+
+def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
+    """sum w log p where the advantage is not negative; else 1 - mix of it and mix of 1/beta log sum w p^beta.
+
+    By Jensen's inequality the second is at least the first if the weights of a token add up to 1, as they do
+    on average: lowering it lowers a bound from above. SPG masks in blocks, this in all of the completion.
+    """
+    lower_L = summed(scored, batch, config)
+    greatest_L = torch.full_like(lower_L, -torch.inf).scatter_reduce(
+        0, scored.slots_K, scored.logprobs_K.detach(), "amax"
+    )
+    powers_K = scored.weights_K * (config.beta * (scored.logprobs_K - greatest_L[scored.slots_K])).exp()
+    sums_L = torch.zeros_like(lower_L).index_add(0, scored.slots_K, powers_K)
+    upper_L = greatest_L + sums_L.log() / config.beta
+    return torch.where(batch.advantages_L < 0, torch.lerp(lower_L, upper_L, config.mix), lower_L)
+
+
+def traced(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
+    """log p at the step that committed the token; its gradient times the weight.
+
+    A token of a canvas that was not drawn has the sampler's own log-prob, and no gradient. The sampler never
+    draws the mask token and this leaves it its probability: where that is not small, as before any training,
+    `loss.sampler_correction` sees the difference.
+    """
+    behavior_L = batch.behavior_logprobs_L
+    values_K = scored.logprobs_K.detach()
+    values_K = values_K + scored.weights_K * (scored.logprobs_K - values_K)
+    rest_L = values_K.new_zeros(len(batch.columns_L)) if behavior_L is None else behavior_L.to(values_K.dtype)
+    return rest_L.index_put((scored.slots_K,), values_K)
+
+
+Combine = Callable[[Scored, MicroBatch, EstimatorConfig], Tensor]
+COMBINE: dict[str, Combine] = {
+    "one_step": summed,
+    "elbo": sequence_mean,
+    "sandwich": sandwiched,
+    "trace": traced,
+}
+
+
+def _mean_entropies(scored: Scored, num_tokens: int) -> Float[Tensor, " L"]:
+    """Tokens that were not scored get the mean of the others."""
+    zeros_L = scored.entropies_K.new_zeros(num_tokens)
+    sums_L = zeros_L.index_add(0, scored.slots_K, scored.entropies_K)
+    counts_L = zeros_L.index_add(0, scored.slots_K, torch.ones_like(scored.entropies_K))
+    return torch.where(counts_L > 0, sums_L / counts_L.clamp(min=1), scored.entropies_K.detach().mean())
+
+
+def _canvas(row: Row, mask: int) -> Int[Tensor, " T"]:
+    """Prompt, completion, and masks where the sampler's canvas went on."""
+    trace = row.completion.trace
+    rest = len(trace.tail_ids) if trace is not None else 0
+    return torch.tensor([*row.prompt.token_ids, *row.completion.token_ids, *[mask] * rest])
+
+
+def _scored_columns(row: Row) -> Int[Tensor, " n"]:
+    return torch.tensor(row.completion.loss_mask).nonzero().squeeze(-1) + len(row.prompt.token_ids)
+
+
+def _masked_prompt(
+    ids_T: Tensor, row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator
+) -> Int[Tensor, " T"]:
+    if not config.prompt_mask:
+        return ids_T
+    hit = torch.rand(len(row.prompt.token_ids), generator=generator) < config.prompt_mask
+    return ids_T.masked_fill(pad(hit, (0, len(ids_T) - len(hit))), mask)
+
+
+def _fingerprint(row: Row) -> int:
+    """62 bits of the sequence and the policy that wrote it: its masks do not depend on what it is packed
+    with, or on which process.
+    """
+    words = [[row.completion.policy_version], list(row.prompt.token_ids), list(row.completion.token_ids)]
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2

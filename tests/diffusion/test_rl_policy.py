@@ -1,0 +1,213 @@
+"""RL of a masked diffusion model by the loop of every run: gradients do not depend on how work is cut, old,
+current and reference policy see the same masks, the engine is proved to hold the policy's weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rl.advantages import wd1_advantages
+from rl.batch import pack
+from rl.config_file import load_config
+from rl.diffusion.model import load_diffusion_model
+from rl.diffusion.rl_policy import MaskedPolicy
+from rl.types import Trace
+from rl.update import pack_rules, update_policy
+from rollout.diffusion_engine import DiffusionEngine
+from rollout.diffusion_steps import DenoisingParams
+from rollout.weight_sync import WeightSyncError, publish
+
+METHODS = {
+    "diffu-GRPO": ["estimator.name=one_step", "estimator.prompt_mask=0.15"],
+    "ESPO": ["estimator.name=elbo", "estimator.num_draws=2"],
+    "SPG": ["estimator.name=sandwich", "estimator.num_draws=2"],
+    "TraceRL": ["estimator.name=trace", "estimator.merge=2"],
+}
+LOSS = {
+    "diffu-GRPO": ["name=bnpo", "kl_coef=0.04"],
+    "ESPO": ["name=grpo", "kl_coef=0.001", "kl_estimator=k2"],
+    "SPG": ["name=reinforce", "kl_coef=0"],
+    "TraceRL": ["name=grpo", "kl_coef=0.01"],
+}
+
+
+def settings(folder, method: str, *overrides: str):
+    base = [
+        f"model.name={folder}",
+        "model.dtype=fp32",
+        "sampling.max_completion_length=20",
+        "diffusion.block_length=4",
+        "diffusion.mask_token=<unk>",
+        "loss.sampler_correction=null",
+    ]
+    method_keys = [f"diffusion.{k}" for k in METHODS[method]] + [f"loss.{k}" for k in LOSS[method]]
+    return load_config(None, [*base, *method_keys, *overrides])
+
+
+@pytest.fixture
+def traced_groups(ragged_groups):
+    """Ragged groups whose completions were written two tokens a step, right to left, on canvases of 20."""
+    groups, advantages = ragged_groups()
+    for group in groups:
+        for c in group.completions:
+            n = len(c.token_ids)
+            steps = [(n - 1 - i) // 2 for i in range(n)]
+            end = max(steps) + 1
+            c.trace = Trace([*steps, *[end] * (20 - n)], [2] * (20 - n), end, [])
+    return groups, advantages
+
+
+def make_policy(config) -> MaskedPolicy:
+    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(config.model.name))
+    if policy.reference is not None:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.reference.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def relative_error(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
+    size = sum(a[n].double().square().sum() for n in a) ** 0.5
+    assert size > 1e-3
+    return (difference / size).item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_does_not_depend_on_budget_or_order(tiny_model_dir, traced_groups, gradients, method):
+    groups, advantages = traced_groups
+    one = settings(tiny_model_dir, method, "train.token_budget=100000")
+    policy = make_policy(one)
+    whole = gradients(policy, one, groups, advantages)
+    many = settings(tiny_model_dir, method, "train.token_budget=40")
+    assert len(pack(groups, advantages, pack_rules(many))[0].micro_batches) > 5
+    policy.token_budget = 40
+    assert relative_error(whole, gradients(policy, many, groups, advantages)) <= 1e-5
+    assert relative_error(whole, gradients(policy, many, groups[::-1], advantages[::-1])) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_two_processes_add_up(tiny_model_dir, traced_groups, gradients, method):
+    """Each of two packs its groups with the counts of both, and draws its own masks."""
+    groups, advantages = traced_groups
+    config = settings(tiny_model_dir, method)
+    policy = make_policy(config)
+    whole = gradients(policy, config, groups, advantages)
+    halves = [(groups[a:b], advantages[a:b]) for a, b in ((0, 2), (2, 6))]
+    counts: list[list[float]] = []
+    for part in halves:
+        pack(*part, pack_rules(config), sum_over_processes=lambda n: counts.append(n) or n)
+    total = [sum(pair) for pair in zip(*counts, strict=True)]
+    for _, p in policy.trainable():
+        p.grad = None
+    found: dict[str, torch.Tensor] = {}
+    for part in halves:
+        batches = pack(*part, pack_rules(config), sum_over_processes=lambda _: total)
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+
+        def record(*_, **__) -> None:
+            for name, p in policy.trainable():
+                if p.grad is not None:
+                    found[name] = found.get(name, 0) + p.grad
+
+        optimizer.step = record
+        update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+    assert relative_error(whole, found) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_old_and_reference_policy_see_the_masks_of_the_policy(tiny_model_dir, traced_groups, method):
+    """Equal weights then give equal numbers to the last bit, in either order; other masks do not."""
+    groups, advantages = traced_groups
+    estimator = "elbo" if method == "SPG" else METHODS[method][0].split("=")[1]  # no KL with a sandwich
+    keys = ["loss.name=grpo", "loss.kl_coef=0.1", f"diffusion.estimator.name={estimator}"]
+    config = settings(tiny_model_dir, method, *keys)
+    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
+    batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
+    again = copy.deepcopy(batch)
+    reference = policy.reference_logprobs(batch)
+    plan = batch.plan
+    ours = policy.logprobs(batch)[0].detach()
+    assert batch.plan is plan and torch.equal(ours, reference)
+    policy.seed += 1
+    others = policy.logprobs(again)[0].detach()
+    assert torch.equal(others, ours) == (config.diffusion.estimator.name == "trace")
+
+
+def test_lora_reference_is_the_base_model_on_the_same_masks(tiny_model_dir, traced_groups):
+    groups, advantages = traced_groups
+    config = settings(tiny_model_dir, "ESPO", "model.lora={r: 4, alpha: 8}")
+    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
+    batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
+    before = policy.logprobs(batch)[0].detach()
+    with torch.no_grad():
+        for name, p in policy.trainable():
+            assert "lora_" in name
+            p.add_(0.1)
+    assert torch.equal(policy.reference_logprobs(batch), before)
+    assert not torch.equal(policy.logprobs(batch)[0].detach(), before)
+
+
+def test_espo_has_the_ratio_of_the_sequence(tiny_model_dir, traced_groups):
+    """Ratio exp((ELBO - ELBO_old) / L) for every token: the token loss of GRPO equals the sequence loss."""
+    groups, advantages = traced_groups
+    losses = []
+    for name in ("grpo", "gspo"):
+        clip = ["loss.clip_low=0.2", "loss.clip_high=0.2", "loss.kl_coef=0", "train.num_epochs=2"]
+        config = settings(tiny_model_dir, "ESPO", f"loss.name={name}", *clip)
+        policy = make_policy(config)
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.5)
+        batches = pack(groups, advantages, pack_rules(config))
+        result = update_policy(policy, optimizer, batches, config.loss, num_epochs=2, max_grad_norm=1.0)
+        losses.append(result.metrics)
+    assert losses[0]["policy/ratio_max"] > 1.001
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_wd1_weights_by_hand():
+    """Rewards 1, 0, 0, 0: A = 3/4 and -1/4. exp(A): 2.117000 and 0.778801, in all 4.453402; exp(-A): 0.472367
+    and 1.284025, in all 4.324443. Weights 0.475367 - 0.109232 and 0.174878 - 0.296923.
+    """
+    assert wd1_advantages([1, 0, 0, 0]) == pytest.approx([0.366135, *[-0.122045] * 3], abs=1e-6)
+    assert wd1_advantages([0.3, 0.3]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("lora", ["model.lora=null", "model.lora={r: 4, alpha: 8}"])
+def test_the_engine_is_proved_to_hold_the_weights(tiny_model_dir, lora):
+    config = settings(tiny_model_dir, "ESPO", lora)
+    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
+    own = load_diffusion_model(str(tiny_model_dir), mask_token_id=policy.trained.mask_token_id)
+    engine = DiffusionEngine(own, policy.tokenizer, DenoisingParams(8, block_length=4))
+    with torch.no_grad():
+        for _, p in policy.trainable():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    report = publish(engine, policy.weights(), version=1, tolerance=None)
+    assert report.canary_max_gap < 1e-4 and report.compared_share == 1.0 and engine.version == 1
+    # The same weights, read in another way: only the canary sees it.
+    engine.plain.shift = True
+    with pytest.raises(WeightSyncError, match="computes otherwise"):
+        publish(engine, policy.weights(), version=2, tolerance=None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.sampler_correction={}"], "use loss.sampler_correction=null, or estimator.name=trace"),
+        (["diffusion.estimator.name=sandwich"], "use loss.name=reinforce, loss.kl_coef=0"),
+        (["diffusion.estimator.name=trace", "diffusion.estimator.max_canvases=2"], "or max_canvases=null"),
+        (["engine.name=vllm"], "use engine.name=auto"),
+        (["advantage.name=wd1"], "use loss.name=reinforce"),
+        (["diffusion.blocklength=3"], "did you mean block_length?"),
+        (["diffusion.estimator.name=elba"], "diffusion.estimator.name='elba'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tiny_model_dir, overrides, message):
+    with pytest.raises(ValueError) as error:
+        settings(tiny_model_dir, "ESPO", *overrides)
+    assert message in str(error.value)

@@ -1,0 +1,135 @@
+"""RL of a diffusion model as a user meets it: the recipe of every run, on a tiny model and a toy reward."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from recipes.diffusion_rl import check_canvas
+from recipes.grpo import main
+from rl.config_file import load_config
+from rl.diffusion.model import load_diffusion_model
+from rl.diffusion.rl_config import MaskedRunConfig
+from rl.ledger import Ledger
+from rl.metrics import read_rows
+
+ROOT = Path(__file__).parents[2]
+TOYS = ROOT / "tests" / "invariants"
+
+
+@pytest.fixture
+def config_file(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    monkeypatch.setattr(sys, "path", [str(TOYS), *sys.path])
+    rows = [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
+        "data": {"source": str(tmp_path / "train.jsonl"), "max_prompt_length": 32},
+        "sampling": {"max_completion_length": 8},
+        "diffusion": {"mask_token": "<unk>", "block_length": 4},
+        "rewards": {"functions": [{"name": "toy_rewards:low_words"}]},
+        "train": {"steps": 12, "prompts_per_step": 4, "group_size": 8, "token_budget": 2048},
+        "loss": {"kl_coef": 0.0, "sampler_correction": None},
+        "optimizer": {"lr": 3e-3},
+        "checkpoint": {"every": 0},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+METHODS = {
+    "diffu-GRPO": ["diffusion.estimator.name=one_step", "loss.name=bnpo", "advantage.name=centered"],
+    "wd1": ["diffusion.estimator.name=one_step", "loss.name=reinforce", "advantage.name=wd1"],
+    "ESPO": ["diffusion.estimator.num_draws=2", "loss.kl_coef=0.001", "loss.kl_estimator=k2"],
+    "SPG": ["diffusion.estimator.name=sandwich", "loss.name=reinforce"],
+    "TraceRL": ["diffusion.estimator.name=trace", "loss.sampler_correction={}", "train.num_epochs=2"],
+    "JustGRPO": [
+        "diffusion.estimator={name: trace, max_canvases: 4}",
+        "diffusion.block_length=1",
+        "loss.sampler_correction={}",
+    ],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reward_rises(config_file, method):
+    """Share of words below w40 that a random model writes: 0.4 at first."""
+    assert main([str(config_file), *METHODS[method]]) == 0
+    rewards = [row["reward/mean"] for row in read_rows(config_file.parent / "run" / "metrics.jsonl")]
+    assert len(rewards) == 12
+    assert rewards[0] < 0.5
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15
+
+
+def test_a_run_leaves_what_every_run_leaves(config_file, capsys):
+    rows = [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in (3, 70, 71, 72)]
+    path = config_file.parent / "heldout.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        f"evaluation.data={{source: {path}, max_prompt_length: 32}}",
+        "evaluation.metric=toy_rewards:low_words",
+        "evaluation.sampling={max_completion_length: 16, temperature: 0}",
+        "train.steps=2",
+    ]
+    assert main([str(config_file), *overrides]) == 0
+    run = config_file.parent / "run"
+    assert json.loads((run / "result.json").read_text()).keys() >= {"heldout_before", "heldout_after"}
+    step = Ledger(run).read(1)
+    assert step is not None
+    completion = step.groups[0].completions[0]
+    assert completion.trace is not None and len(completion.trace.steps) == 8
+    assert completion.behavior_logprobs == []
+    assert "held-out after:" in capsys.readouterr().out
+    assert '<figure class="denoising"' in (run / "report.html").read_text()
+    saved = run / "checkpoints" / "step-000002"
+    assert json.loads((saved / "config.json").read_text())["architectures"] == ["MaskedDiffusionLM"]
+    load_diffusion_model(str(saved))
+
+
+def test_a_run_that_stopped_ends_like_an_undisturbed_one(config_file):
+    """Same weights bit for bit, with masks, replies and rewards of the steps in between."""
+    whole, parts = (str(config_file.parent / name) for name in ("whole", "parts"))
+    keys = [*METHODS["ESPO"], "checkpoint.every=2"]
+    assert main([str(config_file), *keys, f"run_dir={whole}", "train.steps=4"]) == 0
+    assert main([str(config_file), *keys, f"run_dir={parts}", "train.steps=2"]) == 0
+    assert main([str(config_file), *keys, f"run_dir={parts}", "train.steps=4"]) == 0
+    a, b = (load_file(f"{run}/checkpoints/step-000004/model.safetensors") for run in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sampling_ahead_trains_on_traces(config_file):
+    """A step ahead, corrected by what the sampler drew from."""
+    keys = [*METHODS["TraceRL"], "train.max_staleness=1", "train.steps=3"]
+    assert main([str(config_file), *keys]) == 0
+    assert len(read_rows(config_file.parent / "run" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.max_completion_length=10"], "use gen_length=8 or 12, or block_length in [1, 2, 5, 10]"),
+        (["sampling.max_completion_length=600"], "has 512 positions; lower sampling.max_completion_length"),
+        (["diffusion.mask_token=<mask>"], "model.mask_token='<mask>' is not in the vocabulary"),
+        (["diffusion.remasking=best"], "low_confidence"),
+        (["diffusion.estimator.draws=2"], "did you mean num_draws?"),
+    ],
+)
+def test_faults_get_a_sentence_and_exit_code_one(config_file, capsys, overrides, message):
+    assert main([str(config_file), *overrides]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("llada_rl_*.yaml")))
+def test_the_recipes_configs_are_valid(path):
+    config = load_config(path)
+    assert isinstance(config, MaskedRunConfig)
+    check_canvas(config)
