@@ -65,11 +65,13 @@ def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"accelerate is set up for {kind.value}, and this recipe keeps a whole copy of the weights in "
-            "every process; launch with --multi_gpu, or use model.lora for a larger model"
+            f"accelerate is set up for {kind.value}, and this recipe splits the weights itself; launch with "
+            "--multi_gpu and train.shard=true"
         )
     world = World(accelerator)
     stop.any_process = world.any
+    if config.train.shard and world.size == 1:
+        raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
     if world.is_main:
         with RunLock(config.run_dir):
             return _locked_run(config, world, stop, began)
@@ -117,6 +119,8 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
     if world.size > 1:
         for _, parameter in policy.trainable():
             torch.distributed.broadcast(parameter.data, 0)
+    if config.train.shard:
+        policy.shard()
     o = config.optimizer
     groups = weight_decay_groups(cast(Any, policy), o.weight_decay)
     run = DiffusionRun(

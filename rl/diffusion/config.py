@@ -21,6 +21,9 @@ class TrainConfig(Section):
         default=True, description="torch deterministic algorithms on CPU: exact resume"
     )
     max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
+    shard: bool = Field(
+        default=False, description="FSDP2: each process holds a share of weights, gradients and moments"
+    )
 
 
 class DiffusionModelConfig(Section):
@@ -145,3 +148,12 @@ class DiffusionConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2.5e-5, weight_decay=0.1, warmup_steps=50)
     evaluation: BoundConfig = BoundConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def check_shard(self) -> DiffusionConfig:
+        if self.train.shard and self.model.lora is not None:
+            raise ValueError(
+                "train.shard=true splits what is trained, and adapters are small; use train.shard=false with "
+                "model.lora (model.dtype=bf16 keeps the frozen weights small)"
+            )
+        return self

@@ -47,6 +47,12 @@ def pack_plan(plan: Sequence[Noised], token_budget: int) -> list[PlanRow]:
     return [_row([plan[i] for i in members]) for members in bins]
 
 
+def idle_row(mask_token_id: int) -> PlanRow:
+    """A row that changes nothing, for a process that must do as many forward passes as the others."""
+    zero = torch.zeros(1, dtype=torch.long)
+    return PlanRow(zero + mask_token_id, Documents.of([1]), zero, zero, torch.zeros(1), zero)
+
+
 def masked_elbo(
     scorer: Scorer, rows: Sequence[PlanRow], num_examples: int
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " L"]]:

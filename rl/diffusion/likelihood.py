@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rl.diffusion.elbo import masked_elbo, pack_plan
+from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer
 from rl.diffusion.objectives import (
     Example,
@@ -133,10 +133,14 @@ def bound(
     num_draws: int,
     token_budget: int = 8192,
     world: World | None = None,
+    in_step: bool = False,
 ) -> Bound:
     """The bound on a set of texts by coupled, systematic masks; with a world, its processes share the work.
 
     The same generator state gives the same masks, so that two models are compared on equal terms.
+
+    Args:
+        in_step: the processes do equally many forward passes, as a model that is sharded over them needs.
     """
     device = next(scorer.parameters()).device
     training = scorer.training
@@ -145,7 +149,10 @@ def bound(
     plan = make_plan(examples, generator, mask_token_id=mask_token_id, num_draws=num_draws)
     mine = [copy for copy in plan if copy.example % size == rank]
     elbos = torch.zeros(len(examples), dtype=torch.float64)
-    for row in pack_plan(mine, token_budget):
+    rows = pack_plan(mine, token_budget)
+    if world and in_step:
+        rows += [idle_row(mask_token_id)] * (int(world.max([len(rows)])[0]) - len(rows))
+    for row in rows:
         elbos += masked_elbo(scorer, [row.to(device)], len(examples))[0].cpu()
     scorer.train(training)
     if world:

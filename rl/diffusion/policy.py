@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from rl.diffusion.config import DiffusionModelConfig
@@ -49,6 +52,7 @@ class DiffusionPolicy:
         self.peft_model: Any = add_lora(model, plain) if config.lora else None
         self.scorer = DiffusionScorer(model).to(accelerator.device)
         self.scorer.train()
+        self.sharded = False
         if config.compile:
             for layer in model.base_model.layers:  # type: ignore[union-attr]
                 layer.compile(dynamic=True)
@@ -81,15 +85,49 @@ class DiffusionPolicy:
             saved = load_peft_weights(str(folder), device=str(self.device))
             set_peft_model_state_dict(self.peft_model, saved)
             return
-        self.model.load_state_dict(load_diffusion_model(str(folder), dtype=self.dtype).state_dict())
+        saved = load_diffusion_model(str(folder), dtype=self.dtype)
+        if not self.sharded:
+            self.model.load_state_dict(saved.state_dict())
+            return
+        whole = dict(saved.named_parameters())
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                assert isinstance(p, DTensor)
+                # Every process has read the whole tensor, so none has to send it.
+                share = distribute_tensor(
+                    whole[name].to(self.device), p.device_mesh, p.placements, src_data_rank=None
+                )
+                p.copy_(share)
 
-    def write_model(self, folder: Path) -> None:
+    def shard(self) -> None:
+        """Splits the weights of every layer over the processes (FSDP2), which then averages gradients."""
+        mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
+        layers: Any = self.model.base_model.layers
+        for part in (*layers, self.scorer):
+            fully_shard(part, mesh=mesh)
+        self.sharded = True
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights on the CPU of the main process, which the others help to gather; None: they are not
+        split.
+        """
+        if not self.sharded:
+            return None
+        found = {}
+        for name, p in self.model.named_parameters():
+            assert isinstance(p, DTensor)
+            whole = p.full_tensor().detach()
+            if self.accelerator.is_main_process:
+                found[name] = whole.cpu()
+        return found
+
+    def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """A Hugging Face folder that `load_diffusion_model` opens (an adapter's folder with LoRA), and the
         tokenizer.
 
         Its architecture has a name that no engine for causal models knows, so that none serves it as one.
         """
-        (self.peft_model or self.model).save_pretrained(folder)
+        (self.peft_model or self.model).save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():

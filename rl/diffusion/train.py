@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from rl.checkpoint import CheckpointStore, CheckpointWriteError
 from rl.diffusion.config import DiffusionConfig
-from rl.diffusion.elbo import masked_elbo, pack_plan
+from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
 from rl.diffusion.likelihood import Bound, BoundLog, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
@@ -104,7 +105,11 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
             num_draws=objective.num_draws,
         )
         mine = [copy for copy in plan if copy.example % world.size == world.rank]
-        rows = [row.to(policy.device) for row in pack_plan(mine, config.train.token_budget)]
+        rows = pack_plan(mine, config.train.token_budget)
+        if policy.sharded:  # its forward passes gather weights from all processes
+            most = int(world.max([len(rows)])[0])
+            rows += [idle_row(policy.mask_token_id)] * (most - len(rows))
+        rows = [row.to(policy.device) for row in rows]
     with run.phases("train"):
         set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
         weights_E = torch.tensor(normalisers(examples, objective.normaliser), device=policy.device)
@@ -113,7 +118,8 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
             with policy.autocast():
                 elbos_E, _ = masked_elbo(policy.scorer, [row], len(examples))
             loss = -(elbos_E * weights_E).sum()
-            loss.backward()
+            # FSDP averages gradients over processes, and weights are global shares: they add up.
+            (loss * world.size if policy.sharded else loss).backward()
             totals += torch.stack([loss.detach(), -elbos_E.detach().sum()])
         norm = _finish(run, step)
     loss, nats, packed, scored = world.sum(
@@ -164,6 +170,7 @@ def evaluate(run: DiffusionRun, step: int) -> None:
             num_draws=config.evaluation.num_draws,
             token_budget=config.train.token_budget,
             world=run.world,
+            in_step=policy.sharded,
         )
     if run.world.is_main:
         run.bounds.write(step, found)
@@ -174,9 +181,10 @@ def evaluate(run: DiffusionRun, step: int) -> None:
 def _finish(run: DiffusionRun, step: int) -> float:
     """Sums gradients over processes, clips, steps if all is finite; the norm before clipping."""
     parameters = [p for _, p in run.policy.trainable()]
-    if run.world.size > 1:
+    if run.world.size > 1 and not run.policy.sharded:
         sum_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, run.config.optimizer.max_grad_norm).item()
+    total: Any = nn.utils.clip_grad_norm_(parameters, run.config.optimizer.max_grad_norm)
+    norm = (total.full_tensor() if run.policy.sharded else total).item()
     if math.isfinite(norm):
         run.optimizer.step()
         run.bad_steps_in_row = 0
@@ -205,9 +213,11 @@ def save(run: DiffusionRun, step: int) -> None:
             rng={f"rank{rank}": state for rank, state in enumerate(world.gather_objects(capture_rng()))},
             counters={"bad_steps_in_row": run.bad_steps_in_row, "skipped_steps": run.skipped_steps},
         )
+        weights = run.policy.whole_weights()
         if world.is_main:
             try:
-                run.store.save(step, write_model=run.policy.write_model, trainer_state=state)
+                write_model = partial(run.policy.write_model, weights=weights)
+                run.store.save(step, write_model=write_model, trainer_state=state)
             except CheckpointWriteError as error:
                 run.display.warn(str(error))
             except NonFiniteError as error:

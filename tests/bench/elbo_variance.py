@@ -1,27 +1,35 @@
 """Variance of estimators of the bound at equal numbers of forward passes.
 
-    python -m tests.bench.elbo_variance [--repeats 2000] [--gradients MODEL] [--rows 16]
+    python -m tests.bench.elbo_variance [--repeats 2000] [--gradients MODEL]
 
 Values: an analytic toy whose log-probs depend on the masked share, with a known bound. Gradients: a real
-model on short generated texts; total variance (trace of the covariance) of the gradient of the training
-loss, once with the texts held fixed and once with the texts drawn anew, where two copies of a text take the
-place of a second text.
+model on short generated texts; total variance (trace of the covariance) of the gradient of the loss, per
+forward pass, with texts held fixed and with texts drawn anew, where a complementary mask takes the place of
+a second text. "bernoulli" has tails that no affordable number of draws covers, so all moments are sums over
+mask sizes: gradients are measured for every size.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import reasoning_gym
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
+from recipes.models import resolve_model
+from rl.config import ModelConfig
 from rl.diffusion.elbo import masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer, find_mask_token, load_diffusion_model
-from rl.diffusion.objectives import Example, Noised, make_plan, normalisers, step_generator
+from rl.diffusion.objectives import MIN_RATE, Example, Noised, make_plan, step_generator
+from rl.loading import load_tokenizer
 
-NUM_FORWARDS, MASK = 16, 0
+NUM_FORWARDS, MASK, SKETCH = 16, 0, 1 << 18
 
 
 def main() -> None:
@@ -29,9 +37,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--gradients", metavar="MODEL", help="folder, hub name or smollm2-135m-instruct")
     parser.add_argument("--mask-token", default="<empty_output>")
-    parser.add_argument("--rows", type=int, default=8, help="forward passes per gradient")
-    parser.add_argument("--tokens", type=int, default=48, help="longest text")
-    parser.add_argument("--draws", type=int, default=12, help="gradients per estimator")
+    parser.add_argument("--tokens", type=int, default=33, help="length of a text (odd), all of it maskable")
+    parser.add_argument("--texts", type=int, default=4)
     arguments = parser.parse_args()
     values(arguments.repeats)
     if arguments.gradients:
@@ -117,75 +124,101 @@ def values(repeats: int) -> None:
 
 
 def gradients(arguments: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
-    from recipes.models import resolve_model
-    from rl.config import ModelConfig
-    from rl.loading import load_tokenizer
-
+    """Gradients of sum over S of log p / m, for random S of every size with its complement, twice a text."""
+    m, num_texts = arguments.tokens | 1, arguments.texts  # odd: no mask is as large as its complement
     folder = resolve_model(arguments.gradients)
     tokenizer = load_tokenizer(ModelConfig(name=folder))
     config = AutoConfig.from_pretrained(folder)
     wanted = None if hasattr(config, "mask_token_id") else arguments.mask_token
     mask = find_mask_token(tokenizer, config, wanted)
     scorer = DiffusionScorer(load_diffusion_model(folder, mask_token_id=mask)).train()
-    pool = texts(tokenizer, arguments.tokens, 256)
-    rows = arguments.rows
-    print(f"gradient of the loss on {rows} rows of {folder.split('/')[-1]}, {arguments.draws} draws each")
-    print(f"{'':30s}{'texts held fixed':>22s}{'texts drawn anew':>22s}{'|mean gradient|^2':>22s}")
-    names = (
-        "Algorithm 2 (bernoulli)",
-        "bernoulli, systematic",
-        "count, systematic",
-        "subset, systematic",
-        "coupled, systematic",
-    )
-    first: dict[str, float] = {}
-    for name in names:
-        num_texts = rows // 2 if name.startswith("coupled") else rows
-        cells, size = [], 0.0
-        for regime in ("fixed", "anew"):
-            draws = np.random.default_rng(1)
-            total, squares = None, 0.0
-            for draw in range(arguments.draws):
-                if regime == "fixed":
-                    # As many copies of the same texts as the estimator's rows hold.
-                    batch = [pool[i % (rows // 2)] for i in range(num_texts)]
-                else:
-                    batch = [pool[i] for i in draws.choice(len(pool), num_texts, replace=False)]
-                gradient = flat_gradient(scorer, batch, name, step_generator(7, draw), mask)
-                squares += gradient.square().sum().item()
-                total = gradient if total is None else total.add_(gradient)
-            assert total is not None
-            n = arguments.draws
-            mean_square = (total / n).square().sum().item()
-            variance = (squares / n - mean_square) * n / (n - 1)
-            size = mean_square - variance / n
-            first.setdefault(regime, variance)
-            cells.append(f"{variance:10.3g} {first[regime] / variance:6.2f}x")
-        print(f"{name:30s}" + "".join(f"{cell:>22s}" for cell in cells) + f"{size:22.3g}", flush=True)
+    # s[x, r, k]: text x, repeat r, mask of size k; those of sizes k and m - k are complements.
+    s = torch.zeros(num_texts, 2, m + 1, SKETCH)
+    signs: list[Tensor] = []
+    for x, ids in enumerate(texts(tokenizer, m, num_texts)):
+        for r in range(2):
+            for k in range(m // 2 + 1):
+                order = torch.randperm(m, generator=step_generator(x, r, k))
+                for hidden in filter(len, (order[:k], order[k:])):
+                    s[x, r, len(hidden)] = sketch(scorer, ids, hidden.sort().values, mask, signs)
+    show(s, m, f"{Path(folder).name}, {num_texts} texts of {m} tokens")
 
 
-def flat_gradient(
-    scorer: DiffusionScorer, examples: list[Example], name: str, generator: torch.Generator, mask: int
-) -> Tensor:
+def sketch(scorer: DiffusionScorer, ids: Tensor, hidden: Tensor, mask: int, signs: list[Tensor]) -> Tensor:
+    """The gradient, hashed into SKETCH sums with random signs: inner products keep to 1 / sqrt(SKETCH)."""
     scorer.zero_grad()
-    plan = plan_of(name, examples, generator, mask)
-    weights = torch.tensor(normalisers(examples, "sequence"))
-    for row in pack_plan(plan, 512):
-        elbos, _ = masked_elbo(scorer, [row], len(examples))
-        (-(elbos * weights).sum()).backward()
-    return torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
+    copy = Noised(0, ids.index_fill(0, hidden, mask), hidden, ids[hidden], torch.ones(len(hidden)))
+    elbos, _ = masked_elbo(scorer, pack_plan([copy], 1 << 20), 1)
+    (elbos.sum() / len(ids)).backward()
+    total = torch.zeros(SKETCH)
+    for i, p in enumerate(p for p in scorer.parameters() if p.grad is not None):
+        assert p.grad is not None
+        flat = torch.nn.functional.pad(p.grad.flatten(), (0, -p.grad.numel() % SKETCH))
+        if len(signs) == i:
+            bits = torch.randint(0, 2, flat.shape, generator=step_generator(99, i), dtype=torch.int8)
+            signs.append(2 * bits - 1)
+        total += (flat * signs[i]).view(-1, SKETCH).sum(0)
+    return total
 
 
-def texts(tokenizer, longest: int, number: int) -> list[Example]:
-    """Word problems of reasoning-gym, cut to `longest` tokens; all tokens maskable."""
-    import reasoning_gym
+def show(s: Tensor, m: int, title: str) -> None:
+    """Per-forward variances: mean squares by mask size, weighted as each scheme weighs sizes, less the square
+    of the mean; of independent levels the mean over all sizes, of even levels the mean at each size.
+    """
+    weights = torch.cat([torch.zeros(1), (m + 1) / torch.arange(1, m + 1)])  # (m + 1) / k
+    counted = s * weights[:, None]
+    pairs = (counted + counted.flip(2)) / 2
+    square = moments(s)[0]
+    single, paired = (moments(x) for x in (counted, pairs))
+    whole = [x.item() for x in moments(counted.mean(2, keepdim=True))[1:]]
+    sizes = torch.arange(1, m + 1).double()
+    bernoulli = (bernoulli_weights(m) * square[1:]).sum()
+    subset = ((m / sizes).square() * square[1:]).mean()
+    rows = {
+        "Algorithm 2 (bernoulli)": [bernoulli - mean for mean in whole],
+        "Algorithm 3 (subset)": [subset - mean for mean in whole],
+        "count": [single[0].mean() - mean for mean in whole],
+        "count, systematic": [(single[0] - mean).mean() for mean in single[1:]],
+        # A draw is two forward passes.
+        "coupled": [2 * (paired[0].mean() - mean) for mean in whole],
+        "coupled, systematic": [2 * (paired[0] - mean).mean() for mean in paired[1:]],
+    }
+    print(f"gradient of {title}; |mean|^2 over texts {whole[1]:.3g}")
+    print(f"{'variance per forward pass':30s}{'texts held fixed':>24s}{'texts drawn anew':>24s}")
+    base = rows["Algorithm 2 (bernoulli)"]
+    for name, found in rows.items():
+        cells = [f"{v:12.4g} {b / v:9.2f}x" for v, b in zip(found, base, strict=True)]
+        print(f"{name:30s}" + "".join(f"{cell:>24s}" for cell in cells))
 
+
+def bernoulli_weights(m: int) -> Tensor:
+    """E over the rate p of P(k of m masked) / p^2, for k = 1..m: Algorithm 2's mean square is their sum with
+    the mean squares of gradients by size.
+    """
+    sizes, rates = torch.arange(1, m + 1).double(), torch.linspace(MIN_RATE, 1, 200_001).double()[:, None]
+    ways = torch.lgamma(torch.tensor(m + 1.0)) - torch.lgamma(sizes + 1) - torch.lgamma(m - sizes + 1)
+    chance = torch.exp(ways + torch.xlogy(sizes, rates) + torch.xlogy(m - sizes, 1 - rates))
+    return torch.trapezoid(chance / rates**2, rates, dim=0) / (1 - MIN_RATE)
+
+
+def moments(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By mask size: mean square, and unbiased squares of the mean of one text's gradients (from its two
+    repeats) and of the mean over texts (from pairs of different texts).
+    """
+    square = s.square().sum(-1).double().mean((0, 1))
+    one = (s[:, 0] * s[:, 1]).sum(-1).double().mean(0)
+    per_text, n = s.mean(1), len(s)
+    total, own = per_text.sum(0).square().sum(-1).double(), per_text.square().sum(-1).double().sum(0)
+    return square, one, (total - own) / (n * (n - 1))
+
+
+def texts(tokenizer: Any, length: int, number: int) -> list[Tensor]:
+    """Beginnings of reasoning-gym's word problems, `length` tokens each."""
     found = []
-    for entry in reasoning_gym.create_dataset("gsm_symbolic", size=number, seed=0):
-        ids = torch.tensor(tokenizer(entry["question"])["input_ids"][:longest])
-        found.append(Example(ids, torch.ones(len(ids), dtype=torch.bool)))
+    for entry in reasoning_gym.create_dataset("gsm_symbolic", size=20 * number, seed=0):
+        ids = tokenizer(entry["question"])["input_ids"]
+        if len(ids) >= length and len(found) < number:
+            found.append(torch.tensor(ids[:length]))
     return found
 
 

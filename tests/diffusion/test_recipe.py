@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -124,23 +125,34 @@ def test_pretraining_and_adapters_run_and_resume(config_file):
     assert rows(whole) == rows(parts)
 
 
-def test_two_processes_share_one_run(config_file):
-    """Over gloo, in checkpoints and metrics equal to one process up to the order of sums."""
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_share_one_run(config_file, shard):
+    """Over gloo, weights, moments and metrics are those of one process up to the order of sums; sharded ones
+    are saved whole and go on sharded.
+    """
     alone = run(config_file, "alone")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     launch += ["--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    done = subprocess.run(
-        [*launch, "-m", "recipes.llada", str(config_file), f"run_dir={config_file.parent / 'both'}"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     both = config_file.parent / "both"
+    launch += ["-m", "recipes.llada", str(config_file), f"run_dir={both}", f"train.shard={shard}"]
+    for steps in (2, STEPS):
+        done = subprocess.run(
+            [*launch, f"train.steps={steps}"],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    idle = {"diffusion/packed_tokens", "diffusion/scored_share", "tokens/trained"}  # idle rows count
     for one, two in zip(rows(alone), rows(both), strict=True):
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+        for name in one.keys() - (idle if shard == "true" else set()):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    ours, theirs = final_state(alone), final_state(both)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,8 @@ def test_two_processes_share_one_run(config_file):
         (["data.max_length=5"], "raise it, or leave such rows out with data.too_long=drop"),
         (["data.max_length=1024"], "beyond the model's context of 512 tokens"),
         (["eos.policy=rainbow"], "list them in eos.rainbow_tokens"),
+        (["train.shard=true"], "there is one; launch more"),
+        (["train.shard=true", "model.lora={r: 2}"], "use train.shard=false with model.lora"),
         (["model.name=/no/such/folder"], "/no/such/folder"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from recipes.llada import build
 from rl.config_file import read_config
@@ -44,7 +45,9 @@ def step_gradient(run: DiffusionRun, step: int = 0) -> tuple[dict[str, torch.Ten
     found: dict[str, torch.Tensor] = {}
 
     def record(*_: Any, **__: Any) -> None:
-        found.update({n: p.grad.clone() for n, p in run.policy.trainable() if p.grad is not None})
+        for name, p in run.policy.trainable():
+            if (grad := p.grad) is not None:
+                found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
     run.optimizer.step = record  # type: ignore[method-assign]
     return found, train_step(run, step)
