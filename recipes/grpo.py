@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from recipes.sources import make_source, sampling_params
 from recipes.tasks import load_rows
 from recipes.tasks.prompts import grader_columns, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
-from rl.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config_file import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
@@ -42,7 +41,7 @@ from rl.phases import Phases, StopSignal, stop_with_launcher
 from rl.policy import Policy
 from rl.record import check_faults
 from rl.report import build_report
-from rl.resume import resume
+from rl.resume import go_on, resume
 from rl.run import Run
 from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
 from rl.trackers import Trackers
@@ -176,8 +175,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     source = make_source(config, world, engine, scorer, stream, ends, phases)
     if policy.device.type == "cuda" and not isinstance(config, MaskedRunConfig):
-        held = probe(policy, config, pack_rules(config))
-        display.note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB")
+        peak = probe(policy, config, pack_rules(config))
+        display.note(f"a full micro-batch of the longest completions holds {peak / GIB:.1f} GiB")
     run = Run(
         config=config,
         world=world,
@@ -243,20 +242,9 @@ def _make_engine(
 
 
 def _go_on(run: Run) -> None:
-    """Loads the newest valid checkpoint, if there is one, and says what was skipped."""
-    newest = run.store.load_newest() if run.world.is_main else None
-    folder: list[Any] = [str(newest.path) if newest else None]
-    if run.world.size > 1:
-        torch.distributed.broadcast_object_list(folder)
-    if folder[0] is None:
-        if run.world.is_main:
-            run.log.truncate_after(0)
+    loaded = go_on(run, resume)
+    if loaded is None:
         return
-    loaded: LoadedCheckpoint = newest or run.store.load(Path(folder[0]))
-    for sentence in (*loaded.skipped, *loaded.version_changes):
-        run.display.warn(sentence)
-    run.policy.load_weights(loaded.path)
-    resume(run, loaded.trainer_state)
     if run.world.is_main:
         run.watch.rows.extend(run.log.read())
         for e in run.evaluations.read():

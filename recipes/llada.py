@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from accelerate import Accelerator, DistributedType
 
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
-from rl.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.checkpoint import CheckpointStore
 from rl.config_file import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
@@ -32,6 +31,7 @@ from rl.durable import RunLock
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
+from rl.resume import go_on
 from rl.rundir import claim_config, write_atomically
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
@@ -143,7 +143,8 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         ),
         stop=stop,
     )
-    _go_on(run)
+    if (loaded := go_on(run, resume)) is not None:
+        display.note(f"going on from {loaded.path} (step {loaded.step})")
     return run
 
 
@@ -178,24 +179,6 @@ def _check_length(section: TextConfig, policy: DiffusionPolicy) -> None:
             f"data.max_length={section.max_length} is beyond the model's context of {limit} tokens; use "
             f"max_length={limit} with too_long=drop"
         )
-
-
-def _go_on(run: DiffusionRun) -> None:
-    """Loads the newest valid checkpoint, if there is one, and says what was skipped."""
-    newest = run.store.load_newest() if run.world.is_main else None
-    folder: list[Any] = [str(newest.path) if newest else None]
-    if run.world.size > 1:
-        torch.distributed.broadcast_object_list(folder)
-    if folder[0] is None:
-        if run.world.is_main:
-            run.log.truncate_after(0)
-        return
-    loaded: LoadedCheckpoint = newest or run.store.load(Path(folder[0]))
-    for sentence in (*loaded.skipped, *loaded.version_changes):
-        run.display.warn(sentence)
-    run.policy.load_weights(loaded.path)
-    resume(run, loaded.trainer_state)
-    run.display.note(f"going on from {loaded.path} (step {loaded.step})")
 
 
 if __name__ == "__main__":

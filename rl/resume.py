@@ -12,11 +12,50 @@ an undisturbed run.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import torch
+
+from rl.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.display import Display
+from rl.metrics import MetricsLog
 from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.run import Run
 from rl.trainer_state import TrainerState, capture_rng, restore_rng
+from rl.world import World
+
+
+class Resumable(Protocol):
+    """A run that can go on from a checkpoint, whatever it trains."""
+
+    world: World
+    store: CheckpointStore
+    log: MetricsLog
+    display: Display
+    policy: Any
+
+
+R = TypeVar("R", bound=Resumable)
+
+
+def go_on(run: R, put_back: Callable[[R, TrainerState], None]) -> LoadedCheckpoint | None:
+    """Loads the newest valid checkpoint on every process and says what was skipped; None if there is none."""
+    newest = run.store.load_newest() if run.world.is_main else None
+    folder: list[Any] = [str(newest.path) if newest else None]
+    if run.world.size > 1:
+        torch.distributed.broadcast_object_list(folder)
+    if folder[0] is None:
+        if run.world.is_main:
+            run.log.truncate_after(0)
+        return None
+    loaded = newest or run.store.load(Path(folder[0]))
+    for sentence in (*loaded.skipped, *loaded.version_changes):
+        run.display.warn(sentence)
+    run.policy.load_weights(loaded.path)
+    put_back(run, loaded.trainer_state)
+    return loaded
 
 
 def training_state(run: Run, step: int) -> TrainerState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from rollout.diffusion import Denoised, denoise, prompt_canvas
 from rollout.diffusion_graph import GraphedDenoiser
 from rollout.diffusion_model import Denoiser, Layout, TransformersDenoiser
 from rollout.diffusion_steps import DenoisingParams
-from rollout.fingerprint import HeldTensor, compared_part, fingerprints
+from rollout.fingerprint import HeldTensor
+from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import completion_seed
 
 
@@ -65,9 +67,8 @@ class DiffusionEngine:
         self.plain = TransformersDenoiser(model)
         on_gpu = self.plain.device.type == "cuda"
         self.denoiser: Denoiser = GraphedDenoiser(self.plain) if graphs and on_gpu else self.plain
-        self.tensors: Mapping[str, HeldTensor] = {
-            name: HeldTensor(tuple(p.shape), p.dtype, p.device, name) for name, p in model.named_parameters()
-        }
+        self.tensors: Mapping[str, HeldTensor] = held_tensors(model)
+        self._piece = cache(lambda token: self.tokenizer.decode([token]))
         self._submitted: list[Call] = []
 
     @property
@@ -139,23 +140,13 @@ class DiffusionEngine:
         ]
         return groups, faults
 
-    @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        own = dict(self.model.named_parameters())
         self.version = WEIGHTS_UNKNOWN
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                raise ValueError(
-                    f"this model has no weight {name} of shape {tuple(tensor.shape)}; send its own kind"
-                )
-            own[name].copy_(tensor)
+        copy_weights(self.model, weights)
         self.version = version
 
     def fingerprints(self) -> dict[str, int]:
-        return fingerprints(
-            (name, compared_part(p, self.tensors[name], self.version))
-            for name, p in self.model.named_parameters()
-        )
+        return own_fingerprints(self.model, self.tensors, self.version)
 
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
@@ -193,6 +184,6 @@ class DiffusionEngine:
         ids = row.token_ids[start : row.end]
         logprobs = row.logprobs[start : row.end] if with_logprobs else []
         found = completion(ids, logprobs, "stop" if row.stopped else "length", [self.version])
-        pieces = [self.tokenizer.decode([token]) for token in ids]
+        pieces = [self._piece(token) for token in ids]
         found.trace = Trace(row.commit_steps[start:], row.token_ids[row.end :], row.num_steps, pieces)
         return found

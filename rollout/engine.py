@@ -25,7 +25,8 @@ from rollout.calls import (
     decode_texts,
     prompt_faults,
 )
-from rollout.fingerprint import HeldTensor, compared_part, fingerprints
+from rollout.fingerprint import HeldTensor
+from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import SeededSampler, completion_seed
 
 __all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError", "TransformersEngine"]
@@ -154,10 +155,7 @@ class TransformersEngine:
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
-        self.tensors: Mapping[str, HeldTensor] = {
-            name: HeldTensor(tuple(p.shape), p.dtype, p.device, name)
-            for name, p in self.model.named_parameters()
-        }
+        self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
         self._submitted: list[Call] = []
 
     @property
@@ -225,23 +223,13 @@ class TransformersEngine:
         ]
         return groups, faults
 
-    @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        own = dict(self.model.named_parameters())
         self.version = WEIGHTS_UNKNOWN
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                raise ValueError(
-                    f"this model has no weight {name} of shape {tuple(tensor.shape)}; send its own kind"
-                )
-            own[name].copy_(tensor)
+        copy_weights(self.model, weights)
         self.version = version
 
     def fingerprints(self) -> dict[str, int]:
-        return fingerprints(
-            (name, compared_part(p, self.tensors[name], self.version))
-            for name, p in self.model.named_parameters()
-        )
+        return own_fingerprints(self.model, self.tensors, self.version)
 
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
