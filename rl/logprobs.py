@@ -8,7 +8,6 @@ the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from rl.self_check import reproduces
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Of a chunk's logits: small where they should stay near the cache, large where a product must fill a GPU."""
@@ -148,17 +149,9 @@ def _head(
 @cache
 def kernels_work() -> bool:
     """Compares the Triton kernels with plain torch once, and says so if they cannot be used."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        with torch.autocast("cuda", enabled=False):
-            gap = _kernel_gap()
-        reason = None if gap < 5e-3 else f"they differ by {gap:.2g} from plain torch"
-    except Exception as error:  # whatever a compiler or driver raises, the remedy is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    if reason is not None:
-        warnings.warn(f"the fused log-prob kernels are off, plain torch is slower: {reason}", stacklevel=2)
-    return reason is None
+    installed = importlib.util.find_spec("triton") is not None
+    exactly = torch.autocast("cuda", enabled=False)
+    return installed and reproduces("the fused log-prob kernel", exactly(_kernel_gap), 5e-3)
 
 
 def _kernel_gap() -> float:

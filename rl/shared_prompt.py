@@ -9,7 +9,6 @@ those, and the prompt's keys and values are computed, kept and differentiated on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from rl.self_check import reproduces
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class VarlenPlan:
     """Which columns see which, as two varlen calls.
 
     Attributes:
-        own: runs of the whole row that attend causally to themselves: prompts, completions, and a prompt
-            together with its completion where it has only one.
+        own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
+            its completion where it has only one.
         answers_C, prompts_P: columns of the completions that share a prompt, and of those prompts.
         answer_groups, prompt_groups: their runs, one of each per shared prompt, in the same order.
+        causal: whether a run's columns see only what precedes them in it.
     """
 
     own: Segments
@@ -50,6 +52,13 @@ class VarlenPlan:
     prompts_P: Int[Tensor, " P"]
     answer_groups: Segments
     prompt_groups: Segments
+    causal: bool = True
+
+    @staticmethod
+    def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
+        """Runs that see all of themselves and nothing else."""
+        nothing, none = torch.empty(0, dtype=torch.long, device=device), Segments.of([], device)
+        return VarlenPlan(Segments.of(lengths, device), nothing, nothing, none, none, causal=False)
 
     @staticmethod
     def of(blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> VarlenPlan:
@@ -154,14 +163,7 @@ def flash_serves(query: Float[Tensor, "1 Hq N D"], value: Float[Tensor, "1 Hk N 
 @cache
 def flash_works() -> bool:
     """Compares a small row and its gradients with plain attention once, and says so if they are off."""
-    try:
-        gap = _flash_gap()
-        reason = None if gap < 2e-2 else f"it differs by {gap:.2g} from plain attention"
-    except Exception as error:  # whatever a private operator or a driver raises, the remedy is the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    if reason is not None:
-        warnings.warn(f"varlen flash attention is off, packed rows are slower: {reason}", stacklevel=2)
-    return reason is None
+    return reproduces("varlen flash attention", _flash_gap, 2e-2)
 
 
 def _flash_gap() -> float:
@@ -208,7 +210,7 @@ class _SharedPromptAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernels: Kernels
     ) -> Tensor:
-        out, lse = kernels.forward(q, k, v, plan.own, plan.own, True, scale)
+        out, lse = kernels.forward(q, k, v, plan.own, plan.own, plan.causal, scale)
         if len(plan.answers_C):
             there, there_lse = kernels.forward(
                 q.index_select(0, plan.answers_C),
@@ -234,7 +236,7 @@ class _SharedPromptAttention(torch.autograd.Function):
         (grad_out,) = grads
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, kernels = ctx.settings
-        dq, dk, dv = kernels.backward(grad_out, q, k, v, out, lse, plan.own, plan.own, True, scale)
+        dq, dk, dv = kernels.backward(grad_out, q, k, v, out, lse, plan.own, plan.own, plan.causal, scale)
         if len(plan.answers_C):
             more_q, more_k, more_v = kernels.backward(
                 grad_out.index_select(0, plan.answers_C),

@@ -10,10 +10,8 @@ can mean causal, and nobody is told.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from rl.shared_prompt import VarlenPlan, flash_serves, shared_prompt_attention
 
 BIDIRECTIONAL = "cohort_bidirectional"
 
@@ -31,12 +31,10 @@ class Documents:
 
     Attributes:
         lengths: tokens of each document, at least 1; they add up to N.
-        bounds: int32, 0 and the running sums of `lengths`.
         positions_N: 0, 1, ... within each document.
     """
 
     lengths: tuple[int, ...]
-    bounds: Int[Tensor, " D_plus_1"]
     positions_N: Int[Tensor, " N"]
 
     @staticmethod
@@ -44,9 +42,12 @@ class Documents:
         """Raises ValueError if there is no document or an empty one."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents of {list(lengths)} tokens: each needs at least one")
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         positions = torch.cat([torch.arange(n) for n in lengths])
-        return Documents(tuple(lengths), bounds.to(device), positions.to(device))
+        return Documents(tuple(lengths), positions.to(device))
+
+    @functools.cached_property
+    def varlen(self) -> VarlenPlan:
+        return VarlenPlan.documents(self.lengths, self.positions_N.device)
 
     @property
     def num_tokens(self) -> int:
@@ -86,9 +87,9 @@ def bidirectional_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not dropout and _has_varlen(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]):
+    if not dropout and flash_serves(query, value):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _varlen(q, k, v, documents, scale)[None], None
+        return shared_prompt_attention(q, k, v, documents.varlen, scale=scale)[None], None
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     attend = functools.partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=False, scale=scale)
@@ -132,66 +133,6 @@ def _check(
 
 def _rows(x: Float[Tensor, "1 H N D"], num_rows: int) -> Float[Tensor, "B H T D"]:
     return x[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
-
-
-def _varlen(
-    q: Float[Tensor, "N Hq D"],
-    k: Float[Tensor, "N Hk D"],
-    v: Float[Tensor, "N Hk D"],
-    documents: Documents,
-    scale: float,
-) -> Float[Tensor, "N Hq D"]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    shared: dict[str, Any] = {}
-    if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            shared = {"enable_gqa": True}
-        else:  # torch 2.11
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    output = varlen_attn(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        documents.bounds,
-        documents.bounds,
-        max(documents.lengths),
-        max(documents.lengths),
-        scale=scale,
-        **shared,
-    )
-    assert isinstance(output, Tensor)
-    return output
-
-
-@functools.cache
-def _has_varlen(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, size: int
-) -> bool:
-    """Whether the variable-length kernel runs here and attends to whole documents: tried out once."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    documents = Documents.of([3, 5], device)
-    with torch.no_grad():
-        q, k, v = (
-            torch.linspace(-1, 1, 8 * heads * size, device=device).cos().to(dtype).view(8, heads, size)
-            for heads in (num_heads, num_kv_heads, num_kv_heads)
-        )
-        try:
-            ours = _varlen(q, k, v, documents, size**-0.5)
-        except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError):
-            return False
-        groups = num_heads // num_kv_heads
-        plain = [
-            scaled_dot_product_attention(a, b, c)
-            for a, b, c in zip(
-                q.transpose(0, 1).split([3, 5], 1),
-                k.transpose(0, 1).repeat_interleave(groups, 0).split([3, 5], 1),
-                v.transpose(0, 1).repeat_interleave(groups, 0).split([3, 5], 1),
-                strict=True,
-            )
-        ]
-    return bool((ours.float() - torch.cat(plain, 1).transpose(0, 1).float()).abs().max() < 0.05)
 
 
 AttentionInterface.register(BIDIRECTIONAL, bidirectional_attention)

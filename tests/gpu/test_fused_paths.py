@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rl.config_file import load_config
+from rl.diffusion.attention import Documents, bidirectional_attention
 from rl.logprobs import kernels_work
 from rl.policy import Policy
 from rl.shared_prompt import flash_works
@@ -65,6 +66,21 @@ def relative_error(a: dict, b: dict) -> float:
 def test_the_fused_kernels_agree_with_plain_torch():
     assert kernels_work()
     assert flash_works()
+
+
+def test_bidirectional_attention_is_that_of_plain_torch_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 10, 64, generator=generator)
+    k, v = torch.randn(2, 1, 2, 10, 64, generator=generator).unbind()
+
+    def attend(device: str, dtype: torch.dtype):
+        inputs = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        documents = Documents.of([3, 1, 6], device)
+        out, _ = bidirectional_attention(torch.nn.Module(), *inputs, None, cohort_documents=documents)
+        return out, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    for found, wanted in zip(attend("cuda", torch.bfloat16), attend("cpu", torch.float32), strict=True):
+        assert (found.float().cpu() - wanted).abs().max() <= 0.03 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])

@@ -91,6 +91,24 @@ def test_output_and_gradients_equal_masked_attention(kv_heads):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
 
 
+def test_documents_see_all_of_themselves_and_nothing_else():
+    torch.manual_seed(0)
+    lengths = [3, 1, 6]
+    q, grad = torch.randn(2, 10, 4, 8, dtype=torch.float64).unbind()
+    k, v = torch.randn(2, 10, 2, 8, dtype=torch.float64).unbind()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    ours = shared_prompt_attention(*inputs, VarlenPlan.documents(lengths, CPU), scale=0.3, kernels=KERNELS)
+    pieces = []
+    for a, b, c in zip(*(x.split(lengths) for x in inputs), strict=True):
+        weights = torch.einsum("nhd,mhd->hnm", a, b.repeat_interleave(2, dim=1)).mul(0.3).softmax(-1)
+        pieces.append(torch.einsum("hnm,mhd->nhd", weights, c.repeat_interleave(2, dim=1)))
+    theirs = torch.cat(pieces)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    our_grads = torch.autograd.grad(ours, inputs, grad)
+    for mine, other in zip(our_grads, torch.autograd.grad(theirs, inputs, grad), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+
+
 def test_a_prompt_with_one_completion_needs_one_call_only():
     plan = VarlenPlan.of([(4, [6]), (3, [])], CPU)
     assert plan.own.ends.tolist() == [0, 10, 13]
