@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -32,16 +31,13 @@ WARM_UP = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option in fields(Workload):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}", type=type(option.default), default=option.default
-        )
+    Workload.add_arguments(parser)
     parser.add_argument("--sides", default="cohort,trl-best,trl-default")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of Cohort's config")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="for each side")
     parser.add_argument("--logs", type=Path, help="keep the output of each side here")
     arguments = parser.parse_args()
-    workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    workload = Workload.of(arguments)
     workload.export()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,5 +1,4 @@
-"""The training phase alone, on groups with the workload's lengths: seconds, MFU, peak memory, largest
-kernels.
+"""The training phase alone, on the workload's lengths: seconds, MFU, peak memory, largest kernels.
 
     python -m tests.bench.train_phase [--shape 1.5b] [--budgets 8192,16384] [--profile] [--set KEY=VALUE ...]
 
@@ -17,8 +16,6 @@ import math
 import random
 import statistics
 import tempfile
-import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -32,22 +29,20 @@ from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy, weight_decay_groups
 from tests.bench.flops import peak_flops, training_flops
-from tests.bench.workload import STOP_SHARE, Workload, write_model
+from tests.bench.workload import STOP_SHARE, Workload, now, write_model
 
 WARM_UP, MEASURED = 2, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option in fields(Workload):
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(option.default), default=option.default)
+    Workload.add_arguments(parser)
     parser.add_argument("--budgets", default="16384")
     parser.add_argument("--plain", action="store_true", help="measure the plain paths too")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the config")
     arguments = parser.parse_args()
-    workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    workload = Workload.of(arguments)
     workload.export()
     groups = draw_groups(workload)
     answers = [len(c.token_ids) for g in groups for c in g.completions]
@@ -100,11 +95,11 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> tuple[float, float]:
-        began = _time()
+        began = now()
         batches = pack(groups, advantages, pack_rules(config))
-        packed = _time()
+        packed = now()
         update_policy(policy, optimizer, batches, config.loss)
-        return packed - began, _time() - packed
+        return packed - began, now() - packed
 
     times = [step() for _ in range(WARM_UP + MEASURED)][WARM_UP:]
     seconds = statistics.median(t for _, t in times)
@@ -125,12 +120,6 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-
-
-def _time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.bench.workload import Workload, coin, prompt_texts
+from tests.bench.workload import Workload, coin, now, prompt_texts
 
 
 def main(model: str, out: Path, setting: str) -> None:
@@ -89,9 +88,9 @@ class Clock(TrainerCallback):
         inner = getattr(owner, name)
 
         def timed(*args, **kwargs):
-            began = _time()
+            began = now()
             result = inner(*args, **kwargs)
-            self.now[phase] = self.now.get(phase, 0.0) + _time() - began
+            self.now[phase] = self.now.get(phase, 0.0) + now() - began
             if phase == "score":
                 self.lengths = [len(ids) for ids in args[-1]]
             return result
@@ -99,10 +98,10 @@ class Clock(TrainerCallback):
         setattr(owner, name, timed)
 
     def on_step_begin(self, *_, **__) -> None:
-        self.now, self.began = {}, _time()
+        self.now, self.began = {}, now()
 
     def on_step_end(self, *_, **__) -> None:
-        step = _time() - self.began
+        step = now() - self.began
         sync = self.now.get("sync", 0.0)
         sample, score = self.now.get("sample", 0.0) - sync, self.now.get("score", 0.0)
         self.steps.append(
@@ -118,12 +117,6 @@ class Clock(TrainerCallback):
         )
         self.out.write_text(json.dumps(self.steps))
         print(json.dumps({k: round(v, 2) for k, v in self.steps[-1].items()}), flush=True)
-
-
-def _time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _peak() -> float:

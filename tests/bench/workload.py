@@ -7,10 +7,12 @@ spread. What is learnt is nothing, what is measured is time.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,16 @@ class Workload:
     def stop_ids(self) -> list[int]:
         return list(range(int(STOP_SHARE * self.vocabulary) or 1))
 
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        for option in fields(Workload):
+            flag = f"--{option.name.replace('_', '-')}"
+            parser.add_argument(flag, type=type(option.default), default=option.default)
+
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> Workload:
+        return Workload(**{option.name: getattr(arguments, option.name) for option in fields(Workload)})
+
     def export(self) -> None:
         """To the subprocesses of this one."""
         os.environ["COHORT_WORKLOAD"] = json.dumps(asdict(self))
@@ -66,6 +78,15 @@ class Workload:
     @staticmethod
     def current() -> Workload:
         return Workload(**json.loads(os.environ["COHORT_WORKLOAD"]))
+
+
+def now() -> float:
+    """Seconds, when all work on the device is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def write_model(folder: Path, workload: Workload) -> Path:
