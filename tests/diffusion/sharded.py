@@ -34,7 +34,7 @@ def backward(scorer: torch.nn.Module, rank: int, mask_token_id: int) -> None:
 
 def main(model_dir: str, out: str) -> None:
     rank = Accelerator(cpu=True).process_index
-    model = load_diffusion_model(model_dir)
+    model = load_diffusion_model(model_dir).double()
     scorer = DiffusionScorer(model)
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:

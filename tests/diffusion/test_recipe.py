@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.llada import main
 from rl.diffusion.model import load_diffusion_model
-from rl.phases import Phases
+from tests.diffusion import killed_run
 
 STEPS = 4
 
@@ -79,25 +79,13 @@ def test_a_run_leaves_everything_a_user_looks_for(config_file, capsys):
     AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
-def test_a_stopped_and_a_killed_run_end_bit_by_bit_like_an_undisturbed_one(config_file, monkeypatch):
+def test_a_stopped_and_a_killed_run_end_bit_by_bit_like_an_undisturbed_one(config_file):
     whole = run(config_file, "whole")
     extended = run(config_file, "extended", "train.steps=2")
     run(config_file, "extended")
-    child = os.fork()
-    if child == 0:
-        entries = []
-
-        def strike(self: Phases, name: str, original=Phases.__call__):
-            entries.append(name)
-            if entries.count("train") == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, name)
-
-        monkeypatch.setattr(Phases, "__call__", strike)
-        main([str(config_file), f"run_dir={config_file.parent / 'killed'}"])
-        os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     killed = config_file.parent / "killed"
+    command = [sys.executable, killed_run.__file__, "4", str(config_file), f"run_dir={killed}"]
+    assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
     assert sorted(p.name for p in (killed / "checkpoints").glob("step-*")) == ["step-000002"]
     run(config_file, "killed")
     for folder in (extended, killed):
