@@ -29,7 +29,7 @@ from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
 from rl.metrics import MetricsLog
-from rl.phases import Phases, StopSignal
+from rl.phases import Phases, StopSignal, stop_with_launcher
 from rl.report import build_report
 from rl.resume import go_on
 from rl.rundir import claim_config, write_atomically
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     stop = StopSignal()
     stop.install()
+    stop_with_launcher()
     try:
         return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
     except (ValueError, RuntimeError, OSError) as error:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+REPEAT_S = 1.0
 SHOWN = {
     "sample": "sampling",
     "score": "graders",
@@ -46,15 +47,17 @@ class Phases:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; the same one again
-    ends it at once.
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; the same one again,
+    `REPEAT_S` later or more, ends it at once.
 
     A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is the same wish.
+    So is the same signal twice in a moment: the kernel sends one for every thread of a launcher that dies.
     In a run of several processes all stop at the same step, because `any_process` combines their wishes.
     """
 
     def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self.any_process = any_process
         self._previous: dict[int, Any] = {}
 
@@ -77,10 +80,12 @@ class StopSignal:
         return 0 if self.received is None else 128 + self.received
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received == number:
+        now = time.monotonic()
+        if self.received == number and now - self._received_at >= REPEAT_S:
             self.restore()
             signal.raise_signal(number)
-        self.received = self.received or number
+        elif self.received is None:
+            self.received, self._received_at = number, now
 
 
 def stop_with_launcher() -> None:

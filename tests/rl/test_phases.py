@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
+from rl import phases
 from rl.phases import StopSignal
 
 
@@ -29,7 +31,16 @@ def test_the_sigterm_of_a_launcher_after_ctrl_c_is_the_same_wish(stop):
     assert stop.requested() and stop.exit_code() == 130
 
 
-def test_the_same_signal_again_ends_at_once(stop):
+def test_the_same_signal_twice_in_a_moment_is_one_wish(stop):
+    """The kernel sends PR_SET_PDEATHSIG's signal once for each thread of the parent that ends."""
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested() and stop.exit_code() == 143
+
+
+def test_the_same_signal_later_ends_at_once(stop, monkeypatch):
+    monkeypatch.setattr(phases, "REPEAT_S", 0.05)
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.06)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
