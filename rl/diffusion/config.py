@@ -39,6 +39,11 @@ class DiffusionModelConfig(Section):
         default=None,
         description="the left neighbour predicts a token (Dream); default: as the checkpoint says",
     )
+    from_scratch: dict[str, Any] | None = Field(
+        default=None,
+        description="random weights in the shape of the causal checkpoint `name`, with these fields of its "
+        "config.json changed",
+    )
     gradient_checkpointing: bool = False
     compile: bool = Field(default=False, description="torch.compile of every layer")
     lora: LoraConfig | None = None

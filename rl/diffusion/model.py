@@ -8,12 +8,14 @@ uses as the mask token. Nothing takes padded batches: sequences are packed into 
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -67,6 +69,42 @@ def load_diffusion_model(
             "that text never uses, such as a reserved special token: find_mask_token looks for one"
         )
     return to_diffusion(cast(PreTrainedModel, model), mask_token_id=mask_token_id, shift=shift)
+
+
+def random_diffusion_model(
+    name: str,
+    changes: dict[str, Any],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    mask_token_id: int,
+    shift: bool | None = None,
+) -> PreTrainedModel:
+    """A masked diffusion model with weights drawn at random, in the shape of a causal checkpoint.
+
+    Args:
+        changes: fields of the checkpoint's config.json with other values, such as {"num_hidden_layers": 6}.
+
+    Raises:
+        ValueError: `name` is a LLaDA or Dream, or `changes` do not fit its config.
+    """
+    if native_config(raw_config(name, revision), name) is not None:
+        raise ValueError(
+            f"model.from_scratch takes its shape from a causal checkpoint, and {name} is a diffusion model"
+        )
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    known = config.to_dict()
+    if unknown := sorted(changes.keys() - known.keys()):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model.from_scratch: the config of {name} has no {', '.join(unknown)}{hint}")
+    if "head_dim" not in changes and changes.keys() & {"hidden_size", "num_attention_heads"}:
+        known.pop("head_dim", None)  # follows from the two
+    try:
+        model = AutoModelForCausalLM.from_config(type(config)(**(known | changes)), dtype=dtype)
+        return to_diffusion(model, mask_token_id=mask_token_id, shift=bool(shift))
+    except Exception as error:  # each architecture has checks of its own
+        raise ValueError(f"model.from_scratch={changes} is no shape of {name}: {error}") from error
 
 
 def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = False) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from rl.diffusion.config import DiffusionModelConfig
 from rl.diffusion.layouts import native_config
-from rl.diffusion.model import DiffusionScorer, find_mask_token, load_diffusion_model, raw_config
+from rl.diffusion.model import (
+    DiffusionScorer,
+    find_mask_token,
+    load_diffusion_model,
+    random_diffusion_model,
+    raw_config,
+)
 from rl.loading import add_lora, check_vocabulary, load_tokenizer, storage_dtype
 
 ARCHITECTURE = "MaskedDiffusionLM"
@@ -39,7 +46,11 @@ class DiffusionPolicy:
         native = native_config(raw, name)
         model_config = native[0] if native else AutoConfig.from_pretrained(name, revision=config.revision)
         self.mask_token_id = find_mask_token(self.tokenizer, model_config, config.mask_token)
-        model = load_diffusion_model(
+        if config.from_scratch is None:
+            load = load_diffusion_model
+        else:
+            load = partial(random_diffusion_model, changes=config.from_scratch)
+        model = load(
             name,
             revision=config.revision,
             dtype=self.dtype,

@@ -113,6 +113,24 @@ def test_pretraining_and_adapters_run_and_resume(config_file):
     assert rows(whole) == rows(parts)
 
 
+def test_a_model_from_scratch_has_the_shape_asked_for_and_random_weights_of_the_seed(config_file):
+    scratch = ["model.from_scratch={num_hidden_layers: 1}", "train.steps=2", "evaluation.data=null"]
+    folders = [run(config_file, "a", *scratch), run(config_file, "b", *scratch)]
+    folders.append(run(config_file, "c", *scratch, "train.seed=1"))
+    first, again, other = (
+        load_file(f / "checkpoints" / "step-000002" / "model.safetensors") for f in folders
+    )
+    assert same(first, again) and not same(first, other)
+    config = json.loads((folders[0] / "checkpoints" / "step-000002" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["is_causal"]) == (1, False)
+    pretrained = load_file(
+        Path(yaml.safe_load(config_file.read_text())["model"]["name"]) / "model.safetensors"
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert pretrained[name].shape == first[name].shape
+    assert (pretrained[name] - first[name]).abs().mean() > 0.01  # steps of 1e-3 do not come that far
+
+
 @pytest.mark.parametrize("shard", ["false", "true"])
 def test_two_processes_share_one_run(config_file, shard):
     """Over gloo, weights, moments and metrics are those of one process up to the order of sums; sharded ones
@@ -158,6 +176,8 @@ def test_two_processes_share_one_run(config_file, shard):
         (["train.shard=true"], "there is one; launch more"),
         (["train.shard=true", "model.lora={r: 2}"], "use train.shard=false with model.lora"),
         (["model.name=/no/such/folder"], "/no/such/folder"),
+        (["model.from_scratch={hidden_sise: 64}"], "did you mean hidden_size?"),
+        (["model.from_scratch={num_key_value_heads: 3}"], "is no shape of"),
     ],
 )
 def test_faults_get_a_sentence_and_exit_code_one(config_file, capsys, overrides, message):

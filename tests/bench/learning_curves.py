@@ -1,0 +1,160 @@
+"""Rewards of Cohort and of TRL's GRPOTrainer over steps and over seconds, same config, several seeds.
+
+    python -m tests.bench.learning_curves CONFIG.yaml --out FOLDER [--seeds 0,1,2] [--set KEY=VALUE ...]
+
+Each run is a process of its own, Cohort's is `recipes.grpo`; seeds and sides run one after the other. TRL's
+last weights are evaluated by Cohort, on the config's held-out prompts. Both have the same prompts in every
+step and sample with random numbers of their own. A run that FOLDER holds already is not run again. Writes
+FOLDER/curves.html, one picture of both, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rl.plots import Series, line_plot
+
+SIDES = ("cohort", "trl")
+PAGE = """<!doctype html><meta charset="utf-8"><title>Learning curves</title><style>
+body { font: 14px system-ui, sans-serif; max-width: 900px; margin: 32px auto; color: #1d2430; }
+.c1 { color: #2f6fde; }
+.c2 { color: #d8533f; }
+svg { width: 100%; height: auto; overflow: visible; }
+svg text { fill: #667085; font-size: 11px; }
+.middle { text-anchor: middle; }
+.end { text-anchor: end; }
+.grid { stroke: #e4e7ec; }
+.axis { stroke: #98a2b3; }
+.line { fill: none; stroke: currentColor; stroke-width: 1.8; }
+.raw { opacity: 0.35; }
+.band { fill: currentColor; opacity: 0.12; }
+.dot { fill: currentColor; }
+.hit { fill: transparent; }
+</style>
+<h1>Learning curves</h1>
+<p>SUBTITLE. <b class="c1">Cohort</b>, <b class="c2">TRL</b>; lines: means over seeds, bands: least and
+greatest.</p>
+<h2>Mean reward over steps</h2>STEPS
+<h2>Mean reward over seconds</h2>SECONDS
+<p>TABLE</p>
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the config, for both sides")
+    parser.add_argument("--timeout-s", type=float, default=3600.0, help="for each run")
+    arguments = parser.parse_args()
+    curves: dict[str, list[list[dict]]] = {side: [] for side in SIDES}
+    accuracies: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+    for seed in arguments.seeds.split(","):
+        settings = [arguments.config, *arguments.set, f"train.seed={seed}"]
+        for side, run in zip(SIDES, (_cohort, _trl), strict=True):
+            rows, accuracy = run(arguments.out / f"{side}-{seed}", settings, arguments.timeout_s)
+            curves[side].append(rows)
+            accuracies[side].append(accuracy)
+            print(f"seed {seed} {side}: {_describe([rows], [accuracy])}", flush=True)
+    lines = [f"{side}: {_describe(curves[side], accuracies[side])}" for side in SIDES]
+    print("\n".join(lines))
+    page = PAGE.replace("SUBTITLE", " ".join([Path(arguments.config).stem, *arguments.set]))
+    page = page.replace("TABLE", "<br>".join(lines))
+    for place, key in (("STEPS", "step"), ("SECONDS", "seconds")):
+        page = page.replace(place, picture(curves, key))
+    (arguments.out / "curves.html").write_text(page)
+
+
+def _launch(log: Path, module: str, command: Sequence[str], timeout_s: float) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as sink:
+        line = [sys.executable, "-m", module, *command]
+        code = subprocess.run(line, stdout=sink, stderr=subprocess.STDOUT, timeout=timeout_s).returncode
+    if code:
+        sys.exit(f"{module} ended with {code}; the last lines of {log}:\n" + "\n".join(_lines(log)[-15:]))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
+    if not (folder / "result.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _launch(folder.with_suffix(".log"), "recipes.grpo", [*settings, f"run_dir={folder}"], timeout_s)
+    rows, seconds = [], 0.0
+    for row in map(json.loads, _lines(folder / "metrics.jsonl")):
+        seconds += row["time/step"] - row.get("time/eval", 0.0)
+        step = {"step": row["step"], "seconds": seconds, "reward": row["reward/mean"]}
+        rows.append(step | {"length": row["completion/length_mean"]})
+    result = json.loads((folder / "result.json").read_text())
+    return rows, _accuracy(result)
+
+
+def _trl(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
+    log = folder.with_suffix(".log")
+    if not (folder / "model").exists():
+        _launch(log, "tests.bench.trl_curve", [str(folder), *settings], timeout_s)
+    graded = folder / "graded"
+    if not (graded / "result.json").exists():
+        # The accuracy of these weights is what a run of one step finds before it.
+        own = [f"model.name={folder / 'model'}", "train.steps=1", f"run_dir={graded}"]
+        _launch(log, "recipes.grpo", [*settings, *own], timeout_s)
+    result = json.loads((graded / "result.json").read_text())
+    return [json.loads(line) for line in _lines(folder / "steps.jsonl")], (
+        math.nan,
+        _accuracy(result)[0],
+    )
+
+
+def _accuracy(result: dict) -> tuple[float, float]:
+    """Held-out accuracy before and after; NaN without an evaluation."""
+    return result.get("heldout_before", math.nan), result.get("heldout_after", math.nan)
+
+
+def _describe(curves: list[list[dict]], accuracies: list[tuple[float, float]]) -> str:
+    """Mean and standard error over seeds of the reward (all steps, and the last quarter); median seconds."""
+    whole = [statistics.mean(row["reward"] for row in rows) for rows in curves]
+    late = [statistics.mean(row["reward"] for row in rows[-max(1, len(rows) // 4) :]) for rows in curves]
+    seconds = statistics.median(rows[-1]["seconds"] / len(rows) for rows in curves)
+    after = [100 * accuracy[1] for accuracy in accuracies]
+    return (
+        f"reward {_spread(whole)}, in the last quarter {_spread(late)}; "
+        f"held-out after {_spread(after, 1)} %; {seconds:.2f} s a step"
+    )
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    error = f" +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
+
+
+def picture(curves: dict[str, list[list[dict]]], key: str) -> str:
+    """Mean, least and greatest reward over seeds, as SVG; over seconds, a step stands at its mean time."""
+    series = []
+    for color, side in enumerate(SIDES, start=1):
+        steps = list(zip(*curves[side], strict=True))
+        rewards = [[row["reward"] for row in rows] for rows in steps]
+        points = [
+            (statistics.mean(row[key] for row in rows), statistics.mean(r))
+            for rows, r in zip(steps, rewards, strict=True)
+        ]
+        low, high = [min(r) for r in rewards], [max(r) for r in rewards]
+        series.append(Series(side, points, color, low, high))
+    end = max(x for s in series for x, _ in s.points)
+    return str(line_plot(series, x_range=(0.0, end), show=lambda value: f"{value:.3g}"))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
