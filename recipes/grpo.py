@@ -8,9 +8,7 @@ run_dir it goes on where it stopped.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy
 from recipes.engines import make_engine
+from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.sources import make_source, sampling_params
 from recipes.tasks import load_rows
@@ -31,13 +30,13 @@ from rl.config import Config, ModelConfig, check_processes
 from rl.config_file import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.display import Display
-from rl.durable import RunLock, with_remedy
+from rl.durable import RunLock
 from rl.ledger import Ledger
 from rl.loading import check_config, load_tokenizer
 from rl.manifest import unsupported_versions
 from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
-from rl.phases import Phases, StopSignal, stop_with_launcher
+from rl.phases import Phases, StopSignal
 from rl.policy import Policy
 from rl.record import check_faults
 from rl.report import build_report
@@ -55,30 +54,12 @@ from rollout.source import PromptStream, sample_and_score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0 done, 1 a fault the user can mend, 128 + n stopped by signal n (run
-    again to go on).
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: accelerate launch -m recipes.grpo CONFIG.yaml [section.key=value ...]")
-        return 0 if arguments else 2
-    began = time.monotonic()
-    stop = StopSignal()
-    stop.install()
-    stop_with_launcher()
-    try:
-        config = load_config(arguments[0], arguments[1:])
-        return _run(config, stop, began)
-    except KeyboardInterrupt:
-        print("cohort: stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        stop.restore()
+    """Trains; the exit code is `recipe_main`'s."""
+
+    def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        return _run(load_config(arguments[0], arguments[1:]), stop, began)
+
+    return recipe_main("recipes.grpo", argv, run)
 
 
 def _run(config: Config, stop: StopSignal, began: float) -> int:

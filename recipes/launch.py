@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine, as accelerate expects them, and ends them together."""
+"""How a run starts and ends: what every recipe does around it, and its processes on this machine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,53 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import IO, Any
 
 import torch
 
+from rl.durable import with_remedy
+from rl.phases import StopSignal, stop_with_launcher
+
 Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
 POLL_S = 0.1
+
+
+def recipe_main(
+    module: str, argv: Sequence[str] | None, run: Callable[[list[str], StopSignal, float], int]
+) -> int:
+    """What every recipe's `main` does around its run: usage, signals, and faults as one sentence.
+
+    Args:
+        run: gets the arguments, the signals that ask to stop, and when the program began (monotonic).
+
+    Returns:
+        The exit code: 0 done, 1 a fault the user can mend, 2 no arguments, 128 + n stopped by signal n (run
+        again to go on).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: accelerate launch -m {module} CONFIG.yaml [section.key=value ...]")
+        return 0 if arguments else 2
+    began = time.monotonic()
+    stop = StopSignal()
+    stop.install()
+    stop_with_launcher()
+    try:
+        return run(arguments, stop, began)
+    except KeyboardInterrupt:
+        print("cohort: stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("COHORT_DEBUG"):
+            raise
+        print(f"cohort: {with_remedy(error)}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        stop.restore()
 
 
 def launch(recipe: Sequence[str], num_processes: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DistributedType
 
+from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
 from rl.checkpoint import CheckpointStore
@@ -29,7 +30,7 @@ from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
 from rl.metrics import MetricsLog
-from rl.phases import Phases, StopSignal, stop_with_launcher
+from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
 from rl.rundir import claim_config, write_atomically
@@ -39,26 +40,12 @@ from rl.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0 done, 1 a fault the user can mend, 128 + n stopped by signal n (run
-    again to go on).
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: accelerate launch -m recipes.llada CONFIG.yaml [section.key=value ...]")
-        return 0 if arguments else 2
-    began = time.monotonic()
-    stop = StopSignal()
-    stop.install()
-    stop_with_launcher()
-    try:
+    """Trains; the exit code is `recipe_main`'s."""
+
+    def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {error}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        stop.restore()
+
+    return recipe_main("recipes.llada", argv, run)
 
 
 def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
