@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from rl.config import Config, ModelConfig, SamplingConfig
-from rl.diffusion.model import load_diffusion_model
+from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.policy import Policy
+from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
 from rollout.diffusion_steps import DenoisingParams
 from rollout.engine import Engine
@@ -84,11 +85,16 @@ def make_masked_engine(
         mask_token_id=masked.trained.mask_token_id,
         shift=config.diffusion.shift,
     )
+    own = own.to(policy.device)
+    if policy.device.type == "cuda":
+        compute = "fp32" if dtype == torch.float32 else "bf16"
+        use_fused_diffusion_layers(own, config.model.model_copy(update={"dtype": compute}))
     return DiffusionEngine(
-        own.to(policy.device),
+        own,
         policy.tokenizer,
         denoising_params(config, config.sampling),
-        max_num_seqs=config.engine.max_num_seqs,
+        max_num_seqs=config.max_num_seqs,
         timeout_s=config.engine.timeout_s,
         graphs=not config.engine.enforce_eager,
+        attend=run_attention,
     )

@@ -21,6 +21,7 @@ def make_engine(
     dtype: torch.dtype,
     device: torch.device,
     max_model_length: int,
+    max_num_seqs: int,
     revision: str | None,
     note: Callable[[str], None],
 ) -> Engine:
@@ -41,7 +42,7 @@ def make_engine(
             tokenizer,
             dtype=dtype,
             device=device,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             timeout_s=config.timeout_s,
             revision=revision,
         )
@@ -50,7 +51,7 @@ def make_engine(
         tokenizer,
         dtype=dtype,
         max_model_len=max_model_length,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_gib=config.kv_cache_gib,
         enforce_eager=config.enforce_eager,

@@ -217,6 +217,7 @@ def _make_engine(
         dtype=_engine_dtype(config),
         device=policy.device,
         max_model_length=max(longest, len(policy.canary_ids) + 1),
+        max_num_seqs=config.max_num_seqs,
         revision=model.revision,
         note=display.note,
     )

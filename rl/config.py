@@ -124,7 +124,9 @@ class EngineConfig(Section):
 
     name: Literal["auto", "vllm", "transformers"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, description="sampled together; default: all in flight, from 256 to 512"
+    )
     gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
     kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
@@ -298,6 +300,18 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def in_flight(self) -> int:
+        """Most completions that a process has started and not finished, if it is the only one."""
+        t = self.train
+        allowed = t.prompts_per_step * t.group_size * (1 + t.max_staleness)
+        return min(allowed, t.in_flight or allowed)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that an engine samples together; with several processes it may have slots to spare."""
+        return self.engine.max_num_seqs or max(256, min(self.in_flight, 512))
 
     @model_validator(mode="after")
     def check_rules(self) -> Config:

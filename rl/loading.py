@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -101,7 +104,8 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
     exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
     plain = hidden(True)
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    with _for_one_instance(sys.modules[type(model).__module__]):
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
     if not gap < 1.5 * rounded + 0.01:
         raise ValueError(
@@ -110,13 +114,43 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
         )
 
 
+@contextmanager
+def _for_one_instance(family: ModuleType, rotary: str = "apply_rotary_pos_emb") -> Iterator[None]:
+    """Puts back what Liger replaces in a whole family of models when it is given one of them: classes whose
+    kernels refuse a CPU, where an engine's copy is loaded. The instance has methods of its own, but for the
+    rotary embedding, which is looked up in the family: there CUDA tensors get the fused one.
+    """
+    before = dict(vars(family))
+    try:
+        yield
+        fused: Any = getattr(family, rotary, None)
+    finally:
+        for name, value in before.items():
+            setattr(family, name, value)
+    found = before.get(rotary)
+    if found is None or fused is found:
+        return
+    plain: Any = getattr(found, "plain", found)
+
+    def dispatch(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if q.is_cuda else plain)(q, *args, **kwargs)
+
+    dispatch.plain = plain  # type: ignore[attr-defined]
+    setattr(family, rotary, dispatch)
+
+
 def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a bf16 model computes in fp32; its weights come back as they were: fp32 holds every bf16."""
-    model.float()
+    """What a bf16 model computes in fp32. Its weights come back as they were, as fp32 holds every bf16;
+    buffers, such as rotary frequencies, are wider and stay alone.
+    """
+    narrow = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+    for p in narrow:
+        p.data = p.data.float()
     try:
         return compute()
     finally:
-        model.bfloat16()
+        for p in narrow:
+            p.data = p.data.bfloat16()
 
 
 def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:

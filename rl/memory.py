@@ -111,7 +111,7 @@ def training_bytes(size: ModelSize, config: Config, token_budget: int) -> dict[s
 def engine_bytes(size: ModelSize, config: Config, max_length: int) -> dict[str, int]:
     """Bytes of vLLM's weights and of a cache that holds every completion in flight at its longest."""
     width = 4 if config.model.dtype == "fp32" else 2
-    in_flight = min(config.engine.max_num_seqs, config.train.prompts_per_step * config.train.group_size)
+    in_flight = min(config.max_num_seqs, config.in_flight)
     return {
         "engine weights": size.parameters * width,
         "engine cache": in_flight * max_length * size.cache_per_token * width,

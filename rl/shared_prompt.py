@@ -205,6 +205,27 @@ def shared_prompt_attention(
     return _SharedPromptAttention.apply(q_NHD, k_NHD, v_NHD, plan, scale, kernels)  # type: ignore[return-value]
 
 
+def run_attention(
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N D"],
+    ends_S: Int[Tensor, " S"],
+    longest: int,
+    scale: float,
+) -> Float[Tensor, "N Hq D"] | None:
+    """Attention in both directions within consecutive runs, without a gradient; None: flash cannot serve.
+
+    Args:
+        ends_S: cumulative lengths of the runs from 0, int32, on the device.
+        longest: at least the tokens of the longest run.
+    """
+    if not flash_serves(query, value):
+        return None
+    runs = Segments(ends_S, longest)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return FLASH.forward(q, k, v, runs, runs, False, scale)[0]
+
+
 class _SharedPromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(

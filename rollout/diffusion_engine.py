@@ -24,7 +24,7 @@ from rollout.calls import (
 )
 from rollout.diffusion import Denoised, denoise, prompt_canvas
 from rollout.diffusion_graph import GraphedDenoiser
-from rollout.diffusion_model import Denoiser, Layout, TransformersDenoiser
+from rollout.diffusion_model import Attend, Denoiser, Layout, TransformersDenoiser
 from rollout.diffusion_steps import DenoisingParams
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
@@ -45,6 +45,7 @@ class DiffusionEngine:
         timeout_s: longest wait for one `generate` call.
         version: policy version of the weights in `model`.
         graphs: capture CUDA graphs where the model is on a GPU.
+        attend: see `TransformersDenoiser`.
     """
 
     name = "diffusion"
@@ -60,11 +61,12 @@ class DiffusionEngine:
         timeout_s: float = 600.0,
         version: int = 0,
         graphs: bool = True,
+        attend: Attend | None = None,
     ) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.settings = tokenizer, settings
         self.max_num_seqs, self.timeout_s, self.version = max_num_seqs, timeout_s, version
-        self.plain = TransformersDenoiser(model)
+        self.plain = TransformersDenoiser(model, attend=attend)
         on_gpu = self.plain.device.type == "cuda"
         self.denoiser: Denoiser = GraphedDenoiser(self.plain) if graphs and on_gpu else self.plain
         self.tensors: Mapping[str, HeldTensor] = held_tensors(model)

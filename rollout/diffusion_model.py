@@ -7,7 +7,7 @@ function below does for whatever columns are computed. It is registered as `coho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 DENOISE = "cohort_denoise"
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor | None]
+"""Attention within consecutive runs of packed columns, such as `rl.shared_prompt.run_attention`: (query
+[1, Hq, N, D], key and value [1, Hk, N, D], `ends_S`, longest run, scale) -> [N, Hq, D], or None where it
+cannot serve these.
+"""
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Layout:
         offsets_R: packed index of a row's column c is offsets_R[row] + c.
         width: T, columns of the rectangle of keys; `max_fresh` is Q, of the rectangle of queries.
         key_slots_N, query_slots_N: where a packed column lies in the flattened rectangles.
+        ends_S: cumulative numbers of computed columns, from 0, int32: S = R + 1.
         lengths_R: columns of each row.
         even: every row computes Q columns, so that queries need no moving.
         whole: every row computes all T columns, so that keys need none either.
@@ -74,6 +81,7 @@ class Layout:
     lengths_R: Int[Tensor, " R"]
     key_slots_N: Int[Tensor, " N"]
     query_slots_N: Int[Tensor, " N"]
+    ends_S: Int[Tensor, " S"]
     visible_RT: Bool[Tensor, "R T"]
     num_rows: int
     width: int
@@ -112,6 +120,7 @@ class Layout:
             lengths_R=lengths_R,
             key_slots_N=keys_N,
             query_slots_N=queries_N,
+            ends_S=upload(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), device),
             visible_RT=torch.arange(num_columns, device=device) < lengths_R[:, None],
             num_rows=len(sizes),
             width=num_columns,
@@ -162,14 +171,22 @@ class TransformersDenoiser:
     Args:
         model: with `base_model` and a linear output head.
         mask_token_id, shift: default: what the model's config says (`mask_token_id`, `diffusion_shift`).
+        attend: a faster attention for passes that compute every column; None: plain torch.
 
     Raises:
         ValueError: no mask token is known, or it has no row in the embedding.
     """
 
-    def __init__(self, model: Any, mask_token_id: int | None = None, *, shift: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        mask_token_id: int | None = None,
+        *,
+        shift: bool | None = None,
+        attend: Attend | None = None,
+    ) -> None:
         config = model.config.get_text_config()
-        self.model = model
+        self.model, self.attend = model, attend
         self.shift = bool(getattr(config, "diffusion_shift", False)) if shift is None else shift
         self.mask_token_id = checked_mask_token(
             mask_token_id if mask_token_id is not None else getattr(config, "mask_token_id", None),
@@ -192,6 +209,7 @@ class TransformersDenoiser:
                 position_ids=layout.columns_N[None],
                 use_cache=False,
                 cohort_rows=layout,
+                cohort_attend=self.attend,
             )
         return states.last_hidden_state[0]
 
@@ -244,9 +262,12 @@ def denoise_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cohort_rows: Layout | None = None,
+    cohort_attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
     """softmax(q k^T * scaling) v over all columns of a query's row, in transformers' attention signature.
+
+    Where every column is computed and `cohort_attend` serves, it is asked; else padded rows are attended to.
 
     Raises:
         ValueError: the model does not hand the layout on, or its attention does more than this.
@@ -260,6 +281,11 @@ def denoise_attention(
             f"{type(module).__name__} has a sliding window, a soft cap or sinks in its attention, for which "
             "the diffusion sampler has no bidirectional form; use a Llama, Qwen or SmolLM model"
         )
+    if cohort_attend is not None and layout.kept is None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        found = cohort_attend(query, key, value, layout.ends_S, layout.max_fresh, scale)
+        if found is not None:
+            return found[None], None
     q_NHD, k_NHD, v_NHD = (x[0].transpose(0, 1) for x in (query, key, value))
     shape = (layout.num_rows, layout.width)
     if layout.kept is not None:

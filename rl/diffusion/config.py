@@ -45,6 +45,7 @@ class DiffusionModelConfig(Section):
         "config.json changed",
     )
     gradient_checkpointing: bool = False
+    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     compile: bool = Field(default=False, description="torch.compile of every layer")
     lora: LoraConfig | None = None
     chat_template: str | None = Field(
@@ -57,6 +58,7 @@ class DiffusionModelConfig(Section):
             name=name,
             revision=self.revision,
             dtype=self.dtype,
+            fused_layers=self.fused_layers and not self.compile,  # the compiler fuses by itself
             lora=self.lora,
             chat_template=self.chat_template,
         )

@@ -23,8 +23,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rl.config import ModelConfig
 from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
+from rl.loading import use_fused_layers
 from rl.logprobs import token_logprobs
 
 SPARE_NAMES = ("mask", "reserved", "unused", "placeholder")
@@ -131,6 +133,17 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
         part.diffusion_shift = shift
     _check_bidirectional(model)
     return model
+
+
+def use_fused_diffusion_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """`rl.loading.use_fused_layers`, which compares hidden states of plain calls, of a diffusion model on a
+    CUDA device.
+    """
+    model.set_attn_implementation("sdpa")
+    try:
+        use_fused_layers(model, config)
+    finally:
+        model.set_attn_implementation(BIDIRECTIONAL)
 
 
 def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int | None = None) -> int:
@@ -243,6 +256,8 @@ class DiffusionScorer(nn.Module):
     ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
         """log p(target | noisy row) of each scored column and the entropy of its distribution, in nats."""
         hidden_ND = hidden_states(self.model, token_ids_N, documents)
+        if hidden_ND.is_cuda and torch.is_autocast_enabled("cuda"):
+            hidden_ND = hidden_ND.to(torch.get_autocast_dtype("cuda"))
         head = cast(Any, self.model.get_output_embeddings())
         return token_logprobs(
             hidden_ND[predicting_columns(self.model, columns_L, documents)],

@@ -24,6 +24,7 @@ from rl.diffusion.model import (
     load_diffusion_model,
     random_diffusion_model,
     raw_config,
+    use_fused_diffusion_layers,
 )
 from rl.loading import add_lora, check_vocabulary, load_tokenizer, storage_dtype
 
@@ -57,6 +58,8 @@ class DiffusionPolicy:
             mask_token_id=self.mask_token_id,
             shift=config.shift,
         )
+        if accelerator.device.type == "cuda":
+            use_fused_diffusion_layers(model.to(accelerator.device), plain)
         check_vocabulary(model.get_input_embeddings().weight.shape[0], self.tokenizer)  # type: ignore[union-attr]
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -150,6 +150,7 @@ def diffusion_model_config(config: MaskedRunConfig) -> DiffusionModelConfig:
         dtype=model.dtype,
         mask_token=config.diffusion.mask_token,
         shift=config.diffusion.shift,
+        fused_layers=model.fused_layers,
         gradient_checkpointing=model.gradient_checkpointing,
         lora=model.lora,
         chat_template=model.chat_template,

@@ -3,9 +3,9 @@
     python -m tests.bench.learning_curves CONFIG.yaml --out FOLDER [--seeds 0,1,2] [--set KEY=VALUE ...]
 
 Each run is a process of its own, Cohort's is `recipes.grpo`; seeds and sides run one after the other. TRL's
-last weights are evaluated by Cohort, on the config's held-out prompts. Both have the same prompts in every
-step and sample with random numbers of their own. A run that FOLDER holds already is not run again. Writes
-FOLDER/curves.html, one picture of both, and prints a table.
+last weights are evaluated by Cohort, on the config's held-out prompts if it has any. Both have the same
+prompts in every step and sample with random numbers of their own. A run that FOLDER holds already is not run
+again. Writes FOLDER/curves.html, one picture of both, and prints a table.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rl.config_file import load_config
 from rl.plots import Series, line_plot
 
 SIDES = ("cohort", "trl")
@@ -105,16 +106,16 @@ def _trl(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict
     log = folder.with_suffix(".log")
     if not (folder / "model").exists():
         _launch(log, "tests.bench.trl_curve", [str(folder), *settings], timeout_s)
+    rows = [json.loads(line) for line in _lines(folder / "steps.jsonl")]
+    if not load_config(settings[0], settings[1:]).evaluation.data:
+        return rows, (math.nan, math.nan)
     graded = folder / "graded"
     if not (graded / "result.json").exists():
         # The accuracy of these weights is what a run of one step finds before it.
         own = [f"model.name={folder / 'model'}", "train.steps=1", f"run_dir={graded}"]
         _launch(log, "recipes.grpo", [*settings, *own], timeout_s)
     result = json.loads((graded / "result.json").read_text())
-    return [json.loads(line) for line in _lines(folder / "steps.jsonl")], (
-        math.nan,
-        _accuracy(result)[0],
-    )
+    return rows, (math.nan, _accuracy(result)[0])
 
 
 def _accuracy(result: dict) -> tuple[float, float]:
@@ -128,10 +129,8 @@ def _describe(curves: list[list[dict]], accuracies: list[tuple[float, float]]) -
     late = [statistics.mean(row["reward"] for row in rows[-max(1, len(rows) // 4) :]) for rows in curves]
     seconds = statistics.median(rows[-1]["seconds"] / len(rows) for rows in curves)
     after = [100 * accuracy[1] for accuracy in accuracies]
-    return (
-        f"reward {_spread(whole)}, in the last quarter {_spread(late)}; "
-        f"held-out after {_spread(after, 1)} %; {seconds:.2f} s a step"
-    )
+    heldout = "" if any(map(math.isnan, after)) else f"held-out after {_spread(after, 1)} %; "
+    return f"reward {_spread(whole)}, in the last quarter {_spread(late)}; {heldout}{seconds:.2f} s a step"
 
 
 def _spread(values: list[float], digits: int = 3) -> str:

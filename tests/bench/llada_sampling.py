@@ -24,7 +24,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rewards.math import grade
-from rl.diffusion.model import load_diffusion_model
+from rl.config import ModelConfig
+from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
+from rl.shared_prompt import run_attention
 from rollout.diffusion import Denoised, denoise, prompt_canvas
 from rollout.diffusion_graph import GraphedDenoiser
 from rollout.diffusion_model import Denoiser, TransformersDenoiser
@@ -69,7 +71,12 @@ def main() -> None:
         label = str(dtype).removeprefix("torch.")
         table.plain(f"plain loop, {label} confidences", run)
     exact = DenoisingParams(**settings)
+    if a.device == "cuda":  # after the plain loop, as in a run: Liger replaces functions of transformers
+        compute = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+        use_fused_diffusion_layers(model, ModelConfig(dtype=compute))
+        denoiser.attend = run_attention
     table.ours("exact", denoiser, exact)
+    samples = table.last[: a.show] if tokenizer is not None else []
     graphed: Denoiser = denoiser
     if a.device == "cuda":
         graphed = GraphedDenoiser(denoiser)
@@ -92,6 +99,8 @@ def main() -> None:
         ("dual cache, threshold 0.9", {"cache": "dual", "threshold": 0.9}),
     ):
         table.ours(label, graphed, DenoisingParams(**settings, **extra))
+    for prompt, text in zip(prompts, samples, strict=False):
+        print(f"\n{tokenizer.decode(prompt)}{cut_text(tokenizer, text)}")
 
 
 class Table:
@@ -103,6 +112,7 @@ class Table:
         self.a, self.prompts, self.answers, self.tokenizer = a, prompts, answers, tokenizer
         self.base: float | None = None
         self.reference: list[list[int]] = []
+        self.last: list[list[int]] = []
         names = ("seconds", "tokens/s", "ratio", "calls", "same", "right", "peak GiB")
         print(" " * 38, *(f"{name:>8}" for name in names))
 
@@ -122,6 +132,7 @@ class Table:
         if label == "exact" and self.a.temperature:
             self.reference = texts  # other random numbers than the plain loop's
         self._line(label, seconds, texts, sum(row.num_steps for row in done) / len(done))
+        self.last = texts
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         """The best of --repeats runs after one that warms up."""
@@ -182,7 +193,8 @@ def load(a: argparse.Namespace) -> tuple[Any, Any]:
 def questions(a: argparse.Namespace, denoiser: Denoiser, tokenizer: Any) -> tuple[list[list[int]], list[str]]:
     if a.questions:
         rows = [json.loads(line) for line in a.questions.read_text().splitlines()][: a.rows]
-        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        asked = [row["prompt"] for row in rows]
+        chats = [p if isinstance(p, list) else [{"role": "user", "content": p}] for p in asked]
         texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return ids, [str(row["answer"]) for row in rows]
@@ -205,7 +217,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a diffusion model's folder; default: random weights")
     parser.add_argument("--mask-token-id", type=int, help="where the model's config names none")
-    parser.add_argument("--questions", type=Path, help="JSON lines with prompt and answer")
+    parser.add_argument("--questions", type=Path, help="JSON lines with prompt (text or messages), answer")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2" if cuda else "tiny")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
@@ -217,6 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[])
     parser.add_argument("--compile", action="store_true", help="also with torch.compile on every layer")
+    parser.add_argument("--show", type=int, default=0, help="exact completions printed, with --model")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()

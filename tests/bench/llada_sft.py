@@ -23,8 +23,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rl.config import ModelConfig
 from rl.diffusion.elbo import masked_elbo, pack_plan
-from rl.diffusion.model import DiffusionScorer, to_diffusion
+from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.diffusion.objectives import Example, Noised, make_plan, normalisers, step_generator
 
 MASK, FORMS = 3, ("plain", "cohort")
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16 if cuda else 8, help="texts in one forward pass")
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
+    parser.add_argument("--compile", action="store_true", help="ours with model.compile")
     parser.add_argument("--equal", action="store_true", help="all texts at full length: nothing to pack")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -114,6 +116,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     scorer = DiffusionScorer(model)
     if arguments.form == "plain":
         model.set_attn_implementation("sdpa")
+    elif torch.cuda.is_available():
+        use_fused_diffusion_layers(model, ModelConfig(dtype="bf16-mixed", fused_layers=not arguments.compile))
+    if arguments.form == "cohort" and arguments.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     idle, seconds, loss = 0.0, [], 0.0
     for step in range(arguments.steps + 2):
         # The same masks at each step of both forms: "count" is one copy of a text, as the reference has.

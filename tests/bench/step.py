@@ -193,6 +193,7 @@ def our_sampling(folder: Path, groups: list[ScoredGroup], length: int = 32) -> f
         dtype=torch.float32,
         device=torch.device("cpu"),
         max_model_length=PROMPT_LENGTH + length,
+        max_num_seqs=256,
         revision=None,
         note=print,
     )

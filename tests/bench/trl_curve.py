@@ -93,7 +93,7 @@ def settings(out: Path, config: Config, on_gpu: bool) -> GRPOConfig:
         use_cpu=not on_gpu,
         use_vllm=on_gpu,
         vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.35,
+        vllm_gpu_memory_utilization=config.engine.gpu_memory_utilization,
         vllm_max_model_length=config.data.max_prompt_length + sampling.max_completion_length,
         save_strategy="no",
         logging_steps=1,

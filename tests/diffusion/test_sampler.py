@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,6 +64,27 @@ def texts(denoiser, prompts, params, **options):
 
 
 GRID = [(b, s) for b in (2, 4, 12) for s in (5, 6, 9, 12, 24) if s % (12 // b) == 0]
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_attention_within_runs_can_be_another_function(model, denoiser, cfg):
+    """What a GPU's flash kernel is asked for, by plain torch: a run for each row, in the packed order."""
+    asked = []
+
+    def attend(query, key, value, ends_S, longest, scale):
+        ends = ends_S.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(ends)]
+        assert ends_S.dtype == torch.int32 and ends[-1] == query.shape[2] and max(lengths) == longest
+        asked.append(lengths)
+        pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        out = [scaled_dot_product_attention(*p, scale=scale, enable_gqa=True) for p in pieces]
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+    params = DenoisingParams(12, block_length=4, steps=6, cfg_scale=cfg)
+    expected = texts(denoiser, PROMPTS, params)
+    assert texts(TransformersDenoiser(model, MASK, attend=attend), PROMPTS, params) == expected
+    assert sorted(set(asked[0])) == sorted({len(p) + 12 for p in PROMPTS})
+    assert texts(TransformersDenoiser(model, MASK, attend=lambda *_: None), PROMPTS, params) == expected
 
 
 @pytest.mark.parametrize(("block", "steps"), GRID)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rl.shared_prompt import run_attention
 from rollout.diffusion import denoise, prompt_canvas
 from rollout.diffusion_batch import Batch, Row
 from rollout.diffusion_graph import GraphedDenoiser
-from rollout.diffusion_model import TransformersDenoiser
+from rollout.diffusion_model import Layout, TransformersDenoiser, denoise_attention
 from rollout.diffusion_steps import DenoisingParams
 
 pytestmark = [
@@ -50,6 +51,23 @@ def test_a_graphed_model_samples_the_same(model, extra):
     found = denoise(graphed, canvases, params, seeds=seeds, max_rows=8)
     assert graphed.reason is None and graphed.graphs
     assert [row and row.token_ids for row in found] == [row and row.token_ids for row in expected]
+
+
+def test_rows_of_any_length_share_one_flash_call():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 12, 64, generator=generator)
+    k, v = torch.randn(2, 1, 2, 12, 64, generator=generator).unbind()
+
+    def attend(device: str, dtype: torch.dtype):
+        layout = Layout.of([(0, 5), (0, 1), (0, 6)], [5, 1, 6], device=torch.device(device))
+        inputs = (x.to(device, dtype) for x in (q, k, v))
+        on_flash = run_attention if device == "cuda" else None
+        keywords = {"cohort_rows": layout, "cohort_attend": on_flash}
+        return denoise_attention(torch.nn.Module(), *inputs, None, **keywords)[0]
+
+    found, wanted = attend("cuda", torch.bfloat16).float().cpu(), attend("cpu", torch.float32)
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from rl.config import ModelConfig
 from rl.config_file import load_config
 from rl.diffusion.attention import Documents, bidirectional_attention
+from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.logprobs import kernels_work
 from rl.policy import Policy
 from rl.shared_prompt import flash_works
@@ -93,3 +96,32 @@ def test_gradient_is_that_of_one_fp32_sequence_at_a_time(
     expected = gradients(plain, _settings(tiny_model_dir, "fp32", *overrides), groups, advantages)
     found = gradients(ours, _settings(tiny_model_dir, dtype, *overrides), groups, advantages)
     assert relative_error(found, expected) <= (1e-4 if dtype == "fp32" else 0.04)
+
+
+def test_a_diffusion_models_gradient_is_that_of_plain_fp32():
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    lengths, generator = [9, 1, 30], torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(1, 999, (2, 40), generator=generator)
+    columns = torch.arange(0, 40, 3)
+
+    def gradient(device: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = to_diffusion(LlamaForCausalLM(config).to(device), mask_token_id=999)
+        if device == "cuda":
+            use_fused_diffusion_layers(model, ModelConfig(dtype="bf16-mixed"))
+        inputs = (x.to(device) for x in (columns, targets[columns]))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logprobs, _ = DiffusionScorer(model)(ids.to(device), Documents.of(lengths, device), *inputs)
+        logprobs.sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradient("cuda")
+    # A model that is made on a CPU afterwards, such as an engine's copy while it loads, is not Liger's.
+    assert relative_error(found, gradient("cpu")) <= 0.04

@@ -74,6 +74,20 @@ def test_stale_samples_need_the_sampler_correction():
         load_config(None, ["train.max_staleness=1", "loss.sampler_correction=null"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ([], 256),
+        (["train.prompts_per_step=32", "train.max_staleness=1"], 512),
+        (["train.prompts_per_step=32", "train.max_staleness=1", "train.in_flight=300"], 300),
+        (["train.prompts_per_step=320"], 512),
+        (["train.prompts_per_step=320", "engine.max_num_seqs=700"], 700),
+    ],
+)
+def test_an_engine_samples_together_what_is_in_flight(overrides, number):
+    assert load_config(None, overrides).max_num_seqs == number
+
+
 def test_at_least_one_group_is_in_flight():
     with pytest.raises(ValueError, match=r"use train\.in_flight=8 or more"):
         load_config(None, ["train.max_staleness=1", "train.in_flight=7"])

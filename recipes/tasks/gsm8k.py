@@ -1,0 +1,51 @@
+"""GSM8K as chats that show, in worked examples, how a solution ends in a box."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recipes.tasks import load_rows
+from rl.config import DataConfig
+
+CALCULATION = re.compile(r"<<[^>]*>>")  # the data set's calculator calls: 48/2 = <<48/2=24>>24
+
+
+def boxed_gsm8k(
+    *, source: str = "openai/gsm8k", split: str = "train", num_examples: int = 2, size: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows with `prompt` (worked examples, then the question) and `answer` (the number).
+
+    Args:
+        source: hub name, or a file with the columns question and answer. Its first `num_examples` rows are
+            the examples and are no prompts of their own.
+        size: prompts; None: all.
+    """
+    hub = {} if source.endswith((".jsonl", ".json", ".parquet")) else {"name": "main"}
+    count = None if size is None else size + num_examples
+    rows = load_rows(DataConfig(source=source, split=split, options=hub, size=count))
+    parsed = [(row["question"], *split_solution(row["answer"])) for row in rows]
+    shots = [
+        message
+        for question, working, answer in parsed[:num_examples]
+        for message in (
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": f"{working}\n\\boxed{{{answer}}}"},
+        )
+    ]
+    return [
+        {"prompt": [*shots, {"role": "user", "content": question}], "answer": answer}
+        for question, _, answer in parsed[num_examples:]
+    ]
+
+
+def split_solution(solution: str) -> tuple[str, str]:
+    """A worked solution without calculator calls, and its number, which stands behind ####.
+
+    Raises:
+        ValueError: there is no number behind ####.
+    """
+    working, mark, answer = CALCULATION.sub("", solution).rpartition("####")
+    if not mark or not answer.strip():
+        raise ValueError(f"no '#### number' at the end of this GSM8K solution: {solution[-80:]!r}")
+    return working.strip(), answer.strip().replace(",", "")
