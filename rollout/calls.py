@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -105,3 +107,60 @@ def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: 
         )
     first = next(iter(faults.values()), "the model's logits are not finite")
     raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")
+
+
+class OneCallAtATime(ABC):
+    """`submit`, `collect` and `generate` of an engine that works off whole calls, with the weights of that
+    moment.
+    """
+
+    name: str
+    version: int
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._submitted: list[Call] = []
+
+    @abstractmethod
+    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
+        """(one group per prompt, why prompts failed); `deadline`, of time.monotonic(), aborts the rest."""
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(call.prompts) * call.num_completions for call in self._submitted)
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> None:
+        """Only notes the call: `collect` samples it."""
+        check_call(self, prompts, seeds)
+        self._submitted.append(Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs))
+
+    def collect(self, *, timeout_s: float) -> list[Group]:
+        """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
+        if self._submitted:
+            check_call(self, (), ())
+        calls, self._submitted = self._submitted, []
+        return [g for call in calls for g in self._groups(call, time.monotonic() + self.timeout_s)[0]]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_completions: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        with_logprobs: bool = True,
+    ) -> list[Group]:
+        check_call(self, prompts, seeds)
+        deadline = time.monotonic() + self.timeout_s
+        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
+        groups, faults = self._groups(call, deadline)
+        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
+        return groups

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.types import Completion, Group, Prompt, SamplingParams, Trace
+from rl.types import Completion, Group, SamplingParams, Trace
 from rollout.calls import (
     WEIGHTS_UNKNOWN,
     Call,
+    OneCallAtATime,
     aborted,
-    check_call,
-    check_groups,
     completion,
     decode_texts,
     prompt_faults,
@@ -31,7 +29,7 @@ from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import completion_seed
 
 
-class DiffusionEngine:
+class DiffusionEngine(OneCallAtATime):
     """The sampler behind the Engine protocol, on a copy of the model of its own.
 
     A call's `max_completion_length`, temperature and end ids take the place of the settings' own; the steps
@@ -63,55 +61,15 @@ class DiffusionEngine:
         graphs: bool = True,
         attend: Attend | None = None,
     ) -> None:
+        super().__init__(timeout_s)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.settings = tokenizer, settings
-        self.max_num_seqs, self.timeout_s, self.version = max_num_seqs, timeout_s, version
+        self.max_num_seqs, self.version = max_num_seqs, version
         self.plain = TransformersDenoiser(model, attend=attend)
         on_gpu = self.plain.device.type == "cuda"
         self.denoiser: Denoiser = GraphedDenoiser(self.plain) if graphs and on_gpu else self.plain
         self.tensors: Mapping[str, HeldTensor] = held_tensors(model)
         self._piece = cache(lambda token: self.tokenizer.decode([token]))
-        self._submitted: list[Call] = []
-
-    @property
-    def in_flight(self) -> int:
-        return sum(len(call.prompts) * call.num_completions for call in self._submitted)
-
-    def submit(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> None:
-        """Only notes the call: `collect` samples it, with the weights of that moment."""
-        check_call(self, prompts, seeds)
-        self._submitted.append(Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs))
-
-    def collect(self, *, timeout_s: float) -> list[Group]:
-        """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
-        if self._submitted:
-            check_call(self, (), ())
-        calls, self._submitted = self._submitted, []
-        return [g for call in calls for g in self._groups(call, time.monotonic() + self.timeout_s)[0]]
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> list[Group]:
-        check_call(self, prompts, seeds)
-        deadline = time.monotonic() + self.timeout_s
-        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
-        groups, faults = self._groups(call, deadline)
-        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
-        return groups
 
     def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
         """(one group per prompt, why prompts failed)."""

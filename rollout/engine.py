@@ -18,9 +18,8 @@ from rollout.calls import (
     WEIGHTS_UNKNOWN,
     Call,
     EngineError,
+    OneCallAtATime,
     aborted,
-    check_call,
-    check_groups,
     completion,
     decode_texts,
     prompt_faults,
@@ -121,7 +120,7 @@ class Engine(Protocol):
         ...
 
 
-class TransformersEngine:
+class TransformersEngine(OneCallAtATime):
     """`generate` of transformers on its own copy of the model; equal seeds, equal results (bitwise on a CPU).
 
     Args:
@@ -147,8 +146,8 @@ class TransformersEngine:
         revision: str | None = None,
         version: int = 0,
     ) -> None:
-        self.tokenizer, self.version = tokenizer, version
-        self.max_num_seqs, self.timeout_s = max_num_seqs, timeout_s
+        super().__init__(timeout_s)
+        self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
         self.device = torch.device(device)
         with torch.random.fork_rng():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), revision=revision, dtype=dtype)
@@ -156,47 +155,6 @@ class TransformersEngine:
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
         self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
-        self._submitted: list[Call] = []
-
-    @property
-    def in_flight(self) -> int:
-        return sum(len(call.prompts) * call.num_completions for call in self._submitted)
-
-    def submit(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> None:
-        """Only notes the call: `collect` samples it, with the weights of that moment."""
-        check_call(self, prompts, seeds)
-        self._submitted.append(Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs))
-
-    def collect(self, *, timeout_s: float) -> list[Group]:
-        """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
-        if self._submitted:
-            check_call(self, (), ())
-        calls, self._submitted = self._submitted, []
-        return [g for call in calls for g in self._groups(call, time.monotonic() + self.timeout_s)[0]]
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> list[Group]:
-        check_call(self, prompts, seeds)
-        began = time.monotonic()
-        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
-        groups, faults = self._groups(call, began + self.timeout_s)
-        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > began + self.timeout_s)
-        return groups
 
     def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
         """(one group per prompt, why prompts failed)."""
