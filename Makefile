@@ -1,9 +1,10 @@
-# make train: the quickstart. make test: every test that needs no GPU. make check: lint, format, types.
+# make train: the quickstart. make test: every test that needs no GPU. make check: lint, format, types. make bench: a step
+# of ours beside TRL's, printed and not judged.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= recipes/configs/quickstart.yaml
 
-.PHONY: venv train test check format clean
+.PHONY: venv train test bench check format clean
 venv: .venv/.ready
 
 .venv/.ready: pyproject.toml .ci/constraints.txt
@@ -18,6 +19,9 @@ train: venv
 
 test: venv
 	$(BIN)/python -m pytest -q
+
+bench: venv
+	$(BIN)/python -m tests.bench.step --steps 1 --threads 1
 
 check: venv
 	$(BIN)/ruff check .
