@@ -44,6 +44,30 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def head_logprobs(
+    model: Any, hidden_LD: Float[Tensor, "L D"], targets_L: Int[Tensor, " L"], *, temperature: float
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+    """`token_logprobs` by the head of a transformers model; on CUDA in the dtype of autocast, if it is on."""
+    if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
+        hidden_LD = hidden_LD.to(torch.get_autocast_dtype("cuda"))
+    head = model.get_output_embeddings()
+    return token_logprobs(
+        hidden_LD,
+        targets_L,
+        weight_VD=head.weight,
+        bias_V=getattr(head, "bias", None),
+        temperature=temperature,
+        **head_settings(model),
+    )
+
+
+def head_settings(model: Any) -> dict[str, Any]:
+    """What stands between the head's product and the logits (Cohere, Granite, Gemma 2)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
 def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:
     chunk = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
     return max(16, chunk // (len(weight_VD) * itemsize))

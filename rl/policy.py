@@ -30,7 +30,7 @@ from rl.loading import (
     storage_dtype,
     use_fused_layers,
 )
-from rl.logprobs import token_logprobs
+from rl.logprobs import head_logprobs
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
 
 CANARY_TEXT = (
@@ -53,20 +53,7 @@ class CausalScorer(nn.Module):
         temperature.
         """
         hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
-        if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
-            hidden_LD = hidden_LD.to(torch.get_autocast_dtype("cuda"))
-        head = cast(Any, self.model.get_output_embeddings())
-        config = self.model.config.get_text_config()
-        return token_logprobs(
-            hidden_LD,
-            batch.targets_L,
-            weight_VD=head.weight,
-            bias_V=getattr(head, "bias", None),
-            temperature=temperature,
-            logit_scale=getattr(config, "logit_scale", None)
-            or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        return head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         hidden_1ND = self.model.base_model(

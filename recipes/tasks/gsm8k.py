@@ -21,9 +21,8 @@ def boxed_gsm8k(
             the examples and are no prompts of their own.
         size: prompts; None: all.
     """
-    hub = {} if source.endswith((".jsonl", ".json", ".parquet")) else {"name": "main"}
     count = None if size is None else size + num_examples
-    rows = load_rows(DataConfig(source=source, split=split, options=hub, size=count))
+    rows = load_rows(DataConfig(source=source, split=split, options={"name": "main"}, size=count))
     parsed = [(row["question"], *split_solution(row["answer"])) for row in rows]
     shots = [
         message

@@ -27,7 +27,7 @@ from rl.config import ModelConfig
 from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
 from rl.loading import use_fused_layers
-from rl.logprobs import token_logprobs
+from rl.logprobs import head_logprobs, head_settings
 
 SPARE_NAMES = ("mask", "reserved", "unused", "placeholder")
 
@@ -229,7 +229,7 @@ def logits_at(
     """Logits of the tokens at `columns_L`, in the model's dtype. L x V numbers: mind the memory."""
     head = cast(Any, model.get_output_embeddings())
     logits = head(hidden_ND[predicting_columns(model, columns_L, documents)])
-    settings = _head_settings(model)
+    settings = head_settings(model)
     logits = logits * settings["logit_scale"]
     if (softcap := settings["softcap"]) is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -256,24 +256,8 @@ class DiffusionScorer(nn.Module):
     ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
         """log p(target | noisy row) of each scored column and the entropy of its distribution, in nats."""
         hidden_ND = hidden_states(self.model, token_ids_N, documents)
-        if hidden_ND.is_cuda and torch.is_autocast_enabled("cuda"):
-            hidden_ND = hidden_ND.to(torch.get_autocast_dtype("cuda"))
-        head = cast(Any, self.model.get_output_embeddings())
-        return token_logprobs(
-            hidden_ND[predicting_columns(self.model, columns_L, documents)],
-            targets_L,
-            weight_VD=head.weight,
-            bias_V=getattr(head, "bias", None),
-            temperature=temperature,
-            **_head_settings(self.model),
-        )
-
-
-def _head_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What stands between the head's product and the logits (Cohere, Granite, Gemma 2)."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+        hidden_LD = hidden_ND[predicting_columns(self.model, columns_L, documents)]
+        return head_logprobs(self.model, hidden_LD, targets_L, temperature=temperature)
 
 
 def raw_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def main() -> None:
         compute = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         use_fused_diffusion_layers(model, ModelConfig(dtype=compute))
         denoiser.attend = run_attention
-    table.ours("exact", denoiser, exact)
-    samples = table.last[: a.show] if tokenizer is not None else []
+    samples = table.ours("exact", denoiser, exact)[: a.show if a.model else 0]
     graphed: Denoiser = denoiser
     if a.device == "cuda":
         graphed = GraphedDenoiser(denoiser)
@@ -112,7 +111,6 @@ class Table:
         self.a, self.prompts, self.answers, self.tokenizer = a, prompts, answers, tokenizer
         self.base: float | None = None
         self.reference: list[list[int]] = []
-        self.last: list[list[int]] = []
         names = ("seconds", "tokens/s", "ratio", "calls", "same", "right", "peak GiB")
         print(" " * 38, *(f"{name:>8}" for name in names))
 
@@ -123,7 +121,7 @@ class Table:
         self.reference = self.reference or texts
         self._line(label, seconds, texts, float(self.a.steps))
 
-    def ours(self, label: str, denoiser: Denoiser, params: DenoisingParams) -> None:
+    def ours(self, label: str, denoiser: Denoiser, params: DenoisingParams) -> list[list[int]]:
         canvases = [prompt_canvas(p, params, denoiser.mask_token_id) for p in self.prompts]
         run = lambda: denoise(denoiser, canvases, params, seeds=range(len(canvases)))  # noqa: E731
         seconds, rows = self._timed(run)
@@ -132,7 +130,7 @@ class Table:
         if label == "exact" and self.a.temperature:
             self.reference = texts  # other random numbers than the plain loop's
         self._line(label, seconds, texts, sum(row.num_steps for row in done) / len(done))
-        self.last = texts
+        return texts
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         """The best of --repeats runs after one that warms up."""
