@@ -15,11 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from rewards.worker import HEADER, MAX_FRAME_BYTES
+from rewards.worker import HEADER, MAX_FRAME_BYTES, encode_frame
 
 MAX_BESIDE = 64  # async calls that run beside each other
 MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
 TAIL_BYTES = 4000
+PING = encode_frame({"id": -1})  # comes back as it is: the process lived until here
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from rewards.worker import main; main(int(sys.argv[2]))"
@@ -31,6 +32,7 @@ class Call:
     """One call on its way. `alone` is set when a process died under it: it is tried once more, by itself.
 
     `started`: when its turn came, on the monotonic clock; 0 while it waits behind another call.
+    `lost`: how often a process that was to try it alone died before it could.
     """
 
     id: int
@@ -40,6 +42,7 @@ class Call:
     future: Future[dict[str, Any]] = field(default_factory=Future)
     started: float = 0.0
     alone: bool = False
+    lost: int = 0
 
     def answer(self, message: dict[str, Any]) -> None:
         if not self.future.done():
@@ -68,6 +71,7 @@ class Grader:
         ready: it has loaded its rewards.
         ended: its output is closed, or is no protocol; nothing more will come.
         usual_s: how long a call took of late.
+        met_alone: it answered the ping before a call that is tried alone, so it has got that call.
     """
 
     def __init__(self, path: Sequence[str], hello: bytes, selector: selectors.BaseSelector) -> None:
@@ -85,7 +89,7 @@ class Grader:
         self.selector, self.born = selector, time.monotonic()
         self.outbox, self.inbox, self.tail = bytearray(), bytearray(), bytearray()
         self.calls: dict[int, Call] = {}
-        self.ready = self.ended = self.is_writing = False
+        self.ready = self.ended = self.is_writing = self.met_alone = False
         self.usual_s = 1.0
         for stream in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(stream.fileno(), False)
@@ -108,7 +112,8 @@ class Grader:
         """Queues a call for this process; `flush` sends it."""
         call.started = time.monotonic() if call.is_async or not self.calls else 0.0
         self.calls[call.id] = call
-        self.outbox += call.frame
+        self.met_alone = False
+        self.outbox += PING + call.frame if call.alone else call.frame
 
     def answered(self, call_id: int) -> Call | None:
         """The call of an answer that has come, which is over; the clock of the next one starts."""

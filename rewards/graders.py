@@ -182,21 +182,25 @@ class Graders:
                 self._failed_starts = 0
             else:
                 grader.tail += f"\n{message['error']}".encode()
+        elif message.get("id") == -1:
+            grader.met_alone = True
         elif (call := grader.answered(message.get("id", -1))) is not None:
             call.answer(message)
 
     def _bury(self, grader: Grader) -> None:
         """It died by itself. The calls that it was grading are tried once more, each alone; one that was
-        alone is the culprit. Those that waited for their turn go back to the queue.
+        alone is the culprit, unless the process was dying before it got it, which one killing from outside
+        can do once per process. Those that waited for their turn go back to the queue.
         """
         how = self._kill(grader)
         if not grader.ready:
             self._count_failed_start(how)
         for call in reversed(grader.calls.values()):
-            if call.alone:
+            if call.alone and (grader.met_alone or call.lost == self._num_processes):
                 call.fail("crash", f"the grader died ({how})")
                 continue
-            call.alone = call.started > 0
+            call.lost += call.alone
+            call.alone = call.alone or call.started > 0
             with self._lock:
                 self._waiting.appendleft(call)
 

@@ -76,6 +76,8 @@ class Server:
                 frame = frame[os.write(self.answers, frame) :]
 
     def serve(self, call: Mapping[str, Any]) -> None:
+        if call["id"] < 0:  # a ping
+            return self.send(call)
         reward = self.rewards[call["reward"]]
         if reward.is_async:
             self._serve_async(reward, call)

@@ -42,6 +42,17 @@ def test_rewards_come_back_in_the_order_of_groups_and_completions(pool):
     assert [[r.score for r in s.rewards] for s in scored] == [[i, i + 1, i + 2] for i in range(20)]
 
 
+def wait_until(is_so, limit_s=30.0):
+    end = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < end, f"waited {limit_s:g} s"
+        time.sleep(0.01)
+
+
+def holder_of_a_call(pool):
+    return next((grader.process.pid for grader in list(pool._graders._graders) if grader.calls), None)
+
+
 FAULTS = {
     "hang": "timeout",
     "spin": "timeout",
@@ -95,6 +106,24 @@ def test_idle_graders_killed_from_outside_are_replaced(pool):
     for pid in pool.pids():
         os.kill(pid, signal.SIGKILL)
     assert scores(pool, ["a", "ab"]) == [1.0, 2.0]
+
+
+def test_a_second_grader_that_dies_before_the_retry_reaches_it_loses_nothing():
+    pool = RewardPool([HERE + "length"], workers=2)
+    try:
+        wait_until(lambda: [grader.ready for grader in pool._graders._graders] == [True, True])
+        first, second = pool.pids()
+        for pid in (first, second):
+            os.kill(pid, signal.SIGSTOP)  # neither reads what it gets
+        future = pool.submit(group(["a"]))
+        wait_until(lambda: holder_of_a_call(pool) == first)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: holder_of_a_call(pool) == second)
+        os.kill(second, signal.SIGKILL)
+        assert [reward.score for reward in future.result(timeout=60).rewards] == [1.0]
+        assert pool.faults.counts == {}
+    finally:
+        pool.close()
 
 
 def test_what_graders_print_does_not_disturb_the_answers():
