@@ -1,6 +1,6 @@
 """Tokens per second of the vLLM engine, and seconds of a weight sync by part, on workload W.
 
-    python -m tests.bench.sampling MODEL_DIR [--device cuda] [--process own|inside] [--logprobs 0|1] ...
+    python -m tests.bench.sampling MODEL_DIR|SHAPE [--device cuda] [--process own|inside] [--logprobs 0|1] ...
 
 A burst: `--prompts` x `--group` completions submitted at once, until the last one is done. Steady: as many
 kept in flight, refilled in waves of a quarter. Sync: fp32 weights beside the engine, three times when it is
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +25,21 @@ from torch import Tensor
 from rl.types import Group, Prompt, SamplingParams
 from rollout.vllm_engine import VllmEngine
 from rollout.weight_sync import publish
+from tests.bench.workload import SHAPES, Workload, write_model
 
 WAVES = 4
 
 
 def main() -> None:
     arguments = parse()
-    config = json.loads((arguments.model / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.model in SHAPES:
+            arguments.model = write_model(Path(scratch) / "model", Workload(shape=arguments.model))
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    config = json.loads((Path(arguments.model) / "config.json").read_text())
     began = time.perf_counter()
     weights = None if arguments.no_sync else TrainerWeights(arguments.model, arguments.device)
     if weights is not None:
@@ -49,7 +58,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", help=f"folder, or random weights of a shape: {', '.join(SHAPES)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--process", choices=["auto", "own", "inside"], default="auto")
     parser.add_argument("--logprobs", type=int, choices=[0, 1], default=0)
