@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 REPEAT_S = 1.0
+SETTLE_S = 0.05
 SHOWN = {
     "sample": "sampling",
     "score": "graders",
@@ -52,7 +55,8 @@ class StopSignal:
 
     A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is the same wish.
     So is the same signal twice in a moment: the kernel sends one for every thread of a launcher that dies.
-    In a run of several processes all stop at the same step, because `any_process` combines their wishes.
+    Handlers run late, when torch returns from a long call, so a thread notes when signals arrive. In a run
+    of several processes all stop at the same step, because `any_process` combines their wishes.
     """
 
     def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
@@ -60,8 +64,15 @@ class StopSignal:
         self._received_at = 0.0
         self.any_process = any_process
         self._previous: dict[int, Any] = {}
+        self._arrived: dict[int, float] = {}
+        self._sockets: tuple[socket.socket, ...] = ()
+        self._previous_fd = -1
 
     def install(self) -> StopSignal:
+        reader, writer = self._sockets = socket.socketpair()
+        writer.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._note_arrivals, args=(reader,), name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -70,6 +81,10 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if self._sockets:
+            signal.set_wakeup_fd(self._previous_fd)
+            self._sockets[1].close()  # the thread reads the end of it
+            self._sockets = ()
 
     def requested(self) -> bool:
         """Whether any process was asked to stop; call it equally often on all of them."""
@@ -80,12 +95,20 @@ class StopSignal:
         return 0 if self.received is None else 128 + self.received
 
     def _handle(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.received == number and now - self._received_at >= REPEAT_S:
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif self.received == number and self._last_arrival(number) - self._received_at >= REPEAT_S:
             self.restore()
             signal.raise_signal(number)
-        elif self.received is None:
-            self.received, self._received_at = number, now
+
+    def _last_arrival(self, number: int) -> float:
+        time.sleep(SETTLE_S)  # for the thread
+        return self._arrived.get(number, time.monotonic())
+
+    def _note_arrivals(self, reader: socket.socket) -> None:
+        with reader:
+            while byte := reader.recv(1):
+                self._arrived[byte[0]] = time.monotonic()
 
 
 def stop_with_launcher() -> None:

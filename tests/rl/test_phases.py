@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +39,23 @@ def test_the_same_signal_twice_in_a_moment_is_one_wish(stop):
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested() and stop.exit_code() == 143
+
+
+def test_the_same_signal_twice_in_a_moment_is_one_wish_when_it_is_handled_late():
+    """The main thread is in one long call, as in a backward pass, when the second one arrives."""
+    code = """
+import hashlib, os, signal, threading
+from rl import phases
+phases.REPEAT_S = 0.5
+stop = phases.StopSignal().install()
+os.kill(os.getpid(), signal.SIGTERM)
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+hashlib.pbkdf2_hmac("sha256", b"a", b"b", 4_000_000)  # lets other threads run, and no handler
+assert stop.requested()
+print("saved")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout) == (0, "saved\n"), found.stderr
 
 
 def test_the_same_signal_later_ends_at_once(stop, monkeypatch):
