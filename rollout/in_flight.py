@@ -137,7 +137,7 @@ class InFlight:
 
     def begin_overlap(self) -> None:
         """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile."""
-        if self.engine.runs_alone and self._at_engine:
+        if self.engine.runs_alone and self._has_work():
             self._stop.clear()
             self._thread = threading.Thread(target=self._overlap, name="in flight", daemon=True)
             self._thread.start()
@@ -161,9 +161,12 @@ class InFlight:
         if fault is not None:
             raise fault
 
+    def _has_work(self) -> bool:
+        return bool(self._at_engine) or any(not request.is_submitted for request in self._queue)
+
     def _overlap(self) -> None:
         try:
-            while self._at_engine and not self._stop.is_set():
+            while self._has_work() and not self._stop.is_set():
                 self.pump(OVERLAP_POLL_S)
         except Exception as error:
             self._fault = error  # `end_overlap` raises it where somebody can act on it

@@ -304,10 +304,26 @@ def test_sampling_and_grading_go_on_while_the_trainer_computes():
             source.publish(OneWeight(), version=step)
             groups = source.next_groups(B)
             assert {c.policy_version for g in groups for c in g.completions} == {step - 1}
-            deadline = time.monotonic() + 30
-            while engine.in_flight and time.monotonic() < deadline:
+            count, deadline = (step + 2) * B, time.monotonic() + 30
+            while (engine.in_flight or len(graded) < count) and time.monotonic() < deadline:
                 time.sleep(0.01)  # the trainer computes
-            assert engine.in_flight == 0 and len(graded) == (step + 2) * B
+            assert engine.in_flight == 0 and len(graded) == count
+    finally:
+        source.close()
+
+
+def test_an_engine_that_was_drained_while_the_trainer_computes_is_filled_again():
+    """`train.in_flight` lets one group run at a time, and the others wait for its place."""
+    engine, graded = AloneEngine(), []
+    source = make(engine=engine, max_staleness=1, in_flight=G)
+    source.scorer.on_submit = lambda: graded.append(1)
+    try:
+        source.publish(OneWeight(), version=0)
+        source.next_groups(B)
+        deadline = time.monotonic() + 30
+        while len(graded) < 2 * B and time.monotonic() < deadline:
+            time.sleep(0.01)  # the trainer computes
+        assert len(graded) == 2 * B
     finally:
         source.close()
 
