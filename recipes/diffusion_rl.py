@@ -11,6 +11,7 @@ from rl.config import Config, ModelConfig, SamplingConfig
 from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
+from rl.loading import add_lora
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
@@ -77,18 +78,7 @@ def make_masked_engine(
     config: MaskedRunConfig, model: ModelConfig, policy: Policy, *, dtype: torch.dtype
 ) -> Engine:
     """The sampler on a copy of the model of its own."""
-    masked = cast(MaskedPolicy, policy)
-    own: Any = load_diffusion_model(
-        model.name,
-        revision=model.revision,
-        dtype=dtype,
-        mask_token_id=masked.trained.mask_token_id,
-        shift=config.diffusion.shift,
-    )
-    own = own.to(policy.device)
-    if policy.device.type == "cuda":
-        compute = "fp32" if dtype == torch.float32 else "bf16"
-        use_fused_diffusion_layers(own, config.model.model_copy(update={"dtype": compute}))
+    own = copy_of_model(config, model.name, cast(MaskedPolicy, policy), dtype)
     return DiffusionEngine(
         own,
         policy.tokenizer,
@@ -98,3 +88,23 @@ def make_masked_engine(
         graphs=not config.engine.enforce_eager,
         attend=run_attention,
     )
+
+
+def copy_of_model(config: MaskedRunConfig, name: str, policy: MaskedPolicy, dtype: torch.dtype) -> Any:
+    """The model of `name` on the policy's device, with adapters of its own where the policy has some."""
+    own: Any = load_diffusion_model(
+        name,
+        revision=config.model.revision,
+        dtype=dtype,
+        mask_token_id=policy.trained.mask_token_id,
+        shift=config.diffusion.shift,
+    )
+    own = own.to(policy.device)
+    if policy.device.type == "cuda":
+        compute = "fp32" if dtype == torch.float32 else "bf16"
+        use_fused_diffusion_layers(own, config.model.model_copy(update={"dtype": compute}))
+    if config.model.lora:
+        add_lora(own, config.model)
+        for parameter in own.parameters():  # not own.to(dtype), which would round rotary frequencies
+            parameter.data = parameter.data.to(dtype)
+    return own

@@ -66,7 +66,7 @@ def _options(config: Config, world: World, phases: Phases) -> dict[str, Any]:
         "max_rounds": dynamic.max_rounds if dynamic else 1,
         "process": (world.rank, world.size),
         "phase": phases,
-        "sync_tolerance": config.engine.canary_tolerance,
+        "sync_tolerance": config.canary_tolerance,
         "verify_sync": config.engine.verify_sync,
     }
 

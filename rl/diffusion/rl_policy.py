@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +18,9 @@ from rl.batch import MicroBatch
 from rl.diffusion.attention import Documents
 from rl.diffusion.config import DiffusionModelConfig
 from rl.diffusion.estimators import draw_plan, score
-from rl.diffusion.model import DiffusionScorer
+from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.rl_config import MaskedRunConfig
-from rl.policy import PolicyWeights
 from rl.types import WeightStream
 
 
@@ -39,6 +38,7 @@ class MaskedPolicy:
         self.config, self.accelerator = config.model, accelerator
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed
         self.token_budget = config.train.token_budget
+        self.is_coarse = config.is_coarse
         # Only a trace is scored under the distribution that was sampled from.
         self.temperature = config.sampling.temperature if self.estimator.name == "trace" else 1.0
         self.trained = DiffusionPolicy(diffusion_model_config(config), accelerator, name=name)
@@ -115,30 +115,42 @@ class MaskedPolicy:
 
 
 class MaskedWeights:
-    """Every weight under its Hugging Face name, LoRA deltas added; and the canary of a diffusion model."""
+    """Every weight and LoRA adapter under its own name; and the canary of a diffusion model.
+
+    Adapters are not merged: at small learning rates the bf16 sum of weight and delta is the weight itself for
+    a hundred updates, and the engine would sample from the base model.
+    """
 
     def __init__(self, policy: MaskedPolicy) -> None:
         self.policy = policy
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(PolicyWeights(cast(Any, self.policy)))
+        return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
 
     @torch.no_grad()
     def canary(self) -> tuple[list[int], list[float]]:
-        """Ids from all over the vocabulary, and log p(ids[i] | ids[0] and masks) for i >= 1."""
+        """Ids from all over the vocabulary, and log p(ids[i] | ids[0] and masks) for i >= 1.
+
+        Where bf16 is in play the likeliest ids: in it a log-prob of -20 is uncertain by more than what a lost
+        weight would change.
+        """
         policy, mask = self.policy, self.policy.trained.mask_token_id
-        rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
-        encoded = [token for i in range(18) if (token := (i * 7919 + 13) % rows) != mask][:16]
-        ids = torch.tensor(encoded, device=policy.device)
+        size = policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        spread = [token for i in range(18) if (token := (i * 7919 + 13) % size) != mask][:16]
+        ids = torch.tensor(spread, device=policy.device)
         canvas = torch.full_like(ids, mask)
         canvas[0] = ids[0]
+        columns = torch.arange(1, len(ids), device=policy.device)
+        documents = Documents.of([len(ids)], policy.device)
         scorer, training = policy.scorer, policy.scorer.training
         scorer.eval()
-        columns = torch.arange(1, len(ids), device=policy.device)
         with policy.autocast():
-            logprobs = scorer(canvas, Documents.of([len(ids)], policy.device), columns, ids[1:])[0]
+            if policy.is_coarse:
+                hidden = hidden_states(policy.model, canvas, documents)
+                ids[1:] = logits_at(policy.model, hidden, columns, documents).argmax(-1)
+            logprobs = scorer(canvas, documents, columns, ids[1:])[0]
         scorer.train(training)
-        return encoded, logprobs.float().tolist()
+        return ids.tolist(), logprobs.float().tolist()
 
 
 def diffusion_model_config(config: MaskedRunConfig) -> DiffusionModelConfig:
