@@ -274,10 +274,23 @@ def _evaluator(
             stride=world.size,
         )
         check_faults(groups, config.rewards.max_fault_share, world.sum)
+        check_finished(groups, config, world)
         (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
         return Evaluation.of(step, total, len(prompts))
 
     return evaluate
+
+
+def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
+    """Raises RuntimeError if a held-out completion is missing: it would count as wrong."""
+    reasons = [c.finish_reason for group in groups for c in group.group.completions]
+    missing, num = world.sum([float(reasons.count("abort")), float(len(reasons))])
+    if missing:
+        raise RuntimeError(
+            f"the engine did not finish {missing:.0f} of {num:.0f} held-out completions within "
+            f"engine.timeout_s={config.engine.timeout_s:g} (or their logits were not finite), and they would "
+            "count as wrong; raise engine.timeout_s, or lower evaluation.data.size"
+        )
 
 
 def _accuracy(group: ScoredGroup, metric: str) -> float:

@@ -35,6 +35,7 @@ def train(run: Run) -> int:
     step = run.start_step
     if step in (0, config.train.steps) or _every(step, config.evaluation.every):
         evaluate(run, step)
+    phases.take()  # what came before is no part of a step
     while step < config.train.steps and not run.stop.requested():
         began = time.monotonic()
         groups, advantages = collect(run, step)

@@ -100,7 +100,7 @@ def update_policy(
                 result.bad_steps += 1
             optimizer.zero_grad(set_to_none=True)
             result.metrics["policy/grad_norm"] = norm
-    result.metrics |= tally.means(world)
+    result.metrics |= tally.means(world, result.num_updates + result.bad_steps)
     result.metrics["memory/peak"] = world.max([peak_memory_gib(policy.device)])[0]
     return result
 
@@ -192,8 +192,10 @@ class Tally:
         for name, value in output.minima.items():
             self.minima[name] = torch.minimum(value, self.minima.get(name, value))
 
-    def means(self, world: World) -> dict[str, float]:
-        """Name -> value over all processes; names without a token anywhere are left out."""
+    def means(self, world: World, num_losses: int) -> dict[str, float]:
+        """Name -> value over all processes; names without a token anywhere are left out. The loss is the mean
+        of `num_losses`, one for each optimizer step.
+        """
         ours = {
             "sum": {name: [t.item(), c.item()] for name, (t, c) in self.sums.items()},
             "max": {name: [t.item()] for name, t in self.maxima.items()},
@@ -205,7 +207,7 @@ class Tally:
             for kind, numbers in theirs.items():
                 for name, values in numbers.items():
                     merged[kind].setdefault(name, []).append(values)
-        values = {name: sum(x[0] for x in rows) for name, rows in merged["loss"].items()}
+        values = {name: sum(x[0] for x in rows) / num_losses for name, rows in merged["loss"].items()}
         for name, rows in merged["sum"].items():
             if count := sum(row[1] for row in rows):
                 values[name] = sum(row[0] for row in rows) / count

@@ -67,6 +67,7 @@ def train(run: DiffusionRun) -> int:
     config, step = run.config, run.start_step
     if step == 0:
         evaluate(run, step)
+    run.phases.take()  # what came before is no part of a step
     while step < config.train.steps and not run.stop.requested():
         began = time.monotonic()
         values = train_step(run, step)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from recipes.cli import main as cohort
-from recipes.grpo import main
+from recipes.grpo import check_finished, main
+from rl.config_file import load_config
 from rl.metrics import read_rows
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
+from rl.world import World
 
 
 def test_a_run_leaves_everything_a_user_looks_for(config_file, heldout, capsys):
@@ -118,6 +122,16 @@ def test_an_accuracy_stays_a_share_whatever_the_metric_scores(config_file, heldo
         metric = f"evaluation.metric=toy_rewards:{name}"
         assert main([str(config_file), *heldout, rewards, metric, "train.steps=1", f"run_dir={run}"]) == 0
         assert json.loads((run / "result.json").read_text())["heldout_after"] == accuracy
+
+
+def test_a_heldout_completion_that_is_missing_is_no_wrong_answer():
+    late = Completion([], [], [], "abort", [])
+    done = Completion([1], [], [True], "stop", [])
+    group = ScoredGroup(Group(Prompt("p", "", (1,)), [done, late]), [Reward(1.0), Reward(None)])
+    world, config = World(Accelerator(cpu=True)), load_config(None, ["engine.timeout_s=3"])
+    with pytest.raises(RuntimeError, match=r"1 of 2 held-out completions within engine.timeout_s=3"):
+        check_finished([group], config, world)
+    check_finished([ScoredGroup(Group(group.group.prompt, [done]), [Reward(1.0)])], config, world)
 
 
 def test_training_stop_ids_do_not_end_heldout_completions(config_file, heldout):

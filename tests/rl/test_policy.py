@@ -126,6 +126,17 @@ def test_a_second_epoch_has_the_ratio_of_the_first_update(tiny_model_dir, ragged
     assert result.metrics["policy/ratio_max"] > 1.001
 
 
+def test_the_loss_of_several_epochs_is_their_mean(tiny_model_dir, ragged_groups):
+    losses = []
+    for epochs in (1, 3):
+        policy, config = make(
+            tiny_model_dir, "loss.kl_coef=0.1", f"train.num_epochs={epochs}", with_reference=True
+        )
+        result = step(policy, config, ragged_groups, lr=0.0, num_epochs=epochs)
+        losses.append(result.metrics["policy/loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and abs(losses[0]) > 1e-3
+
+
 def test_a_batch_without_signal_changes_nothing_not_even_moments(tiny_model_dir, ragged_groups):
     policy, config = make(tiny_model_dir, "loss.kl_coef=0")
     groups, advantages = ragged_groups()
