@@ -4,8 +4,8 @@
 
 Each run is a process of its own, Cohort's is `recipes.grpo`; seeds and sides run one after the other. TRL's
 last weights are evaluated by Cohort, on the config's held-out prompts if it has any. Both have the same
-prompts in every step and sample with random numbers of their own. A run that FOLDER holds already is not run
-again. Writes FOLDER/curves.html, one picture of both, and prints a table.
+prompts in every step and sample with random numbers of their own. A run that FOLDER holds already, with the
+same settings, is not run again. Writes FOLDER/curves.html, one picture of both, and prints a table.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
-    if not (folder / "result.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    if not _is_done(folder, settings):
         _launch(folder.with_suffix(".log"), "recipes.grpo", [*settings, f"run_dir={folder}"], timeout_s)
+        _mark_done(folder, settings)
     rows, seconds = [], 0.0
     for row in map(json.loads, _lines(folder / "metrics.jsonl")):
-        seconds += row["time/step"] - row.get("time/eval", 0.0)
+        seconds += row["time/step"]
         step = {"step": row["step"], "seconds": seconds, "reward": row["reward/mean"]}
         rows.append(step | {"length": row["completion/length_mean"]})
     result = json.loads((folder / "result.json").read_text())
@@ -103,19 +103,31 @@ def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[d
 
 
 def _trl(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
-    log = folder.with_suffix(".log")
-    if not (folder / "model").exists():
+    log, graded = folder.with_suffix(".log"), folder / "graded"
+    is_evaluated = load_config(settings[0], settings[1:]).evaluation.data is not None
+    if not _is_done(folder, settings):
         _launch(log, "tests.bench.trl_curve", [str(folder), *settings], timeout_s)
+        if is_evaluated:  # the accuracy of these weights is what a run of one step finds before it
+            own = [f"model.name={folder / 'model'}", "train.steps=1", f"run_dir={graded}"]
+            _launch(log, "recipes.grpo", [*settings, *own], timeout_s)
+        _mark_done(folder, settings)
     rows = [json.loads(line) for line in _lines(folder / "steps.jsonl")]
-    if not load_config(settings[0], settings[1:]).evaluation.data:
-        return rows, (math.nan, math.nan)
-    graded = folder / "graded"
-    if not (graded / "result.json").exists():
-        # The accuracy of these weights is what a run of one step finds before it.
-        own = [f"model.name={folder / 'model'}", "train.steps=1", f"run_dir={graded}"]
-        _launch(log, "recipes.grpo", [*settings, *own], timeout_s)
-    result = json.loads((graded / "result.json").read_text())
+    result = json.loads((graded / "result.json").read_text()) if is_evaluated else {}
     return rows, (math.nan, _accuracy(result)[0])
+
+
+def _is_done(folder: Path, settings: list[str]) -> bool:
+    """Whether the run ended with these settings; if not, what is there of it is removed."""
+    mark = folder.with_suffix(".done")
+    if mark.exists() and _lines(mark) == settings:
+        return True
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _mark_done(folder: Path, settings: list[str]) -> None:
+    folder.with_suffix(".done").write_text("\n".join(settings))
 
 
 def _accuracy(result: dict) -> tuple[float, float]:

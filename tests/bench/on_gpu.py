@@ -136,17 +136,21 @@ class Jobs:
             try:
                 return process.wait(timeout=job.limit_s)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGTERM)
                 return f"its limit, {job.limit_s:g} s,"
             finally:
                 self._end(process)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=20)
+        """Ends the job and its children, which may take a SIGTERM for "save first"."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for _ in range(100):
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:
+                    return
+                number = 0  # looks whether there is somebody left
+                process.poll()
+                time.sleep(0.2)
 
     def _say(self, line: str) -> None:
         with (self.out / "summary.txt").open("a") as file:

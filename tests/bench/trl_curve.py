@@ -1,15 +1,17 @@
 """TRL's GRPOTrainer on a Cohort config: `python -m tests.bench.trl_curve OUT_DIR CONFIG [KEY=VALUE ...]`.
 
-Same model, prompts in the same order, rewards, group size, loss, optimizer and sampling. Sampling is vLLM in
-its process on a GPU, `generate` on a CPU. One line a step goes to OUT_DIR/steps.jsonl, the weights to
-OUT_DIR/model.
+Same model, prompts in the same order, rewards, group size, loss, optimizer, learning rates and sampling; a
+setting that TRL has no like of is refused. Sampling is vLLM in its process on a GPU, `generate` on a CPU. One
+line a step goes to OUT_DIR/steps.jsonl, the weights to OUT_DIR/model.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,29 @@ from recipes.tasks.prompts import make_prompts, without
 from rewards.adapters import as_trl
 from rl.config import Config
 from rl.config_file import load_config
+from rl.update import learning_rate_factor
 from rollout.source import PromptStream
 
 MICRO_BATCH = 16
+OURS_ALONE = (
+    "advantage",
+    "train.num_epochs",
+    "train.num_minibatches",
+    "loss.mask_truncated",
+    "loss.entropy_coef",
+    "loss.dual_clip",
+    "model.lora",
+    "sampling.stop_token_ids",
+)
 
 
 def main(out: Path, config: Config) -> None:
+    check(config)
     out.mkdir(parents=True, exist_ok=True)
     model, on_gpu = resolve_model(config.model.name), torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    trainer = GRPOTrainer(
+    trainer = Trainer(
+        config=config,
         model=model,
         reward_funcs=[as_trl(s.name, **s.options) for s in config.rewards.functions],
         args=settings(out, config, on_gpu),
@@ -44,6 +59,37 @@ def main(out: Path, config: Config) -> None:
     trainer.train()
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for what TRL's side would ignore."""
+    plain = Config()
+    wrong = [key for key in OURS_ALONE if operator.attrgetter(key)(config) != operator.attrgetter(key)(plain)]
+    wrong += [f"rewards.functions of {s.name}" for s in config.rewards.functions if s.clip or s.requires]
+    correction = config.loss.sampler_correction
+    if correction and (correction.level, correction.mode, correction.low) != ("token", "truncate", 0.0):
+        wrong.append("loss.sampler_correction")
+    if wrong:
+        raise ValueError(f"TRL's side has nothing like {', '.join(wrong)}; leave it at its default")
+
+
+class Trainer(GRPOTrainer):
+    """With Cohort's learning rates: the first step of a warm-up is one, not a rate of 0."""
+
+    def __init__(self, *, config: Config, **arguments: Any) -> None:
+        self.of = config
+        super().__init__(**arguments)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        o = self.of.optimizer
+        factor = partial(
+            learning_rate_factor,
+            schedule=o.schedule,
+            warmup_steps=o.warmup_steps,
+            total_steps=self.of.train.steps,
+        )
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
 
 def rows(config: Config, tokenizer: Any) -> list[dict[str, Any]]:
@@ -63,7 +109,7 @@ def settings(out: Path, config: Config, on_gpu: bool) -> GRPOConfig:
     train, loss, optimizer, sampling = config.train, config.loss, config.optimizer, config.sampling
     size = train.prompts_per_step * train.group_size
     micro_batch = min(MICRO_BATCH, size)
-    schedule = {"constant": "constant_with_warmup"}.get(optimizer.schedule, optimizer.schedule)
+    correction = loss.sampler_correction
     return GRPOConfig(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=micro_batch,
@@ -84,8 +130,6 @@ def settings(out: Path, config: Config, on_gpu: bool) -> GRPOConfig:
         adam_beta2=optimizer.betas[1],
         adam_epsilon=optimizer.eps,
         weight_decay=optimizer.weight_decay,
-        warmup_steps=optimizer.warmup_steps,
-        lr_scheduler_type=schedule,
         max_grad_norm=optimizer.max_grad_norm,
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
@@ -93,6 +137,9 @@ def settings(out: Path, config: Config, on_gpu: bool) -> GRPOConfig:
         use_cpu=not on_gpu,
         use_vllm=on_gpu,
         vllm_mode="colocate",
+        vllm_importance_sampling_correction=correction is not None,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=correction.high if correction else None,
         vllm_gpu_memory_utilization=config.engine.gpu_memory_utilization,
         vllm_max_model_length=config.data.max_prompt_length + sampling.max_completion_length,
         save_strategy="no",
