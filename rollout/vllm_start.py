@@ -24,6 +24,7 @@ from rollout.engine import EngineError
 
 OLDEST, BELOW = Version("0.25.1"), Version("0.33")
 
+KILL_EVERY_S = 0.2
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
 TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
 
@@ -213,27 +214,49 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         ours = torch.cuda.current_device()
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ours] if visible else str(ours)
+    engine, fault = None, None
+    with _children_killed_after(timeout_s) as is_late:
+        try:
+            engine = _llm_engine(arguments, own=True)
+        except (ValueError, TimeoutError) as error:
+            fault = error
+    if is_late.is_set():
+        if engine is not None:
+            core = engine.engine_core.resources.engine_manager.processes[0]
+            stop_engine(engine, owns_group=False)
+            core.join(STOP_S)  # killed by now; else it would stay as a zombie
+        raise EngineError(
+            f"vLLM's engine core did not start within timeout_s={timeout_s:g}; raise engine.timeout_s"
+        ) from fault
+    if fault is not None:
+        raise fault
+    return engine
+
+
+@contextmanager
+def _children_killed_after(timeout_s: float) -> Iterator[threading.Event]:
+    """Once the block has taken `timeout_s`, kills each child process that it has started or still starts.
+
+    vLLM waits without end for a core that neither answers nor dies. The event says whether it came to that.
+    """
     before = set(multiprocessing.active_children())
-    killed = threading.Event()
+    is_over, is_late = threading.Event(), threading.Event()
 
-    def kill() -> None:  # vLLM waits without end for a core that neither answers nor dies
-        killed.set()
-        for child in set(multiprocessing.active_children()) - before:
-            child.kill()
+    def kill_when_late() -> None:
+        wait_s = timeout_s
+        while not is_over.wait(wait_s):
+            is_late.set()
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            wait_s = KILL_EVERY_S
 
-    timer = threading.Timer(timeout_s, kill)
-    timer.daemon = True
-    timer.start()
+    thread = threading.Thread(target=kill_when_late, name="engine start", daemon=True)
+    thread.start()
     try:
-        return _llm_engine(arguments, own=True)
-    except ValueError as error:
-        if killed.is_set():
-            raise EngineError(
-                f"vLLM's engine core did not start within timeout_s={timeout_s:g}; raise engine.timeout_s"
-            ) from error
-        raise
+        yield is_late
     finally:
-        timer.cancel()
+        is_over.set()
+        thread.join()  # from here on it is settled whether the block was late
 
 
 def _join_group(timeout_s: float) -> dict[str, Any]:

@@ -8,6 +8,8 @@ containers have.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -17,11 +19,16 @@ from typing import Any
 from rewards.code import CodeOptions, code_sandbox, grade
 
 FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", ".")
+MODULES = ("sitecustomize", "usercustomize", "json", "unittest", "conftest", "numpy")
+PLANTED = {"/dev/shm/x", *(f"{module}.py" for module in MODULES)}  # what attacks make, besides PWNED
+PR_SET_CHILD_SUBREAPER = 36
 OWN_UIDS_FROM = 1_879_048_192  # where a sandbox of root takes its user ids from
 
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
+    # What a sandbox leaves behind, even in a session of its own, becomes a child of this process.
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     before = _files()
     with code_sandbox(num_workers=2, tier=sys.argv[2]) as sandbox:  # pyright: ignore
         zygotes = set(sandbox.zygote_pids())
@@ -34,37 +41,37 @@ def main() -> None:
 
         scores = sandbox.map(one, cases)
         tier = sandbox.tier
-    uids = {os.getuid()} if os.getuid() else {OWN_UIDS_FROM + pid for pid in (os.getpid(), *zygotes)}
-    left = [*(_files() - before), *_processes(uids), *_sockets(uids)]
+    # Another user's sandboxes have no id of their own: their files are known by name, and a socket by the
+    # process that holds it.
+    uids = set() if os.getuid() else {OWN_UIDS_FROM + pid for pid in (os.getpid(), *zygotes)}
+    new = _files() - before
+    left = [path for path, uid in new if uid in uids or "PWNED" in path or path in PLANTED]
+    left += [*_processes(zygotes), *_sockets(uids)]
     print(json.dumps({"scores": scores, "tier": tier, "left": left}))
 
 
-def _files() -> set[str]:
-    """Names in shared folders that are ours: by owner, or by the names that attacks use."""
+def _files() -> set[tuple[str, int]]:
+    """(path, owner) of what is in shared folders."""
     found = set()
     for folder in FOLDERS:
         for path in Path(folder).iterdir():
-            try:
-                uid = path.lstat().st_uid
-            except OSError:
-                continue
-            ours = uid >= OWN_UIDS_FROM or (uid == os.getuid() and uid != 0)
-            if ours or "PWNED" in path.name or path.suffix == ".pth":
-                found.add(str(path))
+            with contextlib.suppress(OSError):
+                found.add((str(path), path.lstat().st_uid))
     return found
 
 
-def _processes(uids: set[int]) -> list[str]:
+def _processes(zygotes: set[int]) -> list[str]:
+    """Children of this process: zygotes, and orphans that are not dead."""
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
+        if entry.isdigit():
             try:
                 status = Path("/proc", entry, "status").read_text()
             except OSError:
                 continue
             fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-            child = int(fields["PPid"]) == os.getpid()
-            if child or {int(uid) for uid in fields["Uid"].split()} & uids:
+            is_dead_orphan = fields["State"].startswith("Z") and int(entry) not in zygotes
+            if int(fields["PPid"]) == os.getpid() and not is_dead_orphan:
                 found.append(f"process {entry} {fields['Name']} {fields['State']}")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -64,6 +65,15 @@ def end_sandboxes() -> Iterator[None]:
     close_sandboxes()
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This test's folder for temporary files; unlike `tmp_path`, the sandbox's user may enter it."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
 def run(code: str, language: str, timeout_s: float = 60.0) -> Reward:
     if shutil.which(COMPILERS[language]) is None:
         pytest.skip(f"{COMPILERS[language]} is not installed")
@@ -82,16 +92,13 @@ def test_an_honest_program_gets_one_and_a_wrong_one_zero(language: str) -> None:
 @pytest.mark.parametrize(
     ("language", "trick"), [(name, trick) for name in HOSTILE for trick in HOSTILE[name]]
 )
-def test_a_hostile_program_gets_zero_and_leaves_nothing(language: str, trick: str) -> None:
+def test_a_hostile_program_gets_zero_and_leaves_nothing(language: str, trick: str, temporary: Path) -> None:
     header = {"c": C, "cpp": "", "javascript": NODE}[language]
     code = header + HOSTILE[language][trick]
     reward = run(code, language, timeout_s=1.0 if "for ever" in trick else 60.0)
     assert reward.score == 0.0, reward
     assert trick != "prints without end" or reward.reason is Reason.OUTPUT_LIMIT
-    left = [
-        path for pattern in ("PWNED*", "cohort-code-*") for path in Path(tempfile.gettempdir()).glob(pattern)
-    ]
-    assert left == []
+    assert [*Path("/tmp").glob("PWNED*"), *temporary.iterdir()] == []
 
 
 def test_a_program_that_does_not_compile_is_a_parse_error() -> None:

@@ -106,9 +106,9 @@ def test_an_engine_of_its_own_process_goes_on_while_the_trainer_computes(folder,
         for step in range(3):
             source.publish(Stream(models[step % 2]), version=step)
             source.next_groups(B)
-            deadline = time.monotonic() + 60
-            while source.engine.in_flight and time.monotonic() < deadline:
+            count, deadline = (step + 2) * B, time.monotonic() + 60
+            while (source.engine.in_flight or len(graded) < count) and time.monotonic() < deadline:
                 time.sleep(0.01)  # the trainer computes, and does not call the source
-            assert source.engine.in_flight == 0 and len(graded) == (step + 2) * B
+            assert source.engine.in_flight == 0 and len(graded) == count
     finally:
         source.close()

@@ -31,7 +31,7 @@ from tiny_llama import (
 )
 
 from rl.types import SamplingParams
-from rollout import vllm_bucket
+from rollout import vllm_bucket, vllm_start
 from rollout.engine import EngineError
 from rollout.vllm_engine import VllmEngine
 from rollout.vllm_start import vllm_available
@@ -162,6 +162,8 @@ def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, 
 
 
 def test_a_core_that_does_not_answer_in_time_is_named(engine, monkeypatch):
+    # The first request of all makes vLLM ask the core what it can do, without a time limit.
+    engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(1), seeds=[1])
     process = psutil.Process(engine._core.pid)
     monkeypatch.setattr(engine._core, "timeout_s", 0.2)
     process.suspend()
@@ -204,13 +206,25 @@ def test_a_core_ends_when_its_trainer_is_killed():
     core.wait(timeout=10)
 
 
-def test_a_core_that_does_not_start_in_time_is_named_and_killed(folder):
+@pytest.mark.parametrize("timeout_s", [0.0, 0.5])  # before its process is there, and after
+def test_a_core_that_does_not_start_in_time_is_named_and_killed(folder, started, timeout_s):
+    before = multiprocessing.active_children()  # `started`, which has done vLLM's imports
     with pytest.raises(
-        EngineError, match=r"engine core did not start within timeout_s=0\.5; raise engine\.t"
-    ):
-        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=0.5, **TINY)
-    ours = [child.name() for child in psutil.Process().children() if "EngineCor" in child.name()]
-    assert len(ours) == 1  # the one of this module
+        EngineError, match=rf"engine core did not start within timeout_s={timeout_s:g}; raise engine\.t"
+    ) as caught:
+        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=timeout_s, **TINY)
+    assert "initialization failed" in str(caught.value.__cause__)
+    assert set(multiprocessing.active_children()) == set(before)
+
+
+def test_a_core_that_starts_after_all_is_stopped_and_named(folder, started, monkeypatch):
+    """The time is over, and the killer comes round too late to stop the start."""
+    before = multiprocessing.active_children()
+    monkeypatch.setattr(vllm_start, "KILL_EVERY_S", 120.0)
+    with pytest.raises(EngineError, match=r"engine core did not start within timeout_s=0; raise") as caught:
+        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=0.0, **TINY)
+    assert caught.value.__cause__ is None
+    assert set(multiprocessing.active_children()) == set(before)
 
 
 def test_closing_ends_the_process_in_the_middle_of_its_work(engine):
