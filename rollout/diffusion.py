@@ -68,10 +68,16 @@ def denoise(
         deadline: a value of time.monotonic(), after which unfinished rows are None.
 
     Raises:
-        ValueError: no mask in a canvas, or one longer than the model's context; not one seed per canvas.
+        ValueError: no mask in a canvas, or one longer than the model's context; not one seed per canvas; the
+            mask token ends a text.
     """
     if len(seeds) != len(canvases):
         raise ValueError(f"{len(seeds)} seeds for {len(canvases)} canvases; give one seed per canvas")
+    if model.mask_token_id in params.stop_token_ids:
+        raise ValueError(
+            f"stop_token_ids has the mask token ({model.mask_token_id}), so a text would end where it has "
+            "not been written yet; leave it out, or choose another mask token"
+        )
     rows = [Row.of(i, c, s, params, model) for i, (c, s) in enumerate(zip(canvases, seeds, strict=True))]
     done: list[Denoised | None] = [None] * len(rows)
     # Rows of like length share a call, so that little of it is padding.

@@ -336,6 +336,8 @@ def test_canvases_that_cannot_be_filled_are_refused(model, denoiser):
         denoise(denoiser, [[5, MASK], [5]], params, seeds=[0, 1])
     with pytest.raises(ValueError, match="1 seeds for 2 canvases"):
         denoise(denoiser, [[5, MASK], [5, MASK]], params, seeds=[0])
+    with pytest.raises(ValueError, match="a text would end where it has not been written"):
+        denoise(denoiser, [[5, MASK]], DenoisingParams(8, block_length=8, stop_token_ids=(MASK,)), seeds=[0])
     with pytest.raises(ValueError, match="begin the prompt with a token"):
         denoise(TransformersDenoiser(model, MASK, shift=True), [[MASK]], params, seeds=[0])
     with pytest.raises(ValueError, match="the model has no mask token"):
