@@ -200,7 +200,9 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
 
     args, usage = EngineArgs(**_ALWAYS | arguments), UsageContext.LLM_CLASS
     try:
-        return LLMEngine.from_engine_args(args, usage_context=usage, enable_multiprocessing=own)
+        engine = LLMEngine.from_engine_args(args, usage_context=usage, enable_multiprocessing=own)
+        engine.get_supported_tasks()  # it waits for the core without a limit, and remembers the answer
+        return engine
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
 
@@ -218,7 +220,7 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     with _children_killed_after(timeout_s) as is_late:
         try:
             engine = _llm_engine(arguments, own=True)
-        except (ValueError, TimeoutError) as error:
+        except Exception as error:
             fault = error
     if is_late.is_set():
         if engine is not None:

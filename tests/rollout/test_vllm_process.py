@@ -162,8 +162,6 @@ def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, 
 
 
 def test_a_core_that_does_not_answer_in_time_is_named(engine, monkeypatch):
-    # The first request of all makes vLLM ask the core what it can do, without a time limit.
-    engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(1), seeds=[1])
     process = psutil.Process(engine._core.pid)
     monkeypatch.setattr(engine._core, "timeout_s", 0.2)
     process.suspend()
