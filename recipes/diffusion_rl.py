@@ -78,7 +78,7 @@ def make_masked_engine(
     config: MaskedRunConfig, model: ModelConfig, policy: Policy, *, dtype: torch.dtype
 ) -> Engine:
     """The sampler on a copy of the model of its own."""
-    own = copy_of_model(config, model.name, cast(MaskedPolicy, policy), dtype)
+    own = copy_of_model(config, model, cast(MaskedPolicy, policy), dtype)
     return DiffusionEngine(
         own,
         policy.tokenizer,
@@ -90,11 +90,13 @@ def make_masked_engine(
     )
 
 
-def copy_of_model(config: MaskedRunConfig, name: str, policy: MaskedPolicy, dtype: torch.dtype) -> Any:
-    """The model of `name` on the policy's device, with adapters of its own where the policy has some."""
+def copy_of_model(
+    config: MaskedRunConfig, model: ModelConfig, policy: MaskedPolicy, dtype: torch.dtype
+) -> Any:
+    """The model on the policy's device, with adapters of its own where the policy has some."""
     own: Any = load_diffusion_model(
-        name,
-        revision=config.model.revision,
+        model.name,
+        revision=model.revision,
         dtype=dtype,
         mask_token_id=policy.trained.mask_token_id,
         shift=config.diffusion.shift,
@@ -102,9 +104,9 @@ def copy_of_model(config: MaskedRunConfig, name: str, policy: MaskedPolicy, dtyp
     own = own.to(policy.device)
     if policy.device.type == "cuda":
         compute = "fp32" if dtype == torch.float32 else "bf16"
-        use_fused_diffusion_layers(own, config.model.model_copy(update={"dtype": compute}))
-    if config.model.lora:
-        add_lora(own, config.model)
+        use_fused_diffusion_layers(own, model.model_copy(update={"dtype": compute}))
+    if model.lora:
+        add_lora(own, model)
         for parameter in own.parameters():  # not own.to(dtype), which would round rotary frequencies
             parameter.data = parameter.data.to(dtype)
     return own

@@ -15,12 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from rewards.worker import HEADER, MAX_FRAME_BYTES, encode_frame
+from rewards.worker import HEADER, MAX_FRAME_BYTES, PING_ID, encode_frame
 
 MAX_BESIDE = 64  # async calls that run beside each other
 MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
 TAIL_BYTES = 4000
-PING = encode_frame({"id": -1})  # comes back as it is: the process lived until here
+PING = encode_frame({"id": PING_ID})  # comes back as it is: the process lived until here
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from rewards.worker import main; main(int(sys.argv[2]))"

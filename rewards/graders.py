@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from rewards.grader import Call, Grader, worker_path
-from rewards.worker import encode_frame
+from rewards.worker import PING_ID, encode_frame
 
 START_S = 120.0
 GRACE_S = 1.0
@@ -182,7 +182,7 @@ class Graders:
                 self._failed_starts = 0
             else:
                 grader.tail += f"\n{message['error']}".encode()
-        elif message.get("id") == -1:
+        elif message.get("id") == PING_ID:
             grader.met_alone = True
         elif (call := grader.answered(message.get("id", -1))) is not None:
             call.answer(message)

@@ -24,6 +24,7 @@ from rewards.plugins import RewardFunction, load_reward
 
 MAX_FRAME_BYTES = 1 << 28
 MAX_TEXT = 2000
+PING_ID = -1
 HEADER = struct.Struct(">I")
 
 
@@ -76,7 +77,7 @@ class Server:
                 frame = frame[os.write(self.answers, frame) :]
 
     def serve(self, call: Mapping[str, Any]) -> None:
-        if call["id"] < 0:  # a ping
+        if call["id"] == PING_ID:
             return self.send(call)
         reward = self.rewards[call["reward"]]
         if reward.is_async:

@@ -4,7 +4,8 @@
 
 The model has 4 layers of width 128 and reads bytes; the task is sums and differences of two digits each from
 0 to 9. Both stages are whole runs of the recipes. Prints, for each estimator, the mean reward over tens of
-steps and held-out accuracy before and after. A run that FOLDER holds already is not run again.
+steps and held-out accuracy before and after. A run that FOLDER holds already, with the
+same settings, is not run again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.tasks.few_shot import boxed_chain_sum
+from recipes.tasks.few_shot import boxed_chain_sum, solved_chain_sum
+from rl.metrics import read_rows
+from tests.bench.launch import launch_or_exit, once
 from tests.bench.workload import Workload, write_model
 
 ESTIMATORS = {
@@ -36,56 +37,52 @@ def main() -> None:
     arguments = parser.parse_args()
     start = fine_tuned(arguments.out)
     for name in arguments.estimators.split(","):
-        print(f"{name:9s}", rewarded(arguments.out / name, start, name, arguments), flush=True)
+        print(f"{name:9s}", rewarded(arguments.out / name, start, name, arguments.set), flush=True)
 
 
 def sums(*, size: int, seed: int, solved: bool = False) -> list[dict[str, Any]]:
     """Rows of "3 + 5 =" and its answer; `solved`: with the completion."""
-    rows = []
-    for row in boxed_chain_sum(size=size, seed=seed, max_digits=1, num_examples=0):
-        question = row["prompt"][-1]["content"].split(": ")[1]
-        rows.append({"prompt": [{"role": "user", "content": question}], "answer": row["answer"]})
-        if solved:
-            completion = [{"role": "assistant", "content": f"\\boxed{{{row['answer']}}}"}]
-            rows[-1]["completion"] = completion
-    return rows
+    draw = solved_chain_sum if solved else boxed_chain_sum
+    rows = draw(size=size, seed=seed, max_digits=1, num_examples=0)
+    return [row | {"prompt": _short(row["prompt"])} for row in rows]
+
+
+def _short(prompt: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The question without the words before it."""
+    return [message | {"content": message["content"].split(": ")[1]} for message in prompt]
 
 
 def fine_tuned(out: Path) -> Path:
     """The model after 500 steps, from random weights."""
-    run_dir = out / "fine_tuned"
-    if not (run_dir / "result.json").exists():
+    settings = [
+        f"model={{name: {out / 'model'}, mask_token: <t7>}}",
+        f"data={{source: {HERE}, options: {{size: 20000, seed: 7, solved: true}}, max_length: 96}}",
+        "train.steps=500",
+        "train.token_budget=4096",
+        "optimizer.lr=1e-3",
+    ]
+
+    def work() -> None:
         write_model(out / "model", Workload(shape="tiny"))
-        _run(
-            "recipes.llada",
-            "llada_sft_chain_sum",
-            run_dir,
-            f"model={{name: {out / 'model'}, mask_token: <t7>}}",
-            f"data={{source: {HERE}, options: {{size: 20000, seed: 7, solved: true}}, max_length: 96}}",
-            "train.steps=500",
-            "train.token_budget=4096",
-            "optimizer.lr=1e-3",
-        )
-    return run_dir / "checkpoints" / "step-000500"
+        _run("recipes.llada", "llada_sft_chain_sum", out / "fine_tuned", settings)
+
+    once(out / "fine_tuned", settings, work)
+    return out / "fine_tuned" / "checkpoints" / "step-000500"
 
 
-def rewarded(run_dir: Path, start: Path, estimator: str, arguments: argparse.Namespace) -> str:
-    if not (run_dir / "result.json").exists():
-        _run(
-            "recipes.grpo",
-            "llada_rl_chain_sum",
-            run_dir,
-            f"model.name={start}",
-            f"data={{source: {HERE}, options: {{size: 4000, seed: 1}}, max_prompt_length: 96}}",
-            f"evaluation.data={{source: {HERE}, options: {{size: 60, seed: 4242}}, max_prompt_length: 96}}",
-            *ESTIMATORS[estimator],
-            "optimizer.lr=2e-4",
-            "train.prompts_per_step=16",
-            "train.token_budget=8192",
-            *arguments.set,
-        )
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rewards = [json.loads(line)["reward/mean"] for line in lines]
+def rewarded(run_dir: Path, start: Path, estimator: str, overrides: list[str]) -> str:
+    settings = [
+        f"model.name={start}",
+        f"data={{source: {HERE}, options: {{size: 4000, seed: 1}}, max_prompt_length: 96}}",
+        f"evaluation.data={{source: {HERE}, options: {{size: 60, seed: 4242}}, max_prompt_length: 96}}",
+        *ESTIMATORS[estimator],
+        "optimizer.lr=2e-4",
+        "train.prompts_per_step=16",
+        "train.token_budget=8192",
+        *overrides,
+    ]
+    once(run_dir, settings, lambda: _run("recipes.grpo", "llada_rl_chain_sum", run_dir, settings))
+    rewards = [row["reward/mean"] for row in read_rows(run_dir / "metrics.jsonl")]
     means = [statistics.mean(rewards[i : i + 10]) for i in range(0, len(rewards), 10)]
     result = json.loads((run_dir / "result.json").read_text())
     return (
@@ -94,12 +91,9 @@ def rewarded(run_dir: Path, start: Path, estimator: str, arguments: argparse.Nam
     )
 
 
-def _run(module: str, config: str, run_dir: Path, *settings: str) -> None:
-    file = f"recipes/configs/{config}.yaml"
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with run_dir.with_suffix(".log").open("w") as log:
-        command = [sys.executable, "-m", module, file, f"run_dir={run_dir}", *settings]
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+def _run(module: str, config: str, run_dir: Path, settings: list[str]) -> None:
+    arguments = [f"recipes/configs/{config}.yaml", f"run_dir={run_dir}", *settings]
+    launch_or_exit(run_dir.with_suffix(".log"), module, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,9 @@ from pathlib import Path
 
 import yaml
 
+from rl.metrics import read_rows
 from tests.bench.flops import peak_flops, training_flops
+from tests.bench.launch import last_lines, launch
 from tests.bench.workload import Workload, write_model
 
 PHASES = ("sample", "score", "pack", "train", "sync", "rest")
@@ -54,36 +55,23 @@ def main() -> None:
     show(results)
 
 
-def _launch(side: str, command: list[str], arguments: argparse.Namespace) -> None:
+def _launch(side: str, module: str, command: list[str], arguments: argparse.Namespace) -> None:
     """Runs a side to its end or its time limit; what it measured until then counts."""
     log = (arguments.logs or Path(tempfile.gettempdir())) / f"{side}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as sink:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                timeout=arguments.timeout_s,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            )
-            failed = done.returncode != 0
-        except subprocess.TimeoutExpired:
-            failed = False
-            print(f"{side} was ended after {arguments.timeout_s:g} s")
-    if failed:
-        print(
-            f"{side} did not end well; the last lines of {log}:\n"
-            + "\n".join(log.read_text().splitlines()[-15:])
-        )
+    log.unlink(missing_ok=True)
+    try:
+        if launch(log, module, command, arguments.timeout_s):
+            print(f"{side} did not end well; {last_lines(log)}")
+    except subprocess.TimeoutExpired:
+        print(f"{side} was ended after {arguments.timeout_s:g} s")
 
 
 def _trl(
     side: str, folder: Path, model: Path, workload: Workload, arguments: argparse.Namespace
 ) -> list[dict]:
     out = folder / f"{side}.json"
-    command = ["tests.bench.trl_side", str(model), str(out), side.removeprefix("trl-")]
-    _launch(side, command, arguments)
+    command = [str(model), str(out), side.removeprefix("trl-")]
+    _launch(side, "tests.bench.trl_side", command, arguments)
     return json.loads(out.read_text()) if out.exists() else []
 
 
@@ -117,11 +105,11 @@ def _cohort(
         config["loss"]["sampler_correction"] = None
     file = folder / f"{side}.yaml"
     file.write_text(yaml.safe_dump(config))
-    _launch(side, ["recipes.grpo", str(file), *arguments.set], arguments)
+    _launch(side, "recipes.grpo", [str(file), *arguments.set], arguments)
     if not (run_dir / "metrics.jsonl").exists():
         return []
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # tens of GiB with the moments
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run_dir / "metrics.jsonl")
     return [_cohort_step(row, n, run_dir, model) for n, row in enumerate(rows)]
 
 

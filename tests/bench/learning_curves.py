@@ -14,15 +14,13 @@ import argparse
 import json
 import math
 import os
-import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rl.config_file import load_config
+from rl.metrics import read_rows
 from rl.plots import Series, line_plot
+from tests.bench.launch import launch_or_exit, once
 
 SIDES = ("cohort", "trl")
 PAGE = """<!doctype html><meta charset="utf-8"><title>Learning curves</title><style>
@@ -76,25 +74,12 @@ def main() -> None:
     (arguments.out / "curves.html").write_text(page)
 
 
-def _launch(log: Path, module: str, command: Sequence[str], timeout_s: float) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as sink:
-        line = [sys.executable, "-m", module, *command]
-        code = subprocess.run(line, stdout=sink, stderr=subprocess.STDOUT, timeout=timeout_s).returncode
-    if code:
-        sys.exit(f"{module} ended with {code}; the last lines of {log}:\n" + "\n".join(_lines(log)[-15:]))
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines()
-
-
 def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
-    if not _is_done(folder, settings):
-        _launch(folder.with_suffix(".log"), "recipes.grpo", [*settings, f"run_dir={folder}"], timeout_s)
-        _mark_done(folder, settings)
+    log = folder.with_suffix(".log")
+    arguments = [*settings, f"run_dir={folder}"]
+    once(folder, settings, lambda: launch_or_exit(log, "recipes.grpo", arguments, timeout_s))
     rows, seconds = [], 0.0
-    for row in map(json.loads, _lines(folder / "metrics.jsonl")):
+    for row in read_rows(folder / "metrics.jsonl"):
         seconds += row["time/step"]
         step = {"step": row["step"], "seconds": seconds, "reward": row["reward/mean"]}
         rows.append(step | {"length": row["completion/length_mean"]})
@@ -105,29 +90,16 @@ def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[d
 def _trl(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
     log, graded = folder.with_suffix(".log"), folder / "graded"
     is_evaluated = load_config(settings[0], settings[1:]).evaluation.data is not None
-    if not _is_done(folder, settings):
-        _launch(log, "tests.bench.trl_curve", [str(folder), *settings], timeout_s)
+
+    def work() -> None:
+        launch_or_exit(log, "tests.bench.trl_curve", [str(folder), *settings], timeout_s)
         if is_evaluated:  # the accuracy of these weights is what a run of one step finds before it
             own = [f"model.name={folder / 'model'}", "train.steps=1", f"run_dir={graded}"]
-            _launch(log, "recipes.grpo", [*settings, *own], timeout_s)
-        _mark_done(folder, settings)
-    rows = [json.loads(line) for line in _lines(folder / "steps.jsonl")]
+            launch_or_exit(log, "recipes.grpo", [*settings, *own], timeout_s)
+
+    once(folder, settings, work)
     result = json.loads((graded / "result.json").read_text()) if is_evaluated else {}
-    return rows, (math.nan, _accuracy(result)[0])
-
-
-def _is_done(folder: Path, settings: list[str]) -> bool:
-    """Whether the run ended with these settings; if not, what is there of it is removed."""
-    mark = folder.with_suffix(".done")
-    if mark.exists() and _lines(mark) == settings:
-        return True
-    mark.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
-
-
-def _mark_done(folder: Path, settings: list[str]) -> None:
-    folder.with_suffix(".done").write_text("\n".join(settings))
+    return read_rows(folder / "steps.jsonl"), (math.nan, _accuracy(result)[0])
 
 
 def _accuracy(result: dict) -> tuple[float, float]:

@@ -58,12 +58,13 @@ def main() -> None:
 def write_data(folder: Path, gsm8k: Path) -> None:
     """The prompts as files, for a machine without a hub and without reasoning-gym."""
     from recipes.tasks.few_shot import boxed_chain_sum, solved_chain_sum
+    from recipes.tasks.gsm8k import split_solution
 
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         (folder / f"gsm8k_{split}.jsonl").write_bytes((gsm8k / f"gsm8k_{split}.jsonl").read_bytes())
     asked = [json.loads(line) for line in (folder / "gsm8k_test.jsonl").read_text().splitlines()[:256]]
-    questions = [{"prompt": r["question"], "answer": r["answer"].split("####")[1].strip()} for r in asked]
+    questions = [{"prompt": r["question"], "answer": split_solution(r["answer"])[1]} for r in asked]
     _write(folder / "gsm8k_questions.jsonl", questions)
     _write(folder / "sums_solved.jsonl", solved_chain_sum(size=20000, seed=7, num_examples=0))
     _write(folder / "sums.jsonl", boxed_chain_sum(size=4000, seed=1, num_examples=0))

@@ -184,7 +184,7 @@ def test_wd1_weights_by_hand():
 def test_the_engine_is_proved_to_hold_the_weights(tiny_model_dir, lora):
     config = settings(tiny_model_dir, "ESPO", lora)
     policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
-    own = copy_of_model(config, str(tiny_model_dir), policy, torch.float32)
+    own = copy_of_model(config, config.model, policy, torch.float32)
     engine = DiffusionEngine(own, policy.tokenizer, DenoisingParams(8, block_length=4))
     with torch.no_grad():
         for _, p in policy.trainable():
@@ -201,7 +201,7 @@ def test_a_small_adapter_reaches_a_bf16_engine(tiny_model_dir):
     """Added to a weight, a delta of 1e-6 would be lost: bf16 has 8 bits."""
     config = settings(tiny_model_dir, "ESPO", "model.lora={r: 4, alpha: 8}", "model.dtype=bf16")
     policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
-    own = copy_of_model(config, str(tiny_model_dir), policy, torch.bfloat16)
+    own = copy_of_model(config, config.model, policy, torch.bfloat16)
     engine = DiffusionEngine(own, policy.tokenizer, DenoisingParams(8, block_length=4))
     with torch.no_grad():
         for name, p in policy.trainable():

@@ -12,6 +12,7 @@ from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishm
 from rewards.compose import RewardSpec
 from rewards.pool import RewardPool
 from rl.types import Completion, Group, Prompt, Reason
+from tests.waiting import wait_until
 
 HERE = "rewards_for_tests:"
 
@@ -42,11 +43,8 @@ def test_rewards_come_back_in_the_order_of_groups_and_completions(pool):
     assert [[r.score for r in s.rewards] for s in scored] == [[i, i + 1, i + 2] for i in range(20)]
 
 
-def wait_until(is_so, limit_s=30.0):
-    end = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < end, f"waited {limit_s:g} s"
-        time.sleep(0.01)
+def both_ready(pool):
+    return [grader.ready for grader in pool._graders._graders] == [True, True]
 
 
 def holder_of_a_call(pool):
@@ -111,14 +109,14 @@ def test_idle_graders_killed_from_outside_are_replaced(pool):
 def test_a_second_grader_that_dies_before_the_retry_reaches_it_loses_nothing():
     pool = RewardPool([HERE + "length"], workers=2)
     try:
-        wait_until(lambda: [grader.ready for grader in pool._graders._graders] == [True, True])
+        wait_until(lambda: both_ready(pool), "both graders are ready")
         first, second = pool.pids()
         for pid in (first, second):
             os.kill(pid, signal.SIGSTOP)  # neither reads what it gets
         future = pool.submit(group(["a"]))
-        wait_until(lambda: holder_of_a_call(pool) == first)
+        wait_until(lambda: holder_of_a_call(pool) == first, "it was sent")
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: holder_of_a_call(pool) == second)
+        wait_until(lambda: holder_of_a_call(pool) == second, "the other one has it")
         os.kill(second, signal.SIGKILL)
         assert [reward.score for reward in future.result(timeout=60).rewards] == [1.0]
         assert pool.faults.counts == {}

@@ -3,12 +3,13 @@
 import time
 
 import pytest
-from test_pool import wait_until
+from test_pool import both_ready
 
 from rewards.compose import RewardSpec
 from rewards.grader import AHEAD_S
 from rewards.pool import RewardPool
 from rl.types import Completion, Group, Prompt, Reason
+from tests.waiting import wait_until
 
 
 def scores(pool, texts):
@@ -21,7 +22,12 @@ def scores(pool, texts):
 def pool():
     """One process that has proved to be quick."""
     made = RewardPool(["rewards_for_tests:nap"], workers=1, deadline_s=2.0, memory_bytes=200 << 20)
-    wait_until(lambda: scores(made, ["short"] * 300) and made._graders._graders[0].usual_s < AHEAD_S / 4)
+
+    def is_quick():
+        scores(made, ["short"] * 300)
+        return made._graders._graders[0].usual_s < AHEAD_S / 4
+
+    wait_until(is_quick, "it is quick")
     yield made
     made.close()
 
@@ -76,7 +82,7 @@ def test_a_program_that_is_late_scores_0_though_the_pool_is_less_patient_than_it
 def test_a_slow_call_is_not_queued_behind_another_while_a_process_is_free():
     pool = RewardPool(["rewards_for_tests:nap"], workers=2, deadline_s=5.0)
     try:
-        wait_until(lambda: [grader.ready for grader in pool._graders._graders] == [True, True])
+        wait_until(lambda: both_ready(pool), "both graders are ready")
         scores(pool, ["short"] * 300)
         scores(pool, ["nap 0.2"] * 4)  # from here on they are known to be slow
         began = time.monotonic()

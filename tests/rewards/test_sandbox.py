@@ -10,8 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import pytest
 from rewards.code import CodeOptions, code_sandbox, grade
 from rewards.sandbox import Limits, Sandbox, SandboxError
 from rl.types import Reward
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = "def add(a, b): return a + b"
@@ -30,13 +30,6 @@ PATIENT = CodeOptions(timeout_s=60.0)
 def sandbox() -> Iterator[Sandbox]:
     with code_sandbox(num_workers=2) as made:
         yield made
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s until {what}"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

@@ -15,6 +15,7 @@ from rl.types import Prompt, SamplingParams, ScoredGroup
 from rollout.continuous import ContinuousSource
 from rollout.engine import EngineError
 from rollout.source import OnPolicySource, PromptStream, sampling_seed
+from tests.waiting import wait_until
 
 PROMPTS = [Prompt(f"p{i}", "", (i,)) for i in range(30)]
 SAMPLING = SamplingParams(max_completion_length=200)
@@ -320,9 +321,7 @@ def test_an_engine_that_was_drained_while_the_trainer_computes_is_filled_again()
     try:
         source.publish(OneWeight(), version=0)
         source.next_groups(B)
-        deadline = time.monotonic() + 30
-        while len(graded) < 2 * B and time.monotonic() < deadline:
-            time.sleep(0.01)  # the trainer computes
+        wait_until(lambda: len(graded) >= 2 * B, "all are graded")
         assert len(graded) == 2 * B
     finally:
         source.close()
