@@ -134,9 +134,7 @@ class EngineConfig(Section):
     seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
     recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
     verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
-    canary_tolerance: float | None = Field(
-        default=None, gt=0, description="nats; 0.02 fp32, 0.25 bf16 (diffusion 0.5)"
-    )
+    canary_tolerance: float | None = Field(default=None, gt=0, description="nats, mean; 0.02 fp32, 0.25 bf16")
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
 
 
@@ -311,9 +309,14 @@ class Config(Section):
         return min(allowed, t.in_flight or allowed)
 
     @property
+    def is_coarse(self) -> bool:
+        """Whether policy or engine compute in bf16; an engine whose dtype is auto may too, on a GPU."""
+        return self.model.dtype != "fp32" or self.engine.dtype == "bfloat16"
+
+    @property
     def canary_tolerance(self) -> float | None:
         """Of a weight sync, nats; None: `rollout.weight_sync.publish` decides by the engine's dtype."""
-        return self.engine.canary_tolerance
+        return self.engine.canary_tolerance or (0.25 if self.is_coarse else None)
 
     @property
     def max_num_seqs(self) -> int:

@@ -133,12 +133,10 @@ def record(
         world=run.world,
         counts=run.source.last_counts,
     )
-    values |= update.metrics | run.phases.take()
+    values |= update.metrics | report.metrics | run.phases.take()
     values |= {
         "policy/lr": run.optimizer.param_groups[0]["lr"],
         "steps/skipped": float(run.skipped_steps),
-        "sync/seconds": report.seconds,
-        "sync/canary_gap_max": report.canary_max_gap,
         "tokens/trained": run.world.sum([float(update.num_trained_tokens)])[0],
         "tokens/per_second": values["tokens/completion"] / seconds,
         "time/step": seconds,

@@ -53,16 +53,6 @@ class MaskedRunConfig(Config):
     loss: LossConfig = LossConfig(sampler_correction=None)
     diffusion: MaskedConfig = MaskedConfig()
 
-    @property
-    def is_coarse(self) -> bool:
-        """Whether policy or sampler compute in bf16."""
-        return self.model.dtype != "fp32" or self.engine.dtype == "bfloat16"
-
-    @property
-    def canary_tolerance(self) -> float | None:
-        """In bf16 twice a causal model's: among masks a model is unsure, and its log-probs are uncertain."""
-        return self.engine.canary_tolerance or (0.5 if self.is_coarse else None)
-
     @model_validator(mode="after")
     def check_estimator(self) -> MaskedRunConfig:
         e, loss = self.diffusion.estimator, self.loss

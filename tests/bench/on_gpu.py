@@ -1,7 +1,7 @@
 """Every number of recipes/README.md that needs a GPU: the jobs of gpu_jobs.yaml, one at a time on each GPU.
 
     python -m tests.bench.on_gpu --data DATA --write-data GSM8K_FOLDER   # once; needs reasoning-gym
-    python -m tests.bench.on_gpu --data DATA --out FOLDER [--only NAME,NAME]
+    python -m tests.bench.on_gpu --data DATA --out FOLDER [--only NAME,NAME] [--at-once 1]
 
 A job starts when those that it needs have ended well. Its output goes to FOLDER/NAME.log; FOLDER/summary.txt
 holds seconds and exit codes. A job that has ended well in FOLDER is not run again; one that passes its limit
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--write-data", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--out", type=Path, default=Path("runs/on_gpu"))
     parser.add_argument("--only", help="names, in this order; what they need must be done")
+    parser.add_argument("--at-once", type=int, default=1, help="on each GPU; seconds then count others' work")
     arguments = parser.parse_args()
     if arguments.write_data:
         return write_data(arguments.data, arguments.write_data)
@@ -52,7 +53,9 @@ def main() -> None:
     if arguments.only:
         by_name = {job.name: job for job in jobs}
         jobs = [by_name[name] for name in arguments.only.split(",")]
-    Jobs(jobs, arguments.out.absolute(), arguments.data.absolute()).work(max(1, torch.cuda.device_count()))
+    Jobs(jobs, arguments.out.absolute(), arguments.data.absolute()).work(
+        [gpu for gpu in range(max(1, torch.cuda.device_count())) for _ in range(arguments.at_once)]
+    )
 
 
 def write_data(folder: Path, gsm8k: Path) -> None:
@@ -77,7 +80,7 @@ def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class Jobs:
-    """The jobs that are left, and one thread for each GPU that takes the first whose needs are met."""
+    """The jobs that are left, and threads, each for a GPU, that take the first whose needs are met."""
 
     def __init__(self, jobs: list[Job], out: Path, data: Path) -> None:
         self.out, self.data = out, data
@@ -87,8 +90,8 @@ class Jobs:
         self.running: set[str] = set()
         self.changed = threading.Condition()
 
-    def work(self, num_gpus: int) -> None:
-        threads = [threading.Thread(target=self._on_gpu, args=(gpu,)) for gpu in range(num_gpus)]
+    def work(self, gpus: list[int]) -> None:
+        threads = [threading.Thread(target=self._on_gpu, args=(gpu,)) for gpu in gpus]
         for thread in threads:
             thread.start()
         for thread in threads:

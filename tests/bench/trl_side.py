@@ -23,7 +23,7 @@ from tests.bench.workload import Workload, coin, now, prompt_texts
 def main(model: str, out: Path, setting: str) -> None:
     workload, on_gpu = Workload.current(), torch.cuda.is_available()
     clock = Clock(out)
-    micro_batch = min(16, workload.prompts * workload.group)
+    micro_batch = min(workload.trl_micro_batch, workload.prompts * workload.group)
     best = setting == "best"
     config = GRPOConfig(
         output_dir=str(out.parent / f"trl-{setting}"),

@@ -43,7 +43,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step samples: `prompts` x `group` completions; lengths in tokens."""
+    """What a step samples: `prompts` x `group` completions; lengths in tokens.
+
+    Args:
+        trl_micro_batch: rows of a micro-batch of TRL's trainer; Cohort's follow from a token budget.
+    """
 
     shape: str = "1.5b"
     prompts: int = 32
@@ -52,6 +56,7 @@ class Workload:
     max_length: int = 1024
     steps: int = 5
     lora: int = 0
+    trl_micro_batch: int = 16
 
     @property
     def vocabulary(self) -> int:

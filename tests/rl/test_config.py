@@ -88,6 +88,20 @@ def test_an_engine_samples_together_what_is_in_flight(overrides, number):
     assert load_config(None, overrides).max_num_seqs == number
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ((), 0.25),
+        (("model.dtype=fp32",), None),  # the engine's dtype decides
+        (("model.dtype=fp32", "engine.dtype=bfloat16"), 0.25),
+        (("engine.dtype=float32",), 0.25),  # the policy itself computes in bf16
+        (("engine.canary_tolerance=0.1",), 0.1),
+    ],
+)
+def test_a_canary_in_bf16_has_the_tolerance_of_bf16(overrides, tolerance):
+    assert load_config(None, overrides).canary_tolerance == tolerance
+
+
 def test_at_least_one_group_is_in_flight():
     with pytest.raises(ValueError, match=r"use train\.in_flight=8 or more"):
         load_config(None, ["train.max_staleness=1", "train.in_flight=7"])

@@ -164,10 +164,10 @@ def test_a_range_fires_after_its_patience_with_the_first_step_of_the_stretch():
 
 
 def test_one_bad_canary_is_enough():
-    verdict = judge([*HEALTHY_ROWS, {"step": 8, "sync/canary_gap_max": 3.0}])
+    verdict = judge([*HEALTHY_ROWS, {"step": 8, "sync/canary_gap_mean": 3.0}])
     assert (verdict.level, verdict.findings[0].metric, verdict.findings[0].since) == (
         "Broken",
-        "sync/canary_gap_max",
+        "sync/canary_gap_mean",
         8,
     )
 
