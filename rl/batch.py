@@ -11,6 +11,7 @@ included, so that summing over micro-batches and processes is exact however the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ SumOverProcesses = Callable[[list[float]], list[float]]
 @dataclass(frozen=True)
 class Row:
     """One completion to train on: its prompt's index, ids, advantage, and the weight of each of its loss
-    tokens.
+    tokens. `repeat` counts the equal completions of its group before it.
     """
 
     prompt: Prompt
@@ -37,6 +38,7 @@ class Row:
     advantage: float
     weight: float = 0.0
     in_loss: bool = True
+    repeat: int = 0
 
     @property
     def num_loss_tokens(self) -> int:
@@ -58,6 +60,7 @@ class MicroBatch:
         rows: the S sequences, for a policy that needs more of them than a packed row.
         old_logprobs_L: the policy's own before the first update of this step; None while no update has
             happened.
+        draw: which pass over the batch this is, for a policy that draws masks.
         plan: masks that a diffusion policy drew for this batch; every model that scores it sees the same.
     """
 
@@ -73,6 +76,7 @@ class MicroBatch:
     num_sequences: int
     rows: tuple[Row, ...] = field(default=(), repr=False)
     old_logprobs_L: Float[Tensor, " L"] | None = None
+    draw: int = 0
     plan: Any = field(default=None, repr=False)
     _layout: Layout | None = field(default=None, repr=False)
 
@@ -105,6 +109,11 @@ class Batch:
     num_sequences: float
     num_loss_tokens: float
     num_skipped_rows: int = 0
+
+    def drawn_again(self, draw: int) -> Batch:
+        """The same rows, for which a diffusion policy draws other masks."""
+        again = [replace(m, draw=draw, plan=None, old_logprobs_L=None) for m in self.micro_batches]
+        return replace(self, micro_batches=again)
 
     @property
     def num_packed_tokens(self) -> int:
@@ -168,11 +177,14 @@ def _rows(
 ) -> list[Row]:
     rows = []
     for i in indices:
+        seen: Counter[tuple[int, ...]] = Counter()
         for completion, advantage in zip(groups[i].completions, advantages[i], strict=True):
             if completion.finish_reason == "abort" or not completion.token_ids:
                 continue
             in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
-            rows.append(Row(groups[i].prompt, completion, i, advantage, in_loss=in_loss))
+            ids = tuple(completion.token_ids)
+            rows.append(Row(groups[i].prompt, completion, i, advantage, in_loss=in_loss, repeat=seen[ids]))
+            seen[ids] += 1
     return rows
 
 

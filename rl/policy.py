@@ -85,6 +85,8 @@ class CausalScorer(nn.Module):
 class Policy:
     """The model being trained, its tokenizer, and the reference of the KL term."""
 
+    redraws = False  # its log-probs are exact, and the same in each pass over a batch
+
     def __init__(
         self, config: ModelConfig, accelerator: Accelerator, *, temperature: float, with_reference: bool
     ) -> None:

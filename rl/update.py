@@ -64,42 +64,41 @@ def update_policy(
     """`num_epochs` passes over the batches of a step, one optimizer step each.
 
     A step of one update needs no forward pass for old log-probs: the ratio is 1. Otherwise they are those
-    before the first
-    update: kept from the first pass over the first batch, and computed beforehand for the others. An update
-    without any signal on any process changes nothing, moments included; one whose gradient is not finite is
-    skipped and counted.
+    before the first update: kept from the first pass over the first batch, and computed beforehand for the
+    others, and for the passes on other masks of a policy that `redraws`. An update without any signal on any
+    process changes nothing, moments included; one whose gradient is not finite is skipped and counted.
     """
     tally, result, world = Tally(), UpdateResult({}), World(policy.accelerator)
     for batch in batches:
         batch.micro_batches[:] = [m.to(policy.device) for m in batch.micro_batches]
-    keep_old = num_epochs > 1
-    for batch in batches[1:]:
+    drawn = list(batches)
+    if policy.redraws:
+        drawn += [batch.drawn_again(draw) for draw in range(1, num_epochs) for batch in batches]
+    for batch in drawn[1:]:
         for micro_batch in batch.micro_batches:
             with torch.no_grad():
                 micro_batch.old_logprobs_L = policy.logprobs(micro_batch)[0]
-    references = _reference_logprobs(policy, batches) if loss.kl_coef > 0 else {}
-    for _ in range(num_epochs):
-        for batch in batches:
-            if not world.any(bool(batch.micro_batches)):
-                continue
-            for micro_batch in batch.micro_batches:
-                logprobs_L, entropy_L = policy.logprobs(micro_batch)
-                output = _loss(
-                    loss, batch, micro_batch, logprobs_L, entropy_L, references.get(id(micro_batch))
-                )
-                output.loss.backward()
-                tally.add(output)
-                result.num_trained_tokens += len(micro_batch.columns_L)
-                if keep_old and micro_batch.old_logprobs_L is None:
-                    micro_batch.old_logprobs_L = logprobs_L.detach()
-            norm = _finish_gradients(policy, max_grad_norm)
-            if math.isfinite(norm):
-                optimizer.step()
-                result.num_updates += 1
-            else:
-                result.bad_steps += 1
-            optimizer.zero_grad(set_to_none=True)
-            result.metrics["policy/grad_norm"] = norm
+    references = _reference_logprobs(policy, drawn) if loss.kl_coef > 0 else {}
+    keep_old = num_epochs > 1
+    for batch in drawn if policy.redraws else drawn * num_epochs:
+        if not world.any(bool(batch.micro_batches)):
+            continue
+        for micro_batch in batch.micro_batches:
+            logprobs_L, entropy_L = policy.logprobs(micro_batch)
+            output = _loss(loss, batch, micro_batch, logprobs_L, entropy_L, references.get(id(micro_batch)))
+            output.loss.backward()
+            tally.add(output)
+            result.num_trained_tokens += len(micro_batch.columns_L)
+            if keep_old and micro_batch.old_logprobs_L is None:
+                micro_batch.old_logprobs_L = logprobs_L.detach()
+        norm = _finish_gradients(policy, max_grad_norm)
+        if math.isfinite(norm):
+            optimizer.step()
+            result.num_updates += 1
+        else:
+            result.bad_steps += 1
+        optimizer.zero_grad(set_to_none=True)
+        result.metrics["policy/grad_norm"] = norm
     result.metrics |= tally.means(world, result.num_updates + result.bad_steps)
     result.metrics["memory/peak"] = world.max([peak_memory_gib(policy.device)])[0]
     return result

@@ -60,7 +60,7 @@ class Scored:
 def draw_plan(
     batch: MicroBatch, config: EstimatorConfig, *, mask_token_id: int, seed: int, token_budget: int
 ) -> Plan:
-    """Masks for every sequence of a micro-batch, a function of the seed and the sequence alone.
+    """Masks for every sequence of a micro-batch, a function of the seed, the sequence and `batch.draw` alone.
 
     Raises:
         ValueError: `trace` without the sampler's trace, or a sequence with the mask token in it.
@@ -69,7 +69,7 @@ def draw_plan(
     tables: list[Tensor] = []
     first = 0
     for index, row in enumerate(batch.rows):
-        generator = step_generator(seed, _fingerprint(row))
+        generator = step_generator(seed, _fingerprint(row, batch.draw))
         drawn = COPIES[config.name](row, config, mask_token_id, generator)
         copies += [replace(copy, example=index) for copy in drawn]
         counts = torch.tensor(row.completion.loss_mask)
@@ -190,8 +190,9 @@ def sequence_mean(scored: Scored, batch: MicroBatch, config: EstimatorConfig) ->
 def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
     """sum w log p where the advantage is not negative; else 1 - mix of it and mix of 1/beta log sum w p^beta.
 
-    By Jensen's inequality the second is at least the first if the weights of a token add up to 1, as they do
-    on average: lowering it lowers a bound from above. SPG masks in blocks, this in all of the completion.
+    Lowering the second lowers a bound from above (Jensen's inequality) in the limit of many draws; of few,
+    the log of a sum is too low in the mean, and of one it is log p itself, without beta. SPG masks in
+    blocks, this in all of the completion.
     """
     lower_L = summed(scored, batch, config)
     greatest_L = torch.full_like(lower_L, -torch.inf).scatter_reduce(
@@ -254,10 +255,11 @@ def _masked_prompt(
     return ids_T.masked_fill(pad(hit, (0, len(ids_T) - len(hit))), mask)
 
 
-def _fingerprint(row: Row) -> int:
+def _fingerprint(row: Row, draw: int) -> int:
     """62 bits of the sequence and the policy that wrote it: its masks do not depend on what it is packed
-    with, or on which process.
+    with, or on which process. Equal completions of a group have masks of their own.
     """
-    words = [[row.completion.policy_version], list(row.prompt.token_ids), list(row.completion.token_ids)]
+    numbers = [row.completion.policy_version, row.repeat, draw]
+    words = [numbers, list(row.prompt.token_ids), list(row.completion.token_ids)]
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

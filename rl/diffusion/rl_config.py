@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config import Config, LossConfig, Section
+from rl.config import Config, Section
 
 
 class EstimatorConfig(Section):
     """What stands for the log-prob of a completion (rl/diffusion/estimators.py)."""
 
     name: Literal["one_step", "elbo", "sandwich", "trace"] = "elbo"
-    num_draws: int = Field(default=1, ge=1, description="mask draws per completion; all but trace")
+    num_draws: int = Field(default=1, ge=1, description="mask draws per completion; not trace")
     prompt_mask: float = Field(
         default=0.0, ge=0, lt=1, description="probability of masking a prompt token; all but trace"
     )
@@ -50,12 +50,28 @@ class MaskedConfig(Section):
 class MaskedRunConfig(Config):
     """A whole RL run of a masked diffusion model."""
 
-    loss: LossConfig = LossConfig(sampler_correction=None)
     diffusion: MaskedConfig = MaskedConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def correct_traces_alone(cls, given: Any) -> Any:
+        """Only a trace can be compared with what was sampled from: without one the correction is off."""
+        if isinstance(given, dict):
+            diffusion, loss = given.get("diffusion", {}), given.get("loss", {})
+            estimator = diffusion.get("estimator", {}) if isinstance(diffusion, dict) else {}
+            is_traced = isinstance(estimator, dict) and estimator.get("name") == "trace"
+            if isinstance(loss, dict) and not is_traced:
+                return given | {"loss": {"sampler_correction": None} | loss}
+        return given
 
     @model_validator(mode="after")
     def check_estimator(self) -> MaskedRunConfig:
         e, loss = self.diffusion.estimator, self.loss
+        if e.name == "sandwich" and e.num_draws < 2:
+            raise ValueError(
+                "diffusion.estimator.name=sandwich with num_draws=1 scores each token once, and its upper "
+                "bound is then the lower one; use diffusion.estimator.num_draws=2 or more"
+            )
         if e.name != "trace" and loss.sampler_correction is not None:
             raise ValueError(
                 f"diffusion.estimator.name={e.name} is no probability that the sampler drew from, so it "

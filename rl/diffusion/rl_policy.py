@@ -28,7 +28,8 @@ class MaskedPolicy:
     """The model being trained, and the reference of the KL term.
 
     `logprobs` are the estimates of `diffusion.estimator`, on masks that a micro-batch keeps: whichever of
-    old, current and reference policy comes first draws them, the others see the same.
+    old, current and reference policy comes first draws them, the others see the same. Each pass of
+    `train.num_epochs` has masks of its own, as d1 and ESPO have.
 
     Args:
         name: folder or hub name; `config.model.name` with built-in names resolved.
@@ -46,6 +47,14 @@ class MaskedPolicy:
         self.with_reference = config.loss.kl_coef > 0
         if self.with_reference and not config.model.lora:
             self.reference = copy.deepcopy(self.scorer).requires_grad_(False).eval()
+
+    @property
+    def redraws(self) -> bool:
+        """Whether log-probs are estimates on random masks, new ones for each pass over a batch."""
+        e = self.estimator
+        if e.name == "trace":
+            return e.max_canvases is not None
+        return e.name != "one_step" or e.prompt_mask > 0
 
     @property
     def scorer(self) -> DiffusionScorer:

@@ -259,6 +259,39 @@ def test_masks_belong_to_the_sequence_alone(scorer, name):
     assert torch.equal(together, other) == (name == "trace")
 
 
+def test_equal_completions_and_other_draws_have_masks_of_their_own(scorer):
+    config = EstimatorConfig(name="elbo")
+    batch = batch_of([completion(IDS), completion(IDS)])
+    with torch.no_grad():
+        first, second = estimate(scorer, batch, config).view(2, 5)[:, 0].tolist()
+        batch.draw = 1
+        others = estimate(scorer, batch, config).view(2, 5)[:, 0].tolist()
+        alone = estimate(scorer, batch_of([completion(IDS)]), config)[0].item()
+    assert len({first, second, *others}) == 4
+    assert alone == pytest.approx(first, abs=1e-9)
+
+
+def test_the_upper_side_of_many_draws_is_above_the_bound(scorer):
+    """512 draws against 1/beta log of the exact mean over all masks."""
+    config = EstimatorConfig(name="sandwich", num_draws=512, mix=1.0)
+    example = Example(torch.tensor([*PROMPT, *IDS]), MASKABLE[:8])
+    table = logprob_table(scorer, example, MASK)
+    expected = []
+    for i in range(5):
+        # Subsets with i in it: 1/l over the number of subsets of size l, as the ELBO weighs their log p.
+        terms = [
+            math.exp(config.beta * table[bits, i]) / (bits.bit_count() * math.comb(5, bits.bit_count()))
+            for bits in range(1, 32)
+            if bits >> i & 1
+        ]
+        expected.append(math.log(sum(terms)) / config.beta)
+    with torch.no_grad():
+        found = estimate(scorer, batch_of([completion(IDS)], [-1.0]), config)
+        lower = estimate(scorer, batch_of([completion(IDS)], [1.0]), config)
+    assert found.tolist() == pytest.approx(expected, abs=0.1)
+    assert (found > lower + 0.05).all()
+
+
 def test_many_rows_have_the_gradient_of_one(scorer):
     """They are computed again in the backward pass instead of kept."""
     weight = scorer.model.model.layers[0].mlp.up_proj.weight

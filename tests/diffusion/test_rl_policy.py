@@ -172,6 +172,31 @@ def test_espo_has_the_ratio_of_the_sequence(tiny_model_dir, traced_groups):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_pass_has_masks_of_its_own_and_old_log_probs_on_them(tiny_model_dir, traced_groups, method):
+    groups, advantages = traced_groups
+    config = settings(tiny_model_dir, method, "train.num_epochs=3")
+    policy, before = make_policy(config), make_policy(config)
+    seen, compared = [], []
+
+    def noted(batch, logprobs=policy.logprobs):
+        values = logprobs(batch)
+        if torch.is_grad_enabled():
+            old = before.logprobs(batch)[0].detach()
+            seen.append(old.sum().item())
+            if len(seen) > 1:
+                compared.append(torch.equal(old, batch.old_logprobs_L))
+        return values
+
+    policy.logprobs = noted
+    (batch,) = pack(groups, advantages, pack_rules(config))
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.1)
+    result = update_policy(policy, optimizer, [batch], config.loss, num_epochs=3)
+    assert result.num_updates == 3 and len(batch.micro_batches) == 1
+    assert len(set(seen)) == (3 if policy.redraws else 1)
+    assert compared == [True, True]
+
+
 def test_wd1_weights_by_hand():
     """Rewards 1, 0, 0, 0: A = 3/4 and -1/4. exp(A): 2.117000 and 0.778801, in all 4.453402; exp(-A): 0.472367
     and 1.284025, in all 4.324443. Weights 0.475367 - 0.109232 and 0.174878 - 0.296923.
@@ -233,7 +258,11 @@ def test_the_canary_is_of_the_likeliest_tokens_in_bf16(tiny_model_dir):
     ("overrides", "message"),
     [
         (["loss.sampler_correction={}"], "use loss.sampler_correction=null, or estimator.name=trace"),
-        (["diffusion.estimator.name=sandwich"], "use loss.name=reinforce, loss.kl_coef=0"),
+        (
+            ["diffusion.estimator.name=sandwich"],
+            "use loss.name=reinforce, loss.kl_coef=0",
+        ),
+        (["diffusion.estimator={name: sandwich}"], "use diffusion.estimator.num_draws=2 or more"),
         (["diffusion.estimator.name=trace", "diffusion.estimator.max_canvases=2"], "or max_canvases=null"),
         (["engine.name=vllm"], "use engine.name=auto"),
         (["advantage.name=wd1"], "use loss.name=reinforce"),

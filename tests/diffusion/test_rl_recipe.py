@@ -50,7 +50,7 @@ METHODS = {
     "diffu-GRPO": ["diffusion.estimator.name=one_step", "loss.name=bnpo", "advantage.name=centered"],
     "wd1": ["diffusion.estimator.name=one_step", "loss.name=reinforce", "advantage.name=wd1"],
     "ESPO": ["diffusion.estimator.num_draws=2", "loss.kl_coef=0.001", "loss.kl_estimator=k2"],
-    "SPG": ["diffusion.estimator.name=sandwich", "loss.name=reinforce"],
+    "SPG": ["diffusion.estimator={name: sandwich, num_draws: 2}", "loss.name=reinforce"],
     "TraceRL": ["diffusion.estimator.name=trace", "loss.sampler_correction={}", "train.num_epochs=2"],
     "JustGRPO": [
         "diffusion.estimator={name: trace, max_canvases: 4}",

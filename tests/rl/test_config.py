@@ -102,6 +102,22 @@ def test_a_canary_in_bf16_has_the_tolerance_of_bf16(overrides, tolerance):
     assert load_config(None, overrides).canary_tolerance == tolerance
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_corrected"),
+    [
+        ((), False),
+        (("loss.clip_low=0.3",), False),  # one key of a section changes no other
+        (("diffusion.estimator.name=trace",), True),
+        (("diffusion.estimator.name=trace", "loss.clip_low=0.3"), True),
+        (("diffusion.estimator.name=trace", "loss.sampler_correction=null"), False),
+    ],
+)
+def test_a_diffusion_run_corrects_traces_alone(overrides, is_corrected):
+    config = load_config(None, ("diffusion.block_length=8", *overrides))
+    assert isinstance(config, MaskedRunConfig)
+    assert (config.loss.sampler_correction is not None) == is_corrected
+
+
 def test_at_least_one_group_is_in_flight():
     with pytest.raises(ValueError, match=r"use train\.in_flight=8 or more"):
         load_config(None, ["train.max_staleness=1", "train.in_flight=7"])
