@@ -134,7 +134,9 @@ class EngineConfig(Section):
     seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
     recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
     verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
-    canary_tolerance: float | None = Field(default=None, gt=0, description="nats, mean; 0.02 fp32, 0.25 bf16")
+    canary_tolerance: float | None = Field(
+        default=None, gt=0, description="nats, mean; 0.0025 fp32, 0.2 bf16"
+    )
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
 
 
@@ -316,7 +318,7 @@ class Config(Section):
     @property
     def canary_tolerance(self) -> float | None:
         """Of a weight sync, nats; None: `rollout.weight_sync.publish` decides by the engine's dtype."""
-        return self.engine.canary_tolerance or (0.25 if self.is_coarse else None)
+        return self.engine.canary_tolerance or (0.2 if self.is_coarse else None)
 
     @property
     def max_num_seqs(self) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,11 @@ from rl.logprobs import head_logprobs
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
 
 CANARY_TEXT = (
-    "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue."
+    "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
+    "A farmer has 12 cows and buys 8 more, so that she has 12 + 8 = 20 cows. If each of them gives 15 liters "
+    "of milk a day, then all of them together give 20 * 15 = 300 liters a day, which is 2100 a week."
 )
+CANARY_LENGTH = 64  # tokens: more than a block of the engine's cache
 
 
 class CausalScorer(nn.Module):
@@ -106,7 +110,9 @@ class Policy:
         if with_reference and not config.lora:
             self.reference = copy.deepcopy(self.scorer).requires_grad_(False).eval()
         self.with_reference = with_reference
-        self.canary_ids: list[int] = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"][:16]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
+        self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -134,12 +140,12 @@ class Policy:
                 wrong; or attention=packed was asked for and is not exact.
         """
         batch = probe_batch(self.model).to(self.device)
-        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.25
+        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.15
         self.scorer.eval()
         self.set_packed(False)
         with torch.no_grad():
             expected = self.scorer(batch, 1.0)[0]
-            gap = (expected - _plain_logprobs(self.model, batch)).abs().max().item()
+            gap = self._gap(expected, _plain_logprobs(self.model, batch))
             if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
                 raise ValueError(
                     f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
@@ -170,16 +176,21 @@ class Policy:
         more than rounding moves one sequence at a time (fused kernels take 16 bits only).
         """
         with self.autocast():
-            rounded = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+            rounded = self._gap(self.scorer(batch, 1.0)[0], expected_L)
         self.set_packed(True)
-        gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+        gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
         if not gap <= tolerance:
             return f"packed log-probs differ by {gap:.2g} nats"
         with self.autocast():
-            gap = (self.scorer(batch, 1.0)[0] - expected_L).abs().max().item()
+            gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
         if not gap <= 4 * rounded + tolerance:
             return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
         return None
+
+    def _gap(self, ours_L: Tensor, theirs_L: Tensor) -> float:
+        """The greatest gap in nats; of weights in bf16 the mean, as rounding has single tokens at 0.3."""
+        gaps_L = (ours_L - theirs_L).abs()
+        return (gaps_L.max() if storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":

@@ -55,6 +55,10 @@ def final_only(stock: Any) -> Any:
             # vLLM searches this list for every token: 5 us for 512 ids, a fifth of all it does for a token.
             parameters.stop_token_ids = frozenset(parameters.stop_token_ids)
             super().add_request(request)
+            if parameters.prompt_logprobs is not None and request in self.waiting:
+                # A weight sync waits for it, and would wait for every completion in the queue.
+                self.waiting.remove_request(request)
+                self.waiting.prepend_request(request)
 
         def finish_requests(self, *arguments: Any, **named: Any) -> Any:
             aborted = super().finish_requests(*arguments, **named)

@@ -60,6 +60,21 @@ def test_every_fault_is_listed_at_once():
     assert "did you mean seed" in str(caught.value)
 
 
+def test_a_config_of_another_command_is_recognised():
+    for path in CONFIGS:
+        fits = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
+        wrong, command = {
+            DiffusionConfig: (Config, "python -m recipes.llada"),
+            Config: (DiffusionConfig, "cohort train"),
+        }[fits]
+        for overrides in ([], ["train.stepz=3"]):
+            with pytest.raises(ValueError, match=f"this looks like a config of `{command}`"):
+                read_config(wrong, path, overrides)
+    with pytest.raises(ValueError, match="unknown key; did you mean max_prompt_length") as caught:
+        load_config(CONFIGS[0].parent / "quickstart.yaml", ["data.max_length=8"])
+    assert "another command" not in str(caught.value)
+
+
 def test_scientific_notation_is_a_number():
     assert load_config(None, ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
 
@@ -91,10 +106,10 @@ def test_an_engine_samples_together_what_is_in_flight(overrides, number):
 @pytest.mark.parametrize(
     ("overrides", "tolerance"),
     [
-        ((), 0.25),
+        ((), 0.2),
         (("model.dtype=fp32",), None),  # the engine's dtype decides
-        (("model.dtype=fp32", "engine.dtype=bfloat16"), 0.25),
-        (("engine.dtype=float32",), 0.25),  # the policy itself computes in bf16
+        (("model.dtype=fp32", "engine.dtype=bfloat16"), 0.2),
+        (("engine.dtype=float32",), 0.2),  # the policy itself computes in bf16
         (("engine.canary_tolerance=0.1",), 0.1),
     ],
 )

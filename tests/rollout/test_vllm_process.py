@@ -148,6 +148,15 @@ def test_an_update_under_running_completions_switches_where_the_spans_say(engine
         assert (largest_gap(c.behavior_logprobs[k:], after) < 2e-5) == recompute_kv
 
 
+def test_a_sync_goes_before_the_completions_that_are_queued(engine):
+    """Five groups of 32 completions on 32 seats: the canary gets a seat when the first one is free."""
+    prompts = make_prompts(5, 5, 5, 5, 5)
+    engine.submit(prompts, num_completions=32, sampling=SamplingParams(100), seeds=list(range(5)))
+    publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
+    assert len(engine.collect(timeout_s=0.0)) <= 1
+    assert len(collect_all(engine)) >= 4
+
+
 def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, monkeypatch):
     call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
     expected = engine.generate(make_prompts(4, 5), **call)
