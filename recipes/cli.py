@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rewards import doctor, score
 from rewards.score import take_flags_anywhere
 from rl.config_file import load_config
 from rl.durable import with_remedy
+
+if TYPE_CHECKING:
+    from rl.config import Config
+    from rl.memory import MemoryPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--gpu-gib", type=float, default=None, help="default: this machine's GPU")
+    take_flags_anywhere(plan)
     plan.set_defaults(run=_plan)
 
     for name, run, help_text in (
@@ -142,29 +149,60 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    """Prints what the config needs and what would fill the GPU; 1 if the config as it is does not fit."""
     import torch
     from transformers import AutoConfig
 
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
+    from rl.diffusion.rl_config import MaskedRunConfig
     from rl.memory import GIB, plan_memory
 
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.gpu_gib is None and not torch.cuda.is_available():
+    config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
+    if isinstance(config, MaskedRunConfig):
+        raise ValueError(
+            f"{arguments.config} trains a diffusion model, whose memory is not predicted; memory/peak in a "
+            "run's metrics.jsonl says what its training process took, after one step already"
+        )
+    if gib is None and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU to plan for; name its memory, such as --gpu-gib 80")
-    capacity = int(arguments.gpu_gib * GIB) if arguments.gpu_gib else torch.cuda.mem_get_info()[1]
+    if gib is not None and not 0 < gib < math.inf:
+        raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
+    capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
     model = AutoConfig.from_pretrained(resolve_model(config.model.name), revision=config.model.revision)
     plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
     for name, size in plan.parts.items():
         print(f"{name:30s}{size / GIB:8.1f} GiB")
     print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB of {capacity / GIB:.0f}")
-    if not plan.token_budget:
-        print("it does not fit; try model.gradient_checkpointing=true, or model.lora")
-        return 1
-    print(
-        f"fits: train.token_budget={plan.token_budget} engine.gpu_memory_utilization={plan.engine_share:.2f}"
+    share = config.engine.gpu_memory_utilization
+    if share < plan.engine_share:
+        print(
+            f"engine.gpu_memory_utilization={share:g} is less than the engine's parts: its cache will hold "
+            "fewer completions, or it will not start"
+        )
+    print(_judgement(plan, config))
+    return 0 if plan.fits else 1
+
+
+def _judgement(plan: MemoryPlan, config: Config) -> str:
+    """Whether the config fits, and the settings that do."""
+    from rl.memory import GIB
+
+    head = "fits" if plan.fits else "does not fit"
+    head += f": {plan.total / GIB:.1f} GiB, and {plan.room / GIB:.1f} may be filled"
+    if plan.token_budget:
+        setting = f" engine.gpu_memory_utilization={plan.engine_share:.2f}" if plan.engine_share else ""
+        verb = "fills it" if plan.fits else "fits"
+        return f"{head}; {verb}: train.token_budget={plan.token_budget}{setting}"
+    if plan.fits:
+        return head
+    remedies = ["model.gradient_checkpointing=true"] if not config.model.gradient_checkpointing else []
+    remedies += [] if config.model.lora else ["model.lora={r: 16}"]
+    remedies += ["a smaller sampling.max_completion_length", "a smaller engine.max_num_seqs"]
+    return (
+        f"{head}; no train.token_budget fits, as a prompt and its completion may have {plan.longest_row} "
+        f"tokens: use {', '.join(remedies[:-1])} or {remedies[-1]}"
     )
-    return 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

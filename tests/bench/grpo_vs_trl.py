@@ -3,15 +3,17 @@
     python -m tests.bench.grpo_vs_trl [--shape 1.5b] [--steps 5] [--sides cohort,trl-best] [--set KEY=VALUE]
 
 Both are whole runs in processes of their own: Cohort is `recipes.grpo` from a config, ledger and metrics
-and the proof of weights included. Prints seconds per step by phase (median of the steps after the first
-two), completion tokens per second, the training phase's model FLOPs utilisation, peak memory of the
-training process, and the ratios.
+and the proof of weights included. Prints the seconds of every step, and of the steps that count: mean
+seconds by phase, completion tokens over seconds, the training phase's model FLOPs utilisation, peak memory
+of the training process, and the ratios. The warm-up does not count, nor does the end of a run that samples
+ahead (`cohort-stale1`): its last steps have no sampling beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -50,7 +52,10 @@ def main() -> None:
             if not steps and side.startswith("cohort"):
                 sys.exit(1)
             if steps:
-                results[side] = summary(steps)
+                first, end, note = counted(len(steps), staleness(side))
+                results[side] = summary(steps[first:end])
+                seconds = " ".join(f"{step['step']:.2f}" for step in steps)
+                print(f"{side}: {note}; seconds of each: {seconds}")
                 print(side, json.dumps({k: round(v, 3) for k, v in results[side].items()}), flush=True)
     show(results)
 
@@ -79,7 +84,7 @@ def _cohort(
     side: str, folder: Path, model: Path, workload: Workload, arguments: argparse.Namespace
 ) -> list[dict]:
     run_dir = folder / side
-    stale = int(side.removeprefix("cohort-stale")) if side.startswith("cohort-stale") else 0
+    stale = staleness(side)
     config = {
         "run_dir": str(run_dir),
         "model": {
@@ -116,7 +121,7 @@ def _cohort(
 def _cohort_step(row: dict, step: int, run_dir: Path, model: Path) -> dict[str, float]:
     from rl.ledger import Ledger
 
-    times = {phase: row.get(f"time/{phase}", 0.0) for phase in PHASES}
+    times = {phase: row[f"time/{phase}"] for phase in PHASES if f"time/{phase}" in row}
     times["rest"] = row["time/step"] - sum(times.values())
     recorded = Ledger(run_dir, 0, 1).read(step)
     assert recorded is not None
@@ -126,15 +131,41 @@ def _cohort_step(row: dict, step: int, run_dir: Path, model: Path) -> dict[str, 
         "step": row["time/step"],
         "tokens": row["tokens/completion"],
         "peak": row.get("memory/peak", 0.0),
-        "mfu": flops / times["train"] / peak_flops(),
+        "flops": flops,
     }
 
 
+def staleness(side: str) -> int:
+    """Steps that a side samples ahead."""
+    return int(side.removeprefix("cohort-stale")) if side.startswith("cohort-stale") else 0
+
+
+def counted(num_steps: int, stale: int) -> tuple[int, int, str]:
+    """The first step that counts, the one behind the last, from 0, and a sentence that says so.
+
+    A run that samples ahead has long and short steps in turn, as many in a row as it is ahead: a whole turn
+    must be left, or all steps behind the warm-up of any run count.
+    """
+    first, end = WARM_UP + stale, num_steps - (1 + stale if stale else 0)
+    if end - first >= 1 + stale:
+        return first, end, f"steps {first + 1} to {end} of {num_steps} count"
+    first = max(0, min(WARM_UP, num_steps - 1))
+    return (
+        first,
+        num_steps,
+        (f"too few steps to leave out warm-up and end, so {first + 1} to {num_steps} of {num_steps} count"),
+    )
+
+
 def summary(steps: list[dict]) -> dict[str, float]:
-    """Medians over the steps after the warm-up."""
-    kept = steps[WARM_UP:] or steps[-1:]
-    names = {name for step in kept for name in step}
-    return {name: statistics.median(step.get(name, 0.0) for step in kept) for name in sorted(names)}
+    """Means over steps, so that phases add up to the step; rates are sums over sums; the largest peak."""
+    names = sorted({name for step in steps for name in step} - {"flops"})
+    means = {name: statistics.fmean(step.get(name, 0.0) for step in steps) for name in names}
+    means |= {"peak": max(step["peak"] for step in steps), "per_second": means["tokens"] / means["step"]}
+    if "flops" in steps[0]:
+        trained = sum(step.get("train", 0.0) for step in steps)
+        means["mfu"] = sum(step["flops"] for step in steps) / trained / peak_flops()
+    return means
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
@@ -143,16 +174,22 @@ def show(results: dict[str, dict[str, float]]) -> None:
         f"\n{'seconds':14s}" + "".join(f"{c:>8s}" for c in columns) + f"{'tok/s':>9s}{'MFU':>6s}{'GiB':>7s}"
     )
     for side, r in results.items():
-        cells = "".join(f"{r.get(c, 0.0):8.2f}" for c in columns)
-        print(f"{side:14s}{cells}{r['tokens'] / r['step']:9.0f}{r.get('mfu', 0.0):6.2f}{r['peak']:7.1f}")
+        cells = "".join(_cell(r.get(c), 8, 2) for c in columns)
+        rates = _cell(r["per_second"], 9, 0) + _cell(r.get("mfu"), 6, 2) + _cell(r["peak"], 7, 1)
+        print(f"{side:14s}{cells}{rates}")
     for ours in (side for side in results if side.startswith("cohort")):
         for theirs in (side for side in results if side.startswith("trl")):
             a, b = results[theirs], results[ours]
-            speed = (b["tokens"] / b["step"]) / (a["tokens"] / a["step"])
             phases = "  ".join(
                 f"{p} {a[p] / b[p]:.2f}x" for p in ("sample", "train", "sync") if b.get(p) and a.get(p)
             )
+            speed = b["per_second"] / a["per_second"]
             print(f"{theirs} / {ours}: tokens per second {speed:.2f}x; seconds {phases}")
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    """A number, or "-" where there is none."""
+    return f"{'-':>{width}s}" if value is None or math.isnan(value) else f"{value:{width}.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -32,19 +32,32 @@ def last_lines(log: Path) -> str:
 
 
 def launch_or_exit(log: Path, module: str, arguments: Sequence[str], timeout_s: float | None = None) -> None:
-    """`launch`, and the end of this program if it fails."""
-    if code := launch(log, module, arguments, timeout_s):
+    """`launch`, and the end of this program if it fails or takes too long."""
+    try:
+        code = launch(log, module, arguments, timeout_s)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{module} was ended after {timeout_s:g} s; {last_lines(log)}")
+    if code:
         sys.exit(f"{module} ended with {code}; {last_lines(log)}")
 
 
-def once(folder: Path, settings: Sequence[str], work: Callable[[], None]) -> None:
-    """Does the work whose result `folder` is, unless it is there with the same settings; what is there of
-    another is removed.
+def once(folder: Path, settings: Sequence[str], work: Callable[[], None], *, goes_on: bool = False) -> None:
+    """Does the work whose result `folder` is, unless it is there with the same settings.
+
+    What is there of other settings is removed; what is unfinished too, unless the work `goes_on` from it.
     """
-    mark, text = folder.with_suffix(".done"), "\n".join(settings)
-    if mark.exists() and mark.read_text() == text:
+    begun, done = folder.with_suffix(".begun"), folder.with_suffix(".done")
+    text = "\n".join(settings)
+    if _holds(done, text):
         return
-    mark.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if not (goes_on and _holds(begun, text)):
+        shutil.rmtree(folder, ignore_errors=True)
+    done.unlink(missing_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(text)
     work()
-    mark.write_text(text)
+    done.write_text(text)
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.exists() and file.read_text() == text

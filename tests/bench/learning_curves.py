@@ -5,7 +5,8 @@
 Each run is a process of its own, Cohort's is `recipes.grpo`; seeds and sides run one after the other. TRL's
 last weights are evaluated by Cohort, on the config's held-out prompts if it has any. Both have the same
 prompts in every step and sample with random numbers of their own. A run that FOLDER holds already, with the
-same settings, is not run again. Writes FOLDER/curves.html, one picture of both, and prints a table.
+same settings, is not run again; one of Cohort's that was ended on the way goes on, one of TRL's starts anew.
+Writes FOLDER/curves.html, one picture of both, and prints a table.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=seeds, default=seeds("0,1,2"))
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the config, for both sides")
     parser.add_argument("--timeout-s", type=float, default=3600.0, help="for each run")
     arguments = parser.parse_args()
     curves: dict[str, list[list[dict]]] = {side: [] for side in SIDES}
     accuracies: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
-    for seed in arguments.seeds.split(","):
+    for seed in arguments.seeds:
         settings = [arguments.config, *arguments.set, f"train.seed={seed}"]
         for side, run in zip(SIDES, (_cohort, _trl), strict=True):
             rows, accuracy = run(arguments.out / f"{side}-{seed}", settings, arguments.timeout_s)
@@ -74,10 +75,18 @@ def main() -> None:
     (arguments.out / "curves.html").write_text(page)
 
 
+def seeds(text: str) -> list[str]:
+    """Raises ArgumentTypeError: not whole numbers, each once."""
+    found = text.split(",")
+    if not all(seed.isdecimal() for seed in found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, each once, such as 0,1,2")
+    return found
+
+
 def _cohort(folder: Path, settings: list[str], timeout_s: float) -> tuple[list[dict], tuple[float, float]]:
     log = folder.with_suffix(".log")
     arguments = [*settings, f"run_dir={folder}"]
-    once(folder, settings, lambda: launch_or_exit(log, "recipes.grpo", arguments, timeout_s))
+    once(folder, settings, lambda: launch_or_exit(log, "recipes.grpo", arguments, timeout_s), goes_on=True)
     rows, seconds = [], 0.0
     for row in read_rows(folder / "metrics.jsonl"):
         seconds += row["time/step"]

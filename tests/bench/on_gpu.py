@@ -5,7 +5,8 @@
 
 A job starts when those that it needs have ended well. Its output goes to FOLDER/NAME.log; FOLDER/summary.txt
 holds seconds and exit codes. A job that has ended well in FOLDER is not run again; one that passes its limit
-is killed with its children, and the others go on.
+is killed with its children, and the others go on. The exit status is 1 if a job did not end well or could
+not be run.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ class Job:
     run: str
     needs: tuple[str, ...] = ()
 
+    def words(self, data: Path, out: Path) -> list[str]:
+        """Module and arguments. A folder's name stays one word, whatever is in it."""
+        places = {"data": data, "out": out, "here": out / self.name}
+        return [word.format_map(places) for word in shlex.split(self.run)]
 
-def main() -> None:
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--write-data", type=Path, help="folder with gsm8k_train.jsonl and gsm8k_test.jsonl")
@@ -48,14 +54,22 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="on each GPU; seconds then count others' work")
     arguments = parser.parse_args()
     if arguments.write_data:
-        return write_data(arguments.data, arguments.write_data)
+        write_data(arguments.data, arguments.write_data)
+        return 0
+    if arguments.at_once < 1:
+        parser.error(f"--at-once {arguments.at_once} runs nothing; use 1 or more")
     jobs = [Job(**row) for row in yaml.safe_load(JOBS.read_text())]
     if arguments.only:
-        by_name = {job.name: job for job in jobs}
-        jobs = [by_name[name] for name in arguments.only.split(",")]
-    Jobs(jobs, arguments.out.absolute(), arguments.data.absolute()).work(
+        by_name, names = {job.name: job for job in jobs}, list(dict.fromkeys(arguments.only.split(",")))
+        if unknown := [name for name in names if name not in by_name]:
+            parser.error(
+                f"--only: no job is named {', '.join(map(repr, unknown))}; there are {', '.join(by_name)}"
+            )
+        jobs = [by_name[name] for name in names]
+    failed = Jobs(jobs, arguments.out.absolute(), arguments.data.absolute()).work(
         [gpu for gpu in range(max(1, torch.cuda.device_count())) for _ in range(arguments.at_once)]
     )
+    return 1 if failed else 0
 
 
 def write_data(folder: Path, gsm8k: Path) -> None:
@@ -88,28 +102,39 @@ class Jobs:
         self.done = {file.stem for file in out.glob("*.done")}
         self.left = [job for job in jobs if job.name not in self.done]
         self.running: set[str] = set()
+        self.failed: list[str] = []
         self.changed = threading.Condition()
 
-    def work(self, gpus: list[int]) -> None:
+    def work(self, gpus: list[int]) -> list[str]:
+        """Names of the jobs that did not end well or could not be run."""
         threads = [threading.Thread(target=self._on_gpu, args=(gpu,)) for gpu in gpus]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         for job in self.left:
-            self._say(f"{job.name} was not run: it needs {', '.join(set(job.needs) - self.done)}")
+            missing = [name for name in job.needs if name not in self.done]
+            self._say(f"{job.name} was not run: it needs {', '.join(missing) or 'a GPU whose thread lives'}")
+        return self.failed + [job.name for job in self.left]
 
     def _on_gpu(self, gpu: int) -> None:
         while (job := self._next()) is not None:
-            began = time.monotonic()
-            self._say(f"{job.name} starts on GPU {gpu}")
-            code = self._run(job, gpu)
-            with self.changed:
-                self.running.remove(job.name)
+            began, code = time.monotonic(), "a fault of this program"
+            try:
+                self._say(f"{job.name} starts on GPU {gpu}")
+                code = self._run(job, gpu)
                 if code == 0:
-                    self.done.add(job.name)
                     (self.out / f"{job.name}.done").touch()
-                self.changed.notify_all()
+            except Exception as error:  # of one job; the others may go well
+                code = f"{type(error).__name__} ({error})"
+            finally:
+                with self.changed:  # whatever happens, no other thread waits for this job
+                    self.running.remove(job.name)
+                    if code == 0:
+                        self.done.add(job.name)
+                    else:
+                        self.failed.append(job.name)
+                    self.changed.notify_all()
             self._say(f"{job.name} ended with {code} after {time.monotonic() - began:.0f} s")
 
     def _next(self) -> Job | None:
@@ -127,11 +152,9 @@ class Jobs:
             return None
 
     def _run(self, job: Job, gpu: int) -> int | str:
-        here = self.out / job.name
-        command = job.run.format(data=self.data, out=self.out, here=here)
         with (self.out / f"{job.name}.log").open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", *shlex.split(command)],
+                [sys.executable, "-W", "ignore", "-m", *job.words(self.data, self.out)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"},
@@ -164,4 +187,4 @@ class Jobs:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    sys.exit(main())

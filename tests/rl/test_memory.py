@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import LlamaConfig, MixtralConfig
+import contextlib
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
+
+from rl.config import ModelConfig
 from rl.config_file import load_config
+from rl.loading import add_lora, storage_dtype
 from rl.logprobs import CHUNK_BYTES
-from rl.memory import GIB, OVERHEAD_BYTES, ModelSize, plan_memory, training_bytes
+from rl.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes
 
 SMALL = LlamaConfig(
     vocab_size=100,
@@ -62,3 +67,101 @@ def test_the_planned_token_budget_fits_and_the_next_one_does_not():
 def test_a_mixture_of_experts_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="mixtures of experts"):
         ModelSize.of(MixtralConfig(num_hidden_layers=1), fused_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(num_hidden_layers=1), "mamba: it names no num_attention_heads"),
+        (PhiConfig(num_hidden_layers=1), "phi: its MLPs have no gate"),
+    ],
+)
+def test_a_model_without_gated_mlps_is_refused_with_the_reason(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        ModelSize.of(config, fused_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width"),
+    [
+        ([], 2),
+        (["model.dtype=fp32"], 4),
+        (["engine.dtype=float32"], 4),
+        (["model.dtype=fp32", "engine.dtype=bfloat16"], 2),
+    ],
+)
+def test_the_engine_is_as_wide_as_its_dtype(overrides, width):
+    config = load_config(None, ["train.prompts_per_step=2", "train.group_size=3", *overrides])
+    parts = engine_bytes(ModelSize.of(SMALL, fused_layers=True), config, 10)
+    assert parts["engine weights"] == width * PARAMETERS
+    assert parts["engine cache"] == width * 2 * 3 * 10 * (2 * 2 * 8)
+
+
+def test_parts_of_lora_are_those_by_hand():
+    config = load_config(None, ["model.dtype=bf16-mixed", "model.lora={r: 3}", "loss.kl_coef=0.1"])
+    parts = training_bytes(ModelSize.of(SMALL, fused_layers=True), config, 1000)
+    # Inputs and outputs of q, k and v, o, gate and up, down.
+    adapters = 2 * 3 * (24 + 2 * 16 + 24 + 2 * 28 + 28)
+    # Inputs of norms, queries and attention output, keys and values, gate and up; inputs of products; ranks.
+    kept = (2 * 8 + 2 * 16 + 2 * 8 + 2 * 20) + (5 * 8 + 16 + 20) + 7 * 3
+    assert parts == {
+        "weights": 2 * PARAMETERS + 4 * adapters,
+        "gradients": 4 * adapters,
+        "optimizer": 8 * adapters,
+        "weights in the compute dtype": 2 * adapters,
+        "reference": 0,
+        "activations": 1000 * 2 * 2 * kept,
+        "logits": CHUNK_BYTES["cuda"],
+        "overhead": OVERHEAD_BYTES,
+    }
+
+
+def test_lora_on_a_large_model_is_predicted_as_measured():
+    """Workload W of tests/bench: 33.2 GiB on an H200 (recipes/README.md)."""
+    qwen = LlamaConfig(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    config = load_config(None, ["model.lora={r: 16}", "train.token_budget=12288"])
+    parts = training_bytes(ModelSize.of(qwen, fused_layers=True), config, 12288)
+    assert sum(parts.values()) / GIB == pytest.approx(33.2, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bf16-mixed", "bf16"])
+def test_an_adapter_costs_what_autograd_keeps_for_it(dtype):
+    """Adapters everywhere against adapters of q_proj alone: the same model, but for the other adapters."""
+    everywhere, only_q = (
+        load_config(None, [f"model.dtype={dtype}", f"model.lora={{r: 3, target_modules: {targets}}}"])
+        for targets in ("all-linear", "[q_proj]")
+    )
+    size = ModelSize.of(SMALL, fused_layers=True)
+    a, b = (training_bytes(size, config, 1)["activations"] / size.layers for config in (everywhere, only_q))
+    assert a - b == pytest.approx(saved_per_token(everywhere.model) - saved_per_token(only_q.model))
+
+
+def saved_per_token(config: ModelConfig) -> float:
+    """Bytes that autograd holds for a token and a layer, weights left out."""
+
+    def saved(num_tokens: int) -> int:
+        model = AutoModelForCausalLM.from_config(SMALL, dtype=storage_dtype(config))
+        add_lora(model, config)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}  # holds them, so that no address is used twice
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        is_mixed = config.dtype == "bf16-mixed"
+        autocast = torch.autocast("cpu", torch.bfloat16) if is_mixed else contextlib.nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            output = model.base_model(input_ids=torch.arange(num_tokens)[None], use_cache=False)
+        assert output.last_hidden_state.requires_grad
+        return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+
+    return (saved(64) - saved(32)) / 32 / SMALL.num_hidden_layers
