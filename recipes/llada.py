@@ -8,6 +8,7 @@ stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -24,8 +25,9 @@ from rl.checkpoint import CheckpointStore
 from rl.config_file import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
+from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
-from rl.diffusion.text import encode_rows, padded_examples, padding_ids
+from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
 from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
@@ -97,11 +99,23 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rows = load_rows(config.data.rows())
+    share = config.objective.random_length_share
+    if share and row_format(rows, config.data) != "text":
+        raise ValueError(
+            f"objective.random_length_share={share} is for pre-training on rows with 'text'; these have "
+            "prompts, and a cut would remove answers: use objective.random_length_share=0"
+        )
     policy = DiffusionPolicy(config.model, world.accelerator, name=resolve_model(config.model.name))
-    padding_ids(config.eos, policy.tokenizer)
+    padding = padding_ids(
+        config.eos,
+        policy.tokenizer,
+        num_rows=policy.model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
+        mask_token_id=policy.mask_token_id,
+    )
     for section in filter(None, (config.data, config.evaluation.data)):
         _check_length(section, policy)
-    examples, dropped = encode_rows(rows, config.data, policy.tokenizer)
+    examples, dropped = _encoded(rows, config.data, policy)
+    _check_padding(examples, config.eos, policy)
     if dropped:
         display.note(f"{dropped} examples longer than data.max_length={config.data.max_length} are left out")
     if world.size > 1:
@@ -117,6 +131,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         policy=policy,
         optimizer=torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
         examples=examples,
+        padding=padding,
         heldout=_heldout(config, policy),
         store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
         log=MetricsLog(config.run_dir),
@@ -156,8 +171,18 @@ def _heldout(config: DiffusionConfig, policy: DiffusionPolicy) -> Any:
     section = config.evaluation.data
     if section is None:
         return []
-    encoded, _ = encode_rows(load_rows(section.rows()), section, policy.tokenizer)
-    return padded_examples(encoded, EosConfig(policy="single"), padding_ids(EosConfig(), policy.tokenizer))
+    encoded, _ = _encoded(load_rows(section.rows()), section, policy)
+    return padded_examples(encoded, EosConfig(policy="single"), [])
+
+
+def _encoded(rows: Any, section: TextConfig, policy: DiffusionPolicy) -> tuple[list[Encoded], int]:
+    return encode_rows(
+        rows,
+        section,
+        policy.tokenizer,
+        mask_token_id=policy.mask_token_id,
+        shift=is_shifted(policy.model),
+    )
 
 
 def _check_length(section: TextConfig, policy: DiffusionPolicy) -> None:
@@ -166,6 +191,17 @@ def _check_length(section: TextConfig, policy: DiffusionPolicy) -> None:
         raise ValueError(
             f"data.max_length={section.max_length} is beyond the model's context of {limit} tokens; use "
             f"max_length={limit} with too_long=drop"
+        )
+
+
+def _check_padding(examples: Sequence[Encoded], eos: EosConfig, policy: DiffusionPolicy) -> None:
+    limit, longest = policy.context_length, max(len(example) for example in examples)
+    padded = padded_length(longest, eos, longest)
+    if limit is not None and padded > limit:
+        raise ValueError(
+            f"eos.multiple={eos.multiple} pads examples of up to {longest} tokens to {padded}, beyond the "
+            f"model's context of {limit} tokens; use a multiple that divides {limit}, such as "
+            f"{math.gcd(limit, 64)}, or eos.policy=batch_max"
         )
 
 

@@ -14,9 +14,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rl.config import Config, Section
+from rl.diffusion.config import DiffusionConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 
 C = TypeVar("C", bound=Section)
+COMMANDS: dict[str, tuple[type[Section], ...]] = {
+    "cohort train": (Config, MaskedRunConfig),
+    "python -m recipes.llada": (DiffusionConfig,),
+}
+"""Command -> schemas of its configs."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -73,7 +79,8 @@ def _validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(_explain(error, path, schema)) from None
+        lines = _explain(error, path, schema)
+        raise ValueError("\n  ".join(lines + _other_command(schema, tree, len(error.errors())))) from None
 
 
 def dump_config(config: Section) -> str:
@@ -116,7 +123,23 @@ def _model_in(annotation: Any) -> Any:
     return None
 
 
-def _explain(error: ValidationError, path: str | Path | None, schema: type[Section]) -> str:
+def _other_command(schema: type[Section], tree: dict[str, Any], num_faults: int) -> list[str]:
+    """A hint where the config of one command was given to the other: there it has fewer faults."""
+    for command, schemas in COMMANDS.items():
+        if schema not in schemas and any(_num_faults(other, tree) < num_faults for other in schemas):
+            return [f"this looks like a config of `{command}`, which is another command"]
+    return []
+
+
+def _num_faults(schema: type[Section], tree: dict[str, Any]) -> int:
+    try:
+        schema.model_validate(tree)
+    except ValidationError as error:
+        return len(error.errors())
+    return 0
+
+
+def _explain(error: ValidationError, path: str | Path | None, schema: type[Section]) -> list[str]:
     lines = []
     for fault in error.errors():
         location = list(fault["loc"])
@@ -132,4 +155,4 @@ def _explain(error: ValidationError, path: str | Path | None, schema: type[Secti
         else:
             lines.append(fault["msg"].removeprefix("Value error, "))
     head = f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in {path or 'the config'}:"
-    return "\n  ".join([head, *lines])
+    return [head, *lines]

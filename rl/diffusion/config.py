@@ -130,7 +130,7 @@ class ObjectiveConfig(Section):
         default="sequence", description="each example counts alike (LLaDA), or each token"
     )
     random_length_share: float = Field(
-        default=0.0, ge=0, le=1, description="examples cut to a random length; 0.01 in LLaDA's pre-training"
+        default=0.0, ge=0, le=1, description="`text` cut to a random length; 0.01 in LLaDA's pre-training"
     )
 
 

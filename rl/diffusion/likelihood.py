@@ -55,15 +55,19 @@ def log_likelihoods(
         reference_batch: draws sizes as the published script does with this batch size, bias included.
 
     Raises:
-        ValueError: an example has no maskable token or contains the mask token.
+        ValueError: an example has no maskable token, contains the mask token, or is longer than the model's
+            context.
     """
+    check_lengths(examples, context_length(scorer))
     device = next(scorer.parameters()).device
     training = scorer.training
     scorer.eval()
-    found = []
+    # Examples start at 0: copies without a masked token are left out, and their terms are 0.
+    found_E = torch.zeros(len(examples), dtype=torch.float64, device=device)
     for first in range(0, len(examples), EXAMPLES_AT_ONCE):
         plan: list[Noised] = []
-        for index, example in enumerate(examples[first : first + EXAMPLES_AT_ONCE]):
+        chunk = examples[first : first + EXAMPLES_AT_ONCE]
+        for index, example in enumerate(chunk):
             generator = step_generator(seed, first + index)
             if reference_batch is not None and example.num_maskable > 1:
                 copies = reference_likelihood_plan(
@@ -83,11 +87,30 @@ def log_likelihoods(
                     num_draws=1 if one else num_draws,
                 )
             plan += [replace(copy, example=index) for copy in copies]
-        rows = [row.to(device) for row in pack_plan(plan, token_budget)]
-        size = min(EXAMPLES_AT_ONCE, len(examples) - first)
-        found.append(sum(masked_elbo(scorer, [row], size)[0] for row in rows))
+        for row in pack_plan(plan, token_budget):
+            found_E[first : first + len(chunk)] += masked_elbo(scorer, [row.to(device)], len(chunk))[0]
     scorer.train(training)
-    return torch.cat(found).cpu()
+    return found_E.cpu()
+
+
+def context_length(scorer: DiffusionScorer) -> int | None:
+    """The model's positions; None: its config names no limit."""
+    return getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_lengths(examples: Sequence[Example], limit: int | None) -> None:
+    """Refuses examples of more tokens than a model has positions: their numbers would mean nothing.
+
+    Raises:
+        ValueError: with the first such example.
+    """
+    for index, example in enumerate(examples):
+        length = len(example.token_ids_T)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"example {index} has {length} tokens, and the model has {limit} positions; shorten it to "
+                f"{limit} tokens, or leave it out"
+            )
 
 
 def choose(log_likelihoods_C: Sequence[float], lengths_C: Sequence[int] | None = None) -> int:
@@ -141,7 +164,13 @@ def bound(
 
     Args:
         in_step: the processes do equally many forward passes, as a model that is sharded over them needs.
+
+    Raises:
+        ValueError: there are no examples; or as `log_likelihoods`.
     """
+    if not examples:
+        raise ValueError("there are no examples, so a bound per token would be a mean over nothing; give one")
+    check_lengths(examples, context_length(scorer))
     device = next(scorer.parameters()).device
     training = scorer.training
     scorer.eval()

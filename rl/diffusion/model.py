@@ -209,13 +209,19 @@ def hidden_states(
     ).last_hidden_state[0]
 
 
+def is_shifted(model: PreTrainedModel) -> bool:
+    """Whether the hidden state of a token's left neighbour predicts it (Dream)."""
+    return bool(getattr(model.config, "diffusion_shift", False))
+
+
 def predicting_columns(
     model: PreTrainedModel, columns_L: Int[Tensor, " L"], documents: Documents
 ) -> Int[Tensor, " L"]:
     """The columns whose hidden states predict the tokens at `columns_L`: those columns themselves, or with
-    the shifted alignment their left neighbours (a document's first token predicts itself).
+    the shifted alignment their left neighbours. A document's first token has none and would share the state
+    that predicts the second; training never masks it (`rl.diffusion.text.encode_rows`).
     """
-    if not getattr(model.config, "diffusion_shift", False):
+    if not is_shifted(model):
         return columns_L
     return torch.where(documents.positions_N[columns_L] > 0, columns_L - 1, columns_L)
 

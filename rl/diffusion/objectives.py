@@ -45,6 +45,8 @@ class Example:
         return int(self.maskable_T.sum())
 
     def cut(self, length: int) -> Example:
+        """The first `length` tokens, or as many as there are up to the first that may be masked."""
+        length = max(length, 1 + int(self.maskable_T.int().argmax()))
         return Example(self.token_ids_T[:length], self.maskable_T[:length])
 
 

@@ -19,11 +19,14 @@ from rl.diffusion.objectives import Example
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
+PROBE = "COHORTANSWER"  # an answer that no template changes
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt (maybe none) and of an answer that ends with the end-of-text token."""
+    """Token ids of a prompt (maybe none), never masked, and of what follows it: an answer with its
+    end-of-text token, or a piece of text.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
@@ -32,21 +35,46 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
-def encode_rows(rows: Sequence[Row], config: TextConfig, tokenizer: Any) -> tuple[list[Encoded], int]:
+def encode_rows(
+    rows: Sequence[Row],
+    config: TextConfig,
+    tokenizer: Any,
+    *,
+    mask_token_id: int | None = None,
+    shift: bool = False,
+) -> tuple[list[Encoded], int]:
     """All examples of a dataset, and how many were dropped as too long. Held in memory, 4 bytes a token.
+
+    Args:
+        shift: the left neighbour predicts a token (Dream). The first token has none, so it is never masked:
+            without a prompt it becomes the prompt, and an example of one token is left out.
 
     Raises:
         ValueError: unknown columns, an empty answer, a chat template that is missing or does not keep what it
-            was given, or an example longer than `max_length`, with its row.
+            was given, the mask token in a text, or an example longer than `max_length`, with its row.
     """
-    kind = _format(rows, config)
+    kind = row_format(rows, config)
     if kind == "text":
-        return _chunks(rows, config, tokenizer), 0
+        kept, dropped = _chunks(rows, config, tokenizer, mask_token_id), 0
+    else:
+        kept, dropped = _examples(rows, config, kind, tokenizer, mask_token_id)
+    if shift:
+        kept = [e if len(e.prompt) else Encoded(e.answer[:1], e.answer[1:]) for e in kept if len(e) > 1]
+    if not kept:
+        raise ValueError(f"no example of {config.source} is left: {dropped} are longer than data.max_length")
+    return kept, dropped
+
+
+def _examples(
+    rows: Sequence[Row], config: TextConfig, kind: str, tokenizer: Any, mask_token_id: int | None
+) -> tuple[list[Encoded], int]:
     kept, dropped = [], 0
     for index, row in enumerate(rows):
         for prompt, answer in _pairs(row, config, kind, f"row {index}"):
             encoded = _encode(prompt, answer, tokenizer, f"row {index}")
             if len(encoded) <= config.max_length:
+                _refuse_mask(encoded.prompt, mask_token_id, f"row {index} of {config.source}")
+                _refuse_mask(encoded.answer, mask_token_id, f"row {index} of {config.source}")
                 kept.append(encoded)
                 continue
             if config.too_long == "error":
@@ -56,13 +84,18 @@ def encode_rows(rows: Sequence[Row], config: TextConfig, tokenizer: Any) -> tupl
                     "or leave such rows out with data.too_long=drop"
                 )
             dropped += 1
-    if not kept:
-        raise ValueError(f"no example of {config.source} is left: {dropped} are longer than data.max_length")
     return kept, dropped
 
 
-def padding_ids(config: EosConfig, tokenizer: Any) -> list[int]:
-    """The cycle of ids that follows an answer's end: the end-of-text token, or the rainbow's."""
+def padding_ids(config: EosConfig, tokenizer: Any, *, num_rows: int, mask_token_id: int) -> list[int]:
+    """The cycle of ids that follows an answer's end: the end-of-text token, or the rainbow's.
+
+    Args:
+        num_rows: of the model's vocabulary, which may have more than the tokenizer.
+
+    Raises:
+        ValueError: a rainbow token is no row of the vocabulary, or is the mask token.
+    """
     if config.policy != "rainbow":
         return [tokenizer.eos_token_id]
     vocabulary = tokenizer.get_vocab()
@@ -72,7 +105,18 @@ def padding_ids(config: EosConfig, tokenizer: Any) -> list[int]:
         raise ValueError(
             f"eos.rainbow_tokens: {', '.join(unknown)} not in the vocabulary; special tokens are: {special}"
         )
-    return [vocabulary[t] if isinstance(t, str) else t for t in config.rainbow_tokens]
+    ids = [vocabulary[t] if isinstance(t, str) else t for t in config.rainbow_tokens]
+    if outside := [i for i in ids if not 0 <= i < num_rows]:
+        raise ValueError(
+            f"eos.rainbow_tokens: {', '.join(map(str, outside))} is none of the model's {num_rows} "
+            f"vocabulary rows; use ids from 0 to {num_rows - 1}, or tokens by name"
+        )
+    if mask_token_id in ids:
+        raise ValueError(
+            f"eos.rainbow_tokens has the mask token (id {mask_token_id}), which the model could not tell "
+            "from a mask; take it out"
+        )
+    return ids
 
 
 def padded_examples(batch: Sequence[Encoded], config: EosConfig, padding: Sequence[int]) -> list[Example]:
@@ -81,17 +125,21 @@ def padded_examples(batch: Sequence[Encoded], config: EosConfig, padding: Sequen
     return [_padded(encoded, config, padding, longest) for encoded in batch]
 
 
+def padded_length(length: int, config: EosConfig, longest: int) -> int:
+    """Tokens of an example of `length` after padding, in a step whose longest has `longest`."""
+    padded = {"single": length, "multiple": -(-length // config.multiple) * config.multiple}
+    return padded.get(config.policy, longest)
+
+
 def _padded(encoded: Encoded, config: EosConfig, padding: Sequence[int], longest: int) -> Example:
-    target = {
-        "single": len(encoded),
-        "multiple": -(-len(encoded) // config.multiple) * config.multiple,
-    }.get(config.policy, longest)
+    target = padded_length(len(encoded), config, longest)
     tail = list(islice(cycle(padding), target - len(encoded)))
     ids = torch.from_numpy(np.concatenate([encoded.prompt, encoded.answer, np.array(tail, np.int32)])).long()
     return Example(ids, torch.arange(target) >= len(encoded.prompt))
 
 
-def _format(rows: Sequence[Row], config: TextConfig) -> str:
+def row_format(rows: Sequence[Row], config: TextConfig) -> str:
+    """prompt_completion, messages or text: by the columns of the first row unless the config says it."""
     if not rows:
         raise ValueError(f"{config.source} has no rows; check data.source, data.split and data.size")
     needed = {
@@ -118,14 +166,22 @@ def _pairs(
     An answer that is masked while its successors are visible would be guessed from the future.
     """
     if kind == "prompt_completion":
-        prompt: Any = row[config.prompt_column]
-        answer: Any = row[config.completion_column]
+        prompt: Any = row.get(config.prompt_column)
+        answer: Any = row.get(config.completion_column)
+        if answer in (None, "", []):
+            raise ValueError(f"{where}: the answer is empty; leave the row out")
+        if {type(prompt), type(answer)} not in ({str}, {list}):
+            raise ValueError(
+                f"{where} of {config.source}: {config.prompt_column!r} is {type(prompt).__name__} and "
+                f"{config.completion_column!r} is {type(answer).__name__}; make both text, or both lists of "
+                "messages"
+            )
         if not isinstance(prompt, str):
             return [(_with_system(list(prompt), config), list(answer))]
         if not config.chat:
             return [(prompt, answer)]
         return [(_with_system(_message("user", prompt), config), _message("assistant", answer))]
-    messages = row["messages"]
+    messages = row.get("messages") or []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError(
@@ -147,8 +203,6 @@ def _with_system(messages: Messages, config: TextConfig) -> Messages:
 def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, where: str) -> Encoded:
     if isinstance(prompt, str):
         assert isinstance(answer, str)
-        if not answer:
-            raise ValueError(f"{where}: the answer is empty; leave the row out")
         prompt_ids = tokenizer(prompt)["input_ids"]
         answer_text = answer
     else:
@@ -156,6 +210,8 @@ def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, wher
         prompt_text, answer_text = _rendered(prompt, answer, tokenizer, where)
         prompt_ids = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answer_text, add_special_tokens=False)["input_ids"]
+    if not answer_text.strip() or not answer_ids:
+        raise ValueError(f"{where}: the answer is empty; leave the row out")
     if answer_ids[-1:] != [tokenizer.eos_token_id]:
         answer_ids = [*answer_ids, tokenizer.eos_token_id]
     return Encoded(np.array(prompt_ids, np.int32), np.array(answer_ids, np.int32))
@@ -165,25 +221,32 @@ def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) ->
     """The prompt with the header of its answer, and the answer up to its end-of-turn token.
 
     What a template writes behind that token (a line break, with LLaDA-8B-Base another header) is no answer.
+    Where an answer ends is learned from another in its place: its own text may occur in the template's.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template, and the rows are chats; set model.chat_template to a Jinja "
             "file, use the instruct model, or data.chat=false for plain text"
         )
+    if not prompt:
+        raise ValueError(f"{where}: the chat begins with an answer; put a user's message before it")
     head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-    content = str(answer[-1]["content"]).strip()
-    if not content:
+    content = answer[-1].get("content") or ""
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: the answer's content is {type(content).__name__}, not text")
+    if not content.strip():
         raise ValueError(f"{where}: the answer is empty; leave the row out")
-    end = whole.rfind(content) + len(content)
-    if not whole.startswith(head) or end <= len(head):
+    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    probe = [*prompt, *answer[:-1], answer[-1] | {"content": PROBE}]
+    tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition(PROBE)[2]
+    end = len(whole) - len(tail)
+    kept = whole.startswith(head) and whole.endswith(tail)
+    if not kept or end <= len(head) or not whole[:end].rstrip().endswith(content.strip()):
         raise ValueError(
             f"{where}: the chat template changes what it is given (the prompt is no beginning of the whole "
             "chat, or the answer is not in it), so prompt and answer cannot be told apart; set "
             "model.chat_template to one that keeps them"
         )
-    tail = whole[end:]
     specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     found = [(tail.find(token), token) for token in specials if token in tail]
     if found:
@@ -192,15 +255,25 @@ def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) ->
     return head, whole[len(head) : end] + tail
 
 
-def _chunks(rows: Sequence[Row], config: TextConfig, tokenizer: Any) -> list[Encoded]:
+def _refuse_mask(ids: np.ndarray, mask_token_id: int | None, where: str) -> None:
+    if mask_token_id is not None and mask_token_id in ids:
+        raise ValueError(
+            f"{where} contains the mask token (id {mask_token_id}), which the model could not tell from a "
+            "mask; choose a token that your text never uses (model.mask_token)"
+        )
+
+
+def _chunks(
+    rows: Sequence[Row], config: TextConfig, tokenizer: Any, mask_token_id: int | None
+) -> list[Encoded]:
     """Documents end to end, cut every `max_length` tokens; the last piece may be shorter."""
     pieces = []
     for index, row in enumerate(rows):
-        if not isinstance(row["text"], str):
-            raise ValueError(
-                f"row {index} of {config.source}: 'text' is {type(row['text']).__name__}, not text"
-            )
-        pieces.append(np.array([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id], np.int32))
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"row {index} of {config.source}: 'text' is {type(text).__name__}, not text")
+        pieces.append(np.array([*tokenizer(text)["input_ids"], tokenizer.eos_token_id], np.int32))
+        _refuse_mask(pieces[-1], mask_token_id, f"row {index} of {config.source}")
     stream = np.concatenate(pieces)
     nothing = np.empty(0, np.int32)
     return [

@@ -23,7 +23,7 @@ from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
 from rl.diffusion.likelihood import Bound, BoundLog, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
-from rl.diffusion.text import Encoded, padded_examples, padding_ids
+from rl.diffusion.text import Encoded, padded_examples
 from rl.display import Display
 from rl.metrics import MetricsLog
 from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
@@ -38,13 +38,18 @@ ORDER, MASKS, HELD_OUT = range(3)  # streams of random numbers
 
 @dataclass
 class DiffusionRun:
-    """The collaborators of a run, and where it stands: `start_step` steps are done already."""
+    """The collaborators of a run, and where it stands: `start_step` steps are done already.
+
+    Attributes:
+        padding: the cycle of ids that follows an answer's end.
+    """
 
     config: DiffusionConfig
     world: World
     policy: DiffusionPolicy
     optimizer: torch.optim.Optimizer
     examples: Sequence[Encoded]
+    padding: Sequence[int]
     heldout: Sequence[Example]
     store: CheckpointStore
     log: MetricsLog
@@ -154,7 +159,7 @@ def step_examples(run: DiffusionRun, step: int) -> list[Example]:
             generator = step_generator(config.train.seed, ORDER, epoch)
             orders[epoch] = torch.randperm(n, generator=generator).tolist()
         chosen.append(run.examples[orders[epoch][place]])
-    return padded_examples(chosen, config.eos, padding_ids(config.eos, run.policy.tokenizer))
+    return padded_examples(chosen, config.eos, run.padding)
 
 
 def evaluate(run: DiffusionRun, step: int) -> None:

@@ -198,6 +198,42 @@ def test_random_lengths_cut_one_example_in_a_hundred():
     assert 5 <= sum(w != {40} for w in widths) <= 40
 
 
+@pytest.mark.parametrize("whole_batch", [False, True])
+def test_a_random_length_leaves_something_to_mask(whole_batch):
+    """Algorithm 1 knows no prompts; a cut within one keeps the token behind it."""
+    cases = [example(6, 2, seed) for seed in range(8)]
+    for seed in range(20):
+        cut = random_lengths(cases, step_generator(seed), share=1.0, whole_batch=whole_batch)
+        assert {e.num_maskable for e in cut} <= {1, 2}
+        make_plan(cut, step_generator(seed), mask_token_id=MASK)
+
+
+def test_the_estimate_of_a_shifted_model_is_its_exact_bound(scorer):
+    """Against enumeration with the unshifted model of the same weights, asked at the column to the left; as
+    in `encode_rows` the first token of a text is given.
+    """
+    shifted = DiffusionScorer(
+        to_diffusion(
+            randomised(LlamaForCausalLM(LlamaConfig(**SMALL)), std=0.5).double(),  # type: ignore[arg-type]
+            mask_token_id=MASK,
+            shift=True,
+        )
+    )
+    case = example(1, 4, seed=4)
+    left = lambda ids, documents, columns, targets: scorer(ids, documents, columns - 1, targets)  # noqa: E731
+    table = logprob_table(left, case, MASK)  # type: ignore[arg-type]
+    lookup, exact, means = TableScorer(case, table, MASK), by_order(table), []
+    assert abs(exact - by_order(logprob_table(scorer, case, MASK))) > 1
+    for seed in range(300):
+        plan = make_plan([case] * 10, step_generator(seed), mask_token_id=MASK)
+        means.append(masked_elbo(lookup, pack_plan(plan, 10_000), 10)[0].mean().item())
+        if seed < 3:
+            with torch.no_grad():
+                found = masked_elbo(shifted, pack_plan(plan, 10_000), 10)[0].mean().item()
+            assert found == pytest.approx(means[-1], rel=1e-6)
+    assert abs(np.mean(means) - exact) <= 4 * np.std(means) / len(means) ** 0.5
+
+
 def test_what_cannot_be_planned_gets_a_sentence():
     empty = Example(torch.tensor([5, 6]), torch.tensor([False, False]))
     plan = lambda *cases: make_plan(list(cases), step_generator(0), mask_token_id=MASK)  # noqa: E731

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recipes.llada import main
-from rl.diffusion.model import load_diffusion_model
+from rl.diffusion.model import DiffusionScorer, load_diffusion_model
 from tests.diffusion import killed_run
 
 STEPS = 4
@@ -113,6 +113,32 @@ def test_pretraining_and_adapters_run_and_resume(config_file):
     assert rows(whole) == rows(parts)
 
 
+def test_padding_may_fill_the_context_and_no_more(config_file):
+    filled = run(config_file, "filled", "eos={policy: multiple, multiple: 512}", "train.steps=1")
+    assert rows(filled)[0]["diffusion/packed_tokens"] > 4 * 512  # 4 examples, each with its complement
+
+
+def test_a_shifted_model_trains_on_text_of_any_length_without_masking_its_first_token(
+    config_file, monkeypatch
+):
+    """Pieces of 4 tokens cut to random lengths of 1 to 4: of each at least the second may be masked."""
+    text = config_file.parent / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(9)))
+    scored, plain = [], DiffusionScorer.forward
+
+    def record(self, token_ids_N, documents, columns_L, targets_L, temperature=1.0):
+        scored.extend(documents.positions_N[columns_L].tolist())
+        return plain(self, token_ids_N, documents, columns_L, targets_L, temperature)
+
+    monkeypatch.setattr(DiffusionScorer, "forward", record)
+    section = f"{{source: {text}, max_length: 4}}"
+    objective = "objective={random_length_share: 1}"
+    run(
+        config_file, "shifted", "model.shift=true", f"data={section}", f"evaluation.data={section}", objective
+    )
+    assert set(scored) == {1, 2, 3}
+
+
 def test_a_model_from_scratch_has_the_shape_asked_for_and_random_weights_of_the_seed(config_file):
     scratch = ["model.from_scratch={num_hidden_layers: 1}", "train.steps=2", "evaluation.data=null"]
     folders = [run(config_file, "a", *scratch), run(config_file, "b", *scratch)]
@@ -167,12 +193,21 @@ def test_two_processes_share_one_run(config_file, shard):
         (["train.stepz=2"], "did you mean steps?"),
         (["model.mask_token=null"], "set model.mask_token to a special token"),
         (["model.mask_token=<mask>"], "model.mask_token='<mask>' is not in the vocabulary"),
+        (["model.mask_token=w3"], "row 2 of"),
         (["model.mask_token=w3"], "contains the mask token"),
         (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.prompt_column=question"], "name yours with data.prompt_column"),
         (["data.max_length=5"], "raise it, or leave such rows out with data.too_long=drop"),
         (["data.max_length=1024"], "beyond the model's context of 512 tokens"),
         (["eos.policy=rainbow"], "list them in eos.rainbow_tokens"),
+        (["eos={policy: rainbow, rainbow_tokens: [99999]}"], "99999 is none of the model's"),
+        (
+            ["eos={policy: multiple, multiple: 600}"],
+            "examples of up to 10 tokens to 600, beyond the model's context of 512 tokens; "
+            "use a multiple that divides 512, such as 64, or eos.policy=batch_max",
+        ),
+        (["objective.random_length_share=0.01"], "is for pre-training on rows with 'text'"),
+        (["objective.random_length_share=1", "data.format=prompt_completion"], "use objective.random_length"),
         (["train.shard=true"], "there is one; launch more"),
         (["train.shard=true", "model.lora={r: 2}"], "use train.shard=false with model.lora"),
         (["model.name=/no/such/folder"], "/no/such/folder"),

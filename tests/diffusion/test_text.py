@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rl.diffusion.config import EosConfig, TextConfig
-from rl.diffusion.text import Encoded, encode_rows, padded_examples, padding_ids
+from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids
 from tests.diffusion.conftest import MASK
+
+NUM_ROWS = 93
+USER = {"role": "user", "content": "w1"}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +80,102 @@ def test_what_a_template_writes_behind_the_end_of_a_turn_is_no_answer(tokenizer)
         tokenizer.chat_template = shipped
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\\n' + m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {  # template, end-of-turn token, what it does to an answer
+    "chatml": (CHATML, "<|im_end|>", lambda text: text),
+    "chatml that thinks": (
+        CHATML.replace(
+            "m['content']",
+            "('<think>\\n\\n</think>\\n\\n' if loop.last and m.role == 'assistant' else '') + m['content']",
+        ),
+        "<|im_end|>",
+        lambda text: "<think>\n\n</think>\n\n" + text,
+    ),
+    "llama 3": (
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+        str.strip,
+    ),
+    "header behind every answer": (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} <|end|>\n{% endfor %}[assistant] ",
+        "<|end|>",
+        lambda text: text.strip() + " ",
+    ),
+}
+ANSWERS = [
+    "d",
+    "e",
+    "m",
+    "end",
+    "|",
+    "<",
+    ">",
+    "t",
+    "think",
+    "assistant",
+    " padded\n",
+    "def f():\n    end\n\nend",
+]
+
+
+def byte_tokenizer(template: str, end: str) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, so that nothing of an answer is lost, and the template's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    names = ["<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, additional_special_tokens=names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_whose_text_is_also_in_the_template_is_cut_at_its_own_end(name):
+    template, end, shown = TEMPLATES[name]
+    tokenizer = byte_tokenizer(template, end)
+    for text in ANSWERS:
+        (found,) = encode([{"prompt": text, "completion": text}], tokenizer)
+        assert tokenizer.decode(found.answer) == shown(text) + end, text
+        assert str(tokenizer.decode(found.prompt)).endswith(
+            ("assistant\n", "<|end_header_id|>\n\n", "[assistant] ")
+        )
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] * 2
+        assert [tokenizer.decode(e.answer) for e in encode([{"messages": turns}], tokenizer)][1:] == [
+            shown(text) + end
+        ]
+
+
 def test_text_is_joined_and_cut(tokenizer):
     rows = [{"text": "w1 w2 w3"}, {"text": "w4"}, {"text": "w5 w6"}]
     pieces = encode(rows, tokenizer, max_length=4)
     assert [words(tokenizer, p.answer) for p in pieces] == ["w1 w2 w3 <eos>", "w4 <eos> w5 w6", "<eos>"]
     assert all(len(p.prompt) == 0 for p in pieces)
+
+
+def test_the_first_token_of_a_shifted_model_is_never_masked(tokenizer):
+    """Nothing is left of it that could predict it: without a prompt it is given, as a prompt would be."""
+    rows = [{"text": "w1 w2 w3"}, {"text": "w4"}, {"text": "w5 w6"}]
+    config = TextConfig(source="rows.jsonl", max_length=4)
+    pieces, _ = encode_rows(rows, config, tokenizer, shift=True)
+    assert [(words(tokenizer, p.prompt), words(tokenizer, p.answer)) for p in pieces] == [
+        ("w1", "w2 w3 <eos>"),
+        ("w4", "<eos> w5 w6"),  # the last piece is one token: nothing of it may be masked
+    ]
+    bare = TextConfig(source="rows.jsonl", chat=False)
+    rows = [{"prompt": "", "completion": "w1 w2"}, {"prompt": "w1", "completion": "w2"}]
+    first, second = encode_rows(rows, bare, tokenizer, shift=True)[0]
+    assert (words(tokenizer, first.prompt), words(tokenizer, first.answer)) == ("w1", "w2 <eos>")
+    assert (words(tokenizer, second.prompt), words(tokenizer, second.answer)) == ("w1", "w2 <eos>")
+
+
+def padding(config: EosConfig, tokenizer) -> list[int]:
+    return padding_ids(config, tokenizer, num_rows=NUM_ROWS, mask_token_id=MASK)
 
 
 def ended(tokenizer, **settings) -> list[str]:
@@ -89,7 +184,9 @@ def ended(tokenizer, **settings) -> list[str]:
         Encoded(np.array([22]), np.array([31, 32, 33, 34, 1])),
     ]
     config = EosConfig(**settings)
-    examples = padded_examples(batch, config, padding_ids(config, tokenizer))
+    examples = padded_examples(batch, config, padding(config, tokenizer))
+    longest = max(map(len, batch))
+    assert [len(e.token_ids_T) for e in examples] == [padded_length(len(b), config, longest) for b in batch]
     for encoded, example in zip(batch, examples, strict=True):
         prompt = len(encoded.prompt)
         assert example.maskable_T.tolist() == [False] * prompt + [True] * (len(example.token_ids_T) - prompt)
@@ -105,6 +202,14 @@ def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
     assert ended(tokenizer, **rainbow) == ["w78 w79", ""]
     with pytest.raises(ValueError, match=r"eos.rainbow_tokens: <x> not in the vocabulary"):
         ended(tokenizer, policy="rainbow", rainbow_tokens=["<x>"])
+    for outside in (NUM_ROWS, 99999, -1):
+        with pytest.raises(
+            ValueError, match=rf"{outside} is none of the model's 93 vocabulary rows; use ids from 0"
+        ):
+            ended(tokenizer, policy="rainbow", rainbow_tokens=["w78", outside])
+    assert ended(tokenizer, policy="rainbow", rainbow_tokens=[NUM_ROWS - 1])[1] == ""
+    with pytest.raises(ValueError, match=r"eos.rainbow_tokens has the mask token \(id 3\)"):
+        ended(tokenizer, policy="rainbow", rainbow_tokens=["w78", MASK])
     with pytest.raises(ValueError, match=r"list them in eos.rainbow_tokens"):
         EosConfig(policy="rainbow")
 
@@ -119,7 +224,21 @@ def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
         ),
         ({"prompt": "w1", "completion": ""}, {}, "row 0: the answer is empty"),
         ({"prompt": "w1", "completion": ""}, {"chat": False}, "row 0: the answer is empty"),
-        ({"messages": [{"role": "user", "content": "w1"}]}, {}, "no message has the role 'assistant'"),
+        ({"prompt": "w1", "completion": " \n"}, {}, "row 0: the answer is empty"),
+        ({"prompt": "w1", "completion": " \n"}, {"chat": False}, "row 0: the answer is empty"),
+        ({"prompt": "w1", "completion": None}, {}, "row 0: the answer is empty"),
+        ({"prompt": "w1", "completion": None}, {"chat": False}, "row 0: the answer is empty"),
+        ({"prompt": [USER], "completion": []}, {}, "row 0: the answer is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, {}, "row 0: the answer is empty"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{}]}]},
+            {},
+            "the answer's content is list, not",
+        ),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, {}, "row 0: the chat begins with an answer"),
+        ({"prompt": "w1", "completion": 3}, {}, "'prompt' is str and 'completion' is int; make both text"),
+        ({"prompt": [], "completion": "w1"}, {}, "'prompt' is list and 'completion' is str; make both text"),
+        ({"messages": [USER]}, {}, "no message has the role 'assistant'"),
         (
             {"prompt": "w1", "completion": "w2 " * 30},
             {"max_length": 20},
@@ -132,6 +251,15 @@ def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
 def test_rows_that_cannot_be_used_get_a_sentence(tokenizer, row, settings, message):
     with pytest.raises(ValueError, match=message):
         encode([row], tokenizer, **settings)
+
+
+@pytest.mark.parametrize("name", ["prompt", "completion", "text"])
+def test_the_mask_token_in_a_text_is_found_with_its_row(tokenizer, name):
+    row = {"text": "w1 w2"} if name == "text" else {"prompt": "w1", "completion": "w2"}
+    config, mask = TextConfig(source="rows.jsonl"), tokenizer.convert_tokens_to_ids("w3")
+    rows = [row, row | {name: "w1 w3"}]
+    with pytest.raises(ValueError, match=rf"row 1 of rows.jsonl contains the mask token \(id {mask}\)"):
+        encode_rows(rows, config, tokenizer, mask_token_id=mask)
 
 
 def test_long_examples_can_be_dropped(tokenizer):

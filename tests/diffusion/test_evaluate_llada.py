@@ -1,0 +1,249 @@
+"""The evaluation recipe as a user meets it: files in, the library's own numbers out.
+
+The test of --lm-eval is skipped without lm-eval; how to install it: tests/diffusion/test_likelihood.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from recipes.evaluate_llada import main
+from recipes.llada import main as train
+from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
+from rl.diffusion.likelihood import BoundLog, bound, choose, log_likelihoods
+from rl.diffusion.model import DiffusionScorer, load_diffusion_model
+from rl.diffusion.objectives import Example, step_generator
+from rl.diffusion.text import encode_rows, padded_examples
+from rl.metrics import wilson_interval
+from rollout.diffusion import denoise, prompt_canvas
+from rollout.diffusion_model import TransformersDenoiser
+from rollout.diffusion_steps import DenoisingParams
+from rollout.sampler import completion_seed
+from tests.diffusion.test_likelihood import write_lm_eval_tasks
+
+MASK = 2  # <unk>
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model_dir) -> DiffusionScorer:
+    return DiffusionScorer(load_diffusion_model(str(tiny_model_dir), mask_token_id=MASK))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(model: Path, *options: object) -> int:
+    return main([str(model), "--mask-token", "<unk>", *map(str, options)])
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs", "chats"])
+def test_perplexity_is_that_of_the_bound(tiny_model_dir, scorer, tokenizer, tmp_path, capsys, kind):
+    rows = [{"prompt": f"What is w{i}", "completion": f"w{i} w{i + 1} w5"} for i in range(9)]
+    if kind == "text":
+        rows = [{"text": f"w{i} w{i + 1} is the w3"} for i in range(9)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    chat = "--chat" if kind == "chats" else "--no-chat"
+    assert evaluate(tiny_model_dir, "--perplexity", file, "--max-length", 7, "--seed", 3, chat) == 0
+    config = TextConfig(source=str(file), max_length=7 if kind == "text" else 99, chat=kind == "chats")
+    encoded, _ = encode_rows(rows, config, tokenizer)
+    examples = padded_examples(encoded, EosConfig(policy="single"), [])
+    expected = bound(scorer, examples, step_generator(3), mask_token_id=MASK, num_draws=4)
+    # 9 texts of 5 words and an end each, cut every 7 tokens; or 3 words and an end, of each of 9 answers.
+    sizes = (54, 8) if kind == "text" else (36, 9)
+    assert (expected.num_tokens, expected.num_examples) == sizes
+    assert f"perplexity of {file}: {expected}\n" in capsys.readouterr().out
+
+
+def test_a_text_of_one_piece_says_that_it_has_no_error(tiny_model_dir, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"text": "w1 w2"}])
+    assert evaluate(tiny_model_dir, "--perplexity", file) == 0
+    assert "a single example has no standard error" in capsys.readouterr().out
+
+
+def test_choices_are_those_of_the_log_likelihoods(tiny_model_dir, scorer, tokenizer, tmp_path, capsys):
+    rows = [
+        {"prompt": f"What is w{i}", "choices": ["w1", "w2 w3 w4", "w5 w6"], "answer": i // 8}
+        for i in range(12)
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    options = ("--choices", file, "--no-chat", "--num-draws", 8, "--seed", 4)
+    assert evaluate(tiny_model_dir, *options) == 0
+    ids = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    examples = []
+    for row in rows:
+        prompt = ids(row["prompt"])
+        for choice in row["choices"]:
+            both = torch.tensor(prompt + ids(choice))
+            examples.append(Example(both, torch.arange(len(both)) >= len(prompt)))
+    found = log_likelihoods(scorer, examples, mask_token_id=MASK, num_draws=8, seed=4).view(12, 3).tolist()
+    lengths = [2, 8, 5]  # characters
+    plain = sum(choose(v) == row["answer"] for v, row in zip(found, rows, strict=True))
+    normed = sum(choose(v, lengths) == row["answer"] for v, row in zip(found, rows, strict=True))
+    assert plain != normed
+    out = capsys.readouterr().out
+    for label, right in (("", plain), (", per character", normed)):
+        low, high = wilson_interval(right, 12)
+        wanted = f"{right / 12:.1%} right (95 % interval {low:.1%} to {high:.1%}, n = 12)"
+        assert f"choices of {file}{label}: {wanted}\n" in out
+
+
+def test_generation_is_that_of_the_sampler(tiny_model_dir, scorer, tokenizer, tmp_path, capsys):
+    """Ragged prompts; without answers nothing is graded."""
+    rows = [{"prompt": "What is " + "w3 " * i + f"w{i}"} for i in range(6)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    options = ("--no-chat", "--gen-length", 12, "--block-length", 4, "--steps", 6, "--temperature", 0.7)
+    assert evaluate(tiny_model_dir, "--generate", file, *options, "--show", 6, "--seed", 9) == 0
+    out = capsys.readouterr().out
+    params = DenoisingParams(12, block_length=4, steps=6, temperature=0.7, stop_token_ids=(1,))
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    found = denoise(
+        TransformersDenoiser(scorer.model),
+        [prompt_canvas(ids, params, MASK) for ids in prompts],
+        params,
+        seeds=[completion_seed(completion_seed(9, i), 0) for i in range(6)],
+    )
+    for row, prompt, done in zip(rows, prompts, found, strict=True):
+        assert done is not None
+        text = tokenizer.decode(done.token_ids[len(prompt) : done.end], skip_special_tokens=True)
+        assert f"\n{row['prompt']}{text}\n" in out
+    assert "right" not in out
+
+
+def test_generation_is_graded_where_a_row_has_an_answer(digit_model_dir, tmp_path, capsys):
+    """The model writes 7 whatever it is asked: 3 of 4 answers are 7, and one row has none."""
+    answers = ["7", "8", "7", "7.0", None]
+    rows = [{"prompt": f"What is w{i}", "answer": answer} for i, answer in enumerate(answers)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert evaluate(digit_model_dir, "--generate", file, "--gen-length", 1, "--block-length", 1) == 0
+    low, high = wilson_interval(3, 4)
+    wanted = f"generation of {file}: 75.0% right (95 % interval {low:.1%} to {high:.1%}, n = 4)"
+    assert wanted in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def digit_model_dir(tiny_model_dir, tokenizer, tmp_path_factory) -> Path:
+    """All hidden states are nearly one vector, along which 7 has the longest embedding (the head)."""
+    model = load_diffusion_model(str(tiny_model_dir), mask_token_id=MASK)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding.mul_(1e-3)[:, 0] = 1.0
+        embedding[tokenizer.convert_tokens_to_ids("7"), 0] = 9.0
+        for layer in model.base_model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+            layer.mlp.down_proj.weight.mul_(1e-3)
+    folder = tmp_path_factory.mktemp("digit")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_recipes_llada_saved_has_the_bound_of_its_run(tiny_model_dir, tmp_path, capsys, lora):
+    """The mask token comes from the checkpoint; an adapter is merged into its base model, whose tokenizer
+    has no mask token, so it is named.
+    """
+    rows = [{"prompt": f"What is w{i}", "completion": f"w{i} w{i + 1}"} for i in range(8)]
+    file, run_dir = write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    data = {"source": str(file), "max_length": 32}
+    config = DiffusionConfig.model_validate(
+        {
+            "run_dir": run_dir,
+            "model": {"name": str(tiny_model_dir), "dtype": "fp32", "mask_token": "<unk>"},
+            "data": data,
+            "train": {"steps": 3, "examples_per_step": 4},
+            "optimizer": {"lr": 3e-2, "warmup_steps": 0},
+            "evaluation": {"data": data, "num_draws": 64},
+            "checkpoint": {"every": 3},
+        }
+    )
+    if lora:
+        config = config.model_copy(
+            update={"model": config.model.model_validate({**config.model.model_dump(), "lora": {"r": 4}})}
+        )
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    assert train([str(path)]) == 0
+    before, after = (found for _, found in BoundLog(run_dir).read())
+    capsys.readouterr()
+    folder = run_dir / "checkpoints" / "step-000003"
+    assert (folder / "adapter_config.json").exists() == lora
+    options = ["--perplexity", str(file), "--num-draws", "512", *(["--mask-token", "2"] if lora else [])]
+    assert main([str(folder), *options]) == 0
+    found = float(re.findall(r"at most ([0-9.]+) \+-", capsys.readouterr().out)[0])
+    assert math.isclose(found, after.nats_per_token, rel_tol=0.02)
+    assert not math.isclose(before.nats_per_token, after.nats_per_token, rel_tol=0.1)
+
+
+def test_lm_eval_tasks_get_the_sampler_and_print_their_table(digit_model_dir, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("sacrebleu")
+    rows = write_lm_eval_tasks(tmp_path)
+    task = tmp_path / "samples.yaml"
+    task.write_text(task.read_text().replace("w[0-9]+", "[0-9]").replace("wanted", '"7"'))
+    options = ("--gen-length", 4, "--block-length", 2, "--num-draws", 8, "--lm-eval-path", tmp_path)
+    assert evaluate(digit_model_dir, "--lm-eval", "tiny_choices,tiny_samples", *options) == 0
+    out = capsys.readouterr().out
+    table = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if "tiny_" in line}
+    # A constant model prefers the shorter choice, which is always the second: half of the answers.
+    assert len(rows) == 8 and float(table["tiny_choices"][7]) == 0.5
+    assert float(table["tiny_samples"][7]) == 1.0
+    assert evaluate(digit_model_dir, "--lm-eval", "tiny_choicer", "--lm-eval-path", tmp_path) == 1
+    assert "there is no task 'tiny_choicer'; near names: tiny_choices" in capsys.readouterr().err
+
+
+LONG = "w1 " * 600
+
+
+@pytest.mark.parametrize(
+    ("option", "row", "said"),
+    [
+        ("--perplexity", {"prompt": "w1", "completion": LONG}, "has 602 tokens, and the model has 512 posi"),
+        (
+            "--choices",
+            {"prompt": LONG, "choices": ["w1"], "answer": 0},
+            "row 1 has 601 tokens, and the model",
+        ),
+        ("--choices", {"prompt": "w1", "choices": ["<unk>"], "answer": 0}, "row 1 contains the mask token"),
+        (
+            "--choices",
+            {"prompt": "w1", "choices": ["w1", ""], "answer": 0},
+            "must be a list of texts that are",
+        ),
+        ("--choices", {"prompt": "w1", "choices": ["w1"], "answer": 1}, "'answer' is 1; give the index of"),
+        (
+            "--generate",
+            {"prompt": "w1 " * 500},
+            "row 1 has 500 tokens and --gen-length 128 more, and the model",
+        ),
+        ("--generate", {"prompt": "w1 <unk>"}, "row 1 contains the mask token (id 2)"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(tiny_model_dir, tmp_path, capsys, option, row, said):
+    good = {"prompt": "w1", "completion": "w2", "choices": ["w2"], "answer": 0}
+    file = write(tmp_path / "rows.jsonl", [{k: good[k] for k in row}, row])
+    assert evaluate(tiny_model_dir, option, file, "--no-chat") == 1
+    assert said in capsys.readouterr().err
+
+
+def test_faults_of_the_command_line_are_sentences(tiny_model_dir, tmp_path, capsys):
+    assert evaluate(tiny_model_dir, "--perplexity", tmp_path / "none.jsonl") == 1
+    assert "none.jsonl is no file; give one of JSON lines" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), "--perplexity", str(tmp_path)]) == 1
+    assert "none" in capsys.readouterr().err
+    for options in ([], ["--perplexity", "x", "--num-draws", "0"]):
+        with pytest.raises(SystemExit):
+            evaluate(tiny_model_dir, *options)
