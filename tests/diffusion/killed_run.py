@@ -1,16 +1,16 @@
 """A run that SIGKILLs itself on entering the training phase for the N-th time.
 
-`python killed_run.py N ARGUMENT...` takes the arguments of recipes.llada. A process of its own, since a fork
-of one that has computed may crash inside torch.
+`python killed_run.py MODULE N ARGUMENT...` takes the arguments of recipes.llada or recipes.grpo. A process of
+its own, since a fork of one that has computed may crash inside torch.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 
-from recipes.llada import main
 from rl.phases import Phases
 
 
@@ -28,5 +28,5 @@ def kill_on_entry(phase: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    kill_on_entry("train", int(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))
+    kill_on_entry("train", int(sys.argv[2]))
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[3:]))

@@ -84,8 +84,8 @@ def test_a_stopped_and_a_killed_run_end_bit_by_bit_like_an_undisturbed_one(confi
     extended = run(config_file, "extended", "train.steps=2")
     run(config_file, "extended")
     killed = config_file.parent / "killed"
-    command = [sys.executable, killed_run.__file__, "4", str(config_file), f"run_dir={killed}"]
-    assert subprocess.run(command, timeout=200).returncode == -signal.SIGKILL
+    command = [sys.executable, killed_run.__file__, "recipes.llada", "4", str(config_file)]
+    assert subprocess.run([*command, f"run_dir={killed}"], timeout=200).returncode == -signal.SIGKILL
     assert sorted(p.name for p in (killed / "checkpoints").glob("step-*")) == ["step-000002"]
     run(config_file, "killed")
     for folder in (extended, killed):

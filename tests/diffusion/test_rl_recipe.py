@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rl.diffusion.model import load_diffusion_model
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.ledger import Ledger
 from rl.metrics import read_rows
+from tests.diffusion import killed_run
 
 ROOT = Path(__file__).parents[2]
 TOYS = ROOT / "tests" / "invariants"
@@ -95,15 +98,24 @@ def test_a_run_leaves_what_every_run_leaves(config_file, capsys):
     load_diffusion_model(str(saved))
 
 
-def test_a_run_that_stopped_ends_like_an_undisturbed_one(config_file):
+@pytest.mark.parametrize("method", ["ESPO", "JustGRPO"])
+def test_a_stopped_and_a_killed_run_end_like_an_undisturbed_one(config_file, method):
     """Same weights bit for bit, with masks, replies and rewards of the steps in between."""
-    whole, parts = (str(config_file.parent / name) for name in ("whole", "parts"))
-    keys = [*METHODS["ESPO"], "checkpoint.every=2"]
-    assert main([str(config_file), *keys, f"run_dir={whole}", "train.steps=4"]) == 0
+    whole, parts, killed = (str(config_file.parent / name) for name in ("whole", "parts", "killed"))
+    keys = [*METHODS[method], "checkpoint.every=2", "train.num_epochs=2", "train.steps=4"]
+    assert main([str(config_file), *keys, f"run_dir={whole}"]) == 0
     assert main([str(config_file), *keys, f"run_dir={parts}", "train.steps=2"]) == 0
-    assert main([str(config_file), *keys, f"run_dir={parts}", "train.steps=4"]) == 0
-    a, b = (load_file(f"{run}/checkpoints/step-000004/model.safetensors") for run in (whole, parts))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert main([str(config_file), *keys, f"run_dir={parts}"]) == 0
+    command = [sys.executable, killed_run.__file__, "recipes.grpo", "3", str(config_file), *keys]
+    done = subprocess.run([*command, f"run_dir={killed}"], timeout=200)
+    assert done.returncode == -signal.SIGKILL
+    assert main([str(config_file), *keys, f"run_dir={killed}"]) == 0
+    file = "checkpoints/step-000004/model.safetensors"
+    expected = load_file(f"{whole}/{file}")
+    for run in (parts, killed):
+        found = load_file(f"{run}/{file}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_sampling_ahead_trains_on_traces(config_file):
