@@ -31,7 +31,7 @@ from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import encode_rows, padded_examples
 from rl.durable import with_remedy
-from rl.metrics import wilson_interval
+from rl.rundir import Evaluation
 from rl.shared_prompt import run_attention
 from rl.types import Completion, Prompt, SamplingParams
 from rollout.chat import end_token_ids, render_prompts
@@ -294,8 +294,7 @@ def fits(policy: DiffusionPolicy, path: Path, index: int, ids: Sequence[int], ge
 def share(right: int, total: int) -> str:
     if not total:
         return "none can be graded"
-    low, high = wilson_interval(right, total)
-    return f"{right / total:.1%} right (95 % interval {low:.1%} to {high:.1%}, n = {total})"
+    return str(Evaluation.of(0, right, total))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

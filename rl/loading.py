@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -176,7 +177,7 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         raise ValueError(
             f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
         ) from error
-    positions = getattr(found, "max_position_embeddings", None)
+    positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
             f"the longest prompt and its completion may have {longest} tokens, and {config.name} has "
@@ -185,6 +186,11 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """A model's positions; None: its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_vocabulary(num_ids: int, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,6 +25,7 @@ from rl.config import ModelConfig
 from rl.loading import (
     add_lora,
     check_vocabulary,
+    context_length,
     load_model,
     load_tokenizer,
     nonfinite_parameters,
@@ -110,7 +111,7 @@ class Policy:
         if with_reference and not config.lora:
             self.reference = copy.deepcopy(self.scorer).requires_grad_(False).eval()
         self.with_reference = with_reference
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        context = context_length(model.config) or sys.maxsize
         text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
         self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
 

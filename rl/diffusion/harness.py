@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from rl.diffusion.likelihood import context_length, log_likelihoods
+from rl.diffusion.likelihood import log_likelihoods
 from rl.diffusion.model import DiffusionScorer, is_shifted
 from rl.diffusion.objectives import Example
+from rl.loading import context_length
 
 Generate = Callable[[Sequence[list[int]], dict[str, Any]], list[str]]
 """Token ids of prompts and their common settings (`until`, `max_gen_toks`, ...) to texts; the sampler's."""
@@ -48,7 +49,7 @@ class DiffusionHarness:
         **options: Any,
     ) -> None:
         super().__init__()  # LM's, in `harness_model`
-        limit = context_length(scorer) or sys.maxsize
+        limit = context_length(scorer.model.config) or sys.maxsize
         self.max_length = limit if max_length is None else max_length
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length={max_length}: the model has {limit} positions; use 1 to {limit}")

@@ -26,6 +26,7 @@ from rl.diffusion.objectives import (
     reference_likelihood_plan,
     step_generator,
 )
+from rl.loading import context_length
 from rl.metrics import read_rows
 from rl.rundir import write_atomically
 from rl.world import World
@@ -58,7 +59,7 @@ def log_likelihoods(
         ValueError: an example has no maskable token, contains the mask token, or is longer than the model's
             context.
     """
-    check_lengths(examples, context_length(scorer))
+    check_lengths(examples, context_length(scorer.model.config))
     device = next(scorer.parameters()).device
     training = scorer.training
     scorer.eval()
@@ -91,11 +92,6 @@ def log_likelihoods(
             found_E[first : first + len(chunk)] += masked_elbo(scorer, [row.to(device)], len(chunk))[0]
     scorer.train(training)
     return found_E.cpu()
-
-
-def context_length(scorer: DiffusionScorer) -> int | None:
-    """The model's positions; None: its config names no limit."""
-    return getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_lengths(examples: Sequence[Example], limit: int | None) -> None:
@@ -170,7 +166,7 @@ def bound(
     """
     if not examples:
         raise ValueError("there are no examples, so a bound per token would be a mean over nothing; give one")
-    check_lengths(examples, context_length(scorer))
+    check_lengths(examples, context_length(scorer.model.config))
     device = next(scorer.parameters()).device
     training = scorer.training
     scorer.eval()

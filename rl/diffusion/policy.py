@@ -26,7 +26,7 @@ from rl.diffusion.model import (
     raw_config,
     use_fused_diffusion_layers,
 )
-from rl.loading import add_lora, check_vocabulary, load_tokenizer, storage_dtype
+from rl.loading import add_lora, check_vocabulary, context_length, load_tokenizer, storage_dtype
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -81,7 +81,7 @@ class DiffusionPolicy:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
