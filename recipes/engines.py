@@ -57,6 +57,7 @@ def make_engine(
         enforce_eager=config.enforce_eager,
         process=config.process,
         seed_requests=config.seed_requests,
+        sample_while_training=config.sample_while_training,
         recompute_kv=config.recompute_kv,
         timeout_s=config.timeout_s,
         revision=revision,

@@ -132,6 +132,7 @@ class EngineConfig(Section):
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
     process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
     seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
+    sample_while_training: bool | None = Field(default=None, description="vLLM; default: not on a GPU")
     recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
     verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
     canary_tolerance: float | None = Field(

@@ -125,6 +125,9 @@ class OneCallAtATime(ABC):
     def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
         """(one group per prompt, why prompts failed); `deadline`, of time.monotonic(), aborts the rest."""
 
+    def hold(self) -> None:
+        return  # it samples only while it is called
+
     @property
     def in_flight(self) -> int:
         return sum(len(call.prompts) * call.num_completions for call in self._submitted)

@@ -47,7 +47,7 @@ class DiffusionEngine(OneCallAtATime):
     """
 
     name = "diffusion"
-    runs_alone = False
+    runs_alone = held_while_training = False
 
     def __init__(
         self,

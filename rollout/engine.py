@@ -39,11 +39,13 @@ class Engine(Protocol):
         version: policy version whose weights it holds; WEIGHTS_UNKNOWN after an update that broke off.
         tensors: every parameter it holds, under Hugging Face names.
         runs_alone: it samples while nobody calls it, in a process of its own.
+        held_while_training: it shares a GPU with the trainer, which calls `hold` before it computes.
     """
 
     name: str
     version: int
     runs_alone: bool
+    held_while_training: bool
     tensors: Mapping[str, HeldTensor]
 
     @property
@@ -99,6 +101,10 @@ class Engine(Protocol):
         """
         ...
 
+    def hold(self) -> None:
+        """Stops what is in flight where it is, until new weights or a call that waits for completions."""
+        ...
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Replaces every weight; any dtype and device. After a broken-off update nothing is sampled.
 
@@ -132,7 +138,7 @@ class TransformersEngine(OneCallAtATime):
     """
 
     name = "transformers"
-    runs_alone = False
+    runs_alone = held_while_training = False
 
     def __init__(
         self,

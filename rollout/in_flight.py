@@ -1,6 +1,6 @@
 """Requests on their way through engine and graders, in the order in which they were started.
 
-An engine in a process of its own samples while the trainer computes. Between `begin_overlap` and
+An engine in a process of its own can sample while the trainer computes. Between `begin_overlap` and
 `end_overlap` a thread takes in what it finishes, hands it to the graders, which are processes too, and
 refills the engine. Outside of that only the caller's thread touches the engine, so no lock is needed.
 """
@@ -136,8 +136,16 @@ class InFlight:
         return bool(finished)
 
     def begin_overlap(self) -> None:
-        """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile."""
-        if self.engine.runs_alone and self._has_work():
+        """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile.
+
+        An engine that would only take turns with the trainer is held instead; graders go on in any case.
+        """
+        if not (self.engine.runs_alone and self._has_work()):
+            return
+        if self.engine.held_while_training:
+            self.engine.hold()
+            self.pump()
+        else:
             self._stop.clear()
             self._thread = threading.Thread(target=self._overlap, name="in flight", daemon=True)
             self._thread.start()

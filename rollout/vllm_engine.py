@@ -61,6 +61,8 @@ class VllmEngine:
             is on a CPU and in vLLM's second model runner (dense models on a GPU). The first one launches a
             kernel per completion and token for them. On a GPU equal seeds give equal completions up to
             rounding, which depends on what else is in the batch.
+        sample_while_training: of its own process. Default: not on a GPU, where the two only take turns,
+            and a decode step of few completions costs nearly what one of many does.
         recompute_kv: an update computes the keys and values of running completions anew with the new weights;
             default: they stay those of the weights that sampled them.
         timeout_s: longest wait for one `generate` call, for an answer of the core, and for the start.
@@ -86,6 +88,7 @@ class VllmEngine:
         kv_cache_gib: float = 2.0,
         enforce_eager: bool | None = None,
         seed_requests: bool | None = None,
+        sample_while_training: bool | None = None,
         recompute_kv: bool = False,
         timeout_s: float = 600.0,
         revision: str | None = None,
@@ -97,6 +100,8 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         own = self.runs_alone = process == "own" or (process == "auto" and not on_cpu)
+        goes_on = on_cpu if sample_while_training is None else sample_while_training
+        self.held_while_training, self._is_held = own and not goes_on, False
         eager = on_cpu if enforce_eager is None else enforce_eager
         if on_cpu:
             arguments = cpu_arguments(kv_cache_gib, max_model_len=max_model_len)
@@ -127,8 +132,7 @@ class VllmEngine:
         self._handle_sent = False
         self._versions = [version]  # of the weights, one more at each update
         self._requests: dict[str, tuple[Flight, int, int]] = {}  # id -> flight, completion, first of versions
-        self._num_requests = self._num_submitted = 0
-        self._landed: list[Flight] = []
+        self._num_requests, self._num_submitted, self._landed = 0, 0, list[Flight]()
 
     @property
     def in_flight(self) -> int:
@@ -151,6 +155,8 @@ class VllmEngine:
 
     def collect(self, *, timeout_s: float) -> list[Group]:
         deadline = time.monotonic() + timeout_s
+        if timeout_s > 0:
+            self._go_on()
         while not self._landed and self._num_submitted:
             check_call(self, (), ())
             self._advance(deadline, f"sampling {self._num_submitted} submitted completions")
@@ -170,6 +176,7 @@ class VllmEngine:
         with_logprobs: bool = True,
     ) -> list[Group]:
         check_call(self, prompts, seeds)
+        self._go_on()
         deadline = time.monotonic() + self.timeout_s
         call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
         flights, faults = self._launch(call, for_collect=False)
@@ -179,6 +186,10 @@ class VllmEngine:
         groups = self._groups(flights)
         check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
         return groups
+
+    def hold(self) -> None:
+        self._take(self._core.pause())
+        self._is_held = True
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -192,7 +203,7 @@ class VllmEngine:
         self._core.call("cohort_finish", version)
         self._core.resume(recompute_kv=self.recompute_kv)
         self._versions.append(version)
-        self.version = version
+        self.version, self._is_held = version, False
 
     def fingerprints(self) -> dict[str, int]:
         return self._core.call("cohort_fingerprints", self.version)
@@ -208,6 +219,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        self._go_on()
         deadline = time.monotonic() + self.timeout_s
         request, found = self._start(token_ids, parameters, [None])[0], None
         what = f"the log-probs of {len(token_ids)} tokens"
@@ -254,6 +266,13 @@ class VllmEngine:
         salt = str(len(self._versions) - 1)
         self._core.add(token_ids, parameters, request_ids=requests, seeds=seeds, salt=salt)
         return requests
+
+    def _go_on(self) -> None:
+        """Ends a hold without new weights; running completions note it as an update to the same ones."""
+        if self._is_held:
+            self._core.resume(recompute_kv=False)
+            self._versions.append(self.version)
+        self._is_held = False
 
     def _advance(self, deadline: float, waiting_for: str) -> list[Answer]:
         """Takes in what finishes; waits for the first answer until `deadline`."""

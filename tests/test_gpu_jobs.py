@@ -32,7 +32,7 @@ def test_every_job_can_be_started(tmp_path):
 
 def test_what_failed_and_what_needed_it_is_named(tmp_path, capsys):
     jobs = [Job("a", 60, FAILS), Job("b", 60, PASSES, ("a", "c")), Job("c", 60, PASSES)]
-    assert Jobs(jobs, tmp_path, tmp_path).work([0]) == ["a", "b"]
+    assert Jobs(jobs, tmp_path, tmp_path).work(["0"]) == ["a", "b"]
     assert "b was not run: it needs a\n" in capsys.readouterr().out
     assert (tmp_path / "c.done").exists() and not (tmp_path / "a.done").exists()
 
@@ -40,7 +40,7 @@ def test_what_failed_and_what_needed_it_is_named(tmp_path, capsys):
 def test_a_job_that_cannot_be_started_holds_no_other_thread(tmp_path, capsys):
     jobs = [Job("a", 60, "platform {nowhere}"), Job("b", 60, PASSES, ("a",)), Job("c", 60, PASSES)]
     failed: list[str] = []
-    worker = threading.Thread(target=lambda: failed.extend(Jobs(jobs, tmp_path, tmp_path).work([0, 1])))
+    worker = threading.Thread(target=lambda: failed.extend(Jobs(jobs, tmp_path, tmp_path).work(["0", "1"])))
     worker.daemon = True
     worker.start()
     worker.join(timeout=60)

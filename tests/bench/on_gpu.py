@@ -67,9 +67,16 @@ def main() -> int:
             )
         jobs = [by_name[name] for name in names]
     failed = Jobs(jobs, arguments.out.absolute(), arguments.data.absolute()).work(
-        [gpu for gpu in range(max(1, torch.cuda.device_count())) for _ in range(arguments.at_once)]
+        [gpu for gpu in visible_gpus() for _ in range(arguments.at_once)]
     )
     return 1 if failed else 0
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one of them for each job; "0" on a machine without any."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = map(str, range(max(1, torch.cuda.device_count())))
+    return [gpu.strip() for gpu in named.split(",")] if named else list(numbers)
 
 
 def write_data(folder: Path, gsm8k: Path) -> None:
@@ -105,7 +112,7 @@ class Jobs:
         self.failed: list[str] = []
         self.changed = threading.Condition()
 
-    def work(self, gpus: list[int]) -> list[str]:
+    def work(self, gpus: list[str]) -> list[str]:
         """Names of the jobs that did not end well or could not be run."""
         threads = [threading.Thread(target=self._on_gpu, args=(gpu,)) for gpu in gpus]
         for thread in threads:
@@ -117,7 +124,7 @@ class Jobs:
             self._say(f"{job.name} was not run: it needs {', '.join(missing) or 'a GPU whose thread lives'}")
         return self.failed + [job.name for job in self.left]
 
-    def _on_gpu(self, gpu: int) -> None:
+    def _on_gpu(self, gpu: str) -> None:
         while (job := self._next()) is not None:
             began, code = time.monotonic(), "a fault of this program"
             try:
@@ -151,13 +158,13 @@ class Jobs:
                 self.changed.wait()  # every running job has a limit
             return None
 
-    def _run(self, job: Job, gpu: int) -> int | str:
+    def _run(self, job: Job, gpu: str) -> int | str:
         with (self.out / f"{job.name}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", *job.words(self.data, self.out)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
             try:

@@ -112,3 +112,50 @@ def test_an_engine_of_its_own_process_goes_on_while_the_trainer_computes(folder,
             assert source.engine.in_flight == 0 and len(graded) == count
     finally:
         source.close()
+
+
+def test_an_engine_on_the_trainers_device_is_held_while_that_computes(folder, models):
+    """Its completions stay where they are, go on after the update, and note which version sampled what."""
+    engine = start(folder, process="own", sample_while_training=False)
+    source = make(ContinuousSource, engine, max_staleness=1, num_steps=6)
+    batches, waiting = [], []
+    try:
+        for step in range(6):
+            source.publish(Stream(models[step % 2]), version=step)
+            batches.append(source.next_groups(B))
+            time.sleep(0.3)  # the trainer computes; what is left would be sampled three times over
+            waiting.append(engine.in_flight)
+            assert engine._core.answers(timeout_s=0.2, waiting_for="anything") == []
+        assert [g.prompt.id for batch in batches for g in batch] == [
+            source.stream.at(n).id for n in range(6 * B)
+        ]
+        assert sum(number > 0 for number in waiting[:5]) >= 2 and waiting[5] == 0
+        spans = [(step, c.version_spans) for step, b in enumerate(batches) for g in b for c in g.completions]
+        assert all(0 <= step - span.policy_version <= 1 for step, of in spans for span in of)
+        assert any(len(of) == 2 for _, of in spans)
+    finally:
+        source.close()
+
+
+def test_a_held_engine_goes_on_when_it_is_asked_for_more(folder, models):
+    engine = start(folder, process="own", sample_while_training=False)
+    try:
+        expected = engine.generate(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        engine.submit(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        engine.hold()
+        engine.hold()
+        assert engine.collect(timeout_s=0.0) == []
+        before = engine.prompt_logprobs(list(range(5, 25)))
+        engine.hold()
+        groups = []
+        while engine.in_flight:
+            groups += engine.collect(timeout_s=60.0)
+        ids = {g.prompt.id: [c.token_ids for c in g.completions] for g in groups}
+        assert ids == {g.prompt.id: [c.token_ids for c in g.completions] for g in expected}
+        assert all(len(c.version_spans) == 1 for g in groups for c in g.completions)
+        engine.hold()
+        again = engine.generate(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        assert [g.completions for g in again] == [g.completions for g in expected]
+        assert largest_gap(before, engine.prompt_logprobs(list(range(5, 25)))) == 0
+    finally:
+        engine.close()
