@@ -50,7 +50,7 @@ class SyncReport:
             "sync/seconds": self.seconds,
             "sync/canary_gap_mean": self.canary_mean_gap,
             "sync/canary_gap_max": self.canary_max_gap,
-        }
+        } | {f"sync/seconds_{part}": seconds for part, seconds in self.parts.items()}
 
 
 def publish(

@@ -123,6 +123,7 @@ def _cohort_step(row: dict, step: int, run_dir: Path, model: Path) -> dict[str, 
 
     times = {phase: row[f"time/{phase}"] for phase in PHASES if f"time/{phase}" in row}
     times["rest"] = row["time/step"] - sum(times.values())
+    times |= {name: seconds for name, seconds in row.items() if name.startswith("sync/seconds_")}
     recorded = Ledger(run_dir, 0, 1).read(step)
     assert recorded is not None
     lengths = [(len(g.prompt.token_ids), [len(c.token_ids) for c in g.completions]) for g in recorded.groups]

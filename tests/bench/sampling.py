@@ -3,9 +3,10 @@
     python -m tests.bench.sampling MODEL_DIR|SHAPE [--device cuda] [--process own|inside] [--logprobs 0|1] ...
 
 A burst: `--prompts` x `--group` completions submitted at once, until the last one is done. Steady: as many
-kept in flight, refilled in waves of a quarter. Sync: fp32 weights beside the engine, three times when it is
-idle and once under running completions. Weights and prompts may be random; the share `--stop-share` of the
-vocabulary ends a completion, so that lengths are geometric and cut at `--max-new`.
+kept in flight, refilled in waves of a quarter. Profile, with --process inside: a decode step's time, and
+the GPU's part of it, by the number of running completions. Sync: fp32 weights beside the engine, three times
+when it is idle and once under running completions. Weights and prompts may be random; the share
+`--stop-share` of the vocabulary ends a completion, so that lengths are geometric and cut at `--max-new`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ def measure(arguments: argparse.Namespace) -> None:
         for number in range(arguments.bursts):
             burst(load, number)
         steady(load)
+        if arguments.profile and engine.runs_alone:
+            say("profile", "only of --process inside")
+        elif arguments.profile:
+            profile(load)
         if weights is not None:
             syncs(load, weights)
     finally:
@@ -75,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--recompute-kv", action="store_true")
     parser.add_argument("--no-sync", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of the memory, TB/s: 4.8 is an H200's")
     return parser.parse_args()
 
@@ -214,6 +220,45 @@ def steady(load: Load) -> None:
         load.of_limit(tokens / seconds),
         f"{busy / seconds:.1%} of the time in submit",
     )
+
+
+def profile(load: Load) -> None:
+    """Of an engine in this process, while a burst runs out: 24 steps by the clock, 12 by torch's profiler."""
+    from torch.autograd import DeviceType
+
+    engine = load.engine
+    running = engine._core._client.engine_core.scheduler.requests
+
+    def steps(count: int) -> float:
+        """Milliseconds a step."""
+        _synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            engine._advance(time.monotonic(), "a step")
+        _synchronize()
+        return 1e3 * (time.perf_counter() - began) / count
+
+    load.submit(load.arguments.prompts)
+    steps(20)
+    size = load.arguments.prompts * load.arguments.group
+    while size >= 16 and running:
+        while len(running) > size:
+            steps(1)
+        first, wall = len(running), steps(24)
+        with torch.profiler.profile() as profiler:
+            steps(12)
+        kernels = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+        busy = sum(e.self_device_time_total for e in kernels) / 12e3
+        number = sum(e.count for e in kernels) / 12
+        what = f"{first} to {len(running)} running"
+        say("profile", what, f"{wall:.2f} ms a step", f"{busy:.2f} ms in {number:.0f} kernels")
+        size //= 2
+    load.collect_all()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class TrainerWeights:

@@ -4,68 +4,29 @@ Both schedulers get the same completions, and for each of their tokens the same 
 """
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from tiny_llama import make_model, save
 
-from rollout.vllm_scheduler import KNOWN, LOGPROBS, MARKS, final_only, known_version
+from rollout.vllm_scheduler import KNOWN, LOGPROBS, MARKS, known_version
 from rollout.vllm_start import vllm_available
+from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-BLOCK, END = 16, 2
+END = 2
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """vLLM's own settings for a tiny model of at most 128 tokens."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from rollout.vllm_start import process_state_kept
-
     folder = save(make_model(0), tmp_path_factory.mktemp("model"))
-    with process_state_kept():
-        config = EngineArgs(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            max_model_len=128,
-            max_num_seqs=48,
-            block_size=BLOCK,
-            max_num_batched_tokens=256,
-            disable_log_stats=True,
-            enforce_eager=True,
-        ).create_engine_config()
-    return config
-
-
-def make(settings, *, is_async, short_cuts, num_blocks):
-    from vllm.v1.core.kv_cache_utils import init_none_hash
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    init_none_hash(hash)
-    settings.cache_config.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    stock = AsyncScheduler if is_async else Scheduler
-    return final_only(stock, short_cuts=short_cuts)(
-        vllm_config=settings,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(settings),
-        block_size=BLOCK,
-        log_stats=False,
-    )
+    return settings_for(folder, max_model_len=128, max_num_seqs=48, max_num_batched_tokens=256)
 
 
 def requests(number):
     """Completions of 1 to 90 tokens; three of a kind share a prompt, and a few have rules of their own."""
     from vllm import SamplingParams
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
-    from vllm.v1.request import Request
 
     draw = random.Random(5)
     for k in range(number):
@@ -79,8 +40,7 @@ def requests(number):
             logprobs=0 if k % 3 else None,
         )
         prompt = [100 + (k // 3) % 150] * draw.choice([1, 5, BLOCK, 37])
-        hasher = get_request_block_hasher(BLOCK, lambda x: hash(x).to_bytes(8, "big", signed=True))
-        yield Request(str(k), prompt, parameters, None, cache_salt="0", block_hasher=hasher)
+        yield make_request(str(k), prompt, parameters)
 
 
 def token(name, position):
@@ -92,7 +52,7 @@ def drive(scheduler, *, depth, events):
     """(what every step was, what every completion came to), with `depth` steps on their way at a time."""
     for request in requests(90):
         scheduler.add_request(request)
-    steps, answers, on_their_way, lengths = [], {}, [], {}
+    steps, answers, on_their_way = [], {}, []
     for number in range(3000):
         for event in events.get(number, ()):
             while on_their_way:
@@ -104,18 +64,14 @@ def drive(scheduler, *, depth, events):
             return steps, answers
         scheduled = scheduler.schedule()
         steps.append(described(scheduled))
-        for name in [r.req_id for r in scheduled.scheduled_new_reqs]:
-            lengths.setdefault(name, 0)
-        on_their_way.append((scheduled, sampled(scheduler, scheduled, lengths)))
+        on_their_way.append((scheduled, sampled(scheduler, scheduled)))
         if len(on_their_way) == depth:
             take(scheduler, on_their_way.pop(0), answers)
     raise AssertionError("the completions came to no end")
 
 
-def sampled(scheduler, scheduled, lengths):
+def sampled(scheduler, scheduled):
     """What a model runner would answer: no token where a prompt, or what was preempted, is not through."""
-    from vllm.v1.outputs import ModelRunnerOutput
-
     names, tokens = list(scheduled.num_scheduled_tokens), []
     random.Random(len(names)).shuffle(names)  # its rows are in an order of its own
     for name in names:
@@ -124,15 +80,7 @@ def sampled(scheduler, scheduled, lengths):
             tokens.append([])
             continue
         tokens.append([token(name, request.num_computed_tokens)])
-    chosen = np.array([[-0.01 * (row[0] if row else 0)] for row in tokens], dtype=np.float32)
-    return ModelRunnerOutput(
-        req_ids=names,
-        req_id_to_index={name: row for row, name in enumerate(names)},
-        sampled_token_ids=tokens,
-        logprobs=SimpleNamespace(logprobs=chosen.reshape(-1, 1)),
-        prompt_logprobs_dict={},
-        pooler_output=[],
-    )
+    return make_output(names, tokens, [-0.01 * (row[0] if row else 0) for row in tokens])
 
 
 def take(scheduler, step, answers):
@@ -197,8 +145,8 @@ def test_short_cuts_schedule_and_answer_as_vllm_does(settings, is_async, depth, 
     known = known_version()
     if known is None:
         pytest.skip(f"this vLLM is none of {', '.join(KNOWN)}")
-    ours = make(settings, is_async=is_async, short_cuts=True, num_blocks=num_blocks)
-    stock = make(settings, is_async=is_async, short_cuts=False, num_blocks=num_blocks)
+    ours = make_scheduler(settings, is_async=is_async, short_cuts=True, num_blocks=num_blocks)
+    stock = make_scheduler(settings, is_async=is_async, short_cuts=False, num_blocks=num_blocks)
     assert ours.tokens_per_block == BLOCK and not stock.tokens_per_block
     steps, answers = drive(ours, depth=depth, events=EVENTS)
     expected_steps, expected = drive(stock, depth=depth, events=EVENTS)
@@ -211,7 +159,7 @@ def test_short_cuts_schedule_and_answer_as_vllm_does(settings, is_async, depth, 
 
 
 def test_completions_with_rules_of_their_own_take_vllms_way(settings):
-    scheduler = make(settings, is_async=True, short_cuts=True, num_blocks=1000)
+    scheduler = make_scheduler(settings, is_async=True, short_cuts=True, num_blocks=1000)
     taken = []
     whole = scheduler._update_request_with_output
     scheduler._update_request_with_output = lambda request, *rest, **more: (
@@ -227,5 +175,5 @@ def test_completions_with_rules_of_their_own_take_vllms_way(settings):
 def test_an_unknown_vllm_is_left_alone_and_said(settings, monkeypatch, caplog):
     monkeypatch.setattr("rollout.vllm_scheduler.KNOWN", {"0.1": "x"})
     with caplog.at_level("WARNING", logger="vllm.cohort"):
-        scheduler = make(settings, is_async=True, short_cuts=True, num_blocks=100)
+        scheduler = make_scheduler(settings, is_async=True, short_cuts=True, num_blocks=100)
     assert not scheduler.tokens_per_block
