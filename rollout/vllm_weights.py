@@ -14,6 +14,9 @@ from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
 
 # vLLM's parameter of all experts of a layer -> transformers' name; both [E, rows, columns], gate before up.
 _EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+# Where vLLM's kernels of unquantized layers read the parameters as they are; on a CPU it packs copies.
+_AS_THEY_ARE = ("cuda",)
+_UNQUANTIZED = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,21 @@ def _columns(slot: Slot, version: int) -> Tensor:
     units = torch.zeros(len(columns), width, dtype=slot.held.dtype, device=slot.held.device)
     units[torch.arange(len(columns)), torch.tensor(columns)] = 1.0
     return slot.module.quant_method.apply(slot.module, units, None) + 0.0
+
+
+def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
+    """Whether writing into the parameters is all that loading does: nothing else is made of them."""
+    return not any("MLA" in type(module).__name__ for module in model.modules()) and all(
+        slot.held.device.type in _AS_THEY_ARE
+        and not slot.held.sampled
+        and type(getattr(slot.module, "quant_method", None)).__name__ in _UNQUANTIZED
+        and not hasattr(slot.module, "process_weights_after_loading")
+        for slot in slots.values()
+    )
+
+
+def write_slot(slot: Slot, tensor: Tensor) -> None:
+    getattr(slot.module, slot.parameter).data[slot.first : slot.last].copy_(tensor)
 
 
 def repack(slots: Mapping[str, Slot]) -> None:

@@ -1,4 +1,10 @@
-"""The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives."""
+"""The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives.
+
+The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. Its
+fingerprints show that every tensor is, as it was sent, a block of rows of a parameter. Where vLLM makes
+nothing else of its parameters (`can_be_written`), later updates write these rows, and are proven like the
+first.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +25,13 @@ from rollout.vllm_start import TRAINER_PID
 from rollout.vllm_weights import (
     Slot,
     as_checkpoint,
+    can_be_written,
     complete_layers,
     find_slots,
     packs_experts,
     read_slots,
     repack,
+    write_slot,
 )
 
 _PARENT_CHECK_S = 1.0
@@ -54,6 +62,9 @@ class WeightReceiver:
     cohort_slots: dict[str, Slot]
     cohort_loaded: dict[str, int]
     cohort_open: bool
+    cohort_reloaded: bool
+    cohort_compared: bool  # fingerprints of a reload: the caller ends where they differ
+    cohort_writes: bool
     cohort_bucket: Tensor
     cohort_layers: dict[str, frozenset[str]]
     get_model: Any
@@ -68,6 +79,7 @@ class WeightReceiver:
         if uncompiled:
             torch.compiler.set_stance("force_eager")
         self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
+        self.cohort_reloaded = self.cohort_compared = self.cohort_writes = False
         held = {name: slot.held for name, slot in self.cohort_slots.items()}
         return [
             [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
@@ -82,6 +94,9 @@ class WeightReceiver:
 
         if self.cohort_open:  # an update broke off; what it loaded would count towards this one
             self.cohort_close()
+        self.cohort_writes = self.cohort_compared and can_be_written(self.get_model(), self.cohort_slots)
+        if self.cohort_writes:
+            return
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.get_model())
         self.cohort_open = True
@@ -92,6 +107,10 @@ class WeightReceiver:
         """Loads tensors under their Hugging Face names; they must stay as they are until `cohort_finish`."""
         from vllm.config import set_current_vllm_config
 
+        if self.cohort_writes:
+            for name, tensor in tensors:
+                write_slot(self.cohort_slots[name], tensor)
+            return
         with set_current_vllm_config(self.vllm_config):
             self.get_model().load_weights(piece for pair in tensors for piece in as_checkpoint(*pair))
 
@@ -100,16 +119,20 @@ class WeightReceiver:
         if handle is not None:
             self.cohort_bucket = open_bucket(handle)
         held = {name: slot.held for name, slot in self.cohort_slots.items()}
-        self.cohort_receive(received(self.cohort_bucket, layout, held, self.cohort_layers))
+        layers = {name: frozenset({name}) for name in held} if self.cohort_writes else self.cohort_layers
+        self.cohort_receive(received(self.cohort_bucket, layout, held, layers))
         if self.cohort_bucket.is_cuda:
             torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
 
     @torch.no_grad()
     def cohort_finish(self, version: int) -> None:
+        if self.cohort_writes:
+            return
         self.cohort_close()
         experts = {name: slot for name, slot in self.cohort_slots.items() if packs_experts(slot)}
         self.cohort_loaded = fingerprints(read_slots(experts, version))
         repack(self.cohort_slots)
+        self.cohort_reloaded = True
 
     def cohort_close(self) -> None:
         """Gives every layer its parameters back, with what was loaded."""
@@ -123,5 +146,6 @@ class WeightReceiver:
     @torch.no_grad()
     def cohort_fingerprints(self, version: int) -> dict[str, int]:
         """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
+        self.cohort_compared |= self.cohort_reloaded
         shown = {name: slot for name, slot in self.cohort_slots.items() if not packs_experts(slot)}
         return self.cohort_loaded | fingerprints(read_slots(shown, version))

@@ -1,0 +1,124 @@
+"""Updates that write into vLLM parameters, as on a GPU; CPU kernels are made to use them as they are."""
+
+import pytest
+import torch
+from test_weight_sync import FAULTS
+from tiny_llama import (
+    CANARY,
+    Stream,
+    largest_gap,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    save,
+    token_logprobs,
+)
+
+from rl.types import SamplingParams
+from rollout.engine import EngineError
+from rollout.vllm_bucket import Bucket
+from rollout.vllm_engine import VllmEngine
+from rollout.vllm_start import vllm_available
+from rollout.weight_sync import WeightSyncError, publish
+
+REASON = vllm_available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def policy(seed):
+    return make_model(seed, tie=False)
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def started(patch, tmp_path_factory):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    def leave(self, layer):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        patch.setattr(kind, "process_weights_after_loading", leave)
+    folder = save(policy(0), tmp_path_factory.mktemp("model"))
+    options = {"max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
+    engine = VllmEngine(folder, make_tokenizer(), dtype=torch.float32, process="inside", **options)
+    assert not any(held.sampled for held in engine.tensors.values())
+    assert engine.name == "vllm" and "lm_head.weight" in engine.tensors
+    publish(engine, Stream(policy(0)), version=0, tolerance=1e-4)  # by vLLM's reload: this is no GPU
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["without a bucket", "through a bucket"])
+def engine(request, started, monkeypatch):
+    """It writes, and holds version 0. Through a bucket, as from another process, it gets a tensor or two."""
+    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    if request.param == "through a bucket":
+        monkeypatch.setattr("rollout.vllm_bucket.BUCKET_BYTES", 1)
+        monkeypatch.setattr(started, "_bucket", Bucket(started.tensors, torch.device("cpu")))
+        monkeypatch.setattr(started, "_handle_sent", False)
+    loads = []
+    model = started._core._client.engine_core.model_executor.driver_worker.worker.get_model()
+    monkeypatch.setattr(model, "load_weights", lambda *of: loads.append(of), raising=False)
+    started.update_weights(Stream(policy(0)), version=0)
+    yield started
+    assert not loads
+
+
+def test_the_engine_computes_as_the_policy_does(engine):
+    for version in (1, 2, 3):
+        report = publish(engine, Stream(policy(version)), version=version, tolerance=1e-4)
+        assert report.num_tensors == len(engine.tensors) and report.compared_share == 1.0
+        assert largest_gap(engine.prompt_logprobs(CANARY), token_logprobs(policy(version), CANARY)) < 2e-5
+        prompt = make_prompts(11)[0]
+        group = engine.generate([prompt], num_completions=2, sampling=SamplingParams(12), seeds=[version])[0]
+        for c in group.completions:
+            expected = token_logprobs(policy(version), [*prompt.token_ids, *c.token_ids])[10:]
+            assert largest_gap(c.behavior_logprobs, expected) < 2e-5
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_on_the_way_is_caught_by_name_and_the_next_update_heals(engine, fault):
+    with pytest.raises(WeightSyncError, match="does not hold version 1") as caught:
+        publish(engine, Stream(policy(1), {2: fault}), version=1, tolerance=1e9)
+    assert set(FAULTS[fault]) <= set(str(caught.value).rpartition(": ")[2].split(", "))
+    publish(engine, Stream(policy(1)), version=2, tolerance=1e-4)
+
+
+def test_an_update_that_breaks_off_leaves_nothing_that_samples(engine):
+    with pytest.raises(ValueError, match=r"vLLM's model has no weight model\.norm\.bias"):
+        weights = [*Stream(policy(1)), ("model.norm.bias", torch.zeros(64))]
+        engine.update_weights(weights, version=1)
+    with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
+        engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1])
+    publish(engine, Stream(policy(2)), version=2, tolerance=1e-4)
+
+
+def test_completions_go_on_under_new_weights(engine):
+    prompt = make_prompts(20)[0]
+    engine.submit([prompt], num_completions=3, sampling=SamplingParams(60), seeds=[1])
+    for _ in range(9):
+        engine._advance(0.0, "a step")
+    publish(engine, Stream(policy(4)), version=4, tolerance=1e-4)
+    groups = engine.collect(timeout_s=60.0)
+    for c in groups[0].completions:
+        assert [span.policy_version for span in c.version_spans] == [0, 4] and len(c.token_ids) == 60
+
+
+def test_where_vllm_makes_more_of_its_weights_its_reload_is_used(started, monkeypatch):
+    """Sampled columns, experts, and quantised layers are such cases; here the device is."""
+    worker = started._core._client.engine_core.model_executor.driver_worker.worker
+    publish(started, Stream(policy(5)), version=5, tolerance=1e-4)
+    assert worker.cohort_compared and not worker.cohort_writes
+    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    publish(started, Stream(policy(6)), version=6, tolerance=1e-4)
+    assert worker.cohort_writes
+    monkeypatch.setattr("rollout.vllm_weights._UNQUANTIZED", ("NoneType",))
+    publish(started, Stream(policy(7)), version=7, tolerance=1e-4)
+    assert not worker.cohort_writes
