@@ -24,6 +24,7 @@ def make_engine(
     max_num_seqs: int,
     revision: str | None,
     note: Callable[[str], None],
+    sample_while_training: bool | None = None,
 ) -> Engine:
     """The engine of `config`, holding the weights of `model`.
 
@@ -57,7 +58,7 @@ def make_engine(
         enforce_eager=config.enforce_eager,
         process=config.process,
         seed_requests=config.seed_requests,
-        sample_while_training=config.sample_while_training,
+        sample_while_training=sample_while_training,
         recompute_kv=config.recompute_kv,
         timeout_s=config.timeout_s,
         revision=revision,

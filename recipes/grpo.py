@@ -220,6 +220,7 @@ def _make_engine(
         max_num_seqs=config.max_num_seqs,
         revision=model.revision,
         note=display.note,
+        sample_while_training=config.train.sample_while_training,
     )
 
 

@@ -41,6 +41,7 @@ class TrainConfig(Section):
         ge=1,
         description="most completions started and not finished, per process; default: all that age allows",
     )
+    sample_while_training: bool | None = Field(default=None, description="default: not on a GPU")
     seed: int = Field(default=0, ge=0)
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
@@ -132,7 +133,6 @@ class EngineConfig(Section):
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
     process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
     seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
-    sample_while_training: bool | None = Field(default=None, description="vLLM; default: not on a GPU")
     recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
     verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
     canary_tolerance: float | None = Field(

@@ -155,7 +155,7 @@ class VllmEngine:
 
     def collect(self, *, timeout_s: float) -> list[Group]:
         deadline = time.monotonic() + timeout_s
-        if timeout_s > 0:
+        if timeout_s > 0 and self._is_held:
             self._go_on()
         while not self._landed and self._num_submitted:
             check_call(self, (), ())
@@ -269,6 +269,7 @@ class VllmEngine:
 
     def _go_on(self) -> None:
         """Ends a hold without new weights; running completions note it as an update to the same ones."""
+        check_call(self, (), ())
         if self._is_held:
             self._core.resume(recompute_kv=False)
             self._versions.append(self.version)

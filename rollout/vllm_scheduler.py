@@ -83,7 +83,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
         short_cuts: do less per token, if vLLM's version and its KV cache allow it.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
     from vllm.v1.request import RequestStatus
 
     running = RequestStatus.RUNNING
@@ -99,11 +99,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
             self.tokens_per_block = 0  # 0: no short cuts
             caches = self.kv_cache_manager.coordinator.single_type_managers
             sizes = {cache.block_size for cache in caches}
-            if (
-                num_void
-                and len(sizes) == 1
-                and all(isinstance(c.kv_cache_spec, AttentionSpec) for c in caches)
-            ):
+            # A sliding window would keep blocks that it has left until the next one is filled.
+            if num_void and len(sizes) == 1 and all(type(cache) is FullAttentionManager for cache in caches):
                 self.tokens_per_block = sizes.pop()
                 self.stock_allocate = self.kv_cache_manager.allocate_slots
                 self.kv_cache_manager.allocate_slots = self._allocate_slots

@@ -1,9 +1,8 @@
 """The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives.
 
-The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. Its
-fingerprints show that every tensor is, as it was sent, a block of rows of a parameter. Where vLLM makes
-nothing else of its parameters (`can_be_written`), later updates write these rows, and are proven like the
-first.
+The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. If
+every tensor then stands, as it came, in the rows of a parameter where it was looked for, and vLLM makes
+nothing else of its parameters (`can_be_written`), later updates write these rows.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rollout.fingerprint import fingerprints
+from rollout.fingerprint import compared_part, fingerprints
 from rollout.vllm_bucket import Layout, open_bucket, received
 from rollout.vllm_start import TRAINER_PID
 from rollout.vllm_weights import (
@@ -62,9 +61,9 @@ class WeightReceiver:
     cohort_slots: dict[str, Slot]
     cohort_loaded: dict[str, int]
     cohort_open: bool
-    cohort_reloaded: bool
-    cohort_compared: bool  # fingerprints of a reload: the caller ends where they differ
+    cohort_may_write: bool
     cohort_writes: bool
+    cohort_came: dict[str, int]  # fingerprints of what a reload was given
     cohort_bucket: Tensor
     cohort_layers: dict[str, frozenset[str]]
     get_model: Any
@@ -79,7 +78,7 @@ class WeightReceiver:
         if uncompiled:
             torch.compiler.set_stance("force_eager")
         self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
-        self.cohort_reloaded = self.cohort_compared = self.cohort_writes = False
+        self.cohort_writes = False
         held = {name: slot.held for name, slot in self.cohort_slots.items()}
         return [
             [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
@@ -94,9 +93,9 @@ class WeightReceiver:
 
         if self.cohort_open:  # an update broke off; what it loaded would count towards this one
             self.cohort_close()
-        self.cohort_writes = self.cohort_compared and can_be_written(self.get_model(), self.cohort_slots)
         if self.cohort_writes:
             return
+        self.cohort_may_write, self.cohort_came = can_be_written(self.get_model(), self.cohort_slots), {}
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.get_model())
         self.cohort_open = True
@@ -112,7 +111,16 @@ class WeightReceiver:
                 write_slot(self.cohort_slots[name], tensor)
             return
         with set_current_vllm_config(self.vllm_config):
-            self.get_model().load_weights(piece for pair in tensors for piece in as_checkpoint(*pair))
+            self.get_model().load_weights(
+                p for pair in self.cohort_noted(tensors) for p in as_checkpoint(*pair)
+            )
+
+    def cohort_noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if self.cohort_may_write:
+                part = compared_part(tensor, self.cohort_slots[name].held, version=0)
+                self.cohort_came |= fingerprints([(name, part)])
+            yield name, tensor
 
     def cohort_receive_bucket(self, layout: Layout, handle: list[Any] | None) -> None:
         """Loads a filling of the bucket; `handle` comes with the first one."""
@@ -132,7 +140,8 @@ class WeightReceiver:
         experts = {name: slot for name, slot in self.cohort_slots.items() if packs_experts(slot)}
         self.cohort_loaded = fingerprints(read_slots(experts, version))
         repack(self.cohort_slots)
-        self.cohort_reloaded = True
+        if self.cohort_may_write:
+            self.cohort_writes = self.cohort_came == fingerprints(read_slots(self.cohort_slots, version))
 
     def cohort_close(self) -> None:
         """Gives every layer its parameters back, with what was loaded."""
@@ -146,6 +155,5 @@ class WeightReceiver:
     @torch.no_grad()
     def cohort_fingerprints(self, version: int) -> dict[str, int]:
         """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
-        self.cohort_compared |= self.cohort_reloaded
         shown = {name: slot for name, slot in self.cohort_slots.items() if not packs_experts(slot)}
         return self.cohort_loaded | fingerprints(read_slots(shown, version))

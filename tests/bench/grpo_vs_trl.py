@@ -144,11 +144,12 @@ def staleness(side: str) -> int:
 def counted(num_steps: int, stale: int) -> tuple[int, int, str]:
     """The first step that counts, the one behind the last, from 0, and a sentence that says so.
 
-    A run that samples ahead has long and short steps in turn, as many in a row as it is ahead: a whole turn
-    must be left, or all steps behind the warm-up of any run count.
+    A run that samples ahead has long and short steps in turn, as many in a row as it is ahead. Only whole
+    turns count; if none is left, all steps behind the warm-up of any run do.
     """
     first, end = WARM_UP + stale, num_steps - (1 + stale if stale else 0)
-    if end - first >= 1 + stale:
+    end -= max(0, end - first) % (1 + stale)
+    if end > first:
         return first, end, f"steps {first + 1} to {end} of {num_steps} count"
     first = max(0, min(WARM_UP, num_steps - 1))
     return (

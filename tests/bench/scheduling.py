@@ -31,23 +31,39 @@ def settings_for(folder: Path, **more: Any) -> Any:
         return EngineArgs(model=str(folder), block_size=BLOCK, **fixed, **more).create_engine_config()
 
 
-def make_scheduler(settings: Any, *, is_async: bool, short_cuts: bool, num_blocks: int) -> Any:
-    """The scheduler of an engine with one kind of KV cache, without the engine."""
+def make_scheduler(
+    settings: Any, *, is_async: bool, short_cuts: bool, num_blocks: int, window: int = 0
+) -> Any:
+    """The scheduler of an engine without the engine. `window`: half of the layers see so many tokens."""
     from vllm.v1.core.kv_cache_utils import init_none_hash
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
     from vllm.v1.structured_output import StructuredOutputManager
 
     init_none_hash(hash)
     settings.cache_config.num_gpu_blocks = num_blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    shape: dict[str, Any] = {
+        "block_size": BLOCK,
+        "num_kv_heads": 1,
+        "head_size": 1,
+        "dtype": torch.float32,
+    }
+    groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**shape))]
+    if window:
+        groups.append(KVCacheGroupSpec(["window"], SlidingWindowSpec(sliding_window=window, **shape)))
     stock = AsyncScheduler if is_async else Scheduler
     return final_only(stock, short_cuts=short_cuts)(
         vllm_config=settings,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        kv_cache_config=KVCacheConfig(num_blocks, [], groups),
         structured_output_manager=StructuredOutputManager(settings),
         block_size=BLOCK,
+        hash_block_size=BLOCK,
         log_stats=False,
     )
 

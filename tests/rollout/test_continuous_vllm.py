@@ -19,6 +19,7 @@ from tiny_llama import (
 
 from rl.types import SamplingParams
 from rollout.continuous import ContinuousSource
+from rollout.engine import EngineError
 from rollout.source import OnPolicySource, PromptStream
 from rollout.vllm_engine import VllmEngine
 from rollout.vllm_start import vllm_available
@@ -157,5 +158,17 @@ def test_a_held_engine_goes_on_when_it_is_asked_for_more(folder, models):
         again = engine.generate(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
         assert [g.completions for g in again] == [g.completions for g in expected]
         assert largest_gap(before, engine.prompt_logprobs(list(range(5, 25)))) == 0
+        engine.submit(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        engine.hold()
+        with pytest.raises(ValueError, match="has no weight nothing"):
+            engine.update_weights([*Stream(models[1]), ("nothing", torch.zeros(2))], version=1)
+        for waits in (lambda: engine.collect(timeout_s=5.0), lambda: engine.prompt_logprobs([5, 6])):
+            with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
+                waits()
+        engine.update_weights(Stream(models[1]), version=2)
+        groups = []
+        while engine.in_flight:
+            groups += engine.collect(timeout_s=60.0)
+        assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {0, 2}
     finally:
         engine.close()

@@ -55,8 +55,13 @@ def started(patch, tmp_path_factory):
     engine.close()
 
 
+@pytest.fixture
+def worker(started):
+    return started._core._client.engine_core.model_executor.driver_worker.worker
+
+
 @pytest.fixture(params=["without a bucket", "through a bucket"])
-def engine(request, started, monkeypatch):
+def engine(request, started, worker, monkeypatch):
     """It writes, and holds version 0. Through a bucket, as from another process, it gets a tensor or two."""
     monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
     if request.param == "through a bucket":
@@ -64,7 +69,8 @@ def engine(request, started, monkeypatch):
         monkeypatch.setattr(started, "_bucket", Bucket(started.tensors, torch.device("cpu")))
         monkeypatch.setattr(started, "_handle_sent", False)
     loads = []
-    model = started._core._client.engine_core.model_executor.driver_worker.worker.get_model()
+    model = worker.get_model()
+    started.update_weights(Stream(policy(3)), version=3)  # the first of them by vLLM's reload
     monkeypatch.setattr(model, "load_weights", lambda *of: loads.append(of), raising=False)
     started.update_weights(Stream(policy(0)), version=0)
     yield started
@@ -111,14 +117,37 @@ def test_completions_go_on_under_new_weights(engine):
         assert [span.policy_version for span in c.version_spans] == [0, 4] and len(c.token_ids) == 60
 
 
-def test_where_vllm_makes_more_of_its_weights_its_reload_is_used(started, monkeypatch):
-    """Sampled columns, experts, and quantised layers are such cases; here the device is."""
-    worker = started._core._client.engine_core.model_executor.driver_worker.worker
+def test_where_vllm_makes_more_of_its_weights_its_reload_is_used(started, worker, monkeypatch):
+    """Quantised layers, experts and packed columns are such cases."""
+    monkeypatch.setattr(worker, "cohort_writes", False)
     publish(started, Stream(policy(5)), version=5, tolerance=1e-4)
-    assert worker.cohort_compared and not worker.cohort_writes
+    assert not worker.cohort_writes  # this is no GPU
     monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
-    publish(started, Stream(policy(6)), version=6, tolerance=1e-4)
-    assert worker.cohort_writes
-    monkeypatch.setattr("rollout.vllm_weights._UNQUANTIZED", ("NoneType",))
+    with monkeypatch.context() as patch:
+        patch.setattr("rollout.vllm_weights._UNQUANTIZED", ("NoneType",))
+        publish(started, Stream(policy(6)), version=6, tolerance=1e-4)
+        assert not worker.cohort_writes
     publish(started, Stream(policy(7)), version=7, tolerance=1e-4)
-    assert not worker.cohort_writes
+    assert worker.cohort_writes
+
+
+def test_a_tensor_that_is_looked_for_in_the_wrong_place_is_never_written_there(started, worker, monkeypatch):
+    """Written and read back in the same wrong place, its fingerprint would agree."""
+    gate, up = (f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up"))
+    slots = worker.cohort_slots
+    monkeypatch.setattr(worker, "cohort_slots", slots | {gate: slots[up], up: slots[gate]})
+    monkeypatch.setattr(worker, "cohort_writes", False)
+    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    for version in (1, 2, 3):
+        with pytest.raises(WeightSyncError, match=r"mlp\.gate_proj\.weight, .*mlp\.up_proj\.weight$"):
+            publish(started, Stream(policy(version)), version=version, tolerance=1e9)
+
+
+def test_what_is_not_proven_on_the_way_is_still_written(started, worker, monkeypatch):
+    """engine.verify_sync=false leaves out the proof of arrival; where the tensors are is another matter."""
+    monkeypatch.setattr(worker, "cohort_writes", False)
+    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    for version in (1, 2):
+        publish(started, Stream(policy(version)), version=version, tolerance=None, verify=False)
+        assert worker.cohort_writes
+    assert largest_gap(started.prompt_logprobs(CANARY), token_logprobs(policy(2), CANARY)) < 2e-5
