@@ -61,8 +61,7 @@ class VllmEngine:
             is on a CPU and in vLLM's second model runner (dense models on a GPU). The first one launches a
             kernel per completion and token for them. On a GPU equal seeds give equal completions up to
             rounding, which depends on what else is in the batch.
-        sample_while_training: of its own process. Default: not on a GPU, where the two only take turns,
-            and a decode step of few completions costs nearly what one of many does.
+        sample_while_training: of its own process. Default: not on a GPU, where the two would only take turns.
         recompute_kv: an update computes the keys and values of running completions anew with the new weights;
             default: they stay those of the weights that sampled them.
         timeout_s: longest wait for one `generate` call, for an answer of the core, and for the start.
