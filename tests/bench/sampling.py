@@ -26,6 +26,7 @@ from torch import Tensor
 from rl.types import Group, Prompt, SamplingParams
 from rollout.vllm_engine import VllmEngine
 from rollout.weight_sync import publish
+from tests.bench.clock import synchronize
 from tests.bench.workload import SHAPES, Workload, write_model
 
 WAVES = 4
@@ -231,11 +232,11 @@ def profile(load: Load) -> None:
 
     def steps(count: int) -> float:
         """Milliseconds a step."""
-        _synchronize()
+        synchronize()
         began = time.perf_counter()
         for _ in range(count):
             engine._advance(time.monotonic(), "a step")
-        _synchronize()
+        synchronize()
         return 1e3 * (time.perf_counter() - began) / count
 
     load.submit(load.arguments.prompts)
@@ -254,11 +255,6 @@ def profile(load: Load) -> None:
         say("profile", what, f"{wall:.2f} ms a step", f"{busy:.2f} ms in {number:.0f} kernels")
         size //= 2
     load.collect_all()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class TrainerWeights:
