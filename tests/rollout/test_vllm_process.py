@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,7 @@ from rollout.weight_sync import WeightSyncError, publish
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+LAUNCHER = {"WORLD_SIZE": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 TINY = {"dtype": torch.float32, "max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
 
 
@@ -55,14 +57,27 @@ def surroundings():
 
 @pytest.fixture(scope="module")
 def started(folder):
-    """(engine, surroundings before its start, after it). Its bucket has the size of the largest tensor: the
-    weights come in several fillings, which cut layers in two.
+    """(engine, surroundings before its start, after it, environment of its core), under `accelerate launch`.
+
+    Its bucket has the size of the largest tensor: the weights come in several fillings, which cut layers in
+    two.
     """
-    before = surroundings()
+    given = []
+
+    def start(process):
+        given.append(dict(os.environ))  # /proc does not show it: vLLM writes its title over it
+        begin(process)
+
+    begin = BaseProcess.start
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_bucket, "BUCKET_BYTES", 1)
+        for name, value in LAUNCHER.items():
+            patch.setenv(name, value)
+        patch.setattr(BaseProcess, "start", start)
+        before = surroundings()
         engine = VllmEngine(folder, make_tokenizer(), process="own", **TINY)
-    yield engine, before, surroundings()
+        after = surroundings()
+    yield engine, before, after, given[-1]
     engine.close()
 
 
@@ -77,9 +92,14 @@ def engine(started):
 
 
 def test_the_core_is_a_process_of_its_own_and_its_start_changes_nothing_here(started):
-    engine, before, after = started
+    engine, before, after, _ = started
     assert psutil.Process(engine._core.pid).ppid() == os.getpid()
     assert before == after
+
+
+def test_the_core_is_no_rank_of_the_launcher(started):
+    """With torch's word that the launcher opens the store, the core would wait for one at its own port."""
+    assert started[3].keys() & LAUNCHER.keys() == set()
 
 
 def test_samples_are_those_of_an_engine_inside_this_process(engine, folder):
