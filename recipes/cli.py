@@ -93,6 +93,8 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
 
     processes = arguments.processes or max(1, torch.cuda.device_count())
+    if 0 < (gpus := torch.cuda.device_count()) < processes:
+        raise ValueError(f"--processes {processes}, and there are {gpus} GPUs; one process needs one GPU")
     recipe = [arguments.config, *arguments.overrides]
     if processes == 1:
         from recipes.grpo import main as grpo

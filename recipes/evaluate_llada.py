@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
@@ -34,6 +33,7 @@ from rl.durable import with_remedy
 from rl.rundir import Evaluation
 from rl.shared_prompt import run_attention
 from rl.types import Completion, Prompt, SamplingParams
+from rl.world import make_accelerator
 from rollout.chat import end_token_ids, render_prompts
 from rollout.diffusion_engine import DiffusionEngine
 from rollout.diffusion_steps import DenoisingParams
@@ -79,7 +79,7 @@ def load(a: argparse.Namespace) -> DiffusionPolicy:
     Raises:
         ValueError: started in several processes; no model there.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError("recipes.evaluate_llada is one process; start it with python -m")
     name = resolve_model(a.model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
 from rl.update import pack_rules, weight_decay_groups
-from rl.world import World
+from rl.world import World, make_accelerator
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
 from rollout.source import PromptStream, sample_and_score
@@ -67,7 +68,7 @@ def _run(config: Config, stop: StopSignal, began: float) -> int:
     # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
     disable_progress_bar()
     disable_progress_bars()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(config.engine.timeout_s)
     world = World(accelerator)
     stop.any_process = world.any
     check_processes(config, world.size)
@@ -76,10 +77,10 @@ def _run(config: Config, stop: StopSignal, began: float) -> int:
             f"accelerate is set up for {kind.value}, and this release keeps a whole copy of the weights "
             "in every process; launch with --multi_gpu, or use model.lora for a larger model"
         )
-    if world.is_main:
-        with RunLock(config.run_dir):
-            return _locked_run(config, world, stop, began)
-    return _locked_run(config, world, stop, began)
+    with RunLock(config.run_dir) if world.is_main else nullcontext():
+        code = _locked_run(config, world, stop, began)
+    world.end()
+    return code
 
 
 def _locked_run(config: Config, world: World, stop: StopSignal, began: float) -> int:
@@ -127,8 +128,9 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     phases = Phases(display.phase)
     rows, held = load_rows(config.data), config.evaluation.data
     heldout_rows = load_rows(held) if held else []
-    scorer = make_scorer(config)
-    try:
+    with ExitStack() as closing:
+        scorer = make_scorer(config)
+        closing.callback(scorer.close)
         scorer.check_columns(*grader_columns(config.data, rows))
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
@@ -150,48 +152,39 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         ends = end_token_ids(tokenizer, (), policy.model.generation_config)
         with display.phase(f"the engine to start ({config.engine.name})"):
             engine = _make_engine(config, model, policy, longest, display)
-    except BaseException:
-        scorer.close()
-        raise
-    stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
-    source = make_source(config, world, engine, scorer, stream, ends, phases)
-    if policy.device.type == "cuda" and not isinstance(config, MaskedRunConfig):
-        peak = probe(policy, config, pack_rules(config))
-        display.note(f"a full micro-batch of the longest completions holds {peak / GIB:.1f} GiB")
-    run = Run(
-        config=config,
-        world=world,
-        policy=policy,
-        optimizer=make_optimizer(config, policy),
-        source=source,
-        evaluate=_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
-        store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
-        ledger=Ledger(config.run_dir, world.rank, world.size),
-        log=MetricsLog(config.run_dir),
-        evaluations=EvaluationLog(config.run_dir),
-        display=display,
-        phases=phases,
-        trackers=Trackers(
-            config.trackers if world.is_main else [],
-            run_dir=config.run_dir,
-            config=config.model_dump(mode="json"),
-            warn=display.warn,
-        ),
-        stop=stop,
-        began=began,
-    )
-
-    def close() -> None:
-        run.trackers.close()
-        run.log.close()
-        source.close()
-
-    try:
+        closing.callback(engine.close)
+        stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
+        source = make_source(config, world, engine, scorer, stream, ends, phases)
+        closing.callback(source.close)
+        if policy.device.type == "cuda" and not isinstance(config, MaskedRunConfig):
+            peak = probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts))
+            display.note(f"a full micro-batch of the longest completions holds {peak / GIB:.1f} GiB")
+        run = Run(
+            config=config,
+            world=world,
+            policy=policy,
+            optimizer=make_optimizer(config, policy),
+            source=source,
+            evaluate=_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
+            store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
+            ledger=Ledger(config.run_dir, world.rank, world.size),
+            log=MetricsLog(config.run_dir),
+            evaluations=EvaluationLog(config.run_dir),
+            display=display,
+            phases=phases,
+            trackers=Trackers(
+                config.trackers if world.is_main else [],
+                run_dir=config.run_dir,
+                config=config.model_dump(mode="json"),
+                warn=display.warn,
+            ),
+            stop=stop,
+            began=began,
+        )
+        closing.callback(run.log.close)
+        closing.callback(run.trackers.close)
         _go_on(run)
-    except BaseException:
-        close()
-        raise
-    return run, close
+        return run, closing.pop_all().close
 
 
 def _make_policy(

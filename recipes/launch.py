@@ -20,6 +20,8 @@ from rl.phases import StopSignal, stop_with_launcher
 
 Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
+ENDING_S = 600.0
+ASKS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.1
 
 
@@ -69,10 +71,10 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
         logs = [stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in range(1, num_processes)]
         children: list[Child] = []
         stack.callback(_end, children)
-        asked = _pass_signals_on(children)
+        _pass_signals_on(children)
         for rank, log in enumerate([None, *logs]):
             children.append(_start(recipe, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log))
-        first_failed = _wait(children, asked)
+        first_failed = _wait(children)
         _end(children)
         if first_failed > 0:
             words = _last_words(logs[first_failed - 1])
@@ -110,35 +112,31 @@ def _start(recipe: Sequence[str], environment: dict[str, str], log: IO[str] | No
     )
 
 
-def _pass_signals_on(children: Sequence[Child]) -> list[int]:
-    """Passes signals on from now; the list that is returned holds those that came."""
-    asked: list[int] = []
-
+def _pass_signals_on(children: Sequence[Child]) -> None:
     def pass_on(number: int, frame: Any) -> None:
-        asked.append(number)
         for child in children:
             child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in ASKS_TO_STOP:
         signal.signal(number, pass_on)
-    return asked
 
 
-def _wait(children: Sequence[Child], asked: Sequence[int]) -> int:
+def _wait(children: Sequence[Child]) -> int:
     """Waits for the end of all and returns the rank that failed first, or -1.
 
-    One that a signal ended goes before those that complain of its absence, which may end sooner.
+    One that a signal ended goes before those that complain of its absence, which may end sooner. Ranks end
+    together: from the first one's end the others have `ENDING_S`, or `PATIENCE_S` if it failed.
     """
+    well = {None, 0, *(128 + number for number in ASKS_TO_STOP)}
     failed: list[int] = []
     deadline = float("inf")
     while True:
         codes = [child.poll() for child in children]
-        well = {None, 0, *(128 + number for number in asked)}
         failed += [r for r, code in enumerate(codes) if code not in well and r not in failed]
         if None not in codes or time.monotonic() > deadline:
             break
-        if failed:
-            deadline = min(deadline, time.monotonic() + PATIENCE_S)
+        if any(code is not None for code in codes):
+            deadline = min(deadline, time.monotonic() + (PATIENCE_S if failed else ENDING_S))
         time.sleep(POLL_S)
     return min(failed, key=lambda rank: children[rank].returncode > 0, default=-1)
 

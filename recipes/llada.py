@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
@@ -38,7 +39,7 @@ from rl.resume import go_on
 from rl.rundir import claim_config, write_atomically
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
-from rl.world import World
+from rl.world import World, make_accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"accelerate is set up for {kind.value}, and this recipe splits the weights itself; launch with "
@@ -62,10 +63,10 @@ def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
     stop.any_process = world.any
     if config.train.shard and world.size == 1:
         raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
-    if world.is_main:
-        with RunLock(config.run_dir):
-            return _locked_run(config, world, stop, began)
-    return _locked_run(config, world, stop, began)
+    with RunLock(config.run_dir) if world.is_main else nullcontext():
+        code = _locked_run(config, world, stop, began)
+    world.end()
+    return code
 
 
 def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: float) -> int:

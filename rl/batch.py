@@ -129,6 +129,8 @@ class PackRules:
             average step of this batch) -> weight of each of the row's loss tokens.
         skip_without_signal: leave out rows with advantage 0 (right only without KL and entropy terms).
         mask_truncated: completions cut by the length limit have no loss tokens.
+        share_prompts: completions of a group stand behind one prompt; else each has a copy, which counts in
+            the budget, for a policy that computes one sequence at a time.
     """
 
     token_budget: int
@@ -136,6 +138,7 @@ class PackRules:
     num_minibatches: int = 1
     skip_without_signal: bool = True
     mask_truncated: bool = False
+    share_prompts: bool = True
 
 
 def pack(
@@ -196,9 +199,8 @@ def _batch(
         for row in rows
         if row.num_loss_tokens and not (rules.skip_without_signal and row.advantage == 0)
     ]
-    micro_batches = [
-        _micro_batch(bin_) for bin_ in _bins(_blocks(kept, rules.token_budget), rules.token_budget)
-    ]
+    blocks = _blocks(kept, rules.token_budget) if rules.share_prompts else [[row] for row in kept]
+    micro_batches = [_micro_batch(bin_) for bin_ in _bins(blocks, rules.token_budget)]
     return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
 
 

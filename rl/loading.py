@@ -215,7 +215,11 @@ def _first_line(error: Exception) -> str:
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Adapters added to `model` in place. Embeddings and head stay frozen."""
+    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
+
+    Raises:
+        ValueError: `target_modules` fit nothing, or the head; or the reference is to follow the policy.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = config.lora
@@ -233,7 +237,18 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    named = f"model.lora.target_modules={lora.target_modules!r}"
+    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
+    frozen = [head, embeddings] if head.weight is embeddings.weight else [head]
     try:
-        return get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config)
     except ValueError as error:
-        raise ValueError(f"model.lora.target_modules={lora.target_modules!r}: {error}") from error
+        raise ValueError(f"{named}: {error}") from error
+    for name, module in model.named_modules():
+        if any(getattr(module, "base_layer", None) is layer for layer in frozen):
+            raise ValueError(
+                f"{named} adapts {name}, and log-probs are computed from the head's own weights: the adapter "
+                "would not be trained, or only the engine would have it; leave the output head out, and "
+                "embeddings that are tied to it"
+            )
+    return adapted

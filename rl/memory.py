@@ -235,7 +235,7 @@ def probe(policy: Policy, config: Config, rules: PackRules) -> float:
     device, budget = policy.device, config.train.token_budget
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    micro_batch = pack(*_longest_groups(policy, config), rules)[0].micro_batches[0].to(device)
+    micro_batch = pack(*_longest_groups(policy, config, rules), rules)[0].micro_batches[0].to(device)
     try:
         moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
         if config.loss.kl_coef > 0:
@@ -260,11 +260,14 @@ def probe(policy: Policy, config: Config, rules: PackRules) -> float:
     return held
 
 
-def _longest_groups(policy: Policy, config: Config) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
+def _longest_groups(
+    policy: Policy, config: Config, rules: PackRules
+) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
     """One micro-batch of one group: the longest prompt, and as many of the longest completions as fit."""
     draw, vocabulary = random.Random(0), policy.model.config.get_text_config().vocab_size
     length, prompt_length = config.sampling.max_completion_length, config.data.max_prompt_length
-    count = max(1, (config.train.token_budget - prompt_length) // length)
+    shared, copied = (prompt_length, 0) if rules.share_prompts else (0, prompt_length)
+    count = max(1, (rules.token_budget - shared) // (copied + length))
     ids = [draw.randrange(vocabulary) for _ in range(max(prompt_length, length))]
     answer = Completion(ids[:length], [0.0] * length, [True] * length, "stop", [VersionSpan(0, length)])
     group = Group(Prompt("probe", "", tuple(ids[:prompt_length])), [answer] * count)

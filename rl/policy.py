@@ -126,6 +126,11 @@ class Policy:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its completions in a micro-batch."""
+        return self.scorer.packed
+
     def set_packed(self, packed: bool) -> None:
         """Chooses between packed rows and one sequence at a time, for the policy and its reference alike."""
         for scorer in filter(None, (self.scorer, self.reference)):

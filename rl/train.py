@@ -31,6 +31,7 @@ def train(run: Run) -> int:
             that did not arrive in the engine. The newest checkpoint stays valid.
     """
     config, source, policy, phases = run.config, run.source, run.policy, run.phases
+    rules = pack_rules(config, share_prompts=policy.shares_prompts)
     source.publish(policy.weights(), version=run.start_step)
     step = run.start_step
     if step in (0, config.train.steps) or _every(step, config.evaluation.every):
@@ -40,7 +41,7 @@ def train(run: Run) -> int:
         began = time.monotonic()
         groups, advantages = collect(run, step)
         with phases("pack"):
-            batches = pack(groups, advantages, pack_rules(config), sum_over_processes=run.world.sum)
+            batches = pack(groups, advantages, rules, sum_over_processes=run.world.sum)
         with phases("train"):
             set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
             update = update_policy(

@@ -29,7 +29,7 @@ class UpdateResult:
     num_trained_tokens: int = 0
 
 
-def pack_rules(config: Config) -> PackRules:
+def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
     """How the configured loss weighs tokens, and which rows it needs no forward pass for."""
     loss, limit = config.loss, config.sampling.max_completion_length
 
@@ -49,6 +49,7 @@ def pack_rules(config: Config) -> PackRules:
         num_minibatches=config.train.num_minibatches,
         skip_without_signal=loss.kl_coef == 0 and loss.entropy_coef == 0,
         mask_truncated=loss.mask_truncated,
+        share_prompts=share_prompts,
     )
 
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
+
+PEER_WAIT_S = 1800.0
+
+
+def make_accelerator(engine_timeout_s: float = 0.0) -> Accelerator:
+    """On this process's GPU, or on the CPU where there is none.
+
+    Processes wait for each other at most `PEER_WAIT_S`, or three times what one of them may wait for its
+    engine. NCCL's own ten minutes are no more than that wait, and end a process by SIGABRT.
+    """
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=max(PEER_WAIT_S, 3 * engine_timeout_s)))
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waits])
 
 
 @dataclass(frozen=True)
@@ -61,3 +74,9 @@ class World:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """The last that a process does in a run that ended well: none leaves before the others are done."""
+        if self.size > 1:
+            self.wait()
+            torch.distributed.destroy_process_group()

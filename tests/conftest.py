@@ -126,7 +126,8 @@ def gradients() -> Callable[..., dict[str, torch.Tensor]]:
     def compute(policy, config, groups: Sequence, advantages: Sequence) -> dict[str, torch.Tensor]:
         named = policy.trainable()
         optimizer = Recorder([p for _, p in named], lr=0.0)
-        batches = pack(groups, advantages, pack_rules(config))
+        rules = pack_rules(config, share_prompts=policy.shares_prompts)
+        batches = pack(groups, advantages, rules)
         update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
         return {name: optimizer.recorded[id(p)] for name, p in named if id(p) in optimizer.recorded}
 

@@ -35,6 +35,8 @@ class MaskedPolicy:
         name: folder or hub name; `config.model.name` with built-in names resolved.
     """
 
+    shares_prompts = True  # its estimator counts the copies it makes in a budget of its own
+
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
         self.config, self.accelerator = config.model, accelerator
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import recipes.launch
+from recipes.cli import main as cohort
 from recipes.grpo import main
+from recipes.launch import _end, _wait
 from rl.ledger import Ledger
 from rl.metrics import read_rows
 
@@ -95,20 +99,40 @@ def launch(config_file: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_save_and_stop_together_at_a_signal(config_file, number):
+@pytest.mark.parametrize(
+    ("number", "to_one"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+)
+def test_two_processes_save_and_stop_together_at_a_signal(config_file, number, to_one):
+    """At the launcher, or at the second process alone."""
     run = config_file.parent / "run"
     slow = "rewards.functions=[{name: 'toy_rewards:slow'}]"
     launcher = launch(config_file, slow, "train.steps=200")
     wait_until(lambda: (run / "metrics.jsonl").is_file(), launcher)
     children = psutil.Process(launcher.pid).children(recursive=True)
-    launcher.send_signal(number)
+    second = max(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
+    (second if to_one else launcher).send_signal(number)
     out, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 128 + number, err[-2000:]
-    assert "the same command goes on from there" in out and "Traceback" not in err
+    assert "the same command goes on from there" in out
+    assert "Traceback" not in err and "failed first" not in err
     steps = len((run / "metrics.jsonl").read_text().splitlines())
     assert 0 < steps < 200 and checkpoints(run) == [f"step-{steps:06d}"]
     assert len(children) >= 4 and not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_a_process_that_does_not_end_with_the_others_is_killed(monkeypatch):
+    monkeypatch.setattr(recipes.launch, "ENDING_S", 0.5)
+    children = [subprocess.Popen(["sleep", seconds]) for seconds in ("0", "60")]
+    assert _wait(children) == -1
+    assert [child.poll() for child in children] == [0, None]
+    _end(children)
+    assert children[1].returncode == -signal.SIGKILL
+
+
+def test_more_processes_than_gpus_are_refused(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cohort(["train", str(config_file), "--processes", "2"]) == 1
+    assert "--processes 2, and there are 1 GPUs" in capsys.readouterr().err
 
 
 def test_the_processes_of_a_killed_launcher_save_and_end(config_file):

@@ -89,3 +89,21 @@ def test_micro_batches_are_as_few_as_first_fit_needs_and_even(ragged_groups):
     assert max(sizes) <= 300
     assert len(sizes) <= -(-sum(sizes) // 300) + 1
     assert max(sizes) - min(sizes) <= 60
+
+
+def test_prompts_that_are_not_shared_count_in_the_budget(ragged_groups):
+    """Prompt 4 + completions 2, 2, 2 under a budget of 12: two sequences of 6, and one."""
+    group = scored([6, 7, 8, 9], *(completion([1, 2]) for _ in range(3)))
+    (batch,) = pack([group], [[1.0, 1.0, 1.0]], rules(budget=12, share_prompts=False))
+    assert [m.blocks for m in batch.micro_batches] == [
+        (Block(0, 4, (2,)), Block(6, 4, (2,))),
+        (Block(0, 4, (2,)),),
+    ]
+    groups, advantages = ragged_groups(num_groups=24)
+    options = {"skip_without_signal": False, "share_prompts": False}
+    (batch,) = pack(groups, advantages, rules(budget=300, **options))
+    sizes = [sum(b.prompt_length + sum(b.completion_lengths) for b in m.blocks) for m in batch.micro_batches]
+    assert max(sizes) <= 300 and len(sizes) > 3
+    assert sum(sizes) == sum(
+        len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.batch import pack
 from rl.config_file import load_config
@@ -164,8 +165,6 @@ def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model_dir, ragged_gro
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_path):
-    from transformers import AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model.resize_token_embeddings(50)
     model.save_pretrained(tmp_path)
@@ -175,8 +174,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_named(tiny_model_dir, tmp_path):
-    from transformers import AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
@@ -189,3 +186,21 @@ def test_weights_that_are_not_finite_are_named(tiny_model_dir, tmp_path):
 def test_a_moving_reference_and_an_adapter_exclude_each_other(tiny_model_dir):
     with pytest.raises(ValueError, match=r"model.reference.update_every=0"):
         make(tiny_model_dir, "model.lora={r: 4}", "model.reference.update_every=2", with_reference=True)
+
+
+def test_adapters_on_the_output_head_are_refused(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = tied
+        type(model)(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"adapts lm_head.*leave the output head out"):
+            make(folder, "model.lora={r: 4, target_modules: [q_proj, lm_head]}")
+        embeddings = "model.lora={r: 4, target_modules: [q_proj, embed_tokens]}"
+        if tied:
+            with pytest.raises(ValueError, match=r"adapts model.embed_tokens"):
+                make(folder, embeddings)
+        else:
+            make(folder, embeddings)
