@@ -172,12 +172,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             evaluations=EvaluationLog(config.run_dir),
             display=display,
             phases=phases,
-            trackers=Trackers(
-                config.trackers if world.is_main else [],
-                run_dir=config.run_dir,
-                config=config.model_dump(mode="json"),
-                warn=display.warn,
-            ),
+            trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
             stop=stop,
             began=began,
         )

@@ -139,12 +139,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         bounds=BoundLog(config.run_dir),
         display=display,
         phases=Phases(display.phase),
-        trackers=Trackers(
-            config.trackers if world.is_main else [],
-            run_dir=config.run_dir,
-            config=config.model_dump(mode="json"),
-            warn=display.warn,
-        ),
+        trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
         stop=stop,
     )
     if (loaded := go_on(run, resume)) is not None:

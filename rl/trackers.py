@@ -14,7 +14,7 @@ class Trackers:
     """The trackers of a run. One that raises is reported once through `warn` and dropped.
 
     Args:
-        names: of accelerate's trackers, such as "tensorboard"; none on processes other than the main one.
+        names: of accelerate's trackers, such as "tensorboard".
         config: stored with the run, flattened to `train.steps` names and without secrets.
         warn: shows one line to the user.
     """
@@ -32,6 +32,12 @@ class Trackers:
         settings = _flatten(redact(config))
         for name in names:
             self._guarded(name, "did not start", lambda name=name: self._start(name, Path(run_dir), settings))
+
+    @classmethod
+    def of_run(cls, config: Any, *, is_main: bool, warn: Callable[[str], None]) -> Trackers:
+        """Those that a run's config names; none on processes other than the main one."""
+        names, settings = config.trackers if is_main else [], config.model_dump(mode="json")
+        return cls(names, run_dir=config.run_dir, config=settings, warn=warn)
 
     @property
     def names(self) -> list[str]:
