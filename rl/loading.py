@@ -239,13 +239,15 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
     )
     named = f"model.lora.target_modules={lora.target_modules!r}"
     head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
-    frozen = [head, embeddings] if head.weight is embeddings.weight else [head]
+    tied = head is not None and head.weight is embeddings.weight
+    frozen = [head, embeddings] if tied else [head]
     try:
         adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
     for name, module in model.named_modules():
-        if any(getattr(module, "base_layer", None) is layer for layer in frozen):
+        base = getattr(module, "base_layer", None)
+        if base is not None and any(base is layer for layer in frozen):
             raise ValueError(
                 f"{named} adapts {name}, and log-probs are computed from the head's own weights: the adapter "
                 "would not be trained, or only the engine would have it; leave the output head out, and "
