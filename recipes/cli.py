@@ -92,8 +92,9 @@ def _train(arguments: argparse.Namespace) -> int:
     load_config(arguments.config, arguments.overrides)
     import torch
 
-    processes = arguments.processes or max(1, torch.cuda.device_count())
-    if 0 < (gpus := torch.cuda.device_count()) < processes:
+    gpus = torch.cuda.device_count()
+    processes = arguments.processes or max(1, gpus)
+    if 0 < gpus < processes:
         raise ValueError(f"--processes {processes}, and there are {gpus} GPUs; one process needs one GPU")
     recipe = [arguments.config, *arguments.overrides]
     if processes == 1:

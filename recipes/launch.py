@@ -16,12 +16,11 @@ from typing import IO, Any
 import torch
 
 from rl.durable import with_remedy
-from rl.phases import StopSignal, stop_with_launcher
+from rl.phases import ASKS_TO_STOP, StopSignal, stop_with_launcher
 
 Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
 ENDING_S = 600.0
-ASKS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.1
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+ASKS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 REPEAT_S = 1.0
 SETTLE_S = 0.05
@@ -73,7 +74,7 @@ class StopSignal:
         writer.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._note_arrivals, args=(reader,), name="signals", daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in ASKS_TO_STOP:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

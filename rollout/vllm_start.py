@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 
 # What a launcher tells the trainer about its ranks; the core's own process is no rank. With
 # TORCHELASTIC_USE_AGENT_STORE it would wait for a store that nobody opens (vLLM before 0.32 meets at a port).
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def vllm_available() -> str | None:
@@ -211,7 +211,7 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
 
 def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
-    for name in [n for n in os.environ if n.startswith(_LAUNCHER)]:
+    for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ[TRAINER_PID] = str(os.getpid())
     if torch.cuda.device_count() > 1:

@@ -87,10 +87,9 @@ class Workload:
 
 def now() -> float:
     """Seconds, when all work on the device is done."""
-    import torch
+    from tests.bench.clock import synchronize
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter()
 
 
