@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rewards import doctor, score
 from rewards.score import take_flags_anywhere
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.durable import with_remedy
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _judgement(plan: MemoryPlan, config: Config) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from rl.config_file import dump_config
+    from rl.config.read import dump_config
 
     print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
     return 0

@@ -28,7 +28,7 @@ from recipes.tasks.prompts import grader_columns, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
 from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.display import Display
 from rl.durable import RunLock

@@ -23,7 +23,7 @@ from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
 from rl.checkpoint import CheckpointStore
-from rl.config_file import read_config
+from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
 from rl.diffusion.model import is_shifted

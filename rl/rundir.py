@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.config_file import dump_config, read_config
+from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
 from rl.metrics import wilson_interval
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import yaml
 
-from rl.config_file import load_config
+from rl.config.read import load_config
 from tests.bench import grpo_vs_trl, launch, learning_curves, on_gpu
 from tests.bench.on_gpu import JOBS, Job, Jobs
 

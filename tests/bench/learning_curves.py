@@ -18,7 +18,7 @@ import os
 import statistics
 from pathlib import Path
 
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.metrics import read_rows
 from rl.plots import Series, line_plot
 from tests.bench.launch import launch_or_exit, once

@@ -29,7 +29,7 @@ from recipes.grpo import make_optimizer
 from rl.advantages import compute_advantages
 from rl.batch import pack
 from rl.config import EngineConfig
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 from rl import logprobs, shared_prompt
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.memory import GIB, ModelSize, probe, training_bytes
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan

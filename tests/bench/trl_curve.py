@@ -25,7 +25,7 @@ from recipes.tasks import load_rows
 from recipes.tasks.prompts import make_prompts, without
 from rewards.adapters import as_trl
 from rl.config import Config
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.update import learning_rate_factor
 from rollout.source import PromptStream
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from recipes.diffusion_rl import copy_of_model
 from rl.advantages import wd1_advantages
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.diffusion.attention import Documents
 from rl.diffusion.model import hidden_states, logits_at
 from rl.diffusion.rl_policy import MaskedPolicy

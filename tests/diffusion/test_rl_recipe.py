@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from recipes.diffusion_rl import check_canvas
 from recipes.grpo import main
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.diffusion.model import load_diffusion_model
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.ledger import Ledger

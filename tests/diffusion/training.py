@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from recipes.llada import build
-from rl.config_file import read_config
+from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig
 from rl.diffusion.train import DiffusionRun, train_step
 from rl.display import Display

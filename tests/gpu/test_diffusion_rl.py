@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from recipes.diffusion_rl import make_masked_engine
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.types import Prompt, Reward, SamplingParams, ScoredGroup
 from rl.update import pack_rules

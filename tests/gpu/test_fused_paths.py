@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl.config import ModelConfig
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.diffusion.attention import Documents, bidirectional_attention
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.logprobs import kernels_work

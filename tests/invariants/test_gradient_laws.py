@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.policy import Policy
 from rl.update import pack_rules
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.cli import main as cohort
 from recipes.grpo import check_finished, main
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.metrics import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
 from rl.world import World

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rl.config import Config, check_processes
-from rl.config_file import dump_config, load_config, read_config
+from rl.config.read import dump_config, load_config, read_config
 from rl.diffusion.config import DiffusionConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 

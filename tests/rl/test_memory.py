@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
 
 from rl.config import ModelConfig
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.loading import add_lora, storage_dtype
 from rl.logprobs import CHUNK_BYTES
 from rl.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes

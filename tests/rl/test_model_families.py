@@ -10,7 +10,7 @@ import transformers
 from accelerate import Accelerator
 
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.policy import Policy, _plain_logprobs
 from rl.update import pack_rules, update_policy
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.batch import pack
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.policy import Policy, probe_batch
 from rl.update import pack_rules, update_policy
 

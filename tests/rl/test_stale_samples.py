@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.advantages import compute_advantages
 from rl.config import SamplerCorrectionConfig
-from rl.config_file import load_config
+from rl.config.read import load_config
 from rl.losses import LossInputs, policy_loss
 from rl.policy import Policy
 from rl.types import Prompt, Reward, SamplingParams, ScoredGroup

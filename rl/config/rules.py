@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rl.config import Config
+    from rl.config.config import Config
 
 
 def check_rules(config: Config) -> None:

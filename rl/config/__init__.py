@@ -1,0 +1,46 @@
+"""The configuration of a run: `Config`, its sections, and reading it from YAML (`rl.config.read`)."""
+
+from rl.config.config import Config, check_processes
+from rl.config.sections import (
+    CLIP_RANGES,
+    AdvantageConfig,
+    CheckpointConfig,
+    DataConfig,
+    DynamicSamplingConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    RewardsConfig,
+    RewardSpec,
+    SamplerCorrectionConfig,
+    SamplingConfig,
+    Section,
+    TrainConfig,
+)
+
+__all__ = [
+    "CLIP_RANGES",
+    "AdvantageConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DynamicSamplingConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ReferenceConfig",
+    "RewardSpec",
+    "RewardsConfig",
+    "SamplerCorrectionConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainConfig",
+    "check_processes",
+]
