@@ -150,6 +150,26 @@ def address_space_bytes() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
+def writable_shared_memory() -> list[str]:
+    """Names of the mappings that this process shares with others and could write into, tried by mprotect.
+
+    A fork inherits them: what one child writes there, its siblings read.
+    """
+    found = []
+    with open("/proc/self/maps") as file:
+        for line in file.read().splitlines():
+            addresses, rights, _, _, _, *name = line.split(maxsplit=5)
+            if rights[3] != "s":
+                continue
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            where, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+            before = sum(bit for bit, letter in ((1, "r"), (2, "w"), (4, "x")) if letter in rights)
+            if _libc.mprotect(where, length, before | 2) == 0:
+                _libc.mprotect(where, length, before)
+                found.append(name[0] if name else "unnamed")
+    return found
+
+
 def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
     """Hard limits of this process and its children; memory is on top of what this process uses."""
     lower_limit(resource.RLIMIT_AS, memory_bytes + address_space_bytes())
