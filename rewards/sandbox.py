@@ -85,7 +85,7 @@ class Sandbox:
         first = self._start()
         self.tier: str = first.tier
         self.landlock_abi: int = first.landlock_abi
-        self._uid = first.uid
+        self._gid = first.gid
         self._idle.append(first)
         level = logging.INFO if self.tier == "landlock+seccomp" else logging.WARNING
         log.log(
@@ -130,9 +130,12 @@ class Sandbox:
         return self.run_programs([command], limits=limits)[0]
 
     def give(self, folder: str) -> None:
-        """Lets commands use a folder that this process has made."""
+        """Lets commands use a folder that this process has made, and read what lies in it."""
         if os.geteuid() == 0:
-            os.chown(folder, self._uid, self._uid)
+            os.chown(folder, -1, self._gid)
+            os.chmod(folder, 0o770)
+            for entry in os.scandir(folder):
+                os.chmod(entry, 0o644)  # whatever the owner's umask
 
     def run_programs(
         self, programs: Sequence[Program | Command], *, limits: Limits | None = None

@@ -112,13 +112,13 @@ def restrict_files(rules: Iterable[tuple[str, int]], abi: int) -> None:
     os.close(ruleset)
 
 
-def drop_privileges(own_uid: int) -> bool:
+def drop_privileges(own_uid: int, gid: int) -> bool:
     """Root becomes a user that owns nothing and loses all capabilities. True: it is `own_uid` now."""
     own = False
-    for uid in (own_uid, 65534):  # a user namespace may map few ids
+    for uid, group in ((own_uid, gid), (65534, 65534)):  # a user namespace may map few ids
         try:
             os.setgroups([])
-            os.setresgid(uid, uid, uid)
+            os.setresgid(group, group, group)
             os.setresuid(uid, uid, uid)
         except OSError:
             continue

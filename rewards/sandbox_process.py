@@ -142,7 +142,7 @@ class Zygote:
             if isinstance(error, ZygoteDied):
                 raise SandboxError(f"the sandbox process did not start: {error}") from error
             raise
-        self.tier, self.landlock_abi, self.uid = hello["tier"], hello["landlock_abi"], hello["uid"]
+        self.tier, self.landlock_abi, self.gid = hello["tier"], hello["landlock_abi"], hello["gid"]
 
     def run(self, programs: Sequence[Program | Command], limits: Limits) -> list[RunResult]:
         files: list[int] = []

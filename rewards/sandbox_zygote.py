@@ -51,6 +51,7 @@ NULL, FIRST_FREE, CONTROL = (
 MAX_MESSAGE, MAX_DESCRIPTORS = 1 << 16, 128
 SERVANT_CPU_S = 3600
 FIRST_OWN_UID, NUM_TASKS = 1_879_048_192, 192
+RESERVED_TASKS = 1024  # for zygotes and judges: the kernel counts by user, and programs take all they can get
 WARM_ROUNDS = 30
 PROBE_COMMAND = {"command": ["/bin/true"], "folder": "/lib", "compiles": False, "address_space": True}
 
@@ -76,8 +77,8 @@ def main() -> None:
     os.close(options["control"])
     try:
         _die_with_parent(options["parent"])
-        abi = _prepare(options)
-        zygote = Zygote(options["limits"], abi, commands=options["commands"])
+        abi, num_tasks = _prepare(options)
+        zygote = Zygote(options["limits"], abi, num_tasks, commands=options["commands"])
         breach = zygote.probe(opens=abi > 0)
         if breach:
             raise PermissionError(f"a confined process could {breach}")
@@ -86,7 +87,7 @@ def main() -> None:
         return
     control.send(
         json.dumps(
-            {"tier": "landlock+seccomp" if abi else "seccomp", "landlock_abi": abi, "uid": os.geteuid()}
+            {"tier": "landlock+seccomp" if abi else "seccomp", "landlock_abi": abi, "gid": os.getegid()}
         ).encode()
     )
     zygote.serve(control, options["parent"])
@@ -104,9 +105,9 @@ def _die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def _prepare(options: dict[str, Any]) -> int:
+def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     """Imports what programs may use, then confines this process. Returns the Landlock version in use, 0
-    without.
+    without, and how many tasks the user may have for a program to start one more.
     """
     if confine.ARCHITECTURE < 0:
         raise NotImplementedError(
@@ -139,13 +140,14 @@ def _prepare(options: dict[str, Any]) -> int:
     os.chdir("/")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel takes a sandboxed program before the trainer
-    # Zygotes for commands share a user, and so folders.
-    is_own = confine.drop_privileges(FIRST_OWN_UID + (options["parent"] if commands else os.getpid()))
+    # Zygotes for commands share a group, and so folders, but no user, as each would count the others' tasks.
+    is_own = confine.drop_privileges(FIRST_OWN_UID + os.getpid(), FIRST_OWN_UID + options["parent"])
     num_tasks = NUM_TASKS if is_own else confine.count_user_tasks() + 1024
     confine.prctl(confine.PR_SET_DUMPABLE, 0)
     confine.prctl(filters.PR_SET_PDEATHSIG, signal.SIGHUP)  # a change of user has cleared it
     confine.prctl(filters.PR_SET_NO_NEW_PRIVS, 1)
-    confine.limit_tasks_and_descriptors(num_tasks)
+    confine.prctl(filters.PR_SET_CHILD_SUBREAPER, 1)  # what a compiler leaves is ours to reap
+    confine.limit_tasks_and_descriptors(num_tasks + RESERVED_TASKS)
     abi = confine.landlock_abi() if options["landlock"] else 0
     if commands and not abi:
         raise NotImplementedError("programs in languages other than Python need Landlock (Linux 5.13)")
@@ -157,7 +159,7 @@ def _prepare(options: dict[str, Any]) -> int:
             confine.restrict_files([null, *((path, rights) for path in READABLE)], abi)
     confine.Filter(filters.zygote_filter(confine.ARCHITECTURE, opens=abi > 0, commands=commands)).install()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    return abi
+    return abi, num_tasks
 
 
 class Zygote:
@@ -165,9 +167,10 @@ class Zygote:
     process.
     """
 
-    def __init__(self, limits: dict[str, int], abi: int, *, commands: bool) -> None:
+    def __init__(self, limits: dict[str, int], abi: int, num_tasks: int, *, commands: bool) -> None:
         self.pid = os.getpid()
         self.abi = abi
+        self.num_tasks = num_tasks
         self.commands = commands
         self.limits = limits
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -232,8 +235,7 @@ class Zygote:
                 self._become(program, job, fds, (-1, -1))
             ended = reaper.wait_for(pid, deadline)
             if "command" in program:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # what a compiler has left
+                reaper.end_group(pid)  # what a compiler has left
             return {"timed_out": ended["killed"], "programs": [ended]}
         servant = self._servant(judges[0]["module"])
         pipes = [*os.pipe(), *os.pipe()]
@@ -273,6 +275,8 @@ class Zygote:
                 os.dup2(descriptor, target) if descriptor >= 0 else os.close(target)
             os.closerange(NULL, MAX_DESCRIPTORS)
             cpu_s = math.ceil(job["timeout_s"]) + 1
+            if not program.get("compiles"):
+                confine.lower_limit(resource.RLIMIT_NPROC, self.num_tasks)
             if "command" in program:
                 os.closerange(3, NULL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -165,6 +165,25 @@ def add(a, b):
 """,
 }
 
+# What a program may hold while others run: kernels count it by user, and zygotes may share one.
+HOLDINGS: dict[str, str] = {
+    "descriptors in flight": """
+import _socket, struct, time
+near, far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+near.sendmsg([b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", 0) * 253)])
+time.sleep(600)
+""",
+    "threads without end": """
+import _thread, time
+_thread.stack_size(32768)
+while True:
+    try:
+        _thread.start_new_thread(time.sleep, (600,))
+    except RuntimeError:
+        time.sleep(0.001)
+""",
+}
+
 SNAPSHOT = """
 import atexit, builtins, fcntl, os, resource, signal, sys, zlib
 def flags(number):

@@ -124,6 +124,19 @@ def test_an_input_of_a_program_cannot_be_changed_by_who_holds_it():
         os.close(descriptor)
 
 
+def test_a_solution_cannot_take_the_threads_that_the_tests_need():
+    holding = "import _thread, time\n_thread.stack_size(32768)\ntry:\n    while True:\n"
+    holding += "        _thread.start_new_thread(time.sleep, (60,))\nexcept RuntimeError: pass\n"
+    threaded = "import threading, time\ntime.sleep(1)\nfound = []\n"
+    threaded += "thread = threading.Thread(target=lambda: found.append(add(2, 3)))\n"
+    threaded += "thread.start()\nthread.join()\nassert found == [5]"
+    with code_sandbox(num_workers=1) as sandbox:
+        for answer, score in (("a + b", 1.0), ("0", 0.0)):
+            code = f"```python\n{holding}def add(a, b):\n    return {answer}\n```"
+            reward = grade(code, {**CALLS, "code": threaded}, sandbox=sandbox)
+            assert reward.score == score, reward
+
+
 def test_memory_that_children_would_share_is_found_before_the_first_program():
     code = (
         "import mmap, os, tempfile\n"
