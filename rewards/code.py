@@ -245,10 +245,13 @@ def _continues_prompt(code: str, tests: CodeTests) -> bool:
     """Whether the prompt begins the function that the tests call, and the completion does not define it."""
     name = re.escape(re.split(r"\W", tests.entry_point, maxsplit=1)[0])
     begun = rf"^(?:(?:async\s+)?def|class)\s+{name}\b"
-    other = rf"^{name}\s*[:=]|\bimport\b.*\b{name}\b"
     if tests.kind == STDIO or not name or not re.search(begun, tests.prompt, re.MULTILINE):
         return False
-    return not re.search(f"{begun}|{other}", code, re.MULTILINE)
+    if re.search(rf"{begun}|^{name}\s*[:=]", code, re.MULTILINE):
+        return False
+    # One look at each line after its first `import`: a pattern for both would try every pair of them.
+    imported = re.findall(r"\bimport\b(.*)", code)
+    return not any(re.search(rf"\b{name}\b", rest) for rest in imported)
 
 
 def _mentions(package: str, *texts: str) -> bool:

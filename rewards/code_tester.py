@@ -52,6 +52,8 @@ def main(source: bytes) -> int:
         verdict = {"outcome": "test_error", "detail": "recursion without end in the tests"}
     if link.fault is not None:  # also where the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
+    # Whole, whatever the solution said: a verdict that the cap of the output cuts would be no JSON.
+    verdict["detail"] = verdict["detail"][:MAX_DETAIL]
     _write({**verdict, "num_calls": link.num_calls})
     return int(any(LEAVES_TRACES.search(given[name] or "") for name in ("code", "prompt")))
 

@@ -28,6 +28,7 @@ def serve(judge: Callable[[bytes], int], control: socket.socket) -> None:
     """
     builtins_before = dict(vars(builtins))
     size_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    max_cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0] / 2  # the rest is for the last job
     again, num_served = True, 0
     while again:
         message, fds, _, _ = socket.recv_fds(control, 16, 4)
@@ -40,8 +41,11 @@ def serve(judge: Callable[[bytes], int], control: socket.socket) -> None:
         try:
             status = judge(os.pread(SOURCE, os.fstat(SOURCE).st_size, 0))
             clean = status == 0 and vars(builtins) == builtins_before and _thread._count() == 0
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size_before
-            again = clean and num_served < MAX_SERVED and grown <= MAX_GROWTH_KIB
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            spare = (
+                used.ru_maxrss - size_before <= MAX_GROWTH_KIB and used.ru_utime + used.ru_stime < max_cpu_s
+            )
+            again = clean and num_served < MAX_SERVED and spare
         except BaseException:
             again = False
         for target in (SOURCE, EXTRA, LINK_IN, LINK_OUT):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
+from settings import ROOT
 
 from rewards.code import CodeOptions, code_sandbox, grade
 from rewards.sandbox import Sandbox
@@ -179,3 +183,48 @@ def test_tests_that_change_the_library_do_not_change_the_next_grade(sandbox, wha
     for _ in range(2):
         assert score(sandbox, code, "f", f"{change}\nassert f(1) == 1") == 1.0
         assert score(sandbox, code, "f", f"{use}\nassert f(1) == 1\nassert {holds}") == 1.0
+
+
+LAST_WORD = """
+import json, os, sys
+def add(a, b):
+    body = json.dumps({answer}).encode()
+    frame = len(body).to_bytes(4, "little") + body
+    while frame:
+        frame = frame[os.write(4, frame) :]
+"""
+
+
+@pytest.mark.parametrize("scoring", ["all", "fraction"])
+@pytest.mark.parametrize("answer", ["['fatal', ['x'], 'y' * 9_000_000]", "['raise', ['x'], 'y' * 9_000_000]"])
+def test_an_error_larger_than_the_output_does_not_cut_the_verdict(sandbox, scoring, answer):
+    asserts = {
+        "type": "asserts",
+        "entry_point": "add",
+        "code": "assert add(2, 3) == 5\nassert add(0, 1) == 1",
+    }
+    options = CodeOptions(scoring=scoring, timeout_s=30.0)
+    reward = grade(LAST_WORD.replace("{answer}", answer), asserts, options=options, sandbox=sandbox)
+    assert (reward.score, reward.reason is Reason.BAD_GOLD) == (0.0, False), reward
+
+
+@pytest.mark.parametrize("text", ["import " * 12_000, f"{'~' * 12_000}{' ' * 12_000}{'w' * 12_000}`"])
+def test_a_long_line_costs_its_length_and_not_the_square(sandbox, text):
+    asserts = {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3) == 5"}
+    asserts["prompt"] = "def add(a, b):\n"
+    started = time.monotonic()
+    assert grade(text, asserts, options=PATIENT, sandbox=sandbox).score == 0.0
+    assert time.monotonic() - started < 3
+
+
+def test_a_judge_that_has_used_half_of_its_cpu_time_is_replaced_before_it_runs_out():
+    code = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (4, 4))\n"
+        "from rewards.code import code_sandbox, grade\n"
+        "burn = 'import time\\nend = time.process_time() + 0.7\\nwhile time.process_time() < end: pass\\n'\n"
+        "tests = {'type': 'asserts', 'entry_point': 'f', 'code': burn + 'assert f(1) == 1'}\n"
+        "with code_sandbox(num_workers=1) as sandbox:\n"
+        "    print([grade('def f(x): return x', tests, sandbox=sandbox).score for _ in range(8)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.stdout == f"{[1.0] * 8}\n", done.stderr
