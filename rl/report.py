@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from rl.config import Config
+from rl.config.bounded_yaml import read_yaml
 from rl.diffusion.config import DiffusionConfig, TextConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.trace_view import denoising_html, sampled_traces
@@ -208,10 +209,9 @@ def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds keys and values; empty if it is missing, damaged or something else."""
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        value = read(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        value = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+    except (OSError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
