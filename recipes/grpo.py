@@ -91,6 +91,8 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     with display:
         for sentence in unsupported_versions():
             display.warn(sentence)
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run, close = build(config, world, stop, display, began)
         try:
             steps = train(run)

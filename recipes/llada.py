@@ -74,6 +74,8 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
         claim_config(config)
     world.wait()
     with Display(config.train.steps, is_main=world.is_main) as display:
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run = build(config, world, stop, display)
         try:
             steps = train(run)
