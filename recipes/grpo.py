@@ -43,7 +43,7 @@ from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
-from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
+from rl.rundir import Evaluation, EvaluationLog, claim_config, heldout_ends, read_result, write_result
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -91,6 +91,8 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     with display:
         for sentence in unsupported_versions():
             display.warn(sentence)
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run, close = build(config, world, stop, display, began)
         try:
             steps = train(run)
@@ -108,12 +110,15 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
 
 def _conclude(run: Run, steps: int) -> None:
     """Writes and prints the results; those of a run that was finished before stay as they are."""
-    evaluations, result = run.evaluations.read(), read_result(run.config.run_dir)
+    config, evaluations = run.config, run.evaluations.read()
+    result = read_result(config.run_dir)
     if run.start_step < steps or result.get("steps") != steps:
-        result = write_result(run.config, evaluations, steps=steps, seconds=run.seconds)
-    ends = [*evaluations[:1], *evaluations[-1:]]
-    for name, evaluation in zip(("before", "after"), ends, strict=False):
-        print(f"held-out {name}: {evaluation}")
+        result = write_result(config, evaluations, steps=steps, seconds=run.seconds)
+    if config.evaluation.data is not None:
+        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        for name, found in ends.items():
+            text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
+            print(f"held-out {name.removeprefix('heldout_')}: {text}")
     print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
@@ -213,7 +218,10 @@ def _make_engine(
 
 
 def _go_on(run: Run) -> None:
-    loaded = go_on(run, resume)
+    rows = run.log.read() if run.world.is_main else []
+    (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
+    run.num_recorded = int(run.world.max([float(run.ledger.expect(int(num_done)))])[0])
+    loaded = go_on(run, resume, run.evaluations)
     if loaded is None:
         return
     if run.world.is_main:

@@ -36,7 +36,7 @@ from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
-from rl.rundir import claim_config, write_atomically
+from rl.rundir import claim_config, heldout_ends, write_atomically
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
@@ -74,6 +74,8 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
         claim_config(config)
     world.wait()
     with Display(config.train.steps, is_main=world.is_main) as display:
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run = build(config, world, stop, display)
         try:
             steps = train(run)
@@ -82,7 +84,7 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
             run.log.close()
     if not world.is_main:
         return stop.exit_code()
-    if steps == config.train.steps:
+    if steps >= config.train.steps:
         seconds = time.monotonic() - began
         write_result(run, steps=steps, seconds=seconds)
         print(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
@@ -142,7 +144,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
         stop=stop,
     )
-    if (loaded := go_on(run, resume)) is not None:
+    if (loaded := go_on(run, resume, run.bounds)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
     return run
 
@@ -150,15 +152,18 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
     """`result.json`: seconds, steps, and the bound on held-out text before and after."""
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
-    found = run.bounds.read()
-    for name, (_, bound) in zip(("before", "after"), (found[:1] + found[-1:]), strict=False):
-        result[f"heldout_{name}"] = {
-            "nats_per_token": bound.nats_per_token,
-            "error": bound.error,
-            "perplexity": bound.perplexity,
-            "num_tokens": bound.num_tokens,
-        }
-        print(f"held-out text {name}: {bound}")
+    if run.heldout:
+        ends, missing = heldout_ends(dict(run.bounds.read()), steps, "likelihood.jsonl")
+        for name, bound in ends.items():
+            result[name] = bound and {
+                "nats_per_token": bound.nats_per_token,
+                "error": bound.error,
+                "perplexity": bound.perplexity,
+                "num_tokens": bound.num_tokens,
+            }
+            text = str(bound) if bound else f"missing ({missing[f'{name}_missing']})"
+            print(f"held-out text {name.removeprefix('heldout_')}: {text}")
+        result |= missing
     write_atomically(run.config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
 
 

@@ -7,13 +7,14 @@ that stays empty; only `reward/` is open, for the parts of a run's rewards: `rew
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from rl.row_log import RowLog
+from rl.row_log import read_rows as read_rows
 
 Z_95 = 1.959963984540054  # the normal distribution has 95 % of its mass within this many standard deviations
 
@@ -215,15 +216,17 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / "metrics.jsonl"
-        self._file: TextIO | None = None
-        self._last_step: int | None = None
+        self._rows = RowLog(Path(run_dir) / "metrics.jsonl")
+        self.path = self._rows.path
+        self.read, self.truncate_after = self._rows.read, self._rows.truncate_after
+        self.close = self._rows.close
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row and flushes it.
 
         Raises:
             ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
+            RuntimeError: the file was taken away during the run.
         """
         row: dict[str, Any] = {"step": int(step)}
         nonfinite = []
@@ -235,70 +238,7 @@ class MetricsLog:
                 nonfinite.append(name)
         if nonfinite:
             row["nonfinite"] = nonfinite
-        file = self._open()
-        if self._last_step is not None and step <= self._last_step:
-            raise ValueError(
-                f"metrics of step {step} come after those of step {self._last_step} in {self.path}; "
-                f"resume with truncate_after({step - 1}), or use a new run_dir"
-            )
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        self._last_step = int(step)
-
-    def truncate_after(self, step: int) -> int:
-        """Keeps the rows up to and including `step`, atomically; returns how many were dropped."""
-        self.close()
-        rows = self.read()
-        kept = [row for row in rows if row["step"] <= step]
-        self._replace(kept)
-        return len(rows) - len(kept)
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows, in order; a half-written line, as a killed run leaves it, is left out."""
-        return read_rows(self.path)
-
-    def close(self) -> None:
-        """Closes the file; safe to call twice. A later `write` opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
-    def _open(self) -> TextIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = self.read()
-            if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-                self._replace(rows)  # else the first new row would be glued to a torn one
-            self._last_step = rows[-1]["step"] if rows else None
-            self._file = self.path.open("a", encoding="utf-8")
-        return self._file
-
-    def _replace(self, rows: list[dict[str, Any]]) -> None:
-        if not self.path.is_file():
-            return
-        fresh = self.path.with_suffix(".jsonl.new")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file that have an integer "step"; torn lines are left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        self._rows.append(row)
 
 
 def show_value(name: str, value: float) -> str:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rl.config import Config
 from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
 from rl.metrics import wilson_interval
+from rl.row_log import RowLog, record_of
 
+E = TypeVar("E")
 MAY_CHANGE = {
     "run_dir",
     "trackers",
@@ -54,29 +57,20 @@ class EvaluationLog:
     """`evaluation.jsonl`: one line per held-out evaluation, a step at most once."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "evaluation.jsonl"
+        self._rows = RowLog(run_dir / "evaluation.jsonl", durable=True)
+        self.path, self.truncate_after = self._rows.path, self._rows.truncate_after
+        self.close = self._rows.close
 
     def read(self) -> list[Evaluation]:
-        rows: list[Evaluation] = []
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                try:
-                    rows.append(Evaluation(**json.loads(line)))
-                except (json.JSONDecodeError, TypeError):
-                    continue
-        return rows
-
-    def write(self, evaluation: Evaluation) -> None:
-        self._replace([*(e for e in self.read() if e.step < evaluation.step), evaluation])
-
-    def truncate_after(self, step: int) -> None:
-        self._replace([e for e in self.read() if e.step <= step])
+        return [found for row in self._rows.read() if (found := record_of(Evaluation, row)) is not None]
 
     def at(self, step: int) -> Evaluation | None:
-        return next((e for e in self.read() if e.step == step), None)
+        row = self._rows.find(step)
+        return None if row is None else record_of(Evaluation, row)
 
-    def _replace(self, rows: list[Evaluation]) -> None:
-        write_atomically(self.path, "".join(json.dumps(asdict(e)) + "\n" for e in rows))
+    def write(self, evaluation: Evaluation) -> None:
+        """Records an evaluation, in place of an earlier one of its step and of what came after that."""
+        self._rows.replace(asdict(evaluation))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -122,32 +116,42 @@ def _has_steps(run_dir: Path) -> bool:
 
 
 def write_result(
-    config: Config, evaluations: list[Evaluation], *, steps: int, seconds: float
+    config: Config, evaluations: Sequence[Evaluation], *, steps: int, seconds: float
 ) -> dict[str, Any]:
     """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps.
 
-    `seconds` counts the whole run, restarts included.
+    `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`: one that
+    is missing is null, never a number of another step, and `heldout_before_missing` says why.
     """
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        result |= {
-            "heldout_before": first.accuracy,
-            "heldout_before_interval": [first.low, first.high],
-            "heldout_after": last.accuracy,
-            "heldout_after_interval": [last.low, last.high],
-            "n": last.n,
-        }
+    if config.evaluation.data is not None:
+        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        for name, found in ends.items():
+            result[name] = found and found.accuracy
+            result[f"{name}_interval"] = found and [found.low, found.high]
+        result |= missing | {"n": next((found.n for found in ends.values() if found), None)}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
+def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[str, E | None], dict[str, str]]:
+    """What was measured at step 0 and at the last step, by its name in `result.json`; why one is missing."""
+    ends = {"heldout_before": 0, "heldout_after": steps}
+    missing = {
+        f"{name}_missing": f"{file} has no whole row of step {step}: it was lost or damaged"
+        for name, step in ends.items()
+        if step not in found
+    }
+    return {name: found.get(step) for name, step in ends.items()}, missing
+
+
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """What `write_result` wrote; empty if there is none."""
+    """What `write_result` wrote; empty if there is none, or a damaged one."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        result = json.loads((run_dir / "result.json").read_bytes())
+    except (OSError, ValueError):
         return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
