@@ -231,7 +231,11 @@ def make_scorer(config: Config) -> RewardPool:
     r = config.rewards
     specs = reward_specs(config)
     return RewardPool(
-        specs, workers=r.workers, deadline_s=r.deadline_s, memory_bytes=int(r.memory_gib * 2**30)
+        specs,
+        workers=r.workers,
+        deadline_s=r.deadline_s,
+        memory_bytes=int(r.memory_gib * 2**30),
+        num_steps=config.train.steps,
     )
 
 
