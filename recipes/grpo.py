@@ -217,7 +217,7 @@ def _go_on(run: Run) -> None:
     if loaded is None:
         return
     if run.world.is_main:
-        run.watch.rows.extend(run.log.read())
+        run.watch.recall(run.log.read())
         for e in run.evaluations.read():
             run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     run.display.note(f"going on from {loaded.path} (step {loaded.step})")
