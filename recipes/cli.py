@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,12 +144,14 @@ def _denoising(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
     from recipes.tasks import load_rows
+    from recipes.tasks.prompts import unrendered_prompt
+
+    data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):
-        config = load_config(path, overrides)
-        return reward_specs(config), load_rows(config.data), config.data.prompt_column
+        return reward_specs(load_config(path, overrides)), load_rows(data), data.prompt_column
 
-    return doctor.run(arguments, load)
+    return doctor.run(arguments, load, ask=partial(unrendered_prompt, data))
 
 
 def _plan(arguments: argparse.Namespace) -> int:

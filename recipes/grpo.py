@@ -225,7 +225,7 @@ def _go_on(run: Run) -> None:
     if loaded is None:
         return
     if run.world.is_main:
-        run.watch.rows.extend(run.log.read())
+        run.watch.recall(run.log.read())
         for e in run.evaluations.read():
             run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     run.display.note(f"going on from {loaded.path} (step {loaded.step})")
@@ -239,7 +239,11 @@ def make_scorer(config: Config) -> RewardPool:
     r = config.rewards
     specs = reward_specs(config)
     return RewardPool(
-        specs, workers=r.workers, deadline_s=r.deadline_s, memory_bytes=int(r.memory_gib * 2**30)
+        specs,
+        workers=r.workers,
+        deadline_s=r.deadline_s,
+        memory_bytes=int(r.memory_gib * 2**30),
+        num_steps=config.train.steps,
     )
 
 

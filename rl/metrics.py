@@ -1,7 +1,8 @@
 """Every number of a run once: its name, unit, meaning and healthy range; and the file that keeps them.
 
 Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
-that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean`.
+that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
+`reward/<part>/std`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from typing import Any
 from rl.row_log import RowLog
 from rl.row_log import read_rows as read_rows
 
+LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
+CONSTANT_HINT = (
+    "it teaches nothing: check what it reads (a completion of a chat is a list of messages: see "
+    "rewards/__init__.py), or drop it"
+)
 Z_95 = 1.959963984540054  # the normal distribution has 95 % of its mass within this many standard deviations
 
 
@@ -170,7 +176,7 @@ assert len(METRICS) == len(_ALL), "a metric is defined twice"
 
 
 def metric_of(name: str) -> Metric:
-    """The definition of a metric; one without a range for the parts of a run's rewards.
+    """The definition of a metric; for the parts of a run's rewards, the spread has a range: above 0.
 
     Raises:
         ValueError: the name is unknown; the message has the nearest known ones.
@@ -179,9 +185,9 @@ def metric_of(name: str) -> Metric:
         return metric
     if name.startswith("reward/") and len(name) > len("reward/"):
         part, _, statistic = name.removeprefix("reward/").rpartition("/")
-        return Metric(
-            name, "score", f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
-        )
+        said = f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
+        spread = {"low": LEAST_SPREAD, "hint": CONSTANT_HINT} if part and statistic == "std" else {}
+        return Metric(name, "score", said, **spread)
     near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
     raise ValueError(
         f"unknown metric {name!r}; "

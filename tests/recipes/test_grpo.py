@@ -102,6 +102,9 @@ def test_what_is_broken_is_said_on_the_screen(config_file, capsys):
     assert out.count("warning: completion/truncated_share is 100.0 %") == 1
     assert "raise sampling.max_completion_length" in out
     assert out.count("warning: groups/without_spread is 100.0 %") == 1
+    assert (
+        out.count("warning: reward part toy_rewards:constant gives all completions of a step the same") == 1
+    )
 
 
 def test_heldout_accuracy_reaches_the_trackers(config_file, heldout):
