@@ -119,6 +119,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
     verdict: dict[str, Any] = {"outcome": outcome, "detail": detail[:MAX_DETAIL]}
     if given["partial"]:
         verdict["passed"] = sites.results(aborted=outcome != "passed")
+        verdict["complete"] = outcome == "passed" and not sites.num_crashes
         verdict["detail"] = verdict["detail"] or sites.first_failure
     return verdict
 

@@ -9,7 +9,7 @@ without Landlock, where every open is refused. Both work without privileges, in 
 namespaces, on x86-64 and aarch64 (there the filters are tested, but were never run). Where neither works
 the sandbox refuses to start and says why: sandlock, bubblewrap and WASM are not offered. Programs in other
 languages need Landlock. What no tier stops: programs that know the tests already, faults of the kernel, and
-timing.
+timing. Without root all workers share a user, and so the number of threads that programs may have together.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ LANDLOCK_ALL_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # ABI -> righ
 LANDLOCK_EXECUTE, LANDLOCK_WRITE, LANDLOCK_READ, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_FILE_RIGHTS = 7 | 1 << 14 | 1 << 15  # execute, write, read, truncate, device commands
 LANDLOCK_EVERYTHING = 0xFFFF
+MAX_PENDING_SIGNALS = 256
 
 _libc = ctypes.PyDLL(
     None, use_errno=True
@@ -179,6 +180,7 @@ def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
 def limit_tasks_and_descriptors(num_tasks: int) -> None:
     """Hard limits of this process and its children, never above those it has."""
     lower_limit(resource.RLIMIT_NPROC, num_tasks)
+    lower_limit(resource.RLIMIT_SIGPENDING, MAX_PENDING_SIGNALS)  # of the user, who may be the trainer's
     lower_limit(resource.RLIMIT_NOFILE, 72)
     lower_limit(resource.RLIMIT_CORE, 0)
     # The main thread of a recursive program; the hard limit stays, because contest programs ask for more.

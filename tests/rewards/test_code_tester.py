@@ -228,3 +228,40 @@ def test_a_judge_that_has_used_half_of_its_cpu_time_is_replaced_before_it_runs_o
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert done.stdout == f"{[1.0] * 8}\n", done.stderr
+
+
+FUNCTIONS = "def test_a():\n    assert f(1) == 1\ndef test_b():\n    x = f(2)\n    assert x == 2\n"
+WITHOUT_ASSERTS = "def test_c():\n    if f(3) != 3: raise ValueError\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "weights", "expected"),
+    [
+        ("assert f(1) == 1\nx = f(2)\nassert x == 2", [1, 3], 0.25),
+        (FUNCTIONS, [1, 3], 0.25),
+        (FUNCTIONS + WITHOUT_ASSERTS, [1, 3, 4], 0.625),  # the crash of test_b shifts no weight
+        ("y = f(2)\n" + FUNCTIONS + WITHOUT_ASSERTS, [1, 3, 4], 0.0),
+    ],
+)
+def test_a_solution_that_crashes_between_weighted_asserts_does_not_abstain(sandbox, tests, weights, expected):
+    asserts = {"type": "asserts", "entry_point": "f", "code": tests, "weights": weights}
+    options = CodeOptions(scoring="fraction", timeout_s=30.0)
+    crashing = "def f(x):\n    if x == 2: raise KeyError\n    return x"
+    assert grade(crashing, asserts, options=options, sandbox=sandbox).score == expected
+    assert grade("def f(x): return x", asserts, options=options, sandbox=sandbox).score == 1.0
+    for code in ("def f(x): return x", "def f(x): return 0"):
+        wrong = grade(code, {**asserts, "weights": [1]}, options=options, sandbox=sandbox)
+        assert (wrong.score, wrong.reason) == (None, Reason.BAD_GOLD)
+
+
+def test_a_solution_that_skips_a_weighted_assert_under_an_if_does_not_abstain(sandbox):
+    tests = "if f(1) == 1:\n    assert f(2) == 2\nassert f(3) == 3\nassert f(4) == 4"
+    asserts = {"type": "asserts", "entry_point": "f", "code": tests, "weights": [4, 1, 3]}
+    options = CodeOptions(scoring="fraction", timeout_s=30.0)
+    for code, expected in (
+        ("def f(x): return x", 1.0),
+        ("def f(x): return 3", 0.25),  # without the first assert: 1 / (1 + 3)
+        ("def f(x): return max(x, 3)", 1.0),
+        ("def f(x): return x if x != 2 else 0", 0.5),
+    ):
+        assert grade(code, asserts, options=options, sandbox=sandbox).score == expected, code

@@ -17,6 +17,7 @@ from settings import ENVIRONMENT, ROOT, SETTINGS, SHARED, in_setting
 
 from rewards import sandbox_confine
 from rewards.code import CodeOptions, code_sandbox, grade
+from rewards.sandbox import Limits
 from rewards.sandbox_process import memory_file
 
 LEAVE = Path(__file__).with_name("leave_behind.py")
@@ -135,6 +136,18 @@ def test_a_solution_cannot_take_the_threads_that_the_tests_need():
             code = f"```python\n{holding}def add(a, b):\n    return {answer}\n```"
             reward = grade(code, {**CALLS, "code": threaded}, sandbox=sandbox)
             assert reward.score == score, reward
+
+
+def test_a_program_cannot_queue_all_signals_that_its_user_may_have_pending():
+    count = (
+        "import ctypes, os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(34, 65))\n"
+        "system_call = {'x86_64': 234, 'aarch64': 131}[os.uname().machine]  # tgkill\n"
+        "call, pid, queued = ctypes.CDLL(None).syscall, os.getpid(), 0\n"
+        "while queued < 5000 and call(system_call, pid, pid, 40) == 0: queued += 1\nprint(queued)"
+    )
+    with code_sandbox(num_workers=1) as sandbox:
+        result = sandbox.run(count, limits=Limits(timeout_s=30))
+    assert 0 < int(result.stdout) <= 256, result
 
 
 def test_memory_that_children_would_share_is_found_before_the_first_program():
