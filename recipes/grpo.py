@@ -53,6 +53,7 @@ from rl.rundir import (
     read_result,
     write_result,
 )
+from rl.safe_stream import say
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -111,9 +112,9 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     if world.is_main:
         if not stopped:
             _conclude(run, steps)
-        print(f"report: {build_report(config.run_dir)}")
+        say(f"report: {build_report(config.run_dir)}")
         if stopped:
-            print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+            say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
     return stop.exit_code() if stopped else 0
 
 
@@ -127,8 +128,8 @@ def _conclude(run: Run, steps: int) -> None:
         ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
         for name, found in ends.items():
             text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
-            print(f"held-out {name.removeprefix('heldout_')}: {text}")
-    print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
+            say(f"held-out {name.removeprefix('heldout_')}: {text}")
+    say(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
 def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:

@@ -38,6 +38,7 @@ from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
 from rl.rundir import claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.safe_stream import say
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
@@ -88,10 +89,10 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
     if steps >= config.train.steps:
         seconds = time.monotonic() - began
         write_result(run, steps=steps, seconds=seconds)
-        print(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
-    print(f"report: {build_report(config.run_dir)}")
+        say(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
+    say(f"report: {build_report(config.run_dir)}")
     if stop.received is not None and steps < config.train.steps:
-        print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+        say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
         return stop.exit_code()
     return 0
 
@@ -169,7 +170,7 @@ def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
                 "num_tokens": bound.num_tokens,
             }
             text = str(bound) if bound else f"missing ({missing[f'{name}_missing']})"
-            print(f"held-out text {name.removeprefix('heldout_')}: {text}")
+            say(f"held-out text {name.removeprefix('heldout_')}: {text}")
         result |= missing
     write_atomically(run.config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
 
