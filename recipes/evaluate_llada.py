@@ -21,6 +21,7 @@ import torch
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
 from rewards.math import grade
+from rl.command import run_command
 from rl.config import DataConfig
 from rl.diffusion.config import DiffusionModelConfig, EosConfig, TextConfig
 from rl.diffusion.harness import harness_model
@@ -29,7 +30,6 @@ from rl.diffusion.model import is_shifted
 from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.durable import with_remedy
 from rl.rundir import Evaluation
 from rl.shared_prompt import run_attention
 from rl.types import Completion, Prompt, SamplingParams
@@ -45,17 +45,10 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what was asked for. The exit code: 0 done, 1 a fault the user can mend, as one sentence."""
     a = arguments(argv)
-    try:
-        run(a)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: run(a))
 
 
-def run(a: argparse.Namespace) -> None:
+def run(a: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     policy = load(a)
     has_template = bool(policy.tokenizer.chat_template)
@@ -71,6 +64,7 @@ def run(a: argparse.Namespace) -> None:
         generation(policy, a)
     if a.lm_eval:
         lm_eval_tasks(policy, a)
+    return 0
 
 
 def load(a: argparse.Namespace) -> DiffusionPolicy:

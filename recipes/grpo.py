@@ -32,6 +32,7 @@ from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.display import Display
 from rl.durable import RunLock
+from rl.inputs import fingerprints
 from rl.ledger import Ledger
 from rl.loading import check_config, load_tokenizer
 from rl.manifest import unsupported_versions
@@ -43,7 +44,16 @@ from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
-from rl.rundir import Evaluation, EvaluationLog, claim_config, heldout_ends, read_result, write_result
+from rl.rundir import (
+    Evaluation,
+    EvaluationLog,
+    claim_config,
+    claim_inputs,
+    heldout_ends,
+    read_result,
+    write_result,
+)
+from rl.safe_stream import say
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -102,9 +112,9 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     if world.is_main:
         if not stopped:
             _conclude(run, steps)
-        print(f"report: {build_report(config.run_dir)}")
+        say(f"report: {build_report(config.run_dir)}")
         if stopped:
-            print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+            say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
     return stop.exit_code() if stopped else 0
 
 
@@ -118,8 +128,8 @@ def _conclude(run: Run, steps: int) -> None:
         ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
         for name, found in ends.items():
             text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
-            print(f"held-out {name.removeprefix('heldout_')}: {text}")
-    print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
+            say(f"held-out {name.removeprefix('heldout_')}: {text}")
+    say(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
 def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:
@@ -141,6 +151,10 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
         tokenizer = load_tokenizer(model)
+        if world.is_main:
+            sections = {"data": rows, "evaluation data": heldout_rows if held else None}
+            found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
+            claim_inputs(config, found, display.warn)
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
         longest = _longest(config, prompts, heldout)

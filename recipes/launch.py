@@ -14,8 +14,10 @@ from typing import IO, Any
 
 import torch
 
-from rl.durable import with_remedy
+from rl.command import raise_open_files, run_command, say_fault
 from rl.phases import ASKS_TO_STOP, StopSignal, stop_with_launcher
+from rl.redact import safe_text
+from rl.safe_stream import say
 from rl.world import LOOPBACK, STORE_FD, listen_on_loopback, loopback_environment
 
 Child = subprocess.Popen[Any]
@@ -42,20 +44,20 @@ def recipe_main(
         return 0 if arguments else 2
     began = time.monotonic()
     stop = StopSignal()
-    stop.install()
-    stop_with_launcher()
-    try:
-        return run(arguments, stop, began)
-    except KeyboardInterrupt:
-        print("cohort: stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        stop.restore()
+
+    def work() -> int:
+        stop.install()
+        stop_with_launcher()
+        try:
+            raise_open_files()
+            return run(arguments, stop, began)
+        except KeyboardInterrupt:
+            say_fault("stopped at once; the same command goes on from the newest checkpoint")
+            return 128 + signal.SIGINT
+        finally:
+            stop.restore()
+
+    return run_command(work)
 
 
 def launch(recipe: Sequence[str], num_processes: int) -> int:
@@ -84,7 +86,7 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
         _end(children)
         if first_failed > 0:
             words = _last_words(logs[first_failed - 1])
-            print(f"process {first_failed} failed first:\n{words}", file=sys.stderr)
+            say(f"process {first_failed} failed first:\n{safe_text(words)}", sys.stderr)
     codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]
     code = next(filter(None, codes), 0)
     return 128 - code if code < 0 else code

@@ -41,8 +41,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
             "holds a model and its tokenizer, or such a name on a hub that can be reached"
@@ -63,6 +66,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def refuse_custom_code(name: str, error: Exception) -> None:
+    """Raises ValueError where transformers failed because a model brings Python code of its own.
+
+    transformers would ask on the terminal, and a `y` would run that code in the trainer, with all its rights.
+    """
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model.name={name!r} needs Python code that comes with it (auto_map in its config files), and "
+            "cohort runs no code of a model folder; use a model whose architecture this transformers knows, "
+            "or convert it to one and leave auto_map out"
+        ) from error
+
+
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in its storage dtype.
 
@@ -71,9 +87,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=storage_dtype(config)
+            config.name, revision=config.revision, dtype=storage_dtype(config), trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: the model cannot be loaded: {_first_line(error)} It must be whole, "
             "and of an architecture that this transformers knows as a causal language model"
@@ -172,8 +189,11 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
             fewer positions than `longest`.
     """
     try:
-        found = AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config()
+        found = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=False
+        ).get_text_config()
     except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
         ) from error

@@ -156,7 +156,9 @@ class TransformersEngine(OneCallAtATime):
         self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
         self.device = torch.device(device)
         with torch.random.fork_rng():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), revision=revision, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(model), revision=revision, dtype=dtype, trust_remote_code=False
+            )
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
