@@ -70,9 +70,12 @@ class Watch:
         self.rows: deque[Row] = deque(maxlen=_RECENT_ROWS)
 
     def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
-        """What is broken, not merely unusual, after a step with these numbers."""
+        """What is broken after a step with these numbers, and what is unusual and told at once
+        (`Metric.told_at_once`).
+        """
         self.rows.append({"step": step, **values})
-        return [finding for finding in judge(list(self.rows)).findings if finding.level == "Broken"]
+        at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
+        return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
 
 
 def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
