@@ -160,7 +160,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
-        if (reason := policy.settle_attention()) is not None:
+        if (reason := policy.settle_attention(longest)) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
                 "result"
@@ -228,6 +228,8 @@ def _make_engine(
         revision=model.revision,
         note=display.note,
         sample_while_training=config.train.sample_while_training,
+        attention=policy.own_attention,
+        long_factors=policy.long_factors,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
 )
 
 from rl.config import ModelConfig
+from rl.exactness import backbone
+from rl.weights import unsent
 
 
 def storage_dtype(config: ModelConfig) -> torch.dtype:
@@ -118,7 +121,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
     def hidden(narrow: bool) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
-            return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
     plain = hidden(True)
@@ -273,4 +276,47 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
                 "would not be trained, or only the engine would have it; leave the output head out, and "
                 "embeddings that are tied to it"
             )
+    if lost := unsent(model):
+        raise ValueError(
+            f"{named}: {len(lost)} adapter weights such as {lost[0]} would be trained and not reach the "
+            "engine, because their adapter has no delta in the shape of the weight it adapts; name other "
+            "layers in model.lora.target_modules"
+        )
     return adapted
+
+
+def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Checks that the model computes with its adapters.
+
+    Raises:
+        ValueError: PEFT wrapped what only looks like a linear layer, such as a router that returns more than
+            a tensor; or a layer whose weight its parent reads itself, past the adapter.
+    """
+    assert config.lora is not None
+    named = f"model.lora.target_modules={config.lora.target_modules!r}"
+    names = {module: name for name, module in model.named_modules()}
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in names]
+    try:
+        with torch.no_grad():
+            backbone(model)(
+                input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False
+            )
+    except Exception as error:  # whatever a family's layers raise when one of them is wrapped
+        raise ValueError(
+            f"{named}: {type(model).__name__} cannot compute with these adapters: {_first_line(error)} Name "
+            "the layers to adapt, such as [q_proj, v_proj]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, name in names.items():
+        parent = model.get_submodule(
+            name.rpartition(".")[0]
+        )  # an expert that got no token is not called either
+        if hasattr(module, "base_layer") and module not in called and parent in called:
+            raise ValueError(
+                f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
+                "would be sent and not computed with; name the layers to adapt without it, such as "
+                "[q_proj, v_proj]"
+            )

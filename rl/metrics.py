@@ -34,6 +34,7 @@ class Metric:
         high: the greatest healthy value, inclusive; None: no bound.
         broken_below: the run is broken, not merely unusual, below this; None: never.
         broken_above: likewise above.
+        told_at_once: a run warns of a single value out of range, and does not wait until it is broken.
         patience: how many values in a row must be out of range before a rule fires; single steps are noisy.
         hint: what to do when it is out of range.
     """
@@ -47,6 +48,7 @@ class Metric:
     broken_below: float | None = None
     broken_above: float | None = None
     patience: int = 5
+    told_at_once: bool = False
 
     def is_healthy(self, value: float) -> bool:
         return not (
@@ -124,8 +126,10 @@ _ALL = (
            high=0.05, broken_above=0.5,
            hint="the sampler and the policy disagree: compare dtypes, and look at sync/canary_gap_mean"),
     Metric("sampler/logprob_gap_mean", "nats", "mean |policy - sampler| log-prob of a token",
-           high=0.1, broken_above=1.0,
-           hint="above 1 the weights are wrong or stale: engine.verify_sync; else a finer engine.dtype"),
+           high=0.1, broken_above=1.0, patience=1, told_at_once=True,
+           hint="the engine samples another distribution than the policy trains: above 1 its weights are "
+                "wrong or stale (engine.verify_sync); below, engine.dtype is coarse, or the engine computes "
+                "this family otherwise: compare with engine.name=transformers"),
     Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
     Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
            high=0.02, broken_above=0.5,

@@ -82,13 +82,14 @@ class Watch:
             self.varied |= {name for name in part_spreads([row]) if row[name]}
 
     def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
-        """What is broken, not merely unusual, after a step with these numbers; and reward parts that have
-        never varied, which only a rule about the whole run can tell from those that are learnt.
+        """What is broken after a step with these numbers; what is unusual and told at once
+        (`Metric.told_at_once`); and reward parts that have never varied, which only a rule about the whole
+        run can tell from those that are learnt.
         """
         self.recall([{"step": step, **values}])
-        found = judge(list(self.rows)).findings
-        constant = {name for name in part_spreads(self.rows) if name not in self.varied}
-        return [finding for finding in found if finding.level == "Broken" or finding.metric in constant]
+        at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
+        at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
+        return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
 
 
 def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
