@@ -44,6 +44,7 @@ from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
 from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
+from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -179,6 +180,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         closing.callback(run.log.close)
         closing.callback(run.trackers.close)
         _go_on(run)
+        if world.is_main and run.start_step < config.train.steps:
+            check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
 
 

@@ -37,6 +37,7 @@ from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
 from rl.rundir import claim_config, write_atomically
+from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
@@ -144,6 +145,8 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
     )
     if (loaded := go_on(run, resume)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
+    if world.is_main and run.start_step < config.train.steps:
+        check_saving(policy, run.store.root, adapter=config.model.lora is not None)
     return run
 
 

@@ -33,6 +33,7 @@ from rl.loading import (
     use_fused_layers,
 )
 from rl.logprobs import head_logprobs
+from rl.saving import save_model
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
 
 CANARY_TEXT = (
@@ -252,7 +253,7 @@ class Policy:
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation(self.own_attention)
-        target.save_pretrained(folder)
+        save_model(target, self.model, folder)
         self.model.set_attn_implementation(cast(str, implementation))
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
