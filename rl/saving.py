@@ -80,9 +80,9 @@ def check_saving(saved: Saved, root: Path, *, adapter: bool) -> None:
 
 
 @contextmanager
-def _default_generation_config(model: PreTrainedModel) -> Iterator[Any]:
+def _default_generation_config(model: Any) -> Iterator[Any]:
     """Puts a generation config that can be saved in the place of the model's own, which it yields."""
-    loaded: Any = model.generation_config
+    loaded = model.generation_config
     model.generation_config = type(loaded)() if loaded is not None else None
     try:
         yield loaded
