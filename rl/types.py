@@ -98,7 +98,8 @@ class Completion:
         finish_reason: "stop", "length" (cut by max_completion_length) or "abort" (the engine failed; data,
         never a reward of 0).
         version_spans: in order, they add up to len(token_ids).
-        text: the ids decoded once, without special tokens, for graders and readers.
+        text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
+        special tokens, such as <think> in some vocabularies, stay.
         routes: experts chosen per token and layer (mixture-of-experts replay), or None.
         trace: the order in which a masked diffusion sampler committed the tokens, or None.
     """
