@@ -142,9 +142,10 @@ def _denoising(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
-    from recipes.tasks import load_rows
+    from recipes.tasks import find_modules_beside, load_rows
 
     def load(path: str, overrides: Sequence[str]):
+        find_modules_beside(path)
         config = load_config(path, overrides)
         return reward_specs(config), load_rows(config.data), config.data.prompt_column
 

@@ -23,8 +23,8 @@ from recipes.engines import make_engine
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.sources import make_source, sampling_params
-from recipes.tasks import load_rows
-from recipes.tasks.prompts import grader_columns, make_prompts, without
+from recipes.tasks import find_modules_beside
+from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
 from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        find_modules_beside(arguments[0])
         return _run(load_config(arguments[0], arguments[1:]), stop, began)
 
     return recipe_main("recipes.grpo", argv, run)
@@ -127,8 +128,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     _make_deterministic(config)
     check_canvas(config)
     phases = Phases(display.phase)
-    rows, held = load_rows(config.data), config.evaluation.data
-    heldout_rows = load_rows(held) if held else []
+    held = config.heldout_data
+    rows, heldout_rows = load_sets(config, display.note)
     with ExitStack() as closing:
         scorer = make_scorer(config)
         closing.callback(scorer.close)
@@ -306,8 +307,8 @@ def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> in
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest prompt with the longest completion, of training and evaluation."""
     sections = [(config.data, config.sampling)]
-    if config.evaluation.data:
-        sections.append((config.evaluation.data, config.evaluation.sampling))
+    if config.heldout_data:
+        sections.append((config.heldout_data, config.evaluation.sampling))
     return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
 
 

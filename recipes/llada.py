@@ -21,7 +21,7 @@ from accelerate import DistributedType
 
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
-from recipes.tasks import load_rows
+from recipes.tasks import find_modules_beside, load_rows
 from rl.checkpoint import CheckpointStore
 from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        find_modules_beside(arguments[0])
         return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
 
     return recipe_main("recipes.llada", argv, run)

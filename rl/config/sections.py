@@ -90,18 +90,40 @@ class DataConfig(Section):
     split: str = "train"
     revision: str | None = None
     prompt_column: str = "prompt"
+    rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
     system_prompt: str | None = None
     chat: bool = Field(
         default=True, description="a text prompt becomes a user message; false: it stays plain text"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="completions go on with the last message where the assistant began it"
+    )
     template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
     size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
     options: dict[str, Any] = Field(default={}, description="arguments of the generator or callable")
     max_prompt_length: int = Field(
-        default=1024, ge=1, description="tokens, the chat template included; longer is an error"
+        default=1024, ge=1, description="tokens, the chat template included; see too_long"
+    )
+    too_long: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="rows above max_prompt_length: end the run before it starts, or go without",
     )
     shuffle: bool = True
+
+
+class HeldoutConfig(DataConfig):
+    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
+
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
+    )
 
 
 class SamplingConfig(Section):
@@ -268,7 +290,7 @@ class EvaluationConfig(Section):
     the training stream.
     """
 
-    data: DataConfig | None = Field(default=None, description="default: no evaluation")
+    data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
     metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
