@@ -138,8 +138,9 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
         tokenizer = load_tokenizer(model)
-        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
-        prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
+        said = {"template_file": model.chat_template, "note": display.note}
+        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
+        prompts = without(make_prompts(config.data, rows, tokenizer, "train", **said), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)

@@ -41,6 +41,7 @@ from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
+from rollout.template import check_template
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +110,8 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
     policy = DiffusionPolicy(config.model, world.accelerator, name=resolve_model(config.model.name))
+    if row_format(rows, config.data) != "text":
+        check_template(policy.tokenizer, file=config.model.chat_template)
     padding = padding_ids(
         config.eos,
         policy.tokenizer,

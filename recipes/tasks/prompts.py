@@ -70,7 +70,13 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
 
 
 def make_prompts(
-    data: DataConfig, rows: Sequence[dict[str, Any]], tokenizer: Any, prefix: str
+    data: DataConfig,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    prefix: str,
+    *,
+    template_file: str | None,
+    note: Callable[[str], None],
 ) -> list[Prompt]:
     return render_prompts(
         rows,
@@ -81,7 +87,12 @@ def make_prompts(
         system_prompt=data.system_prompt,
         template=data.template,
         chat=data.chat,
+        chat_template_kwargs=data.chat_template_kwargs,
+        continue_final_message=data.continue_final_message,
         max_prompt_length=data.max_prompt_length,
+        too_long=data.too_long,
+        template_file=template_file,
+        note=note,
     )
 
 

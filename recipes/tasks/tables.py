@@ -89,9 +89,11 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
     if "corresponds to no data" in said:
         return f"data.source={config.source!r} has no rows"
     if said.startswith(("Unknown split", "Unrecognized instruction format")):
+        has = said.partition("Should be one of ")[2].rstrip(".")
         return (
-            f"data.split={config.split!r} of data.source={config.source!r}: {said.rstrip('.')}; a split is "
-            "named alone or with a slice, such as train, train[:90%] or train[1000:]"
+            f"data.split={config.split!r} is not in {config.source}"
+            + (f"; it has {has}" if has else "; a split is named as data.split=train")
+            + ", of which a part is written as train[:90%] or train[1000:]"
         )
     root = error
     while (deeper := root.__cause__ or root.__context__) is not None:

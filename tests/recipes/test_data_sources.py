@@ -15,6 +15,7 @@ from recipes.tasks.prompts import split_share
 from rl.config import DataConfig
 from rl.config.read import load_config, read_config
 from rl.diffusion.config import DiffusionConfig
+from rl.ledger import Ledger
 
 ROWS = [{"prompt": f"w{i}", "solution": str(i)} for i in range(10)]
 
@@ -39,7 +40,7 @@ def saved(tmp_path, *names: str) -> str:
 
 def test_a_file_has_one_split_and_its_slices(file):
     assert prompts(source=str(file), split="train[:20%]") == ["w0", "w1"]
-    with pytest.raises(ValueError, match=r"data\.split='nonsense'.*one of \['train'\].*train\[:90%\]"):
+    with pytest.raises(ValueError, match=r"data\.split='nonsense' is not in .*it has \['train'\].*\[:90%\]"):
         prompts(source=str(file), split="nonsense")
 
 
@@ -49,7 +50,7 @@ def test_a_folder_has_the_splits_that_its_files_are_named_for(file):
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
     assert prompts(source=str(folder), split="test") == ["test"]
-    with pytest.raises(ValueError, match=r"data\.split='nonsense'.*one of \['train', 'test'\]"):
+    with pytest.raises(ValueError, match=r"data\.split='nonsense' is not in .*it has \['train', 'test'\]"):
         prompts(source=str(folder), split="nonsense")
 
 
@@ -63,7 +64,7 @@ def test_a_saved_data_set_has_its_own_splits_and_their_slices(tmp_path):
         "train3",
         "extra0",
     ]
-    with pytest.raises(ValueError, match=r"data\.split='test'.*one of \['train', 'extra'\]"):
+    with pytest.raises(ValueError, match=r"data\.split='test' is not in .*it has \['train', 'extra'\]"):
         prompts(source=source, split="test")
 
 
@@ -205,3 +206,25 @@ def test_a_run_evaluates_on_its_held_out_share(config_file, capsys):
         "share=0.25: 2 of the 8 rows of data.source are held out, 6 are trained on" in capsys.readouterr().out
     )
     assert main([str(config_file), *keys, "train.steps=3"]) == 0  # the resolved config is read again
+
+
+def test_a_run_refuses_a_template_that_takes_too_much(config_file, tmp_path, capsys):
+    file = tmp_path / "bomb.jinja"
+    file.write_text("{{ 'x' * 10**11 }}")
+    assert main([str(config_file), f"model.chat_template={file}"]) == 1
+    error = capsys.readouterr().err
+    assert f"train row 0: the chat template, read from {file}, takes too much: MemoryError" in error
+
+
+def test_a_run_gives_the_template_its_variables_and_drops_long_rows(config_file, tmp_path, capsys):
+    file = tmp_path / "thinking.jinja"
+    file.write_text("{% if enable_thinking %}w7 {% endif %}{{ messages[0].content }}")
+    with (tmp_path / "train.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "w1 " * 40, "answer": "w1"}) + "\n")
+    keys = [f"model.chat_template={file}", "data.chat_template_kwargs={enable_thinking: true}"]
+    assert main([str(config_file), *keys]) == 1
+    assert "1 of 9 rows of train have more than data.max_prompt_length=32" in capsys.readouterr().err
+    assert main([str(config_file), *keys, "data.too_long=drop", "train.steps=1"]) == 0
+    assert "row 8 (41); they are left out" in capsys.readouterr().out
+    (group, *_) = Ledger(config_file.parent / "run").read(0).groups
+    assert group.prompt.text.startswith("w7 What is")
