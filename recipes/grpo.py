@@ -213,6 +213,7 @@ def _make_engine(
         max_num_seqs=config.max_num_seqs,
         revision=model.revision,
         note=display.note,
+        trained=policy.model,
         sample_while_training=config.train.sample_while_training,
     )
 

@@ -26,12 +26,13 @@ from rl.checkpoint import CheckpointStore
 from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
-from rl.diffusion.model import is_shifted
+from rl.diffusion.model import is_shifted, raw_config
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
 from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
+from rl.loading import check_not_quantised
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
@@ -109,7 +110,9 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
             f"objective.random_length_share={share} is for pre-training on rows with 'text'; these have "
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
-    policy = DiffusionPolicy(config.model, world.accelerator, name=resolve_model(config.model.name))
+    name = resolve_model(config.model.name)
+    check_not_quantised(raw_config(name, config.model.revision).get("quantization_config"), name)
+    policy = DiffusionPolicy(config.model, world.accelerator, name=name)
     if row_format(rows, config.data) != "text":
         check_template(policy.tokenizer, file=config.model.chat_template)
     padding = padding_ids(
