@@ -47,6 +47,11 @@ def check_canvas(config: Config) -> None:
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
     for name, sampling in sections.items():
+        if sampling.stop:
+            raise ValueError(
+                f"{name}.stop={sampling.stop} cuts a completion behind a token, and a diffusion model writes "
+                f"in any order; use {name}.stop_token_ids, which end a block"
+            )
         try:
             denoising_params(config, sampling)
         except ValueError as error:

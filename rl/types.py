@@ -172,6 +172,9 @@ class ScoredGroup:
 class SamplingParams:
     """How one call samples. `top_k=0`, `top_p=1.0`, `min_p=0.0` mean the whole distribution;
     `temperature=0.0` means greedy.
+
+    Attributes:
+        stop: a completion ends behind the token in which one of these strings is complete.
     """
 
     max_completion_length: int
@@ -180,6 +183,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
 
 class WeightStream(Protocol):

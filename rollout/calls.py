@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rollout.stop_strings import cut_at_stop
 
 WEIGHTS_UNKNOWN = -1
 
@@ -58,18 +59,22 @@ def aborted() -> Completion:
     return Completion([], [], [], "abort", [])
 
 
-def decode_texts(tokenizer: Any, completions: Sequence[Completion]) -> None:
-    """Fills in the texts, without the end and pad tokens behind them, in one call of the tokenizer.
+def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequence[str] = ()) -> None:
+    """Cuts completions at stop strings, and fills in the texts without the end and pad tokens behind them.
 
     Other special tokens stay: `<think>` or a channel's name is what a grader looks for.
     """
     filled = [c for c in completions if c.token_ids]
     if not filled:
         return
+    are_cut = cut_at_stop(tokenizer, filled, stop)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    ids = [_without_ends(c, ends, special) for c in filled]
+    ids = [
+        c.token_ids if is_cut else _without_ends(c, ends, special)
+        for c, is_cut in zip(filled, are_cut, strict=True)
+    ]
     for c, text in zip(filled, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
         c.text = text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -133,6 +133,11 @@ class SamplingConfig(Section):
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_completion_length: int = Field(default=256, ge=1)
     stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="strings; a completion is cut behind the token that completes one. It is sampled to its "
+        "end first: stop_token_ids end sooner",
+    )
 
 
 class EngineConfig(Section):

@@ -21,12 +21,8 @@ def test_quantised_weights_are_refused_with_the_cause(config_file, tiny_model_di
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    masked = [
-        "diffusion={mask_token: <unk>, block_length: 4}",
-        "engine={name: auto}",
-        "loss.sampler_correction=null",
-    ]
-    for kind in ([], [*masked, f"run_dir={tmp_path}/masked"]):
+    masked = ["diffusion={mask_token: <unk>, block_length: 4}", "engine.name=auto"]
+    for kind in ([], [*masked, "loss.sampler_correction=null", f"run_dir={tmp_path}/masked"]):
         assert main([str(config_file), f"model.name={folder}", *kind]) == 1
         error = capsys.readouterr().err
         assert (
