@@ -143,9 +143,10 @@ def _denoising(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
-    from recipes.tasks import load_rows
+    from recipes.tasks import find_modules_beside, load_rows
     from recipes.tasks.prompts import unrendered_prompt
 
+    find_modules_beside(arguments.config)
     data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):

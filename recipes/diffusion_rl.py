@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from rl.config import Config, ModelConfig, SamplingConfig
-from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
+from rl.diffusion.model import load_diffusion_model, raw_config, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
-from rl.loading import add_lora
+from rl.loading import add_lora, check_not_quantised
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
@@ -47,6 +47,11 @@ def check_canvas(config: Config) -> None:
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
     for name, sampling in sections.items():
+        if sampling.stop:
+            raise ValueError(
+                f"{name}.stop={sampling.stop} cuts a completion behind a token, and a diffusion model writes "
+                f"in any order; use {name}.stop_token_ids, which end a block"
+            )
         try:
             denoising_params(config, sampling)
         except ValueError as error:
@@ -64,6 +69,8 @@ def make_masked_policy(
     Raises:
         ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
     """
+    raw = raw_config(model.name, model.revision)
+    check_not_quantised(raw.get("quantization_config"), model.name)
     policy = MaskedPolicy(config, accelerator, name=model.name)
     room = policy.trained.context_length
     if room is not None and longest > room:

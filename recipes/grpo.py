@@ -23,8 +23,8 @@ from recipes.engines import make_engine
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.sources import make_source, sampling_params
-from recipes.tasks import load_rows
-from recipes.tasks.prompts import grader_columns, make_prompts, without
+from recipes.tasks import find_modules_beside
+from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
 from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
@@ -54,6 +54,7 @@ from rl.rundir import (
     write_result,
 )
 from rl.safe_stream import say
+from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        find_modules_beside(arguments[0])
         return _run(load_config(arguments[0], arguments[1:]), stop, began)
 
     return recipe_main("recipes.grpo", argv, run)
@@ -141,8 +143,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     _make_deterministic(config)
     check_canvas(config)
     phases = Phases(display.phase)
-    rows, held = load_rows(config.data), config.evaluation.data
-    heldout_rows = load_rows(held) if held else []
+    held = config.heldout_data
+    rows, heldout_rows = load_sets(config, display.note)
     with ExitStack() as closing:
         scorer = make_scorer(config)
         closing.callback(scorer.close)
@@ -155,8 +157,9 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             sections = {"data": rows, "evaluation data": heldout_rows if held else None}
             found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
             claim_inputs(config, found, display.warn)
-        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
-        prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
+        said = {"template_file": model.chat_template, "note": display.note}
+        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
+        prompts = without(make_prompts(config.data, rows, tokenizer, "train", **said), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
@@ -198,6 +201,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         closing.callback(run.log.close)
         closing.callback(run.trackers.close)
         _go_on(run)
+        if world.is_main and run.start_step < config.train.steps:
+            check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
 
 
@@ -227,6 +232,7 @@ def _make_engine(
         max_num_seqs=config.max_num_seqs,
         revision=model.revision,
         note=display.note,
+        trained=policy.model,
         sample_while_training=config.train.sample_while_training,
         attention=policy.own_attention,
         long_factors=policy.long_factors,
@@ -331,8 +337,8 @@ def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> in
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest prompt with the longest completion, of training and evaluation."""
     sections = [(config.data, config.sampling)]
-    if config.evaluation.data:
-        sections.append((config.evaluation.data, config.evaluation.sampling))
+    if config.heldout_data:
+        sections.append((config.heldout_data, config.evaluation.sampling))
     return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
 
 

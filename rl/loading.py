@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -188,18 +188,19 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         longest: tokens of the longest prompt and the completion that may follow it.
 
     Raises:
-        ValueError: there is no config of a model, its vocabulary is smaller than the tokenizer's, or it has
-            fewer positions than `longest`.
+        ValueError: there is no config of a model, its weights are quantised, its vocabulary is smaller than
+            the tokenizer's, or it has fewer positions than `longest`.
     """
     try:
-        found = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=False
-        ).get_text_config()
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
         ) from error
+    found = whole.get_text_config()
+    for part in (whole, found):
+        check_not_quantised(getattr(part, "quantization_config", None), config.name)
     positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
@@ -209,6 +210,20 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
+
+
+def check_not_quantised(quantisation: Any, name: str) -> None:
+    """Raises ValueError for the `quantization_config` of a model: integers have no gradient."""
+    if not quantisation:
+        return
+    fields = quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
+    method = str(fields.get("quant_method", "unknown"))
+    raise ValueError(
+        f"model.name={name!r} holds quantised weights (quantization_config in its config.json, quant_method="
+        f"{method.rpartition('.')[2].lower()}), which cannot be trained; use the model that it "
+        "was quantised from, or save a dequantised bfloat16 copy (transformers: "
+        "model.dequantize().save_pretrained(FOLDER)) and set model.name to its folder"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

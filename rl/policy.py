@@ -44,6 +44,7 @@ from rl.loading import (
     use_fused_layers,
 )
 from rl.logprobs import head_logprobs
+from rl.saving import save_model
 from rl.types import WeightStream
 from rl.weights import PolicyWeights
 
@@ -313,7 +314,7 @@ class Policy:
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         packed = self.scorer.packed
         self.set_packed(False)
-        target.save_pretrained(folder)
+        save_model(target, self.model, folder)
         self.set_packed(packed)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"

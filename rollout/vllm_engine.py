@@ -41,6 +41,7 @@ class Flight:
     completions: list[Completion | None]
     num_missing: int
     for_collect: bool
+    stop: tuple[str, ...] = ()
 
 
 class VllmEngine:
@@ -240,7 +241,7 @@ class VllmEngine:
             if index in faults:
                 flights.append(Flight(prompt, [aborted() for _ in range(number)], 0, for_collect))
                 continue
-            flight = Flight(prompt, [None] * number, number, for_collect)
+            flight = Flight(prompt, [None] * number, number, for_collect, call.sampling.stop)
             base = completion_seed(seed)
             draws = [base + g if self.seed_requests else None for g in range(number)]
             for g, request in enumerate(self._start(list(prompt.token_ids), parameters, draws)):
@@ -302,7 +303,8 @@ class VllmEngine:
     def _groups(self, flights: list[Flight]) -> list[Group]:
         """Groups with their texts; what is missing in a flight is aborted."""
         groups = [Group(f.prompt, [c or aborted() for c in f.completions]) for f in flights]
-        decode_texts(self.tokenizer, [c for group in groups for c in group.completions])
+        for flight, group in zip(flights, groups, strict=True):
+            decode_texts(self.tokenizer, group.completions, flight.stop)
         return groups
 
     def _describe(self, *, uncompiled: bool) -> dict[str, HeldTensor]:

@@ -27,6 +27,7 @@ from rl.diffusion.model import (
     use_fused_diffusion_layers,
 )
 from rl.loading import add_lora, check_vocabulary, context_length, load_tokenizer, storage_dtype
+from rl.saving import save_model
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -141,7 +142,7 @@ class DiffusionPolicy:
 
         Its architecture has a name that no engine for causal models knows, so that none serves it as one.
         """
-        (self.peft_model or self.model).save_pretrained(folder, state_dict=weights)
+        save_model(self.peft_model or self.model, self.model, folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():
