@@ -154,7 +154,9 @@ def grade(
     score = None if verdict.reason in ABSTAINING else float(verdict.reason is Reason.CORRECT)
     if score is not None and options.scoring == "fraction" and passed:
         if weights and len(weights) != len(passed):
-            score, verdict = None, Verdict(Reason.BAD_GOLD, f"{len(weights)} weights for {len(passed)} tests")
+            if all(passed):  # else a crash is the test too many
+                what = f"{len(weights)} weights for {len(passed)} tests"
+                score, verdict = None, Verdict(Reason.BAD_GOLD, what)
         else:
             weights = weights or (1.0,) * len(passed)
             score = sum(w for w, ok in zip(weights, passed, strict=True) if ok) / sum(weights)

@@ -16,9 +16,13 @@ import collections
 import datetime
 import decimal
 import fractions
+import io
 import json
+import operator
 import os
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 MAX_FRAME_BYTES = 16 << 20
@@ -122,20 +126,27 @@ class Encoder:
             return value if -MAX_EXACT < value < MAX_EXACT else ["int", format(value, "x")]
         if depth > MAX_DEPTH:
             raise BadValue(f"nested deeper than {MAX_DEPTH}, or a part of itself")
-        if kind is list:
-            return ["list", self._items(value, depth)]
-        if kind is tuple:
-            return ["tuple", self._items(value, depth)]
+        if kind is list or kind is tuple:
+            return [kind.__name__, self._items(value, depth)]
         if kind is dict:
             return ["dict", self._pairs(value, depth)]
-        encode = _BY_TYPE.get(kind)
-        if encode is not None:
-            return encode(self, value, depth)
-        if self._shared(kind):
+        if kind in _TAGS:
+            tag = _TAGS[kind]
+            return [tag, self._items(FORMS[tag][1](value), depth)]
+        if self._shared(kind) and not issubclass(kind, tuple):
             return self._object(value)
-        for base, encode in _BY_BASE:
-            if issubclass(kind, base):
-                return encode(self, value, depth)
+        if kind.__module__ == "solution" and _has_members(kind):
+            return self._refer(value)
+        return self.encode_plain(value, depth)
+
+    def encode_plain(self, value: Any, depth: int = 0) -> Any:
+        """An object of a subclass as the plain value underneath; any other by reference."""
+        fields = getattr(type(value), "_fields", ())
+        for base, plain in _BY_BASE.items():
+            if issubclass(type(value), base):
+                encoded = self.encode(plain(value), depth)
+                is_named = base is tuple and fields
+                return ["named", encoded[1], type(value).__name__, *fields] if is_named else encoded
         return self._refer(value)
 
     def _items(self, values: Iterable[Any], depth: int) -> list[Any]:
@@ -178,40 +189,75 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return found
 
 
-_BY_TYPE: dict[type, Callable[[Encoder, Any, int], Any]] = {
-    set: lambda coder, value, depth: ["set", coder._items(value, depth)],
-    frozenset: lambda coder, value, depth: ["frozenset", coder._items(value, depth)],
-    bytes: lambda coder, value, depth: ["bytes", value.hex()],
-    bytearray: lambda coder, value, depth: ["bytearray", value.hex()],
-    complex: lambda coder, value, depth: ["complex", value.real, value.imag],
-    range: lambda coder, value, depth: ["range", *coder._items((value.start, value.stop, value.step), depth)],
-    fractions.Fraction: lambda coder, value, depth: [
-        "fraction",
-        *coder._items((value.numerator, value.denominator), depth),
-    ],
-    decimal.Decimal: lambda coder, value, depth: ["decimal", str(value)],
-    datetime.date: lambda coder, value, depth: ["date", value.isoformat()],
-    datetime.datetime: lambda coder, value, depth: ["datetime", value.isoformat()],
-    datetime.timedelta: lambda coder, value, depth: [
-        "timedelta",
-        [value.days, value.seconds, value.microseconds],
-    ],
-    collections.deque: lambda coder, value, depth: ["deque", coder._items(value, depth)],
-    collections.Counter: lambda coder, value, depth: ["counter", coder._pairs(value, depth)],
-    collections.OrderedDict: lambda coder, value, depth: ["ordered", coder._pairs(value, depth)],
-    collections.defaultdict: lambda coder, value, depth: ["dict", coder._pairs(value, depth)],
+def _has_members(kind: type) -> bool:
+    """Whether objects of a class of the solution are more than plain values: it defines public names that
+    are not the fields of a named tuple.
+    """
+    fields = getattr(kind, "_fields", ())
+    names = (name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base))
+    return any(not name.startswith("_") and name not in fields for name in names)
+
+
+def _pairs_of(value: Any) -> list[Any]:
+    return [part for pair in dict.items(value) for part in pair]
+
+
+def _paired(kind: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
+    return lambda parts: kind(dict(zip(parts[::2], parts[1::2], strict=True)))
+
+
+def _from(make: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    return lambda parts: make(*parts)
+
+
+def _opened(kind: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
+    def open_at(parts: list[Any]) -> Any:
+        file = kind(parts[0])
+        file.seek(parts[1])
+        return file
+
+    return open_at
+
+
+# tag: class, its parts, what they make again, and the types that they must have, where any will not do.
+FORMS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any], tuple[type, ...]]] = {
+    **{kind.__name__: (kind, list, kind, ()) for kind in (set, frozenset, collections.deque)},
+    **{kind.__name__: (kind, _pairs_of, _paired(kind), ()) for kind in (Counter, OrderedDict)},
+    **{
+        kind.__name__: (kind, lambda v: [v.hex()], _from(kind.fromhex), (str,)) for kind in (bytes, bytearray)
+    },
+    **{
+        kind.__name__: (kind, lambda v: [v.isoformat()], _from(kind.fromisoformat), (str,))
+        for kind in (datetime.date, datetime.time, datetime.datetime)
+    },
+    **{
+        kind.__name__: (kind, lambda v: [v.getvalue(), v.tell()], _opened(kind), ())
+        for kind in (io.StringIO, io.BytesIO)
+    },
+    **{k.__name__: (k, lambda v: [v.hex()], _from(k.fromhex), (str,)) for k in (bytes, bytearray)},
+    "keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys(), ()),
+    "values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values(), ()),
+    "items": (type({}.items()), list, lambda parts: dict(parts).items(), ()),
+    "decimal": (decimal.Decimal, lambda v: [str(v)], _from(decimal.Decimal), (str,)),
+    "span": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], _from(timedelta), (int,)),
+    "complex": (complex, lambda v: [v.real, v.imag], _from(complex), (int, float)),
+    "fraction": (fractions.Fraction, lambda v: [*v.as_integer_ratio()], _from(fractions.Fraction), (int,)),
+    "range": (range, lambda v: [v.start, v.stop, v.step], _from(range), (int,)),
+    "slice": (slice, lambda v: [v.start, v.stop, v.step], _from(slice), ()),
 }
-# Subclasses (named tuples, IntEnum, but also a list with an `__eq__` of its own) cross as the plain value
-# underneath.
-_BY_BASE: tuple[tuple[type, Callable[[Encoder, Any, int], Any]], ...] = (
-    (int, lambda coder, value, depth: coder.encode(int.__add__(value, 0), depth)),
-    (float, lambda coder, value, depth: float.__add__(value, 0.0)),
-    (str, lambda coder, value, depth: str.__str__(value)[:]),
-    (list, lambda coder, value, depth: ["list", coder._items(list.__iter__(value), depth)]),
-    (tuple, lambda coder, value, depth: ["tuple", coder._items(tuple.__iter__(value), depth)]),
-    (dict, lambda coder, value, depth: ["dict", coder._pairs(value, depth)]),
-    (set, lambda coder, value, depth: ["set", coder._items(set.__iter__(value), depth)]),
-)
+_TAGS: dict[type, str] = {form[0]: tag for tag, form in FORMS.items()}
+# Objects of subclasses (a list with an `__eq__` of its own, say) cross as the plain value underneath.
+_BY_BASE: dict[type, Callable[[Any], Any]] = {
+    int: lambda value: int.__add__(value, 0),
+    float: lambda value: float.__add__(value, 0.0),
+    str: lambda value: str.__str__(value)[:],
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    list: lambda value: [*list.__iter__(value)],
+    tuple: lambda value: (*tuple.__iter__(value),),
+    dict: lambda value: dict(dict.items(value)),
+    set: lambda value: {*set.__iter__(value)},
+    collections.deque: lambda value: collections.deque(collections.deque.__iter__(value)),
+}
 
 
 class Decoder:
@@ -223,7 +269,7 @@ class Decoder:
         classes: name -> class whose objects may be made, without calling it.
     """
 
-    def __init__(self, resolve: Callable[[str, Any], Any], classes: Callable[[str], type]) -> None:
+    def __init__(self, resolve: Callable[[str, Any], Any], classes: Mapping[str, type]) -> None:
         self._resolve = resolve
         self._classes = classes
         self._objects: list[Any] = []
@@ -250,7 +296,7 @@ class Decoder:
         return self._resolve(value[0], value[1]) if make is None else make(self, value)
 
     def _new(self, name: str) -> Any:
-        return object.__new__(self._classes(name))
+        return object.__new__(self._classes[name])
 
     def _list(self, values: list[Any]) -> list[Any]:
         if type(values) is not list:
@@ -269,39 +315,35 @@ def _whole(text: Any) -> int:
     return int(text, 16)
 
 
-def _plain(value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds:
-        raise BadValue(f"{type(value).__name__} where {kinds[0].__name__} belongs")
-    return value
-
-
 async def _done(value: Any) -> Any:
     return value
 
 
-def _integers(coder: Decoder, values: list[Any]) -> list[int]:
-    return [_plain(value, int) for value in coder._list(values)]
+def _formed(coder: Decoder, value: list[Any]) -> Any:
+    tag, parts = value
+    _, _, make, kinds = FORMS[tag]
+    parts = coder._list(parts)
+    if kinds and not all(type(part) in kinds for part in parts):
+        raise BadValue(f"a part of a {tag} is none of {kinds}")
+    return make(parts)
+
+
+def _named_tuple(coder: Decoder, value: list[Any]) -> Any:
+    """An object of this side's class of that name and fields, or of one made for it."""
+    _, items, name, *fields = value
+    kind: Any = coder._classes.get(name)
+    if getattr(kind, "_fields", None) != tuple(fields):
+        kind = collections.namedtuple(name, fields)
+    return kind._make(coder._list(items))
 
 
 _MAKE: dict[str, Callable[[Decoder, list[Any]], Any]] = {
+    **dict.fromkeys(FORMS, _formed),
     "list": lambda coder, value: coder._list(value[1]),
     "tuple": lambda coder, value: tuple(coder._list(value[1])),
     "dict": lambda coder, value: coder._mapping(value[1]),
-    "set": lambda coder, value: set(coder._list(value[1])),
-    "frozenset": lambda coder, value: frozenset(coder._list(value[1])),
     "int": lambda coder, value: _whole(value[1]),
-    "bytes": lambda coder, value: bytes.fromhex(value[1]),
-    "bytearray": lambda coder, value: bytearray.fromhex(value[1]),
-    "complex": lambda coder, value: complex(_plain(value[1], float, int), _plain(value[2], float, int)),
-    "range": lambda coder, value: range(*_integers(coder, value[1:4])),
-    "fraction": lambda coder, value: fractions.Fraction(*_integers(coder, value[1:3])),
-    "decimal": lambda coder, value: decimal.Decimal(_plain(value[1], str)),
-    "date": lambda coder, value: datetime.date.fromisoformat(_plain(value[1], str)),
-    "datetime": lambda coder, value: datetime.datetime.fromisoformat(_plain(value[1], str)),
-    "timedelta": lambda coder, value: datetime.timedelta(*_integers(coder, value[1])),
     "awaitable": lambda coder, value: _done(coder.decode(value[1])),
-    "deque": lambda coder, value: collections.deque(coder._list(value[1])),
-    "counter": lambda coder, value: collections.Counter(coder._mapping(value[1])),
-    "ordered": lambda coder, value: collections.OrderedDict(coder._mapping(value[1])),
-    "object": lambda coder, value: coder._objects[_plain(value[1], int)],
+    "named": _named_tuple,
+    "object": lambda coder, value: coder._objects[operator.index(value[1])],
 }

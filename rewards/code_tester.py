@@ -22,8 +22,9 @@ from typing import Any
 
 from rewards.code_compare import same_value
 from rewards.code_namespace import Namespace
+from rewards.code_objects import Remote
 from rewards.code_protocol import Channel
-from rewards.code_remote import Entry, Link, Misuse, SolutionFault
+from rewards.code_remote import SEED, Link, Misuse, SolutionFault
 from rewards.code_soft_asserts import Sites, soften
 
 VERDICT = 5
@@ -37,6 +38,14 @@ LEAVES_TRACES = re.compile(
 )
 
 
+# What tests look at or replace in their own process only: where such tests fail, that may be the reason.
+NOT_SHARED = re.compile(
+    r"\bpatch(?:\.object)?\((?!\s*(?:['\"]builtins\.(?:input|print)['\"]|['\"]sys\.std|builtins,|sys,))|\bpatch\.dict"
+    r"|\b(?:Magic|Async)?Mock\(|\bmonkeypatch\b|\b(?:assertLogs|assertWarns|catch_warnings|tracemalloc|getrefcount)"
+    r"|\b(?:np|numpy)\.random\.seed|\bgetsource|\bsignature\(|__code__|\bsys\.argv|\benviron\b"
+)
+
+
 def main(source: bytes) -> int:
     """`source`: {"code" | "cases", "prompt", "entry_point", "partial", "tolerance"} as JSON. Writes the
     verdict as JSON lines. Returns 1 if the tests may have changed the interpreter for those that follow.
@@ -44,12 +53,15 @@ def main(source: bytes) -> int:
     given = json.loads(source)
     random.seed()
     link = Link(Channel(3, 4), on_first_call=lambda: _write({"called": True}))
+    random.seed = link.seed
     try:
         verdict = _run_cases(given, link) if given["cases"] is not None else _run_code(given, link)
     except SolutionFault as fault:
         verdict = {"outcome": fault.kind, "detail": fault.detail}
     except RecursionError:
         verdict = {"outcome": "test_error", "detail": "recursion without end in the tests"}
+    finally:
+        random.seed = SEED
     if link.fault is not None:  # also where the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
     _write({**verdict, "num_calls": link.num_calls})
@@ -64,7 +76,7 @@ def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
     """LeetCode-style data: each case calls the entry point and compares the value. Tuples equal lists, as
     JSON has no tuples.
     """
-    call = Entry(link, given["entry_point"])
+    call: Any = Remote(link, given["entry_point"])
     passed: list[bool] = []
     detail = ""
     for index, case in enumerate(given["cases"]):
@@ -112,12 +124,19 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
     except SystemExit as leaving:  # unittest.main()
         outcome, detail = ("failed", f"exit status {leaving.code}") if leaving.code else ("passed", "")
     except Exception as error:
-        known = link.raised is not None and link.raised is error
-        outcome, detail = ("raised" if known else "test_error"), _described(error)
+        outcome, detail = "test_error", _described(error)
+        if any(error is other for other in link.exceptions):
+            outcome = "raised"
+        elif isinstance(error, ImportError | OSError):
+            outcome, detail = "bad_gold", f"the tests need what the sandbox does not offer: {detail}"
     verdict: dict[str, Any] = {"outcome": outcome, "detail": detail[:MAX_DETAIL]}
     if given["partial"]:
         verdict["passed"] = sites.results(aborted=outcome != "passed")
         verdict["detail"] = verdict["detail"] or sites.first_failure
+    found = NOT_SHARED.search(source)
+    if found and (outcome in ("failed", "test_error", "raised") or not all(verdict.get("passed", ()))):
+        verdict["outcome"] = "bad_gold"
+        verdict["detail"] = f"{found[0]!r} in the tests does not reach the solution's process: {detail}"
     return verdict
 
 
@@ -160,11 +179,14 @@ def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Ca
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name not in called:
             function = namespace[node.name]
-            num_required = len(node.args.posonlyargs + node.args.args) - len(node.args.defaults)
-            if node.name == "check" and num_required == 1:
+            parameters = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+            required = parameters[: len(parameters) - len(node.args.defaults)]
+            if (node.name == "check" and len(required) == 1) or required == ["candidate"]:
                 yield node.name, lambda function=function: function(namespace["candidate"])
-            elif node.name.startswith("test") and num_required == 0:
+            elif node.name.startswith("test") and not required:
                 yield node.name, function
+            elif node.name.startswith("test"):
+                raise Misuse(f"{node.name} needs the fixtures of pytest {', '.join(required)}")
         if isinstance(node, ast.ClassDef) and "unittest" in sys.modules:
             found = namespace[node.name]
             if isinstance(found, type) and issubclass(found, sys.modules["unittest"].TestCase):
