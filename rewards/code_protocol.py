@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import collections
 import datetime
-import decimal
-import fractions
 import io
 import json
 import operator
 import os
-from collections import Counter, OrderedDict
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 MAX_FRAME_BYTES = 16 << 20
@@ -30,6 +30,8 @@ MAX_DEPTH = 100
 # larger integers travel in hexadecimal, whose conversion is linear and has no digit limit
 MAX_EXACT = 1 << 53
 HEADER_BYTES = 4
+OF_USE = {"__init__", "__missing__", "__getattr__", "__getitem__", "__setitem__", "__call__", "__enter__"}
+HEX = (bytes, bytearray)
 SCALARS = frozenset({str, bool, float, type(None)})
 
 dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -190,60 +192,53 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def _has_members(kind: type) -> bool:
-    """Whether objects of a class of the solution are more than plain values: it defines public names that
+    """Whether objects of a class of the solution are more than plain values: it defines names of use that
     are not the fields of a named tuple.
     """
     fields = getattr(kind, "_fields", ())
-    names = (name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base))
-    return any(not name.startswith("_") and name not in fields for name in names)
+    names = {name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base)}
+    return any(name in OF_USE or not name.startswith("_") for name in names.difference(fields))
 
 
-def _pairs_of(value: Any) -> list[Any]:
-    return [part for pair in dict.items(value) for part in pair]
+def class_names(kind: type) -> list[str]:
+    """The names of an exception class and its bases but `object`; those of the library with their module."""
+    modules = [base.__module__.replace("builtins", "") for base in kind.__mro__[:-1]]
+    found = [module if module.partition(".")[0] in sys.stdlib_module_names else "" for module in modules]
+    return [f"{place}.{base.__name__}".lstrip(".") for place, base in zip(found, kind.__mro__, strict=False)]
 
 
-def _paired(kind: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
-    return lambda parts: kind(dict(zip(parts[::2], parts[1::2], strict=True)))
-
-
-def _from(make: Callable[..., Any]) -> Callable[[list[Any]], Any]:
-    return lambda parts: make(*parts)
-
-
-def _opened(kind: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
-    def open_at(parts: list[Any]) -> Any:
-        file = kind(parts[0])
-        file.seek(parts[1])
-        return file
-
-    return open_at
+def _opened(file: Any, position: int) -> Any:
+    file.seek(position)
+    return file
 
 
 # tag: class, its parts, what they make again, and the types that they must have, where any will not do.
 FORMS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any], tuple[type, ...]]] = {
-    **{kind.__name__: (kind, list, kind, ()) for kind in (set, frozenset, collections.deque)},
-    **{kind.__name__: (kind, _pairs_of, _paired(kind), ()) for kind in (Counter, OrderedDict)},
+    **{k.__name__: (k, list, k, ()) for k in (set, frozenset, collections.deque)},
     **{
-        kind.__name__: (kind, lambda v: [v.hex()], _from(kind.fromhex), (str,)) for kind in (bytes, bytearray)
+        k.__name__: (k, lambda v: [v.hex()], lambda p, k=k: k.fromhex(*p), (str,)) for k in (bytes, bytearray)
     },
     **{
-        kind.__name__: (kind, lambda v: [v.isoformat()], _from(kind.fromisoformat), (str,))
-        for kind in (datetime.date, datetime.time, datetime.datetime)
+        k.__name__: (k, lambda v: [*v.items()], lambda p, k=k: k(dict(p)), ())
+        for k in (collections.Counter, collections.OrderedDict)
     },
     **{
-        kind.__name__: (kind, lambda v: [v.getvalue(), v.tell()], _opened(kind), ())
-        for kind in (io.StringIO, io.BytesIO)
+        k.__name__: (k, lambda v: [v.isoformat()], lambda p, k=k: k.fromisoformat(*p), (str,))
+        for k in (datetime.date, datetime.time, datetime.datetime)
     },
-    **{k.__name__: (k, lambda v: [v.hex()], _from(k.fromhex), (str,)) for k in (bytes, bytearray)},
-    "keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys(), ()),
-    "values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values(), ()),
-    "items": (type({}.items()), list, lambda parts: dict(parts).items(), ()),
-    "decimal": (decimal.Decimal, lambda v: [str(v)], _from(decimal.Decimal), (str,)),
-    "span": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], _from(timedelta), (int,)),
-    "complex": (complex, lambda v: [v.real, v.imag], _from(complex), (int, float)),
-    "fraction": (fractions.Fraction, lambda v: [*v.as_integer_ratio()], _from(fractions.Fraction), (int,)),
-    "range": (range, lambda v: [v.start, v.stop, v.step], _from(range), (int,)),
-    "slice": (slice, lambda v: [v.start, v.stop, v.step], _from(slice), ()),
+    **{
+        k.__name__: (k, lambda v: [v.getvalue(), v.tell()], lambda p, k=k: _opened(k(p[0]), p[1]), ())
+        for k in (io.StringIO, io.BytesIO)
+    },
+    "keys": (type({}.keys()), list, lambda p: dict.fromkeys(p).keys(), ()),
+    "values": (type({}.values()), list, lambda p: dict(enumerate(p)).values(), ()),
+    "items": (type({}.items()), list, lambda p: dict(p).items(), ()),
+    "decimal": (Decimal, lambda v: [str(v)], lambda p: Decimal(*p), (str,)),
+    "span": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], lambda p: timedelta(*p), (int,)),
+    "complex": (complex, lambda v: [v.real, v.imag], lambda p: complex(*p), (int, float)),
+    "fraction": (Fraction, lambda v: [*v.as_integer_ratio()], lambda p: Fraction(*p), (int,)),
+    "range": (range, lambda v: [v.start, v.stop, v.step], lambda p: range(*p), (int,)),
+    "slice": (slice, lambda v: [v.start, v.stop, v.step], lambda p: slice(*p), ()),
 }
 _TAGS: dict[type, str] = {form[0]: tag for tag, form in FORMS.items()}
 # Objects of subclasses (a list with an `__eq__` of its own, say) cross as the plain value underneath.

@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.code_objects import KINDS, Remote
-from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, attributes_of
+from rewards.code_protocol import (
+    BadValue,
+    Channel,
+    Closed,
+    Decoder,
+    Encoder,
+    NoPlainForm,
+    attributes_of,
+    class_names,
+)
 
 # Exceptions that would end a loop of the tests as if it had finished, or end the tests; they arrive as
 # RuntimeError.
@@ -177,7 +186,7 @@ class Link:
                 made = kind(*arguments)
                 error = made if str(made) == text or type(error) is not kind else error
         for name, value in attributes.items():
-            if not name.startswith("_"):
+            if not name.startswith("_") or name == "__cause__":
                 setattr(error, name, value)
         self.exceptions.append(error)
         return error
@@ -186,13 +195,15 @@ class Link:
         """What an exception class of the solution, the first of these names and derived from the others, is
         here.
         """
-        found = getattr(builtins, names[0], None) if names else RuntimeError
+        module, _, name = names[0].rpartition(".") if names else ("", "", "RuntimeError")
+        is_library = module.partition(".")[0] in sys.stdlib_module_names
+        found = getattr(sys.modules.get(module) if is_library else builtins, name, None)
         if isinstance(found, type) and issubclass(found, Exception):
             return found
         if names[0] not in self._exceptions:
             if len(names) > MAX_BASES or len(self._exceptions) > MAX_EXCEPTIONS:
                 return RuntimeError
-            self._exceptions[names[0]] = type(names[0], (self._exception_class(names[1:]),), {})
+            self._exceptions[names[0]] = type(name, (self._exception_class(names[1:]),), {})
         return self._exceptions[names[0]]
 
     def _call_back(self, number: Any, args: Any, objects: Any) -> list[Any]:
@@ -241,7 +252,7 @@ class Link:
         if kind is Remote:
             return ["handle", object.__getattribute__(value, "_number")]
         if isinstance(value, BaseException):
-            return ["error", [[base.__name__ for base in kind.__mro__[:-2]], str(value)[:2000]]]
+            return ["error", [class_names(kind), str(value)[:2000]]]
         if kind is types.CoroutineType:
             try:
                 value.send(None)
@@ -249,21 +260,22 @@ class Link:
                 return ["awaitable", Encoder(self._refer, self._is_shared).encode(done.value)]
             raise NoPlainForm("a coroutine that waits has no plain form")
         if issubclass(kind, type) and issubclass(value, BaseException):
-            return ["exception", [base.__name__ for base in value.__mro__[:-2]]]
+            return ["exception", class_names(value)]
         name = getattr(value, "__name__", None)
         if type(name) is str and getattr(builtins, name, None) is value and name not in TALK:
             return ["builtin", name]
         if callable(value):
-            return self._passed("callback", value)
+            names = (getattr(value, name, None) for name in ("__name__", "__doc__"))
+            return ["callback", [self._passed(value), *(text if type(text) is str else "" for text in names)]]
         if hasattr(kind, "__next__"):
-            return self._passed("iterator", lambda: [*itertools.islice(value, 1)])
+            return ["iterator", self._passed(lambda: [*itertools.islice(value, 1)])]
         if kind.__module__ == "numpy" and hasattr(value, "tolist"):
             return ["array", [Encoder(self._refer, self._is_shared).encode(value.tolist()), str(value.dtype)]]
         raise NoPlainForm(f"a {kind.__name__} has no plain form")
 
-    def _passed(self, tag: str, function: Callable[..., Any]) -> list[Any]:
+    def _passed(self, function: Callable[..., Any]) -> int:
         self._callbacks.append(function)
-        return [tag, len(self._callbacks) - 1]
+        return len(self._callbacks) - 1
 
     def _resolve(self, tag: str, number: Any) -> Any:
         if tag == "exception" and type(number) is list and all(type(name) is str for name in number):

@@ -21,7 +21,17 @@ from collections.abc import Callable, Iterator
 from types import CoroutineType
 from typing import Any, cast
 
-from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, attributes_of, dumps, loads
+from rewards.code_protocol import (
+    BadValue,
+    Channel,
+    Closed,
+    Decoder,
+    Encoder,
+    attributes_of,
+    class_names,
+    dumps,
+    loads,
+)
 from rewards.sandbox_script import module_named, open_special, report_exception
 
 MAX_HANDLES = 1_000_000
@@ -228,7 +238,7 @@ class Server:
         if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
             return Encoder(_refuse, lambda kind: False).encode(value.tolist())
         if isinstance(value, type) and issubclass(value, Exception):
-            return ["exception", [kind.__name__ for kind in value.__mro__[:-1]]]
+            return ["exception", class_names(value)]
         if isinstance(value, Exception):
             return ["error", self._described(value)]
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
@@ -253,12 +263,19 @@ class Server:
         if tag in ("exception", "error"):
             kind = self._exception_class(content if tag == "exception" else content[0])
             return kind if tag == "exception" else kind.__new__(kind, content[1])
-        return lambda *args, **kwargs: self._call_back(content, args, kwargs)
+        number, name, text = content
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self._call_back(number, args, kwargs)
+
+        function.__name__, function.__doc__ = str(name), text
+        return function
 
     def _exception_class(self, names: list[str]) -> Any:
-        for place in (vars(self.module), vars(builtins)):
-            if names[0] in place:
-                return place[names[0]]
+        module, _, name = names[0].rpartition(".")
+        for place in (self.module, sys.modules.get(module or "builtins")):
+            if hasattr(place, name):
+                return getattr(place, name)
         return self._exception_class(names[1:])
 
     def _call_back(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -309,8 +326,9 @@ class Server:
             message = ""
         content: list[Any] = [message, ["tuple", []], ["dict", []]]
         with contextlib.suppress(BadValue, Exception):
-            content[1:] = map(Encoder(self._refer, lambda kind: False).encode, (error.args, vars(error)))
-        return [[kind.__name__ for kind in type(error).__mro__[:-1]], content]
+            encode = Encoder(self._refer, lambda kind: False).encode
+            content[1:] = encode(error.args), encode({**vars(error), "__cause__": error.__cause__})
+        return [class_names(type(error)), content]
 
     def _is_shared(self, kind: type) -> bool:
         return kind.__name__ in self.shared and kind.__module__ == "solution"
