@@ -37,11 +37,11 @@ LEAVES_TRACES = re.compile(
     r"|signal|chdir|locale|reload|threading|atexit|vars|globals)\b|\bsys\.(?:set|modules|path)|\bgc\."
 )
 
-
 # What tests look at or replace in their own process only: where such tests fail, that may be the reason.
 NOT_SHARED = re.compile(
-    r"\bpatch(?:\.object)?\((?!\s*(?:['\"]builtins\.(?:input|print)['\"]|['\"]sys\.std|builtins,|sys,))|\bpatch\.dict"
-    r"|\b(?:Magic|Async)?Mock\(|\bmonkeypatch\b|\b(?:assertLogs|assertWarns|catch_warnings|tracemalloc|getrefcount)"
+    r"\bpatch(?:\.object)?\((?!\s*(?:['\"](?:builtins\.(?:input|print)|sys\.std\w+)['\"]|builtins,|sys,))"
+    r"|\bpatch\.dict|(?m:^\s*\w+ *= *(?:mock\.)?(?:Magic|Async)?Mock\()|\bmonkeypatch\b"
+    r"|\b(?:assertLogs|assertWarns|catch_warnings|tracemalloc|getrefcount)"
     r"|\b(?:np|numpy)\.random\.seed|\bgetsource|\bsignature\(|__code__|\bsys\.argv|\benviron\b"
 )
 
@@ -128,7 +128,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
         if any(error is other for other in link.exceptions):
             outcome = "raised"
         elif isinstance(error, ImportError | OSError):
-            outcome, detail = "bad_gold", f"the tests need what the sandbox does not offer: {detail}"
+            outcome, detail = "bad_gold", f"{detail}: the tests need what the sandbox does not offer"
     verdict: dict[str, Any] = {"outcome": outcome, "detail": detail[:MAX_DETAIL]}
     if given["partial"]:
         verdict["passed"] = sites.results(aborted=outcome != "passed")
@@ -185,13 +185,17 @@ def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Ca
                 yield node.name, lambda function=function: function(namespace["candidate"])
             elif node.name.startswith("test") and not required:
                 yield node.name, function
-            elif node.name.startswith("test"):
+            elif node.name.startswith("test") and not _is_used(node.name, tree):
                 raise Misuse(f"{node.name} needs the fixtures of pytest {', '.join(required)}")
         if isinstance(node, ast.ClassDef) and "unittest" in sys.modules:
             found = namespace[node.name]
             if isinstance(found, type) and issubclass(found, sys.modules["unittest"].TestCase):
                 for case in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(found):
                     yield f"{node.name}.{case._testMethodName}", case.debug
+
+
+def _is_used(name: str, tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
 def _described(error: BaseException) -> str:

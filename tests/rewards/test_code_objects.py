@@ -96,12 +96,12 @@ CANNOT_BE_ASKED = {
     "a module that is not there": (
         "def f(): return 1",
         "assert f() == 1\nimport pytest",
-        "the tests need what the sandbox does not offer: ModuleNotFoundError",
+        "ModuleNotFoundError: No module named 'pytest': the tests need what the sandbox does not offer",
     ),
     "a file": (
         "def f(p): return open(p).read()",
         "open('/tmp/zzz', 'w').write('x')\nassert f('/tmp/zzz') == 'x'",
-        "the tests need what the sandbox does not offer: PermissionError",
+        "the tests need what the sandbox does not offer",
     ),
     "an argument without a plain form": (
         "def f(x): return x.sub('', 'ab')",
