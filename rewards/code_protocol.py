@@ -175,12 +175,12 @@ class Encoder:
         """Works through the table, which grows on the way: no recursion along chains."""
         self._filling = True
         while index < len(self._alive):
-            self.objects[index][1] = self._pairs(attributes_of(self._alive[index]), 0)
+            self.objects[index][1] = self._pairs(parts_of(self._alive[index]), 0)
             index += 1
         self._filling = False
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
+def parts_of(value: Any) -> dict[str, Any]:
     """Instance attributes, those in `__slots__` included."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
@@ -200,7 +200,7 @@ def _has_members(kind: type) -> bool:
     return any(name in OF_USE or not name.startswith("_") for name in names.difference(fields))
 
 
-def class_names(kind: type) -> list[str]:
+def names_of(kind: type) -> list[str]:
     """The names of an exception class and its bases but `object`; those of the library with their module."""
     modules = [base.__module__.replace("builtins", "") for base in kind.__mro__[:-1]]
     found = [module if module.partition(".")[0] in sys.stdlib_module_names else "" for module in modules]

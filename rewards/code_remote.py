@@ -13,16 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rewards.code_objects import KINDS, Remote
-from rewards.code_protocol import (
-    BadValue,
-    Channel,
-    Closed,
-    Decoder,
-    Encoder,
-    NoPlainForm,
-    attributes_of,
-    class_names,
-)
+from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
 # Exceptions that would end a loop of the tests as if it had finished, or end the tests; they arrive as
 # RuntimeError.
@@ -31,6 +22,7 @@ CONTROL_FLOW = frozenset(
 )
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 SEED = random.seed
+OWN = "_is_of_the_solution"  # an attribute of exceptions
 TALK = ("input", "print")  # functions whose replacement by the tests holds for the solution, too
 
 
@@ -54,14 +46,12 @@ class Link:
 
     Attributes:
         fault: the first fault of the solution; once set, every question raises it again.
-        exceptions: those of the solution, as the tests see them.
     """
 
     def __init__(self, channel: Channel, on_first_call: Callable[[], None]) -> None:
         self.channel = channel
         self.num_calls = 0
         self.fault: SolutionFault | None = None
-        self.exceptions: list[Exception] = []
         self._on_first_call = on_first_call
         self._classes: dict[str, type] = {}
         self._unannounced: list[str] = []
@@ -148,7 +138,7 @@ class Link:
                 continue
             break
         if kind == "ok" and len(reply) == 4:
-            return self._accept(reply, args)
+            return self._accept(reply, (*args, *kwargs.values()))
         if kind == "raise" and len(reply) == 3:
             raise self._exception(*reply[1:])
         if kind == "missing":
@@ -188,7 +178,7 @@ class Link:
         for name, value in attributes.items():
             if not name.startswith("_") or name == "__cause__":
                 setattr(error, name, value)
-        self.exceptions.append(error)
+        setattr(error, OWN, True)
         return error
 
     def _exception_class(self, names: list[str]) -> type[Exception]:
@@ -252,7 +242,7 @@ class Link:
         if kind is Remote:
             return ["handle", object.__getattribute__(value, "_number")]
         if isinstance(value, BaseException):
-            return ["error", [class_names(kind), str(value)[:2000]]]
+            return ["error", [names_of(kind), str(value)[:2000]]]
         if kind is types.CoroutineType:
             try:
                 value.send(None)
@@ -260,7 +250,7 @@ class Link:
                 return ["awaitable", Encoder(self._refer, self._is_shared).encode(done.value)]
             raise NoPlainForm("a coroutine that waits has no plain form")
         if issubclass(kind, type) and issubclass(value, BaseException):
-            return ["exception", class_names(value)]
+            return ["exception", names_of(value)]
         name = getattr(value, "__name__", None)
         if type(name) is str and getattr(builtins, name, None) is value and name not in TALK:
             return ["builtin", name]
@@ -309,7 +299,7 @@ def _update(original: Any, update: Any) -> None:
     if type(update).__module__ == "_io":  # a file in memory
         getattr(original, "__setstate__")(update.__getstate__())  # noqa: B009
         return
-    for name, value in attributes_of(update).items():
+    for name, value in parts_of(update).items():
         object.__setattr__(original, name, value)
 
 

@@ -21,17 +21,7 @@ from collections.abc import Callable, Iterator
 from types import CoroutineType
 from typing import Any, cast
 
-from rewards.code_protocol import (
-    BadValue,
-    Channel,
-    Closed,
-    Decoder,
-    Encoder,
-    attributes_of,
-    class_names,
-    dumps,
-    loads,
-)
+from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, dumps, names_of, parts_of
 from rewards.sandbox_script import module_named, open_special, report_exception
 
 MAX_HANDLES = 1_000_000
@@ -69,7 +59,7 @@ def _claimed(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
             base = next(kind for kind in type(one).__mro__ if not kind.__flags__ & HEAP_TYPE)
             return getattr(base, f"__{compare.__name__}__")(one, other) is True
         try:
-            for name in attributes_of(one):
+            for name in parts_of(one):
                 object.__setattr__(hollow, name, object())
             return not compare(hollow, other)
         except Exception:
@@ -138,7 +128,7 @@ def warm_up() -> None:
         server = Server(cast(Channel, _Sink()))
         server.load(given)
         for arguments in ([["list", [1, 2]], "a"], [["tuple", [1.5]], 3]):
-            server.answer(loads(dumps(["call", "f", arguments, [], []])))
+            server.answer(["call", "f", arguments, [], []])
     del sys.modules["solution"]
 
 
@@ -190,7 +180,8 @@ class Server:
             else:
                 found = self.handles[target] if type(target) is int else self._find(target)
                 result = operation(name)(found, *args, **kwargs)
-            reply = self._reply(result, arguments, args, bool(objects), name == "plain")
+            given = [*args, *kwargs.values()]
+            reply = self._reply(result, [*arguments, *keywords[1::2]], given, bool(objects), name == "plain")
         except _Missing as missing:
             reply = ["missing", str(missing)]
         except BaseException as error:
@@ -238,7 +229,7 @@ class Server:
         if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
             return Encoder(_refuse, lambda kind: False).encode(value.tolist())
         if isinstance(value, type) and issubclass(value, Exception):
-            return ["exception", class_names(value)]
+            return ["exception", names_of(value)]
         if isinstance(value, Exception):
             return ["error", self._described(value)]
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
@@ -328,7 +319,7 @@ class Server:
         with contextlib.suppress(BadValue, Exception):
             encode = Encoder(self._refer, lambda kind: False).encode
             content[1:] = encode(error.args), encode({**vars(error), "__cause__": error.__cause__})
-        return [class_names(type(error)), content]
+        return [names_of(type(error)), content]
 
     def _is_shared(self, kind: type) -> bool:
         return kind.__name__ in self.shared and kind.__module__ == "solution"

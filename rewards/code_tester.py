@@ -24,7 +24,7 @@ from rewards.code_compare import same_value
 from rewards.code_namespace import Namespace
 from rewards.code_objects import Remote
 from rewards.code_protocol import Channel
-from rewards.code_remote import SEED, Link, Misuse, SolutionFault
+from rewards.code_remote import OWN, SEED, Link, Misuse, SolutionFault
 from rewards.code_soft_asserts import Sites, soften
 
 VERDICT = 5
@@ -125,7 +125,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
         outcome, detail = ("failed", f"exit status {leaving.code}") if leaving.code else ("passed", "")
     except Exception as error:
         outcome, detail = "test_error", _described(error)
-        if any(error is other for other in link.exceptions):
+        if hasattr(error, OWN):
             outcome = "raised"
         elif isinstance(error, ImportError | OSError):
             outcome, detail = "bad_gold", f"{detail}: the tests need what the sandbox does not offer"

@@ -114,9 +114,7 @@ def test_a_missing_column_is_an_error():
 def test_tests_that_cannot_be_asked_are_named_with_the_reason(examine):
     code = {"canonical_solution": "import os\ndef f(): return len(os.listdir('/x'))", "prompt": "?"}
     asserts = {"type": "asserts", "entry_point": "f"}
-    patched = (
-        "from unittest.mock import patch\nwith patch('os.listdir', lambda _: [1]):\n    assert f() == 1"
-    )
+    patched = "from unittest.mock import patch\nwith patch('os.listdir', lambda _: [1]):\n    assert f() == 1"
     rows = [
         {**code, "tests": {**asserts, "code": patched}},
         {**code, "tests": {**asserts, "code": "def test_f(capsys):\n    f()"}},
