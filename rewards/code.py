@@ -45,7 +45,8 @@ class CodeOptions:
         total_timeout_s: for all stdin/stdout cases of one completion.
         memory_mib: address space beyond the interpreter's own.
         output_mib: each of stdout and stderr.
-        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls.
+        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
+            is close to itself only, NaN to nothing.
         language: of completions whose tests name none.
         packages: third-party packages that programs may import where they are installed.
     """

@@ -2,7 +2,8 @@
 the sandbox.
 
 Nothing here is trusted: the solution shares this process and may answer in our place. It learns one call's
-arguments at a time and never an expected value, so all that it can forge is a return value.
+arguments at a time and never an expected value, so all that it can forge is a return value. (Only tests that
+write `5 in made` or `made + 5`, with an object of its own, tell it more; see `code_objects`.)
 """
 
 from __future__ import annotations
