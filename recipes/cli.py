@@ -159,6 +159,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
     from rl.diffusion.rl_config import MaskedRunConfig
+    from rl.diffusion.saved_config import refuse_masked
     from rl.memory import GIB, plan_memory
 
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
@@ -172,7 +173,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     if gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
-    model = AutoConfig.from_pretrained(resolve_model(config.model.name), revision=config.model.revision)
+    name, revision = resolve_model(config.model.name), config.model.revision
+    refuse_masked(name, revision)
+    model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
     for name, size in plan.parts.items():
         print(f"{name:30s}{size / GIB:8.1f} GiB")

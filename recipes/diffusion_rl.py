@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from rl.config import Config, ModelConfig, SamplingConfig
-from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
+from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.loading import add_lora
@@ -99,7 +99,7 @@ def copy_of_model(
         revision=model.revision,
         dtype=dtype,
         mask_token_id=policy.trained.mask_token_id,
-        shift=config.diffusion.shift,
+        shift=is_shifted(policy.model),
     )
     own = own.to(policy.device)
     if policy.device.type == "cuda":

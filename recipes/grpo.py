@@ -30,6 +30,8 @@ from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.saved_config import refuse_masked
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
 from rl.display import Display
 from rl.durable import RunLock
 from rl.ledger import Ledger
@@ -135,7 +137,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-        tokenizer = load_tokenizer(model)
+        tokenizer = _load_tokenizer(config, model)
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
         longest = _longest(config, prompts, heldout)
@@ -180,6 +182,13 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         closing.callback(run.trackers.close)
         _go_on(run)
         return run, closing.pop_all().close
+
+
+def _load_tokenizer(config: Config, model: ModelConfig) -> Any:
+    if isinstance(config, MaskedRunConfig):
+        return load_diffusion_tokenizer(model)
+    refuse_masked(model.name, model.revision)
+    return load_tokenizer(model)
 
 
 def _make_policy(

@@ -35,15 +35,18 @@ def storage_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the configured chat template; a missing pad token becomes the end-of-text
     token.
+
+    Args:
+        reader: a tokenizer class of transformers; default: the one that its files ask for.
 
     Raises:
         ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+        tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
