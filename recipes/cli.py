@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     denoising.add_argument("--frames", type=int, default=6)
     denoising.set_defaults(run=_denoising)
 
-    config = commands.add_parser("config", help="check a config and print it with every default")
+    config = commands.add_parser("config", help="check a config and print every key with its meaning")
     config.add_argument("config")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
@@ -212,9 +212,11 @@ def _judgement(plan: MemoryPlan, config: Config) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from rl.config.read import dump_config
+    from rl.config.describe import described
+    from rl.config.read import command_of, read_any_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    config = read_any_config(arguments.config, arguments.overrides)
+    print(f"# of `{command_of(config)}`: every key, and what it means\n{described(config)}", end="")
     return 0
 
 
