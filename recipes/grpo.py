@@ -30,6 +30,8 @@ from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.saved_config import refuse_masked
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
 from rl.display import Display
 from rl.durable import RunLock
 from rl.inputs import fingerprints
@@ -152,7 +154,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-        tokenizer = load_tokenizer(model)
+        tokenizer = _load_tokenizer(config, model)
         if world.is_main:
             sections = {"data": rows, "evaluation data": heldout_rows if held else None}
             found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
@@ -204,6 +206,13 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if world.is_main and run.start_step < config.train.steps:
             check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
+
+
+def _load_tokenizer(config: Config, model: ModelConfig) -> Any:
+    if isinstance(config, MaskedRunConfig):
+        return load_diffusion_tokenizer(model)
+    refuse_masked(model.name, model.revision)
+    return load_tokenizer(model)
 
 
 def _make_policy(

@@ -26,8 +26,9 @@ from rl.checkpoint import CheckpointStore
 from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
-from rl.diffusion.model import is_shifted, raw_config
+from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
+from rl.diffusion.saved_config import raw_config
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
 from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display

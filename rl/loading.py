@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,17 +38,18 @@ def storage_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the configured chat template; a missing pad token becomes the end-of-text
     token.
+
+    Args:
+        reader: a tokenizer class of transformers; default: the one that its files ask for.
 
     Raises:
         ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=False
-        )
+        tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
@@ -252,11 +255,47 @@ def _first_line(error: Exception) -> str:
     return f"{line}."
 
 
+def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
+    """Raises ValueError, with near names, if a target of an adapter fits no module: peft would leave it out.
+
+    A name in a list fits modules that end with it, a text is "all-linear" or a pattern of whole names.
+    """
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, str):
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
+    else:
+        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if targets and not missing:
+        return
+    head = model.get_output_embeddings()
+    known = list(
+        dict.fromkeys(
+            name.split(".")[-1]
+            for name, part in model.named_modules()
+            if part is not head and getattr(getattr(part, "weight", None), "ndim", 0) == 2
+        )
+    )
+    near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ";"
+    if isinstance(targets, str):
+        hint = "; a text fits whole names, a list such as [q_proj, v_proj] their ends:"
+    called = " or ".join(missing) or "nothing"
+    raise ValueError(
+        f"model.lora.target_modules={targets!r}: no module is called {called}{hint} there are "
+        f"{', '.join(known)}, and all-linear takes every linear layer but the head"
+    )
+
+
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
     """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
 
     Raises:
-        ValueError: `target_modules` fit nothing, or the head; or the reference is to follow the policy.
+        ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -276,18 +315,22 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     named = f"model.lora.target_modules={lora.target_modules!r}"
+    check_targets(model, lora.target_modules)
+    name = str(Path(config.name).absolute()) if Path(config.name).is_dir() else config.name
     head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
     tied = head is not None and head.weight is embeddings.weight
     frozen = [head, embeddings] if tied else [head]
     try:
-        adapted = get_peft_model(model, peft_config)
+        adapted = get_peft_model(model, peft_config, revision=config.revision)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
-    for name, module in model.named_modules():
+    # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
+    adapted.peft_config["default"].base_model_name_or_path = name
+    for part, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is not None and any(base is layer for layer in frozen):
             raise ValueError(
-                f"{named} adapts {name}, and log-probs are computed from the head's own weights: the adapter "
+                f"{named} adapts {part}, and log-probs are computed from the head's own weights: the adapter "
                 "would not be trained, or only the engine would have it; leave the output head out, and "
                 "embeddings that are tied to it"
             )

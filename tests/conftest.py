@@ -35,10 +35,15 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_tokenizer(folder: Path):
+    return word_tokenizer(folder, [*SPECIAL, *WORDS])
+
+
+def word_tokenizer(folder: Path, words: Sequence[str]):
+    """Words as ids in this order, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.decoder = decoders.Fuse()
