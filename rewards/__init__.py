@@ -23,6 +23,9 @@ long as `completions`. What it returns: a list of numbers or None, or of `rl.typ
 be async. A factory (a class, or a function that takes no completions) is called with the options and returns
 the reward.
 
+Its process has this one's environment without secrets (names such as HF_TOKEN and WANDB_API_KEY, URLs with a
+password). One that calls a service gets its key by COHORT_GRADER_ENV=OPENAI_API_KEY (names, by commas).
+
 A reward that compares the completions of one prompt is marked: `@rewards.plugins.groupwise`, or the option
 `groupwise: true`. Only then does one call hold a whole group, and always exactly one; any other function is
 called for each completion alone, as soon as that is sampled, in a process that is killed at the deadline
