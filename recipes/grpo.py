@@ -49,6 +49,7 @@ from rl.run import Run
 from rl.rundir import (
     Evaluation,
     EvaluationLog,
+    check_whole,
     claim_config,
     claim_inputs,
     heldout_ends,
@@ -114,6 +115,7 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
             close()
     stopped = steps < config.train.steps
     if world.is_main:
+        check_whole(config.run_dir, first=run.start_step, last=steps)
         if not stopped:
             _conclude(run, steps)
         say(f"report: {build_report(config.run_dir)}")
@@ -201,6 +203,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             began=began,
         )
         closing.callback(run.log.close)
+        closing.callback(run.evaluations.close)
         closing.callback(run.trackers.close)
         _go_on(run)
         if world.is_main and run.start_step < config.train.steps:

@@ -39,7 +39,7 @@ from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
-from rl.rundir import claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.rundir import check_whole, claim_config, claim_inputs, heldout_ends, write_atomically
 from rl.safe_stream import say
 from rl.saving import check_saving
 from rl.trackers import Trackers
@@ -89,8 +89,10 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
         finally:
             run.trackers.close()
             run.log.close()
+            run.bounds.close()
     if not world.is_main:
         return stop.exit_code()
+    check_whole(config.run_dir, first=run.start_step, last=steps)
     if steps >= config.train.steps:
         seconds = time.monotonic() - began
         write_result(run, steps=steps, seconds=seconds)
