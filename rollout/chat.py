@@ -52,6 +52,7 @@ def render_prompts(
         _check_columns(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
         value = row[prompt_column]
         if not chat and isinstance(value, str):
+            _refuse_idle(where, system_prompt, chat_template_kwargs)
             texts[index] = template.replace("{prompt}", check_text(value, where))
             continue
         messages = chat_messages(value, system_prompt, template, where)
@@ -84,6 +85,16 @@ def render_prompts(
             )
         note(f"{sentence}; they are left out (data.too_long=drop)")
     return prompts
+
+
+def _refuse_idle(where: str, system_prompt: str | None, variables: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for keys that need a chat where a prompt stays plain text."""
+    for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", variables)):
+        if value:
+            raise ValueError(
+                f"{where}: data.{name} does nothing for a prompt that data.chat=false keeps as plain text; "
+                "leave it out, or use data.chat=true"
+            )
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -61,7 +61,9 @@ def _saved(source: str, split: str) -> Any:
 def _refuse_missing(source: str) -> None:
     """Raises ValueError for a name that only a file or folder can have: the hub would be asked in vain."""
     path = Path(source)
-    is_path = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    is_path = (
+        path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or source.endswith("/")
+    )
     in_folder = path.parent != Path(".") and path.parent.is_dir()
     if not (is_path or in_folder or path.suffix in DATA_SUFFIXES):
         return

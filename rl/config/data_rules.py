@@ -89,16 +89,6 @@ def check_data(data: DataConfig, section: str) -> None:
             f"{section}.chat_template_kwargs has {', '.join(reserved)}, which is not the template's to "
             "choose; give variables of the template, such as enable_thinking"
         )
-    idle = {
-        "system_prompt": data.system_prompt,
-        "chat_template_kwargs": data.chat_template_kwargs,
-        "continue_final_message": data.continue_final_message,
-    }
-    if not data.chat and (name := next((name for name, value in idle.items() if value), None)):
-        raise ValueError(
-            f"{section}.{name} does nothing with {section}.chat=false, which keeps prompts plain text; leave "
-            f"it out, or use {section}.chat=true"
-        )
 
 
 def check_heldout(config: Config) -> None:

@@ -90,11 +90,6 @@ def test_a_saved_data_set_without_splits_is_train(tmp_path):
         (["data.source=my_rows:make", "data.split=test"], "has no splits"),
         (["data.rename={a: x, b: x}"], "gives two columns one name"),
         (["data.template=Answer at once."], "has no {prompt}"),
-        (
-            ["data.chat=false", "data.system_prompt=w1"],
-            "data.system_prompt does nothing with data.chat=false",
-        ),
-        (["data.chat=false", "data.chat_template_kwargs={x: 1}"], "data.chat_template_kwargs does nothing"),
         (["data.chat_template_kwargs={tools: []}"], "data.chat_template_kwargs has tools, which is not"),
         (["evaluation.data={source: rows.jsonl, options: {a: b}}"], "evaluation.data.options={a: b} does"),
         (["evaluation.data={source: rows.jsonl, share: 0.1}"], "leave out evaluation.data.source"),

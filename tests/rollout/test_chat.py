@@ -197,3 +197,12 @@ def test_a_chat_template_that_writes_the_begin_token_gets_no_second(tiny_model_d
     )
     (prompt,) = render(tokenizer, [{"prompt": "w1"}])
     assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == ["<user>", "w1"]
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "chat_template_kwargs"])
+def test_keys_of_a_chat_are_refused_for_plain_text(tokenizer, name):
+    option = {name: "w9" if name == "system_prompt" else {"m": 1}}
+    with pytest.raises(ValueError, match=f"train row 0: data.{name} does nothing"):
+        render(tokenizer, [{"prompt": "w1"}], chat=False, **option)
+    chat = [{"role": "user", "content": "w1"}]
+    assert len(render(tokenizer, [{"prompt": chat}], chat=False, **option)) == 1
