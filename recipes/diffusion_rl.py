@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
+from rl.adapters import add_lora
 from rl.config import Config, ModelConfig, SamplingConfig
 from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.diffusion.saved_config import raw_config
-from rl.loading import add_lora, check_not_quantised
+from rl.loading import check_not_quantised
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine

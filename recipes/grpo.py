@@ -20,9 +20,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy
 from recipes.engines import make_engine
+from recipes.heldout import make_evaluator
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
-from recipes.sources import make_source, sampling_params
+from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
@@ -42,12 +43,10 @@ from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy
-from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
 from rl.rundir import (
-    Evaluation,
     EvaluationLog,
     check_whole,
     claim_config,
@@ -60,12 +59,12 @@ from rl.safe_stream import say
 from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.train import train
-from rl.types import Prompt, ScoredGroup
+from rl.types import Prompt
 from rl.update import pack_rules, weight_decay_groups
 from rl.world import World, make_accelerator
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
-from rollout.source import PromptStream, sample_and_score
+from rollout.source import PromptStream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,7 +190,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             policy=policy,
             optimizer=make_optimizer(config, policy),
             source=source,
-            evaluate=_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
+            evaluate=make_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
             ledger=Ledger(config.run_dir, world.rank, world.size),
             log=MetricsLog(config.run_dir),
@@ -285,53 +284,6 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     o = config.optimizer
     groups = weight_decay_groups(policy, o.weight_decay)
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-
-
-def _evaluator(
-    config: Config,
-    world: World,
-    engine: Engine,
-    scorer: RewardPool,
-    prompts: list[Prompt],
-    ends: Sequence[int],
-) -> Any:
-    e = config.evaluation
-
-    def evaluate(step: int) -> Evaluation:
-        groups = sample_and_score(
-            engine,
-            scorer,
-            prompts,
-            sampling_params(e.sampling, ends),
-            num_samples=e.num_samples,
-            seed=config.train.seed,
-            first=world.rank,
-            stride=world.size,
-        )
-        check_faults(groups, config.rewards.max_fault_share, world.sum)
-        check_finished(groups, config, world)
-        (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
-        return Evaluation.of(step, total, len(prompts))
-
-    return evaluate
-
-
-def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
-    """Raises RuntimeError if a held-out completion is missing: it would count as wrong."""
-    reasons = [c.finish_reason for group in groups for c in group.group.completions]
-    missing, num = world.sum([float(reasons.count("abort")), float(len(reasons))])
-    if missing:
-        raise RuntimeError(
-            f"the engine did not finish {missing:.0f} of {num:.0f} held-out completions within "
-            f"engine.timeout_s={config.engine.timeout_s:g} (or their logits were not finite), and they would "
-            "count as wrong; raise engine.timeout_s, or lower evaluation.data.size"
-        )
-
-
-def _accuracy(group: ScoredGroup, metric: str) -> float:
-    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
-    scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
-    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)
 
 
 def _engine_dtype(config: Config) -> torch.dtype:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rl.adapters import add_lora, check_adapted
 from rl.attention import PACKED
 from rl.batch import MicroBatch
 from rl.config import ModelConfig
@@ -32,8 +33,6 @@ from rl.exactness import (
     take_long_factors,
 )
 from rl.loading import (
-    add_lora,
-    check_adapted,
     check_vocabulary,
     context_length,
     load_model,
