@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards import doctor, score
 from rewards.score import take_flags_anywhere
+from rl.command import run_command
 from rl.config.read import load_config
-from rl.durable import with_remedy
+from rl.redact import redact
+from rl.safe_stream import say
 
 if TYPE_CHECKING:
     from rl.config import Config
@@ -24,13 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; a fault the user can mend is one sentence on stderr."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr)
-        return 1
+    return run_command(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,18 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="rebuild report.html from a run folder, finished or not")
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--out", type=Path, default=None)
+    report.add_argument("run_dir", type=_path)
+    report.add_argument("--out", type=_path, default=None)
     report.set_defaults(run=_report)
 
     denoising = commands.add_parser(
         "denoising", help="show in which order a diffusion model wrote completions of a run"
     )
-    denoising.add_argument("run_dir", type=Path)
+    denoising.add_argument("run_dir", type=_path)
     denoising.add_argument("--frames", type=int, default=6)
     denoising.set_defaults(run=_denoising)
 
-    config = commands.add_parser("config", help="check a config and print it with every default")
+    config = commands.add_parser("config", help="check a config and print every key with its meaning")
     config.add_argument("config")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
@@ -112,6 +108,11 @@ def _count(text: str) -> int:
     return number
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_path.__name__ = "path"
 _count.__name__ = "number of processes"
 
 
@@ -143,13 +144,15 @@ def _denoising(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
     from recipes.tasks import find_modules_beside, load_rows
+    from recipes.tasks.prompts import unrendered_prompt
+
+    find_modules_beside(arguments.config)
+    data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):
-        find_modules_beside(path)
-        config = load_config(path, overrides)
-        return reward_specs(config), load_rows(config.data), config.data.prompt_column
+        return reward_specs(load_config(path, overrides)), load_rows(data), data.prompt_column
 
-    return doctor.run(arguments, load)
+    return doctor.run(arguments, load, ask=partial(unrendered_prompt, data))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -160,6 +163,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
     from rl.diffusion.rl_config import MaskedRunConfig
+    from rl.diffusion.saved_config import refuse_masked
+    from rl.loading import refuse_custom_code
     from rl.memory import GIB, plan_memory
 
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
@@ -173,7 +178,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     if gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
-    model = AutoConfig.from_pretrained(resolve_model(config.model.name), revision=config.model.revision)
+    name, revision = resolve_model(config.model.name), config.model.revision
+    refuse_masked(name, revision)
+    try:
+        model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        refuse_custom_code(name, error)
+        raise
     plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
     for name, size in plan.parts.items():
         print(f"{name:30s}{size / GIB:8.1f} GiB")
@@ -210,9 +221,14 @@ def _judgement(plan: MemoryPlan, config: Config) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from rl.config.read import dump_config
+    from rl.config.describe import described
+    from rl.config.read import command_of, read_any_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    config = read_any_config(arguments.config, arguments.overrides)
+    tree = config.model_dump(mode="json")
+    if (shown := redact(tree)) != tree:
+        say("secrets are shown as ***; put them back before you use this as a config", sys.stderr)
+    print(f"# of `{command_of(config)}`: every key, and what it means\n{described(config, shown)}", end="")
     return 0
 
 

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from rl.config import Config, ModelConfig, SamplingConfig
-from rl.diffusion.model import load_diffusion_model, raw_config, use_fused_diffusion_layers
+from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
+from rl.diffusion.saved_config import raw_config
 from rl.loading import add_lora, check_not_quantised
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
@@ -106,7 +107,7 @@ def copy_of_model(
         revision=model.revision,
         dtype=dtype,
         mask_token_id=policy.trained.mask_token_id,
-        shift=config.diffusion.shift,
+        shift=is_shifted(policy.model),
     )
     own = own.to(policy.device)
     if policy.device.type == "cuda":

@@ -30,8 +30,11 @@ from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.saved_config import refuse_masked
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
 from rl.display import Display
 from rl.durable import RunLock
+from rl.inputs import fingerprints
 from rl.ledger import Ledger
 from rl.loading import check_config, load_tokenizer
 from rl.manifest import unsupported_versions
@@ -43,7 +46,17 @@ from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
-from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
+from rl.rundir import (
+    Evaluation,
+    EvaluationLog,
+    check_whole,
+    claim_config,
+    claim_inputs,
+    heldout_ends,
+    read_result,
+    write_result,
+)
+from rl.safe_stream import say
 from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.train import train
@@ -93,6 +106,8 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     with display:
         for sentence in unsupported_versions():
             display.warn(sentence)
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run, close = build(config, world, stop, display, began)
         try:
             steps = train(run)
@@ -100,23 +115,27 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
             close()
     stopped = steps < config.train.steps
     if world.is_main:
+        check_whole(config.run_dir, first=run.start_step, last=steps)
         if not stopped:
             _conclude(run, steps)
-        print(f"report: {build_report(config.run_dir)}")
+        say(f"report: {build_report(config.run_dir)}")
         if stopped:
-            print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+            say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
     return stop.exit_code() if stopped else 0
 
 
 def _conclude(run: Run, steps: int) -> None:
     """Writes and prints the results; those of a run that was finished before stay as they are."""
-    evaluations, result = run.evaluations.read(), read_result(run.config.run_dir)
+    config, evaluations = run.config, run.evaluations.read()
+    result = read_result(config.run_dir)
     if run.start_step < steps or result.get("steps") != steps:
-        result = write_result(run.config, evaluations, steps=steps, seconds=run.seconds)
-    ends = [*evaluations[:1], *evaluations[-1:]]
-    for name, evaluation in zip(("before", "after"), ends, strict=False):
-        print(f"held-out {name}: {evaluation}")
-    print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
+        result = write_result(config, evaluations, steps=steps, seconds=run.seconds)
+    if config.evaluation.data is not None:
+        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        for name, found in ends.items():
+            text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
+            say(f"held-out {name.removeprefix('heldout_')}: {text}")
+    say(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
 def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:
@@ -137,14 +156,18 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-        tokenizer = load_tokenizer(model)
+        tokenizer = _load_tokenizer(config, model)
+        if world.is_main:
+            sections = {"data": rows, "evaluation data": heldout_rows if held else None}
+            found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
+            claim_inputs(config, found, display.warn)
         said = {"template_file": model.chat_template, "note": display.note}
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train", **said), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
-        if (reason := policy.settle_attention()) is not None:
+        if (reason := policy.settle_attention(longest)) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
                 "result"
@@ -180,11 +203,19 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             began=began,
         )
         closing.callback(run.log.close)
+        closing.callback(run.evaluations.close)
         closing.callback(run.trackers.close)
         _go_on(run)
         if world.is_main and run.start_step < config.train.steps:
             check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
+
+
+def _load_tokenizer(config: Config, model: ModelConfig) -> Any:
+    if isinstance(config, MaskedRunConfig):
+        return load_diffusion_tokenizer(model)
+    refuse_masked(model.name, model.revision)
+    return load_tokenizer(model)
 
 
 def _make_policy(
@@ -215,15 +246,20 @@ def _make_engine(
         note=display.note,
         trained=policy.model,
         sample_while_training=config.train.sample_while_training,
+        attention=policy.own_attention,
+        long_factors=policy.long_factors,
     )
 
 
 def _go_on(run: Run) -> None:
-    loaded = go_on(run, resume)
+    rows = run.log.read() if run.world.is_main else []
+    (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
+    run.num_recorded = int(run.world.max([float(run.ledger.expect(int(num_done)))])[0])
+    loaded = go_on(run, resume, run.evaluations)
     if loaded is None:
         return
     if run.world.is_main:
-        run.watch.rows.extend(run.log.read())
+        run.watch.recall(run.log.read())
         for e in run.evaluations.read():
             run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     run.display.note(f"going on from {loaded.path} (step {loaded.step})")
@@ -237,7 +273,11 @@ def make_scorer(config: Config) -> RewardPool:
     r = config.rewards
     specs = reward_specs(config)
     return RewardPool(
-        specs, workers=r.workers, deadline_s=r.deadline_s, memory_bytes=int(r.memory_gib * 2**30)
+        specs,
+        workers=r.workers,
+        deadline_s=r.deadline_s,
+        memory_bytes=int(r.memory_gib * 2**30),
+        num_steps=config.train.steps,
     )
 
 

@@ -38,6 +38,14 @@ def with_remedy(error: Exception) -> str:
     return f"{error}; {remedy}" if remedy else str(error)
 
 
+def gone(path: Path) -> RuntimeError:
+    """The error of a file or folder that was there when the run began to write to it, and is not any more."""
+    return RuntimeError(
+        f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; put it back "
+        "and start again, and the run goes on from its newest checkpoint"
+    )
+
+
 class RunLockedError(ValueError):
     """Another process writes into this run folder."""
 

@@ -72,7 +72,7 @@ def render_prompts(
         if len(ids) > max_prompt_length:
             lengths[index] = len(ids)
             continue
-        kept = {k: row[k] for k in (columns or row) if k != prompt_column}
+        kept = kept_columns(row, prompt_column, columns)
         _check_json(kept, where)
         messages = found.messages if found else ()
         prompts.append(Prompt(f"{prefix}/{index:06d}", text, tuple(ids), messages, kept))
@@ -163,3 +163,8 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def kept_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """What graders get of a row: the named columns, or all, and never the prompt."""
+    return {name: row[name] for name in (columns or row) if name != prompt_column}

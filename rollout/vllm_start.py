@@ -8,6 +8,8 @@ import importlib.util
 import multiprocessing
 import os
 import random
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from rollout.engine import EngineError
 OLDEST, BELOW = Version("0.25.1"), Version("0.33")
 
 KILL_EVERY_S = 0.2
+MAX_SOCKET_FOLDER = (
+    107 - len("/cohort-12345678") - len("/") - 36
+)  # the kernel's limit, and vLLM's name: a UUID
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
 TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
 
@@ -167,9 +172,37 @@ _ALWAYS = {
     "disable_log_stats": True,
     "use_tqdm_on_load": False,
     "seed": 0,
+    "trust_remote_code": False,
     "worker_extension_cls": "rollout.vllm_worker.WeightReceiver",
     "scheduler_cls": "rollout.vllm_scheduler.make_scheduler",
 }
+
+
+def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) -> bool:
+    """Whether the engine core gets a process of its own.
+
+    Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
+    changes it for its whole process: a trainer's model of that class fails in its next forward pass.
+
+    Raises:
+        ValueError: `process` is "inside" for such a model.
+    """
+    if process == "own" or (process == "auto" and not on_cpu):
+        return True
+    from vllm import EngineArgs
+
+    try:
+        with process_state_kept():
+            found: Any = EngineArgs(**_ALWAYS | arguments).create_model_config()
+            changes_class = found.using_transformers_backend()
+    except (ValueError, RuntimeError, AssertionError):
+        return False  # the start refuses it in words
+    if changes_class and process == "inside":
+        raise ValueError(
+            f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
+            "changes it for the whole process, the trainer's model included; use engine.process=auto"
+        )
+    return changes_class
 
 
 def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> tuple[Any, bool]:
@@ -214,6 +247,32 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ[TRAINER_PID] = str(os.getpid())
+    with _sockets_of_this_run():
+        return _start_core(arguments, timeout_s)
+
+
+@contextmanager
+def _sockets_of_this_run() -> Iterator[None]:
+    """A folder for the sockets where trainer and core meet; it goes once they have met, or did not.
+
+    vLLM leaves them in the temporary folder for good. A connected socket needs no name, so that whatever is
+    killed later leaves nothing behind.
+    """
+    before = os.environ.get("VLLM_RPC_BASE_PATH")
+    parents = [before or tempfile.gettempdir(), "/tmp"]
+    parent = next((p for p in parents if len(p) <= MAX_SOCKET_FOLDER and os.access(p, os.W_OK)), parents[0])
+    folder = tempfile.mkdtemp(prefix="cohort-", dir=parent)
+    os.environ["VLLM_RPC_BASE_PATH"] = folder
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ["VLLM_RPC_BASE_PATH"]
+        if before is not None:
+            os.environ["VLLM_RPC_BASE_PATH"] = before
+
+
+def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
     if torch.cuda.device_count() > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         ours = torch.cuda.current_device()

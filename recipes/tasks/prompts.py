@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recipes.tasks import load_rows
 from rl.config import Config, DataConfig
 from rl.types import Prompt
-from rollout.chat import render_prompts
+from rollout.chat import kept_columns, render_prompts
+from rollout.messages import chat_messages, check_text
 
 
 def load_sets(
@@ -67,6 +68,17 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
     row = rows[0] if rows else {}
     kept = {name: row[name] for name in data.columns or row if name in row and name != data.prompt_column}
     return set(kept), kept
+
+
+def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of a row as graders see it in training; without token ids, as that takes a tokenizer."""
+    for name in (data.prompt_column, *data.columns):
+        if name not in row:
+            raise ValueError(f"{where}: the dataset has no column {name!r}; it has {', '.join(row)}")
+    value, kept = row[data.prompt_column], kept_columns(row, data.prompt_column, data.columns)
+    if not data.chat and isinstance(value, str):
+        return Prompt(where, data.template.replace("{prompt}", check_text(value, where)), (), (), kept)
+    return Prompt(where, "", (), chat_messages(value, data.system_prompt, data.template, where), kept)
 
 
 def make_prompts(

@@ -53,6 +53,15 @@ class DiffusionModelConfig(Section):
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
 
+    @model_validator(mode="after")
+    def check_from_scratch(self) -> DiffusionModelConfig:
+        if self.from_scratch is not None and self.lora is not None:
+            raise ValueError(
+                "model.lora saves adapters alone, and the random weights of model.from_scratch are in no "
+                "checkpoint that they could be loaded with; use model.lora=null"
+            )
+        return self
+
     def plain(self, name: str) -> ModelConfig:
         """What tokenizer, dtype and adapters need of it."""
         return ModelConfig(
