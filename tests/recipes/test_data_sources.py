@@ -193,6 +193,12 @@ def test_a_share_holds_out_one_prompt_at_least_and_never_all():
         split_share(rows[:1], 0.5, seed=0, prompt_column="prompt")
 
 
+def test_a_share_of_rows_without_the_prompt_column_names_the_column(config_file, capsys):
+    keys = ["evaluation.data={share: 0.25}", "evaluation.metric=toy_rewards:low_words"]
+    assert main([str(config_file), *keys, "data.prompt_column=question"]) == 1
+    assert "no column 'question'; it has 'prompt', 'answer'" in capsys.readouterr().err
+
+
 def test_a_run_evaluates_on_its_held_out_share(config_file, capsys):
     keys = ["evaluation.data={share: 0.25}", "evaluation.metric=toy_rewards:low_words"]
     assert main([str(config_file), *keys, "data.max_prompt_length=32"]) == 0
