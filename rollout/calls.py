@@ -68,8 +68,7 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
     if not filled:
         return
     are_cut = cut_at_stop(tokenizer, filled, stop)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = _special_ids(tokenizer)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     ids = [
         c.token_ids if is_cut else _without_ends(c, ends, special)
@@ -77,6 +76,15 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
     ]
     for c, text in zip(filled, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
         c.text = text
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids that are special by name, and those that only the vocabulary marks as special."""
+    try:
+        marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    except NotImplementedError:  # Mistral's own tokenizer
+        marked = set()
+    return marked | set(tokenizer.all_special_ids)
 
 
 def _without_ends(c: Completion, ends: Set[int | None], special: Set[int]) -> list[int]:

@@ -172,7 +172,8 @@ def _death(status: int) -> str:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGPROF:
         return f"computes for more than {CPU_S:g} s"
-    return f"took more than its process may ({signal.Signals(number).name if number else status})"
+    ended = signal.Signals(number).name if number else f"exit code {os.waitstatus_to_exitcode(status)}"
+    return f"takes more than its process may ({ended})"
 
 
 def _render_and_exit(render: Callable[[Chat], str], chats: Sequence[Chat], writing: int) -> NoReturn:

@@ -46,7 +46,7 @@ def split_share(
     """
 
     def mark(row: dict[str, Any]) -> str:
-        prompt = json.dumps(row.get(prompt_column), sort_keys=True, default=str)
+        prompt = json.dumps(row.get(prompt_column, row), sort_keys=True, default=str)
         return hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()
 
     marks = [mark(row) for row in rows]

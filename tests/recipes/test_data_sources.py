@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from recipes.grpo import main
+from recipes.llada import main as fine_tune
 from recipes.tasks import load_rows
 from recipes.tasks.prompts import split_share
 from rl.config import DataConfig
@@ -192,6 +193,12 @@ def test_a_share_holds_out_one_prompt_at_least_and_never_all():
         split_share(rows[:1], 0.5, seed=0, prompt_column="prompt")
 
 
+def test_a_share_of_rows_without_the_prompt_column_names_the_column(config_file, capsys):
+    keys = ["evaluation.data={share: 0.25}", "evaluation.metric=toy_rewards:low_words"]
+    assert main([str(config_file), *keys, "data.prompt_column=question"]) == 1
+    assert "no column 'question'; it has 'prompt', 'answer'" in capsys.readouterr().err
+
+
 def test_a_run_evaluates_on_its_held_out_share(config_file, capsys):
     keys = ["evaluation.data={share: 0.25}", "evaluation.metric=toy_rewards:low_words"]
     assert main([str(config_file), *keys, "data.max_prompt_length=32"]) == 0
@@ -223,3 +230,17 @@ def test_a_run_gives_the_template_its_variables_and_drops_long_rows(config_file,
     assert "row 8 (41); they are left out" in capsys.readouterr().out
     (group, *_) = Ledger(config_file.parent / "run").read(0).groups
     assert group.prompt.text.startswith("w7 What is")
+
+
+def test_fine_tuning_refuses_a_template_that_takes_too_much(tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "bomb.jinja").write_text("{{ 'x' * 10**11 }}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "w1", "completion": "w2"}) + "\n")
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"name": str(tiny_model_dir), "dtype": "fp32", "mask_token": "<unk>"},
+        "data": {"source": str(tmp_path / "rows.jsonl")},
+    }
+    config["model"]["chat_template"] = str(tmp_path / "bomb.jinja")
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert fine_tune([str(tmp_path / "config.yaml")]) == 1
+    assert "bomb.jinja, takes too much: MemoryError" in capsys.readouterr().err
