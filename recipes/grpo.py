@@ -155,7 +155,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         tokenizer = load_tokenizer(model)
         if world.is_main:
             sections = {"data": rows, "evaluation data": heldout_rows if held else None}
-            found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
+            names = [spec.name for spec in config.rewards.functions]
+            found = fingerprints(model.name, tokenizer, sections, revision=model.revision, rewards=names)
             claim_inputs(config, found, display.warn)
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
