@@ -170,13 +170,15 @@ def write_config(config: Config | DiffusionConfig) -> None:
 
 def check_whole(run_dir: Path, *, first: int, last: int) -> None:
     """Raises RuntimeError if what a run of this process has written, from one step to another, is gone."""
+    if first >= last:
+        return
     there = {row["step"] for row in read_rows(run_dir / "metrics.jsonl")}
-    lost = [name for name in ("config.yaml", "checkpoints") if not (run_dir / name).exists()]
+    lost = [] if (run_dir / "config.yaml").is_file() else ["config.yaml"]
     if missing := set(range(first + 1, last + 1)) - there:
         lost.append(f"metrics.jsonl (rows of {len(missing)} steps, the first of them {min(missing)})")
     if lost:
         raise RuntimeError(
-            f"{run_dir}: {', '.join(lost)} went missing during the run, though all {last} steps are done; "
+            f"{run_dir}: {', '.join(lost)} went missing during the run, of which {last} steps are done; "
             "put it back, or use a new run_dir"
         )
 
