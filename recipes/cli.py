@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     denoising.add_argument("--frames", type=int, default=6)
     denoising.set_defaults(run=_denoising)
 
-    config = commands.add_parser("config", help="check a config and print it with every default")
+    config = commands.add_parser("config", help="check a config and print every key with its meaning")
     config.add_argument("config")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
@@ -142,13 +143,16 @@ def _denoising(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
-    from recipes.tasks import load_rows
+    from recipes.tasks import find_modules_beside, load_rows
+    from recipes.tasks.prompts import unrendered_prompt
+
+    find_modules_beside(arguments.config)
+    data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):
-        config = load_config(path, overrides)
-        return reward_specs(config), load_rows(config.data), config.data.prompt_column
+        return reward_specs(load_config(path, overrides)), load_rows(data), data.prompt_column
 
-    return doctor.run(arguments, load)
+    return doctor.run(arguments, load, ask=partial(unrendered_prompt, data))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -159,6 +163,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
     from rl.diffusion.rl_config import MaskedRunConfig
+    from rl.diffusion.saved_config import refuse_masked
     from rl.loading import refuse_custom_code
     from rl.memory import GIB, plan_memory
 
@@ -173,9 +178,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     if gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
-    name = resolve_model(config.model.name)
+    name, revision = resolve_model(config.model.name), config.model.revision
+    refuse_masked(name, revision)
     try:
-        model = AutoConfig.from_pretrained(name, revision=config.model.revision, trust_remote_code=False)
+        model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except ValueError as error:
         refuse_custom_code(name, error)
         raise
@@ -215,12 +221,14 @@ def _judgement(plan: MemoryPlan, config: Config) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    import yaml
+    from rl.config.describe import described
+    from rl.config.read import command_of, read_any_config
 
-    tree = load_config(arguments.config, arguments.overrides).model_dump(mode="json")
+    config = read_any_config(arguments.config, arguments.overrides)
+    tree = config.model_dump(mode="json")
     if (shown := redact(tree)) != tree:
         say("secrets are shown as ***; put them back before you use this as a config", sys.stderr)
-    print(yaml.safe_dump(shown, sort_keys=False), end="")
+    print(f"# of `{command_of(config)}`: every key, and what it means\n{described(config, shown)}", end="")
     return 0
 
 

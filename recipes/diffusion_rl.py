@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
+from rl.adapters import add_lora
 from rl.config import Config, ModelConfig, SamplingConfig
-from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
+from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
-from rl.loading import add_lora
+from rl.diffusion.saved_config import raw_config
+from rl.loading import check_not_quantised
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
@@ -47,6 +49,11 @@ def check_canvas(config: Config) -> None:
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
     for name, sampling in sections.items():
+        if sampling.stop:
+            raise ValueError(
+                f"{name}.stop={sampling.stop} cuts a completion behind a token, and a diffusion model writes "
+                f"in any order; use {name}.stop_token_ids, which end a block"
+            )
         try:
             denoising_params(config, sampling)
         except ValueError as error:
@@ -64,6 +71,8 @@ def make_masked_policy(
     Raises:
         ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
     """
+    raw = raw_config(model.name, model.revision)
+    check_not_quantised(raw.get("quantization_config"), model.name)
     policy = MaskedPolicy(config, accelerator, name=model.name)
     room = policy.trained.context_length
     if room is not None and longest > room:
@@ -99,7 +108,7 @@ def copy_of_model(
         revision=model.revision,
         dtype=dtype,
         mask_token_id=policy.trained.mask_token_id,
-        shift=config.diffusion.shift,
+        shift=is_shifted(policy.model),
     )
     own = own.to(policy.device)
     if policy.device.type == "cuda":

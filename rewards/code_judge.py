@@ -17,17 +17,21 @@ from rl.types import Reason
 SOLUTION, TESTER = "rewards.code_solution", "rewards.code_tester"
 JUDGES = (
     TESTER,
-    *("rewards.code_compare", "rewards.code_namespace", "rewards.code_remote", "rewards.code_soft_asserts"),
+    *("rewards.code_compare", "rewards.code_namespace", "rewards.code_objects", "rewards.code_remote"),
+    "rewards.code_soft_asserts",
 )
 
 
 @dataclass(slots=True)
 class Verdict:
-    """`passed`: one entry per test where tests were counted, else empty."""
+    """`passed`: one entry per test where tests were counted, else empty; None: the tests left it out.
+    `complete`: False where a crash ended tests early, and stands among them as one more.
+    """
 
     reason: Reason
     detail: str = ""
-    passed: Sequence[bool] = ()
+    passed: Sequence[bool | None] = ()
+    complete: bool = True
 
 
 def judge_outputs(
@@ -76,7 +80,7 @@ def judge_calls(
     # A completion that repeats the prompt needs it no second time.
     prompt = "" if tests.prompt.strip() and tests.prompt.strip() in code else tests.prompt
     own = re.split(r"\W", tests.entry_point, maxsplit=1)[:1]
-    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": own == ["Solution"]}
+    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": _is_leetcode(own[0], tests.code)}
     given = {
         "code": tests.code,
         "cases": list(tests.cases) or None,
@@ -106,6 +110,11 @@ def judge_calls(
     return _verdict(records[-1], solution_result)
 
 
+def _is_leetcode(entry: str, test_code: str) -> bool:
+    """Whether tests name a class, as LeetCode's do: such solutions rely on what its judge has imported."""
+    return entry[:1].isupper() or (not entry and "Solution()." in test_code)
+
+
 def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
     """What the tester's record means."""
     outcome, detail = record["outcome"], record.get("detail", "")
@@ -128,9 +137,9 @@ def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
     if reason is Reason.CRASH:
         reason = _reason_of_exception(detail)
     passed = record.get("passed", ())
-    if reason is Reason.CORRECT and passed and not all(passed):
+    if reason is Reason.CORRECT and False in passed:
         reason = Reason.WRONG_ANSWER
-    return Verdict(reason, detail, passed)
+    return Verdict(reason, detail, passed, record.get("complete", True))
 
 
 def fault_of(result: RunResult) -> Verdict | None:

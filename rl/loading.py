@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rl.config import ModelConfig
+from rl.exactness import backbone
 
 
 def storage_dtype(config: ModelConfig) -> torch.dtype:
@@ -33,21 +34,22 @@ def storage_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the configured chat template; a missing pad token becomes the end-of-text
     token.
+
+    Args:
+        reader: a tokenizer class of transformers; default: the one that its files ask for.
 
     Raises:
         ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=False
-        )
+        tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
+            f"model.name={config.name!r} gives no tokenizer: {first_line(error)} It must be a folder that "
             "holds a model and its tokenizer, or such a name on a hub that can be reached"
         ) from error
     if config.chat_template is not None:
@@ -92,7 +94,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r}: the model cannot be loaded: {_first_line(error)} It must be whole, "
+            f"model.name={config.name!r}: the model cannot be loaded: {first_line(error)} It must be whole, "
             "and of an architecture that this transformers knows as a causal language model"
         ) from error
     return cast(PreTrainedModel, model)
@@ -118,7 +120,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
     def hidden(narrow: bool) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
-            return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
     plain = hidden(True)
@@ -185,18 +187,19 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         longest: tokens of the longest prompt and the completion that may follow it.
 
     Raises:
-        ValueError: there is no config of a model, its vocabulary is smaller than the tokenizer's, or it has
-            fewer positions than `longest`.
+        ValueError: there is no config of a model, its weights are quantised, its vocabulary is smaller than
+            the tokenizer's, or it has fewer positions than `longest`.
     """
     try:
-        found = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=False
-        ).get_text_config()
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
+            f"model.name={config.name!r}: its config cannot be read: {first_line(error)}"
         ) from error
+    found = whole.get_text_config()
+    for part in (whole, found):
+        check_not_quantised(getattr(part, "quantization_config", None), config.name)
     positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
@@ -206,6 +209,20 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
+
+
+def check_not_quantised(quantisation: Any, name: str) -> None:
+    """Raises ValueError for the `quantization_config` of a model: integers have no gradient."""
+    if not quantisation:
+        return
+    fields = quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
+    method = str(fields.get("quant_method", "unknown"))
+    raise ValueError(
+        f"model.name={name!r} holds quantised weights (quantization_config in its config.json, quant_method="
+        f"{method.rpartition('.')[2].lower()}), which cannot be trained; use the model that it "
+        "was quantised from, or save a dequantised bfloat16 copy (transformers: "
+        "model.dequantize().save_pretrained(FOLDER)) and set model.name to its folder"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -229,48 +246,6 @@ def nonfinite_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
     return f"{line}."
-
-
-def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
-
-    Raises:
-        ValueError: `target_modules` fit nothing, or the head; or the reference is to follow the policy.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.lora
-    assert lora is not None
-    if config.reference.update_every:
-        raise ValueError(
-            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
-            "the base model "
-            "without a copy; use model.reference.update_every=0"
-        )
-    peft_config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    named = f"model.lora.target_modules={lora.target_modules!r}"
-    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
-    tied = head is not None and head.weight is embeddings.weight
-    frozen = [head, embeddings] if tied else [head]
-    try:
-        adapted = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ValueError(f"{named}: {error}") from error
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and any(base is layer for layer in frozen):
-            raise ValueError(
-                f"{named} adapts {name}, and log-probs are computed from the head's own weights: the adapter "
-                "would not be trained, or only the engine would have it; leave the output head out, and "
-                "embeddings that are tied to it"
-            )
-    return adapted

@@ -1,7 +1,8 @@
 """Every number of a run once: its name, unit, meaning and healthy range; and the file that keeps them.
 
 Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
-that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean`.
+that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
+`reward/<part>/std`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from typing import Any
 from rl.row_log import RowLog
 from rl.row_log import read_rows as read_rows
 
+LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
+CONSTANT_HINT = (
+    "it teaches nothing: check what it reads (a completion of a chat is a list of messages: see "
+    "rewards/__init__.py), or drop it"
+)
 Z_95 = 1.959963984540054  # the normal distribution has 95 % of its mass within this many standard deviations
 
 
@@ -28,6 +34,7 @@ class Metric:
         high: the greatest healthy value, inclusive; None: no bound.
         broken_below: the run is broken, not merely unusual, below this; None: never.
         broken_above: likewise above.
+        told_at_once: a run warns of a single value out of range, and does not wait until it is broken.
         patience: how many values in a row must be out of range before a rule fires; single steps are noisy.
         hint: what to do when it is out of range.
     """
@@ -41,6 +48,7 @@ class Metric:
     broken_below: float | None = None
     broken_above: float | None = None
     patience: int = 5
+    told_at_once: bool = False
 
     def is_healthy(self, value: float) -> bool:
         return not (
@@ -118,8 +126,10 @@ _ALL = (
            high=0.05, broken_above=0.5,
            hint="the sampler and the policy disagree: compare dtypes, and look at sync/canary_gap_mean"),
     Metric("sampler/logprob_gap_mean", "nats", "mean |policy - sampler| log-prob of a token",
-           high=0.1, broken_above=1.0,
-           hint="above 1 the weights are wrong or stale: engine.verify_sync; else a finer engine.dtype"),
+           high=0.1, broken_above=1.0, patience=1, told_at_once=True,
+           hint="the engine samples another distribution than the policy trains: above 1 its weights are "
+                "wrong or stale (engine.verify_sync); below, engine.dtype is coarse, or the engine computes "
+                "this family otherwise: compare with engine.name=transformers"),
     Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
     Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
            high=0.02, broken_above=0.5,
@@ -170,7 +180,7 @@ assert len(METRICS) == len(_ALL), "a metric is defined twice"
 
 
 def metric_of(name: str) -> Metric:
-    """The definition of a metric; one without a range for the parts of a run's rewards.
+    """The definition of a metric; for the parts of a run's rewards, the spread has a range: above 0.
 
     Raises:
         ValueError: the name is unknown; the message has the nearest known ones.
@@ -179,9 +189,9 @@ def metric_of(name: str) -> Metric:
         return metric
     if name.startswith("reward/") and len(name) > len("reward/"):
         part, _, statistic = name.removeprefix("reward/").rpartition("/")
-        return Metric(
-            name, "score", f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
-        )
+        said = f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
+        spread = {"low": LEAST_SPREAD, "hint": CONSTANT_HINT} if part and statistic == "std" else {}
+        return Metric(name, "score", said, **spread)
     near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
     raise ValueError(
         f"unknown metric {name!r}; "

@@ -4,6 +4,7 @@ order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -85,8 +86,8 @@ class DenoisingParams:
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
         for name in ("temperature", "cfg_scale", "refresh_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and must not be negative")
 
     @property
     def steps_per_block(self) -> int:

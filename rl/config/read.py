@@ -35,6 +35,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return _validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
 
 
+def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
+    """The config of whichever command it fits best; of an RL run where two fit alike."""
+    tree = _read_tree(path, overrides)
+    schemas = (MaskedRunConfig if "diffusion" in tree else Config, DiffusionConfig)
+    return _validated(min(schemas, key=lambda schema: _num_faults(schema, tree)), tree, path)
+
+
+def command_of(config: Section) -> str:
+    """The command that takes it."""
+    return next(command for command, schemas in COMMANDS.items() if type(config) in schemas)
+
+
 def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Reads a YAML file, applies `a.b=value` overrides and validates by `schema`.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rl.config.data_rules import check_data, check_heldout
+
 if TYPE_CHECKING:
     from rl.config.config import Config
 
 
 def check_rules(config: Config) -> None:
     """Raises ValueError for keys that are fine alone and not together."""
+    check_data(config.data, "data")
+    check_heldout(config)
     check_staleness(config)
     t, s, loss = config.train, config.sampling, config.loss
     if s.temperature == 0:
@@ -22,6 +26,12 @@ def check_rules(config: Config) -> None:
             f"sampling.top_p={s.top_p}, top_k={s.top_k}, min_p={s.min_p} cut the sampled distribution, "
             "and the importance ratio of a cut distribution against the full softmax is biased; use "
             "top_p=1.0, top_k=0, min_p=0.0 for training (evaluation.sampling may cut)"
+        )
+    if config.model.lora and config.model.lora.dropout > 0:
+        raise ValueError(
+            f"model.lora.dropout={config.model.lora.dropout} makes log-probs random: the ratio of an "
+            "unchanged policy is not 1, and the engine samples without dropout; use model.lora.dropout=0 "
+            "(fine-tuning a diffusion model without rewards may have it)"
         )
     if t.group_size < 2:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -90,18 +90,40 @@ class DataConfig(Section):
     split: str = "train"
     revision: str | None = None
     prompt_column: str = "prompt"
+    rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
     system_prompt: str | None = None
     chat: bool = Field(
         default=True, description="a text prompt becomes a user message; false: it stays plain text"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="completions go on with the last message where the assistant began it"
+    )
     template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
     size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
     options: dict[str, Any] = Field(default={}, description="arguments of the generator or callable")
     max_prompt_length: int = Field(
-        default=1024, ge=1, description="tokens, the chat template included; longer is an error"
+        default=1024, ge=1, description="tokens, the chat template included; see too_long"
+    )
+    too_long: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="rows above max_prompt_length: end the run before it starts, or go without",
     )
     shuffle: bool = True
+
+
+class HeldoutConfig(DataConfig):
+    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
+
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
+    )
 
 
 class SamplingConfig(Section):
@@ -111,6 +133,11 @@ class SamplingConfig(Section):
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_completion_length: int = Field(default=256, ge=1)
     stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="strings; a completion is cut behind the token that completes one. It is sampled to its "
+        "end first: stop_token_ids end sooner",
+    )
 
 
 class EngineConfig(Section):
@@ -268,7 +295,7 @@ class EvaluationConfig(Section):
     the training stream.
     """
 
-    data: DataConfig | None = Field(default=None, description="default: no evaluation")
+    data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
     metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")

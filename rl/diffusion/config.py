@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, Section
+from rl.config.data_rules import check_source
 
 
 class TrainConfig(Section):
@@ -51,6 +52,15 @@ class DiffusionModelConfig(Section):
     chat_template: str | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
+
+    @model_validator(mode="after")
+    def check_from_scratch(self) -> DiffusionModelConfig:
+        if self.from_scratch is not None and self.lora is not None:
+            raise ValueError(
+                "model.lora saves adapters alone, and the random weights of model.from_scratch are in no "
+                "checkpoint that they could be loaded with; use model.lora=null"
+            )
+        return self
 
     def plain(self, name: str) -> ModelConfig:
         """What tokenizer, dtype and adapters need of it."""
@@ -155,6 +165,13 @@ class DiffusionConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2.5e-5, weight_decay=0.1, warmup_steps=50)
     evaluation: BoundConfig = BoundConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def check_sources(self) -> DiffusionConfig:
+        check_source(self.data, "data")
+        if self.evaluation.data is not None:
+            check_source(self.evaluation.data, "evaluation.data")
+        return self
 
     @model_validator(mode="after")
     def check_shard(self) -> DiffusionConfig:

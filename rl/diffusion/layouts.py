@@ -92,15 +92,15 @@ def native_config(raw: Mapping[str, Any], name: str) -> tuple[PreTrainedConfig, 
     if architecture.startswith("LLaDA2"):
         raise ValueError(f"{name}: {_REFUSED['LLaDA2MoeModelLM']}; not supported: use a dense LLaDA-8B")
     if architecture == "LLaDAModelLM":
-        return _llada_config(raw, name), False
+        return _llada_config(raw, name), bool(raw.get("diffusion_shift", False))
     if architecture == "ILLaDAForCausalLM":
         if raw.get("layer_norm_eps") is not None:
             raise ValueError(
                 f"{name}: an iLLaDA with LayerNorm (layer_norm_eps) is not supported, only RMSNorm"
             )
-        return LlamaConfig(**_without_code(raw)), False
+        return LlamaConfig(**_without_code(raw)), bool(raw.get("diffusion_shift", False))
     if architecture == "DreamModel" or raw.get("model_type") == "Dream":
-        return Qwen2Config(**_without_code(raw)), True
+        return Qwen2Config(**_without_code(raw)), bool(raw.get("diffusion_shift", True))
     return None
 
 

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -24,8 +23,11 @@ from transformers import (
 )
 
 from rl.config import ModelConfig
+from rl.diffusion.adapters import find_adapter, merge
 from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
+from rl.diffusion.saved_config import model_config, raw_config, refuse_code
+from rl.exactness import quiet
 from rl.loading import use_fused_layers
 from rl.logprobs import head_logprobs, head_settings
 
@@ -41,19 +43,35 @@ def load_diffusion_model(
     shift: bool | None = None,
 ) -> PreTrainedModel:
     """A masked diffusion model from a folder or hub name: LLaDA-8B, iLLaDA and Dream checkpoints, those that
-    this project saved, and any causal one, which is converted.
+    this project saved, adapters, which are merged into their base, and any causal one, which is converted.
 
     Args:
-        mask_token_id: default: what the checkpoint says. A causal checkpoint says nothing.
+        mask_token_id: default: what the checkpoint says. A causal checkpoint says nothing, an adapter what
+            it was trained with.
         shift: default: what the checkpoint says; False for a causal one.
 
     Raises:
-        ValueError: an unsupported layout, no mask token, or a model whose attention stays causal.
+        ValueError: an unsupported layout, no mask token, a model whose attention stays causal, an adapter
+            without its base, or a model that only code of its own folder reads.
     """
     raw = raw_config(name, revision)
+    if (adapter := find_adapter(name, revision)) is not None:
+        says = adapter.recorded
+        model = load_diffusion_model(
+            adapter.base,
+            revision=adapter.revision,
+            dtype=dtype,
+            mask_token_id=says.get("mask_token_id") if mask_token_id is None else mask_token_id,
+            shift=says.get("diffusion_shift") if shift is None else shift,
+        )
+        merge(model, adapter)
+        return model
     native = native_config(raw, name)
     if native is None:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        refuse_code(raw, name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False
+        )
         shift = bool(raw.get("diffusion_shift", False)) if shift is None else shift
     else:
         config, native_shift = native
@@ -61,6 +79,7 @@ def load_diffusion_model(
         if hasattr(config, "llada"):
             tensors = read_llada_tensors(checkpoint_folder(name, revision), raw, name)
             model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+            model.name_or_path = model.config.name_or_path = name  # what is made from tensors has none
         else:
             kind: Any = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
             model = kind.from_pretrained(name, revision=revision, config=config, dtype=dtype)
@@ -94,7 +113,7 @@ def random_diffusion_model(
         raise ValueError(
             f"model.from_scratch takes its shape from a causal checkpoint, and {name} is a diffusion model"
         )
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = model_config(name, revision)
     known = config.to_dict()
     if unknown := sorted(changes.keys() - known.keys()):
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -121,10 +140,13 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
     config = model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not 0 <= mask_token_id < rows:
-        raise ValueError(f"mask_token_id={mask_token_id} is none of the model's {rows} vocabulary rows")
+        raise ValueError(
+            f"mask_token_id={mask_token_id} (model.mask_token) is none of the model's {rows} vocabulary rows"
+        )
     if mask_token_id in ends:
         raise ValueError(
-            f"mask_token_id={mask_token_id} is also the end-of-text token; a mask must not occur in text"
+            f"mask_token_id={mask_token_id} (model.mask_token) is also the end-of-text token; a mask must "
+            "not occur in text"
         )
     model.set_attn_implementation(BIDIRECTIONAL)
     for part in {id(c): c for c in (model.config, config)}.values():
@@ -251,6 +273,16 @@ class DiffusionScorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.random_in_training = True
+
+    def train(self, mode: bool = True) -> DiffusionScorer:
+        """A fine-tuning keeps the dropout of the checkpoint's config. Where log-probs are compared with each
+        other, as in RL, `random_in_training` is False and nothing random is active in either mode.
+        """
+        super().train(mode)
+        if not self.random_in_training:
+            quiet(self.model, checkpointing=mode)
+        return self
 
     def forward(
         self,
@@ -264,16 +296,6 @@ class DiffusionScorer(nn.Module):
         hidden_ND = hidden_states(self.model, token_ids_N, documents)
         hidden_LD = hidden_ND[predicting_columns(self.model, columns_L, documents)]
         return head_logprobs(self.model, hidden_LD, targets_L, temperature=temperature)
-
-
-def raw_config(name: str, revision: str | None) -> dict[str, Any]:
-    try:
-        return PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-    except OSError as error:
-        raise ValueError(
-            f"model.name={name!r} is neither a folder with a model nor a name on a hub that can be reached: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
 
 
 @torch.no_grad()

@@ -14,19 +14,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rl.adapters import add_lora
+from rl.diffusion.adapters import write_record
 from rl.diffusion.config import DiffusionModelConfig
-from rl.diffusion.layouts import native_config
 from rl.diffusion.model import (
     DiffusionScorer,
     find_mask_token,
+    is_shifted,
     load_diffusion_model,
     random_diffusion_model,
-    raw_config,
     use_fused_diffusion_layers,
 )
-from rl.loading import add_lora, check_vocabulary, context_length, load_tokenizer, storage_dtype
+from rl.diffusion.saved_config import model_config
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
+from rl.loading import check_vocabulary, context_length, storage_dtype
+from rl.saving import save_model
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -41,12 +45,11 @@ class DiffusionPolicy:
     def __init__(self, config: DiffusionModelConfig, accelerator: Accelerator, *, name: str) -> None:
         self.config, self.accelerator = config, accelerator
         plain = config.plain(name)
-        self.tokenizer = load_tokenizer(plain)
+        self.tokenizer = load_diffusion_tokenizer(plain)
         self.dtype = storage_dtype(plain)
-        raw = raw_config(name, config.revision)
-        native = native_config(raw, name)
-        model_config = native[0] if native else AutoConfig.from_pretrained(name, revision=config.revision)
-        self.mask_token_id = find_mask_token(self.tokenizer, model_config, config.mask_token)
+        self.mask_token_id = find_mask_token(
+            self.tokenizer, model_config(name, config.revision), config.mask_token
+        )
         if config.from_scratch is None:
             load = load_diffusion_model
         else:
@@ -141,7 +144,9 @@ class DiffusionPolicy:
 
         Its architecture has a name that no engine for causal models knows, so that none serves it as one.
         """
-        (self.peft_model or self.model).save_pretrained(folder, state_dict=weights)
+        save_model(self.peft_model or self.model, self.model, folder, state_dict=weights)
+        if self.peft_model is not None:
+            write_record(folder, mask_token_id=self.mask_token_id, shift=is_shifted(self.model))
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():

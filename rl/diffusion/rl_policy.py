@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,13 @@ class MaskedPolicy:
         self.is_coarse = config.is_coarse
         # Only a trace is scored under the distribution that was sampled from.
         self.temperature = config.sampling.temperature if self.estimator.name == "trace" else 1.0
-        self.trained = DiffusionPolicy(diffusion_model_config(config), accelerator, name=name)
+        try:
+            self.trained = DiffusionPolicy(diffusion_model_config(config), accelerator, name=name)
+        except ValueError as error:  # by the keys of recipes.llada
+            said = re.sub(r"\bmodel\.(mask_token|shift)\b", r"diffusion.\1", str(error))
+            raise ValueError(said) from error
+        self.scorer.random_in_training = False
+        self.scorer.train()
         self.reference: DiffusionScorer | None = None
         self.with_reference = config.loss.kl_coef > 0
         if self.with_reference and not config.model.lora:
@@ -77,7 +84,7 @@ class MaskedPolicy:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return self.trained.trainable()
 
-    def settle_attention(self) -> str | None:
+    def settle_attention(self, longest: int | None = None) -> str | None:
         """Nothing to settle: loading proved that attention is bidirectional and documents do not mix."""
         return None
 

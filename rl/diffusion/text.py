@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from rl.diffusion.config import EosConfig, TextConfig
+from rl.diffusion.messages import Messages, messages_of, refuse_lost_calls, rendered
 from rl.diffusion.objectives import Example
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, Any]]
 PROBE = "COHORTANSWER"  # an answer that no template changes
 
 
@@ -50,8 +50,9 @@ def encode_rows(
             without a prompt it becomes the prompt, and an example of one token is left out.
 
     Raises:
-        ValueError: unknown columns, an empty answer, a chat template that is missing or does not keep what it
-            was given, the mask token in a text, or an example longer than `max_length`, with its row.
+        ValueError: unknown columns, messages that are none, an empty answer, a chat template that is missing
+            or does not keep what it was given, the mask token in a text, or an example longer than
+            `max_length`, with its row.
     """
     kind = row_format(rows, config)
     if kind == "text":
@@ -165,6 +166,7 @@ def _pairs(
 
     An answer that is masked while its successors are visible would be guessed from the future.
     """
+    named = f"{where} of {config.source}"
     if kind == "prompt_completion":
         prompt: Any = row.get(config.prompt_column)
         answer: Any = row.get(config.completion_column)
@@ -177,17 +179,23 @@ def _pairs(
                 "messages"
             )
         if not isinstance(prompt, str):
-            return [(_with_system(list(prompt), config), list(answer))]
+            turns = messages_of(answer, f"{named}: {config.completion_column!r}")
+            if {turns[0]["role"], turns[-1]["role"]} != {"assistant"}:
+                raise ValueError(
+                    f"{named}: {config.completion_column!r} must begin and end with a message of the role "
+                    f"'assistant', not {turns[0]['role']!r} and {turns[-1]['role']!r}"
+                )
+            return [(_with_system(messages_of(prompt, f"{named}: {config.prompt_column!r}"), config), turns)]
         if not config.chat:
             return [(prompt, answer)]
         return [(_with_system(_message("user", prompt), config), _message("assistant", answer))]
-    messages = row.get("messages") or []
+    messages = messages_of(row.get("messages") or [], f"{named}: 'messages'")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise ValueError(
             f"{where} of {config.source}: no message has the role 'assistant', so nothing to learn"
         )
-    return [(_with_system(list(messages[:i]), config), [messages[i]]) for i in turns]
+    return [(_with_system(messages[:i], config), [messages[i]]) for i in turns]
 
 
 def _message(role: str, content: str) -> Messages:
@@ -230,18 +238,21 @@ def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) ->
         )
     if not prompt:
         raise ValueError(f"{where}: the chat begins with an answer; put a user's message before it")
-    head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    content = answer[-1].get("content") or ""
-    if not isinstance(content, str):
-        raise ValueError(f"{where}: the answer's content is {type(content).__name__}, not text")
-    if not content.strip():
+    head = rendered(prompt, tokenizer, where, answer_follows=True)
+    refuse_lost_calls(prompt, head, where)
+    last, calls = answer[-1], bool(answer[-1].get("tool_calls"))
+    content = last["content"].strip()
+    if not content and not calls:
         raise ValueError(f"{where}: the answer is empty; leave the row out")
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-    probe = [*prompt, *answer[:-1], answer[-1] | {"content": PROBE}]
-    tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition(PROBE)[2]
+    whole = rendered([*prompt, *answer], tokenizer, where)
+    spoken = {key: value for key, value in last.items() if key != "tool_calls"}
+    probe = [*prompt, *answer[:-1], spoken | {"content": PROBE}]
+    tail = rendered(probe, tokenizer, where).rpartition(PROBE)[2]
     end = len(whole) - len(tail)
-    kept = whole.startswith(head) and whole.endswith(tail)
-    if not kept or end <= len(head) or not whole[:end].rstrip().endswith(content.strip()):
+    kept = whole.startswith(head) and whole.endswith(tail) and end > len(head)
+    refuse_lost_calls(answer, whole.removeprefix(head), where)
+    said = whole[:end].rstrip()
+    if not kept or not (content in said[len(head) :] if calls else said.endswith(content)):
         raise ValueError(
             f"{where}: the chat template changes what it is given (the prompt is no beginning of the whole "
             "chat, or the answer is not in it), so prompt and answer cannot be told apart; set "

@@ -91,10 +91,8 @@ def llada_tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor
     return tensors
 
 
-@pytest.fixture
-def llada_dir(tmp_path: Path) -> Path:
+def write_llada(folder: Path) -> Path:
     """A LLaDA checkpoint in two shards."""
-    folder = tmp_path / "llada"
     folder.mkdir()
     tensors = llada_tensors()
     names = sorted(tensors)
@@ -110,6 +108,11 @@ def llada_dir(tmp_path: Path) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(LLADA_CONFIG, indent=2) + "\n")
     return folder
+
+
+@pytest.fixture
+def llada_dir(tmp_path: Path) -> Path:
+    return write_llada(tmp_path / "llada")
 
 
 def plain_llada(tensors: dict[str, torch.Tensor], ids_T: torch.Tensor) -> torch.Tensor:
@@ -140,3 +143,23 @@ def plain_llada(tensors: dict[str, torch.Tensor], ids_T: torch.Tensor) -> torch.
         gated = silu(h @ w[p + "ff_proj.weight"].T) * (h @ w[p + "up_proj.weight"].T)
         x = x + gated @ w[p + "ff_out.weight"].T
     return norm(x, "ln_f.weight") @ w["ff_out.weight"].T
+
+
+@pytest.fixture(scope="module")
+def hub_llada(tmp_path_factory) -> Path:
+    """A LLaDA folder as a hub has it: with a tokenizer, and with code of its own, which leaves the file
+    `trapped` where it runs.
+    """
+    from tests.conftest import WORDS, word_tokenizer
+
+    folder = write_llada(tmp_path_factory.mktemp("hub") / "llada")
+    special = ["<pad>", "<eos>", "<unk>", "<mask>", "<user>", "<assistant>"]
+    word_tokenizer(folder, [*special, "What", "is", *WORDS[:52]])
+    auto_map = {"AutoConfig": "trap.Config", "AutoModel": "trap.Model", "AutoModelForCausalLM": "trap.Model"}
+    (folder / "config.json").write_text(json.dumps(LLADA_CONFIG | {"auto_map": auto_map}, indent=2) + "\n")
+    set_trap(folder)
+    return folder
+
+
+def set_trap(folder: Path) -> None:
+    (folder / "trap.py").write_text(f"open({str(folder / 'trapped')!r}, 'w').close()\nclass Config: ...\n")

@@ -153,9 +153,7 @@ def digit_model_dir(tiny_model_dir, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_recipes_llada_saved_has_the_bound_of_its_run(tiny_model_dir, tmp_path, capsys, lora):
-    """The mask token comes from the checkpoint; an adapter is merged into its base model, whose tokenizer
-    has no mask token, so it is named.
-    """
+    """The mask token comes from the checkpoint; an adapter is merged into its base model."""
     rows = [{"prompt": f"What is w{i}", "completion": f"w{i} w{i + 1}"} for i in range(8)]
     file, run_dir = write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     data = {"source": str(file), "max_length": 32}
@@ -181,8 +179,7 @@ def test_what_recipes_llada_saved_has_the_bound_of_its_run(tiny_model_dir, tmp_p
     capsys.readouterr()
     folder = run_dir / "checkpoints" / "step-000003"
     assert (folder / "adapter_config.json").exists() == lora
-    options = ["--perplexity", str(file), "--num-draws", "512", *(["--mask-token", "2"] if lora else [])]
-    assert main([str(folder), *options]) == 0
+    assert main([str(folder), "--perplexity", str(file), "--num-draws", "512"]) == 0
     found = float(re.findall(r"at most ([0-9.]+) \+-", capsys.readouterr().out)[0])
     assert math.isclose(found, after.nats_per_token, rel_tol=0.02)
     assert not math.isclose(before.nats_per_token, after.nats_per_token, rel_tol=0.1)
@@ -247,3 +244,131 @@ def test_faults_of_the_command_line_are_sentences(tiny_model_dir, tmp_path, caps
     for options in ([], ["--perplexity", "x", "--num-draws", "0"]):
         with pytest.raises(SystemExit):
             evaluate(tiny_model_dir, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--gen-length", "100"],
+            "--gen-length=100 is not divisible by --block-length=32; use --gen-len",
+        ),
+        (["--block-length", "48"], "use --gen-length=96 or 144, or --block-length in [1, 2, 4, 8"),
+        (
+            ["--steps", "6"],
+            "--steps=6 do not divide over the 4 blocks of --gen-length=128 and --block",
+        ),
+        (["--threshold", "1.5"], "--threshold=1.5 is a probability"),
+        (["--threshold", "nan"], "--threshold=nan is a probability"),
+        (["--temperature", "-1"], "--temperature=-1.0 must be finite and must not be negative"),
+        (["--temperature", "nan"], "--temperature=nan must be finite"),
+        (["--cfg-scale", "-0.5"], "--cfg-scale=-0.5 must be finite and must not be negative"),
+        (["--cfg-scale", "inf"], "--cfg-scale=inf must be finite"),
+        (["--choices", "none.jsonl"], "none.jsonl is no file; give one of JSON lines"),
+        (["--generate", "none.jsonl"], "none.jsonl is no file"),
+        (["--lm-eval", "x", "--lm-eval-path", "nowhere"], "--lm-eval-path nowhere is no folder"),
+    ],
+)
+def test_options_and_files_are_checked_before_the_model_is_loaded(tmp_path, capsys, options, said):
+    """It has no weights: what is said of them would come first."""
+    file, bare = write(tmp_path / "rows.jsonl", [{"text": "w1"}]), tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"model_type": "llama"}')
+    assert evaluate(bare, "--perplexity", file, *options) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err and str(bare) not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "row", "said"),
+    [
+        ("--choices", {"prompt": "w1", "choices": ["<unk>"], "answer": 0}, "row 0 contains the mask token"),
+        ("--generate", {"prompt": "w1 <unk>"}, "row 0 contains the mask token"),
+        (
+            "--generate",
+            {"prompt": "w1 " * 500},
+            "row 0 has 500 tokens and --gen-length 128 more, and the",
+        ),
+    ],
+)
+def test_rows_are_checked_before_anything_is_computed(tiny_model_dir, tmp_path, capsys, option, row, said):
+    text = write(tmp_path / "text.jsonl", [{"text": "w1 w2"}])
+    file = write(tmp_path / "rows.jsonl", [row])
+    assert evaluate(tiny_model_dir, "--perplexity", text, option, file, "--no-chat") == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "perplexity of" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mask-token", "<mask>"], "--mask-token='<mask>' is not in the vocabulary; special tokens are"),
+        (["--mask-token", ""], "--mask-token='' is not in the vocabulary"),
+        (["--mask-token", "99999"], "--mask-token 99999 is none of the model's 105 vocabulary rows"),
+        (["--mask-token", "-4"], "--mask-token='-4' is not in the vocabulary"),
+        (["--mask-token", "<eos>"], "--mask-token 1 is also the end-of-text token"),
+        (["--mask-token", "w1"], "choose a token that your text never uses (--mask-token)"),
+        ([], "and no token whose name says that it is spare; set --mask-token to a special token"),
+    ],
+)
+def test_faults_name_options_and_no_keys_of_a_config(tiny_model_dir, tmp_path, capsys, options, said):
+    file = write(tmp_path / "rows.jsonl", [{"text": "w1 w2"}])
+    assert main([str(tiny_model_dir), "--perplexity", str(file), *options]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "model." not in error.replace(str(tiny_model_dir), "")
+    assert main([str(tmp_path / "none"), "--perplexity", str(file)]) == 1
+    assert f"MODEL '{tmp_path / 'none'}' " in capsys.readouterr().err
+
+
+SAMPLING = {
+    "threshold": (["--threshold", 0.04], {"threshold": 0.04}),
+    "guidance": (["--cfg-scale", 1.5], {"cfg_scale": 1.5}),
+    "cache": (["--cache", "dual", "--refresh-every", 2], {"cache": "dual", "refresh_every": 2}),
+    "order": (["--remasking", "entropy"], {"remasking": "entropy"}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_sampler_s_options_are_its_own(tiny_model_dir, scorer, tokenizer, tmp_path, capsys, name):
+    options, settings = SAMPLING[name]
+    rows = [{"prompt": f"What is w{i} w{2 * i}"} for i in range(6)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    lengths = ("--no-chat", "--gen-length", 12, "--block-length", 6, "--show", 6)
+    shown = []
+    for chosen in (lengths, (*lengths, *options)):
+        assert evaluate(tiny_model_dir, "--generate", file, *chosen) == 0
+        shown.append(capsys.readouterr().out)
+    params = DenoisingParams(12, block_length=6, stop_token_ids=(1,), **settings)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    found = denoise(
+        TransformersDenoiser(scorer.model),
+        [prompt_canvas(ids, params, MASK) for ids in prompts],
+        params,
+        seeds=[0] * 6,  # greedy
+    )
+    assert shown[0] != shown[1]
+    for row, prompt, done in zip(rows, prompts, found, strict=True):
+        assert done is not None
+        text = tokenizer.decode(done.token_ids[len(prompt) : done.end], skip_special_tokens=True)
+        assert f"\n{row['prompt']}{text}\n" in shown[1]
+
+
+def test_the_shift_is_an_option(tiny_model_dir, tmp_path, capsys):
+    """Of a causal model, whose folder says nothing, and against a checkpoint that says what it is."""
+    file = write(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3 w4"}])
+    outs = []
+    for flags in ([], ["--no-shift"], ["--shift"]):
+        assert evaluate(tiny_model_dir, "--perplexity", file, *flags) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+    model = load_diffusion_model(str(tiny_model_dir), mask_token_id=MASK, shift=True)
+    model.save_pretrained(tmp_path / "shifted")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "shifted")
+    assert main([str(tmp_path / "shifted"), "--perplexity", str(file)]) == 0
+    assert capsys.readouterr().out.replace(str(tmp_path / "shifted"), str(tiny_model_dir)) == outs[2]
+    assert main([str(tmp_path / "shifted"), "--perplexity", str(file), "--no-shift"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "--no-shift: the checkpoint says shift, and the option counts\n"
+    )

@@ -130,7 +130,7 @@ def test_sampling_ahead_trains_on_traces(config_file):
     [
         (["sampling.max_completion_length=10"], "use gen_length=8 or 12, or block_length in [1, 2, 5, 10]"),
         (["sampling.max_completion_length=600"], "has 512 positions; lower sampling.max_completion_length"),
-        (["diffusion.mask_token=<mask>"], "model.mask_token='<mask>' is not in the vocabulary"),
+        (["diffusion.mask_token=<mask>"], "cohort: diffusion.mask_token='<mask>' is not in the vocabulary"),
         (["diffusion.remasking=best"], "low_confidence"),
         (["diffusion.estimator.draws=2"], "did you mean num_draws?"),
     ],

@@ -268,3 +268,137 @@ def test_long_examples_can_be_dropped(tokenizer):
     kept, dropped = encode_rows(rows, config, tokenizer)
     assert (len(kept), dropped) == (2, 1)
     assert MASK not in kept[0].answer
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+ASSISTANT = {"role": "assistant", "content": "w2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": [{"content": "w1"}, ASSISTANT]},
+            r"row 1 of rows.jsonl: 'messages': message 0 has no role \(it has 'content'\); give it one",
+        ),
+        ({"messages": [USER, {"role": None, "content": "w2"}]}, "message 1 has no role"),
+        (
+            {"messages": [{"from": "human", "value": "w1"}]},
+            r"message 0 has no role \(it has 'from', 'value'\)",
+        ),
+        (
+            {"messages": [{"role": "User", "content": "w1"}, ASSISTANT]},
+            "the role 'User'; did you mean 'user'",
+        ),
+        ({"messages": [USER, {"role": "asistant", "content": "w"}]}, "did you mean 'assistant'"),
+        ({"messages": "w1 w2"}, "row 1 of rows.jsonl: 'messages': 'w1 w2' is str, not a list of messages"),
+        ({"messages": {"role": "user"}}, "is dict, not a list of messages"),
+        ({"messages": ["w1", "w2"]}, "message 0 is str 'w1'; write {'role': 'user', 'content': 'text'}"),
+        (
+            {"messages": [{"role": "user", "content": 3}, ASSISTANT]},
+            "message 0: the content is int, not text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": {"text": "w1"}}, ASSISTANT]},
+            "the content is dict, not text",
+        ),
+        ({"messages": [{"role": "user"}, ASSISTANT]}, r"message 0 \(user\) has no content; give it a text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ASSISTANT]},
+            r"is list, not text or parts of text \({'type': 'image', 'image': 'x.png'}\); make",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": None}]}]},
+            "a tool call is {}; write",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": "weather"}]},
+            "a tool call is 'weather'; write",
+        ),
+        ({"prompt": [{"content": "w1"}], "completion": [ASSISTANT]}, "'prompt': message 0 has no role"),
+        ({"prompt": [USER], "completion": [{"content": "w1"}]}, "'completion': message 0 has no role"),
+        (
+            {"prompt": [USER], "completion": [USER]},
+            "must begin and end with a message of the role 'assistant'",
+        ),
+        ({"prompt": [USER], "completion": [ASSISTANT, USER]}, "not 'assistant' and 'user'"),
+    ],
+)
+def test_messages_that_are_none_are_named_with_row_and_remedy(tokenizer, row, message):
+    good = (
+        {"prompt": [USER], "completion": [ASSISTANT]} if "prompt" in row else {"messages": [USER, ASSISTANT]}
+    )
+    with pytest.raises(ValueError, match=message):
+        encode([good, row], tokenizer)
+
+
+def test_content_in_parts_of_text_is_one_text(tokenizer):
+    """A table gives every part and message the keys of all others, without values."""
+    parts = [{"type": "text", "text": "w1 ", "image": None}, {"type": "text", "text": "w2", "image": None}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts, "name": None, "tool_calls": None}, ASSISTANT]},
+        {
+            "prompt": [{"role": "user", "content": parts}],
+            "completion": [{"role": "assistant", "content": parts}],
+        },
+    ]
+    first, second = (encode([row], tokenizer)[0] for row in rows)
+    assert (
+        words(tokenizer, first.prompt) == words(tokenizer, second.prompt) == "<user> w1 w2 <eos> <assistant>"
+    )
+    assert words(tokenizer, first.answer) == "w2 <eos>"
+    assert words(tokenizer, second.answer) == "w1 w2 <eos>"
+
+
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+def test_a_call_of_a_tool_is_an_answer_where_the_template_writes_it(content):
+    """Arguments that only other rows of the table have are no part of it."""
+    tokenizer = byte_tokenizer(CALLING, "<|im_end|>")
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
+    messages = [
+        {"role": "user", "content": "Weather in Rome?", "tool_calls": None},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_calls": None},
+        {"role": "assistant", "content": "It rains.", "tool_calls": None},
+    ]
+    first, second = encode([{"messages": messages}], tokenizer)
+    called = f'{content or ""}<call>weather {{"city": "Rome"}}</call><|im_end|>'
+    assert tokenizer.decode(first.answer) == called
+    assert tokenizer.decode(second.prompt).endswith(
+        f"<|im_start|>assistant\n{called}\n<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(second.answer) == "It rains.<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [None, "w2"])
+def test_a_call_that_the_template_leaves_out_is_refused(tokenizer, content):
+    call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    tool = {"role": "tool", "content": "w3"}
+    for row in ({"messages": [USER, call]}, {"prompt": [USER, call, tool], "completion": [ASSISTANT]}):
+        with pytest.raises(
+            ValueError, match=r"row 0: a message calls weather, and the chat template does not"
+        ):
+            encode([row], tokenizer)
+
+
+def test_what_the_template_refuses_is_named_with_its_row():
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}" + CALLING
+    tokenizer = byte_tokenizer(strict, "<|im_end|>")
+    rows = [
+        {"messages": [USER, ASSISTANT]},
+        {"messages": [{"role": "system", "content": "w"}, USER, ASSISTANT]},
+    ]
+    with pytest.raises(
+        ValueError, match=r"row 1: the chat template refuses the messages \(users first\); change"
+    ):
+        encode(rows, tokenizer)
+    tokenizer.chat_template = CALLING.replace("m.content", "m.content + m.missing.key")
+    with pytest.raises(ValueError, match="row 0: the chat template refuses the messages"):
+        encode(rows, tokenizer)

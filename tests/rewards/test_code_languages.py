@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from rewards import code_languages
 from rewards.code import CodeOptions, close_sandboxes, grade
-from rewards.code_languages import LANGUAGES
+from rewards.code_languages import LANGUAGES, sweep_folders
 from rewards.sandbox import Sandbox, SandboxError
 from rewards.sandbox_confine import landlock_abi
 from rl.types import Reason, Reward
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [{"input": "2 3\n", "output": "5\n"}, {"input": "10 -4\n", "output": "6\n"}]
 COMPILERS = {"c": "gcc", "cpp": "g++", "javascript": "node"}
 HEADERS = ("stdio.h", "stdlib.h", "string.h", "sys/socket.h", "unistd.h")
@@ -101,10 +108,93 @@ def test_a_hostile_program_gets_zero_and_leaves_nothing(language: str, trick: st
     assert [*Path("/tmp").glob("PWNED*"), *temporary.iterdir()] == []
 
 
+def test_a_program_that_holds_all_threads_leaves_other_workers_alone() -> None:
+    hold = "#include <pthread.h>\nvoid *wait(void *x) { for (;;) pause(); }\nint main(void) { pthread_t t;"
+    hold += " pthread_attr_t a; pthread_attr_init(&a); pthread_attr_setstacksize(&a, 65536);"
+    hold += " for (;;) if (pthread_create(&t, &a, wait, 0)) usleep(1000); }"
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(run, C + hold, "c", timeout_s=3.0)
+        time.sleep(1.5)
+        for language in ("c", "javascript"):
+            reward = run(HONEST[language], language)
+            assert reward.score == 1.0, reward
+        assert not holding.done(), "the holding ended too early to prove anything"
+        assert holding.result().reason is Reason.TIMEOUT
+
+
+def test_a_compiler_that_is_ended_leaves_no_process(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_languages, "COMPILE_TIMEOUT_S", 1.0)
+    endless = '#if __INCLUDE_LEVEL__ < 40\n#include "main.c"\n#include "main.c"\n#endif\n'
+    set_child_subreaper = ctypes.CDLL(None).prctl
+    set_child_subreaper(36, 1, 0, 0, 0)  # orphans come to this process
+    try:
+        reward = run(endless, "c")
+        children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+        names = [Path(f"/proc/{pid}/comm").read_text() for pid in " ".join(children).split()]
+    finally:
+        set_child_subreaper(36, 0, 0, 0, 0)
+    assert (reward.score, reward.reason) == (0.0, Reason.TIMEOUT)
+    assert not {"cc1\n", "as\n"} & set(names), names
+    assert [*temporary.iterdir()] == []
+
+
+@pytest.mark.parametrize("language", ["c", "javascript"])
+def test_a_strict_umask_of_the_owner_does_not_keep_programs_from_their_source(language: str) -> None:
+    before = os.umask(0o077)
+    try:
+        assert run(HONEST[language], language).score == 1.0
+    finally:
+        os.umask(before)
+
+
 def test_a_program_that_does_not_compile_is_a_parse_error() -> None:
     reward = run("int main( {", "c")
     assert (reward.score, reward.reason) == (0.0, Reason.PARSE_ERROR)
     assert "error" in reward.detail
+
+
+HOLDER = """import sys, time
+from rewards.code_languages import LANGUAGES, Language, prepared
+from rewards.sandbox import Limits
+LANGUAGES["text"] = Language("main.txt", (), (sys.executable,))
+class Giver:
+    def give(self, folder): print(folder, flush=True)
+with prepared("x", "text", Limits(), Giver()):
+    time.sleep(60)
+"""
+
+
+def test_a_folder_goes_with_the_next_start_when_its_owner_was_killed(temporary: Path) -> None:
+    """And only then: not that of a living process, of another user, or where a link leads."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
+    living, dead = (Path(process.stdout.readline().strip()) for process in started)  # pyright: ignore
+    started[1].kill()
+    started[1].wait()
+    outside, link = temporary / "outside", temporary / "cohort-code-link"
+    outside.mkdir()
+    (outside / "kept").touch()
+    link.symlink_to(outside)
+    (dead / "link").symlink_to(outside)
+    foreign = temporary / "cohort-code-foreign"
+    foreign.mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 1000, 1000)
+    try:
+        assert dead.exists()
+        sweep_folders(str(temporary))
+        assert (living.exists(), dead.exists(), link.is_symlink()) == (True, False, True)
+        assert (outside / "kept").exists() and foreign.exists() == (os.getuid() == 0)
+    finally:
+        started[0].kill()
+        started[0].wait()
 
 
 def test_asserts_in_another_language_abstain() -> None:

@@ -204,3 +204,44 @@ def test_adapters_on_the_output_head_are_refused(tiny_model_dir, tmp_path):
                 make(folder, embeddings)
         else:
             make(folder, embeddings)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            "[q_proj, v_porj]",
+            r"no module is called v_porj; did you mean v_proj or \w+\? there are embed_tokens, q_",
+        ),
+        ("[q_proj, layers.0.mlp.upproj]", "no module is called layers.0.mlp.upproj; did you mean up_proj"),
+        ("[q_proj, layers.7.mlp.up_proj]", "no module is called layers.7.mlp.up_proj; did you mean up_proj"),
+        ("[attn_out, ff_proj]", "no module is called attn_out or ff_proj; did you mean"),
+        ("[]", "no module is called nothing"),
+        (
+            "q_proj",
+            r"called q_proj; a text fits whole names, a list such as \[q_proj, v_proj\] their ends: there",
+        ),
+        ("'(q_proj'", "is no pattern"),
+    ],
+)
+def test_every_target_of_an_adapter_must_fit_a_module(tiny_model_dir, targets, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny_model_dir, f"model.lora={{target_modules: {targets}}}")
+
+
+@pytest.mark.parametrize("targets", ["[layers.1.mlp.up_proj, q_proj]", '".*q_proj"', "all-linear"])
+def test_targets_of_an_adapter_may_be_ends_of_names_or_a_pattern(tiny_model_dir, targets):
+    policy, _ = make(tiny_model_dir, f"model.lora={{target_modules: {targets}}}")
+    adapted = {n.split(".lora_")[0].removeprefix("model.") for n, _ in policy.trainable()}
+    queries = {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"}
+    wanted = {"[": queries | {"layers.1.mlp.up_proj"}, '"': queries}.get(targets[0])
+    assert adapted == wanted if wanted else len(adapted) == 14
+
+
+def test_an_adapter_names_its_base_from_the_root_and_with_its_revision(tiny_model_dir, tmp_path, monkeypatch):
+    """A folder has no revisions, so any is taken."""
+    monkeypatch.chdir(tiny_model_dir.parent)
+    policy, _ = make(tiny_model_dir.name, "model.lora={r: 2}", "model.revision=v1.0")
+    policy.write_model(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == (str(tiny_model_dir), "v1.0")

@@ -1,0 +1,98 @@
+"""A config as YAML that says what every key means, its default and its range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from rl.config.sections import Section
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "no fewer than"}
+
+
+def described(config: Section, values: Mapping[str, Any] | None = None) -> str:
+    """The resolved config with a comment for every key. Sections that are off, and those of lists, have their
+    keys in comments.
+
+    Args:
+        values: shown in place of the config's own, such as a copy without secrets.
+    """
+    shown = config.model_dump(mode="json") if values is None else values
+    return "\n".join(_lines(type(config), shown)) + "\n"
+
+
+def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        value, section = values[name], _section_in(field.annotation)
+        if section is not None and isinstance(value, Mapping):
+            yield from _with_comment([f"{name}:"], field.description or _first_sentence(section))
+            yield from _indented(_lines(section, value), "  ")
+            continue
+        plain = yaml.safe_dump({name: value}, sort_keys=False, width=1000, allow_unicode=True).splitlines()
+        yield from _with_comment(plain, _meaning(field, value))
+        if section is not None:
+            kind = "each of them has" if isinstance(value, list) else "null, or a section with"
+            yield f"  # {kind}:"
+            yield from _indented(_lines(section, _defaults(section)), "  #   ")
+
+
+def _indented(lines: Iterator[str], pad: str) -> Iterator[str]:
+    return (pad + line for line in lines)
+
+
+def _with_comment(lines: list[str], comment: str) -> Iterator[str]:
+    """Behind a key of one line, else above it."""
+    if comment and len(lines) == 1:
+        lines = [f"{lines[0]}  # {comment}"]
+    elif comment:
+        lines = [f"# {comment}", *lines]
+    yield from lines
+
+
+def _meaning(field: FieldInfo, value: Any) -> str:
+    """Description, choices, range, and the default where it is another."""
+    said = [field.description or ""]
+    if choices := _choices(field.annotation):
+        said.append(f"one of {', '.join(choices)}")
+    for rule in field.metadata:
+        said += [f"{word} {getattr(rule, key)}" for key, word in BOUNDS.items() if hasattr(rule, key)]
+    if field.is_required():
+        said.append("required")
+    elif (default := _json(field.get_default(call_default_factory=True))) != value:
+        said.append(f"default {yaml.safe_dump(default, default_flow_style=True, width=1000).splitlines()[0]}")
+    return "; ".join(filter(None, said))
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _defaults(section: type[BaseModel]) -> dict[str, Any]:
+    return {
+        name: None if field.is_required() else _json(field.get_default(call_default_factory=True))
+        for name, field in section.model_fields.items()
+    }
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | dict | None) else str(value)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
+
+
+def _first_sentence(section: type[BaseModel]) -> str:
+    return " ".join((section.__doc__ or "").partition("\n\n")[0].split())

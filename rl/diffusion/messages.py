@@ -1,0 +1,120 @@
+"""Chats of a dataset's rows, checked, in the form that chat templates take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+Messages = list[dict[str, Any]]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def messages_of(value: Any, where: str) -> Messages:
+    """The messages of a chat, content in parts as one text.
+
+    Keys without a value are left out, in tool calls too: in a table every row has the keys of all.
+
+    Raises:
+        ValueError: no list of messages, or a message without a role, with content other than text, or with
+            tool calls that name no function; it names the message.
+    """
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f"{where}: {value!r:.60} is {type(value).__name__}, not a list of messages; write "
+            "[{'role': 'user', 'content': 'text'}, ...], or use a column of text"
+        )
+    return [_message(message, f"{where}: message {index}") for index, message in enumerate(value)]
+
+
+def called_functions(messages: Messages) -> list[str]:
+    """Names of the functions that messages call."""
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    return [call.get("function", call)["name"] for call in calls]
+
+
+def refuse_lost_calls(messages: Messages, text: str, where: str) -> None:
+    """Raises ValueError if what the chat template made of messages does not name the functions they call."""
+    if lost := [name for name in called_functions(messages) if name not in text]:
+        raise ValueError(
+            f"{where}: a message calls {lost[0]}, and the chat template does not write calls of tools; set "
+            "model.chat_template to one that does, write the call into the content, or leave the row out"
+        )
+
+
+def rendered(messages: Messages, tokenizer: Any, where: str, *, answer_follows: bool = False) -> str:
+    """The chat as text, with the header of an answer behind it where one follows.
+
+    Raises:
+        ValueError: the template refuses the messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"{where}: the chat template refuses the messages ({' '.join(str(error).split())}); change them "
+            "or data.system_prompt, or set model.chat_template to another Jinja file"
+        ) from None
+
+
+def _message(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{where} is {type(value).__name__} {value!r:.60}; write {{'role': 'user', 'content': 'text'}}"
+        )
+    role = value.get("role")
+    if not isinstance(role, str) or not role:
+        keys = ", ".join(repr(k) for k, v in value.items() if v is not None) or "no keys"
+        raise ValueError(f"{where} has no role (it has {keys}); give it one of {', '.join(ROLES)}")
+    if role not in ROLES and (near := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
+        raise ValueError(f"{where} has the role {role!r}; did you mean {near[0]!r}?")
+    message = {key: kept for key, item in value.items() if (kept := _without_none(item)) is not None}
+    calls = message.pop("tool_calls", None)
+    if calls:
+        message["tool_calls"] = _calls(calls, where)
+    if "content" in message:
+        message["content"] = _text(value["content"], f"{where}: the {_WHOSE.get(role, '')}content")
+    elif role != "assistant":
+        raise ValueError(f"{where} ({role}) has no content; give it a text, or leave the row out")
+    else:
+        message["content"] = ""
+    return message
+
+
+_WHOSE = {"assistant": "answer's "}
+
+
+def _text(content: Any, whose: str) -> str:
+    if isinstance(content, str):
+        return content
+    odd: Any = content
+    if isinstance(content, list | tuple):
+        texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        odd = next(part for part, text in zip(content, texts, strict=True) if not isinstance(text, str))
+    raise ValueError(
+        f"{whose} is {type(content).__name__}, not text or parts of text ({odd!r:.60}); make it text, or "
+        "leave the row out"
+    )
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{where}: a tool call is {call!r:.80}; write {{'type': 'function', 'function': {{'name': "
+                "'f', 'arguments': {}}}}, or leave the row out"
+            )
+    return list(calls)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: kept for key, item in value.items() if (kept := _without_none(item)) is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
