@@ -158,7 +158,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         tokenizer = _load_tokenizer(config, model)
         if world.is_main:
             sections = {"data": rows, "evaluation data": heldout_rows if held else None}
-            found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
+            names = [spec.name for spec in config.rewards.functions]
+            found = fingerprints(model.name, tokenizer, sections, revision=model.revision, rewards=names)
             claim_inputs(config, found, display.warn)
         said = {"template_file": model.chat_template, "note": display.note}
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []

@@ -7,7 +7,9 @@ be none of the two, without a word.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from rl.manifest import hash_file
 
+MAY_DIFFER = {"rewards"}
+"""What is mended in the middle of a run: a change is said, and refused nowhere."""
 Fingerprints = dict[str, dict[str, str]]
 """What it is -> its parts (files) -> size and hash of each."""
 
@@ -40,8 +44,10 @@ def fingerprints(
     rows: Mapping[str, Iterable[Mapping[str, Any]] | None],
     *,
     revision: str | None = None,
+    rewards: Iterable[str] = (),
 ) -> Fingerprints:
-    """Of a model folder or hub name, its tokenizer's chat template, and the rows of each data section.
+    """Of a model folder or hub name, its chat template, the rows of each data section, and the files
+    of rewards that are functions of the user's (module:callable).
 
     A model of a hub is known by its commit, which names its content.
     """
@@ -57,18 +63,20 @@ def fingerprints(
     for section, some in rows.items():
         if some is not None:
             found[section] = {"rows": _digest(_row_text(row) for row in some)}
+    files = {name: _source_file(name) for name in rewards if ":" in name}
+    found["rewards"] = {name: _file(path) for name, path in files.items() if path is not None}
     return found
 
 
-def changes(before: Fingerprints, now: Fingerprints) -> list[str]:
-    """One sentence for each thing that is not what it was; what only one side knows of does not count."""
-    said = []
+def changes(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
+    """What it is -> a sentence, for each that is not what it was; what one side alone has is no change."""
+    said = {}
     for what in before.keys() & now.keys():
         old, new = before[what], now[what]
         if names := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
             parts = [f"{n} ({_how(old.get(n), new.get(n))})" for n in names]
-            said.append(f"{what}: {', '.join(parts)}")
-    return sorted(said)
+            said[what] = f"{what}: {', '.join(parts)}"
+    return dict(sorted(said.items()))
 
 
 def _how(old: str | None, new: str | None) -> str:
@@ -111,6 +119,13 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
         if isinstance(path, str) and (match := re.search(r"/snapshots/([^/]+)/", path)):
             return match[1]
     return None
+
+
+def _source_file(name: str) -> Path | None:
+    """The file of `module:callable`, found without importing anything."""
+    parts = name.partition(":")[0].split(".")
+    paths = [Path(folder, *parts).with_suffix(".py") for folder in (*sys.path, os.getcwd())]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rl.config import Config
 from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
-from rl.inputs import Fingerprints, changes
+from rl.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.metrics import wilson_interval
 from rl.redact import redact
 from rl.row_log import RowLog, read_rows, record_of
@@ -142,14 +142,23 @@ def claim_inputs(
                 f"{path} is missing or damaged: nobody can tell whether model and data are those that the "
                 "run began with; from now on it holds the present ones"
             )
-        elif changed := changes(before, found):
-            lines = "\n  ".join(changed)
-            raise ValueError(
-                f"{config.run_dir} holds a run that began with another model or other data:\n  {lines}\n"
-                f"put back what was there, or use another run_dir; to go on all the same, remove {path}"
-            )
+        else:
+            _compare(config.run_dir, before, found, warn)
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     write_config(config)
+
+
+def _compare(run_dir: Path, before: Fingerprints, found: Fingerprints, warn: Callable[[str], None]) -> None:
+    changed = changes(before, found)
+    for what in changed.keys() & MAY_DIFFER:
+        warn(f"{changed.pop(what)} since the run began")
+    if changed:
+        lines = "\n  ".join(changed.values())
+        raise ValueError(
+            f"{run_dir} holds a run that began with another model or other data:\n  {lines}\n"
+            "put back what was there, or use another run_dir; to go on all the same, remove "
+            f"{run_dir / 'inputs.json'}"
+        )
 
 
 def write_config(config: Config | DiffusionConfig) -> None:
@@ -161,13 +170,15 @@ def write_config(config: Config | DiffusionConfig) -> None:
 
 def check_whole(run_dir: Path, *, first: int, last: int) -> None:
     """Raises RuntimeError if what a run of this process has written, from one step to another, is gone."""
+    if first >= last:
+        return
     there = {row["step"] for row in read_rows(run_dir / "metrics.jsonl")}
-    lost = [name for name in ("config.yaml", "checkpoints") if not (run_dir / name).exists()]
+    lost = [] if (run_dir / "config.yaml").is_file() else ["config.yaml"]
     if missing := set(range(first + 1, last + 1)) - there:
         lost.append(f"metrics.jsonl (rows of {len(missing)} steps, the first of them {min(missing)})")
     if lost:
         raise RuntimeError(
-            f"{run_dir}: {', '.join(lost)} went missing during the run, though all {last} steps are done; "
+            f"{run_dir}: {', '.join(lost)} went missing during the run, of which {last} steps are done; "
             "put it back, or use a new run_dir"
         )
 

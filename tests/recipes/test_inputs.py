@@ -128,9 +128,23 @@ def test_who_saved_a_model_does_not_count_and_blocks_of_a_large_file_do(model, m
     before, path = now(), model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "9.9"}, indent=8))
     (model / "README.md").write_text("hello")
-    assert changes(before, now()) == []
+    assert changes(before, now()) == {}
     monkeypatch.setattr(rl.inputs, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(rl.inputs, "BLOCK_BYTES", 100)
     before = now()
     change_weights(model)
-    assert changes(before, now()) == ["model: model.safetensors (changed)"]
+    assert list(changes(before, now()).values()) == ["model: model.safetensors (changed)"]
+
+
+def test_a_reward_that_was_edited_is_said_and_goes_on(config_file, monkeypatch, capsys):
+    folder = config_file.parent / "code"
+    folder.mkdir()
+    text = "def half(completions, **_):\n    return [0.5] * len(completions)\n"
+    (folder / "own_reward.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    arguments = [str(config_file), "rewards.functions=[{name: 'own_reward:half'}]"]
+    assert main([*arguments, "train.steps=1"]) == 0
+    (folder / "own_reward.py").write_text(text.replace("0.5", "0.25"))
+    assert main([*arguments, "train.steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: rewards: own_reward:half (" in out and "since the run began" in out
