@@ -14,45 +14,19 @@ import gzip
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl.durable import fsync_path, written_whole
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
+from rl.ledger_parse import DAMAGE, SCHEMA, LedgerStep, brief, glance, read_record
+from rl.types import Completion, Reward, ScoredGroup
 
-SCHEMA = 1
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
-_DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerStep:
-    """What one process consumed in one step.
-
-    Attributes:
-        cursor_before, cursor_after: the source's cursor around the step, as it was given.
-        policy_version: of the weights the step began with; a completion's own versions are in its spans.
-        groups: what was trained on.
-        rejected: what the source sampled and threw away.
-        advantages: per group of `groups`, one per completion; None if they were not recorded.
-        counts: what the source counted while it sampled.
-    """
-
-    step: int
-    rank: int
-    world_size: int
-    policy_version: int
-    cursor_before: Any
-    cursor_after: Any
-    groups: list[ScoredGroup]
-    rejected: list[ScoredGroup] = field(default_factory=list)
-    advantages: list[list[float]] | None = None
-    counts: dict[str, float] = field(default_factory=dict)
+MAX_RANKS = 16
 
 
 class Ledger:
@@ -138,19 +112,29 @@ class Ledger:
         """Steps that this process has a record of, ascending; the files are not opened."""
         return sorted(step for step, rank in self._present() if rank == self.rank)
 
-    def sample(self, max_steps: int) -> Iterator[LedgerStep]:
-        """Records of all processes for up to `max_steps` steps, evenly spread, first and last included.
+    def sampled_steps(self, max_steps: int) -> list[int]:
+        """Up to `max_steps` of the recorded steps, of any process; evenly spread, first and last included."""
+        steps = sorted({step for step, _ in self._present()})
+        if len(steps) <= max_steps:
+            return steps
+        gaps = max(max_steps - 1, 1)
+        return [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
 
-        Damaged ones are left out. One step is in memory at a time.
+    def sample(self, max_steps: int, max_groups: int | None = None) -> Iterator[LedgerStep]:
+        """Records of all processes for the `sampled_steps`, one in memory at a time.
+
+        Args:
+            max_groups: of each step, for a reader of a run that may be somebody else's: no more than these
+                are read, of at most `MAX_RANKS` processes, and one that is damaged or larger than
+                `rl.ledger_parse` takes is left out by itself. Default: whole records only.
         """
-        present = sorted(self._present())
-        steps = sorted({step for step, _ in present})
-        if len(steps) > max_steps:
-            gaps = max(max_steps - 1, 1)
-            steps = [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
-        for step in steps:
-            for rank in [rank for present_step, rank in present if present_step == step]:
-                if (record := self._read(step, rank)) is not None:
+        present, chosen = self._present(), self.sampled_steps(max_steps)
+        ranks = {step: sorted(rank for s, rank in present if s == step) for step in chosen}
+        for step in chosen:
+            some = ranks[step] if max_groups is None else ranks[step][:MAX_RANKS]
+            each = None if max_groups is None else -(-max_groups // len(some))
+            for rank in some:
+                if (record := self._read(step, rank, each)) is not None:
                     yield record
 
     def truncate_after(self, step: int) -> list[int]:
@@ -176,17 +160,22 @@ class Ledger:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return [(int(match[1]), int(match[2])) for match in matches if match]
 
-    def _read(self, step: int, rank: int) -> LedgerStep | None:
+    def _read(self, step: int, rank: int, max_groups: int | None = None) -> LedgerStep | None:
         path = self._path(step, rank)
         try:
-            with gzip.open(path) as file:
-                header, *rows = file.read().removesuffix(b"\n").split(b"\n")
-            return _parse(json.loads(header), [json.loads(row) for row in rows])
+            record, faults = read_record(path) if max_groups is None else glance(path, max_groups)
+            if record.step != step or record.rank != rank:
+                raise ValueError(f"it says step {record.step!r} and rank {record.rank!r}")
         except FileNotFoundError:
             return None
-        except _DAMAGE as error:
-            self._report(f"{path.name}: damaged ({type(error).__name__}: {error})")
+        except (*DAMAGE, OSError) as error:
+            if max_groups is None and not isinstance(error, DAMAGE):
+                raise
+            self._report(f"{path.name}: damaged ({type(error).__name__}: {brief(error)})")
             return None
+        for fault in faults:
+            self._report(f"{path.name}: {fault}")
+        return record
 
     def _report(self, sentence: str) -> None:
         if sentence not in self.damaged:
@@ -283,54 +272,3 @@ def _pack_routes(routes: Any) -> Any:
         "shape": array.shape,
         "base64": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode(),
     }
-
-
-def _unpack(packed: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype=packed["dtype"])
-
-
-def _parse(header: dict[str, Any], rows: list[dict[str, Any]]) -> LedgerStep:
-    """Raises one of `_DAMAGE` if this is no whole record."""
-    if header["schema"] != SCHEMA:
-        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads {SCHEMA}")
-    if header["rows"] != len(rows):
-        raise ValueError(f"{len(rows)} rows, the header says {header['rows']}")
-    return LedgerStep(
-        step=header["step"],
-        rank=header["rank"],
-        world_size=header["world_size"],
-        policy_version=header["policy_version"],
-        cursor_before=header["cursor_before"],
-        cursor_after=header["cursor_after"],
-        groups=[_parse_group(row) for row in rows if row["kept"]],
-        rejected=[_parse_group(row) for row in rows if not row["kept"]],
-        advantages=[row["advantages"] for row in rows if row["kept"]] if header["has_advantages"] else None,
-        counts=header["counts"],
-    )
-
-
-def _parse_group(row: dict[str, Any]) -> ScoredGroup:
-    prompt = Prompt(
-        id=row["prompt"]["id"],
-        text=row["prompt"]["text"],
-        token_ids=tuple(row["prompt"]["token_ids"]),
-        messages=tuple(row["prompt"]["messages"]),
-        columns=row["prompt"]["columns"],
-    )
-    completions = [_parse_completion(entry) for entry in row["completions"]]
-    rewards = [Reward(**{**e["reward"], "reason": Reason(e["reward"]["reason"])}) for e in row["completions"]]
-    return ScoredGroup(Group(prompt, completions), rewards)
-
-
-def _parse_completion(entry: dict[str, Any]) -> Completion:
-    mask, routes = entry["loss_mask"], entry["routes"]
-    return Completion(
-        token_ids=entry["token_ids"],
-        behavior_logprobs=_unpack(entry["behavior_logprobs"]).astype(np.float64).tolist(),
-        loss_mask=[True] * len(entry["token_ids"]) if mask is True else [flag == "1" for flag in mask],
-        finish_reason=entry["finish_reason"],
-        version_spans=[VersionSpan(version, count) for version, count in entry["version_spans"]],
-        text=entry["text"],
-        routes=_unpack(routes).reshape(routes["shape"]) if isinstance(routes, dict) else routes,
-        trace=Trace(**entry["trace"]) if "trace" in entry else None,
-    )

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from rl.config import Config
 from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
+from rl.durable import written_whole
 from rl.metrics import wilson_interval
 
 MAY_CHANGE = {
@@ -81,12 +81,8 @@ class EvaluationLog:
 
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or the old file, whatever happens in between."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def claim_config(config: Config | DiffusionConfig) -> None:
