@@ -128,9 +128,13 @@ def _denoising(arguments: argparse.Namespace) -> int:
 
     from rl.diffusion.trace_view import denoising_frames, sampled_traces
     from rl.ledger import Ledger
+    from rl.redact import strip_controls
 
     console = Console(highlight=False, markup=False)
-    found = sampled_traces(Ledger(arguments.run_dir))
+    ledger = Ledger(arguments.run_dir)
+    found = sampled_traces(ledger)
+    for sentence in ledger.damaged:
+        print(f"cohort: {strip_controls(sentence)}", file=sys.stderr)
     if not found:
         raise ValueError(f"{arguments.run_dir} holds no completion of a masked diffusion model")
     for step, scored, i in found:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -63,23 +64,53 @@ def fsync_path(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A binary file that is at `path`, whole and on disk, once the block ends; not at all if it raises.
 
     A process killed inside the block leaves `.partial-NAME`, which the next write of that name replaces.
+    Nothing is written through a link that somebody put under one of the two names. `mode`, less the umask,
+    says who may read the file.
+
+    Raises:
+        OSError: the disk is full or fails, or another process writes the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
+    partial, fd = _create_beside(path, mode)
+    ours = os.fstat(fd)
     try:
-        with open(partial, "wb") as file:
+        with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if not _is_at(partial, ours):
+            raise FileExistsError(errno.EEXIST, "another process writes the same file", str(path))
         os.replace(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        if _is_at(partial, ours):
+            partial.unlink()
         raise
     fsync_path(path.parent)
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), status)
+    except FileNotFoundError:
+        return False
+
+
+def _create_beside(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file in the same folder, never one that is there, and its descriptor."""
+    usual = path.with_name(f".partial-{path.name}")
+    for partial in (usual, usual.with_name(f"{usual.name}-{secrets.token_hex(8)}")):
+        with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            partial.unlink()
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return partial, os.open(partial, flags, mode)
+        except FileExistsError:  # a folder, or somebody was quicker
+            continue
+    raise FileExistsError(errno.EEXIST, "no free name beside the file", str(path))
 
 
 class RunLock:

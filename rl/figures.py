@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from rl.history import Extremes
 from rl.metrics import METRICS, metric_of, show_value
 from rl.plots import HEIGHT, Point, Series, line_plot, stacked_bars
 from rl.redact import show_controls
@@ -46,12 +47,17 @@ class Figure:
     panels: list[Panel]
 
 
-def build_figures(rows: Sequence[Row], evaluations: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
-    """The figures to show at once and those to fold away; a figure without data is left out."""
+def build_figures(
+    rows: Sequence[Row], evaluations: Sequence[Row], extremes: Extremes | None = None
+) -> tuple[list[Figure], list[Figure]]:
+    """The figures to show at once and those to fold away; a figure without data is left out.
+
+    `extremes` are those of `History.thinned`, for rows that stand for several steps each.
+    """
     steps = [row["step"] for row in (*rows, *evaluations)]
     if not steps:
         return [], []
-    draw = _Pen(rows, (min(steps), max(steps)))
+    draw = _Pen(rows, (min(steps), max(steps)), extremes or [])
     first = [
         Figure(
             "Held-out accuracy",
@@ -134,9 +140,10 @@ def build_figures(rows: Sequence[Row], evaluations: Sequence[Row]) -> tuple[list
 class _Pen:
     """Draws the series of one run over its steps, and remembers which metrics were drawn."""
 
-    def __init__(self, rows: Sequence[Row], x_range: Point) -> None:
+    def __init__(self, rows: Sequence[Row], x_range: Point, extremes: Extremes) -> None:
         self.rows = rows
         self.x_range = x_range
+        self.extremes = {row["step"]: ends for row, ends in zip(rows, extremes, strict=False)}
         self.used: set[str] = set()
 
     def lines(
@@ -153,9 +160,11 @@ class _Pen:
         series = []
         for color, (label, name) in enumerate(names.items(), start=1):
             points = series_of(self.rows, name)
-            lows, highs = (self._matching(end, points) for end in (low, high))
-            is_banded = color == 1 and lows and highs
-            series.append(Series(label, points, color, lows if is_banded else (), highs if is_banded else ()))
+            is_banded = color == 1 and bool(low)
+            lows = self._ends(low if is_banded else name, points, 0)
+            highs = self._ends(high if is_banded else name, points, 1)
+            has_ends = bool(lows and highs) and (is_banded or bool(self.extremes))
+            series.append(Series(label, points, color, lows if has_ends else (), highs if has_ends else ()))
         first = next(iter(names.values()))
         svg = line_plot(series, x_range=self.x_range, show=_shower(first), y_range=y_range, height=height)
         return Panel(svg, metric_of(first).unit, [(s.label, s.color) for s in series if s.points])
@@ -212,10 +221,14 @@ class _Pen:
         svg = stacked_bars(series, x_range=self.x_range, show=lambda v: f"{v:.3g} s")
         return Panel(svg, "seconds", [(s.label, s.color) for s in series])
 
-    def _matching(self, name: str, points: Sequence[Point]) -> list[float]:
-        """The values of a metric at the steps of `points`, or nothing unless it has them all."""
+    def _ends(self, name: str, points: Sequence[Point], end: int) -> list[float]:
+        """A metric's values at the steps of `points`, or its least (0) or greatest (1) where a row stands for
+        several steps; nothing unless it has them all.
+        """
         known: dict[float, float] = dict(series_of(self.rows, name))
-        return [known[s] for s, _ in points if s in known] if all(s in known for s, _ in points) else []
+        if not all(s in known for s, _ in points):
+            return []
+        return [self.extremes[s][name][end] if s in self.extremes else known[s] for s, _ in points]
 
 
 def _with_data(figures: Sequence[Figure]) -> list[Figure]:

@@ -10,19 +10,18 @@ A run that was killed replays the steps recorded after its newest checkpoint ins
 from __future__ import annotations
 
 import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.durable import fsync_path, gone, written_whole
-from rl.ledger_step import SCHEMA, LedgerStep, encode_group, encode_line, parse_step
+from rl.ledger_lines import encode_group, encode_line
+from rl.ledger_parse import DAMAGE, SCHEMA, LedgerStep, brief, glance, read_record
 from rl.types import ScoredGroup
 
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
-_DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
+MAX_RANKS = 16
 
 
 class Ledger:
@@ -130,19 +129,29 @@ class Ledger:
         """Steps that this process has a record of, ascending; the files are not opened."""
         return sorted(step for step, rank in self._present() if rank == self.rank)
 
-    def sample(self, max_steps: int) -> Iterator[LedgerStep]:
-        """Records of all processes for up to `max_steps` steps, evenly spread, first and last included.
+    def sampled_steps(self, max_steps: int) -> list[int]:
+        """Up to `max_steps` of the recorded steps, of any process; evenly spread, first and last included."""
+        steps = sorted({step for step, _ in self._present()})
+        if len(steps) <= max_steps:
+            return steps
+        gaps = max(max_steps - 1, 1)
+        return [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
 
-        Damaged ones are left out. One step is in memory at a time.
+    def sample(self, max_steps: int, max_groups: int | None = None) -> Iterator[LedgerStep]:
+        """Records of all processes for the `sampled_steps`, one in memory at a time.
+
+        Args:
+            max_groups: of each step, for a reader of a run that may be somebody else's: no more than these
+                are read, of at most `MAX_RANKS` processes, and one that is damaged or larger than
+                `rl.ledger_parse` takes is left out by itself. Default: whole records only.
         """
-        present = sorted(self._present())
-        steps = sorted({step for step, _ in present})
-        if len(steps) > max_steps:
-            gaps = max(max_steps - 1, 1)
-            steps = [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
-        for step in steps:
-            for rank in [rank for present_step, rank in present if present_step == step]:
-                if (record := self._read(step, rank)) is not None:
+        present, chosen = self._present(), self.sampled_steps(max_steps)
+        ranks = {step: sorted(rank for s, rank in present if s == step) for step in chosen}
+        for step in chosen:
+            some = ranks[step] if max_groups is None else ranks[step][:MAX_RANKS]
+            each = None if max_groups is None else -(-max_groups // len(some))
+            for rank in some:
+                if (record := self._read(step, rank, each)) is not None:
                     yield record
 
     def truncate_after(self, step: int) -> list[int]:
@@ -176,17 +185,22 @@ class Ledger:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return [(int(match[1]), int(match[2])) for match in matches if match]
 
-    def _read(self, step: int, rank: int) -> LedgerStep | None:
+    def _read(self, step: int, rank: int, max_groups: int | None = None) -> LedgerStep | None:
         path = self._path(step, rank)
         try:
-            with gzip.open(path) as file:
-                header, *rows = file.read().removesuffix(b"\n").split(b"\n")
-            return parse_step(json.loads(header), [json.loads(row) for row in rows])
+            record, faults = read_record(path) if max_groups is None else glance(path, max_groups)
+            if record.step != step or record.rank != rank:
+                raise ValueError(f"it says step {record.step!r} and rank {record.rank!r}")
         except FileNotFoundError:
             return None
-        except _DAMAGE as error:
-            self._report(f"{path.name}: damaged ({type(error).__name__}: {error})")
+        except (*DAMAGE, OSError) as error:
+            if max_groups is None and not isinstance(error, DAMAGE):
+                raise
+            self._report(f"{path.name}: damaged ({type(error).__name__}: {brief(error)})")
             return None
+        for fault in faults:
+            self._report(f"{path.name}: {fault}")
+        return record
 
     def _report(self, sentence: str) -> None:
         if sentence not in self.damaged:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rl.row_log import RowLog
-from rl.row_log import read_rows as read_rows
 
 LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
 CONSTANT_HINT = (

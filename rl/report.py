@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,26 @@ import yaml
 from markupsafe import Markup
 
 from rl.config import Config
-from rl.config.bounded_yaml import read_yaml
+from rl.config.bounded_yaml import parse_yaml
 from rl.diffusion.config import DiffusionConfig, TextConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.trace_view import denoising_html, sampled_traces
 from rl.durable import written_whole
 from rl.figures import build_figures
 from rl.group_sample import json_for_html, sample_groups
+from rl.history import MAX_POINTS, History, read_history
 from rl.ledger import Ledger
 from rl.manifest import library_versions
-from rl.metrics import METRICS, Metric, show_seconds, show_value
+from rl.metrics import METRICS, Metric, metric_of, show_seconds, show_value
 from rl.plots import sparkline
 from rl.redact import redact, show_controls
-from rl.row_log import read_rows
-from rl.verdict import Row, Verdict, judge, range_text, series_of
+from rl.safe_read import is_number, plain_tree, read_at_most
+from rl.verdict import Row, Verdict, evaluations_in, judge, part_spreads, range_text, series_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _MAX_TEXT = 100_000
-_MAX_ROWS = 200_000  # steps; a longer file is read from its end
+_MAX_MAPPING = 256 << 10  # bytes of config.yaml or result.json
+_MAX_NOTES = 50
 
 
 def build_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -58,23 +60,23 @@ def build_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def gather(run_dir: Path) -> dict[str, Any]:
-    """Everything the template shows; parts whose file is missing or damaged are empty."""
-    rows = sorted(read_rows(run_dir / "metrics.jsonl"), key=lambda row: row["step"])[-_MAX_ROWS:]
-    evaluations = sorted(read_rows(run_dir / "evaluation.jsonl"), key=lambda row: row["step"])
-    evaluations = evaluations or _evaluations_in(rows)
-    config = _read_mapping(run_dir / "config.yaml")
-    result = _read_mapping(run_dir / "result.json")
-    verdict = judge(rows, evaluations)
-    figures, more_figures = build_figures(rows, evaluations)
+    """Everything the template shows; what is missing is empty, and what cannot be read is noted."""
+    notes: list[str] = []
+    history = _history(run_dir / "metrics.jsonl", notes)
+    evaluations = _evaluations(run_dir / "evaluation.jsonl", notes) or evaluations_in(history)
+    config = _read_mapping(run_dir / "config.yaml", notes)
+    result = _read_mapping(run_dir / "result.json", notes)
+    verdict = judge(history, evaluations)
+    rows, extremes = history.thinned()
+    figures, more_figures = build_figures(rows, evaluations, extremes)
     groups, damaged = sample_groups(run_dir)
+    checked = [*METRICS, *part_spreads(history)]
     return {
         "name": show_controls(run_dir.resolve().name),
         "verdict": verdict,
-        "status": _status(run_dir, rows, config, result),
-        "tiles": _tiles(rows, evaluations),
-        "checks": [
-            _check(METRICS[name], rows, verdict) for name in METRICS if _has_range(METRICS[name], rows)
-        ],
+        "status": _status(run_dir, history, config, result),
+        "tiles": _tiles(history, evaluations),
+        "checks": [check for name in checked if (check := _check(metric_of(name), history, verdict))],
         "figures": figures,
         "more_figures": more_figures,
         "groups": groups,
@@ -86,9 +88,33 @@ def gather(run_dir: Path) -> dict[str, Any]:
         ),
         "result": {key: _shown_text(_plain(value)) for key, value in _flat(redact(result)).items()},
         "versions": library_versions(),
-        "notes": [show_controls(note) for note in damaged],
+        "notes": [show_controls(note) for note in [*notes, *damaged][:_MAX_NOTES]],
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _history(path: Path, notes: list[str], wanted: Callable[[str, int], bool] | None = None) -> History:
+    """The rows of a file; what was left out of them goes into the notes."""
+    try:
+        history = read_history(path, wanted)
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return History(lambda *_: False)
+    for why, count in history.left_out.items():
+        if count:
+            notes.append(f"{path.name}: {count:,} lines left out ({why})")
+    return history
+
+
+def _evaluations(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of `evaluation.jsonl`, or as many of them as a curve has points, the last among them."""
+    history = _history(path, notes, lambda name, _: name in ("accuracy", "low", "high", "n"))
+    indices = range(len(history) - 1, -1, -(-(-len(history) // MAX_POINTS) or 1))
+    rows = [
+        {"step": history.steps[i], **{n: c[i] for n, c in history.columns.items() if c[i] == c[i]}}
+        for i in reversed(indices)
+    ]
+    return [row for row in rows if "accuracy" in row]
 
 
 def _denoisings(run_dir: Path) -> list[Markup]:
@@ -112,16 +138,14 @@ def _script_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
 
 
-def _status(run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _status(run_dir: Path, history: History, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     total = config.get("train", {}).get("steps") if isinstance(config.get("train"), dict) else None
-    done = rows[-1]["step"] if rows else 0
+    done = history.steps[-1] if len(history) else 0
     parts = [f"{done:,} of {total:,} steps" if isinstance(total, int) else f"{done:,} steps"]
     if result:
         seconds = result.get("seconds")
-        parts.append(
-            "finished" + (f" after {show_seconds(seconds)}" if isinstance(seconds, int | float) else "")
-        )
-    elif rows:
+        parts.append("finished" + (f" after {show_seconds(seconds)}" if is_number(seconds) else ""))
+    elif len(history):
         written = datetime.fromtimestamp((run_dir / "metrics.jsonl").stat().st_mtime, UTC)
         parts.append(f"running or stopped, last step recorded {written:%Y-%m-%d %H:%M UTC}")
     else:
@@ -129,7 +153,7 @@ def _status(run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any], resul
     return " · ".join(parts)
 
 
-def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[dict[str, str]]:
+def _tiles(rows: History, evaluations: Sequence[Row]) -> list[dict[str, str]]:
     """The few numbers that a reader wants first: label, value, and a line about it."""
     tiles = []
     if accuracies := series_of(evaluations, "accuracy"):
@@ -138,9 +162,7 @@ def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[dict[str, st
         begin = "before" if first[0] == 0 else f"at step {first[0]}"
         about = f"{begin} {100 * first[1]:.1f} %" if len(accuracies) > 1 else f"at step {last[0]}"
         if isinstance(low, float) and isinstance(high, float):
-            about += f"; now {100 * low:.1f} to {100 * high:.1f} %" + (
-                f", n = {n:,}" if isinstance(n, int) else ""
-            )
+            about += f"; now {100 * low:.1f} to {100 * high:.1f} %" + (f", n = {n:,.0f}" if n else "")
         tiles.append({"label": "Held-out accuracy", "value": f"{100 * last[1]:.1f} %", "about": about})
     for label, name, what in (
         ("Reward", "reward/mean", "first"),
@@ -165,16 +187,18 @@ def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[dict[str, st
     return tiles
 
 
-def _check(metric: Metric, rows: Sequence[Row], verdict: Verdict) -> dict[str, Any]:
-    """A row of the verdict table."""
-    series = series_of(rows, metric.name)
+def _check(metric: Metric, history: History, verdict: Verdict) -> dict[str, Any] | None:
+    """A row of the verdict table; None for a metric without a range or without data."""
+    series = series_of(history, metric.name) if range_text(metric) else []
+    if not series:
+        return None
     out = [step for step, value in series if not metric.is_healthy(value)]
     finding = next((f for f in verdict.findings if f.metric == metric.name), None)
     return {
         "level": finding.level if finding else "Healthy",
-        "name": metric.name,
+        "name": show_controls(metric.name),
         "unit": metric.unit,
-        "description": metric.description,
+        "description": show_controls(metric.description),
         "value": show_value(metric.name, series[-1][1]),
         "range": range_text(metric),
         "spark": sparkline(series, low=metric.low, high=metric.high),
@@ -182,19 +206,6 @@ def _check(metric: Metric, rows: Sequence[Row], verdict: Verdict) -> dict[str, A
         "out": f"{len(out):,} of {len(series):,} steps" if out else "",
         "hint": finding.hint if finding else "",
     }
-
-
-def _has_range(metric: Metric, rows: Sequence[Row]) -> bool:
-    return bool(range_text(metric)) and bool(series_of(rows, metric.name))
-
-
-def _evaluations_in(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Held-out results that a run put into its metric rows, for folders without evaluation.jsonl."""
-    return [
-        {"step": row["step"], **{key: row.get(f"heldout/{key}") for key in ("accuracy", "low", "high")}}
-        for row in rows
-        if row.get("heldout/accuracy") is not None
-    ]
 
 
 def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -209,11 +220,17 @@ def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     """A YAML or JSON file that holds keys and values; empty if it is missing, damaged or something else."""
     try:
-        value = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_bytes())
-    except (OSError, RecursionError, ValueError):
+        data = read_at_most(path, _MAX_MAPPING)
+        value = parse_yaml(data.decode("utf-8", "replace")) if path.suffix == ".yaml" else json.loads(data)
+        value = plain_tree(value)
+    except FileNotFoundError:
+        return {}
+    except (OSError, RecursionError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        notes.append(f"{path.name} cannot be read: {reason[:200]}")
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from rl.durable import gone
+from rl.durable import gone, written_whole
+from rl.safe_read import open_regular
 
 R = TypeVar("R")
 
@@ -72,15 +74,14 @@ class RowLog:
         """The row of a step; the file is read only if it may hold it."""
         if step > self._last():
             return None
-        return next((row for row in self.read() if row["step"] == step), None)
+        return next((row for row in iter_rows(self.path) if row["step"] == step), None)
 
     def truncate_after(self, step: int) -> int:
         """Keeps the rows up to and including `step`, atomically; returns how many were dropped."""
         self.close()
-        rows = self.read()
-        kept = [row for row in rows if row["step"] <= step]
-        self._replace(kept)
-        return len(rows) - len(kept)
+        dropped = sum(row["step"] > step for row in iter_rows(self.path))
+        self._replace(row for row in iter_rows(self.path) if row["step"] <= step)
+        return dropped
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, in order; a half-written line, as a killed run leaves it, is left out."""
@@ -95,45 +96,47 @@ class RowLog:
     def _last(self) -> int:
         last = self._last_step
         if last is None:
-            last = self._last_step = max((row["step"] for row in self.read()), default=-1)
+            last = self._last_step = max((row["step"] for row in iter_rows(self.path)), default=-1)
         return last
 
     def _open(self) -> TextIO:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = self.read()
-            if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-                self._replace(rows)  # else the first new row would be glued to a torn one
-            self._last_step = rows[-1]["step"] if rows else None
+            self._last_step, torn = None, False
+            for row in iter_rows(self.path):
+                self._last_step = row["step"]
+            if self.path.is_file() and self.path.stat().st_size:
+                with open_regular(self.path) as file:
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read() != b"\n"
+            if torn:
+                self._replace(iter_rows(self.path))  # else the first new row would be glued to a torn one
             self._file = self.path.open("a", encoding="utf-8")
         return self._file
 
     def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         if not self.path.is_file():
             return
-        fresh = self.path.with_suffix(".jsonl.new")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
+        with written_whole(self.path) as file:
+            for row in rows:
+                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that have an integer "step"; torn lines are left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """What `read_rows` gives, one at a time."""
+    with suppress(FileNotFoundError), open_regular(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield row
 
 
 def record_of(kind: type[R], row: Mapping[str, Any]) -> R | None:

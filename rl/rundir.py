@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from rl.config import Config
 from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
+from rl.durable import written_whole
 from rl.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.metrics import wilson_interval
 from rl.redact import redact
@@ -87,14 +87,8 @@ class EvaluationLog:
 
 def write_atomically(path: Path, text: str, *, mode: int | None = None) -> None:
     """The whole text or the old file, whatever happens in between; `mode`: who may read it."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    with written_whole(path, mode=0o666 if mode is None else mode) as file:
+        file.write(text.encode())
 
 
 def claim_config(config: Config | DiffusionConfig) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rl.history import RECENT, History
 from rl.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
-_RECENT_ROWS = 20  # a non-finite number counts against a run for this many steps
+_RECENT_ROWS = RECENT  # a non-finite number counts against a run for this many steps
 
 Row = Mapping[str, Any]
+Rows = Sequence[Row] | History
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,17 @@ class Verdict:
         return f"{self.level}: {worst.text}, since step {worst.since}"
 
 
-def judge(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> Verdict:
+def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     """The verdict on a run, from its metric rows and its held-out evaluations, both in the order of steps.
 
     A bound is crossed once `Metric.patience` values in a row, up to the last, are beyond it.
     """
-    if not rows and not evaluations:
+    if not len(rows) and not evaluations:
         return Verdict("No data")
     findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
     findings += constant_parts(rows)
     findings += _nonfinite_rule(rows)
-    findings += _heldout_rule(evaluations or [row for row in rows if "heldout/low" in row])
+    findings += _heldout_rule(evaluations or evaluations_in(rows))
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
     return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
 
@@ -92,10 +94,19 @@ class Watch:
         return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
 
 
-def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
+def series_of(rows: Rows, name: str) -> list[tuple[int, float]]:
     """(step, value) of every row that has a finite value of the metric."""
+    if isinstance(rows, History):
+        return rows.series(name)
     found = [(row["step"], row.get(name)) for row in rows]
     return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+
+
+def evaluations_in(rows: Rows) -> list[dict[str, Any]]:
+    """Held-out results that a run put into its metric rows, for folders without evaluation.jsonl."""
+    ends = {key: dict(series_of(rows, f"heldout/{key}")) for key in ("accuracy", "low", "high")}
+    steps = sorted({step for values in ends.values() for step in values})
+    return [{"step": step, **{key: values.get(step) for key, values in ends.items()}} for step in steps]
 
 
 def range_text(metric: Metric) -> str:
@@ -109,13 +120,13 @@ def range_text(metric: Metric) -> str:
     return f"at most {high}" if high is not None else f"at least {low}" if low is not None else ""
 
 
-def part_spreads(rows: Iterable[Row]) -> list[str]:
+def part_spreads(rows: Iterable[Row] | History) -> list[str]:
     """The names `reward/<part>/std` in these rows."""
-    names = {name for row in rows for name in row if name.startswith("reward/") and name.endswith("/std")}
-    return sorted(names - {"reward/std"})
+    present = rows.columns if isinstance(rows, History) else (name for row in rows for name in row)
+    return sorted({n for n in present if n.startswith("reward/") and n.endswith("/std")} - {"reward/std"})
 
 
-def constant_parts(rows: Sequence[Row]) -> list[Finding]:
+def constant_parts(rows: Rows) -> list[Finding]:
     """Fires for a reward part that gave all completions of a step the same score in every step so far.
 
     A part that once varied and no longer does is learnt, which is no fault.
@@ -132,7 +143,7 @@ def constant_parts(rows: Sequence[Row]) -> list[Finding]:
     return findings
 
 
-def _range_rule(metric: Metric, rows: Sequence[Row]) -> Finding | None:
+def _range_rule(metric: Metric, rows: Rows) -> Finding | None:
     if not range_text(metric):
         return None
     series = series_of(rows, metric.name)
@@ -150,11 +161,12 @@ def _range_rule(metric: Metric, rows: Sequence[Row]) -> Finding | None:
     return None
 
 
-def _nonfinite_rule(rows: Sequence[Row]) -> list[Finding]:
-    recent = [row for row in rows[-_RECENT_ROWS:] if row.get("nonfinite")]
+def _nonfinite_rule(rows: Rows) -> list[Finding]:
+    last = rows.recent if isinstance(rows, History) else rows[-_RECENT_ROWS:]
+    recent = [row for row in last if row.get("nonfinite")]
     if not recent:
         return []
-    level: Level = "Broken" if recent[-1] is rows[-1] else "Warning"
+    level: Level = "Broken" if recent[-1] is last[-1] else "Warning"
     names = ", ".join(sorted({str(name) for row in recent for name in row["nonfinite"]}))
     first = str(recent[0]["nonfinite"][0])
     hint = "lower optimizer.lr; try model.dtype=fp32; check rewards for infinite scores"
@@ -163,7 +175,7 @@ def _nonfinite_rule(rows: Sequence[Row]) -> list[Finding]:
             level,
             first,
             recent[0]["step"],
-            f"{names} not finite in {len(recent)} of the last {len(rows[-_RECENT_ROWS:])} steps",
+            f"{names} not finite in {len(recent)} of the last {len(last)} steps",
             hint,
         )
     ]
@@ -171,10 +183,7 @@ def _nonfinite_rule(rows: Sequence[Row]) -> list[Finding]:
 
 def _heldout_rule(evaluations: Sequence[Row]) -> list[Finding]:
     """Fires if the last held-out interval lies wholly below the first: training made the model worse."""
-    intervals = [
-        (row["step"], row.get("low", row.get("heldout/low")), row.get("high", row.get("heldout/high")))
-        for row in evaluations
-    ]
+    intervals = [(row["step"], row.get("low"), row.get("high")) for row in evaluations]
     known = [(step, low, high) for step, low, high in intervals if low is not None and high is not None]
     if len(known) < 2 or known[-1][2] >= known[0][1]:
         return []

@@ -16,6 +16,8 @@ from rl.redact import redact, show_controls, strip_controls
 from rl.types import Completion, ScoredGroup, Trace
 
 COLOURS = ("#f7d13d", "#fca50a", "#f1731d", "#dd513a", "#bc3754", "#932667", "#6a176e", "#7b5cd6")
+_NUM_CANDIDATES = 24
+_MAX_TOKENS, _MAX_PIECE = 8192, 100  # shown of a completion, and characters of a token
 _STYLE = """<style>
 .denoising pre{white-space:pre-wrap;margin:0}
 .denoising span{border-radius:2px;background:color-mix(in srgb,var(--c) 35%,transparent)}
@@ -56,7 +58,7 @@ def denoising_html(completion: Completion, caption: str = "") -> str:
     trace, logprobs = _trace(completion), completion.behavior_logprobs
     spans = []
     for i, (piece, when) in enumerate(_tokens(trace)):
-        sure = f", log-prob {logprobs[i]:.2f}" if logprobs else ""
+        sure = f", log-prob {logprobs[i]:.2f}" if i < len(logprobs) else ""
         title = f"step {when + 1} of {trace.num_steps}{sure}"
         colour = COLOURS[_shade(when, trace)]
         text = escape(show_controls(piece))
@@ -74,7 +76,7 @@ def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
     the first and in the last recorded step. Steps are counted as in curves, by how many are done.
     """
     found = []
-    for record in ledger.sample(2):
+    for record in ledger.sample(2, _NUM_CANDIDATES):
         for scored in record.groups:
             pairs = enumerate(zip(scored.completions, scored.rewards, strict=True))
             ranked = sorted(
@@ -97,8 +99,9 @@ def _tokens(trace: Trace) -> list[tuple[str, int]]:
     """Pieces and their steps; one piece if the text holds a secret, which may lie across pieces."""
     text = "".join(trace.pieces)
     if redact(text) != text:
-        return [(redact(text), 0)]
-    return list(zip(trace.pieces, trace.steps, strict=False))
+        return [(redact(text)[: _MAX_PIECE * _MAX_TOKENS], 0)]
+    tokens = [(piece[:_MAX_PIECE], when) for piece, when in zip(trace.pieces, trace.steps, strict=False)]
+    return tokens if len(tokens) <= _MAX_TOKENS else [*tokens[:_MAX_TOKENS], ("…", trace.num_steps)]
 
 
 def _shade(when: int, trace: Trace) -> int:

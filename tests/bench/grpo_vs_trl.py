@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 from tests.bench.flops import peak_flops, training_flops
 from tests.bench.launch import last_lines, launch
 from tests.bench.workload import Workload, write_model

@@ -19,7 +19,7 @@ from rl.config.read import load_config
 from rl.diffusion.model import load_diffusion_model
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.ledger import Ledger
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 from tests.diffusion import killed_run
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import recipes.grpo
 from recipes.sources import continuous_source
 from rl.ledger import Ledger
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 
 HERE = Path(__file__).parent
 STEPS = 4

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rl.ledger import Ledger
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 from rl.types import Prompt
 from rollout.source import PromptStream
 

@@ -17,7 +17,7 @@ from recipes.cli import main as cohort
 from recipes.grpo import main
 from recipes.heldout import check_finished
 from rl.config.read import load_config
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
 from rl.world import World
 from tests.rl.families import save_tiny

@@ -20,7 +20,7 @@ from recipes.cli import main as cohort
 from recipes.grpo import main
 from recipes.launch import _end, _wait
 from rl.ledger import Ledger
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from recipes.grpo import main
 from rl.ledger import Ledger
-from rl.metrics import read_rows
+from rl.row_log import read_rows
 from rl.types import Prompt, SamplingParams
 from rollout.vllm_engine import VllmEngine
 from rollout.vllm_start import vllm_available

@@ -1,4 +1,4 @@
-"""A step of the ledger as lines of JSON and back, bit for bit."""
+"""Groups as the lines of JSON that the ledger keeps: exact, or refused. `rl.ledger_parse` reads them."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerStep:
-    """What one process consumed in one step.
-
-    Attributes:
-        cursor_before, cursor_after: the source's cursor around the step, as it was given.
-        policy_version: of the weights the step began with; a completion's own versions are in its spans.
-        groups: what was trained on.
-        rejected: what the source sampled and threw away.
-        advantages: per group of `groups`, one per completion; None if they were not recorded.
-        counts: what the source counted while it sampled.
-    """
-
-    step: int
-    rank: int
-    world_size: int
-    policy_version: int
-    cursor_before: Any
-    cursor_after: Any
-    groups: list[ScoredGroup]
-    rejected: list[ScoredGroup] = field(default_factory=list)
-    advantages: list[list[float]] | None = None
-    counts: dict[str, float] = field(default_factory=dict)
+from rl.types import Completion, Reward, ScoredGroup
 
 
 def encode_line(value: Any, where: str) -> bytes:
@@ -131,54 +104,3 @@ def _pack_routes(routes: Any) -> Any:
         "shape": array.shape,
         "base64": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode(),
     }
-
-
-def _unpack(packed: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype=packed["dtype"])
-
-
-def parse_step(header: dict[str, Any], rows: list[dict[str, Any]]) -> LedgerStep:
-    """The record; a damaged one raises ValueError, KeyError, TypeError or AttributeError."""
-    if header["schema"] != SCHEMA:
-        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads {SCHEMA}")
-    if header["rows"] != len(rows):
-        raise ValueError(f"{len(rows)} rows, the header says {header['rows']}")
-    return LedgerStep(
-        step=header["step"],
-        rank=header["rank"],
-        world_size=header["world_size"],
-        policy_version=header["policy_version"],
-        cursor_before=header["cursor_before"],
-        cursor_after=header["cursor_after"],
-        groups=[_parse_group(row) for row in rows if row["kept"]],
-        rejected=[_parse_group(row) for row in rows if not row["kept"]],
-        advantages=[row["advantages"] for row in rows if row["kept"]] if header["has_advantages"] else None,
-        counts=header["counts"],
-    )
-
-
-def _parse_group(row: dict[str, Any]) -> ScoredGroup:
-    prompt = Prompt(
-        id=row["prompt"]["id"],
-        text=row["prompt"]["text"],
-        token_ids=tuple(row["prompt"]["token_ids"]),
-        messages=tuple(row["prompt"]["messages"]),
-        columns=row["prompt"]["columns"],
-    )
-    completions = [_parse_completion(entry) for entry in row["completions"]]
-    rewards = [Reward(**{**e["reward"], "reason": Reason(e["reward"]["reason"])}) for e in row["completions"]]
-    return ScoredGroup(Group(prompt, completions), rewards)
-
-
-def _parse_completion(entry: dict[str, Any]) -> Completion:
-    mask, routes = entry["loss_mask"], entry["routes"]
-    return Completion(
-        token_ids=entry["token_ids"],
-        behavior_logprobs=_unpack(entry["behavior_logprobs"]).astype(np.float64).tolist(),
-        loss_mask=[True] * len(entry["token_ids"]) if mask is True else [flag == "1" for flag in mask],
-        finish_reason=entry["finish_reason"],
-        version_spans=[VersionSpan(version, count) for version, count in entry["version_spans"]],
-        text=entry["text"],
-        routes=_unpack(routes).reshape(routes["shape"]) if isinstance(routes, dict) else routes,
-        trace=Trace(**entry["trace"]) if "trace" in entry else None,
-    )
