@@ -64,9 +64,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Where the brace at `opening` is closed; None if it is not, or only after more braces than an answer
-    has.
-    """
+    """Where the brace at `opening` is closed; None if it is not, or after too many braces."""
     depth = 0
     for number, match in enumerate(_BRACES.finditer(text, opening)):
         token = match.group()
