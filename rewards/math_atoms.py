@@ -65,6 +65,8 @@ def bracket(parser: Parser, opener: str) -> Node:
         closers = _CLOSERS[opener]
         inside = parser.items(closers)
         closer = parser.take()[1]
+        if closer == "" and opener == "(" and inside[0] == "list" and parser.tokens[parser.at - 1][1] != ",":
+            closer = ")"  # the end of the answer closes (1, 2
         if closer not in closers:
             raise Unparsable(f"{opener!r} is not closed")
         opener, closer = ("(", closer) if opener == "]" else (opener, closer)

@@ -21,9 +21,7 @@ CONNECTED = re.compile(
 )
 _HEDGES = split("maybe perhaps possibly alternatively either also could might or 或者 也可能 可能")
 _FALLBACKS = split("if otherwise else failing 如果 否则")
-_CORRECTIONS = split(
-    "wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错"
-)
+_FIXES = split("wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错")
 _CONNECTED_WORDS = re.compile(r"[^.!?:=\\{}]{0,40}(?:\b(?:and|or)\b|和|或)\s*")
 
 
@@ -94,18 +92,12 @@ def are_connected(between: str, *, loose: bool = False) -> bool:
     plain = BETWEEN_SPACE.sub("", TEXT_WRAPPER.sub(r" \1 ", between))
     if CONNECTED.fullmatch(plain):
         return True
-    words = (
-        BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between))
-        .casefold()
-        .replace(",", " ")
-        .replace(":", " ")
-        .strip(" ()")
-        .split()
-    )
+    spoken = BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between)).casefold()
+    words = spoken.replace(",", " ").replace(":", " ").strip(" ()").split()
     if len(words) > (6 if loose else 5):
         return False
     if not _FALLBACKS.isdisjoint(words):  # "If that is wrong:"
         return True
-    if not _HEDGES.isdisjoint(words) and _CORRECTIONS.isdisjoint(words):
+    if not _HEDGES.isdisjoint(words) and _FIXES.isdisjoint(words):
         return True
     return _CONNECTED_WORDS.fullmatch(" ".join(words) + " ") is not None

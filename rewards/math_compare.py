@@ -24,6 +24,8 @@ from rewards.math_text import Node, Shape, TooComplex
 from rewards.math_tree import has, renamed, symbols
 from rewards.math_value import BUDGET, Evaluator
 
+Items = tuple[Shape, ...]
+
 MAX_ITEMS = 400
 MAX_PAIRS = 2_500
 MAX_PIECES = 20
@@ -95,9 +97,8 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
 def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     kind = gold[0]
     if kind == "scalar":
-        return _same_number(gold[1], prediction[1], options) or same_renamed(
-            gold, prediction, functools.partial(same, options=options)
-        )
+        again = functools.partial(same, options=options)
+        return _same_number(gold[1], prediction[1], options) or same_renamed(gold, prediction, again)
     if kind == "seq":
         if len(gold[3]) != len(prediction[3]) or not _brackets_agree(gold, prediction):
             return False
@@ -122,9 +123,6 @@ def _brackets_agree(gold: Shape, prediction: Shape) -> bool:
     if len(gold[3]) != 2 or "<<" in (gold[1], prediction[1]):
         return True
     return gold[1:3] == prediction[1:3]
-
-
-# Numbers -----------------------------------------------------------------------------------
 
 
 def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
@@ -185,9 +183,7 @@ def _same_items(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     return _same_unordered(left, right, options, is_set="set" in (gold[0], prediction[0]))
 
 
-def _same_unordered(
-    left: tuple[Shape, ...], right: tuple[Shape, ...], options: MathOptions, *, is_set: bool
-) -> bool:
+def _same_unordered(left: Items, right: Items, options: MathOptions, *, is_set: bool) -> bool:
     """Each item has its like on the other side; what the gold repeats must be repeated."""
     plain = [
         [item[1][1] for item in items if item[0] == "scalar" and item[1][0] == "num"]

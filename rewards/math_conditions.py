@@ -123,7 +123,6 @@ def residue_class(item: Shape) -> Shape | None:
 
 
 # Equations and inequalities, up to a constant factor -------------------------------------------------------
-
 _FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
 
 

@@ -285,9 +285,6 @@ def subscript(parser: Parser, node: Node) -> Node:
     raise Unparsable("a subscript on a value")
 
 
-# Mixed numbers -----------------------------------------------------------------------------------------
-
-
 def read_mixed(parser: Parser, factors: list[Node]) -> Node:
     """2 1/3, at its second number."""
     whole, top, slash, bottom = factors[0], parser.peek(), parser.peek(1), parser.peek(2)

@@ -45,11 +45,10 @@ _FINAL = re.compile(
     r"final\s{1,3}answer\s{0,3}:?\**\s{0,3}:?\s{0,3}(?:the\s)?(?:final\s)?answer\s{1,3}is\s{0,3}:?",
     re.IGNORECASE,
 )
-_LABELS = (
-    "answer result option choice antwort lösung ergebnis réponse résultat respuesta solución resultado "
-    "risposta resposta odpowiedź "
-    "ответ відповідь отговор cevap jawaban svar antwoord 答え 答 정답 답 الجواب الإجابة उत्तर"
-)
+_LABELS = """
+answer result option choice antwort lösung ergebnis réponse résultat respuesta solución resultado risposta
+resposta ответ відповідь отговор cevap jawaban svar antwoord 答え 答 정답 답 الجواب الإجابة उत्तर
+"""
 _LETTER_AFTER = re.compile(r"\n\W*(?:final )?answer\W{0,5}[:：]\W{0,5}([A-J])\W*$", re.IGNORECASE)
 _STATED = re.compile(
     rf"(?:{'|'.join(_LABELS.split())})\s{{0,3}}\**\s{{0,3}}(?:(?:is|are|ist|est|es|è|é|はは|は|은|는|هو|هي)(?![a-z])|[=:：≈]|\s[-–—]\s)+"
@@ -198,11 +197,7 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
             if content.strip():
                 found.append((opened.start(), match.end(), content))
             opened = None
-        elif (
-            (token == "\n" and opened.group() == "$")
-            or token in ("\\(", "\\[")
-            or (token == "$$" and opened.group() == "$")
-        ):
+        elif token in ("\\(", "\\[") or (token in ("\n", "$$") and opened.group() == "$"):
             opened = match if token in _CLOSES else None
     return found
 
@@ -214,9 +209,8 @@ def _looks_bare(text: str) -> bool:
         pieces.append(text[start:opening])
         start = end
     outside = TEXT_WRAPPER.sub("", " ".join((*pieces, text[start:])))
-    words = [
-        word for word in _WORD.findall(outside) if word.lower() not in _MATH_WORDS and not is_unit_word(word)
-    ]
+    words = [word for word in _WORD.findall(outside) if not is_unit_word(word)]
+    words = [word for word in words if word.lower() not in _MATH_WORDS]
     return len(words) <= 1 and _LABEL.search(outside) is None and _FOREIGN_WORDS.search(outside) is None
 
 
@@ -250,11 +244,9 @@ def _connected_formulas(text: str, found: list[tuple[int, int, str]], first: int
     """A formula and those that follow it with nothing but "and" or commas between."""
     answers = [found[first][2]]
     last = first
-    while (
-        last + 1 < len(found)
-        and last - first < MAX_BOXES
-        and are_connected(text[found[last][1] : found[last + 1][0]])
-    ):
+    while last + 1 < len(found) and last - first < MAX_BOXES:
+        if not are_connected(text[found[last][1] : found[last + 1][0]]):
+            break
         last += 1
         answers.append(found[last][2])
     sign = _PERCENT_AFTER.match(text, found[last][1])
@@ -289,12 +281,9 @@ def _last_numbers(text: str) -> tuple[str, ...]:
     while first:
         between = text[found[first - 1].end() : found[first].start()]
         unit = _UNIT_AFTER.match(between)
-        if unit is not None and (is_unit_word(unit[1]) or (after is not None and unit[1] == after[1])):
-            between = between[unit.end() :]  # 12 cm or 13 cm
-            if are_connected(between):
-                first -= 1
-                continue
-        if not CONNECTED.fullmatch(BETWEEN_SPACE.sub("", between)):
+        is_unit = unit is not None and (is_unit_word(unit[1]) or (after is not None and unit[1] == after[1]))
+        is_listed = unit is not None and is_unit and are_connected(between[unit.end() :])  # 12 cm or 13 cm
+        if not is_listed and not CONNECTED.fullmatch(BETWEEN_SPACE.sub("", between)):
             break
         first -= 1
     return tuple(match.group() for match in found[first:])

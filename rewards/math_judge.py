@@ -47,7 +47,6 @@ _CAN_BE_UNDEFINED = re.compile(
 )  # a zero, written or made by a subtraction, or an infinity
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?=[\s,.;])")
 _UNUSABLE = frozenset(("?", "n/a", "na", "nan", "\\text{nan}", "null", "-", "--", "..."))
-
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*|(?:故?选项?|答案)\s*[为是:]?\s*)?"
     r"([(\[]?)([A-J])(?:([)\].:]+)\s*(.*)|\s*)",
@@ -61,7 +60,6 @@ _OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]:]|\bor\b|\band\b|或")
 # degree.
 _LONE = re.compile(r"(?<![A-Za-z\\0-9_^'])([A-J])(?![A-Za-z0-9'\\]|\s*[\^_(/*+\\-])")
 _CONSTANT = re.compile(r"(?<=[\w)}\]])\s*\+\s*[A-J](?![A-Za-z])|(?:°|\\circ)\s*[CF](?![A-Za-z])")
-_MAX_WORDS = 12
 _STYLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}"
     r"|\\[ ,;:!]|\\q?quad(?![a-z])|[{}]"
@@ -148,7 +146,8 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return Reason.TOO_COMPLEX, f"an answer of {size} characters"
     if len(gold) == len(texts) == 1 and (left := plain_number(gold[0])) and (right := plain_number(texts[0])):
         is_decimal = left[1] or right[1]
-        if left[0] == right[0] or (is_decimal and _within(left[0], right[0], options.decimal_rtol)):
+        tolerance = Fraction(options.decimal_rtol) * max(abs(left[0]), abs(right[0])) if is_decimal else 0
+        if abs(left[0] - right[0]) <= tolerance:
             return Reason.CORRECT, ""
         if "," not in gold[0] + texts[0]:
             return Reason.WRONG_ANSWER, ""
@@ -160,10 +159,6 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return Reason.TOO_COMPLEX, "an answer nested too deeply"
     except Exception as error:  # the gold was read, so whatever this grammar trips over is the answer's
         return Reason.PARSE_ERROR, f"unreadable: {type(error).__name__}"
-
-
-def _within(left: Fraction, right: Fraction, tolerance: float) -> bool:
-    return abs(left - right) <= Fraction(tolerance) * max(abs(left), abs(right))
 
 
 def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
@@ -262,15 +257,12 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
     if any("+-" in text for text in texts):  # 4+-2 is 4 - 2, if it is not 4 ± 2
         yield gold, tuple(text.replace("+-", "-") for text in texts), True, True
     if options.decimal_comma and len(gold) == len(texts) == 1:
-        if (point := _with_point(texts[0], 1)) and ("." in gold[0] or _is_fraction(gold[0])):
+        number = plain_number(gold[0])
+        is_fraction = "." in gold[0] or (number is not None and number[0].denominator > 1)
+        if is_fraction and (point := _with_point(texts[0], 1)):
             yield gold, (point,), True, True
         elif (point := _with_point(gold[0], 2)) and "." in texts[0]:
             yield (point,), texts, True, True
-
-
-def _is_fraction(text: str) -> bool:
-    found = plain_number(text)
-    return found is not None and found[0].denominator > 1
 
 
 def _with_point(text: str, least_decimals: int) -> str | None:
@@ -324,7 +316,7 @@ def choice_letters(gold: str, text: str) -> bool | None:
         return None
     if (rest := answer.group(4)) and _OTHER_CHOICE.search(rest):
         return None
-    if rest and not answer.group(1) and len(rest.split()) > _MAX_WORDS:
+    if rest and not answer.group(1) and len(rest.split()) > 12:
         return None
     if rest and wanted and text_key(rest) != text_key(wanted):
         return None

@@ -29,7 +29,6 @@ from rewards.math_words import (
 Token = tuple[str, Any, str]
 
 MAX_EXPONENT = 5000
-
 _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?:(\d*)\\dot\s*(?:\{(\d)\}|(\d)))?|\((\d+)\)(?=\s*$))"
 )

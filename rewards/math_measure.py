@@ -151,9 +151,7 @@ def compound(items: Sequence[Shape]) -> Shape | None:
     return ("measure", ("scalar", ("add", terms)), Unit(units[0].dimensions, Fraction(1), words, False))
 
 
-# Reading a unit ------------------------------------------------------------------------------------------
-
-_ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
+ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
 _VALUES = ("num", "dec")
 
 
@@ -184,7 +182,7 @@ def _with_unit(parser: Parser, node: Node) -> Node:
 def _unit_text(parser: Parser) -> str:
     pieces: list[str] = []
     depth = 0
-    while depth or not (parser.kind() in ("end", "sep", "rel") or parser.value() in _ENDS):
+    while depth or not (parser.kind() in ("end", "sep", "rel") or parser.value() in ENDS):
         kind, value, raw = parser.peek()
         if kind == "end" or (kind in _VALUES and not depth and pieces and pieces[-1].endswith(" ")):
             break

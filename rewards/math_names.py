@@ -85,9 +85,6 @@ def _without_exponents(node: Node) -> Node:
     return tuple(_without_exponents(part) if isinstance(part, tuple) and part else part for part in node)
 
 
-# Free names -------------------------------------------------------------------------------------------------
-
-
 def same_renamed(gold: Shape, prediction: Shape, same: Same) -> bool:
     """Where names are free: C and c, i and j, \\vec a and a, k of 3k + 1; or are units, 2000 L and 2 m^3."""
     left, right = gold[1], prediction[1]

@@ -17,7 +17,7 @@ from typing import Any
 from rewards.math_atoms import atom, bracket, symbol
 from rewards.math_constructs import as_mixed, exponent, read_mixed, subscript
 from rewards.math_lex import Token, lex
-from rewards.math_measure import measured
+from rewards.math_measure import ENDS, measured
 from rewards.math_spoken import is_prose, number_in_base
 from rewards.math_text import Node, TooComplex, Unparsable, introduces, text_key
 from rewards.math_units import CLAIMS
@@ -27,7 +27,6 @@ MAX_DEPTH = 32
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
 END: Token = ("end", "", "")
-_ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
 _ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
 # A number or a letter that one of these follows is all of its power.
@@ -147,7 +146,7 @@ class Parser:
         while self.kind() == "text":
             self.take()
         words = " ".join(token[2] for token in self.tokens[start : self.at])
-        if self.kind() in ("end", "sep") or self.value() in _ENDS:
+        if self.kind() in ("end", "sep") or self.value() in ENDS:
             return ("text", text_key(words))
         if self.accept(":") or (words.endswith(":") and CLAIMS.isdisjoint(words[:-1].casefold().split())):
             return self.item()

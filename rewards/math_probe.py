@@ -150,8 +150,6 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
 
 _ONE = ("num", Fraction(1))
 
-# Forms ---------------------------------------------------------------------------------------------------
-
 
 def _form(node: Node) -> Any:
     """A tree with sorted terms and factors, in which 9^500000 is 3^1000000, which is too large to compute."""

@@ -112,7 +112,10 @@ def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
     region = REALS
     for op, left, right in zip(ops, sides, sides[1:], strict=False):
         if infinity(left) or infinity(right):
-            unknown, part = _against_infinity(op, left, right, unknown)
+            found, part = linear(right if infinity(left) else left)[2], REALS  # x < infinity says nothing
+            if op not in ("<", ">", "<=", ">=") or found is None or unknown not in (None, found):
+                raise Unsupported("not an inequality in one variable")
+            unknown = found
         else:
             (a, b, found), (c, d, other) = linear(left), linear(right)
             names = [each for each in (found, other, unknown) if each is not None]
@@ -126,15 +129,6 @@ def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
     if name[0] == "fn":  # |x|
         return name[2][0][1], _unfold(region)
     return ("" if name[0] == "call" else name[1]), region
-
-
-def _against_infinity(op: str, left: Node, right: Node, unknown: Node | None) -> tuple[Node | None, Region]:
-    """x < infinity says nothing about x."""
-    other = right if infinity(left) else left
-    _, _, found = linear(other)
-    if op not in ("<", ">", "<=", ">=") or found is None or (unknown is not None and found != unknown):
-        raise Unsupported("not an inequality in one variable")
-    return found, REALS
 
 
 def _half_line(op: str, slope: Fraction, bound: Fraction) -> Region:

@@ -172,6 +172,11 @@ def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
 def _equality(sides: tuple[Node, ...]) -> Shape:
     first: Node = sides[0]
     names = name_of(first)
+    if bases := [side for side in sides if side[0] == "base"]:  # 1101_2 = 13_{10}
+        numbers = {
+            int(side[1], side[2]) if side[0] == "base" else side[1] for side in sides if side[0] != "sym"
+        }
+        return bases[0] if len(numbers) == 1 else ("contradiction", bases[0])
     if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
         return _equality((sides[1], sides[0]))
     values: Sequence[Node] = sides[1:] if names else sides

@@ -41,6 +41,7 @@ the year :: ^the year (\d{1,4})$ => \1
 D :: ^(\d{1,4}) ?A\.? ?D\.?$ => \1
 # :: ^\\?#\s*(\w+)\s*= => |\1|=
 real :: ^BUT (?:x ?= ?)?(.+)$ => \\mathbb{R}\\setminus\\{\1\\}
+only :: ^([IV]+) only$ => \1
 noon :: ^(?:12 )?noon$ => 12:00\\text{ pm}
 midnight :: ^(?:12 )?midnight$ => 12:00\\text{ am}
 . :: ^(\d{1,3})\.(\d{3})\.(\d{3})$ => \1\2\3
@@ -57,12 +58,8 @@ _BASED = re.compile(r"([0-9A-Z]{1,400})(?:_(?:base-?)?|(?:in)?base-?)(\d\d?|[a-z
 _WRAPPING = re.compile(r"\\(?:text|mathrm)(?=\{)|\\[,;! ]|[{}()\s]")
 _PROSE = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)+")
 _CONNECTIVES = frozenset(("or", "and", "equals", "to", "maybe"))
-_MONTH_NAMES = "january february march april may june july august september october november december"
-_MONTHS = {
-    key: at
-    for at, name in enumerate(_MONTH_NAMES.split(), 1)
-    for key in (name, name[:3], name[:4], f"{at:02}")
-}
+_NAMES = "january february march april may june july august september october november december"
+_MONTHS = {key: n for n, m in enumerate(_NAMES.split(), 1) for key in (m, m[:3], m[:4], f"{n:02}")}
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _DATE = re.compile(
     r"^(?:([A-Z][a-z]{2,8})\.? (\d{1,2})(?:st|nd|rd|th)?(?:,? (\d{4}))?"

@@ -50,7 +50,6 @@ _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ⁽⁾]+")
 _SUBSCRIPT_RUN = re.compile("[₀-₉₊₋ₙ]+")
 _MIXED_UNICODE = re.compile("(?<=[0-9])(?=[½⅓⅔¼¾⅕⅛])")
 _BARE_ROOT = re.compile(r"√\s*(\d+)")
-
 _DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]")
 _INVISIBLE_COMMANDS = re.compile(r"\\[hv]?(?:phantom|tag|label|space|color)")
 _INVISIBLE = re.compile(r"\\(?:[hv]?phantom|tag\*?|label|[hv]space\*?|color)\s*\{[^{}]*\}")

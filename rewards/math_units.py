@@ -14,8 +14,6 @@ from functools import lru_cache
 from rewards.math_words import split
 
 CURRENCIES = frozenset("$€£¥￥₹¢₽₩")
-
-
 _LINES = """
 m 1 m meter meters metre metres 米; m 1/100 cm centimeter centimeters centimetre centimetres 厘米;
 m 1/1000 mm millimeter millimeters millimetre millimetres 毫米;
@@ -70,6 +68,7 @@ _TABLE = {
     if prefix + name != "pm"
 } | _WORDS
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3, "cu": 3, "平方": 2, "立方": 3}
+_MARKS = split("pct percent percentage pm am PM AM")
 # "5 units": no more than "5". 个, 名, ... are Chinese measure words.
 _FILLER = split(
     "unit units 个 名 位 只 本 种 次 人 岁 条 张 件 支 块钱 辆 棵 页 套 组 of in the a an is total"
@@ -107,12 +106,7 @@ class Unit:
 
 def is_unit_word(word: str) -> bool:
     """Whether a bare word after a number is a unit. A single letter is a variable there."""
-    return len(word) > 1 and (
-        word in _WORDS
-        or word in _BARE_PREFIXED
-        or word in _POWERS
-        or word in ("pct", "percent", "percentage", "pm", "am", "PM", "AM")
-    )
+    return len(word) > 1 and any(word in table for table in (_WORDS, _BARE_PREFIXED, _POWERS, _MARKS))
 
 
 @lru_cache(maxsize=4096)

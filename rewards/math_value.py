@@ -192,9 +192,8 @@ def _constant(evaluator: Evaluator, node: Node) -> Number:
 
 
 def _degrees(evaluator: Evaluator, node: Node) -> Number:
-    return evaluator.combine(
-        evaluator.combine(evaluator.value(node[1]), +evaluator.mp.pi, "*"), Fraction(180), "/"
-    )
+    turned = evaluator.combine(evaluator.value(node[1]), +evaluator.mp.pi, "*")
+    return evaluator.combine(turned, Fraction(180), "/")
 
 
 def _big(evaluator: Evaluator, node: Node) -> Number:
@@ -208,9 +207,7 @@ def _big(evaluator: Evaluator, node: Node) -> Number:
         whole = all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (first, last))
         if not whole or (symbols(("pair", low, high)) and evaluator.point < 10):
             evaluator.bound[name] = evaluator.opaque(f"bound {len(outer)}")
-            return evaluator.opaque(
-                f"{kind}({evaluator.key(low)};{evaluator.key(high)};{evaluator.key(body)})"
-            )
+            return evaluator.opaque(f"{kind}({';'.join(map(evaluator.key, (low, high, body)))})")
         assert isinstance(first, Fraction) and isinstance(last, Fraction)
         if last - first >= MAX_TERMS:
             raise TooComplex(f"a {kind} of more than {MAX_TERMS} terms")

@@ -36,17 +36,11 @@ alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lam
 varrho sigma varsigma tau upsilon phi varphi chi psi omega Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega
 """)
 _LETTER_LIKE = split("ell hbar aleph mho odot oplus star bullet dagger top bot wp Pi intercal")
-RELATIONS: dict[str, str] = {
-    **dict.fromkeys(("=", ":=", "coloneqq", "triangleq"), "="),
-    **dict.fromkeys(("==", "equiv"), "=="),
-    **dict.fromkeys(("<", "lt"), "<"),
-    **dict.fromkeys((">", "gt"), ">"),
-    **dict.fromkeys(("<=", "=<", "le", "leq", "leqslant", "leqq"), "<="),
-    **dict.fromkeys((">=", "ge", "geq", "geqslant", "geqq"), ">="),
-    **dict.fromkeys(("!=", "/=", "ne", "neq"), "!="),
-    **dict.fromkeys(("~=", "approx", "thickapprox", "simeq", "cong", "doteq"), "~"),
-    **{name: name for name in ("in", "notin", "sim")},
-}
+_RELATIONS = """
+= := coloneqq triangleq; == equiv; < lt; > gt; <= =< le leq leqslant leqq; >= ge geq geqslant geqq;
+!= /= ne neq; ~ ~= approx thickapprox simeq cong doteq; in; notin; sim
+"""
+RELATIONS = {name: entry.split()[0] for entry in _RELATIONS.split(";") for name in entry.split()}
 COMMANDS: dict[str, tuple[str, Any]] = {
     **{name: ("sym", name.removeprefix("var")) for name in _GREEK | _LETTER_LIKE},
     **{name: ("rel", relation) for name, relation in RELATIONS.items()},
