@@ -16,7 +16,7 @@ TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 BETWEEN_SPACE = re.compile(r"\\q?quad(?![a-zA-Z])|\\[,;:!\s()\[\]]|[\s$~*_]|\\\\")
 # Separators, "and", "2.", and the name that the next answer gets: ", y ="
 CONNECTED = re.compile(
-    r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
+    r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|oder|und|ou|et|или|и|또는|または|أو|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
     r"(?:(?<=[,;dr和])(?:[A-Za-z]\{?\w{0,3}\}?(?:\([a-z]\))?=))?"
 )
 _HEDGES = split("maybe perhaps possibly alternatively either also could might or 或者 也可能 可能")

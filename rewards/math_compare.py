@@ -55,8 +55,9 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         return True
     if "given" in kinds:
         left, right = residue_class(gold), residue_class(prediction)
-        if left is not None and right is not None:
-            return _same_residue(left, right)
+        is_class = gold[0] == "given" or has(gold, "residue")
+        if is_class and left is not None and (right is not None or prediction[0] == "given"):
+            return right is not None and _same_residue(left, right)
         return same_under_conditions(gold, prediction, functools.partial(same, options=options))
     if "contradiction" in kinds:
         last = prediction[1] if options.chains == "last" and gold[0] != "contradiction" else None

@@ -105,12 +105,10 @@ def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape,
 def residue_class(item: Shape) -> Shape | None:
     """3 (mod 7) as ("residue", 3, 7) for 7k + 3, where k is any whole number."""
     members = item[2] if item[0] == "given" and not item[3] else ()
-    if item[0] == "residue" or (members and item[1][0] == "residue"):
-        return item if item[0] == "residue" else item[1]
-    if members and (len(members) > 1 or members[0][1] not in ("Z", "")):
-        return None
     inner = item[1] if members else item
-    inner = inner[2] if inner[0] == "named" else inner
+    inner = inner[2] if inner[0] == "named" and len(inner[1]) == 1 else inner  # not the terms a_n
+    if inner[0] == "residue" or len(members) > 1 or (members and members[0][1] != "Z"):
+        return inner if inner[0] == "residue" else None
     names = symbols(inner[1]) if inner[0] == "scalar" else frozenset()
     if len(names) != 1 or not names <= (frozenset(members[0][:1]) if members else _INDICES):
         return None

@@ -71,7 +71,7 @@ _QUALIFIED = re.compile(
 _HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
 _DELIMITER = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]|\n")
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$": "$", "$$": "$$"}
-_SENTENCE_END = re.compile(r"\n|[.!?。！？](?=\s|$|\*)|(?<=[^\d\s])\.(?=[A-Z])")
+_SENTENCE_END = re.compile(r"\n|[。！？]|[.!?](?=\s|$|\*)|(?<=[^\d\s])\.(?=[A-Z])")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.\\^])(?:\d{1,2}:\d{2}(?![\d:])|[-−+]?\s?(?:[$€£¥]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?(?:\s?/\s?\d+)?(?:\s?%|\\%)?)(?![A-Za-z]*\d)"

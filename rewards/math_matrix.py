@@ -78,12 +78,11 @@ _ZERO, _ONE = ("num", Fraction(0)), ("num", Fraction(1))
 
 
 def basis_vector(node: Node) -> tuple[Node, ...] | None:
-    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is no such sum."""
+    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is no such sum, such as 2i."""
+    if symbols(node).isdisjoint(("j", "k", "unit i", "unit j", "unit k")):
+        return None
     for name, unit in zip((("const", "i"), ("sym", "j"), ("sym", "k")), _BASIS, strict=True):
         node = replaced(node, name, unit)
-    names = symbols(node)
-    if not names.intersection(("unit i", "unit j", "unit k")):
-        return None
     coordinates: list[Node] = []
     for unit in _BASIS:
         part = replaced(node, unit, _ONE)

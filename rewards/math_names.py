@@ -11,7 +11,6 @@ from rewards.math_probe import same_value
 from rewards.math_text import Node, Shape
 from rewards.math_tree import has, parts, renamed, replaced, symbols
 
-Same = Callable[[Shape, Shape], bool]
 _C = ("sym", "C")
 _CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
 OTHER_CONSTANTS = _CONSTANTS | {"c", "d", "K", "k", "A", "B"}
@@ -85,7 +84,7 @@ def _without_exponents(node: Node) -> Node:
     return tuple(_without_exponents(part) if isinstance(part, tuple) and part else part for part in node)
 
 
-def same_renamed(gold: Shape, prediction: Shape, same: Same) -> bool:
+def same_renamed(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
     """Where names are free: C and c, i and j, \\vec a and a, k of 3k + 1; or are units, 2000 L and 2 m^3."""
     left, right = gold[1], prediction[1]
     names, others = symbols(left), symbols(right)
@@ -100,7 +99,8 @@ def same_renamed(gold: Shape, prediction: Shape, same: Same) -> bool:
     plain = {name: name.removeprefix("vector ") for name in names ^ others}
     if {plain[name] for name in mine} == {plain[name] for name in theirs}:
         return same(renamed(gold, plain), renamed(prediction, plain))
-    is_constant = names & others and _CONSTANTS.issuperset(mine) and OTHER_CONSTANTS.issuperset(theirs)
+    is_apart = "".join(names & others).islower()  # from the C of A + B + C
+    is_constant = is_apart and _CONSTANTS.issuperset(mine) and OTHER_CONSTANTS.issuperset(theirs)
     found = residue_class(("scalar", left)) if mine == ["k"] else None
     is_class = found is not None and 0 != found[1][1] != found[2][1]  # 3k + 1: numbers with a remainder
     if len(mine) == len(theirs) and (is_constant or is_class):

@@ -177,6 +177,10 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
             int(side[1], side[2]) if side[0] == "base" else side[1] for side in sides if side[0] != "sym"
         }
         return bases[0] if len(numbers) == 1 else ("contradiction", bases[0])
+    if names is None and first[0] in ("num", "neg") and sides[-1][0] == "residue":  # 12 = 5 (mod 7)
+        modulus = sides[-1][2]
+        remainders = [("fn", "mod", (side, modulus)) for side in (first, sides[-1][1])]
+        return sides[-1] if _agree(*remainders) else ("contradiction", sides[-1])
     if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
         return _equality((sides[1], sides[0]))
     values: Sequence[Node] = sides[1:] if names else sides
@@ -206,16 +210,16 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
 
 
 def _is_unlike(sides: Sequence[Node], last: Node) -> bool:
-    """Whether a side of a chain has a unit in which it is not the last one: 5 cm = 60 mm, 5 maybe x = 6."""
+    """Whether a chain disagrees in its units: 5 cm = 60 mm, 12 = 13 cm, 5 maybe x = 6."""
+    end, ending = last[1:] if last[0] == "unit" else (last, None)
     for side in sides:
-        if side[0] != "unit":
-            continue
-        value, unit = side[1:]
-        if unit.is_claim or (last[0] == "unit" and last[2].dimensions not in (unit.dimensions, None)):
+        value, unit = side[1:] if side[0] == "unit" else (side, None)
+        if unit and (unit.is_claim or (ending and ending.dimensions not in (unit.dimensions, None))):
             return True
-        other = ("mul", (last[1], ("num", last[2].factor))) if last[0] == "unit" else last
-        factor = unit.factor if last[0] == "unit" and last[2].dimensions is not None else Fraction(1)
-        if _is_number(other) and not _agree(("mul", (value, ("num", factor))), other):
+        scales = (unit.factor, ending.factor) if unit and ending and ending.dimensions else (1, 1)
+        pair = [("mul", (x, ("num", Fraction(y)))) for x, y in zip((value, end), scales, strict=True)]
+        is_known = _is_number(value) and _is_number(end) and not symbols(value)
+        if (unit or ending) and is_known and not _agree(*pair):
             return True
     return False
 

@@ -12,7 +12,6 @@ from typing import Any
 from rewards.math_units import is_unit_word
 from rewards.math_words import NUMBER_WORDS, WORDS
 
-_MAX_CHARS = 200
 _TEXT = re.compile(r"\\(?:text(?:bf|rm|it)?|mathrm|mbox)\s*\{([^{}]*)\}")
 _GAP = r"(?:\s|~|\\[,;:! ])*"
 _STYLED = r"(?:\\(?:text|mathrm)\s*\{\s*)?"
@@ -33,7 +32,6 @@ angle :: (?<=\d)\s*\\angle\s*(?=-?(?:\d|\\[dt]?frac|\\pi)) => \\operatorname{cis
 underbrace :: \\underbrace\s*(\{.*\})_\s*\{(?:[^{}]|\{[^{}]*\})*\} => \1
 overset :: \\overset\s*\{[^{}]*\} => 
 \math :: \\math(?:bf|rm)\{(\d)\}(?=\d) => \1
-equiv :: ^(\d+) ?\\equiv ?(\d+) ?(\\pmod.*)$ => \2\3
 /_ :: ^\^\{?(\w)\}?/_\{?(\w)\}?$ => \\frac{\1}{\2}
 out of :: ^(\d+) out of (\d+)$ => \\frac{\1}{\2}
 in :: ^(\d+) in (\d+)$ => \\frac{\1}{\2}
@@ -79,7 +77,7 @@ _CJK_NUMBER = re.compile("^(?:([零一二三四五六七八九十百千]+)分之
 
 def respelled(text: str) -> str:
     """A cleaned answer with what is spoken in it spelled as LaTeX."""
-    if len(text) > _MAX_CHARS or text.isdigit():
+    if len(text) > 200 or text.isdigit():
         return text
     is_formula = "\\" in text and "\\text" not in text and "\\m" not in text
     words = text if is_formula else _TEXT.sub(r"\1", text).strip(" .")
