@@ -21,10 +21,11 @@ Where. The last box, else "the answer is", else the last formula or number; `ext
     between them are one answer. "Final Answer: The final answer is" after the last box overrides it. Comments
     and \\phantom are not seen.
 Hedging. More than one value where the gold is one is a hedge, whatever the values; so are 8 = 7, and ±3 for
-    3. A chain of equalities must agree with itself (`chains`).
+    3. A chain of equalities must agree with itself (`chains`). ±1 ± i has four values.
 Percent. 20% is 20 and 0.2; two percentages must be equal (`percent`).
 Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m; 2 hours 15 minutes are 135
-    minutes. "million" and "dozen" count (`units`). 90° is 90 and pi/2; a plain 45 is not pi/4 (`degrees`).
+    minutes (`units`). "million" and "dozen" belong to the value: 5 million people are not 5 people. 7 a.m. is
+    7:00, 5 pm is 17:00, and 2:15 is not 2/15. 90° is 90 and pi/2; a plain 45 is not pi/4 (`degrees`).
 Rounding. None: 3.14 is not pi, 0.333 is not 1/3. `decimal_rtol` passes float noise such as
     0.30000000000000004.
 Order. 1, 2 is 2, 1 and {2, 1} (`ordered_lists`). A tuple keeps its order; (0, 1) is not [0, 1].
@@ -36,8 +37,8 @@ Names. f(2) = 5, P(A) = 5, \\int ... = 5 and x + y = 5 are 5 where a number is a
 Conditions. k pi, k in Z is n pi, and n >= 1 may be left unsaid; y = 2x (x > 0) is not y = 2x.
 Radicals. sqrt(a / b) is sqrt(a b) / b, as for positive numbers; sqrt(x^2) is |x|, not x.
 Numerals. 1,22 is 1.22 where a decimal is expected (`decimal_comma`). 101_2 is 101_2, not 5 and not 101.
-Letters. A is (A), A. and (A) 12. x is neither y nor X; the argument of a function may be renamed. A logarithm
-    without a base is natural, as in the LaTeX that sympy prints.
+Letters. A is (A), A. and (A) 12; (A) = C is neither A nor C. x is neither y nor X; the argument of a function
+    may be renamed. A logarithm without a base is natural, as in the LaTeX that sympy prints.
 """
 
 from __future__ import annotations

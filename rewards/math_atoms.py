@@ -1,6 +1,4 @@
-"""The parts of a formula that start with a token of their own: brackets, roots, functions, sums, matrices,
-sets.
-"""
+"""What starts with a token of its own: brackets, roots, functions, sums, matrices, sets."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _CLOSERS = {"(": (")", "]"), "[": (")", "]", "["), "<<": (">>",), "]": ("[", ")"
 # `a(b + c)` is a product, `f(x)` an application.
 _FUNCTION_LETTERS = frozenset("fgh")
 _CHOICES = {"C": "binom", "P": "perm"}
-_PAIR = ["op", "num", "op", "num", "op"]
+_PAIR = (["op", "num", "op", "num", "op"], ["op", "sym", "op", "sym", "op"])
 
 
 def atom(parser: Parser) -> Node:
@@ -67,6 +65,8 @@ def bracket(parser: Parser, opener: str) -> Node:
         closers = _CLOSERS[opener]
         inside = parser.items(closers)
         closer = parser.take()[1]
+        if closer == "" and opener == "(" and inside[0] == "list" and parser.tokens[parser.at - 1][1] != ",":
+            closer = ")"  # the end of the answer closes (1, 2
         if closer not in closers:
             raise Unparsable(f"{opener!r} is not closed")
         opener, closer = ("(", closer) if opener == "]" else (opener, closer)
@@ -82,9 +82,7 @@ def bracket(parser: Parser, opener: str) -> Node:
 
 
 def _group(parser: Parser) -> Node:
-    """{...}: a group, {a \\over b}, {n \\choose k}; with commas in it, a set whose braces lost their
-    backslashes.
-    """
+    """{...}: a group, {a \\over b}, {n \\choose k}; with commas, a set without its backslashes."""
     if parser.accept("}"):
         return ("text", "") if parser.kind() == "end" else parser.atom()
     node = parser.items(("}",))
@@ -149,8 +147,10 @@ def symbol(parser: Parser, name: str) -> Node:
         return ("sym", name)
     if name.isupper() and (said := _statement(parser)):
         return ("sym", name + said)
-    if name in _CHOICES and [parser.peek(ahead)[0] for ahead in range(5)] == _PAIR:  # C(8, 3)
-        return ("fn", _CHOICES[name], parser.bracket(parser.take()[1])[3])
+    if name in _CHOICES and [parser.peek(ahead)[0] for ahead in range(5)] in _PAIR:
+        is_named = parser.peek(1)[0] == "sym" and (name == "P" or parser.peek(5)[0] == "rel")
+        if parser.peek(2)[1] == "," and parser.peek(4)[1] == ")" and not is_named:  # C(8, 3)
+            return ("fn", _CHOICES[name], parser.bracket(parser.take()[1])[3])
     if parser.value() == "(" and (name[0] in _FUNCTION_LETTERS or _is_definition(parser)):
         arguments = bracket(parser, parser.take()[1])
         return ("call", name, arguments[3] if arguments[0] == "seq" else (arguments,))
@@ -183,7 +183,8 @@ def _is_definition(parser: Parser) -> bool:
 
 def _named_figure(parser: Parser, prefix: str) -> Node:
     """\\angle ABC, \\triangle ABC: a name."""
-    name = prefix + " "
+    name = ""
     while parser.kind() == "sym":
         name += symbol(parser, parser.take()[1])[1]
-    return ("sym", name)
+    name = min(name, name[::-1]) if prefix == "angle" and name.isalpha() else name  # ABC is CBA
+    return ("sym", f"{prefix} {name}")

@@ -16,14 +16,12 @@ TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 BETWEEN_SPACE = re.compile(r"\\q?quad(?![a-zA-Z])|\\[,;:!\s()\[\]]|[\s$~*_]|\\\\")
 # Separators, "and", "2.", and the name that the next answer gets: ", y ="
 CONNECTED = re.compile(
-    r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
+    r"(?:[,;/|•-]|and|or|&|及|和|或|、|与|oder|und|ou|et|или|и|또는|または|أو|\\&|\\lor|\\land|\(?[A-Za-z\d]{1,2}[.)])*"
     r"(?:(?<=[,;dr和])(?:[A-Za-z]\{?\w{0,3}\}?(?:\([a-z]\))?=))?"
 )
 _HEDGES = split("maybe perhaps possibly alternatively either also could might or 或者 也可能 可能")
 _FALLBACKS = split("if otherwise else failing 如果 否则")
-_CORRECTIONS = split(
-    "wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错"
-)
+_FIXES = split("wait no not wrong actually instead sorry mistake correct correction correcting oops 不 错")
 _CONNECTED_WORDS = re.compile(r"[^.!?:=\\{}]{0,40}(?:\b(?:and|or)\b|和|或)\s*")
 
 
@@ -64,9 +62,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Where the brace at `opening` is closed; None if it is not, or only after more braces than an answer
-    has.
-    """
+    """Where the brace at `opening` is closed; None if it is not, or after too many braces."""
     depth = 0
     for number, match in enumerate(_BRACES.finditer(text, opening)):
         token = match.group()
@@ -96,18 +92,12 @@ def are_connected(between: str, *, loose: bool = False) -> bool:
     plain = BETWEEN_SPACE.sub("", TEXT_WRAPPER.sub(r" \1 ", between))
     if CONNECTED.fullmatch(plain):
         return True
-    words = (
-        BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between))
-        .casefold()
-        .replace(",", " ")
-        .replace(":", " ")
-        .strip(" ()")
-        .split()
-    )
+    spoken = BETWEEN_SPACE.sub(" ", TEXT_WRAPPER.sub(r" \1 ", between)).casefold()
+    words = spoken.replace(",", " ").replace(":", " ").strip(" ()").split()
     if len(words) > (6 if loose else 5):
         return False
     if not _FALLBACKS.isdisjoint(words):  # "If that is wrong:"
         return True
-    if not _HEDGES.isdisjoint(words) and _CORRECTIONS.isdisjoint(words):
+    if not _HEDGES.isdisjoint(words) and _FIXES.isdisjoint(words):
         return True
     return _CONNECTED_WORDS.fullmatch(" ".join(words) + " ") is not None

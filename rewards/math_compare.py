@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from fractions import Fraction
 from typing import Any
 
-from rewards.math_conditions import same_under_conditions
-from rewards.math_equation import as_equation, proportion, renamed, same_inequality
-from rewards.math_measure import without_units
+from rewards.math_conditions import (
+    as_equation,
+    proportion,
+    residue_class,
+    same_inequality,
+    same_under_conditions,
+)
+from rewards.math_matrix import same_vector
+from rewards.math_measure import same_time, without_units
+from rewards.math_names import is_log_without_bars, same_renamed
 from rewards.math_options import MathOptions
 from rewards.math_probe import same_value
 from rewards.math_region import as_region, listed_intervals
 from rewards.math_text import Node, Shape, TooComplex
-from rewards.math_value import BUDGET, Evaluator, has, symbols
+from rewards.math_tree import has, renamed, symbols
+from rewards.math_value import BUDGET, Evaluator
+
+Items = tuple[Shape, ...]
 
 MAX_ITEMS = 400
 MAX_PAIRS = 2_500
 MAX_PIECES = 20
-_CONSTANTS = frozenset(("c", "K", "k", "C_1", "c_1"))
+_TIMES = ("ratio", "measure")
+_VECTORS = (("seq", "scalar"), ("scalar", "seq"), ("matrix", "scalar"), ("scalar", "matrix"))
 
 
 def is_multiple(item: Shape) -> bool:
@@ -42,6 +54,10 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     if gold == prediction and gold[0] != "contradiction":
         return True
     if "given" in kinds:
+        left, right = residue_class(gold), residue_class(prediction)
+        is_class = gold[0] == "given" or has(gold, "residue")
+        if is_class and left is not None and (right is not None or prediction[0] == "given"):
+            return right is not None and _same_residue(left, right)
         return same_under_conditions(gold, prediction, functools.partial(same, options=options))
     if "contradiction" in kinds:
         last = prediction[1] if options.chains == "last" and gold[0] != "contradiction" else None
@@ -52,7 +68,9 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         return _same_number(gold[1], prediction[2], options)
     if "named" in kinds or kinds == ("equation", "equation"):
         return _same_named(gold, prediction, options)
-    if "measure" in kinds:
+    if gold[0] in _TIMES and (verdict := same_time(gold, prediction)) is not None:
+        return verdict
+    if "measure" in kinds and not (kinds == ("measure", "many") and gold[1][0] == "scalar"):
         values = without_units(gold, prediction, options)
         return values is not None and same(*values, options)
     if "assign" in kinds:
@@ -62,6 +80,8 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         left = listed_intervals(gold, may_be_points=False) if left is None else left
         right = listed_intervals(prediction, may_be_points=True) if right is None else right
         return left is not None and left == right and (options.loose_shapes or kinds == ("region", "region"))
+    if kinds in _VECTORS:
+        return same_vector(gold, prediction, functools.partial(same, options=options))
     if "many" in kinds or "set" in kinds:
         return _same_items(gold, prediction, options)
     if "matrix" in kinds:
@@ -78,7 +98,8 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
 def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     kind = gold[0]
     if kind == "scalar":
-        return _same_number(gold[1], prediction[1], options)
+        again = functools.partial(same, options=options)
+        return _same_number(gold[1], prediction[1], options) or same_renamed(gold, prediction, again)
     if kind == "seq":
         if len(gold[3]) != len(prediction[3]) or not _brackets_agree(gold, prediction):
             return False
@@ -105,11 +126,7 @@ def _brackets_agree(gold: Shape, prediction: Shape) -> bool:
     return gold[1:3] == prediction[1:3]
 
 
-# Numbers -----------------------------------------------------------------------------------
-
-
 def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
-    prediction = _with_constant_of(gold, prediction)
     gold_percent, percent = _marked(gold, "percent"), _marked(prediction, "percent")
     if (gold_percent is None) != (percent is None):
         if options.percent == "sign":
@@ -125,16 +142,6 @@ def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
     return _close(gold, prediction, options)
 
 
-def _with_constant_of(gold: Node, prediction: Node) -> Node:
-    """x^2 + c as x^2 + C: the name of the constant of integration is free."""
-    if gold[0] != "add" or prediction[0] != "add":
-        return prediction
-    mine, theirs = symbols(gold) - symbols(prediction), symbols(prediction) - symbols(gold)
-    if mine == {"C"} and len(theirs) == 1 and theirs <= _CONSTANTS:
-        return renamed(prediction, dict.fromkeys(theirs, "C"))
-    return prediction
-
-
 def _marked(node: Node, mark: str) -> Node | None:
     """What stands before a percent or degree sign."""
     if node[0] == mark:
@@ -146,7 +153,7 @@ def _marked(node: Node, mark: str) -> Node | None:
 
 def _close(gold: Node, prediction: Node, options: MathOptions) -> bool:
     if same_value(gold, prediction):
-        return True
+        return not is_log_without_bars(gold, prediction)
     if options.decimal_rtol <= 0 or not (has(gold, "dec") or has(prediction, "dec")):
         return False
     if symbols(gold) or symbols(prediction):
@@ -177,12 +184,8 @@ def _same_items(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     return _same_unordered(left, right, options, is_set="set" in (gold[0], prediction[0]))
 
 
-def _same_unordered(
-    left: tuple[Shape, ...], right: tuple[Shape, ...], options: MathOptions, *, is_set: bool
-) -> bool:
-    """Each predicted item is a gold item, and each gold item is predicted; what the gold repeats must be
-    repeated.
-    """
+def _same_unordered(left: Items, right: Items, options: MathOptions, *, is_set: bool) -> bool:
+    """Each item has its like on the other side; what the gold repeats must be repeated."""
     plain = [
         [item[1][1] for item in items if item[0] == "scalar" and item[1][0] == "num"]
         for items in (left, right)
@@ -214,9 +217,7 @@ def _same_across(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     one, other = (gold, prediction) if gold[0] in ("many", "set") else (prediction, gold)
     if one is gold:
         return len(one[-1]) == 1 and same(one[-1][0], other, options)
-    return 0 < len(one[-1]) <= 8 and all(
-        same(other, item, options) for item in one[-1]
-    )  # 7 and 7 is no hedge
+    return 0 < len(one[-1]) <= 8 and all(same(other, item, options) for item in one[-1])  # 7 and 7
 
 
 def _same_assigned(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
@@ -244,13 +245,9 @@ def _same_matrix(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         left, right = gold[1], prediction[1]
         if len(left) != len(right) or len(left[0]) != len(right[0]):
             return False
-        pairs = (
-            (a, b) for row, other in zip(left, right, strict=True) for a, b in zip(row, other, strict=True)
-        )
+        pairs = zip(itertools.chain(*left), itertools.chain(*right), strict=True)
         return all(_same_number(a, b, options) for a, b in pairs)
     matrix, other = (gold, prediction) if gold[0] == "matrix" else (prediction, gold)
-    if matrix is prediction and len(matrix[1]) == len(matrix[1][0]) == 1:
-        return same(gold, ("scalar", matrix[1][0][0]), options)
     if not options.loose_shapes or other[0] != "seq" or 1 not in (len(matrix[1]), len(matrix[1][0])):
         return False
     vector = tuple(("scalar", entry) for row in matrix[1] for entry in row)
@@ -264,43 +261,32 @@ def _same_ratio(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         if not options.loose_shapes or other[0] != "scalar" or len(ratio[1]) != 2 or ("dots",) in ratio[1]:
             return False
         quotient = ("div", *ratio[1])
-        return (
-            _same_number(quotient, other[1], options)
-            if ratio is gold
-            else _same_number(other[1], quotient, options)
-        )
+        sides = (quotient, other[1]) if ratio is gold else (other[1], quotient)
+        return _same_number(*sides, options)
     left, right = gold[1], prediction[1]
-    if len(left) != len(right) or [part == ("dots",) for part in left] != [
-        part == ("dots",) for part in right
-    ]:
+    if [part == ("dots",) for part in left] != [part == ("dots",) for part in right]:
         return False
     pairs = [(a, b) for a, b in zip(left, right, strict=True) if a != ("dots",)]
     if all(same_value(a, b) for a, b in pairs):
         return True
-    if ("dots",) in left or (_is_time(left) and _is_time(right)):
+    if ("dots",) in left:
         return False
     first, second = pairs[0]
     return all(same_value(("mul", (a, second)), ("mul", (b, first))) for a, b in pairs[1:])
 
 
 def _same_residue(gold: Shape, prediction: Shape) -> bool:
-    """3 (mod 7) is 10 (mod 7), and 3."""
-    (_, left, modulus), other = (gold, prediction) if gold[0] == "residue" else (prediction, gold)
+    """3 (mod 7) is 10 (mod 7), 7k + 3, and 3."""
+    residue, other = (gold, prediction) if gold[0] == "residue" else (prediction, gold)
+    _, left, modulus = residue
     remainder = ("fn", "mod", (left, modulus))
+    if other[0] != "residue" and (found := residue_class(other)) is not None:
+        other = found
     if other[0] == "residue":
-        others_remainder = ("fn", "mod", (other[1], modulus))
-        return same_value(modulus, other[2]) and same_value(remainder, others_remainder)
-    return other[0] == "scalar" and same_value(remainder, other[1])
-
-
-def _is_time(parts: tuple[Node, ...]) -> bool:
-    hours, minutes = parts[0], parts[1]
-    return (
-        hours[0] == minutes[0] == "num"
-        and hours[1] <= 24
-        and 0 <= minutes[1] < 60
-        and (minutes[1] >= 10 or minutes[1] == 0)
-    )
+        return same_value(modulus, other[2]) and same_value(remainder, ("fn", "mod", (other[1], modulus)))
+    if other[0] != "scalar":
+        return False
+    return same_value(remainder, other[1]) or (residue is gold and same_value(left, other[1]))
 
 
 def _same_pieces(left: tuple[Any, ...], right: tuple[Any, ...], options: MathOptions) -> bool:
@@ -319,7 +305,13 @@ def _same_named(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
 
     Two different variables are different answers; a function may be renamed.
     """
+    for one, other in ((gold, prediction), (prediction, gold)):
+        if one[0] == "named" and one[2][0] == other[0] == "many" and other[2][0][0] == "equation":
+            spread = ("many", "or", tuple(("named", one[1], item, one[3]) for item in one[2][2]))
+            return same(spread, other, options) if one is gold else same(other, spread, options)
     if gold[0] == "named" and prediction[0] == "named":
+        if gold[1].isupper() and prediction[1].islower() and prediction[2][0] == "region":
+            return same(gold[2], prediction[2], options)  # D = [2, 7] is 2 <= x <= 7
         is_function = gold[1].endswith("()") or prediction[1].endswith("()")
         if gold[1] == prediction[1] or is_function or "" in (gold[1], prediction[1]):
             inner = prediction[2]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
-from rewards.math_equation import renamed
-from rewards.math_text import Shape
-from rewards.math_value import symbols
+from rewards.math_region import linear
+from rewards.math_text import MathError, Node, Shape, Undefined
+from rewards.math_tree import renamed, symbols
+from rewards.math_value import BUDGET, Evaluator
 
 _NAME = r"(?P<{0}>[a-zA-Z])"
 _SIGN = r"(?:[+*]|\\ast)"
@@ -34,14 +36,13 @@ _RELATION = r"(?:[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant)(?![a-zA-Z]))"
 _IN_BRACKETS = re.compile(rf"\((?P<relation>[^()]*{_RELATION}[^()]*)\)\s*$")
 _OF_AN_INDEX = re.compile(r"\s*[nkmpqijN]\s*(?:\\geq?(?:slant)?|>)\s*[012]\s*")
 _MAY_HOLD_ONE = re.compile(rf"\\in(?![a-z])|\\text|{_RELATION}")
+_INDICES = frozenset("knmt")
 _REASONS = ("\\text{since", "\\text{because", "\\text{as ", "\\because")
 _TAIL_CHARS, _MAX_CONDITIONS = 120, 3
 
 
 class Conditions(NamedTuple):
-    """`members`: (variable, domain) pairs, the domain "" if it is only said to be an integer; `relations`:
-    texts.
-    """
+    """`members`: (variable, domain), the domain "" if it is merely an integer; `relations`: texts."""
 
     members: tuple[tuple[str, str], ...]
     relations: tuple[str, ...]
@@ -58,8 +59,7 @@ def split_conditions(text: str) -> tuple[str, Conditions]:
     relations: list[str] = []
     for _ in range(_MAX_CONDITIONS):
         tail = text[-_TAIL_CHARS:]
-        found = _DOMAIN.search(tail)
-        found = found or _IN_BRACKETS.search(tail)
+        found = _DOMAIN.search(tail) or _IN_BRACKETS.search(tail)
         if found is None:
             break
         rest = text[: len(text) - len(tail) + found.start()]
@@ -73,7 +73,8 @@ def split_conditions(text: str) -> tuple[str, Conditions]:
             is_apart = is_apart or found.group("spoken") is not None
             if not is_apart or not re.search(rf"(?<![a-zA-Z\\]){name}(?![a-zA-Z])", rest):
                 break
-            members.append((name, _domain(found)))
+            domain = found.group("domain") or ""
+            members.append((name, "Z+" if found.group("mark") and domain in "NZ" else domain))
         elif len(rest) < 2 and not rest.isdigit():  # P(X > 1)
             break
         elif _OF_AN_INDEX.fullmatch(relation):
@@ -84,17 +85,11 @@ def split_conditions(text: str) -> tuple[str, Conditions]:
     return text, Conditions(tuple(members), tuple(relations))
 
 
-def _domain(found: re.Match[str]) -> str:
-    domain = found.group("domain") or ""
-    return "Z+" if found.group("mark") and domain in "NZ" else domain
-
-
 def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
     """Whether two shapes, of which one at least is ("given", shape, members, relations), are one answer."""
     left, members, relations = gold[1:] if gold[0] == "given" else (gold, (), ())
-    right, other_members, other_relations = (
-        prediction[1:] if prediction[0] == "given" else (prediction, (), ())
-    )
+    is_given = prediction[0] == "given"
+    right, other_members, other_relations = prediction[1:] if is_given else (prediction, (), ())
     if len(relations) != len(other_relations) or not all(map(same, relations, other_relations)):
         return False
     domains = {domain for _, domain in members} | {domain for _, domain in other_members}
@@ -105,3 +100,71 @@ def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape,
     if len(mine) == len(theirs) == 1 and not free.isdisjoint(mine | theirs):
         right = renamed(right, dict(zip(theirs, mine, strict=True)))
     return same(left, right)
+
+
+def residue_class(item: Shape) -> Shape | None:
+    """3 (mod 7) as ("residue", 3, 7) for 7k + 3, where k is any whole number."""
+    members = item[2] if item[0] == "given" and not item[3] else ()
+    inner = item[1] if members else item
+    inner = inner[2] if inner[0] == "named" and len(inner[1]) == 1 else inner  # not the terms a_n
+    if inner[0] == "residue" or len(members) > 1 or (members and members[0][1] != "Z"):
+        return inner if inner[0] == "residue" else None
+    names = symbols(inner[1]) if inner[0] == "scalar" else frozenset()
+    if len(names) != 1 or not names <= (frozenset(members[0][:1]) if members else _INDICES):
+        return None
+    try:
+        step, rest, _ = linear(inner[1])
+    except MathError:
+        return None
+    is_whole = step and step.denominator == rest.denominator == 1
+    return ("residue", ("num", rest), ("num", abs(step))) if is_whole else None
+
+
+# Equations and inequalities, up to a constant factor -------------------------------------------------------
+_FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
+
+
+def as_equation(item: Shape) -> Node | None:
+    """The tree that an equation says is zero; None for a shape that says no equation of variables."""
+    if item[0] == "equation":
+        return item[1]
+    if item[0] == "named" and item[2][0] == "scalar" and not item[1].endswith("()"):
+        return ("add", (("sym", item[1]), ("neg", item[2][1])))
+    return None
+
+
+def same_inequality(gold: Shape, prediction: Shape) -> bool:
+    """Whether two inequalities differ by a constant factor, and point the other way if it is negative."""
+    if _FLIPPED[gold[1]] != _FLIPPED[prediction[1]]:
+        return False
+    factor = proportion(gold[2], prediction[2])
+    if factor is None:
+        return False
+    return gold[1] == "!=" or (factor > 0) == (gold[1][0] == prediction[1][0])
+
+
+def proportion(left: Node, right: Node) -> Any:
+    """The constant c with left = c right for all values of the variables, or None."""
+    names = symbols(left)
+    if names != symbols(right) or not names:
+        return None
+    budget: list[float] = [BUDGET]
+    factor = None
+    for point in (0, 1, 2, 3):
+        evaluator = Evaluator(point, budget)
+        try:
+            a, b = evaluator.value(left), evaluator.value(right)
+        except Undefined:
+            continue
+        if a == 0 or b == 0:
+            return None
+        quotient = evaluator.combine(a, b, "/")
+        if isinstance(quotient, evaluator.mp.mpc):
+            return None
+        if factor is None:
+            factor = quotient
+            continue
+        difference = evaluator.combine(quotient, -factor, "+")
+        if difference != 0 and abs(difference) > abs(factor) * Fraction(1, 2**120):
+            return None
+    return factor

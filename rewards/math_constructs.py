@@ -1,6 +1,4 @@
-"""Commands with arguments (roots, functions, sums, environments), and the marks that follow a value (^, _,
-°).
-"""
+"""Commands with arguments (roots, sums, environments), and the marks behind a value (^, _, °)."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from rewards.math_text import Node, TooComplex, Unparsable, Unsupported
+from rewards.math_tree import replaced
 from rewards.math_units import parse_unit
 from rewards.math_words import split
 
@@ -20,7 +19,9 @@ _PLAIN_ARGUMENT = frozenset(("num", "dec", "sym", "const", "cmd", "open"))
 _FUNCTION_NAMES = tuple(("sym", name) for name in "fgh")
 _IF, _OTHERWISE = split("if when for where 当 若"), split("otherwise else 其他 其它")
 _ORDINALS = frozenset(f"{{{ending}}}" for ending in ("th", "st", "nd", "rd"))
+_TRANSPOSED = ("T", "\\top", "\\intercal", "t")
 _BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
+_OF_SETS = split("max min gcd lcm")
 _INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
 
 
@@ -52,8 +53,11 @@ def command(parser: Parser, name: str) -> Node:
             degree = parser.sum()
             parser.expect("]")
         return ("fn", "root", (digit_argument(parser), degree))
-    if name == "accent":
-        return ("sym", "accent " + raw_argument(parser))
+    if name in ("accent", "vector"):
+        letter = raw_argument(parser)
+        if letter.strip("\\").removesuffix("math") in ("i", "j", "k"):
+            return ("sym", "unit " + letter.strip("\\")[0])
+        return ("sym", f"{name} {letter}")
     if name == "begin":
         return environment(parser)
     raise Unparsable(f"\\{name} is out of place")
@@ -86,7 +90,7 @@ def function(parser: Parser, name: str) -> Node:
         name, power = "a" + name, None
     if parser.kind() == "rel":  # max = 5
         return ("sym", name)
-    arguments = _arguments(parser)
+    arguments = _arguments(parser, name)
     if name == "log" and index is not None:
         arguments = (*arguments, index)
     elif index is not None:
@@ -95,15 +99,17 @@ def function(parser: Parser, name: str) -> Node:
     return ("pow", node, power) if power is not None else node
 
 
-def _arguments(parser: Parser) -> tuple[Node, ...]:
+def _arguments(parser: Parser, name: str) -> tuple[Node, ...]:
     """The bracket after a function, or the product up to the next sign or function: \\sin 2x \\cos x."""
-    if parser.kind() == "op" and parser.value() in ("(", "[", "{"):
-        node = parser.bracket(parser.take()[1])
-        return (
-            node[3] if node[0] == "seq" else node[2] if node[0] in ("list", "set") and node[-1] else (node,)
-        )
+    if parser.kind() == "op" and (
+        parser.value() in ("(", "[", "{") or (parser.value() == "\\{" and name in _OF_SETS)
+    ):
+        opener = parser.take()[1]
+        node = parser.bracket(opener)
+        is_listed = node[0] in ("seq", "list") or (node[0] == "set" and opener in ("{", "\\{"))
+        return node[-1] if is_listed and node[-1] else (node,)
     if parser.accept("-"):
-        return (("neg", _arguments(parser)[0]),)
+        return (("neg", _arguments(parser, name)[0]),)
     node = parser.power()
     while parser.kind() in _PLAIN_ARGUMENT or (parser.kind() == "op" and parser.value() == "{"):
         if parser.kind() == "cmd" and parser.value() not in ("frac", "sqrt", "binom"):
@@ -133,14 +139,8 @@ def big(parser: Parser, kind: str) -> Node:
     body = parser.product()
     parser.depth -= 1
     if low[2][0] == ("const", "i"):  # an index here, not the imaginary unit
-        body = _replaced(body, ("const", "i"), ("sym", "i"))
+        body = replaced(body, ("const", "i"), ("sym", "i"))
     return ("big", kind, low[2][0][1], low[2][1], high, body)
-
-
-def _replaced(node: Node, old: Node, new: Node) -> Node:
-    if node == old:
-        return new
-    return tuple(_replaced(part, old, new) for part in node) if isinstance(node, tuple) else node
 
 
 def environment(parser: Parser) -> Node:
@@ -192,7 +192,7 @@ def _spoken_condition(parser: Parser) -> list[Node]:
 
 def exponent(parser: Parser, base: Node) -> Node:
     braced = parser.value() == "{" and parser.peek(1)[0] == "circ" and parser.peek(2)[1] == "}"
-    if braced or parser.kind() == "circ":
+    if braced or parser.kind() == "circ" or (base[0] == "num" and parser.peek()[2] == "o"):
         parser.at += 3 if braced else 1
         return _degrees(parser, base)
     if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
@@ -208,9 +208,13 @@ def exponent(parser: Parser, base: Node) -> Node:
     if base in _FUNCTION_NAMES and [parser.peek(ahead)[2] for ahead in range(5)] == ["{", "-", "1", "}", "("]:
         parser.at += 4  # f^{-1}(x): the inverse of f
         return parser.named(base[1] + "^{-1}")
-    if base[0] == "matrix" and parser.value() == "T":
-        parser.take()
-        return ("transpose", base)
+    if (
+        base[0] in ("matrix", "seq")
+        and (parser.peek(1)[2] if parser.value() == "{" else parser.peek()[2]) in _TRANSPOSED
+    ):
+        raw_argument(parser)
+        row = base[3] if base[0] == "seq" else ()
+        return ("transpose", base) if not row else ("matrix", tuple((entry,) for entry in row))
     if parser.kind() == "op" and parser.value() in ("*", "+"):
         if base[0] != "sym":
             raise Unparsable("a mark on a value")
@@ -279,3 +283,29 @@ def subscript(parser: Parser, node: Node) -> Node:
     if node[0] in ("mul", "fn", "call", "sym", "text"):
         return ("sym", f"{node[1]}_{index}")
     raise Unparsable("a subscript on a value")
+
+
+def read_mixed(parser: Parser, factors: list[Node]) -> Node:
+    """2 1/3, at its second number."""
+    whole, top, slash, bottom = factors[0], parser.peek(), parser.peek(1), parser.peek(2)
+    if (
+        len(factors) == 1
+        and slash[1] == "/"
+        and whole[0] == top[0] == bottom[0] == "num"
+        and 0 < top[1] < bottom[1]
+    ):
+        parser.at += 3
+        return ("num", whole[1] + top[1] / bottom[1])
+    raise Unparsable("two numbers without an operator")
+
+
+def as_mixed(node: Node, right: Node) -> Node:
+    """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
+    if right[0] in ("percent", "deg"):
+        return (right[0], as_mixed(node, right[1]))
+    if right[0] == "div" and right[1][0] == "num" and right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
+        whole = node[1][1] if node[0] == "neg" else node[1]
+        if isinstance(whole, Fraction) and whole.denominator == 1:
+            total: Node = ("num", whole + right[1][1] / right[2][1])
+            return ("neg", total) if node[0] == "neg" else total
+    return ("mul", (node, right))

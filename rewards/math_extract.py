@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rewards.math_boxes import BETWEEN_SPACE, BOX, CONNECTED, MAX_BOXES, TEXT_WRAPPER, are_connected, boxes
+from rewards.math_units import is_unit_word
 from rewards.math_words import split
 from rl.types import Reason
 
@@ -20,9 +21,7 @@ _TAIL_CHARS = 20_000  # without a box, the answer is in the last part of a compl
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """`answers` has several texts where several boxes or formulas are one answer; if it is empty, `reason`
-    says why.
-    """
+    """Several `answers` where several boxes are one answer; if it is empty, `reason` says why."""
 
     answers: tuple[str, ...]
     reason: Reason = Reason.NO_ANSWER
@@ -46,15 +45,24 @@ _FINAL = re.compile(
     r"final\s{1,3}answer\s{0,3}:?\**\s{0,3}:?\s{0,3}(?:the\s)?(?:final\s)?answer\s{1,3}is\s{0,3}:?",
     re.IGNORECASE,
 )
+_LABELS = """
+answer result option choice antwort lösung ergebnis réponse résultat respuesta solución resultado risposta
+resposta ответ відповідь отговор cevap jawaban svar antwoord 答え 答 정답 답 الجواب الإجابة उत्तर
+"""
+_LETTER_AFTER = re.compile(r"\n\W*(?:final )?answer\W{0,5}[:：]\W{0,5}([A-J])\W*$", re.IGNORECASE)
 _STATED = re.compile(
-    r"(?:answer|result|option|choice)\s{0,3}\**\s{0,3}(?:is|are|=|:|：|≈)+\s{0,3}(?:approximately|about)?|(?:答案|结果)\s*(?:应?[为是]|[:：=])+|答[:：]|选项?\s?(?:[为是:：]\s?)?(?=[A-J(（])",
+    rf"(?:{'|'.join(_LABELS.split())})\s{{0,3}}\**\s{{0,3}}(?:(?:is|are|ist|est|es|è|é|はは|は|은|는|هو|هي)(?![a-z])|[=:：≈]|\s[-–—]\s)+"
+    r"\s{0,3}(?:approximately|about)?|\bans\.|(?:答案|结果)\s*(?:应?[为是]|[:：=])+|选项?\s?(?:[为是:：]\s?)?(?=[A-J(（])"
+    r"|(?:must be|choose|pick|select)\s(?:option\s|choice\s)?(?=\(?(?-i:[A-HJ])\)?(?:[.\s]|$))",
     re.IGNORECASE,
 )
+_MARKDOWN = re.compile(r"__([^_\n]+)__|^>+\s*", re.MULTILINE)
 _HASHES = re.compile(r"####\s*([^\n]+)")
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _CONNECTIVE = re.compile(r"^(?:therefore|thus|hence|so|then|finally|also)[,:]?\s+", re.IGNORECASE)
 _CLAUSE = re.compile(
-    r"\s*[,(]?\s(?:because|since|as|which|so|where|when|given|but|(?:and )?not)\s.*",
+    r"\s*[,(]?\s(?:because|since|as|which|so|where|when|given|but|(?:and )?not|I (?:think|believe|guess))"
+    r"(?:\s.*|$)",
     re.IGNORECASE | re.DOTALL,
 )
 _QUALIFIED = re.compile(
@@ -63,7 +71,7 @@ _QUALIFIED = re.compile(
 _HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
 _DELIMITER = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]|\n")
 _CLOSES = {"\\(": "\\)", "\\[": "\\]", "$": "$", "$$": "$$"}
-_SENTENCE_END = re.compile(r"\n|[.!?。！？](?=\s|$|\*)|(?<=[^\d\s])\.(?=[A-Z])")
+_SENTENCE_END = re.compile(r"\n|[。！？]|[.!?](?=\s|$|\*)|(?<=[^\d\s])\.(?=[A-Z])")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.\\^])(?:\d{1,2}:\d{2}(?![\d:])|[-−+]?\s?(?:[$€£¥]\s?)?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:[.,]\d+)?(?:\s?/\s?\d+)?(?:\s?%|\\%)?)(?![A-Za-z]*\d)"
@@ -104,6 +112,8 @@ def extract(completion: str, mode: Literal["any", "stated", "boxed"] = "any") ->
             return Extraction((), Reason.TRUNCATED, "the last box is not closed")
         if boxed:
             tail = text[max(end_of_box, len(text) - _TAIL_CHARS) :]
+            if mode != "boxed" and len(tail) > 8 and (letter := _LETTER_AFTER.search(tail)):
+                return _nonempty((letter[1],) if len(boxed[0].strip(" ()")) > 1 else (*boxed, letter[1]))
             final = _last(_FINAL, tail) if len(tail) > 20 and mode != "boxed" else None
             return _nonempty(boxed if final is None else _stated(tail[final.end() :]))
     if mode == "boxed":
@@ -158,6 +168,8 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 def _unboxed(text: str, mode: str) -> tuple[str, ...]:
     if (hashes := _last(_HASHES, text)) is not None:
         return (hashes.group(1),)
+    if "__" in text or text[:1] == ">":
+        text = _MARKDOWN.sub(r"\1", text)
     stated = _last(_STATED, text)
     whole = _CONNECTIVE.sub("", text.strip(), count=1)
     if stated is not None and (answer := _stated(text[stated.end() :])):
@@ -185,11 +197,7 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
             if content.strip():
                 found.append((opened.start(), match.end(), content))
             opened = None
-        elif (
-            (token == "\n" and opened.group() == "$")
-            or token in ("\\(", "\\[")
-            or (token == "$$" and opened.group() == "$")
-        ):
+        elif token in ("\\(", "\\[") or (token in ("\n", "$$") and opened.group() == "$"):
             opened = match if token in _CLOSES else None
     return found
 
@@ -201,13 +209,17 @@ def _looks_bare(text: str) -> bool:
         pieces.append(text[start:opening])
         start = end
     outside = TEXT_WRAPPER.sub("", " ".join((*pieces, text[start:])))
-    words = [word for word in _WORD.findall(outside) if word.lower() not in _MATH_WORDS]
-    return len(words) <= 1 and _LABEL.search(outside) is None and _CJK_WORDS.search(outside) is None
+    words = [word for word in _WORD.findall(outside) if not is_unit_word(word)]
+    words = [word for word in words if word.lower() not in _MATH_WORDS]
+    return len(words) <= 1 and _LABEL.search(outside) is None and _FOREIGN_WORDS.search(outside) is None
 
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MATH_WORDS = split("and or equals sqrt pi sin cos tan ln log frac")
-_CJK_WORDS = re.compile("[\u3400-\u9fff]{4}")
+# Four ideographs, two kana, Cyrillic or other letters, or a row of a table.
+_FOREIGN_WORDS = re.compile(
+    r"[\u3400-\u9fff]{4}|[\u0400-\u065f\u066e-\u06ef\u0900-\u0963\u3040-\u30ff\uac00-\ud7af]{2}|\|\s.*\s\|\s.*\s\|"
+)
 _LABEL = re.compile(r"[\w)]\s{0,9}:(?!\d)\s{0,9}\S")
 
 
@@ -232,11 +244,9 @@ def _connected_formulas(text: str, found: list[tuple[int, int, str]], first: int
     """A formula and those that follow it with nothing but "and" or commas between."""
     answers = [found[first][2]]
     last = first
-    while (
-        last + 1 < len(found)
-        and last - first < MAX_BOXES
-        and are_connected(text[found[last][1] : found[last + 1][0]])
-    ):
+    while last + 1 < len(found) and last - first < MAX_BOXES:
+        if not are_connected(text[found[last][1] : found[last + 1][0]]):
+            break
         last += 1
         answers.append(found[last][2])
     sign = _PERCENT_AFTER.match(text, found[last][1])
@@ -245,6 +255,7 @@ def _connected_formulas(text: str, found: list[tuple[int, int, str]], first: int
     return tuple(answers)
 
 
+_UNIT_AFTER = re.compile(r"\s?([A-Za-z]+)(?:\^\d)?")
 _PERCENT_AFTER = re.compile(r"\s?(?:\\?%|percent|pct)")
 
 
@@ -266,8 +277,13 @@ def _last_numbers(text: str) -> tuple[str, ...]:
     qualified = _QUALIFIED.search(text, max(0, found[-1].start() - 12), found[-1].start())
     if qualified is not None and qualified.end() == found[-1].start():  # "at least 7" is not 7
         return (text[qualified.start() : found[-1].end()],)
-    while first and CONNECTED.fullmatch(
-        BETWEEN_SPACE.sub("", text[found[first - 1].end() : found[first].start()])
-    ):
+    after = _UNIT_AFTER.match(text, found[-1].end())
+    while first:
+        between = text[found[first - 1].end() : found[first].start()]
+        unit = _UNIT_AFTER.match(between)
+        is_unit = unit is not None and (is_unit_word(unit[1]) or (after is not None and unit[1] == after[1]))
+        is_listed = unit is not None and is_unit and are_connected(between[unit.end() :])  # 12 cm or 13 cm
+        if not is_listed and not CONNECTED.fullmatch(BETWEEN_SPACE.sub("", between)):
+            break
         first -= 1
     return tuple(match.group() for match in found[first:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,8 @@ def power(evaluator: Evaluator, base: Number, exponent: Number) -> Number:
             rooted = _exact_root(base, exponent.denominator)
             if rooted is not None and _power_bits(rooted, exponent) <= MAX_POWER_BITS:
                 return evaluator.exact(rooted**exponent.numerator)
-    if (
-        isinstance(exponent, Fraction)
-        and exponent.denominator % 2
-        and exponent.denominator > 1
-        and _is_negative(evaluator, base)
-    ):
+    is_odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 and exponent.denominator > 1
+    if is_odd_root and not isinstance(base, evaluator.mp.mpc) and base < 0:
         size = power(evaluator, -base, exponent)
         return -size if exponent.numerator % 2 else size
     mp = evaluator.mp
@@ -69,10 +66,6 @@ def power(evaluator: Evaluator, base: Number, exponent: Number) -> Number:
 def _power_bits(base: Fraction, exponent: Fraction) -> int:
     size = max(base.numerator.bit_length(), base.denominator.bit_length())
     return 0 if size <= 1 else int(abs(exponent) * size)
-
-
-def _is_negative(evaluator: Evaluator, value: Number) -> bool:
-    return not isinstance(value, evaluator.mp.mpc) and value < 0
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
@@ -128,7 +121,7 @@ def _gamma(evaluator: Evaluator, value: Number) -> Number:
 
 def _binomial(evaluator: Evaluator, n: Number, k: Number) -> Number:
     if all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k)):
-        return _chosen(math.comb)(evaluator, n, k)
+        return _whole(math.comb, 20_000, "a choice")(evaluator, n, k)
     one = Fraction(1)
     top = _gamma(evaluator, evaluator.combine(n, one, "+"))
     left = _gamma(evaluator, evaluator.combine(k, one, "+"))
@@ -136,38 +129,20 @@ def _binomial(evaluator: Evaluator, n: Number, k: Number) -> Number:
     return evaluator.combine(top, evaluator.combine(left, right, "*"), "/")
 
 
-def _chosen(count: Callable[[int, int], int]) -> Callable[..., Number]:
-    """`math.comb` or `math.perm` of whole numbers, bounded."""
+def _whole(compute: Callable[..., int], limit: float, name: str) -> Callable[..., Number]:
+    """A function of whole numbers, bounded."""
 
-    def function(evaluator: Evaluator, n: Number, k: Number) -> Number:
-        if not all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k)):
-            raise Unsupported("a choice out of a number that is not whole")
-        if k < 0 or n < 0:
-            raise Undefined("a binomial coefficient of negative numbers")
-        if n > 20_000:
-            raise TooComplex("a binomial coefficient of large numbers")
-        evaluator.charge(1 + float(n) / 10)
-        return evaluator.exact(Fraction(count(int(n), int(k))))
+    def function(evaluator: Evaluator, *values: Number) -> Number:
+        if any(not isinstance(value, Fraction) or value.denominator != 1 for value in values):
+            raise Unsupported(f"{name} of a number that is not whole")
+        if min(values) < 0 and compute is not operator.mod:
+            raise Undefined(f"{name} of negative numbers")
+        if max(values) > limit:
+            raise TooComplex(f"{name} of large numbers")
+        evaluator.charge(1 + float(max(values)) / 10 if limit < math.inf else 1)
+        return evaluator.exact(Fraction(compute(*map(int, values))))
 
     return function
-
-
-def _double_factorial(evaluator: Evaluator, value: Number) -> Number:
-    """n (n - 2) (n - 4) ..."""
-    if not isinstance(value, Fraction) or value.denominator != 1 or value < 0:
-        raise Unsupported("the double factorial of a number that is not whole")
-    if value > MAX_FACTORIAL:
-        raise TooComplex(f"the double factorial of a number above {MAX_FACTORIAL}")
-    evaluator.charge(1 + float(value) / 10)
-    return evaluator.exact(Fraction(math.prod(range(int(value), 0, -2))))
-
-
-def _remainder(evaluator: Evaluator, value: Number, modulus: Number) -> Number:
-    if not all(isinstance(number, Fraction) and number.denominator == 1 for number in (value, modulus)):
-        raise Unsupported("a remainder of numbers that are not whole")
-    if modulus == 0:
-        raise Undefined("a remainder after division by zero")
-    return value % modulus
 
 
 def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
@@ -206,17 +181,11 @@ def _zeta(evaluator: Evaluator, value: Number) -> Number:
 def _logarithm(evaluator: Evaluator, value: Number, base: Number | None = None) -> Number:
     if value == 0:
         raise Undefined("the logarithm of zero")
-    if (
-        isinstance(value, Fraction)
-        and isinstance(base, Fraction)
-        and base > 1
-        and base.denominator == 1
-        and value > 0
-    ):
+    whole = isinstance(base, Fraction) and base.denominator == 1 < base
+    if isinstance(value, Fraction) and isinstance(base, Fraction) and whole and value > 0:
         number, sign = (value.numerator, 1) if value.denominator == 1 else (value.denominator, -1)
-        exponent = (
-            round(math.log(number) / math.log(base)) if value.numerator == 1 or value.denominator == 1 else 0
-        )
+        number = 1 if min(value.numerator, value.denominator) > 1 else number
+        exponent = round(math.log(number) / math.log(base))
         if exponent and _power_bits(base, Fraction(exponent)) < MAX_POWER_BITS and base**exponent == number:
             return Fraction(sign * exponent)
     if value == 1:
@@ -303,26 +272,20 @@ FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: _plain(name, _ANY) for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh", "erf")},
     "zeta": _zeta,
     "erf": _plain("erf", 10, cost=100),
-    "sec": _reciprocal("cos", _ANGLE),
-    "csc": _reciprocal("sin", _ANGLE),
-    "cot": _reciprocal("tan", _ANGLE),
-    "sech": _reciprocal("cosh", _GROWTH),
-    "csch": _reciprocal("sinh", _GROWTH),
-    "coth": _reciprocal("tanh", _GROWTH),
-    "acot": _inverse_reciprocal("atan"),
-    "asec": _inverse_reciprocal("acos"),
-    "acsc": _inverse_reciprocal("asin"),
-    "acoth": _inverse_reciprocal("atanh"),
-    "ln": _logarithm,
-    "log": _logarithm,
+    **{name: _reciprocal(of, _ANGLE) for name, of in (("sec", "cos"), ("csc", "sin"), ("cot", "tan"))},
+    **{name: _reciprocal(of, _GROWTH) for name, of in (("sech", "cosh"), ("csch", "sinh"), ("coth", "tanh"))},
+    **{f"a{name}": _inverse_reciprocal(f"a{of}") for name, of in (("cot", "tan"), ("sec", "cos"))},
+    **{f"a{name}": _inverse_reciprocal(f"a{of}") for name, of in (("csc", "sin"), ("coth", "tanh"))},
+    **dict.fromkeys(("ln", "log"), _logarithm),
     "lg": lambda evaluator, value: _logarithm(evaluator, value, Fraction(10)),
     "root": root,
+    "cis": lambda evaluator, angle: evaluator.checked(evaluator.mp.expj(evaluator.real(angle))),
     "abs": _absolute,
     "gamma": _gamma,
     "binom": _binomial,
-    "perm": _chosen(math.perm),
-    "double factorial": _double_factorial,
-    "mod": _remainder,
+    "perm": _whole(math.perm, 20_000, "a choice"),
+    "double factorial": _whole(lambda n: math.prod(range(n, 0, -2)), MAX_FACTORIAL, "a factorial"),
+    "mod": _whole(operator.mod, math.inf, "a remainder"),
     "floor": _rounded(up=False),
     "ceil": _rounded(up=True),
     "max": _extreme(max),

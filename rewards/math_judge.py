@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from rewards import math_symbolic
 from rewards.math_boxes import boxes
-from rewards.math_choices import choice_letters
 from rewards.math_compare import is_multiple, same
 from rewards.math_conditions import split_conditions
 from rewards.math_extract import extract, is_blank
@@ -22,7 +21,7 @@ from rewards.math_parse import parse
 from rewards.math_probe import constant
 from rewards.math_shape import shape
 from rewards.math_text import MathError, Node, Shape, TooComplex, Undefined, Unsupported, clean, text_key
-from rewards.math_value import symbols
+from rewards.math_tree import symbols
 from rl.types import Reason
 
 Verdict = tuple[Reason, str]
@@ -48,6 +47,27 @@ _CAN_BE_UNDEFINED = re.compile(
 )  # a zero, written or made by a subtraction, or an infinity
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?=[\s,.;])")
 _UNUSABLE = frozenset(("?", "n/a", "na", "nan", "\\text{nan}", "null", "-", "--", "..."))
+_CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:answer|option|choice)\s*(?:is)?\s*:?\s*|(?:故?选项?|答案)\s*[为是:]?\s*)?"
+    r"([(\[]?)([A-J])(?:([)\].:]+)\s*(.*)|\s*)",
+    re.IGNORECASE,
+)
+_MARK = "[A-J①-⑳]"
+_MARKS = re.compile(_MARK)
+_CHOICES = re.compile(rf"{_MARK}(?:[\s,;&]*(?:and)?[\s,;&]*{_MARK})+|[①-⑳]")
+_OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]:]|\bor\b|\band\b|或")
+# A letter by itself: not in a word, a product or a name, and neither the constant of an integral nor a
+# degree.
+_LONE = re.compile(r"(?<![A-Za-z\\0-9_^'])([A-J])(?![A-Za-z0-9'\\]|\s*[\^_(/*+\\-])")
+_CONSTANT = re.compile(r"(?<=[\w)}\]])\s*\+\s*[A-J](?![A-Za-z])|(?:°|\\circ)\s*[CF](?![A-Za-z])")
+_STYLE = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|boldsymbol)\s*\{([^{}]*)\}"
+    r"|\\[ ,;:!]|\\q?quad(?![a-z])|[{}]"
+)
+
+
+class _UnreadableGold(Exception):
+    """The gold broke the reader, which is no fault of the prediction."""
 
 
 @lru_cache(maxsize=8192)
@@ -115,27 +135,30 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return Reason.BAD_GOLD, "the gold holds no answer"
     if any("\\\\" in text for text in texts):
         texts = tuple(_ESCAPED.sub(r"\\", text) for text in texts)
-    if (problem := _undefined(gold)) is not None:
-        return Reason.BAD_GOLD, problem
+    try:
+        if (problem := _undefined(gold)) is not None:
+            return Reason.BAD_GOLD, problem
+    except Exception as error:
+        return Reason.BAD_GOLD, f"the gold cannot be read: {type(error).__name__}"
     if gold == texts or (len(gold) == len(texts) == 1 and gold[0].strip(" $.\n") == texts[0].strip(" $.\n")):
         return Reason.CORRECT, ""
     if (size := sum(map(len, texts))) > options.max_chars:
         return Reason.TOO_COMPLEX, f"an answer of {size} characters"
     if len(gold) == len(texts) == 1 and (left := plain_number(gold[0])) and (right := plain_number(texts[0])):
-        if left[0] == right[0] or (
-            (left[1] or right[1]) and _within(left[0], right[0], options.decimal_rtol)
-        ):
+        is_decimal = left[1] or right[1]
+        tolerance = Fraction(options.decimal_rtol) * max(abs(left[0]), abs(right[0])) if is_decimal else 0
+        if abs(left[0] - right[0]) <= tolerance:
             return Reason.CORRECT, ""
         if "," not in gold[0] + texts[0]:
             return Reason.WRONG_ANSWER, ""
     try:
         return _judge_shapes(gold, texts, options)
-    except RecursionError:
+    except _UnreadableGold as error:
+        return Reason.BAD_GOLD, str(error)
+    except (RecursionError, MemoryError):
         return Reason.TOO_COMPLEX, "an answer nested too deeply"
-
-
-def _within(left: Fraction, right: Fraction, tolerance: float) -> bool:
-    return abs(left - right) <= Fraction(tolerance) * max(abs(left), abs(right))
+    except Exception as error:  # the gold was read, so whatever this grammar trips over is the answer's
+        return Reason.PARSE_ERROR, f"unreadable: {type(error).__name__}"
 
 
 def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
@@ -156,11 +179,8 @@ def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
         if verdict is None and text_key(gold[0]) == text_key(texts[0]):
             return Reason.CORRECT, ""
         if isinstance(problem, Unsupported) and (verdict is None or problem.evaluates):
-            return (
-                _judge_symbolically(gold[0], texts[0], options)
-                or verdict
-                or (Reason.PARSE_ERROR, str(problem))
-            )
+            found = _judge_symbolically(gold[0], texts[0], options)
+            return found or verdict or (Reason.PARSE_ERROR, str(problem))
     return verdict or (Reason.PARSE_ERROR, f"the gold is compared as text: {problem}")
 
 
@@ -220,6 +240,8 @@ def _gold_shape(texts: Texts, thousands: bool, scientific: bool) -> Shape | Math
         return _shape(texts, thousands, scientific)
     except MathError as error:
         return error
+    except Exception as error:
+        raise _UnreadableGold(f"the gold cannot be read: {type(error).__name__}") from None
 
 
 def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple[Texts, Texts, bool, bool]]:
@@ -232,16 +254,15 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
         yield gold, texts, False, True
     if _SCIENTIFIC.search(everything):
         yield gold, texts, True, False
+    if any("+-" in text for text in texts):  # 4+-2 is 4 - 2, if it is not 4 ± 2
+        yield gold, tuple(text.replace("+-", "-") for text in texts), True, True
     if options.decimal_comma and len(gold) == len(texts) == 1:
-        if (point := _with_point(texts[0], 1)) and ("." in gold[0] or _is_fraction(gold[0])):
+        number = plain_number(gold[0])
+        is_fraction = "." in gold[0] or (number is not None and number[0].denominator > 1)
+        if is_fraction and (point := _with_point(texts[0], 1)):
             yield gold, (point,), True, True
         elif (point := _with_point(gold[0], 2)) and "." in texts[0]:
             yield (point,), texts, True, True
-
-
-def _is_fraction(text: str) -> bool:
-    found = plain_number(text)
-    return found is not None and found[0].denominator > 1
 
 
 def _with_point(text: str, least_decimals: int) -> str | None:
@@ -258,18 +279,49 @@ def _with_point(text: str, least_decimals: int) -> str | None:
 def _judge_symbolically(gold: str, text: str, options: MathOptions) -> Verdict | None:
     """Sympy's verdict, or None where it has none."""
     gold, text = clean(gold), clean(text)
-    if options.symbolic_timeout_s <= 0 or not (
-        math_symbolic.is_askable(gold) and math_symbolic.is_askable(text)
-    ):
+    if options.symbolic_timeout_s <= 0 or not all(map(math_symbolic.is_askable, (gold, text))):
         return None
     try:
         equal = math_symbolic.worker.equal(gold, text, options.symbolic_timeout_s)
     except math_symbolic.SymbolicTimeout as error:
-        return (
-            (Reason.INFRA_ERROR, f"{error} to read the gold")
-            if error.on_gold
-            else (Reason.TIMEOUT, str(error))
-        )
+        on_gold = (Reason.INFRA_ERROR, f"{error} to read the gold")
+        return on_gold if error.on_gold else (Reason.TIMEOUT, str(error))
     except math_symbolic.SymbolicFault as error:
         return Reason.INFRA_ERROR, str(error)
     return None if equal is None else (Reason.CORRECT, "") if equal else (Reason.WRONG_ANSWER, "")
+
+
+# Multiple choice: (B), B. 12, A and C; lists of numbered statements, ①③④ -----------------------------------
+
+
+def choice_letters(gold: str, text: str) -> bool | None:
+    """Whether two multiple-choice answers name the same letters; None if they are not such answers."""
+    if len(gold) > 60 or len(text) > 400 or _MARKS.search(gold) is None:
+        return None
+    expected, given = (_unstyled(each) for each in (gold, text))
+    choice = _CHOICE.fullmatch(expected)
+    if choice is None or not choice.group(2).isupper():
+        if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
+            return set(_MARKS.findall(expected)) == set(_MARKS.findall(given)) or None
+        return None
+    wanted = choice.group(4)
+    if wanted and (choice.group(3)[0] not in ").]" or _OTHER_CHOICE.search(wanted)):
+        return None
+    letters = _CONSTANT.sub("", given)
+    letters = letters.upper() if choice.group(1) and re.match(r"\W*[a-j]\W", letters) else letters
+    if any(letter != choice.group(2) for letter in _LONE.findall(letters)):
+        return False
+    answer = _CHOICE.fullmatch(given)
+    if answer is None or (not answer.group(2).isupper() and not (choice.group(1) or choice.group(3))):
+        return None
+    if (rest := answer.group(4)) and _OTHER_CHOICE.search(rest):
+        return None
+    if rest and not answer.group(1) and len(rest.split()) > 12:
+        return None
+    if rest and wanted and text_key(rest) != text_key(wanted):
+        return None
+    return answer.group(2).upper() == choice.group(2) or None
+
+
+def _unstyled(text: str) -> str:
+    return _STYLE.sub(lambda match: match.group(1) or " ", clean(text)).strip(" .")

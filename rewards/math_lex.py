@@ -12,7 +12,7 @@ from functools import lru_cache
 from string import ascii_letters
 from typing import Any
 
-from rewards.math_text import TooComplex, Unparsable, Unsupported, has_cjk
+from rewards.math_text import TooComplex, Unparsable, Unsupported
 from rewards.math_units import CURRENCIES, is_unit_word, parse_unit
 from rewards.math_words import (
     CALCULUS,
@@ -29,7 +29,6 @@ from rewards.math_words import (
 Token = tuple[str, Any, str]
 
 MAX_EXPONENT = 5000
-
 _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))(?:(\d*)\\dot\s*(?:\{(\d)\}|(\d)))?|\((\d+)\)(?=\s*$))"
 )
@@ -49,23 +48,17 @@ _CONTINUES = frozenset(",{\\ ~'.eE")
 _SEPARATORS = re.compile(r"[^\d.]")
 _ESCAPES: dict[str, tuple[str, str]] = {
     **{sign: ("op", sign) for sign in ("\\{", "\\}", "\\\\")},
-    "\\%": ("op", "%"),
-    "\\_": ("op", "_"),
-    "\\$": ("cur", "$"),
-    "\\&": ("sep", "and"),
-    "\\#": ("text", "#"),
-    "\\|": ("op", "|"),
+    **{f"\\{sign}": ("op", sign) for sign in "%_|"},
+    **{"\\$": ("cur", "$"), "\\&": ("sep", "and"), "\\#": ("text", "#")},
 }
 _SINGLE: dict[str, Token] = {sign: ("op", sign, sign) for sign in "()[]{}^_,;|&%'-"}
+_SIGNS: dict[str, tuple[str, Any]] = {"star": ("op", "^"), "dots": ("dots", "..."), "pm": ("pm", 1)}
 # Signs and letters that stand for themselves where none of `_GLUED` follows.
 _LONE: dict[str, Token] = {
     **{letter: ("sym", letter, letter) for letter in ascii_letters},
     **{letter: ("const", letter, letter) for letter in "ei"},
-    "+": ("op", "+", "+"),
-    "*": ("op", "*", "*"),
-    "/": ("op", "/", "/"),
-    "=": ("rel", "=", "="),
-    " ": ("space", "", " "),
+    **{sign: ("op", sign, sign) for sign in "+*/"},
+    **{"=": ("rel", "=", "="), " ": ("space", "", " ")},
 }
 _GLUED = frozenset(ascii_letters + "/*-<=>")
 _OTHERS = frozenset("+-*/^_!',;:|()[]{}&%")
@@ -73,6 +66,7 @@ _DEPTH = {"(": 1, "[": 1, "\\{": 1, "<<": 1, ")": -1, "]": -1, "\\}": -1, ">>": 
 _WORDY = re.compile(r"[A-Za-z]{2,}|[\u3400-\u9fff]")
 _BRACED = re.compile(r"\s*\{")
 _ARGUMENT = re.compile(r"\s*[\w(\[{\\]")
+_SLASH_WORD = re.compile(r"/\s*([A-Za-z]+)")
 _THIN_SPACE = re.compile(r"~|\\[,;:! ]")
 _UNIT_GROUP = re.compile(r"([A-Za-z][^{}]{0,40}\^\s*\{-?\d\}[^{}]{0,20})\}")
 _LISTED = re.compile(r",\s+(?:and\s+)?|\s+and\s+")  # Alice, Bob and Carol
@@ -116,7 +110,11 @@ def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bo
             position = _command(match.group("command"), text, position, tokens, (thousands, scientific))
         elif kind == "word":
             is_last = raw in WORDS and _ARGUMENT.match(text, position) is None
-            _word(raw, tokens, prose, is_last)
+            below = _SLASH_WORD.match(text, position) if len(raw) == 1 and tokens else None
+            if below is not None and tokens[-1][0] in ("num", "dec") and is_unit_word(below[1]):  # g/cm^3
+                tokens.append(("text", raw, raw))
+            else:
+                _word(raw, tokens, prose, is_last)
         elif kind == "cjk":
             tokens.append((*WORDS.get(raw, ("text", raw)), raw))
         elif kind == "relation":
@@ -133,11 +131,7 @@ def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bo
             raise Unparsable(f"{raw!r} is not part of an answer")
         else:
             depth += _DEPTH.get(raw, 0)
-            tokens.append(
-                {"star": ("op", "^", raw), "dots": ("dots", "...", raw), "pm": ("pm", 1, raw)}.get(
-                    kind or "", ("op", raw, raw)
-                )
-            )
+            tokens.append((*_SIGNS.get(kind or "", ("op", raw)), raw))
     return tokens
 
 
@@ -171,9 +165,7 @@ def _number(text: str, position: int, outside: bool, scientific: bool) -> tuple[
     whole, _, fraction = digits.partition(".")
     power_of_ten = power - len(fraction)
     mantissa = int((whole + fraction) or "0")
-    value = (
-        Fraction(mantissa * 10**power_of_ten) if power_of_ten >= 0 else Fraction(mantissa, 10**-power_of_ten)
-    )
+    value = Fraction(mantissa * 10 ** max(power_of_ten, 0), 10 ** max(-power_of_ten, 0))
     return ("dec" if fraction or power else "num", value, text[position:after]), after
 
 
@@ -184,11 +176,7 @@ def _repeating(match: re.Match[str]) -> Fraction | None:
         if not whole or not block:
             return None
     else:  # an overline, or a dot over the first and the last digit of the block
-        block = (
-            (match.group(3) or match.group(4))
-            + (match.group(5) or "")
-            + (match.group(6) or match.group(7) or "")
-        )
+        block = "".join(part or "" for part in match.group(3, 4, 5, 6, 7))
     if len(whole) + len(fixed) + len(block) > 500:
         raise TooComplex("a repeating decimal of more than 500 digits")
     scale = 10 ** len(fixed)
@@ -247,10 +235,14 @@ def _styled(name: str, text: str, position: int, tokens: list[Token], modes: tup
             return position
         closing, content = unit.end() - 1, unit.group(1)
     after, word = closing + 1, _THIN_SPACE.sub(" ", content).strip()
+    if "\\" in word and name in MATH_STYLES:  # \mathrm{\pi}: the command speaks for itself
+        return position
     if name == "mathbb" and word in ("R", "Z", "N", "Q", "C"):
         tokens.append(("domain", word, word))
     elif tokens and _ends_value(tokens[-1]) and text[after : after + 1] != "_" and _is_unit(word):
         tokens.append(("text", word, word))
+    elif name in ("mathbf", "boldsymbol", "bm") and word in ("i", "j", "k"):
+        tokens.append(("sym", "unit " + word, word))
     elif word in WORDS or (name in ("operatorname", "mathrm") and word in FUNCTIONS):
         kind, value = WORDS.get(word) or ("fn", FUNCTIONS[word])
         tokens.append((kind, value, word))
@@ -278,16 +270,11 @@ def _word(word: str, tokens: list[Token], prose: bool = False, is_last: bool = F
     """`is_last`: nothing that "min" and "sec" could be functions of follows."""
     if len(word) == 1:
         tokens.append(({"e": "const", "i": "const"}.get(word, "sym"), word, word))
-    elif is_last and tokens and _ends_value(tokens[-1]) and is_unit_word(word):
+    elif (is_last or word not in WORDS) and tokens and _ends_value(tokens[-1]) and is_unit_word(word):
         tokens.append(("text", word, word))
     elif word in WORDS:
         tokens.append((*WORDS[word], word))
-    elif (
-        prose
-        or (tokens and _ends_value(tokens[-1]) and is_unit_word(word))
-        or len(word) > 3
-        or word.lower() in SHORT_WORDS
-    ):
+    elif prose or len(word) > 3 or word.lower() in SHORT_WORDS:
         tokens.append(("text", word, word))
     else:
         for letter in word:
@@ -303,8 +290,3 @@ def _relation(raw: str, text: str, start: int, tokens: list[Token]) -> None:
         tokens.append(("op", "!", "!"))
         raw = "="
     tokens.append(("rel", RELATIONS[raw], raw))
-
-
-def is_wordy(text: str) -> bool:
-    """Whether a text holds a word (two Latin letters in a row, or a CJK character)."""
-    return has_cjk(text) or _WORDY.search(text) is not None

@@ -1,13 +1,13 @@
-"""Arithmetic of written matrices: sums, products, scalar multiples, powers, transposes, carried out on their
-entries.
-"""
+"""Sums, products, powers and transposes of matrices, carried out on their entries; i, j, k vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
-from rewards.math_text import Node, TooComplex, Unparsable
-from rewards.math_value import has
+from rewards.math_probe import same_value
+from rewards.math_text import Node, Shape, TooComplex, Unparsable
+from rewards.math_tree import has, replaced, symbols
 
 MAX_SIZE = 12
 
@@ -69,9 +69,39 @@ def _product(left: Node, right: Node) -> Node:
     if max(len(left[1]), len(right[1]), len(right[1][0])) > MAX_SIZE:
         raise TooComplex(f"a product of matrices larger than {MAX_SIZE}")
     columns = tuple(zip(*right[1], strict=True))
-    return ("matrix", tuple(tuple(_dot(row, column) for column in columns) for row in left[1]))
+    products = [[[("mul", pair) for pair in zip(row, c, strict=True)] for c in columns] for row in left[1]]
+    return ("matrix", tuple(tuple(("add", tuple(terms)) for terms in row) for row in products))
 
 
-def _dot(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
-    terms = tuple(("mul", pair) for pair in zip(row, column, strict=True))
-    return terms[0] if len(terms) == 1 else ("add", terms)
+_BASIS = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
+_ZERO, _ONE = ("num", Fraction(0)), ("num", Fraction(1))
+
+
+def basis_vector(node: Node) -> tuple[Node, ...] | None:
+    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is no such sum, such as 2i."""
+    if symbols(node).isdisjoint(("j", "k", "unit i", "unit j", "unit k")):
+        return None
+    for name, unit in zip((("const", "i"), ("sym", "j"), ("sym", "k")), _BASIS, strict=True):
+        node = replaced(node, name, unit)
+    coordinates: list[Node] = []
+    for unit in _BASIS:
+        part = replaced(node, unit, _ONE)
+        for other in _BASIS:
+            part = replaced(part, other, _ZERO)
+        coordinates.append(part)
+    total = ("add", tuple(("mul", pair) for pair in zip(coordinates, _BASIS, strict=True)))
+    return tuple(coordinates) if same_value(node, total) else None
+
+
+def same_vector(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
+    """3i - 2j + k against (3, -2, 1) or a column; (1, 2) has no k."""
+    formula, other = (gold, prediction) if gold[0] == "scalar" else (prediction, gold)
+    if other[0] == "matrix" and len(other[1]) == len(other[1][0]) == 1 and other is prediction:
+        return same(gold, ("scalar", other[1][0][0]))
+    values = basis_vector(formula[1])
+    entries = other[3] if other[0] == "seq" else tuple(("scalar", row[0]) for row in other[1])
+    if values is None or not 2 <= len(entries) <= 3 or (other[0] == "matrix" and len(other[1][0]) > 1):
+        return False
+    padded = (*entries, ("scalar", ("num", Fraction(0))))[:3]
+    pairs = zip(padded, (("scalar", value) for value in values), strict=True)
+    return all(same(a, b) if other is gold else same(b, a) for a, b in pairs)

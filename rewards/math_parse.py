@@ -15,17 +15,18 @@ from __future__ import annotations
 from typing import Any
 
 from rewards.math_atoms import atom, bracket, symbol
-from rewards.math_constructs import exponent, subscript
+from rewards.math_constructs import as_mixed, exponent, read_mixed, subscript
 from rewards.math_lex import Token, lex
-from rewards.math_mixed import as_mixed, read_mixed
+from rewards.math_measure import ENDS, measured
+from rewards.math_spoken import is_prose, number_in_base
 from rewards.math_text import Node, TooComplex, Unparsable, introduces, text_key
-from rewards.math_unit_text import measured
+from rewards.math_units import CLAIMS
 
+_COMMAS = (",", ";")
 MAX_DEPTH = 32
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
 END: Token = ("end", "", "")
-_ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
 _ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
 # A number or a letter that one of these follows is all of its power.
@@ -43,6 +44,10 @@ def parse(text: str, *, thousands: bool = True, scientific: bool = True) -> Node
     Raises:
         Unparsable, Unsupported, TooComplex: see `math_text`.
     """
+    if ("_" in text or "base" in text) and (based := number_in_base(text)) is not None:
+        return based
+    if is_prose(text):
+        return ("text", text_key(text))
     tokens = lex(text, thousands=thousands, scientific=scientific)
     if not tokens:
         raise Unparsable("an empty answer")
@@ -104,16 +109,17 @@ class Parser:
     def items(self, closers: tuple[str, ...]) -> Node:
         """Items between commas, semicolons, "or", "and", up to a closer. One item stands for itself."""
         first = self.item()
+        commas = _COMMAS if closers else (*_COMMAS, "\\\\")
         kind, separator, _ = self.tokens[self.at]
-        if kind != "sep" and separator not in (",", ";"):
+        if kind != "sep" and separator not in commas:
             return first
         groups: list[list[Node]] = [[first]]
         how: set[str] = set()
         while True:
             kind, separator, _ = self.tokens[self.at]
-            if kind != "sep" and separator not in (",", ";"):
+            if kind != "sep" and separator not in commas:
                 break
-            while kind == "sep" or self.value() in (",", ";"):
+            while kind == "sep" or self.value() in commas:
                 how.add(self.take()[1])
                 kind = self.kind()
             if kind == "end" or (kind == "op" and self.value() != "[" and self.value() in closers):
@@ -140,9 +146,9 @@ class Parser:
         while self.kind() == "text":
             self.take()
         words = " ".join(token[2] for token in self.tokens[start : self.at])
-        if self.kind() in ("end", "sep") or self.value() in _ENDS:
+        if self.kind() in ("end", "sep") or self.value() in ENDS:
             return ("text", text_key(words))
-        if self.accept(":"):
+        if self.accept(":") or (words.endswith(":") and CLAIMS.isdisjoint(words[:-1].casefold().split())):
             return self.item()
         if self.kind() == "rel":
             return self.relation(("sym", text_key(words)))
@@ -255,17 +261,12 @@ class Parser:
         if kind == "cmd":
             if value == "frac" and self.peek(1)[1] == "{" and self.peek(2)[0] == "text":  # km over h
                 return False
-            return value in ("frac", "binom", "sqrt", "begin", "accent")
+            return value in ("frac", "binom", "sqrt", "begin", "accent", "vector")
         if kind == "op" and value == "[":  # not the end of [0, 1[
-            return self.peek(1)[0] not in ("end", "setop", "sep", "op") or self.peek(1)[1] in (
-                "(",
-                "-",
-                "{",
-                "\\{",
-            )
-        return kind == "op" and (
-            value in ("(", "{", "<<") or (value == "|" and not self.bars and not self.in_builder)
-        )
+            following = self.peek(1)
+            return following[0] not in ("end", "setop", "sep", "op") or following[1] in ("(", "-", "{", "\\{")
+        is_bar = value == "|" and not self.bars and not self.in_builder
+        return kind == "op" and (value in ("(", "{", "<<") or is_bar)
 
     def signed(self) -> Node:
         if self.tokens[self.at][0] != "op":

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 from fractions import Fraction
 from typing import Any
 
 from rewards.math_functions import magnitude
 from rewards.math_text import Node, TooComplex, Undefined
-from rewards.math_value import BUDGET, EQUAL_BITS, MAX_PRECISION_BITS, PRECISION_BITS, Evaluator, has, symbols
+from rewards.math_tree import has, parts, symbols
+from rewards.math_value import BUDGET, EQUAL_BITS, MAX_PRECISION_BITS, PRECISION_BITS, Evaluator
 
 Number = Any  # Fraction, mpf or mpc
 _REAL_POINTS = (0, 1, 2, 3)
 _RATIONAL_POINTS = (1, 3)
-_POSITIVE_POINTS = (0, 1, 6)  # sqrt(a / b) is sqrt(a b) / b where radicals are meant to be taken
-_FAR_POINTS = (4, 5)  # where max(7, x), |x + 10| and floor(x / 100) are not what they are near zero
+_POSITIVE_POINTS = (0, 1, 7, 6)  # sqrt(a / b) is sqrt(a b) / b where radicals are meant to be taken
+_FAR_POINTS = (4, 5, 6, 7)  # where max(7, x), |x + 10| and floor(x / 100) are not what they are near zero
 _WITH_BREAKS = ("abs", "max", "min", "floor", "ceil", "sgn", "root")
 _WHOLE_POINTS = (10, 11, 12, 13, 14, 15, 16, 17)
 _WHOLE_NAMES = frozenset("nkmpqrNKMij")
@@ -40,7 +41,12 @@ def same_value(left: Node, right: Node) -> bool:
     names = symbols(left) | symbols(right)
     budget = [float(BUDGET)]
     if not names:
-        return _same_at(0, left, right, budget) is True
+        try:
+            return _same_at(0, left, right, budget) is True
+        except TooComplex:
+            if _form(left) == _form(right):
+                return True
+            raise
     usable = 0
     undefined: Undefined | None = None
     for point in _points(names, left, right):
@@ -48,6 +54,8 @@ def same_value(left: Node, right: Node) -> bool:
             verdict = _same_at(point, left, right, budget)
         except TooComplex:
             if point not in _FAR_POINTS:
+                if _form(left) == _form(right):
+                    return True
                 raise
             continue
         except Undefined as error:
@@ -75,42 +83,30 @@ def _quotient(node: Node) -> Fraction | None:
 
 def _points(names: frozenset[str], left: Node, right: Node) -> tuple[int, ...]:
     pair = ("pair", left, right)
-    if names <= _WHOLE_NAMES and (has(pair, "floor", "ceil", "gcd", "lcm") or _has_alternation(pair)):
-        return _WHOLE_POINTS
     if _is_rational(left, right):
         return _RATIONAL_POINTS
+    powers = [part for part in parts(pair) if part[0] == "pow"]
+    alternates = any(part[1][0] == "neg" and symbols(part[2]) for part in powers)  # (-1)^n
+    if names <= _WHOLE_NAMES and (alternates or has(pair, "floor", "ceil", "gcd", "lcm")):
+        return _WHOLE_POINTS
+    if _has_open_sum(left) and _has_open_sum(right):
+        return _WHOLE_POINTS
     if _has_radical(left) and _has_radical(right):
         return _POSITIVE_POINTS
-    return _REAL_POINTS + _FAR_POINTS if has(pair, *_WITH_BREAKS) or _has_broken_power(pair) else _REAL_POINTS
+    is_broken = any(part[2][0] != "num" and not symbols(part[2]) for part in powers)  # (x^2)^(1/2) is |x|
+    return (*_REAL_POINTS, 4, 5) if is_broken or has(pair, *_WITH_BREAKS) else _REAL_POINTS
 
 
-def _has_alternation(pair: Node) -> bool:
-    """(-1)^n, which is real at whole numbers only."""
-    return any(part[0] == "pow" and part[1][0] == "neg" and symbols(part[2]) for part in _parts(pair))
-
-
-def _has_broken_power(pair: Node) -> bool:
-    """(x^2)^(1/2), which is |x|."""
-    return any(part[0] == "pow" and part[2][0] != "num" and not symbols(part[2]) for part in _parts(pair))
+def _has_open_sum(node: Node) -> bool:
+    """A sum up to n, or from it."""
+    return any(part[0] == "big" and symbols(("pair", part[3], part[4])) for part in parts(node))
 
 
 def _has_radical(node: Node) -> bool:
     """A root of a variable."""
-    for part in _parts(node):
-        if part[:2] == ("fn", "root") and symbols(part[2][0]):
-            return True
-        if part[0] == "pow" and part[2][0] != "num" and not symbols(part[2]) and symbols(part[1]):
-            return True
-    return False
-
-
-def _parts(node: Node) -> Iterator[Node]:
-    stack = [node]
-    while stack:
-        part = stack.pop()
-        if part and type(part[0]) is str:
-            yield part
-        stack.extend([child for child in part if type(child) is tuple])
+    roots = [part[2][0] for part in parts(node) if part[:2] == ("fn", "root")]
+    powers = [part for part in parts(node) if part[0] == "pow" and part[2][0] != "num"]
+    return any(map(symbols, roots)) or any(symbols(part[1]) and not symbols(part[2]) for part in powers)
 
 
 def _is_rational(*nodes: Node) -> bool:
@@ -137,7 +133,7 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a == b
         a, b = evaluator.real(a), evaluator.real(b)
-        if point in (2, 3, *_FAR_POINTS) and evaluator.is_complex:
+        if point in (2, 3, 4, 5) and evaluator.is_complex:
             return None
         wanted = PRECISION_BITS + (2 * evaluator.extent if evaluator.extent > 40 else 0)
         if wanted <= precision:
@@ -150,3 +146,46 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
         return True
     wanted_bits = EQUAL_BITS + (evaluator.extent if evaluator.extent > 40 else 0)
     return magnitude(difference) - max(magnitude(a), magnitude(b)) < -wanted_bits
+
+
+_ONE = ("num", Fraction(1))
+
+
+def _form(node: Node) -> Any:
+    """A tree with sorted terms and factors, in which 9^500000 is 3^1000000, which is too large to compute."""
+    if not isinstance(node, tuple) or not node or type(node[0]) is not str:
+        return node
+    if node[0] == "add":
+        return ("add", *sorted(map(_form, node[1]), key=repr))
+    factors = _factors(node)
+    factors[-1] %= 2
+    return ("mul", *sorted((item for item in factors.items() if item[1]), key=repr))
+
+
+def _factors(node: Node) -> defaultdict[Any, Fraction]:
+    """Primes, -1 and the forms of other factors, with their exponents."""
+    kind, found = node[0], defaultdict(Fraction)
+    if kind in ("num", "dec") and 0 < abs(node[1].numerator) < 10**8 > node[1].denominator:
+        found[-1] += node[1] < 0
+        for number, step in ((abs(node[1].numerator), 1), (node[1].denominator, -1)):
+            divisor = 2
+            while number > 1:
+                divisor = divisor if divisor * divisor <= number else number
+                while number % divisor == 0:
+                    found[divisor], number = found[divisor] + step, number // divisor
+                divisor += 1
+    elif kind in ("mul", "div", "neg"):
+        found[-1] += kind == "neg"
+        for at, part in enumerate(node[1] if kind == "mul" else node[1:]):
+            for factor, power in _factors(part).items():
+                found[factor] += -power if kind == "div" and at else power
+    elif kind == "pow" or node[:2] == ("fn", "root"):
+        base, exponent = node[1:] if kind == "pow" else (node[2][0], ("div", _ONE, node[2][1]))
+        inner, value = _factors(base), constant(exponent) if not symbols(exponent) else None
+        if isinstance(value, Fraction) and not inner[-1] and all(isinstance(factor, int) for factor in inner):
+            found.update({factor: power * value for factor, power in inner.items()})
+        else:
+            found["pow", _form(base), _form(exponent)] += 1
+    else:
+        found[(kind, *map(_form, node[1:]))] += 1
+    return found

@@ -1,6 +1,4 @@
-"""Sets of real numbers as sorted, disjoint intervals: unions, complements, and the solutions of linear
-inequalities.
-"""
+"""Sets of reals as sorted, disjoint intervals: unions, complements, solutions of linear inequalities."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import NamedTuple
 
 from rewards.math_probe import constant
 from rewards.math_text import MathError, Node, Shape, Undefined, Unparsable, Unsupported
-from rewards.math_value import symbols
+from rewards.math_tree import parts, replaced, symbols
 
 Endpoint = Fraction | float  # a float is an infinity
 _MANTISSA_BITS = 140
@@ -114,12 +112,16 @@ def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
     region = REALS
     for op, left, right in zip(ops, sides, sides[1:], strict=False):
         if infinity(left) or infinity(right):
-            unknown, part = _against_infinity(op, left, right, unknown)
-        else:
-            slope, shift, found = _linear(("add", (left, ("neg", right))))
-            if found is None or slope == 0 or (unknown is not None and found != unknown):
+            found, part = linear(right if infinity(left) else left)[2], REALS  # x < infinity says nothing
+            if op not in ("<", ">", "<=", ">=") or found is None or unknown not in (None, found):
                 raise Unsupported("not an inequality in one variable")
-            unknown, part = found, _half_line(op, slope, -shift / slope)
+            unknown = found
+        else:
+            (a, b, found), (c, d, other) = linear(left), linear(right)
+            names = [each for each in (found, other, unknown) if each is not None]
+            if not names or any(each != names[0] for each in names) or a == c:
+                raise Unsupported("not an inequality in one variable")
+            unknown, part = names[0], _half_line(op, a - c, (d - b) / (a - c))
         region = intersection(region, part)
     if unknown is None:
         raise Unsupported("an inequality without a variable")
@@ -127,15 +129,6 @@ def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
     if name[0] == "fn":  # |x|
         return name[2][0][1], _unfold(region)
     return ("" if name[0] == "call" else name[1]), region
-
-
-def _against_infinity(op: str, left: Node, right: Node, unknown: Node | None) -> tuple[Node | None, Region]:
-    """x < infinity says nothing about x."""
-    other = right if infinity(left) else left
-    _, _, found = _linear(other)
-    if op not in ("<", ">", "<=", ">=") or found is None or (unknown is not None and found != unknown):
-        raise Unsupported("not an inequality in one variable")
-    return found, REALS
 
 
 def _half_line(op: str, slope: Fraction, bound: Fraction) -> Region:
@@ -161,41 +154,32 @@ def _unfold(region: Region) -> Region:
     return union(mirrored, positive)
 
 
-def _linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
-    """(a, b, u) with node = a u + b, where u is x, |x| or f(x), or None for a constant."""
-    kind = node[0]
-    unknown: Node
-    if kind in ("sym", "call") or (kind == "fn" and node[1] == "abs" and node[2][0][0] == "sym"):
+def linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
+    """(a, b, u) with node = a u + b, where u is x, |x| or f(x), or None for a constant.
+
+    Raises:
+        Unsupported: not linear in one unknown.
+    """
+    if node[0] == "sym":
         return Fraction(1), Fraction(0), node
-    if not symbols(node):
-        value = endpoint(node)
-        if isinstance(value, float):
-            raise Unsupported("infinity in an inequality")
-        return Fraction(0), Fraction(value), None
-    if kind == "neg":
-        slope, shift, unknown = _linear(node[1])
-        return -slope, -shift, unknown
-    if kind in ("add", "mul"):
-        slope, shift, unknown = _linear(node[1][0])
-        for term in node[1][1:]:
-            a, b, other = _linear(term)
-            if unknown is not None and other is not None and (kind == "mul" or unknown != other):
-                raise Unsupported("not linear")
-            if kind == "add":
-                slope, shift = slope + a, shift + b
-            else:
-                slope, shift = slope * b + a * shift, shift * b
-            unknown = unknown or other
-        return slope, shift, unknown
-    if kind == "div":
-        slope, shift, unknown = _linear(node[1])
-        _, divisor, other = _linear(node[2])
-        if other is not None:
+    names = [part for part in parts(node) if part[0] in ("call", "sym") or part[:2] == ("fn", "abs")]
+    outer = [part for part in names if part[0] != "sym" and part[-1][0][0] == "sym"]
+    unknown = (outer or names or [None])[0]
+    try:
+        trees = [replaced(node, unknown, ("num", point)) for point in _LINE_POINTS]
+        values = [Fraction(endpoint(tree)) for tree in (trees if unknown else trees[:1])]
+    except (Undefined, OverflowError):
+        raise Unsupported("not linear") from None
+    slope = values[1] - values[0] if unknown else Fraction(0)
+    plain = slope.limit_denominator(10**6)  # 1, though the values were rounded
+    slope = plain if abs(slope - plain) < Fraction(1, 2**100) else slope
+    for point, value in zip(_LINE_POINTS, values, strict=False):
+        if abs(value - values[0] - slope * point) > (abs(value) + abs(slope)) * Fraction(1, 2**100):
             raise Unsupported("not linear")
-        if divisor == 0:
-            raise Undefined("division by zero")
-        return slope / divisor, shift / divisor, unknown
-    raise Unsupported("not linear")
+    return slope, values[0], unknown
+
+
+_LINE_POINTS = (Fraction(0), Fraction(1), Fraction(22, 7), Fraction(-37, 5))
 
 
 def as_region(item: Shape) -> Region | None:
@@ -233,11 +217,7 @@ def _as_region(item: Shape) -> Region | None:
         return union(*(interval(point, True, point, True) for point in points))
     if item[0] == "many" and item[1] == "or":
         parts = [_as_region(part) for part in item[2]]
-        return (
-            union(*(part for part in parts if part is not None))
-            if all(part is not None for part in parts)
-            else None
-        )
+        return None if None in parts else union(*filter(None, parts))
     return None
 
 

@@ -24,12 +24,13 @@ from rewards.math_names import is_quantity, name_of
 from rewards.math_probe import same_value
 from rewards.math_region import as_region, scalar
 from rewards.math_text import MathError, Node, Shape, Unparsable, Unsupported
+from rewards.math_tree import has, kinds, progression, symbols, variants
 from rewards.math_units import Unit
-from rewards.math_value import has, kinds, symbols
-from rewards.math_words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS
+from rewards.math_words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS, split
 
 _PLAIN = frozenset(("num", "dec", "const"))
 _NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop", "cases"))
+_NO_NUMBERS = split("seq set list text unit ratio domain empty setop matrix pm base inf dots")
 _INEQUALITIES = frozenset(("<", ">", "<=", ">=", "!="))
 
 
@@ -43,11 +44,13 @@ def shape(node: Node) -> Shape:
     if kind == "unit":
         return _measure(shape(node[1]), node[2])
     if kind == "list":
-        return _several(node[1], [shape(item) for item in node[2]])
+        return _several(node[1], [shape(item) for item in progression(node[2])])
     if kind == "rel":
         return _relation(node[1], node[2])
     if kind == "set":
-        return ("set", _flat(shape(item) for item in node[1]))
+        return ("set", _flat(shape(item) for item in progression(node[1])))
+    if kind in ("seq", "residue") and "pm" in kinds(node):
+        return ("many", "pm", tuple(map(shape, variants(node))))
     if kind == "seq":
         return _sequence(node)
     if kind == "setop":
@@ -74,8 +77,13 @@ def shape(node: Node) -> Shape:
     if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
         return ("scalar", node)
     inside = kinds(node)
+    if "seq" in inside and kind in ("add", "mul", "neg", "div"):  # (1, 3) + t (2, -1)
+        columns = _with_columns(node)
+        if has(columns, "seq"):
+            raise Unparsable("a formula with an interval in it")
+        return shape(columns)
     if "pm" in inside:
-        return ("many", "pm", (shape(_signed(node, 1)), shape(_signed(node, -1))))
+        return ("many", "pm", tuple(map(shape, variants(node))))
     if "matrix" in inside or "transpose" in inside:
         folded = fold(node)
         return ("matrix", folded[1]) if folded[0] == "matrix" else ("scalar", folded)
@@ -84,6 +92,15 @@ def shape(node: Node) -> Shape:
     if node[0] == "sym" and node[1] in ("", None):
         raise Unparsable("an empty name")
     return ("scalar", node)
+
+
+def _with_columns(node: Any) -> Any:
+    """A formula of tuples as one of columns."""
+    if not isinstance(node, tuple) or node[:1] == ("fn",):
+        return node
+    if node[:3] == ("seq", "(", ")"):
+        return ("matrix", tuple((entry,) for entry in node[3]))
+    return tuple(map(_with_columns, node))
 
 
 def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tuple[tuple[Shape, Shape], ...]:
@@ -101,17 +118,6 @@ def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tuple[tuple[Shape, 
         return tuple(pieces)
     rest: Shape = ("named", names.pop(), ("region", regions.complement(regions.union(*known))), ())
     return (*others, (value, rest))
-
-
-def _signed(node: Any, sign: int) -> Any:
-    """The tree with every ± read as its upper sign (1) or its lower one (-1)."""
-    if not isinstance(node, tuple):
-        return node
-    if node and node[0] == "pm":
-        term = _signed(node[3], sign)
-        term = term if node[1] * sign > 0 else ("neg", term)
-        return term if node[2] is None else ("add", (_signed(node[2], sign), term))
-    return tuple(_signed(part, sign) for part in node)
 
 
 def _measure(inner: Shape, unit: Unit) -> Shape:
@@ -151,6 +157,8 @@ def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
         ops, sides = (("=",), sides[:2]) if at == 0 else (ops[:at], sides[: at + 1])
     if any(op in _INEQUALITIES for op in ops):
         return _inequality(ops, sides)
+    if name_of(sides[0]) is None and name_of(sides[-1]) is None and "pm" in kinds(sides):
+        return ("many", "pm", tuple(map(shape, variants(("rel", ops, sides)))))
     if ops == ("in",):
         names = name_of(sides[0])
         if names is None:
@@ -164,14 +172,27 @@ def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
 def _equality(sides: tuple[Node, ...]) -> Shape:
     first: Node = sides[0]
     names = name_of(first)
+    if bases := [side for side in sides if side[0] == "base"]:  # 1101_2 = 13_{10}
+        numbers = {
+            int(side[1], side[2]) if side[0] == "base" else side[1] for side in sides if side[0] != "sym"
+        }
+        return bases[0] if len(numbers) == 1 else ("contradiction", bases[0])
+    if names is None and first[0] in ("num", "neg") and sides[-1][0] == "residue":  # 12 = 5 (mod 7)
+        modulus = sides[-1][2]
+        remainders = [("fn", "mod", (side, modulus)) for side in (first, sides[-1][1])]
+        return sides[-1] if _agree(*remainders) else ("contradiction", sides[-1])
     if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
         return _equality((sides[1], sides[0]))
     values: Sequence[Node] = sides[1:] if names else sides
     plain = [side for side in values if not symbols(side) and _is_number(side)]
-    if any(not _agree(plain[0], other) for other in plain[1:]):
+    is_circular = bool(sides[2:]) and names and any(names[0] in symbols(side) for side in values)
+    is_false = is_circular or any(not _agree(plain[0], other) for other in plain[1:])
+    if is_false or _is_unlike(sides[:-1], sides[-1]):
         return ("contradiction", shape(sides[-1]))
     if names is None:
-        if len(plain) == len(sides):
+        if all(side in plain or side[0] == "unit" for side in sides):
+            return shape(sides[-1])
+        if has(sides[0], "dots") and len(plain) == len(sides) - 1:  # 1 + 2 + ... + 10 = 55
             return shape(sides[-1])
         if len(sides) != 2:
             raise Unsupported("a chain of equations")
@@ -188,28 +209,27 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
     return ("named", name, value, arguments)
 
 
+def _is_unlike(sides: Sequence[Node], last: Node) -> bool:
+    """Whether a chain disagrees in its units: 5 cm = 60 mm, 12 = 13 cm, 5 maybe x = 6."""
+    end, ending = last[1:] if last[0] == "unit" else (last, None)
+    for side in sides:
+        value, unit = side[1:] if side[0] == "unit" else (side, None)
+        if unit and (unit.is_claim or (ending and ending.dimensions not in (unit.dimensions, None))):
+            return True
+        scales = (unit.factor, ending.factor) if unit and ending and ending.dimensions else (1, 1)
+        pair = [("mul", (x, ("num", Fraction(y)))) for x, y in zip((value, end), scales, strict=True)]
+        is_known = _is_number(value) and _is_number(end) and not symbols(value)
+        if (unit or ending) and is_known and not _agree(*pair):
+            return True
+    return False
+
+
 def _number(node: Node) -> Node:
     return scalar(shape(node))
 
 
 def _is_number(node: Node) -> bool:
-    return not has(
-        node,
-        "seq",
-        "set",
-        "list",
-        "text",
-        "unit",
-        "ratio",
-        "domain",
-        "empty",
-        "setop",
-        "matrix",
-        "pm",
-        "base",
-        "inf",
-        "dots",
-    )
+    return not has(node, *_NO_NUMBERS)
 
 
 def _agree(left: Node, right: Node) -> bool:
@@ -224,9 +244,11 @@ def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
         name, region = regions.solve(ops, sides)
         return ("named", name, ("region", region), ()) if name else ("region", region)
     except Unsupported:
-        if len(ops) != 1:
+        if any(op not in _INEQUALITIES for op in ops):
             raise
-    return ("inequality", ops[0], ("add", (_number(sides[0]), ("neg", _number(sides[1])))))
+    links = zip(ops, sides, sides[1:], strict=False)
+    parts = [("inequality", op, ("add", (_number(a), ("neg", _number(b))))) for op, a, b in links]
+    return parts[0] if len(parts) == 1 else ("many", "and", tuple(parts))
 
 
 # Several items, sets ---------------------------------------------------------------------------------
@@ -296,9 +318,7 @@ def _set_operation(op: str, left: Shape, right: Shape) -> Shape:
 
 
 def _builder(node: Node) -> Shape:
-    """{x | x > 2} is the solutions of its condition; over the integers, or with more to it, it stays a
-    formula.
-    """
+    """{x | x > 2} is the solutions of its condition; over the integers it stays a formula."""
     _, head, conditions = node
     rules = conditions[2] if conditions[0] == "list" and conditions[1] != "or" else (conditions,)
     members = tuple(filter(None, map(_membership, rules)))

@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from rewards.math_spoken import respelled
 from rewards.math_words import INTRODUCTIONS, TRANSLATION
 
 Node = Any  # a tuple whose first field names it: `math_parse`
@@ -49,7 +50,6 @@ _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ⁽⁾]+")
 _SUBSCRIPT_RUN = re.compile("[₀-₉₊₋ₙ]+")
 _MIXED_UNICODE = re.compile("(?<=[0-9])(?=[½⅓⅔¼¾⅕⅛])")
 _BARE_ROOT = re.compile(r"√\s*(\d+)")
-
 _DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]")
 _INVISIBLE_COMMANDS = re.compile(r"\\[hv]?(?:phantom|tag|label|space|color)")
 _INVISIBLE = re.compile(r"\\(?:[hv]?phantom|tag\*?|label|[hv]space\*?|color)\s*\{[^{}]*\}")
@@ -62,15 +62,14 @@ _PRIMES = re.compile(r"\^\s*(?:\\prime(?![a-z])|\{\s*(?:\\prime\s*){1,3}\})")
 _MERIDIEM = re.compile(r"(?<![A-Za-z])([apAP])\. ?[mM](?![A-Za-z])\.?")
 _GLUED_OR = re.compile(r"(?<=[\d)}])\s*(or|and)(?=\s*[A-Za-z]\s*[=(<>])")
 _DOLLAR_AMOUNT = re.compile(r"\\?\$\s*(?=[\d.])|(?<=\d)\s*\\?\$")
+_FEET = re.compile(r"(?<=\d)'\s*(\d+)\s*\"")
 _GLUED_COMMAND = re.compile(r"\\(q?quad)(?=[a-z])")
 _CJK = re.compile("[\u3400-\u9fff]")
 _TAIL = " \t\r\n.,;:!\\~"
 
 
 def ascii_math(text: str) -> str:
-    """`text` with its Unicode mathematics spelled in LaTeX and its full-width characters in ASCII. CJK
-    characters stay.
-    """
+    """`text` with its Unicode mathematics spelled in LaTeX. CJK characters stay."""
     if text.isascii():
         return text
     text = _MIXED_UNICODE.sub(" ", text)
@@ -88,7 +87,7 @@ def clean(text: str) -> str:
     """
     text = ascii_math(text)
     if '"' in text:
-        text = text.replace('\\"', " ").replace('"', " ")
+        text = _FEET.sub(r"'\1''", text).replace('\\"', " ").replace('"', " ")
     if "\\" in text:
         if "\\(" in text or "\\[" in text or "\\)" in text or "\\]" in text:
             text = _DISPLAY.sub(" ", text)
@@ -106,7 +105,7 @@ def clean(text: str) -> str:
         text = _without_rarities(text)
     if "or" in text or "and" in text:
         text = _GLUED_OR.sub(lambda match: r" \lor " if match.group(1) == "or" else r" \land ", text)
-    return _strip(text)
+    return respelled(_strip(text))
 
 
 def _without_rarities(text: str) -> str:
@@ -151,6 +150,7 @@ _STYLE = re.compile(
 )
 _SPACES = re.compile(r"(?:\\[,;:!> ]|[\s~]|\\q?quad(?![a-zA-Z]))+")
 _ARTICLE = re.compile(r"^(?:an?|the|on|in|at) (?=[a-z]{3})")
+_NOUN = re.compile(r"(?<=[a-z]) (?:conditions?|triangles?)$")
 _ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)(?![a-z])")
 _SYNONYMS = {"dne": "does not exist"}
 _LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
@@ -167,7 +167,7 @@ def text_key(text: str) -> str:
         if not count:
             break
     text = _SPACES.sub(" ", text).strip(_TAIL + "\"'")
-    text = _LOOSE_SPACE.sub("", text)
+    text = _NOUN.sub("", _LOOSE_SPACE.sub("", text))
     if len(text) < 2:
         return text
     key = _ARTICLE.sub("", _ORDINAL.sub("", text.casefold()))
@@ -183,7 +183,7 @@ def introduces(words: str) -> bool:
     "答案是".
     """
     key = text_key(words)
-    if key.endswith(("是", "为", "等于", "：", "约")) and not any(
+    if key.endswith(("是", "为", "等于", "：", "约", "共有", "共")) and not any(
         no in key for no in ("不", "非", "或", "没")
     ):
         return True

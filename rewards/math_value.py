@@ -19,6 +19,7 @@ from mpmath.libmp import from_rational
 
 from rewards.math_functions import FUNCTIONS, NOTHING, factorial, magnitude, power
 from rewards.math_text import Node, TooComplex, Undefined, Unparsable, Unsupported
+from rewards.math_tree import progression, symbols
 
 Number = Any  # Fraction, mpf or mpc
 
@@ -141,14 +142,20 @@ class Evaluator:
 
     def probe(self, name: str) -> Fraction:
         """The value of a variable at this point: dyadic, fixed by its name."""
-        if name in self.bound:
-            return self.bound[name]
+        if self.bound:
+            if name in self.bound:
+                return self.bound[name]
+            letter, _, index = name.partition("_")
+            if index in self.bound:  # the a_k of a sum over k
+                return self.opaque(f"{letter}_{self.bound[index]}")
         code = zlib.crc32(f"{self.point}:{name}".encode())
         unit = Fraction(code % 128, 128)
         if self.point >= 10:
             return Fraction(2 + code % 11 + (self.point - 10))
         if self.point == 0:
             return Fraction(1, 4) + unit * Fraction(11, 16)
+        if self.point == 7:
+            return 5 + unit * 20
         if self.point >= 4:
             far = 20_000 + unit * 10**6
             return far if self.point == 6 or (code & 4096 > 0) == (self.point == 4) else -far
@@ -170,8 +177,9 @@ class Evaluator:
 
 def _fold(evaluator: Evaluator, node: Node) -> Number:
     op = "+" if node[0] == "add" else "*"
-    total = evaluator.value(node[1][0])
-    for term in node[1][1:]:
+    terms = progression(node[1]) if op == "+" and ("dots",) in node[1] else node[1]
+    total = evaluator.value(terms[0])
+    for term in terms[1:]:
         total = evaluator.combine(total, evaluator.value(term), op)
     return total
 
@@ -184,15 +192,12 @@ def _constant(evaluator: Evaluator, node: Node) -> Number:
 
 
 def _degrees(evaluator: Evaluator, node: Node) -> Number:
-    return evaluator.combine(
-        evaluator.combine(evaluator.value(node[1]), +evaluator.mp.pi, "*"), Fraction(180), "/"
-    )
+    turned = evaluator.combine(evaluator.value(node[1]), +evaluator.mp.pi, "*")
+    return evaluator.combine(turned, Fraction(180), "/")
 
 
 def _big(evaluator: Evaluator, node: Node) -> Number:
-    """A sum or product with whole bounds is carried out; any other is an undefined function of its bounds and
-    body.
-    """
+    """A sum with whole bounds is carried out; any other is an undefined function of its bounds and body."""
     _, kind, name, low, high, body = node
     first = last = None
     if low != ("const", "inf") and high != ("const", "inf"):
@@ -200,11 +205,9 @@ def _big(evaluator: Evaluator, node: Node) -> Number:
     outer = dict(evaluator.bound)
     try:
         whole = all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (first, last))
-        if not whole or _mentions(low, high):
+        if not whole or (symbols(("pair", low, high)) and evaluator.point < 10):
             evaluator.bound[name] = evaluator.opaque(f"bound {len(outer)}")
-            return evaluator.opaque(
-                f"{kind}({evaluator.key(low)};{evaluator.key(high)};{evaluator.key(body)})"
-            )
+            return evaluator.opaque(f"{kind}({';'.join(map(evaluator.key, (low, high, body)))})")
         assert isinstance(first, Fraction) and isinstance(last, Fraction)
         if last - first >= MAX_TERMS:
             raise TooComplex(f"a {kind} of more than {MAX_TERMS} terms")
@@ -217,10 +220,6 @@ def _big(evaluator: Evaluator, node: Node) -> Number:
         evaluator.bound = outer
 
 
-def _mentions(*nodes: Node) -> bool:
-    return any(symbols(node) for node in nodes)
-
-
 def _call(evaluator: Evaluator, node: Node) -> Number:
     return evaluator.opaque(f"{node[1]}({';'.join(evaluator.key(argument) for argument in node[2])})")
 
@@ -228,7 +227,10 @@ def _call(evaluator: Evaluator, node: Node) -> Number:
 def _function(evaluator: Evaluator, node: Node) -> Number:
     _, name, arguments = node
     if name == "det":
-        return determinant(evaluator, arguments[0])
+        rows = arguments[0][1] if arguments[0][0] == "matrix" else ()
+        if not rows or len(rows) != len(rows[0]):
+            raise Unparsable("a determinant of something that is not a square matrix")
+        return determinant(evaluator, [[evaluator.value(entry) for entry in row] for row in rows])
     if name in ("gcd", "lcm") and evaluator.point < 10 and symbols(node):
         raise Unsupported("a divisor of formulas", evaluates=True)
     function = FUNCTIONS.get(name)
@@ -240,26 +242,18 @@ def _function(evaluator: Evaluator, node: Node) -> Number:
         raise Unparsable(f"{name} of {len(arguments)} arguments") from None
 
 
-def determinant(evaluator: Evaluator, node: Node) -> Number:
-    """By Gaussian elimination. `node` is a matrix."""
-    if node[0] != "matrix" or len(node[1]) != len(node[1][0]):
-        raise Unparsable("a determinant of something that is not a square matrix")
-    rows = [[evaluator.value(entry) for entry in row] for row in node[1]]
-    result: Number = Fraction(1)
-    for column in range(len(rows)):
-        pivot = next((row for row in range(column, len(rows)) if rows[row][column] != 0), None)
-        if pivot is None:
-            return Fraction(0)
-        if pivot != column:
-            rows[column], rows[pivot] = rows[pivot], rows[column]
-            result = -result
-        result = evaluator.combine(result, rows[column][column], "*")
-        for row in range(column + 1, len(rows)):
-            factor = evaluator.combine(rows[row][column], rows[column][column], "/")
-            for at in range(column, len(rows)):
-                product = evaluator.combine(factor, rows[column][at], "*")
-                rows[row][at] = evaluator.combine(rows[row][at], -product, "+")
-    return result
+def determinant(evaluator: Evaluator, rows: list[list[Number]]) -> Number:
+    """By expansion along the first row."""
+    evaluator.charge(1)
+    if len(rows) == 1:
+        return rows[0][0]
+    total: Number = Fraction(0)
+    for at, entry in enumerate(rows[0]):
+        if entry != 0:
+            minor = determinant(evaluator, [row[:at] + row[at + 1 :] for row in rows[1:]])
+            term = evaluator.combine(entry, minor, "*")
+            total = evaluator.combine(total, -term if at % 2 else term, "+")
+    return total
 
 
 def _power(evaluator: Evaluator, node: Node) -> Number:
@@ -286,45 +280,3 @@ _HANDLERS: Mapping[str, Any] = {
     "deg": _degrees,
     "percent": lambda ev, node: ev.combine(ev.value(node[1]), Fraction(100), "/"),
 }
-
-
-def symbols(node: Node) -> frozenset[str]:
-    """The variables and undefined functions of a tree."""
-    if node[0] in _LITERALS:
-        return _NONE
-    names, stack = set(), [node]
-    while stack:
-        part = stack.pop()
-        if part and part[0] in _LITERALS:
-            continue
-        if part and (part[0] == "sym" or part[0] == "call"):
-            names.add(part[1])
-        stack.extend([child for child in part if type(child) is tuple])
-    return frozenset(names)
-
-
-def kinds(node: Node) -> set[str]:
-    """The first fields of a tree and of all its parts."""
-    found, stack = set(), [node]
-    while stack:
-        part = stack.pop()
-        if part:
-            found.add(part[0])
-            stack.extend([child for child in part if type(child) is tuple])
-    return found
-
-
-def has(node: Node, *kinds: str) -> bool:
-    """Whether a tree holds a node of one of these kinds, or a function or constant of one of these names."""
-    stack = [node]
-    while stack:
-        part = stack.pop()
-        if part and (part[0] in kinds or (part[0] in _NAMED and part[1] in kinds)):
-            return True
-        stack.extend([child for child in part if type(child) is tuple])
-    return False
-
-
-_LITERALS = frozenset(("num", "dec", "const", "base", "text", "domain"))
-_NAMED = frozenset(("fn", "const"))
-_NONE: frozenset[str] = frozenset()

@@ -194,6 +194,32 @@ def test_hostile_completions_are_unpaid_within_a_second_under_asyncio():
     assert asyncio.run(inside_the_loop()) == []
 
 
+@pytest.mark.parametrize("answer", ["P(1:2)", "\\sin(\\{1\\})", "\\zeta(\\{2\\})", "\\log_{(1,2)}(\\{3\\})"])
+def test_an_argument_of_another_shape_is_zero_and_no_fault_of_the_gold(answer):
+    assert grade(f"\\boxed{{{answer}}}", "5").score == 0.0
+
+
+VOCABULARY = r"""
+\sin \zeta \gcd \max \log_ \det \binom P C f \sqrt \frac \sum_{k=1}^{n} \angle \vec \mathbf {1} (1:2) \{1\}
+[1,2] (1,2) 10^{10^9} {a,b} |x| (1|2) \pm2 3\text{cm} \mathbb{R} ... 5_2 x=1 \emptyset 7k+1
+^ _ ! ' % : , ; = < + - \pm ^{-1} ^T ^\circ \pmod7 \text{or} \cup \\ \quad a.m. million
+"""
+READABLE_GOLDS = (
+    r"5;x+1;(1,2);\{1,2\};5\text{ cm};3:05 PM;x\equiv3\pmod7;\pm\sqrt2;B;2A_{16};\sum_{k=1}^n k;i+j"
+)
+
+
+def test_random_formulas_neither_raise_nor_abstain_for_a_good_gold():
+    rng = random.Random(1)
+    words, golds = VOCABULARY.split(), READABLE_GOLDS.split(";")
+    never = MathOptions(symbolic_timeout_s=0.0)
+    for _ in range(3_000):
+        text = " ".join(rng.choices(words, k=rng.randint(1, 7)))
+        reward = grade(f"\\boxed{{{text}}}", rng.choice(golds), options=never)
+        assert reward.score in (0.0, 1.0), text
+        assert not reward.detail.startswith("unreadable"), (text, reward.detail)
+
+
 @pytest.mark.parametrize(
     "answer", ["\\Gamma(\\arg 7)", "\\mp\\ldots^+", "8 != x = 2", "\\max(i, 1)", "\\sin", "f()"]
 )

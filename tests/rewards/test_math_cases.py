@@ -43,6 +43,18 @@ def test_shared_core_cases_are_99_percent_right_without_a_false_positive():
     assert len(wrong) <= 0.01 * len(rows), [row["id"] for row in wrong]
 
 
+def test_shared_kinds_have_no_core_false_positive_and_at_most_4_percent_of_right_answers_refused():
+    rows = shared("cases/math_kinds.jsonl")
+    scores = {row["id"]: grade(row["prediction"], row["gold"]).score for row in rows}
+    paid = [row["id"] for row in rows if scores[row["id"]] == 1.0 and not row["expected"]]
+    refused = [row for row in rows if scores[row["id"]] == 0.0 and row["expected"]]
+    assert [name for name, score in scores.items() if score is None] == []
+    assert [row["id"] for row in rows if row["id"] in paid and row["tier"] == "core"] == []
+    assert len(paid) <= 1  # BA for AB, which is CA for AC where these are choices
+    assert len(refused) <= 0.04 * sum(row["expected"] for row in rows)
+    assert [row["id"] for row in refused if row["tier"] == "core"] == []
+
+
 def test_shared_attacks_on_math_are_not_paid_and_honest_answers_are():
     rows = [row for row in shared("cases/attacks.jsonl") if row["tests"]["type"] == "math"]
     assert len(rows) >= 10
