@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards import doctor, score
 from rewards.score import take_flags_anywhere
+from rl.command import run_command
 from rl.config.read import load_config
-from rl.durable import with_remedy
+from rl.redact import redact
+from rl.safe_stream import say
 
 if TYPE_CHECKING:
     from rl.config import Config
@@ -24,13 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; a fault the user can mend is one sentence on stderr."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr)
-        return 1
+    return run_command(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,14 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     report = commands.add_parser("report", help="rebuild report.html from a run folder, finished or not")
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--out", type=Path, default=None)
+    report.add_argument("run_dir", type=_path)
+    report.add_argument("--out", type=_path, default=None)
     report.set_defaults(run=_report)
 
     denoising = commands.add_parser(
         "denoising", help="show in which order a diffusion model wrote completions of a run"
     )
-    denoising.add_argument("run_dir", type=Path)
+    denoising.add_argument("run_dir", type=_path)
     denoising.add_argument("--frames", type=int, default=6)
     denoising.set_defaults(run=_denoising)
 
@@ -112,6 +108,11 @@ def _count(text: str) -> int:
     return number
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+_path.__name__ = "path"
 _count.__name__ = "number of processes"
 
 
@@ -143,12 +144,14 @@ def _denoising(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
     from recipes.tasks import load_rows
+    from recipes.tasks.prompts import unrendered_prompt
+
+    data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):
-        config = load_config(path, overrides)
-        return reward_specs(config), load_rows(config.data), config.data.prompt_column
+        return reward_specs(load_config(path, overrides)), load_rows(data), data.prompt_column
 
-    return doctor.run(arguments, load)
+    return doctor.run(arguments, load, ask=partial(unrendered_prompt, data))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -160,6 +163,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from recipes.models import resolve_model
     from rl.diffusion.rl_config import MaskedRunConfig
     from rl.diffusion.saved_config import refuse_masked
+    from rl.loading import refuse_custom_code
     from rl.memory import GIB, plan_memory
 
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
@@ -175,7 +179,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
     name, revision = resolve_model(config.model.name), config.model.revision
     refuse_masked(name, revision)
-    model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    try:
+        model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        refuse_custom_code(name, error)
+        raise
     plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
     for name, size in plan.parts.items():
         print(f"{name:30s}{size / GIB:8.1f} GiB")
@@ -216,7 +224,12 @@ def _config(arguments: argparse.Namespace) -> int:
     from rl.config.read import command_of, read_any_config
 
     config = read_any_config(arguments.config, arguments.overrides)
-    print(f"# of `{command_of(config)}`: every key, and what it means\n{described(config)}", end="")
+    tree = config.model_dump(mode="json")
+    if (shown := redact(tree)) != tree:
+        say("secrets are shown as ***; put them back before you use this as a config", sys.stderr)
+    print(
+        f"# of `{command_of(config)}`: every key, and what it means\n{described(type(config), shown)}", end=""
+    )
     return 0
 
 

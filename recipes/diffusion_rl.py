@@ -11,7 +11,9 @@ from rl.config import Config, ModelConfig, SamplingConfig
 from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
-from rl.loading import add_lora
+from rl.diffusion.saved_config import refuse_masked
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
+from rl.loading import add_lora, load_tokenizer
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
@@ -54,6 +56,18 @@ def check_canvas(config: Config) -> None:
                 f"{name}.max_completion_length={sampling.max_completion_length}, diffusion.block_length="
                 f"{config.diffusion.block_length}: {error}"
             ) from None
+
+
+def tokenizer_of(config: Config, model: ModelConfig) -> Any:
+    """Of a run of either kind.
+
+    Raises:
+        ValueError: the run has no section `diffusion`, and the model is a diffusion model; or no tokenizer.
+    """
+    if isinstance(config, MaskedRunConfig):
+        return load_diffusion_tokenizer(model)
+    refuse_masked(model.name, model.revision)
+    return load_tokenizer(model)
 
 
 def make_masked_policy(

@@ -25,11 +25,18 @@ def make_engine(
     revision: str | None,
     note: Callable[[str], None],
     sample_while_training: bool | None = None,
+    attention: str = "eager",
+    long_factors: bool = False,
 ) -> Engine:
     """The engine of `config`, holding the weights of `model`.
 
+    Args:
+        attention: of the transformers engine: what the policy settled on.
+        long_factors: the policy computes every sequence with the long factors of longrope, as vLLM does.
+
     Raises:
-        ValueError: `engine.name=vllm` cannot be used here, with the reason.
+        ValueError: `engine.name=vllm` cannot be used here, with the reason; or the transformers engine cannot
+            sample what the policy computes.
     """
     name = config.name
     if name == "auto":
@@ -37,6 +44,13 @@ def make_engine(
         name = "vllm" if reason is None else "transformers"
         if reason is not None:
             note(f"sampling with transformers, which is slower: {reason}")
+    if name == "transformers" and long_factors:
+        raise ValueError(
+            f"{model} has longrope, and a prompt with its completion may exceed its "
+            "original_max_position_embeddings: the transformers engine would change the rotary factors in "
+            "the middle of such a sequence; use engine.name=vllm, or lower sampling.max_completion_length "
+            "and leave out long prompts"
+        )
     if name == "transformers":
         return TransformersEngine(
             model,
@@ -46,6 +60,7 @@ def make_engine(
             max_num_seqs=max_num_seqs,
             timeout_s=config.timeout_s,
             revision=revision,
+            attention=attention,
         )
     engine = VllmEngine(
         model,

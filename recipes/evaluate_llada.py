@@ -21,6 +21,7 @@ from recipes.evaluate_options import arguments, denoising_params, in_options
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
 from rewards.math import grade
+from rl.command import run_command
 from rl.config import DataConfig
 from rl.diffusion.config import DiffusionModelConfig, EosConfig, TextConfig
 from rl.diffusion.harness import harness_model
@@ -30,7 +31,6 @@ from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import model_config, raw_config
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.durable import with_remedy
 from rl.rundir import Evaluation
 from rl.shared_prompt import run_attention
 from rl.types import Completion, Prompt, SamplingParams
@@ -47,17 +47,17 @@ Measure = Callable[[], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what was asked for. The exit code: 0 done, 1 a fault the user can mend, as one sentence."""
     a = arguments(argv, (__doc__ or "").partition("\n\n")[2])
-    try:
-        run(a)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {in_options(with_remedy(error))}", file=sys.stderr)
-        return 1
-    return 0
+
+    def work() -> int:
+        try:
+            return run(a)
+        except ValueError as error:
+            raise ValueError(in_options(str(error))) from error
+
+    return run_command(work)
 
 
-def run(a: argparse.Namespace) -> None:
+def run(a: argparse.Namespace) -> int:
     """Options, config.json and files are checked before weights are read, and rows before any is computed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = denoising_params(a)
@@ -81,6 +81,7 @@ def run(a: argparse.Namespace) -> None:
         measures.append(lm_eval_tasks(policy, engine, manager, a))
     for measure in measures:
         measure()
+    return 0
 
 
 def load(a: argparse.Namespace) -> DiffusionPolicy:

@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedType
 from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy
+from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy, tokenizer_of
 from recipes.engines import make_engine
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
@@ -30,12 +30,11 @@ from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
-from rl.diffusion.saved_config import refuse_masked
-from rl.diffusion.tokenizer import load_diffusion_tokenizer
 from rl.display import Display
 from rl.durable import RunLock
+from rl.inputs import fingerprints
 from rl.ledger import Ledger
-from rl.loading import check_config, load_tokenizer
+from rl.loading import check_config
 from rl.manifest import unsupported_versions
 from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
@@ -45,7 +44,16 @@ from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
-from rl.rundir import Evaluation, EvaluationLog, claim_config, read_result, write_result
+from rl.rundir import (
+    Evaluation,
+    EvaluationLog,
+    claim_config,
+    claim_inputs,
+    heldout_ends,
+    read_result,
+    write_result,
+)
+from rl.safe_stream import say
 from rl.trackers import Trackers
 from rl.train import train
 from rl.types import Prompt, ScoredGroup
@@ -93,6 +101,8 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     with display:
         for sentence in unsupported_versions():
             display.warn(sentence)
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run, close = build(config, world, stop, display, began)
         try:
             steps = train(run)
@@ -102,21 +112,24 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
     if world.is_main:
         if not stopped:
             _conclude(run, steps)
-        print(f"report: {build_report(config.run_dir)}")
+        say(f"report: {build_report(config.run_dir)}")
         if stopped:
-            print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+            say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
     return stop.exit_code() if stopped else 0
 
 
 def _conclude(run: Run, steps: int) -> None:
     """Writes and prints the results; those of a run that was finished before stay as they are."""
-    evaluations, result = run.evaluations.read(), read_result(run.config.run_dir)
+    config, evaluations = run.config, run.evaluations.read()
+    result = read_result(config.run_dir)
     if run.start_step < steps or result.get("steps") != steps:
-        result = write_result(run.config, evaluations, steps=steps, seconds=run.seconds)
-    ends = [*evaluations[:1], *evaluations[-1:]]
-    for name, evaluation in zip(("before", "after"), ends, strict=False):
-        print(f"held-out {name}: {evaluation}")
-    print(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
+        result = write_result(config, evaluations, steps=steps, seconds=run.seconds)
+    if config.evaluation.data is not None:
+        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        for name, found in ends.items():
+            text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
+            say(f"held-out {name.removeprefix('heldout_')}: {text}")
+    say(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
 def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:
@@ -137,13 +150,17 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-        tokenizer = _load_tokenizer(config, model)
+        tokenizer = tokenizer_of(config, model)
+        if world.is_main:
+            sections = {"data": rows, "evaluation data": heldout_rows if held else None}
+            found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
+            claim_inputs(config, found, display.warn)
         heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
         prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
-        if (reason := policy.settle_attention()) is not None:
+        if (reason := policy.settle_attention(longest)) is not None:
             display.note(
                 f"packed attention is off: {reason}; sequences are trained one at a time, with the same "
                 "result"
@@ -184,13 +201,6 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         return run, closing.pop_all().close
 
 
-def _load_tokenizer(config: Config, model: ModelConfig) -> Any:
-    if isinstance(config, MaskedRunConfig):
-        return load_diffusion_tokenizer(model)
-    refuse_masked(model.name, model.revision)
-    return load_tokenizer(model)
-
-
 def _make_policy(
     config: Config, model: ModelConfig, accelerator: Accelerator, tokenizer: Any, longest: int
 ) -> Policy:
@@ -218,15 +228,20 @@ def _make_engine(
         revision=model.revision,
         note=display.note,
         sample_while_training=config.train.sample_while_training,
+        attention=policy.own_attention,
+        long_factors=policy.long_factors,
     )
 
 
 def _go_on(run: Run) -> None:
-    loaded = go_on(run, resume)
+    rows = run.log.read() if run.world.is_main else []
+    (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
+    run.num_recorded = int(run.world.max([float(run.ledger.expect(int(num_done)))])[0])
+    loaded = go_on(run, resume, run.evaluations)
     if loaded is None:
         return
     if run.world.is_main:
-        run.watch.rows.extend(run.log.read())
+        run.watch.recall(run.log.read())
         for e in run.evaluations.read():
             run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     run.display.note(f"going on from {loaded.path} (step {loaded.step})")
@@ -240,7 +255,11 @@ def make_scorer(config: Config) -> RewardPool:
     r = config.rewards
     specs = reward_specs(config)
     return RewardPool(
-        specs, workers=r.workers, deadline_s=r.deadline_s, memory_bytes=int(r.memory_gib * 2**30)
+        specs,
+        workers=r.workers,
+        deadline_s=r.deadline_s,
+        memory_bytes=int(r.memory_gib * 2**30),
+        num_steps=config.train.steps,
     )
 
 

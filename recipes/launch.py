@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,11 @@ from typing import IO, Any
 
 import torch
 
-from rl.durable import with_remedy
+from rl.command import raise_open_files, run_command, say_fault
 from rl.phases import ASKS_TO_STOP, StopSignal, stop_with_launcher
+from rl.redact import safe_text
+from rl.safe_stream import say
+from rl.world import LOOPBACK, STORE_FD, listen_on_loopback, loopback_environment
 
 Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
@@ -42,20 +44,20 @@ def recipe_main(
         return 0 if arguments else 2
     began = time.monotonic()
     stop = StopSignal()
-    stop.install()
-    stop_with_launcher()
-    try:
-        return run(arguments, stop, began)
-    except KeyboardInterrupt:
-        print("cohort: stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("COHORT_DEBUG"):
-            raise
-        print(f"cohort: {with_remedy(error)}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        stop.restore()
+
+    def work() -> int:
+        stop.install()
+        stop_with_launcher()
+        try:
+            raise_open_files()
+            return run(arguments, stop, began)
+        except KeyboardInterrupt:
+            say_fault("stopped at once; the same command goes on from the newest checkpoint")
+            return 128 + signal.SIGINT
+        finally:
+            stop.restore()
+
+    return run_command(work)
 
 
 def launch(recipe: Sequence[str], num_processes: int) -> int:
@@ -65,30 +67,35 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
     a process fails, the others, which wait for it, are killed after `PATIENCE_S`. Only the first one speaks;
     of another one that fails before it, the last words are shown.
     """
-    environment = _environment(num_processes)
     with ExitStack() as stack:
+        meeting = stack.enter_context(listen_on_loopback())
+        environment = _environment(num_processes, meeting.getsockname()[1])
         logs = [stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in range(1, num_processes)]
         children: list[Child] = []
         stack.callback(_end, children)
         _pass_signals_on(children)
         for rank, log in enumerate([None, *logs]):
-            children.append(_start(recipe, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log))
+            own = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                STORE_FD: str(-1 if rank else meeting.fileno()),
+            }
+            children.append(_start(recipe, environment | own, log, () if rank else (meeting.fileno(),)))
+        meeting.close()
         first_failed = _wait(children)
         _end(children)
         if first_failed > 0:
             words = _last_words(logs[first_failed - 1])
-            print(f"process {first_failed} failed first:\n{words}", file=sys.stderr)
+            say(f"process {first_failed} failed first:\n{safe_text(words)}", sys.stderr)
     codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]
     code = next(filter(None, codes), 0)
     return 128 - code if code < 0 else code
 
 
-def _environment(num_processes: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {
+def _environment(num_processes: int, port: int) -> dict[str, str]:
+    world = {
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "COHORT_LAUNCHED": "1",
@@ -96,10 +103,12 @@ def _environment(num_processes: int) -> dict[str, str]:
     if not torch.cuda.is_available():
         world["ACCELERATE_USE_CPU"] = "1"
     threads = max(1, (os.cpu_count() or 1) // num_processes)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **world}
+    return {"OMP_NUM_THREADS": str(threads), **loopback_environment(), **os.environ, **world}
 
 
-def _start(recipe: Sequence[str], environment: dict[str, str], log: IO[str] | None) -> Child:
+def _start(
+    recipe: Sequence[str], environment: dict[str, str], log: IO[str] | None, descriptors: Sequence[int]
+) -> Child:
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
     return subprocess.Popen(
         [sys.executable, "-m", "recipes.grpo", *recipe],
@@ -108,6 +117,7 @@ def _start(recipe: Sequence[str], environment: dict[str, str], log: IO[str] | No
         stderr=log,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        pass_fds=descriptors,
     )
 
 

@@ -32,11 +32,13 @@ from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_leng
 from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
+from rl.inputs import fingerprints
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
-from rl.rundir import claim_config, write_atomically
+from rl.rundir import claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.safe_stream import say
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
@@ -74,6 +76,8 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
         claim_config(config)
     world.wait()
     with Display(config.train.steps, is_main=world.is_main) as display:
+        if (sentence := world.exposure()) is not None:
+            display.note(sentence)
         run = build(config, world, stop, display)
         try:
             steps = train(run)
@@ -82,13 +86,13 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
             run.log.close()
     if not world.is_main:
         return stop.exit_code()
-    if steps == config.train.steps:
+    if steps >= config.train.steps:
         seconds = time.monotonic() - began
         write_result(run, steps=steps, seconds=seconds)
-        print(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
-    print(f"report: {build_report(config.run_dir)}")
+        say(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
+    say(f"report: {build_report(config.run_dir)}")
     if stop.received is not None and steps < config.train.steps:
-        print(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
+        say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
         return stop.exit_code()
     return 0
 
@@ -99,14 +103,20 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
     if config.train.deterministic and not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    rows = load_rows(config.data.rows())
+    rows, held = load_rows(config.data.rows()), config.evaluation.data
+    heldout_rows = load_rows(held.rows()) if held else None
     share = config.objective.random_length_share
     if share and row_format(rows, config.data) != "text":
         raise ValueError(
             f"objective.random_length_share={share} is for pre-training on rows with 'text'; these have "
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
-    policy = DiffusionPolicy(config.model, world.accelerator, name=resolve_model(config.model.name))
+    name = resolve_model(config.model.name)
+    policy = DiffusionPolicy(config.model, world.accelerator, name=name)
+    if world.is_main:
+        sections = {"data": rows, "evaluation data": heldout_rows}
+        found = fingerprints(name, policy.tokenizer, sections, revision=config.model.revision)
+        claim_inputs(config, found, display.warn)
     padding = padding_ids(
         config.eos,
         policy.tokenizer,
@@ -133,7 +143,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         optimizer=torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
         examples=examples,
         padding=padding,
-        heldout=_heldout(config, policy),
+        heldout=_heldout(held, heldout_rows, policy),
         store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
         log=MetricsLog(config.run_dir),
         bounds=BoundLog(config.run_dir),
@@ -142,7 +152,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
         stop=stop,
     )
-    if (loaded := go_on(run, resume)) is not None:
+    if (loaded := go_on(run, resume, run.bounds)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
     return run
 
@@ -150,24 +160,26 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
     """`result.json`: seconds, steps, and the bound on held-out text before and after."""
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
-    found = run.bounds.read()
-    for name, (_, bound) in zip(("before", "after"), (found[:1] + found[-1:]), strict=False):
-        result[f"heldout_{name}"] = {
-            "nats_per_token": bound.nats_per_token,
-            "error": bound.error,
-            "perplexity": bound.perplexity,
-            "num_tokens": bound.num_tokens,
-        }
-        print(f"held-out text {name}: {bound}")
+    if run.heldout:
+        ends, missing = heldout_ends(dict(run.bounds.read()), steps, "likelihood.jsonl")
+        for name, bound in ends.items():
+            result[name] = bound and {
+                "nats_per_token": bound.nats_per_token,
+                "error": bound.error,
+                "perplexity": bound.perplexity,
+                "num_tokens": bound.num_tokens,
+            }
+            text = str(bound) if bound else f"missing ({missing[f'{name}_missing']})"
+            say(f"held-out text {name.removeprefix('heldout_')}: {text}")
+        result |= missing
     write_atomically(run.config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
 
 
-def _heldout(config: DiffusionConfig, policy: DiffusionPolicy) -> Any:
+def _heldout(section: TextConfig | None, rows: Any, policy: DiffusionPolicy) -> Any:
     """Held-out examples end with one end-of-text token, whatever follows it in training."""
-    section = config.evaluation.data
     if section is None:
         return []
-    encoded, _ = _encoded(load_rows(section.rows()), section, policy)
+    encoded, _ = _encoded(rows, section, policy)
     return padded_examples(encoded, EosConfig(policy="single"), [])
 
 

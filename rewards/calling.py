@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rewards.plugins import RewardFunction
@@ -19,17 +20,32 @@ class BadValue(Exception):
     """A reward function returned something other than one finite number, None or Reward per completion."""
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """What a function of TRL's may read of `trainer_state`.
+
+    Attributes:
+        global_step: steps that the policy had done when the newest token of the call was sampled.
+        max_steps: of the whole run; -1: unknown.
+    """
+
+    global_step: int
+    max_steps: int = -1
+
+
 def arguments(
     reward: RewardFunction,
     prompts: Sequence[Any],
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]] | None,
     columns: Mapping[str, Sequence[Any]],
+    extras: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The keyword arguments of one call: TRL's own, the columns that the function takes, then its options.
 
-    `log_extra` and `log_metric` do nothing here and `trainer_state` is None; functions written for TRL may
-    ask for them.
+    Args:
+        extras: `trainer_state`, `log_extra` and `log_metric` of the trainer that calls; without them the
+            state is None and what is logged goes nowhere.
     """
     given = {
         "prompts": list(prompts),
@@ -38,6 +54,7 @@ def arguments(
         "trainer_state": None,
         "log_extra": _ignore,
         "log_metric": _ignore,
+        **(extras or {}),
     }
     taken = {name: value for name, value in given.items() if name in reward.given}
     return {n: list(v) for n, v in columns.items() if reward.takes(n)} | taken | dict(reward.options)

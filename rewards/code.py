@@ -138,7 +138,7 @@ def grade(
     options = options or CodeOptions()
     start = time.perf_counter()
     code = None
-    passed: Sequence[bool] = ()
+    passed: Sequence[bool | None] = ()
     weights: tuple[float, ...] = ()
     try:
         parsed = parse_tests(tests)
@@ -151,13 +151,21 @@ def grade(
         verdict = Verdict(Reason.BAD_GOLD, str(error))
     score = None if verdict.reason in ABSTAINING else float(verdict.reason is Reason.CORRECT)
     if score is not None and options.scoring == "fraction" and passed:
-        if weights and len(weights) != len(passed):
+        if weights and len(weights) != len(passed) and verdict.complete:
             score, verdict = None, Verdict(Reason.BAD_GOLD, f"{len(weights)} weights for {len(passed)} tests")
         else:
-            weights = weights or (1.0,) * len(passed)
-            score = sum(w for w, ok in zip(weights, passed, strict=True) if ok) / sum(weights)
+            score = _share(passed, weights or (1.0,) * len(passed), score)
     elapsed_ms = (time.perf_counter() - start) * 1e3
     return Reward(score, verdict.reason, verdict.detail[:MAX_DETAIL], code, elapsed_ms)
+
+
+def _share(passed: Sequence[bool | None], weights: Sequence[float], otherwise: float) -> float:
+    """The weight of the tests passed as a share of all that count. After a crash `passed` may be shorter or
+    longer than `weights`: a test that did not run has failed.
+    """
+    results = list(zip(weights, passed, strict=False))
+    total = sum(weights) - sum(weight for weight, ok in results if ok is None)
+    return sum(weight for weight, ok in results if ok) / total if total > 0 else otherwise
 
 
 _sandboxes: dict[tuple[Any, ...], Sandbox] = {}
@@ -245,10 +253,13 @@ def _continues_prompt(code: str, tests: CodeTests) -> bool:
     """Whether the prompt begins the function that the tests call, and the completion does not define it."""
     name = re.escape(re.split(r"\W", tests.entry_point, maxsplit=1)[0])
     begun = rf"^(?:(?:async\s+)?def|class)\s+{name}\b"
-    other = rf"^{name}\s*[:=]|\bimport\b.*\b{name}\b"
     if tests.kind == STDIO or not name or not re.search(begun, tests.prompt, re.MULTILINE):
         return False
-    return not re.search(f"{begun}|{other}", code, re.MULTILINE)
+    if re.search(rf"{begun}|^{name}\s*[:=]", code, re.MULTILINE):
+        return False
+    # One look at each line after its first `import`: a pattern for both would try every pair of them.
+    imported = re.findall(r"\bimport\b(.*)", code)
+    return not any(re.search(rf"\b{name}\b", rest) for rest in imported)
 
 
 def _mentions(package: str, *texts: str) -> bool:

@@ -13,7 +13,8 @@ TAGS: dict[str, tuple[str, ...]] = {
     "cpp": ("cpp", "c++", "cc", "cxx"),
     "javascript": ("javascript", "js", "node"),
 }
-FENCE = re.compile(r"^[ \t]{0,3}(```+|~~~+)[ \t]*([\w+#.-]*)[^`\n]*$", re.MULTILINE)
+# Possessive, so that a long line that is no fence costs its length and not the cube of it.
+FENCE = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$", re.MULTILINE)
 
 
 def extract_code(text: str, language: str) -> tuple[str | None, Reason]:

@@ -23,11 +23,14 @@ JUDGES = (
 
 @dataclass(slots=True)
 class Verdict:
-    """`passed`: one entry per test where tests were counted, else empty."""
+    """`passed`: one entry per test where tests were counted, else empty; None: the tests left it out.
+    `complete`: False where a crash ended tests early, and stands among them as one more.
+    """
 
     reason: Reason
     detail: str = ""
-    passed: Sequence[bool] = ()
+    passed: Sequence[bool | None] = ()
+    complete: bool = True
 
 
 def judge_outputs(
@@ -128,9 +131,9 @@ def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
     if reason is Reason.CRASH:
         reason = _reason_of_exception(detail)
     passed = record.get("passed", ())
-    if reason is Reason.CORRECT and passed and not all(passed):
+    if reason is Reason.CORRECT and False in passed:
         reason = Reason.WRONG_ANSWER
-    return Verdict(reason, detail, passed)
+    return Verdict(reason, detail, passed, record.get("complete", True))
 
 
 def fault_of(result: RunResult) -> Verdict | None:

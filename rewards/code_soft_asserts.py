@@ -18,6 +18,7 @@ class Sites:
         self.held: list[bool | None] = []  # None: not reached
         self.optional: list[bool] = []  # under an `if`, so that not reaching it is no failure
         self.holders: set[str] = set()  # functions with asserts among these
+        self.num_crashes = 0  # of test functions, outside of their asserts
         self.first_failure = ""
 
     def add(self, optional: bool) -> int:
@@ -36,28 +37,34 @@ class Sites:
 
     def _failed(self, site: int, error: Exception) -> None:
         self.held[site] = False
-        self.first_failure = self.first_failure or f"assert {site}: {type(error).__name__}: {error}"
+        self._note(f"assert {site}", error)
+
+    def _note(self, what: str, error: Exception) -> None:
+        self.first_failure = self.first_failure or f"{what}: {type(error).__name__}: {error}"
 
     def attempt(self, name: str, run: Callable[[], Any]) -> None:
         """Runs a test function. It is a test by itself if none of its asserts is, or if it raises."""
         try:
             run()
         except Exception as error:
-            self._failed(self.add(False), error)
+            if name in self.holders:
+                self.num_crashes += 1
+                self._note(name, error)
+            else:
+                self._failed(self.add(False), error)
             return
         if name not in self.holders:
             self.held[self.add(False)] = True
 
-    def results(self, aborted: bool) -> list[bool]:
-        """One entry per test. An assert that was not reached failed, unless an `if` left it out of a
-        complete run.
+    def results(self, aborted: bool) -> list[bool | None]:
+        """One entry per test, then a failure for each crash. An assert that was not reached failed, unless an
+        `if` left it out of a complete run: None.
         """
-        reached = [
-            held is True
+        held = [
+            None if held is None and optional and not aborted else held is True
             for held, optional in zip(self.held, self.optional, strict=True)
-            if aborted or held is not None or not optional
         ]
-        return [*reached, False] if aborted else reached
+        return [*held, *[False] * (self.num_crashes + aborted)]
 
 
 def soften(body: list[ast.stmt], sites: Sites, optional: bool = False) -> list[ast.stmt]:

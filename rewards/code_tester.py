@@ -52,6 +52,8 @@ def main(source: bytes) -> int:
         verdict = {"outcome": "test_error", "detail": "recursion without end in the tests"}
     if link.fault is not None:  # also where the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
+    # Whole, whatever the solution said: a verdict that the cap of the output cuts would be no JSON.
+    verdict["detail"] = verdict["detail"][:MAX_DETAIL]
     _write({**verdict, "num_calls": link.num_calls})
     return int(any(LEAVES_TRACES.search(given[name] or "") for name in ("code", "prompt")))
 
@@ -117,6 +119,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
     verdict: dict[str, Any] = {"outcome": outcome, "detail": detail[:MAX_DETAIL]}
     if given["partial"]:
         verdict["passed"] = sites.results(aborted=outcome != "passed")
+        verdict["complete"] = outcome == "passed" and not sites.num_crashes
         verdict["detail"] = verdict["detail"] or sites.first_failure
     return verdict
 

@@ -18,6 +18,7 @@ from rewards.score import quantile, take_flags_anywhere
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]
+Ask = Callable[[Row, str], Prompt]
 Load = Callable[[str, Sequence[str]], tuple[list[RewardSpec], list[dict[str, Any]], str]]
 GOLD_COLUMNS = ("answer", "solution", "ground_truth", "gold", "label", "canonical_solution", "target")
 TEMPLATES = {
@@ -76,11 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     take_flags_anywhere(parser)
 
 
-def run(args: argparse.Namespace, load: Load) -> int:
+def run(args: argparse.Namespace, load: Load, ask: Ask | None = None) -> int:
     """Prints what was found about each reward; 0 if all is well, else 1.
 
     Args:
         load: (config path, overrides) -> rewards, rows of the dataset, name of its prompt column.
+        ask: (row, id) -> the prompt that training makes of the row; default: a row's messages or text.
 
     Raises:
         ValueError: the config, the dataset or a reward is wrong.
@@ -94,8 +96,11 @@ def run(args: argparse.Namespace, load: Load) -> int:
             [RewardSpec(spec.name, options=spec.options)], workers=args.workers, deadline_s=args.deadline
         )
         try:
-            pool.check_columns(set(rows[0]), rows[0])
-            found = examine(pool, rows[: args.rows], prompt_column=prompt_column, gold_column=args.gold)
+            columns = rows[0] if ask is None else ask(rows[0], "row 0").columns
+            pool.check_columns(set(columns), columns)
+            found = examine(
+                pool, rows[: args.rows], prompt_column=prompt_column, gold_column=args.gold, ask=ask
+            )
         finally:
             pool.close()
         print(found)
@@ -104,11 +109,16 @@ def run(args: argparse.Namespace, load: Load) -> int:
 
 
 def examine(
-    pool: RewardPool, rows: Sequence[Row], *, prompt_column: str = "prompt", gold_column: str | None = None
+    pool: RewardPool,
+    rows: Sequence[Row],
+    *,
+    prompt_column: str = "prompt",
+    gold_column: str | None = None,
+    ask: Ask | None = None,
 ) -> Examination:
     """Puts one reward to all questions. Of a reward without a gold in the dataset, only some can be asked."""
     name = pool.asks[0].name
-    patient = Patient(pool, rows, prompt_column)
+    patient = Patient(pool, rows, prompt_column, ask)
     golds = find_golds(rows, pool.required_columns(), gold_column)
     checks: list[Check] = []
     if golds is None:
@@ -131,17 +141,23 @@ def examine(
 class Patient:
     """A reward and the rows that it is tried on; remembers how long each grade took."""
 
-    def __init__(self, pool: RewardPool, rows: Sequence[Row], prompt_column: str) -> None:
+    def __init__(
+        self, pool: RewardPool, rows: Sequence[Row], prompt_column: str, ask: Ask | None = None
+    ) -> None:
         self.pool, self.rows, self.prompt_column = pool, rows, prompt_column
+        self.ask = ask or self._plain
         self.timed: list[tuple[float, str]] = []
+
+    def _plain(self, row: Row, name: str) -> Prompt:
+        prompt = row.get(self.prompt_column, "")
+        messages = tuple(prompt) if isinstance(prompt, list) else ()
+        return Prompt(name, prompt if isinstance(prompt, str) else "", (), messages, row)
 
     def grade(self, texts: Sequence[str], columns: Sequence[Row] | None = None) -> list[Reward]:
         """`texts` as completions of the first rows, each in a group of its own."""
         groups = []
         for index, (text, row) in enumerate(zip(texts, columns or self.rows, strict=False)):
-            prompt = row.get(self.prompt_column, "")
-            messages = tuple(prompt) if isinstance(prompt, list) else ()
-            asked = Prompt(f"row {index}", prompt if isinstance(prompt, str) else "", (), messages, row)
+            asked = self.ask(row, f"row {index}")
             ids = list(range(max(1, len(text) // 4)))  # about as many tokens as the text would have
             groups.append(Group(asked, [Completion(ids, [], [True] * len(ids), "stop", [], text=text)]))
         rewards = [scored.rewards[0] for scored in self.pool.score(groups)]

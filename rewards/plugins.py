@@ -50,7 +50,7 @@ class RewardFunction:
         takes_any: it has `**columns`, so every column is passed.
         given: which of TRL's own arguments are passed.
         needs_ids: it cannot do without token ids.
-        groupwise: it must see all completions of a prompt in one call, and of one prompt only.
+        groupwise: one call holds the completions of one prompt, all of them; else a single completion.
         time_limit_s: how long it may take for one completion by a deadline of its own, which comes before
             the pool's: what is late by it is a fault of the completion, not of the grader. 0: it has none.
     """
@@ -78,6 +78,12 @@ def groupwise(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
+def per_completion(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a reward function, or a factory of one, that is called for each completion by itself."""
+    fn.groupwise = False  # pyright: ignore[reportFunctionMemberAccess]
+    return fn
+
+
 def import_path(fn: Callable[..., Any]) -> str:
     """`module:qualname` of a callable.
 
@@ -99,20 +105,22 @@ def import_path(fn: Callable[..., Any]) -> str:
 def load_reward(reward: str | Callable[..., Any], options: Mapping[str, Any] | None = None) -> RewardFunction:
     """Imports the reward of that name, or takes the function, and binds its options.
 
-    The reserved option `groupwise: true` marks a function from outside.
+    The reserved options `groupwise: true` and `per_completion: true` mark a function from outside.
 
     Raises:
         ValueError: no such name, it cannot be imported, or an option is unknown or missing.
     """
     options = dict(options or {})
-    marked = bool(options.pop("groupwise", False))
+    marked = _mark(options)
     if isinstance(reward, str):
         name, fn = reward, find(reward)
     else:
         name, fn = getattr(reward, "__name__", type(reward).__name__), reward
     if not callable(fn):
         raise ValueError(f"reward {name!r} is {type(fn).__name__}, not a function; name a callable")
+    usual = name not in BUILT_IN
     if _is_factory(fn):
+        usual = getattr(fn, "groupwise", usual)
         _check_options(name, inspect.signature(fn), options, allowed=None)
         fn, options = fn(**options), {}
         if not callable(fn) or _is_factory(fn):
@@ -120,10 +128,24 @@ def load_reward(reward: str | Callable[..., Any], options: Mapping[str, Any] | N
                 f"reward {name!r} takes none of {', '.join(MARKERS)}, so it was called as a factory "
                 f"and returned {type(fn).__name__}, not a reward function (prompts, completions, **columns)"
             )
-    return _describe(name, fn, options, marked)
+    whole = bool(getattr(fn, "groupwise", usual)) if marked is None else marked
+    return _describe(name, fn, options, whole)
 
 
-def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], marked: bool) -> RewardFunction:
+def _mark(options: dict[str, Any]) -> bool | None:
+    """Takes out the reserved options: True for calls of a whole group, False for single ones, else None.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    said = {name: bool(options.pop(name)) for name in ("groupwise", "per_completion") if name in options}
+    wishes = {value == (name == "groupwise") for name, value in said.items()}
+    if len(wishes) > 1:
+        raise ValueError(f"options {said} contradict each other; give one of them")
+    return wishes.pop() if wishes else None
+
+
+def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], whole: bool) -> RewardFunction:
     signature = inspect.signature(fn)
     parameters = signature.parameters.values()
     for p in parameters:
@@ -146,7 +168,7 @@ def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], marked
         takes_any=bool(getattr(fn, "takes_any_column", has_rest and not ours)),
         is_async=inspect.iscoroutinefunction(fn)
         or inspect.iscoroutinefunction(getattr(fn, "__call__", None)),  # noqa: B004
-        groupwise=marked or bool(getattr(fn, "groupwise", False)),
+        groupwise=whole,
         options=options,
         given=GIVEN if has_rest and not ours else GIVEN & {p.name for p in named},
         needs_ids=any(p.name == "completion_ids" and p.default is p.empty for p in named),

@@ -1,8 +1,8 @@
 """Grades groups in killable processes: `RewardPool` is the `Scorer` of a run.
 
-A completion is graded as soon as it is added, answers come in any order, and what a grader does to itself
-(hang, crash, raise, return nonsense) costs its own sample and no other: that sample abstains, and the fault
-is counted.
+Answers come in any order, and what a grader does to itself (hang, crash, raise, return nonsense) costs the
+completion that made it do so and no other: that sample abstains, and the fault is counted. `rewards` says
+what one call holds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.answers import Fault
 from rewards.compose import RewardSpec, check_specs
 from rewards.graders import START_S, Graders
 from rewards.plugins import import_path
-from rewards.ticket import Asks, Fault, Grading, Ticket, is_json
+from rewards.ticket import Asks, Grading, Ticket, is_json
 from rl.types import Group, Prompt, ScoredGroup
 
 NUM_EXAMPLES = 5
@@ -68,14 +69,16 @@ class RewardPool:
         workers: int = 1,
         deadline_s: float = 10.0,
         memory_bytes: int = 2 << 30,
+        num_steps: int = -1,
     ) -> None:
         """
         Args:
             specs: specs, names, or functions that can be imported by another process.
             workers: grader processes.
-            deadline_s: per completion, on the clock; then the grader is killed and the sample abstains. A
-                reward with a longer deadline of its own (`code`) gets that.
+            deadline_s: per completion of a call, on the clock; then the grader is killed. A reward with a
+                longer deadline of its own (`code`) gets that.
             memory_bytes: address space that one grader may take beyond what loading the rewards took.
+            num_steps: of the run; -1: unknown. Functions of TRL's see it as `trainer_state.max_steps`.
 
         Raises:
             ValueError: a reward cannot be found, imported or configured, or the gates are wrong.
@@ -94,6 +97,7 @@ class RewardPool:
         hello = {
             "specs": [{"name": spec.name, "options": dict(spec.options)} for spec in self.specs],
             "memory_bytes": memory_bytes,
+            "num_steps": num_steps,
         }
         self._graders = Graders(hello, workers)
         try:
@@ -130,7 +134,7 @@ class RewardPool:
                     )
 
     def begin(self, prompt: Prompt) -> Ticket:
-        """Opens a group whose completions are graded one by one while the rest is still sampled."""
+        """Opens a group. Rewards that get one completion at a time start while others are being sampled."""
         return Ticket(self._grading, prompt)
 
     def submit(self, group: Group) -> Future[ScoredGroup]:
@@ -144,12 +148,12 @@ class RewardPool:
         """Rewards for every completion, in order. A bad sample abstains; deadlines bound the wait.
 
         Raises:
-            TimeoutError: the graders did not answer within twice the sum of all deadlines; a bug.
+            TimeoutError: the graders did not answer within four times the sum of all deadlines; a bug.
         """
         futures = [self.submit(group) for group in groups]
         num_calls = len(self.specs) * sum(len(group.completions) for group in groups)
         longest_s = max(self.deadline_s, *(asks.time_limit_s for asks in self.asks))
-        limit_s = 2 * (longest_s + START_S) * (num_calls + 1)
+        limit_s = 4 * (longest_s + START_S) * (num_calls + 1)
         return [future.result(timeout=limit_s) for future in futures]
 
     def take_faults(self) -> Faults:

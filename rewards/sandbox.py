@@ -9,7 +9,7 @@ without Landlock, where every open is refused. Both work without privileges, in 
 namespaces, on x86-64 and aarch64 (there the filters are tested, but were never run). Where neither works
 the sandbox refuses to start and says why: sandlock, bubblewrap and WASM are not offered. Programs in other
 languages need Landlock. What no tier stops: programs that know the tests already, faults of the kernel, and
-timing.
+timing. Without root all workers share a user, and so the number of threads that programs may have together.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Sandbox:
         first = self._start()
         self.tier: str = first.tier
         self.landlock_abi: int = first.landlock_abi
-        self._uid = first.uid
+        self._gid = first.gid
         self._idle.append(first)
         level = logging.INFO if self.tier == "landlock+seccomp" else logging.WARNING
         log.log(
@@ -130,9 +130,12 @@ class Sandbox:
         return self.run_programs([command], limits=limits)[0]
 
     def give(self, folder: str) -> None:
-        """Lets commands use a folder that this process has made."""
+        """Lets commands use a folder that this process has made, and read what lies in it."""
         if os.geteuid() == 0:
-            os.chown(folder, self._uid, self._uid)
+            os.chown(folder, -1, self._gid)
+            os.chmod(folder, 0o770)
+            for entry in os.scandir(folder):
+                os.chmod(entry, 0o644)  # whatever the owner's umask
 
     def run_programs(
         self, programs: Sequence[Program | Command], *, limits: Limits | None = None

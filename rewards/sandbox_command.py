@@ -40,6 +40,7 @@ def enter_command(program: Mapping[str, Any], abi: int) -> None:
     """
     os.setpgid(0, 0)  # so that what a compiler starts can be ended with it
     os.chdir(program["folder"])
+    os.umask(0o007)  # what one worker's compiler makes, another worker runs, as another user of the group
     confine.restrict_files(_rules(program), abi)
     if program["address_space"]:
         confine.lower_limit(resource.RLIMIT_AS, program["memory_bytes"])

@@ -25,6 +25,7 @@ LANDLOCK_ALL_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF}  # ABI -> righ
 LANDLOCK_EXECUTE, LANDLOCK_WRITE, LANDLOCK_READ, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_FILE_RIGHTS = 7 | 1 << 14 | 1 << 15  # execute, write, read, truncate, device commands
 LANDLOCK_EVERYTHING = 0xFFFF
+MAX_PENDING_SIGNALS = 256
 
 _libc = ctypes.PyDLL(
     None, use_errno=True
@@ -112,13 +113,13 @@ def restrict_files(rules: Iterable[tuple[str, int]], abi: int) -> None:
     os.close(ruleset)
 
 
-def drop_privileges(own_uid: int) -> bool:
+def drop_privileges(own_uid: int, gid: int) -> bool:
     """Root becomes a user that owns nothing and loses all capabilities. True: it is `own_uid` now."""
     own = False
-    for uid in (own_uid, 65534):  # a user namespace may map few ids
+    for uid, group in ((own_uid, gid), (65534, 65534)):  # a user namespace may map few ids
         try:
             os.setgroups([])
-            os.setresgid(uid, uid, uid)
+            os.setresgid(group, group, group)
             os.setresuid(uid, uid, uid)
         except OSError:
             continue
@@ -150,6 +151,26 @@ def address_space_bytes() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
+def writable_shared_memory() -> list[str]:
+    """Names of the mappings that this process shares with others and could write into, tried by mprotect.
+
+    A fork inherits them: what one child writes there, its siblings read.
+    """
+    found = []
+    with open("/proc/self/maps") as file:
+        for line in file.read().splitlines():
+            addresses, rights, _, _, _, *name = line.split(maxsplit=5)
+            if rights[3] != "s":
+                continue
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            where, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+            before = sum(bit for bit, letter in ((1, "r"), (2, "w"), (4, "x")) if letter in rights)
+            if _libc.mprotect(where, length, before | 2) == 0:
+                _libc.mprotect(where, length, before)
+                found.append(name[0] if name else "unnamed")
+    return found
+
+
 def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
     """Hard limits of this process and its children; memory is on top of what this process uses."""
     lower_limit(resource.RLIMIT_AS, memory_bytes + address_space_bytes())
@@ -159,6 +180,7 @@ def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
 def limit_tasks_and_descriptors(num_tasks: int) -> None:
     """Hard limits of this process and its children, never above those it has."""
     lower_limit(resource.RLIMIT_NPROC, num_tasks)
+    lower_limit(resource.RLIMIT_SIGPENDING, MAX_PENDING_SIGNALS)  # of the user, who may be the trainer's
     lower_limit(resource.RLIMIT_NOFILE, 72)
     lower_limit(resource.RLIMIT_CORE, 0)
     # The main thread of a recursive program; the hard limit stays, because contest programs ask for more.

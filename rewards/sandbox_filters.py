@@ -28,6 +28,7 @@ PID_SLOT = 0x7E57F1D5  # stands for the process id; above any real one
 CLONE_THREAD, CLONE_NEW_NAMESPACES = 0x10000, 0x7E020080
 WRITING_OPEN_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 AF_UNIX, SOCK_STREAM, SOCK_TYPE_MASK = 1, 1, 0xF
+MSG_OOB = 1  # nobody needs it, and kernels had a use after free there (CVE-2025-38236)
 # F_SETOWN, F_SETSIG and FIOSETOWN are absent: with them the kernel sends a signal of one's choice to any
 # process of the user.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)  # DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC, GETPIPE_SZ
@@ -35,7 +36,7 @@ FCNTL_LOCKS = (5, 6, 7)
 # TCGETS, window, FIONREAD, NBIO, NCLEX, CLEX
 IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 15, 16, 22, 38
-PR_SET_VMA = 0x53564D41
+PR_SET_VMA, PR_SET_CHILD_SUBREAPER = 0x53564D41, 36
 
 
 def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> list[Instruction]:
@@ -78,7 +79,8 @@ def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> 
 
 
 def child_filter(architecture: int, *, commands: bool = False, compiles: bool = False) -> list[Instruction]:
-    """What a child loses besides: new processes (threads stay), signals to others, prctl, more filters.
+    """What a child loses besides: new processes (threads stay), signals to others, prctl, more filters, and
+    sending descriptors, which the kernel counts by user: too many in flight, and zygotes can send none.
 
     `commands` as for the zygote; `compiles=True` leaves a command the right to fork and to change files.
     """
@@ -94,7 +96,10 @@ def child_filter(architecture: int, *, commands: bool = False, compiles: bool = 
     for name in ("kill", "tgkill"):
         program += _block(architecture, name, _argument_in(0, (PID_SLOT,)))
     program += _block(architecture, "prctl", _argument_in(0, (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)))
-    return [*program, *_block(architecture, "seccomp", [_returns(ERRNO | errno.EPERM)]), _returns(ALLOW)]
+    program += _block(architecture, "sendto", _argument_in(3, (0,), mask=MSG_OOB))
+    for name in ("sendmsg", "seccomp"):
+        program += _block(architecture, name, [_returns(ERRNO | errno.EPERM)])
+    return [*program, _returns(ALLOW)]
 
 
 def _returns(action: int) -> Instruction:

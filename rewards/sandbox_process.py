@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ START_TIMEOUT_S = 60.0
 LEAVE_S = 2.0  # for an idle zygote to leave by itself
 GRACE_S = 10.0  # how long past the deadline a zygote may be silent before it is taken for dead
 MFD_NOEXEC_SEAL = 8
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 class SandboxError(RuntimeError):
@@ -132,7 +134,7 @@ class Zygote:
             if "refused" in hello:
                 raise SandboxError(
                     "no confinement works here, so untrusted code is not run: "
-                    f"{hello['refused']}. The kernel must offer "
+                    f"{hello['refused']}. If the kernel refused: it must offer "
                     "seccomp filters (CONFIG_SECCOMP_FILTER) and let an unprivileged process install one"
                 )
         except BaseException as error:
@@ -140,7 +142,7 @@ class Zygote:
             if isinstance(error, ZygoteDied):
                 raise SandboxError(f"the sandbox process did not start: {error}") from error
             raise
-        self.tier, self.landlock_abi, self.uid = hello["tier"], hello["landlock_abi"], hello["uid"]
+        self.tier, self.landlock_abi, self.gid = hello["tier"], hello["landlock_abi"], hello["gid"]
 
     def run(self, programs: Sequence[Program | Command], limits: Limits) -> list[RunResult]:
         files: list[int] = []
@@ -152,14 +154,12 @@ class Zygote:
         def describe(program: Program | Command) -> dict[str, Any]:
             if isinstance(program, Command):
                 shared = {"command": program.command, "folder": program.folder, "compiles": program.compiles}
-                stdin = add(program.stdin) if program.stdin else -1
-                fds = [stdin, add(), add(), -1, -1]
+                fds = [add(program.stdin), add(), add(), -1, -1]
                 return {**shared, "address_space": program.address_space, "fds": fds}
             source = add(program.source)
             if program.judge:
                 return {"module": program.module, "fds": [-1, -1, -1, source, add()]}
-            stdin = add(program.stdin) if program.stdin else -1
-            stdout = add()
+            stdin, stdout = add(program.stdin), add()
             stderr = stdout if program.one_output else add()
             return {"module": program.module, "fds": [stdin, stdout, stderr, source, -1]}
 
@@ -222,7 +222,7 @@ class Zygote:
 
 def _start(python: str, settings: dict[str, Any], errors: int) -> subprocess.Popen[bytes]:
     program = str(Path(__file__).with_name("sandbox_zygote.py"))
-    command = [python, "-I", "-S", "-X", "utf8", program, json.dumps(settings)]
+    command = [python, "-I", "-S", "-B", "-X", "utf8", program, json.dumps(settings)]
     environment = {
         "PATH": "/usr/bin:/bin",
         "MALLOC_ARENA_MAX": "1",
@@ -244,14 +244,19 @@ def _start(python: str, settings: dict[str, Any], errors: int) -> subprocess.Pop
 
 
 def memory_file(data: bytes = b"") -> int:
-    """A descriptor of an anonymous file in memory that holds `data`, positioned at its start."""
+    """A descriptor of an anonymous file in memory that holds `data`, positioned at its start. A file with
+    data is an input: it is sealed, so that no holder of the descriptor can change it.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        descriptor = os.memfd_create("sandbox", os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
-    except OSError:  # kernels before 6.3 do not know the second flag
-        descriptor = os.memfd_create("sandbox", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("sandbox", flags | MFD_NOEXEC_SEAL)
+    except OSError:  # kernels before 6.3 do not know the last flag
+        descriptor = os.memfd_create("sandbox", flags)
     written = 0
     while written < len(data):
         written += os.pwrite(descriptor, data[written:], written)
+    if data:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     return descriptor
 
 

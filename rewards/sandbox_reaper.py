@@ -59,6 +59,16 @@ def kill(pid: int) -> dict[str, Any]:
     return _ended(status, usage, killed=True)
 
 
+def end_group(pgid: int) -> None:
+    """Ends a process group and reaps it: its orphans are children of this process, a subreaper."""
+    try:
+        os.killpg(pgid, signal.SIGKILL)
+        while True:
+            os.waitpid(-pgid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
 def _ended(status: int, usage: Any, *, killed: bool) -> dict[str, Any]:
     cpu_s = usage.ru_utime + usage.ru_stime
     return {"status": status, "killed": killed, "cpu_s": cpu_s, "max_rss_kib": usage.ru_maxrss}

@@ -1,12 +1,16 @@
 """The zygote: a fresh, warm Python process that confines itself, then forks one child per program.
 
-Started as `python -I -S -X utf8 sandbox_zygote.py OPTIONS` by `rewards.sandbox`, one per core. It never reads
-a program, an input or a test: it passes file descriptors on, and a child reads its source from its own. One
-job at a time: a job names its programs, which end together with the first one, or at the deadline of the
+Started as `python -I -S -B -X utf8 sandbox_zygote.py OPTIONS` by `rewards.sandbox`, one per core. It never
+reads a program, an input or a test: it passes file descriptors on, and a child reads its source from its own.
+One job at a time: a job names its programs, which end together with the first one, or at the deadline of the
 zygote's monotonic clock.
 
+A program owns all of its process, and so whatever that shares with others. A child therefore shares nothing
+that it could write: memory is copied on write, inputs are sealed, descriptors are its own, and judges run
+code that was imported before the first program (`tests/rewards/test_sandbox_leftovers.py`).
+
 Job (JSON, descriptors beside it): {"programs": [{"module", "fds": [stdin, stdout, stderr, source, extra]},
-...], "timeout_s", "memory_bytes", "output_bytes"}; descriptors are indices, -1 = /dev/null. Of two programs
+...], "timeout_s", "memory_bytes", "output_bytes"}; descriptors are indices, -1 = closed. Of two programs
 the first judges the second, through a pipe each way. A judge is trusted: its process serves many jobs,
 which saves a fork. Answer: {"timed_out", "programs": [{"status", "killed", "cpu_s", "max_rss_kib"}, ...]}.
 """
@@ -14,8 +18,6 @@ which saves a fork. Answer: {"timed_out", "programs": [{"status", "killed", "cpu
 from __future__ import annotations
 
 import _signal  # pyright: ignore[reportMissingImports]
-import _thread
-import builtins
 import contextlib
 import fcntl
 import gc
@@ -38,17 +40,18 @@ if TYPE_CHECKING:
     from rewards import sandbox_command
     from rewards import sandbox_confine as confine
     from rewards import sandbox_filters as filters
+    from rewards import sandbox_judging as judging
     from rewards import sandbox_reaper as reaper
 
-LINK_IN, LINK_OUT, EXTRA, SOURCE = 3, 4, 5, 6  # the descriptors of a child, besides 0, 1 and 2
 NULL, FIRST_FREE, CONTROL = (
     7,
     8,
     64,
 )  # those of the zygote: received ones and pipes are numbered from FIRST_FREE
 MAX_MESSAGE, MAX_DESCRIPTORS = 1 << 16, 128
-MAX_SERVED, SERVANT_CPU_S = 256, 3600
+SERVANT_CPU_S = 3600
 FIRST_OWN_UID, NUM_TASKS = 1_879_048_192, 192
+RESERVED_TASKS = 1024  # for zygotes and judges: the kernel counts by user, and programs take all they can get
 WARM_ROUNDS = 30
 PROBE_COMMAND = {"command": ["/bin/true"], "folder": "/lib", "compiles": False, "address_space": True}
 
@@ -74,8 +77,8 @@ def main() -> None:
     os.close(options["control"])
     try:
         _die_with_parent(options["parent"])
-        abi = _prepare(options)
-        zygote = Zygote(options["limits"], abi, commands=options["commands"])
+        abi, num_tasks = _prepare(options)
+        zygote = Zygote(options["limits"], abi, num_tasks, commands=options["commands"])
         breach = zygote.probe(opens=abi > 0)
         if breach:
             raise PermissionError(f"a confined process could {breach}")
@@ -84,7 +87,7 @@ def main() -> None:
         return
     control.send(
         json.dumps(
-            {"tier": "landlock+seccomp" if abi else "seccomp", "landlock_abi": abi, "uid": os.geteuid()}
+            {"tier": "landlock+seccomp" if abi else "seccomp", "landlock_abi": abi, "gid": os.getegid()}
         ).encode()
     )
     zygote.serve(control, options["parent"])
@@ -102,9 +105,9 @@ def _die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def _prepare(options: dict[str, Any]) -> int:
+def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     """Imports what programs may use, then confines this process. Returns the Landlock version in use, 0
-    without.
+    without, and how many tasks the user may have for a program to start one more.
     """
     if confine.ARCHITECTURE < 0:
         raise NotImplementedError(
@@ -118,10 +121,18 @@ def _prepare(options: dict[str, Any]) -> int:
     for name in [*EXTENSION_MODULES, *options["packages"]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    packed = mmap.mmap(options["archive"], 0, prot=mmap.PROT_READ)
+    # Private: what a child writes into its copy, after mprotect, no judge and no later child sees.
+    packed = mmap.mmap(options["archive"], 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     os.close(options["archive"])
     archive.import_only_from(archive.ArchiveFinder(packed))
     sys.modules["rewards"].__path__ = []
+    for name in () if commands else options["judges"]:
+        importlib.import_module(name)  # before the first program runs
+    if shared := confine.writable_shared_memory():
+        raise PermissionError(
+            f"programs could write into memory that they share with their judges: {', '.join(shared)}; "
+            "leave out the package that maps it"
+        )
     sys.argv = [""]
     for descriptor in range(3, FIRST_FREE):
         os.dup2(0, descriptor)
@@ -129,13 +140,14 @@ def _prepare(options: dict[str, Any]) -> int:
     os.chdir("/")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, the kernel takes a sandboxed program before the trainer
-    # Zygotes for commands share a user, and so folders.
-    is_own = confine.drop_privileges(FIRST_OWN_UID + (options["parent"] if commands else os.getpid()))
+    # Zygotes for commands share a group, and so folders, but no user, as each would count the others' tasks.
+    is_own = confine.drop_privileges(FIRST_OWN_UID + os.getpid(), FIRST_OWN_UID + options["parent"])
     num_tasks = NUM_TASKS if is_own else confine.count_user_tasks() + 1024
     confine.prctl(confine.PR_SET_DUMPABLE, 0)
     confine.prctl(filters.PR_SET_PDEATHSIG, signal.SIGHUP)  # a change of user has cleared it
     confine.prctl(filters.PR_SET_NO_NEW_PRIVS, 1)
-    confine.limit_tasks_and_descriptors(num_tasks)
+    confine.prctl(filters.PR_SET_CHILD_SUBREAPER, 1)  # what a compiler leaves is ours to reap
+    confine.limit_tasks_and_descriptors(num_tasks + RESERVED_TASKS)
     abi = confine.landlock_abi() if options["landlock"] else 0
     if commands and not abi:
         raise NotImplementedError("programs in languages other than Python need Landlock (Linux 5.13)")
@@ -147,7 +159,7 @@ def _prepare(options: dict[str, Any]) -> int:
             confine.restrict_files([null, *((path, rights) for path in READABLE)], abi)
     confine.Filter(filters.zygote_filter(confine.ARCHITECTURE, opens=abi > 0, commands=commands)).install()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    return abi
+    return abi, num_tasks
 
 
 class Zygote:
@@ -155,9 +167,10 @@ class Zygote:
     process.
     """
 
-    def __init__(self, limits: dict[str, int], abi: int, *, commands: bool) -> None:
+    def __init__(self, limits: dict[str, int], abi: int, num_tasks: int, *, commands: bool) -> None:
         self.pid = os.getpid()
         self.abi = abi
+        self.num_tasks = num_tasks
         self.commands = commands
         self.limits = limits
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -219,11 +232,10 @@ class Zygote:
         if not judges:
             pid = confine.fork()
             if pid == 0:
-                self._become(program, job, fds, (NULL, NULL))
+                self._become(program, job, fds, (-1, -1))
             ended = reaper.wait_for(pid, deadline)
             if "command" in program:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # what a compiler has left
+                reaper.end_group(pid)  # what a compiler has left
             return {"timed_out": ended["killed"], "programs": [ended]}
         servant = self._servant(judges[0]["module"])
         pipes = [*os.pipe(), *os.pipe()]
@@ -256,20 +268,22 @@ class Zygote:
         """Turns the forked child into the program."""
         status = 70
         try:
-            given = [fds[index] if index >= 0 else NULL for index in program["fds"]]
-            for target, descriptor in zip(
-                (0, 1, 2, SOURCE, EXTRA, LINK_IN, LINK_OUT), [*given, *links], strict=True
-            ):
-                os.dup2(descriptor, target)
+            given = [fds[index] if index >= 0 else -1 for index in program["fds"]]
+            numbers = (0, 1, 2, judging.SOURCE, judging.EXTRA, judging.LINK_IN, judging.LINK_OUT)
+            for target, descriptor in zip(numbers, [*given, *links], strict=True):
+                # Not /dev/null of the zygote: whoever inherits an open file shares its flags.
+                os.dup2(descriptor, target) if descriptor >= 0 else os.close(target)
             os.closerange(NULL, MAX_DESCRIPTORS)
             cpu_s = math.ceil(job["timeout_s"]) + 1
+            if not program.get("compiles"):
+                confine.lower_limit(resource.RLIMIT_NPROC, self.num_tasks)
             if "command" in program:
                 os.closerange(3, NULL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 self._confine_command({**program, **job}, cpu_s)
                 sandbox_command.become_command(program)
-            source = os.pread(SOURCE, os.fstat(SOURCE).st_size, 0)
-            os.close(SOURCE)
+            source = os.pread(judging.SOURCE, os.fstat(judging.SOURCE).st_size, 0)
+            os.close(judging.SOURCE)
             self._confine_child(job, cpu_s)
             status = sys.modules[program["module"]].main(source)
         except BaseException:
@@ -284,37 +298,15 @@ class Zygote:
         confine.Filter(filters.child_filter(confine.ARCHITECTURE, commands=True, compiles=compiles)).install()
 
     def _become_servant(self, module: str, control: socket.socket) -> NoReturn:
-        """Judges job after job. Ends for a fresh start after an accident, or when tests have left something
-        behind.
-        """
+        """Turns the forked child into a judge, whose module the zygote imported before any program ran."""
         try:
-            for target in (2, LINK_IN, LINK_OUT, EXTRA, SOURCE):
+            for target in (2, judging.LINK_IN, judging.LINK_OUT, judging.EXTRA, judging.SOURCE):
                 os.dup2(0, target)
             os.dup2(control.fileno(), NULL)
             os.closerange(FIRST_FREE, MAX_DESCRIPTORS)
             control = socket.socket(fileno=NULL)
             self._confine_child({"timeout_s": 0, **self.limits}, SERVANT_CPU_S)
-            judge = importlib.import_module(module)  # from the archive: not for programs, nor for their forks
-            builtins_before = dict(vars(builtins))
-            again = True
-            for num_served in range(1, MAX_SERVED + 1):
-                message, fds, _, _ = socket.recv_fds(control, 16, 4)
-                if not message:
-                    break
-                for target, descriptor in zip((SOURCE, EXTRA, LINK_IN, LINK_OUT), fds, strict=True):
-                    os.dup2(descriptor, target)
-                    os.close(descriptor)
-                try:
-                    status = judge.main(os.pread(SOURCE, os.fstat(SOURCE).st_size, 0))
-                    clean = status == 0 and vars(builtins) == builtins_before and _thread._count() == 0
-                    again = clean and num_served < MAX_SERVED
-                except BaseException:
-                    again = False
-                for target in (SOURCE, EXTRA, LINK_IN, LINK_OUT):
-                    os.dup2(0, target)
-                control.send(reaper.AGAIN if again else reaper.LAST)
-                if not again:
-                    break
+            judging.serve(sys.modules[module].main, control)
         finally:
             os._exit(0)
 
@@ -345,6 +337,7 @@ if __name__ == "__main__":
     from rewards import sandbox_command
     from rewards import sandbox_confine as confine
     from rewards import sandbox_filters as filters
+    from rewards import sandbox_judging as judging
     from rewards import sandbox_reaper as reaper
 
     main()

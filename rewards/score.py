@@ -1,8 +1,8 @@
 """`cohort score`: grades the rows of a JSON-lines file with one reward.
 
 A row holds `completion` (text, or messages), the columns that the reward needs, and if it likes `id`,
-`prompt` and `completion_ids`. For a group-wise reward, rows in a row with the same `group` (else the same
-`prompt`) are one group.
+`prompt`, `group` and `completion_ids`. Where a reward gets a whole group, consecutive rows with the same
+`group` are one; without a `group`, those with the same `prompt` and columns; a row without either is alone.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rewards.completion import completion_text
 from rewards.compose import RewardSpec
 from rewards.pool import RewardPool
+from rewards.ticket import Asks
+from rewards.worker import MAX_FRAME_BYTES
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]
 AHEAD = 512
+PER_ROW = {"id", "completion", "completion_ids"}
 SWITCHES = ("--chat", "-h", "--help")
 
 
@@ -129,12 +133,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_FRAME_BYTES), b""), 1):
+            if len(line) >= MAX_FRAME_BYTES:
+                raise ValueError(
+                    f"{path}, line {number}: longer than {MAX_FRAME_BYTES >> 20} MiB, which no grader takes"
+                )
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}: nested too deeply for a row") from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
@@ -189,16 +199,34 @@ def score_rows(
 def _groups(
     pool: RewardPool, rows: Iterable[tuple[int, Row]], chat: bool
 ) -> Iterator[tuple[list[Any], Group]]:
-    groupwise = any(asks.groupwise for asks in pool.asks)
-    numbered = enumerate(row for _, row in rows)
-    for _, members in itertools.groupby(numbered, key=lambda item: _key(item[1]) if groupwise else item[0]):
+    numbered = ((index, number, row) for index, (number, row) in enumerate(rows))
+    for _, members in itertools.groupby(numbered, key=lambda item: _key(pool.asks, item[0], item[2])):
         listed = list(members)
-        ids = [row.get("id", index) for index, row in listed]
-        yield ids, to_group(str(ids[0]), [row for _, row in listed], chat=chat)
+        (_, first, head), *others = listed
+        for _, number, row in others:
+            if _columns(pool.asks, row) != _columns(pool.asks, head):
+                raise ValueError(
+                    f"line {number}: its `group` is that of line {first}, and its columns are others: "
+                    "completions of a group answer one prompt; give each prompt a `group` of its own"
+                )
+        ids = [row.get("id", index) for index, _, row in listed]
+        yield ids, to_group(str(ids[0]), [row for _, _, row in listed], chat=chat)
 
 
-def _key(row: Row) -> str:
-    return json.dumps(row.get("group", row.get("prompt")))
+def _key(asks: Sequence[Asks], index: int, row: Row) -> str:
+    """The same for the rows of one group."""
+    if not any(one.groupwise for one in asks) or not ("group" in row or row.get("prompt")):
+        return json.dumps(index)
+    if "group" in row:
+        return json.dumps(["group", row["group"]])
+    given = [{name: value for name, value in one.pick(row).items() if name not in PER_ROW} for one in asks]
+    return json.dumps([row["prompt"], given], sort_keys=True)
+
+
+def _columns(asks: Sequence[Asks], row: Row) -> dict[str, Any]:
+    """The columns of a row that a reward names in its signature."""
+    named = {column for one in asks for column in (*one.required, *one.optional)} - PER_ROW
+    return {name: value for name, value in row.items() if name in named}
 
 
 def to_group(group_id: str, rows: list[Row], *, chat: bool = False) -> Group:
@@ -213,8 +241,7 @@ def to_group(group_id: str, rows: list[Row], *, chat: bool = False) -> Group:
     completions = []
     for row in rows:
         ids = row.get("completion_ids") or []
-        said = row["completion"]
-        said = said if isinstance(said, str) else "\n".join(str(m["content"]) for m in said)
+        said = completion_text(row["completion"])
         completions.append(Completion(ids, [], [True] * len(ids), "stop", [], text=said))
     return Group(Prompt(group_id, text, (), messages, columns), completions)
 

@@ -80,10 +80,8 @@ class Correctness:
 
     def __post_init__(self) -> None:
         inner = load_reward(self.accuracy, self.accuracy_options)
-        if inner.is_async or inner.groupwise:
-            raise ValueError(
-                f"accuracy={self.accuracy!r} must be neither async nor group-wise; 'math' is usual"
-            )
+        if inner.is_async:
+            raise ValueError(f"accuracy={self.accuracy!r} must not be async; 'math' is usual")
         object.__setattr__(self, "inner", inner)
 
     def rewards(
@@ -125,6 +123,7 @@ class CosineLength:
         self.max_length = max_length
         self.correct, self.wrong = (max_correct, min_correct), (min_wrong, max_wrong)
         self.correctness = Correctness(accuracy, accuracy_options or {})
+        self.groupwise = self.correctness.inner.groupwise
         self.required_columns = self.correctness.inner.required
         self.time_limit_s = self.correctness.inner.time_limit_s
         self.takes_any_column = True

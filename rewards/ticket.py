@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from rewards.calling import MAX_SCORE
+from rewards.answers import Answer, Fault, explained, failed_call, read_answer
 from rewards.compose import RewardSpec, compose
 from rewards.graders import Graders
 from rewards.plugins import GIVEN
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup
 
-Fault = tuple[str, str]
 ABORTED = Reward(None, Reason.INFRA_ERROR, "the engine aborted this completion; it was not graded")
 
 
@@ -79,23 +79,49 @@ class Ticket:
             self._missing += 0 if aborted else len(self._grading.asks)
         for number, asks in enumerate(self._grading.asks):
             if not aborted and not asks.groupwise:
-                self._call(number, [index])
+                self._call(number, [index], partial(self._file, asks.name, [index]))
 
     def finish(self, group: Group | None = None) -> Future[ScoredGroup]:
-        """Starts the group-wise rewards; the future ends when all have answered.
+        """Starts the rewards that get a whole group; the future ends when all have answered.
 
         The scored group is the given one, or the prompt with what was added, in that order.
         """
         live = [i for i, c in enumerate(self._completions) if c.finish_reason != "abort"]
         for number, asks in enumerate(self._grading.asks):
             if asks.groupwise and live:
-                self._call(number, live)
+                self._call(number, live, partial(self._take_group, number, live))
         with self._lock:
             self._group = group or Group(self._prompt, list(self._completions))
-        self._file("", [], [])
+        self._file("", [], Answer([]))
         return self._future
 
-    def _call(self, number: int, indices: list[int]) -> None:
+    def _take_group(self, number: int, indices: list[int], answer: Answer) -> None:
+        """Files what a call of a whole group gave. If it failed, each completion is called alone, to find out
+        whose fault it is; the others are scored by one more call of the group without those.
+
+        Their scores alone would be wrong for a function that compares completions.
+        """
+        name, alone = self._grading.asks[number].name, {}
+        if answer.fault is None or len(indices) == 1:
+            return self._file(name, indices, answer)
+
+        def take_one(index: int, found: Answer) -> None:
+            with self._lock:
+                alone[index] = found
+                if len(alone) < len(indices):
+                    return
+            rest = [i for i in indices if alone[i].fault is None]
+            if rest:
+                self._call(number, rest, lambda again: self._file(name, rest, explained(again, len(rest))))
+            for i in indices:
+                if i not in rest:
+                    self._file(name, [i], alone[i])
+
+        for index in indices:
+            self._call(number, [index], partial(take_one, index))
+
+    def _call(self, number: int, indices: list[int], then: Callable[[Answer], None]) -> None:
+        """One call of a reward with these completions; `then` gets its answer, in another thread."""
         asks, completions = self._grading.asks[number], [self._completions[i] for i in indices]
         chat = bool(self._prompt.messages)
         message: dict[str, Any] = {
@@ -106,6 +132,7 @@ class Ticket:
             ],
             "completion_ids": None,
             "columns": self._columns[number],
+            "step": max((span.policy_version for c in completions for span in c.version_spans), default=0),
             "deadline_s": max(self._grading.deadline_s, asks.time_limit_s) * len(indices),
         }
         if "prompts" in asks.given:
@@ -117,17 +144,13 @@ class Ticket:
                 message, deadline_s=message["deadline_s"], is_async=asks.is_async
             )
         except (TypeError, ValueError) as error:
-            failed = _failed("bad_value", f"cannot be sent to a grader: {error}")
-            self._file(asks.name, indices, [failed] * len(indices))
-            return
-        answer.add_done_callback(lambda a: self._file(asks.name, indices, _read(a.result(), len(indices))))
+            return then(failed_call("bad_value", f"cannot be sent to a grader: {error}", len(indices)))
+        answer.add_done_callback(lambda a: then(read_answer(a.result(), len(indices))))
 
-    def _file(
-        self, name: str, indices: Sequence[int], answers: Sequence[tuple[Reward, Fault | None]]
-    ) -> None:
-        """Files the answers of one call; when none is missing, composes the group."""
+    def _file(self, name: str, indices: Sequence[int], answer: Answer) -> None:
+        """Files the answer of one call; when none is missing, composes the group."""
         with self._lock:
-            for index, (reward, fault) in zip(indices, answers, strict=True):
+            for index, (reward, fault) in zip(indices, answer.items, strict=True):
                 self._parts[index][name] = reward
                 self._missing -= 1
                 if fault:
@@ -155,34 +178,3 @@ def is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _failed(kind: str, detail: str) -> tuple[Reward, Fault]:
-    return Reward(None, Reason.INFRA_ERROR, f"{kind}: {detail}"), (kind, detail)
-
-
-def _read(answer: Mapping[str, Any], num_completions: int) -> list[tuple[Reward, Fault | None]]:
-    """A grader's answer as rewards, checked again: a grader that ran hostile text may say anything."""
-    items = answer.get("items")
-    if "fault" in answer or not isinstance(items, list) or len(items) != num_completions:
-        kind, detail = str(answer.get("fault", "crash")), str(answer.get("detail", "an answer without items"))
-        return [_failed(kind, detail)] * num_completions
-    return [_read_item(item) for item in items]
-
-
-def _read_item(item: Any) -> tuple[Reward, Fault | None]:
-    try:
-        if "fault" in item:
-            return _failed("bad_value", str(item["detail"]))
-        score = None if item["score"] is None else float(item["score"])
-        if score is not None and not abs(score) <= MAX_SCORE:
-            return _failed("bad_value", f"score {score}")
-        extracted = None if item["extracted"] is None else str(item["extracted"])
-        reward = Reward(
-            score, Reason(item["reason"]), str(item["detail"]), extracted, float(item["elapsed_ms"])
-        )
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        return _failed("bad_value", f"an answer that is none: {type(error).__name__}: {error}")
-    if reward.score is None and reward.reason is Reason.INFRA_ERROR:
-        return reward, ("infra_error", reward.detail)
-    return reward, None

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.calling import BadValue, arguments, check_length, to_reward
+from rewards.calling import BadValue, TrainerState, arguments, check_length, to_reward
 from rewards.plugins import RewardFunction, load_reward
 
 MAX_FRAME_BYTES = 1 << 28
@@ -49,7 +49,7 @@ def main(parent_pid: int) -> None:
     hello = _read(requests)
     if hello is None:
         return
-    server = Server(answers)
+    server = Server(answers, hello["num_steps"])
     try:
         server.rewards = [load_reward(spec["name"], spec["options"]) for spec in hello["specs"]]
     except Exception as error:
@@ -64,8 +64,8 @@ def main(parent_pid: int) -> None:
 class Server:
     """Grades calls and writes the answers; async functions share one event loop, in a thread of its own."""
 
-    def __init__(self, answers: int) -> None:
-        self.answers = answers
+    def __init__(self, answers: int, num_steps: int) -> None:
+        self.answers, self.num_steps = answers, num_steps
         self.rewards: list[RewardFunction] = []
         self.lock = threading.Lock()
         self.loop: Any = None
@@ -85,7 +85,7 @@ class Server:
             return
         start = time.perf_counter()
         try:
-            values = reward.fn(**_arguments(reward, call))
+            values = reward.fn(**_arguments(reward, call, self.num_steps))
             answer = _answer(reward.name, values, len(call["completions"]), start)
         except BaseException as error:  # also SystemExit: whatever a grader raises is its own
             answer = _fault_of(error)
@@ -103,7 +103,9 @@ class Server:
         async def run() -> None:
             start = time.perf_counter()
             try:
-                values = await asyncio.wait_for(reward.fn(**_arguments(reward, call)), call["deadline_s"])
+                values = await asyncio.wait_for(
+                    reward.fn(**_arguments(reward, call, self.num_steps)), call["deadline_s"]
+                )
                 answer = _answer(reward.name, values, len(call["completions"]), start)
             except TimeoutError as error:
                 late = time.perf_counter() - start >= call["deadline_s"]
@@ -115,10 +117,13 @@ class Server:
         asyncio.run_coroutine_threadsafe(run(), self.loop)
 
 
-def _arguments(reward: RewardFunction, call: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(reward: RewardFunction, call: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     n = len(call["completions"])
     columns = {name: [value] * n for name, value in call["columns"].items()}
-    return arguments(reward, [call["prompt"]] * n, call["completions"], call["completion_ids"], columns)
+    extras = {"trainer_state": TrainerState(call["step"], num_steps)}
+    return arguments(
+        reward, [call["prompt"]] * n, call["completions"], call["completion_ids"], columns, extras
+    )
 
 
 def _answer(name: str, values: Any, num_completions: int, start: float) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Display:
         self._phases: list[Phase] = []
         self._step: int | None = None
         self._values: dict[str, float] = {}
-        self._heldout: list[tuple[int, float, str]] = []
+        self._heldout: tuple[int, float, str] | None = None
+        self._heldout_before: float | None = None
         self._rewards: deque[float] = deque(maxlen=_HISTORY)
         self._pace: deque[tuple[float, int]] = deque(maxlen=21)
         self._warning = ""
@@ -156,9 +157,10 @@ class Display:
     ) -> None:
         """Shows an evaluation on held-out prompts with its interval; remembers one from before."""
         with self._lock:
-            self._heldout.append((step, accuracy, f" [{100 * low:.1f}, {100 * high:.1f}]"))
+            self._heldout = step, accuracy, f" [{100 * low:.1f}, {100 * high:.1f}]"
+            self._heldout_before = accuracy if step == 0 else self._heldout_before
         if not self._is_live and not from_before:
-            self._print(f"held-out {self._heldout_text()}")
+            self._print(f"held-out {self._heldout_text(*self._heldout)}")
 
     def note(self, text: str) -> None:
         """Shows text, above the panel in a terminal. Later lines are indented: none passes for ours."""
@@ -248,8 +250,8 @@ class Display:
                 ("", "reward/mean"), ("std", "reward/std"), ("no spread", "groups/without_spread")
             )
             yield "reward", Text.assemble(sparkline(list(self._rewards), self._stream.encoding), "  ", reward)
-        if self._heldout:
-            yield "held-out", Text(self._heldout_text())
+        if self._heldout is not None:
+            yield "held-out", Text(self._heldout_text(*self._heldout))
         for label, names in (
             ("bound", (("", "diffusion/bound"), ("scored", "diffusion/scored_share"))),
             ("length", (("", "completion/length_mean"), ("cut", "completion/truncated_share"))),
@@ -268,10 +270,10 @@ class Display:
         if self._warning:
             yield "warning", Text(self._warning, style="yellow", overflow="ellipsis", no_wrap=True)
 
-    def _heldout_text(self) -> str:
-        step, accuracy, interval = self._heldout[-1]
-        text = f"{100 * accuracy:.1f} %{interval} at step {step}"
-        return text + (f", from {100 * self._heldout[0][1]:.1f} %" if len(self._heldout) > 1 else "")
+    def _heldout_text(self, step: int, accuracy: float, interval: str) -> str:
+        before = self._heldout_before
+        begin = f", from {100 * before:.1f} %" if before is not None and step > 0 else ""
+        return f"{100 * accuracy:.1f} %{interval} at step {step}{begin}"
 
     def _numbers(self, *pairs: tuple[str, str]) -> Text:
         """The values in one line: label, number, unit; out of the healthy range in yellow, broken in red."""

@@ -38,6 +38,14 @@ def with_remedy(error: Exception) -> str:
     return f"{error}; {remedy}" if remedy else str(error)
 
 
+def gone(path: Path) -> RuntimeError:
+    """The error of a file or folder that was there when the run began to write to it, and is not any more."""
+    return RuntimeError(
+        f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; put it back "
+        "and start again, and the run goes on from its newest checkpoint"
+    )
+
+
 class RunLockedError(ValueError):
     """Another process writes into this run folder."""
 
@@ -108,7 +116,13 @@ class RunLock:
         }
         with written_whole(self._holder_file) as file:
             file.write(json.dumps(holder).encode())
+        self._folder = os.stat(self.run_dir)
         return self
+
+    def check(self) -> None:
+        """Raises RuntimeError if the run folder that was locked is not the one at `run_dir` any more."""
+        if not self.run_dir.is_dir() or not os.path.samestat(os.stat(self.run_dir), self._folder):
+            raise gone(self.run_dir)
 
     def release(self) -> None:
         """Gives the lock back; safe to call twice."""

@@ -9,62 +9,50 @@ A run that was killed replays the steps recorded after its newest checkpoint ins
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rl.durable import fsync_path, gone, written_whole
+from rl.ledger_step import SCHEMA, LedgerStep, encode_group, encode_line, parse_step
+from rl.types import ScoredGroup
 
-from rl.durable import fsync_path, written_whole
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
-
-SCHEMA = 1
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
 _DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerStep:
-    """What one process consumed in one step.
-
-    Attributes:
-        cursor_before, cursor_after: the source's cursor around the step, as it was given.
-        policy_version: of the weights the step began with; a completion's own versions are in its spans.
-        groups: what was trained on.
-        rejected: what the source sampled and threw away.
-        advantages: per group of `groups`, one per completion; None if they were not recorded.
-        counts: what the source counted while it sampled.
-    """
-
-    step: int
-    rank: int
-    world_size: int
-    policy_version: int
-    cursor_before: Any
-    cursor_after: Any
-    groups: list[ScoredGroup]
-    rejected: list[ScoredGroup] = field(default_factory=list)
-    advantages: list[list[float]] | None = None
-    counts: dict[str, float] = field(default_factory=dict)
 
 
 class Ledger:
     """The records of one run as process `rank` of `world_size` sees them: it writes its own and may read all.
 
-    `damaged` collects one sentence per file that could not be read; such a file counts as absent.
+    The folder is listed once, and a step costs the same however many there were.
+
+    Attributes:
+        damaged: one sentence per file that could not be read; such a file counts as absent.
+        num_expected: steps of which an earlier process of this run left a record (`expect`).
     """
 
     def __init__(self, run_dir: str | Path, rank: int = 0, world_size: int = 1) -> None:
         self.folder = Path(run_dir) / "ledger"
         self.rank, self.world_size = rank, world_size
         self.damaged: list[str] = []
+        self.num_expected = 0
+        self._shares_gone: dict[int, list[int]] | None = None
+
+    def expect(self, num_done: int = 0) -> int:
+        """Finds out how many steps are recorded: by the files, and at least `num_done`, known otherwise."""
+        self.num_expected = max([num_done, *(step + 1 for step in self.steps())])
+        return self.num_expected
+
+    def fault(self, step: int) -> str:
+        """Why `read` found no record of a step that an earlier process left; empty if it left none."""
+        if step >= self.num_expected:
+            return ""
+        name = self._path(step, self.rank).name
+        return next((text for text in self.damaged if text.startswith(name)), f"{name}: missing")
 
     def write(
         self,
@@ -85,6 +73,7 @@ class Ledger:
         Raises:
             ValueError: a number is not finite, a value is not JSON, or lengths disagree; nothing is written.
             OSError: the disk is full or fails; nothing is written.
+            RuntimeError: the folder was taken away since the first write.
         """
         if advantages is not None and len(advantages) != len(groups):
             raise ValueError(f"step {step}: {len(advantages)} lists of advantages for {len(groups)} groups")
@@ -102,15 +91,18 @@ class Ledger:
         }
         per_group = [None] * len(groups) if advantages is None else [list(row) for row in advantages]
         path = self._path(step, self.rank)
+        if self._shares_gone is None:
+            self._shares_gone = self._shares_of_ranks_gone()
+        elif not self.folder.is_dir():
+            raise gone(self.folder)
         with written_whole(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as lines:
-            lines.write(_line(header, f"step {step}"))
+            lines.write(encode_line(header, f"step {step}"))
             for group, row in zip(groups, per_group, strict=True):
-                lines.write(_group_line(group, step, {"kept": True, "advantages": row}))
+                lines.write(encode_group(group, step, {"kept": True, "advantages": row}))
             for group in rejected:
-                lines.write(_group_line(group, step, {"kept": False, "advantages": None}))
-        if self.rank == 0:
-            for rank in [r for s, r in self._present() if s == step and r >= self.world_size]:
-                self._path(step, rank).unlink(missing_ok=True)
+                lines.write(encode_group(group, step, {"kept": False, "advantages": None}))
+        for rank in self._shares_gone.pop(step, ()):
+            self._path(step, rank).unlink(missing_ok=True)
         return path
 
     def read(self, step: int) -> LedgerStep | None:
@@ -172,6 +164,14 @@ class Ledger:
     def _path(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step:06d}-rank{rank}.jsonl.gz"
 
+    def _shares_of_ranks_gone(self) -> dict[int, list[int]]:
+        """Step -> ranks that this run no longer has; rank 0 alone removes what they left."""
+        found: dict[int, list[int]] = {}
+        for step, rank in self._present() if self.rank == 0 else ():
+            if rank >= self.world_size:
+                found.setdefault(step, []).append(rank)
+        return found
+
     def _present(self) -> list[tuple[int, int]]:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return [(int(match[1]), int(match[2])) for match in matches if match]
@@ -181,7 +181,7 @@ class Ledger:
         try:
             with gzip.open(path) as file:
                 header, *rows = file.read().removesuffix(b"\n").split(b"\n")
-            return _parse(json.loads(header), [json.loads(row) for row in rows])
+            return parse_step(json.loads(header), [json.loads(row) for row in rows])
         except FileNotFoundError:
             return None
         except _DAMAGE as error:
@@ -191,146 +191,3 @@ class Ledger:
     def _report(self, sentence: str) -> None:
         if sentence not in self.damaged:
             self.damaged.append(sentence)
-
-
-def _line(value: Any, where: str) -> bytes:
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"ledger, {where}: {error}; prompts, columns and cursors hold JSON values only: finite numbers, "
-            "strings, lists, dicts, None (convert arrays with .tolist(), dates with .isoformat())"
-        ) from None
-    return text.encode("utf-8", "surrogatepass") + b"\n"
-
-
-def _group_line(scored: ScoredGroup, step: int, extra: dict[str, Any]) -> bytes:
-    prompt, completions, rewards = scored.prompt, scored.completions, scored.rewards
-    where = f"step {step}, prompt {prompt.id!r}"
-    if len(rewards) != len(completions):
-        raise ValueError(f"ledger, {where}: {len(rewards)} rewards for {len(completions)} completions")
-    for number in extra["advantages"] or ():
-        _require_finite(number, f"{where}: advantages")
-    row = {
-        **extra,
-        "prompt": {
-            "id": prompt.id,
-            "text": prompt.text,
-            "token_ids": prompt.token_ids,
-            "messages": [dict(message) for message in prompt.messages],
-            "columns": dict(prompt.columns),
-        },
-        "completions": [
-            _completion_row(completion, reward, f"{where}, completion {i}")
-            for i, (completion, reward) in enumerate(zip(completions, rewards, strict=True))
-        ],
-    }
-    return _line(row, where)
-
-
-def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[str, Any]:
-    for name, number in (("score", reward.score), *reward.parts.items()):
-        _require_finite(number, f"{where}: reward {name}")
-    # Masks are all true but where a tool answered; a string of 0 and 1 packs well in that case.
-    chosen = all(completion.loss_mask) and len(completion.loss_mask) == len(completion.token_ids)
-    return {
-        "token_ids": completion.token_ids,
-        "behavior_logprobs": _pack_floats(completion.behavior_logprobs, where),
-        "loss_mask": chosen or "".join("01"[bool(flag)] for flag in completion.loss_mask),
-        "finish_reason": completion.finish_reason,
-        "version_spans": [[span.policy_version, span.num_tokens] for span in completion.version_spans],
-        "text": completion.text,
-        "routes": _pack_routes(completion.routes),
-        **({} if completion.trace is None else {"trace": asdict(completion.trace)}),
-        "reward": {
-            "score": reward.score,
-            "reason": str(reward.reason),
-            "detail": reward.detail,
-            "extracted": reward.extracted,
-            "elapsed_ms": reward.elapsed_ms,
-            "parts": dict(reward.parts),
-        },
-    }
-
-
-def _require_finite(number: float | None, where: str) -> None:
-    if number is not None and not math.isfinite(number):
-        raise ValueError(
-            f"ledger, {where} is {number}; graders and advantages give finite numbers or abstain"
-        )
-
-
-def _pack_floats(values: Sequence[float], where: str) -> dict[str, str]:
-    exact = np.asarray(values, dtype="<f8")
-    if not np.isfinite(exact).all():
-        at = int(np.flatnonzero(~np.isfinite(exact))[0])
-        raise ValueError(
-            f"ledger, {where}: behavior_logprobs[{at}] is {values[at]}; a sampled token has a finite one, "
-            "so the engine's weights or its sampling parameters are broken"
-        )
-    with np.errstate(over="ignore"):
-        single = exact.astype("<f4")
-    dtype, array = ("<f4", single) if (single == exact).all() else ("<f8", exact)
-    return {"dtype": dtype, "base64": base64.b64encode(array.tobytes()).decode()}
-
-
-def _pack_routes(routes: Any) -> Any:
-    if routes is None or isinstance(routes, list):
-        return routes
-    array = np.ascontiguousarray(routes)
-    return {
-        "dtype": array.dtype.newbyteorder("<").str,
-        "shape": array.shape,
-        "base64": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode(),
-    }
-
-
-def _unpack(packed: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype=packed["dtype"])
-
-
-def _parse(header: dict[str, Any], rows: list[dict[str, Any]]) -> LedgerStep:
-    """Raises one of `_DAMAGE` if this is no whole record."""
-    if header["schema"] != SCHEMA:
-        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads {SCHEMA}")
-    if header["rows"] != len(rows):
-        raise ValueError(f"{len(rows)} rows, the header says {header['rows']}")
-    return LedgerStep(
-        step=header["step"],
-        rank=header["rank"],
-        world_size=header["world_size"],
-        policy_version=header["policy_version"],
-        cursor_before=header["cursor_before"],
-        cursor_after=header["cursor_after"],
-        groups=[_parse_group(row) for row in rows if row["kept"]],
-        rejected=[_parse_group(row) for row in rows if not row["kept"]],
-        advantages=[row["advantages"] for row in rows if row["kept"]] if header["has_advantages"] else None,
-        counts=header["counts"],
-    )
-
-
-def _parse_group(row: dict[str, Any]) -> ScoredGroup:
-    prompt = Prompt(
-        id=row["prompt"]["id"],
-        text=row["prompt"]["text"],
-        token_ids=tuple(row["prompt"]["token_ids"]),
-        messages=tuple(row["prompt"]["messages"]),
-        columns=row["prompt"]["columns"],
-    )
-    completions = [_parse_completion(entry) for entry in row["completions"]]
-    rewards = [Reward(**{**e["reward"], "reason": Reason(e["reward"]["reason"])}) for e in row["completions"]]
-    return ScoredGroup(Group(prompt, completions), rewards)
-
-
-def _parse_completion(entry: dict[str, Any]) -> Completion:
-    mask, routes = entry["loss_mask"], entry["routes"]
-    return Completion(
-        token_ids=entry["token_ids"],
-        behavior_logprobs=_unpack(entry["behavior_logprobs"]).astype(np.float64).tolist(),
-        loss_mask=[True] * len(entry["token_ids"]) if mask is True else [flag == "1" for flag in mask],
-        finish_reason=entry["finish_reason"],
-        version_spans=[VersionSpan(version, count) for version, count in entry["version_spans"]],
-        text=entry["text"],
-        routes=_unpack(routes).reshape(routes["shape"]) if isinstance(routes, dict) else routes,
-        trace=Trace(**entry["trace"]) if "trace" in entry else None,
-    )

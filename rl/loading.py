@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +23,9 @@ from transformers import (
 )
 
 from rl.config import ModelConfig
+from rl.exactness import backbone
+from rl.lora_targets import check_targets
+from rl.weights import unsent
 
 
 def storage_dtype(config: ModelConfig) -> torch.dtype:
@@ -48,6 +50,7 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
     try:
         tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
             "holds a model and its tokenizer, or such a name on a hub that can be reached"
@@ -68,6 +71,19 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
     return tokenizer
 
 
+def refuse_custom_code(name: str, error: Exception) -> None:
+    """Raises ValueError where transformers failed because a model brings Python code of its own.
+
+    transformers would ask on the terminal, and a `y` would run that code in the trainer, with all its rights.
+    """
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model.name={name!r} needs Python code that comes with it (auto_map in its config files), and "
+            "cohort runs no code of a model folder; use a model whose architecture this transformers knows, "
+            "or convert it to one and leave auto_map out"
+        ) from error
+
+
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in its storage dtype.
 
@@ -76,9 +92,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=storage_dtype(config)
+            config.name, revision=config.revision, dtype=storage_dtype(config), trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: the model cannot be loaded: {_first_line(error)} It must be whole, "
             "and of an architecture that this transformers knows as a causal language model"
@@ -106,7 +123,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
     def hidden(narrow: bool) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
-            return cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
     plain = hidden(True)
@@ -177,8 +194,11 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
             fewer positions than `longest`.
     """
     try:
-        found = AutoConfig.from_pretrained(config.name, revision=config.revision).get_text_config()
+        found = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=False
+        ).get_text_config()
     except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
         ) from error
@@ -217,42 +237,6 @@ def nonfinite_parameters(model: PreTrainedModel) -> list[str]:
 def _first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
     return f"{line}."
-
-
-def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
-    """Raises ValueError, with near names, if a target of an adapter fits no module: peft would leave it out.
-
-    A name in a list fits modules that end with it, a text is "all-linear" or a pattern of whole names.
-    """
-    if targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(targets, str):
-        try:
-            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-        except re.error as error:
-            raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
-    else:
-        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if targets and not missing:
-        return
-    head = model.get_output_embeddings()
-    known = list(
-        dict.fromkeys(
-            name.split(".")[-1]
-            for name, part in model.named_modules()
-            if part is not head and getattr(getattr(part, "weight", None), "ndim", 0) == 2
-        )
-    )
-    near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
-    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ";"
-    if isinstance(targets, str):
-        hint = "; a text fits whole names, a list such as [q_proj, v_proj] their ends:"
-    called = " or ".join(missing) or "nothing"
-    raise ValueError(
-        f"model.lora.target_modules={targets!r}: no module is called {called}{hint} there are "
-        f"{', '.join(known)}, and all-linear takes every linear layer but the head"
-    )
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
@@ -298,4 +282,47 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
                 "would not be trained, or only the engine would have it; leave the output head out, and "
                 "embeddings that are tied to it"
             )
+    if lost := unsent(model):
+        raise ValueError(
+            f"{named}: {len(lost)} adapter weights such as {lost[0]} would be trained and not reach the "
+            "engine, because their adapter has no delta in the shape of the weight it adapts; name other "
+            "layers in model.lora.target_modules"
+        )
     return adapted
+
+
+def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Checks that the model computes with its adapters.
+
+    Raises:
+        ValueError: PEFT wrapped what only looks like a linear layer, such as a router that returns more than
+            a tensor; or a layer whose weight its parent reads itself, past the adapter.
+    """
+    assert config.lora is not None
+    named = f"model.lora.target_modules={config.lora.target_modules!r}"
+    names = {module: name for name, module in model.named_modules()}
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in names]
+    try:
+        with torch.no_grad():
+            backbone(model)(
+                input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False
+            )
+    except Exception as error:  # whatever a family's layers raise when one of them is wrapped
+        raise ValueError(
+            f"{named}: {type(model).__name__} cannot compute with these adapters: {_first_line(error)} Name "
+            "the layers to adapt, such as [q_proj, v_proj]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, name in names.items():
+        parent = model.get_submodule(
+            name.rpartition(".")[0]
+        )  # an expert that got no token is not called either
+        if hasattr(module, "base_layer") and module not in called and parent in called:
+            raise ValueError(
+                f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
+                "would be sent and not computed with; name the layers to adapt without it, such as "
+                "[q_proj, v_proj]"
+            )

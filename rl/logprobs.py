@@ -62,10 +62,15 @@ def head_logprobs(
 
 
 def head_settings(model: Any) -> dict[str, Any]:
-    """What stands between the head's product and the logits (Cohere, Granite, Gemma 2)."""
+    """What stands between the head's product and the logits (Cohere, Granite, Inkling; Gemma, xLSTM)."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+    divisors = (getattr(config, k, None) for k in ("logits_scaling", "logits_mup_width_multiplier"))
+    scale = getattr(config, "logit_scale", None) or 1.0 / next(filter(None, divisors), 1.0)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return {
+        "logit_scale": scale,
+        "softcap": next(filter(None, (getattr(config, k, None) for k in caps)), None),
+    }
 
 
 def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:

@@ -1,20 +1,27 @@
 """Every number of a run once: its name, unit, meaning and healthy range; and the file that keeps them.
 
 Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
-that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean`.
+that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
+`reward/<part>/std`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from rl.row_log import RowLog
+from rl.row_log import read_rows as read_rows
+
+LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
+CONSTANT_HINT = (
+    "it teaches nothing: check what it reads (a completion of a chat is a list of messages: see "
+    "rewards/__init__.py), or drop it"
+)
 Z_95 = 1.959963984540054  # the normal distribution has 95 % of its mass within this many standard deviations
 
 
@@ -27,6 +34,7 @@ class Metric:
         high: the greatest healthy value, inclusive; None: no bound.
         broken_below: the run is broken, not merely unusual, below this; None: never.
         broken_above: likewise above.
+        told_at_once: a run warns of a single value out of range, and does not wait until it is broken.
         patience: how many values in a row must be out of range before a rule fires; single steps are noisy.
         hint: what to do when it is out of range.
     """
@@ -40,6 +48,7 @@ class Metric:
     broken_below: float | None = None
     broken_above: float | None = None
     patience: int = 5
+    told_at_once: bool = False
 
     def is_healthy(self, value: float) -> bool:
         return not (
@@ -117,8 +126,10 @@ _ALL = (
            high=0.05, broken_above=0.5,
            hint="the sampler and the policy disagree: compare dtypes, and look at sync/canary_gap_mean"),
     Metric("sampler/logprob_gap_mean", "nats", "mean |policy - sampler| log-prob of a token",
-           high=0.1, broken_above=1.0,
-           hint="above 1 the weights are wrong or stale: engine.verify_sync; else a finer engine.dtype"),
+           high=0.1, broken_above=1.0, patience=1, told_at_once=True,
+           hint="the engine samples another distribution than the policy trains: above 1 its weights are "
+                "wrong or stale (engine.verify_sync); below, engine.dtype is coarse, or the engine computes "
+                "this family otherwise: compare with engine.name=transformers"),
     Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
     Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
            high=0.02, broken_above=0.5,
@@ -169,7 +180,7 @@ assert len(METRICS) == len(_ALL), "a metric is defined twice"
 
 
 def metric_of(name: str) -> Metric:
-    """The definition of a metric; one without a range for the parts of a run's rewards.
+    """The definition of a metric; for the parts of a run's rewards, the spread has a range: above 0.
 
     Raises:
         ValueError: the name is unknown; the message has the nearest known ones.
@@ -178,9 +189,9 @@ def metric_of(name: str) -> Metric:
         return metric
     if name.startswith("reward/") and len(name) > len("reward/"):
         part, _, statistic = name.removeprefix("reward/").rpartition("/")
-        return Metric(
-            name, "score", f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
-        )
+        said = f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
+        spread = {"low": LEAST_SPREAD, "hint": CONSTANT_HINT} if part and statistic == "std" else {}
+        return Metric(name, "score", said, **spread)
     near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
     raise ValueError(
         f"unknown metric {name!r}; "
@@ -215,15 +226,17 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / "metrics.jsonl"
-        self._file: TextIO | None = None
-        self._last_step: int | None = None
+        self._rows = RowLog(Path(run_dir) / "metrics.jsonl")
+        self.path = self._rows.path
+        self.read, self.truncate_after = self._rows.read, self._rows.truncate_after
+        self.close = self._rows.close
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row and flushes it.
 
         Raises:
             ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
+            RuntimeError: the file was taken away during the run.
         """
         row: dict[str, Any] = {"step": int(step)}
         nonfinite = []
@@ -235,70 +248,7 @@ class MetricsLog:
                 nonfinite.append(name)
         if nonfinite:
             row["nonfinite"] = nonfinite
-        file = self._open()
-        if self._last_step is not None and step <= self._last_step:
-            raise ValueError(
-                f"metrics of step {step} come after those of step {self._last_step} in {self.path}; "
-                f"resume with truncate_after({step - 1}), or use a new run_dir"
-            )
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
-        self._last_step = int(step)
-
-    def truncate_after(self, step: int) -> int:
-        """Keeps the rows up to and including `step`, atomically; returns how many were dropped."""
-        self.close()
-        rows = self.read()
-        kept = [row for row in rows if row["step"] <= step]
-        self._replace(kept)
-        return len(rows) - len(kept)
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows, in order; a half-written line, as a killed run leaves it, is left out."""
-        return read_rows(self.path)
-
-    def close(self) -> None:
-        """Closes the file; safe to call twice. A later `write` opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
-    def _open(self) -> TextIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = self.read()
-            if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-                self._replace(rows)  # else the first new row would be glued to a torn one
-            self._last_step = rows[-1]["step"] if rows else None
-            self._file = self.path.open("a", encoding="utf-8")
-        return self._file
-
-    def _replace(self, rows: list[dict[str, Any]]) -> None:
-        if not self.path.is_file():
-            return
-        fresh = self.path.with_suffix(".jsonl.new")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file that have an integer "step"; torn lines are left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+        self._rows.append(row)
 
 
 def show_value(name: str, value: float) -> str:

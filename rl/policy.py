@@ -9,7 +9,6 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +19,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl.attention import PACKED
-from rl.batch import MicroBatch, PackRules, pack
+from rl.batch import MicroBatch
 from rl.config import ModelConfig
+from rl.exactness import (
+    EAGER_LIMIT,
+    backbone,
+    forget_lengths,
+    honouring_attention,
+    moving_rope,
+    plain_logprobs,
+    probe_batch,
+    quiet,
+    take_long_factors,
+)
 from rl.loading import (
     add_lora,
+    check_adapted,
     check_vocabulary,
     context_length,
     load_model,
@@ -33,7 +44,8 @@ from rl.loading import (
     use_fused_layers,
 )
 from rl.logprobs import head_logprobs
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan, WeightStream
+from rl.types import WeightStream
+from rl.weights import PolicyWeights
 
 CANARY_TEXT = (
     "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
@@ -51,6 +63,12 @@ class CausalScorer(nn.Module):
         self.model = model
         self.packed = False
 
+    def train(self, mode: bool = True) -> CausalScorer:
+        """In both modes nothing random is active; only gradient checkpointing follows `mode`."""
+        super().train(mode)
+        quiet(self.model, checkpointing=mode)
+        return self
+
     def forward(
         self, batch: MicroBatch, temperature: float
     ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
@@ -61,7 +79,7 @@ class CausalScorer(nn.Module):
         return head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        hidden_1ND = self.model.base_model(
+        hidden_1ND = backbone(self.model)(
             input_ids=batch.token_ids_N[None],
             position_ids=batch.positions_N[None],
             use_cache=False,
@@ -73,18 +91,20 @@ class CausalScorer(nn.Module):
         """One sequence at a time through the model's own attention: slow, exact, for models that packing
         cannot serve.
         """
-        hidden_ND: list[Tensor] = []
+        pieces: list[Tensor] = []
+        sequence = 0
         for block in batch.blocks:
             prompt = batch.token_ids_N[block.start : block.completion_start]
             start = block.completion_start
-            for i, length in enumerate(block.completion_lengths):
+            for length in block.completion_lengths:
                 row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-                hidden = self.model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
-                # The prompt's columns are filled by the first completion; its last one predicts every first
-                # token alike.
-                hidden_ND.append(hidden if i == 0 else hidden[block.prompt_length :])
-                start += length
-        return torch.cat(hidden_ND)[batch.predecessors_L]
+                forget_lengths(self.model)
+                hidden_TD = backbone(self.model)(input_ids=row[None], use_cache=False).last_hidden_state[0]
+                # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
+                columns = batch.columns_L[batch.sequence_ids_L == sequence]
+                pieces.append(hidden_TD[columns - start + block.prompt_length - 1])
+                start, sequence = start + length, sequence + 1
+        return torch.cat(pieces)
 
 
 class Policy:
@@ -103,8 +123,12 @@ class Policy:
             use_fused_layers(model.to(accelerator.device), config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.own_attention = honouring_attention(model)
         self.peft_model: Any = add_lora(model, config) if config.lora else None
-        self.own_attention = cast(str, model.config._attn_implementation)
+        if config.lora:
+            check_adapted(model, config)
+        self.long_factors = False
+        self.packing_fault: str | None = None
         self.scorer = CausalScorer(model).to(accelerator.device)
         self.scorer.train()
         self.reference: CausalScorer | None = None
@@ -132,52 +156,86 @@ class Policy:
         return self.scorer.packed
 
     def set_packed(self, packed: bool) -> None:
-        """Chooses between packed rows and one sequence at a time, for the policy and its reference alike."""
+        """Chooses between packed rows and one sequence at a time, for the policy and its reference alike.
+        Where packed rows were found to be wrong it stays with one at a time.
+        """
+        packed = packed and self.packing_fault is None
         for scorer in filter(None, (self.scorer, self.reference)):
             scorer.model.set_attn_implementation(PACKED if packed else self.own_attention)
             scorer.packed = packed
 
-    def settle_attention(self) -> str | None:
+    def settle_attention(self, longest: int | None = None) -> str | None:
         """Turns packed rows on where they reproduce one-sequence-at-a-time log-probs, checked on this model;
         else says why not.
+
+        Args:
+            longest: tokens of the longest sequence that will be trained on.
 
         Raises:
             ValueError: the head is not a plain linear layer, so that log-probs from hidden states would be
                 wrong; or attention=packed was asked for and is not exact.
         """
-        batch = probe_batch(self.model).to(self.device)
+        rope = moving_rope(self.model)
+        if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
+            for scorer in filter(None, (self.scorer, self.reference)):
+                take_long_factors(scorer.model)
+            self.long_factors, rope = True, None
+        batch = probe_batch(self.model, longest).to(self.device)
         tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.15
         self.scorer.eval()
-        self.set_packed(False)
         with torch.no_grad():
-            expected = self.scorer(batch, 1.0)[0]
-            gap = self._gap(expected, _plain_logprobs(self.model, batch))
-            if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
-                raise ValueError(
-                    f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
-                    "take an earlier checkpoint, or download the model again"
-                )
-            if not gap <= tolerance:
-                raise ValueError(
-                    f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats "
-                    "from its own logits; "
-                    "its output head does more than a linear layer, a scale and a soft cap, and is not "
-                    "supported"
-                )
+            expected = self._settle_rows(batch, tolerance)
             reason = None if self.config.attention != "rows" else "model.attention=rows"
+            if reason is None and rope and (longest is None or longest > rope[1]):
+                reason = (
+                    f"the rotary frequencies ({rope[0]}) of a whole row change when one of its sequences "
+                    f"exceeds {rope[1]} tokens"
+                )
             if reason is None:
                 try:
-                    reason = self._packing_fault(batch, expected, tolerance)
-                except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                    reason = self._compare_packed(batch, expected, tolerance)
+                except ValueError as error:
                     reason = str(error).splitlines()[0]
+                except (TypeError, AttributeError, RuntimeError):
+                    reason = (
+                        f"the layers of {type(self.model).__name__} need an attention mask, or a shape that "
+                        "a packed row does not have"
+                    )
         self.scorer.train()
         if reason is not None:
             if self.config.attention == "packed":
                 raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
+            self.packing_fault = reason
             self.set_packed(False)
         return reason
 
-    def _packing_fault(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
+    def _settle_rows(self, batch: MicroBatch, tolerance: float) -> Float[Tensor, " L"]:
+        """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
+        every config. Where they differ because of the model's own attention, eager takes its place.
+        """
+        own = self.own_attention
+        if batch.layout.longest <= EAGER_LIMIT:
+            self.model.set_attn_implementation("eager")
+        plain = plain_logprobs(self.model, batch)
+        gap = math.inf
+        for self.own_attention in dict.fromkeys((own, "eager")):
+            self.set_packed(False)
+            expected = self.scorer(batch, 1.0)[0]
+            gap = self._gap(expected, plain)
+            if gap <= tolerance:
+                return expected
+        if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
+            raise ValueError(
+                f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
+                "take an earlier checkpoint, or download the model again"
+            )
+        raise ValueError(
+            f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats from its "
+            "own logits; its output head does more than a linear layer, a scale and a soft cap, and is not "
+            "supported"
+        )
+
+    def _compare_packed(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
         """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
         more than rounding moves one sequence at a time (fused kernels take 16 bits only).
         """
@@ -186,7 +244,10 @@ class Policy:
         self.set_packed(True)
         gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
         if not gap <= tolerance:
-            return f"packed log-probs differ by {gap:.2g} nats"
+            return (
+                f"packed log-probs differ by {gap:.2g} nats: something beside attention looks along the row, "
+                "or attention takes distances or a window from elsewhere"
+            )
         with self.autocast():
             gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
         if not gap <= 4 * rounded + tolerance:
@@ -250,86 +311,13 @@ class Policy:
         """
         target = self.peft_model or self.model
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
-        implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(self.own_attention)
+        packed = self.scorer.packed
+        self.set_packed(False)
         target.save_pretrained(folder)
-        self.model.set_attn_implementation(cast(str, implementation))
+        self.set_packed(packed)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():
             config_file.write_text(
                 json.dumps(json.loads(config_file.read_text()) | {"dtype": compute}, indent=2) + "\n"
             )
-
-
-class PolicyWeights:
-    """Every weight under its Hugging Face name, with LoRA deltas added on the way: nothing is merged in
-    place, nothing drifts.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        model = self.policy.model
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                continue
-            value = parameter.detach()
-            if ".base_layer." in name:
-                layer = cast(Any, model.get_submodule(name.split(".base_layer.")[0]))
-                if name.endswith("weight"):
-                    # In fp32: rounding to the engine's dtype happens once, on arrival.
-                    value = value.float() + sum(
-                        layer.get_delta_weight(a).float() for a in layer.active_adapters
-                    )
-                name = name.replace(".base_layer.", ".")
-            yield name, value
-
-    @torch.no_grad()
-    def canary(self) -> tuple[list[int], list[float]]:
-        ids = torch.tensor(self.policy.canary_ids, device=self.policy.device)
-        scorer = self.policy.scorer
-        packed, training = scorer.packed, scorer.training
-        self.policy.set_packed(False)
-        scorer.eval()
-        with self.policy.autocast():
-            logits = scorer.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        scorer.train(training)
-        self.policy.set_packed(packed)
-        return ids.tolist(), torch.log_softmax(logits, -1).gather(-1, ids[1:, None]).squeeze(-1).tolist()
-
-
-def probe_batch(model: PreTrainedModel) -> MicroBatch:
-    """Ragged groups with shared prompts, longer than the model's sliding window where that is short."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    extra = window + 3 if window <= 64 else 0
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt_length, lengths in ((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,))):
-        draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
-        completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
-        prompt = Prompt("probe", "", tuple(draw(prompt_length)))
-        groups.append(ScoredGroup(Group(prompt, completions), [Reward(0.0)] * len(completions)))
-    rules = PackRules(token_budget=1 << 20, row_weight=lambda *counts: 1.0, skip_without_signal=False)
-    return pack(groups, [[0.0] * len(g.completions) for g in groups], rules)[0].micro_batches[0]
-
-
-def _plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
-    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
-    pieces = []
-    for block in batch.blocks:
-        start = block.completion_start
-        for length in block.completion_lengths:
-            prompt = batch.token_ids_N[block.start : block.completion_start]
-            row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-            logits = (
-                model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
-            )
-            pieces.append(
-                torch.log_softmax(logits, -1).gather(-1, row[block.prompt_length :, None]).squeeze(-1)
-            )
-            start += length
-    return torch.cat(pieces)

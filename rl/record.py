@@ -59,9 +59,11 @@ def group_metrics(
     faults, num_graded = grader_faults(sampled)
     lengths = [len(c.token_ids) for c in live]
     ages = [(step - span.policy_version, span.num_tokens) for c in live for span in c.version_spans]
+    scored = {"reward": scores}
+    scored |= {
+        f"reward/{name}": [p for _, r in pairs if (p := r.parts.get(name)) is not None] for name in weights
+    }
     ratios: dict[str, tuple[float, float]] = {
-        "reward/mean": (math.fsum(scores), len(scores)),
-        "_squares": (math.fsum(s * s for s in scores), len(scores)),
         "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
         "graders/faults": (len(faults), num_graded),
         "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
@@ -73,22 +75,25 @@ def group_metrics(
         "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
         "_tokens": (sum(len(c.token_ids) for c, _ in _pairs(sampled)), 1),
     }
-    for name in weights:
-        parts = [p for _, r in pairs if (p := r.parts.get(name)) is not None]
-        ratios[f"reward/{name}/mean"] = (math.fsum(parts), len(parts))
+    for name, numbers in scored.items():
+        ratios[f"{name}/mean"] = (math.fsum(numbers), len(numbers))
+        ratios[f"_{name}/squares"] = (math.fsum(x * x for x in numbers), len(numbers))
     flat = world.sum([float(x) for pair in ratios.values() for x in pair])
     totals = dict(zip(ratios, zip(flat[::2], flat[1::2], strict=True), strict=True))
     values = {name: t / count for name, (t, count) in totals.items() if count and not name.startswith("_")}
-    if (num_scores := totals["_squares"][1]) > 0:
-        square = totals["_squares"][0] / num_scores
-        values["reward/std"] = math.sqrt(max(0.0, square - values["reward/mean"] ** 2))
-    longest, shortest, oldest = world.max(
+    longest, shortest, oldest, *ends = world.max(
         [
             float(max(lengths, default=0)),
             -float(min(lengths, default=0)),
             float(max((age for age, _ in ages), default=0)),
+            *(end for x in scored.values() for end in (max(x, default=-math.inf), -min(x, default=math.inf))),
         ]
     )
+    for name, high, low in zip(scored, ends[::2], ends[1::2], strict=True):
+        square, count = totals[f"_{name}/squares"]
+        if count:  # equal scores have a spread of 0 to the last bit, which the squares do not give
+            spread = max(0.0, square / count - values[f"{name}/mean"] ** 2) if high > -low else 0.0
+            values[f"{name}/std"] = math.sqrt(spread)
     values |= {
         "completion/length_max": longest,
         "completion/length_min": -shortest,

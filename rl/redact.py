@@ -10,9 +10,11 @@ from typing import Any
 
 HIDDEN = "***"
 
-# `token_budget` and `stop_token_ids` are no secrets: the word has to end the key.
+# `token_budget`, `stop_token_ids`, `max_tokens` and `mask_token` are no secrets.
 _SECRET_KEY = re.compile(
-    r"(^|[_\-.])(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?|authorization|bearer)$",
+    r"(^|[_\-.])(?<!mask_)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!stop_)"
+    r"(token(_secret|_value)?|(api|auth|access|hf)_?tokens|secrets?|passw(or)?ds?|passphrase|pwd|(api|access|private|secret|auth|account|"
+    r"encryption|signing|hf|openai|anthropic|wandb)[_\-]?keys?|credentials?|authorization|bearer)$",
     re.IGNORECASE,
 )
 _SECRET_TEXT = re.compile(
@@ -47,6 +49,11 @@ def _redact_text(text: str) -> str:
         if len(secret) >= 8 and secret in text and _SECRET_KEY.search(name):
             text = text.replace(secret, HIDDEN)
     return _SECRET_TEXT.sub(HIDDEN, text)
+
+
+def safe_text(text: str) -> str:
+    """Text of unknown origin for a terminal or a log: no secrets, no escapes, later lines indented."""
+    return strip_controls(redact(text)).replace("\n", "\n    ")
 
 
 def strip_controls(text: str) -> str:

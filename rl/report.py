@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from rl.config import Config
+from rl.config.bounded_yaml import read_yaml
 from rl.diffusion.config import DiffusionConfig, TextConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.trace_view import denoising_html, sampled_traces
@@ -27,9 +28,10 @@ from rl.figures import build_figures
 from rl.group_sample import json_for_html, sample_groups
 from rl.ledger import Ledger
 from rl.manifest import library_versions
-from rl.metrics import METRICS, Metric, read_rows, show_seconds, show_value
+from rl.metrics import METRICS, Metric, show_seconds, show_value
 from rl.plots import sparkline
 from rl.redact import redact, show_controls
+from rl.row_log import read_rows
 from rl.verdict import Row, Verdict, judge, range_text, series_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -133,7 +135,8 @@ def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[dict[str, st
     if accuracies := series_of(evaluations, "accuracy"):
         first, last = accuracies[0], accuracies[-1]
         low, high, n = (evaluations[-1].get(key) for key in ("low", "high", "n"))
-        about = f"before {100 * first[1]:.1f} %" if len(accuracies) > 1 else f"at step {last[0]}"
+        begin = "before" if first[0] == 0 else f"at step {first[0]}"
+        about = f"{begin} {100 * first[1]:.1f} %" if len(accuracies) > 1 else f"at step {last[0]}"
         if isinstance(low, float) and isinstance(high, float):
             about += f"; now {100 * low:.1f} to {100 * high:.1f} %" + (
                 f", n = {n:,}" if isinstance(n, int) else ""
@@ -208,10 +211,9 @@ def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds keys and values; empty if it is missing, damaged or something else."""
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        value = read(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        value = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+    except (OSError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

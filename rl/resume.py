@@ -12,14 +12,13 @@ an undisturbed run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from rl.checkpoint import CheckpointStore, LoadedCheckpoint
 from rl.display import Display
+from rl.ledger import LedgerStep
 from rl.metrics import MetricsLog
 from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.run import Run
@@ -37,25 +36,65 @@ class Resumable(Protocol):
     policy: Any
 
 
+class Log(Protocol):
+    """A file with a row per step."""
+
+    def truncate_after(self, step: int, /) -> Any: ...
+
+
 R = TypeVar("R", bound=Resumable)
 
 
-def go_on(run: R, put_back: Callable[[R, TrainerState], None]) -> LoadedCheckpoint | None:
-    """Loads the newest valid checkpoint on every process and says what was skipped; None if there is none."""
+def go_on(run: R, put_back: Callable[[R, TrainerState], None], *logs: Log) -> LoadedCheckpoint | None:
+    """Loads the newest valid checkpoint on every process and says what was skipped; None if there is none.
+
+    Args:
+        logs: what is cut back to the checkpoint besides the run's metrics.
+    """
     newest = run.store.load_newest() if run.world.is_main else None
-    folder: list[Any] = [str(newest.path) if newest else None]
-    if run.world.size > 1:
-        torch.distributed.broadcast_object_list(folder)
-    if folder[0] is None:
-        if run.world.is_main:
-            run.log.truncate_after(0)
-        return None
-    loaded = newest or run.store.load(Path(folder[0]))
-    for sentence in (*loaded.skipped, *loaded.version_changes):
-        run.display.warn(sentence)
-    run.policy.load_weights(loaded.path)
-    put_back(run, loaded.trainer_state)
+    folder = run.world.gather_objects(str(newest.path) if newest else None)[0]
+    loaded = newest or (run.store.load(Path(folder)) if folder else None)
+    if loaded is not None:
+        for sentence in (*loaded.skipped, *loaded.version_changes):
+            run.display.warn(sentence)
+        run.policy.load_weights(loaded.path)
+        put_back(run, loaded.trainer_state)
+    if run.world.is_main:
+        step = loaded.step if loaded else 0
+        for log in (run.log, *logs):
+            log.truncate_after(step)
+        if lost := sorted(set(range(1, step + 1)) - {row["step"] for row in run.log.read()}):
+            run.display.warn(f"metrics.jsonl has no rows of steps {_spans(lost)}: lost, or damaged")
+    run.world.wait()
     return loaded
+
+
+def recorded_step(run: Run, step: int) -> LedgerStep | None:
+    """What this process trained on in a step of a run that was stopped; None: the step has to be sampled.
+
+    Where such a record is lost or damaged on any process, all sample the step again, and the file is named.
+    """
+    found = run.ledger.read(step)
+    if run.world.all(found is not None and found.cursor_before == run.source.cursor):
+        return found
+    if step < run.num_recorded:
+        fault = run.ledger.fault(step) if found is None else ""
+        if faults := [text for text in run.world.gather_objects(fault) if text]:
+            lost = "; ".join(faults)
+            run.display.warn(f"step {step + 1} is sampled again, perhaps otherwise than before: {lost}")
+    return None
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """Ascending numbers as text: 1, 4 to 9, 12; at most ten spans."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in spans]
+    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
 
 
 def training_state(run: Run, step: int) -> TrainerState:
@@ -75,9 +114,7 @@ def training_state(run: Run, step: int) -> TrainerState:
 
 
 def resume(run: Run, state: TrainerState) -> None:
-    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`, and cuts the logs back
-    to it.
-    """
+    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`."""
     load_optimizer_state(run.optimizer, run.policy.trainable(), state.optimizer)
     if (reference := state.optimizer.get("reference")) is not None and run.policy.reference is not None:
         run.policy.reference.load_state_dict(reference)
@@ -89,10 +126,6 @@ def resume(run: Run, state: TrainerState) -> None:
     run.source.cursor = state.counters["cursor"]
     run.bad_steps_in_row = state.counters["bad_steps_in_row"]
     run.skipped_steps = state.counters["skipped_steps"]
-    if run.world.is_main:
-        run.log.truncate_after(state.step)
-        run.evaluations.truncate_after(state.step)
-    run.world.wait()
 
 
 def _moving_reference(run: Run) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Run:
         began: `time.monotonic()` when this process was started.
         seconds_before: what earlier processes of this run took, up to the checkpoint that it goes on from.
         saved_step: step of the newest checkpoint; 0 if there is none.
+        num_recorded: steps that an earlier process of this run recorded in the ledger.
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Run:
     began: float
     start_step: int = 0
     saved_step: int = 0
+    num_recorded: int = 0
     seconds_before: float = 0.0
     bad_steps_in_row: int = 0
     skipped_steps: int = 0

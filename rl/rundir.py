@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rl.config import Config
 from rl.config.read import dump_config, read_config
 from rl.diffusion.config import DiffusionConfig
+from rl.inputs import Fingerprints, changes
 from rl.metrics import wilson_interval
+from rl.redact import redact
+from rl.row_log import RowLog, read_rows, record_of
 
+E = TypeVar("E")
 MAY_CHANGE = {
     "run_dir",
     "trackers",
@@ -29,6 +34,16 @@ MAY_CHANGE = {
     "rewards.workers",
     "rewards.deadline_s",
 }
+PLACES = {
+    f"{section}.{key}"
+    for section, keys in (
+        ("model", ("name", "revision", "chat_template")),
+        ("data", ("source", "revision")),
+        ("evaluation.data", ("source", "revision")),
+    )
+    for key in keys
+}
+"""Keys that say where something is: they may change if what is there is the same (`inputs.json`)."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +69,28 @@ class EvaluationLog:
     """`evaluation.jsonl`: one line per held-out evaluation, a step at most once."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "evaluation.jsonl"
+        self._rows = RowLog(run_dir / "evaluation.jsonl", durable=True)
+        self.path, self.truncate_after = self._rows.path, self._rows.truncate_after
+        self.close = self._rows.close
 
     def read(self) -> list[Evaluation]:
-        rows: list[Evaluation] = []
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                try:
-                    rows.append(Evaluation(**json.loads(line)))
-                except (json.JSONDecodeError, TypeError):
-                    continue
-        return rows
-
-    def write(self, evaluation: Evaluation) -> None:
-        self._replace([*(e for e in self.read() if e.step < evaluation.step), evaluation])
-
-    def truncate_after(self, step: int) -> None:
-        self._replace([e for e in self.read() if e.step <= step])
+        return [found for row in self._rows.read() if (found := record_of(Evaluation, row)) is not None]
 
     def at(self, step: int) -> Evaluation | None:
-        return next((e for e in self.read() if e.step == step), None)
+        row = self._rows.find(step)
+        return None if row is None else record_of(Evaluation, row)
 
-    def _replace(self, rows: list[Evaluation]) -> None:
-        write_atomically(self.path, "".join(json.dumps(asdict(e)) + "\n" for e in rows))
+    def write(self, evaluation: Evaluation) -> None:
+        """Records an evaluation, in place of an earlier one of its step and of what came after that."""
+        self._rows.replace(asdict(evaluation))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or the old file, whatever happens in between."""
+def write_atomically(path: Path, text: str, *, mode: int | None = None) -> None:
+    """The whole text or the old file, whatever happens in between; `mode`: who may read it."""
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
+    fresh.unlink(missing_ok=True)
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -92,15 +100,19 @@ def write_atomically(path: Path, text: str) -> None:
 def claim_config(config: Config | DiffusionConfig) -> None:
     """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
 
-    A folder whose run did no step yet, because a fault was found first, takes any config.
+    A folder whose run did no step yet, because a fault was found first, takes any config. Where a model or a
+    dataset is now said to be is left to `claim_inputs`, which knows the content.
 
     Raises:
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
-    path = config.run_dir / "config.yaml"
+    path, has_steps = config.run_dir / "config.yaml", _has_steps(config.run_dir)
     if path.is_file() and (changed := _changes(read_config(type(config), path), config)):
-        if _has_steps(config.run_dir):
-            lines = "\n  ".join(changed)
+        may_move = PLACES if (config.run_dir / "inputs.json").is_file() else set()
+        if has_steps and changed.keys() <= may_move:
+            return
+        if has_steps:
+            lines = "\n  ".join(changed.values())
             raise ValueError(
                 f"{config.run_dir} holds a run with other settings:\n  {lines}\n"
                 "use another run_dir, or the settings that are there (only steps, saving, logging and engine "
@@ -108,13 +120,64 @@ def claim_config(config: Config | DiffusionConfig) -> None:
             )
         (config.run_dir / "evaluation.jsonl").unlink(missing_ok=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump_config(config))
+    write_config(config)
 
 
-def _changes(before: Config | DiffusionConfig, now: Config | DiffusionConfig) -> list[str]:
+def claim_inputs(
+    config: Config | DiffusionConfig, found: Fingerprints, warn: Callable[[str], None] = print
+) -> None:
+    """Writes what a run begins with into `inputs.json`, or checks that a run that is resumed has the same.
+
+    Raises:
+        ValueError: model, tokenizer, chat template or rows are not those that the run began with.
+    """
+    path = config.run_dir / "inputs.json"
+    try:
+        before = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        before = None
+    if _has_steps(config.run_dir):
+        if not isinstance(before, dict):
+            warn(
+                f"{path} is missing or damaged: nobody can tell whether model and data are those that the "
+                "run began with; from now on it holds the present ones"
+            )
+        elif changed := changes(before, found):
+            lines = "\n  ".join(changed)
+            raise ValueError(
+                f"{config.run_dir} holds a run that began with another model or other data:\n  {lines}\n"
+                f"put back what was there, or use another run_dir; to go on all the same, remove {path}"
+            )
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    write_config(config)
+
+
+def write_config(config: Config | DiffusionConfig) -> None:
+    """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it."""
+    text = dump_config(config)
+    is_secret = redact(config.model_dump(mode="json")) != config.model_dump(mode="json")
+    write_atomically(config.run_dir / "config.yaml", text, mode=0o600 if is_secret else None)
+
+
+def check_whole(run_dir: Path, *, first: int, last: int) -> None:
+    """Raises RuntimeError if what a run of this process has written, from one step to another, is gone."""
+    there = {row["step"] for row in read_rows(run_dir / "metrics.jsonl")}
+    lost = [name for name in ("config.yaml", "checkpoints") if not (run_dir / name).exists()]
+    if missing := set(range(first + 1, last + 1)) - there:
+        lost.append(f"metrics.jsonl (rows of {len(missing)} steps, the first of them {min(missing)})")
+    if lost:
+        raise RuntimeError(
+            f"{run_dir}: {', '.join(lost)} went missing during the run, though all {last} steps are done; "
+            "put it back, or use a new run_dir"
+        )
+
+
+def _changes(before: Config | DiffusionConfig, now: Config | DiffusionConfig) -> dict[str, str]:
+    """Key -> what it was and is, without secrets."""
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    keys = sorted((old.keys() | new.keys()) - MAY_CHANGE)
-    return [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+    keys = sorted(k for k in (old.keys() | new.keys()) - MAY_CHANGE if old.get(k) != new.get(k))
+    shown = [(k, redact(old.get(k), k), redact(new.get(k), k)) for k in keys]
+    return {k: f"{k}: {was!r} there, {now!r} now" for k, was, now in shown}
 
 
 def _has_steps(run_dir: Path) -> bool:
@@ -122,32 +185,42 @@ def _has_steps(run_dir: Path) -> bool:
 
 
 def write_result(
-    config: Config, evaluations: list[Evaluation], *, steps: int, seconds: float
+    config: Config, evaluations: Sequence[Evaluation], *, steps: int, seconds: float
 ) -> dict[str, Any]:
     """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps.
 
-    `seconds` counts the whole run, restarts included.
+    `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`: one that
+    is missing is null, never a number of another step, and `heldout_before_missing` says why.
     """
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        result |= {
-            "heldout_before": first.accuracy,
-            "heldout_before_interval": [first.low, first.high],
-            "heldout_after": last.accuracy,
-            "heldout_after_interval": [last.low, last.high],
-            "n": last.n,
-        }
+    if config.evaluation.data is not None:
+        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        for name, found in ends.items():
+            result[name] = found and found.accuracy
+            result[f"{name}_interval"] = found and [found.low, found.high]
+        result |= missing | {"n": next((found.n for found in ends.values() if found), None)}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
+def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[str, E | None], dict[str, str]]:
+    """What was measured at step 0 and at the last step, by its name in `result.json`; why one is missing."""
+    ends = {"heldout_before": 0, "heldout_after": steps}
+    missing = {
+        f"{name}_missing": f"{file} has no whole row of step {step}: it was lost or damaged"
+        for name, step in ends.items()
+        if step not in found
+    }
+    return {name: found.get(step) for name, step in ends.items()}, missing
+
+
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """What `write_result` wrote; empty if there is none."""
+    """What `write_result` wrote; empty if there is none, or a damaged one."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        result = json.loads((run_dir / "result.json").read_bytes())
+    except (OSError, ValueError):
         return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,23 @@ class SafeStream:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except OSError:
             pass  # a full disk under a redirected stdout: this line is lost
+
+
+def say(text: str, stream: Any = None) -> None:
+    """A line on a stream, by default standard output; lost, without a fault, where nobody can take it."""
+    safe = SafeStream(sys.stdout if stream is None else stream)
+    safe.write(text + "\n")
+    safe.flush()
+
+
+def settle() -> None:
+    """Flushes the standard streams, and empties what cannot be: else Python's own exit code would be 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _encodable(text: str, encoding: str) -> str:

@@ -14,7 +14,7 @@ from rl.advantages import compute_advantages
 from rl.batch import pack
 from rl.checkpoint import CheckpointWriteError
 from rl.record import check_faults, check_update, group_metrics
-from rl.resume import training_state
+from rl.resume import recorded_step, training_state
 from rl.run import Run
 from rl.trainer_state import NonFiniteError
 from rl.types import ScoredGroup
@@ -34,7 +34,7 @@ def train(run: Run) -> int:
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
     source.publish(policy.weights(), version=run.start_step)
     step = run.start_step
-    if step in (0, config.train.steps) or _every(step, config.evaluation.every):
+    if step == 0 or step >= config.train.steps or _every(step, config.evaluation.every):
         evaluate(run, step)
     phases.take()  # what came before is no part of a step
     while step < config.train.steps and not run.stop.requested():
@@ -71,10 +71,8 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     """The groups of a step: from the ledger if a killed run sampled them already, else fresh ones, which are
     recorded.
     """
-    source = run.source
-    recorded, cursor = run.ledger.read(step), source.cursor
-    replays = run.world.all(recorded is not None and recorded.cursor_before == cursor)
-    if recorded is not None and replays:
+    source, recorded, cursor = run.source, recorded_step(run, step), run.source.cursor
+    if recorded is not None:
         groups, source.last_rejected = recorded.groups, recorded.rejected
         source.cursor, source.last_counts = recorded.cursor_after, recorded.counts
     else:
@@ -85,7 +83,7 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     advantages = compute_advantages(
         groups, config=run.config.advantage, weights=run.reward_weights, reduce_moments=run.world.sum
     )
-    if not replays:
+    if recorded is None:
         run.ledger.write(
             step,
             groups,

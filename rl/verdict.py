@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rl.metrics import METRICS, Metric, show_value
+from rl.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
@@ -57,6 +57,7 @@ def judge(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> Verdict:
     if not rows and not evaluations:
         return Verdict("No data")
     findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
+    findings += constant_parts(rows)
     findings += _nonfinite_rule(rows)
     findings += _heldout_rule(evaluations or [row for row in rows if "heldout/low" in row])
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
@@ -64,15 +65,31 @@ def judge(rows: Sequence[Row], evaluations: Sequence[Row] = ()) -> Verdict:
 
 
 class Watch:
-    """Judges a run while it runs, by its latest rows."""
+    """Judges a run while it runs, by its latest rows.
+
+    Attributes:
+        varied: spreads of reward parts that were not 0 in some step, however long ago.
+    """
 
     def __init__(self) -> None:
         self.rows: deque[Row] = deque(maxlen=_RECENT_ROWS)
+        self.varied: set[str] = set()
+
+    def recall(self, rows: Iterable[Row]) -> None:
+        """Takes in the rows of a run that goes on."""
+        for row in rows:
+            self.rows.append(row)
+            self.varied |= {name for name in part_spreads([row]) if row[name]}
 
     def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
-        """What is broken, not merely unusual, after a step with these numbers."""
-        self.rows.append({"step": step, **values})
-        return [finding for finding in judge(list(self.rows)).findings if finding.level == "Broken"]
+        """What is broken after a step with these numbers; what is unusual and told at once
+        (`Metric.told_at_once`); and reward parts that have never varied, which only a rule about the whole
+        run can tell from those that are learnt.
+        """
+        self.recall([{"step": step, **values}])
+        at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
+        at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
+        return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
 
 
 def series_of(rows: Sequence[Row], name: str) -> list[tuple[int, float]]:
@@ -90,6 +107,29 @@ def range_text(metric: Metric) -> str:
     if low is not None and high is not None:
         return f"{low} to {high}"
     return f"at most {high}" if high is not None else f"at least {low}" if low is not None else ""
+
+
+def part_spreads(rows: Iterable[Row]) -> list[str]:
+    """The names `reward/<part>/std` in these rows."""
+    names = {name for row in rows for name in row if name.startswith("reward/") and name.endswith("/std")}
+    return sorted(names - {"reward/std"})
+
+
+def constant_parts(rows: Sequence[Row]) -> list[Finding]:
+    """Fires for a reward part that gave all completions of a step the same score in every step so far.
+
+    A part that once varied and no longer does is learnt, which is no fault.
+    """
+    findings = []
+    for name in part_spreads(rows):
+        metric, series = metric_of(name), series_of(rows, name)
+        if len(series) >= metric.patience and not any(metric.is_healthy(value) for _, value in series):
+            part = name.removeprefix("reward/").removesuffix("/std")
+            means = series_of(rows, f"reward/{part}/mean")
+            score = f", {means[-1][1]:.4g}" if means else ""
+            text = f"reward part {part} gives all completions of a step the same score{score}"
+            findings.append(Finding("Warning", name, series[0][0], text, metric.hint))
+    return findings
 
 
 def _range_rule(metric: Metric, rows: Sequence[Row]) -> Finding | None:

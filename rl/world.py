@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,9 +12,14 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors.torch import load, save
 from torch import Tensor
 
 PEER_WAIT_S = 1800.0
+LOOPBACK = "127.0.0.1"
+STORE_FD = "COHORT_STORE_FD"
+"""Variable for the processes of `cohort train`: rank 0's descriptor of the socket where all meet; else -1."""
+_TENSOR = "$tensor"
 
 
 def make_accelerator(engine_timeout_s: float = 0.0) -> Accelerator:
@@ -20,8 +28,35 @@ def make_accelerator(engine_timeout_s: float = 0.0) -> Accelerator:
     Processes wait for each other at most `PEER_WAIT_S`, or three times what one of them may wait for its
     engine. NCCL's own ten minutes are no more than that wait, and end a process by SIGABRT.
     """
-    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=max(PEER_WAIT_S, 3 * engine_timeout_s)))
+    wait = timedelta(seconds=max(PEER_WAIT_S, 3 * engine_timeout_s))
+    if STORE_FD in os.environ:
+        _meet_on_loopback(int(os.environ.pop(STORE_FD)), wait)
+    waits = InitProcessGroupKwargs(timeout=wait)
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waits])
+
+
+def listen_on_loopback() -> socket.socket:
+    """A socket for `STORE_FD`. torch's own store would listen on every address of the machine."""
+    server = socket.socket()
+    server.bind((LOOPBACK, 0))
+    server.listen(512)
+    return server
+
+
+def loopback_environment() -> dict[str, str]:
+    """Variables that keep what gloo and NCCL send between processes of one machine on that machine."""
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
+
+
+def _meet_on_loopback(listening_fd: int, wait: timedelta) -> None:
+    """Makes the default process group; -1 as descriptor: rank 0 has the socket."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    port = int(os.environ["MASTER_PORT"])
+    server = {"is_master": True, "master_listen_fd": listening_fd} if listening_fd >= 0 else {}
+    store = torch.distributed.TCPStore(LOOPBACK, port, size, timeout=wait, wait_for_workers=False, **server)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 @dataclass(frozen=True)
@@ -65,12 +100,30 @@ class World:
         return [int(row[0]) for row in self.gather([float(value)])]
 
     def gather_objects(self, mine: Any) -> list[Any]:
-        """A small object of every process, in rank order."""
+        """An object of every process, in rank order: JSON values with string keys, and tensors among them.
+
+        It travels as JSON and safetensors, never as a pickle: whoever could join the group would run code in
+        the others. Tuples arrive as lists, and tensors on the CPU.
+        """
         if self.size == 1:
             return [mine]
-        found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, mine)
-        return found
+        payload = _encode(mine)
+        lengths = self.gather_ints(len(payload))
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        rows = cast(Tensor, self.accelerator.gather(padded[None].to(self.accelerator.device))).cpu()
+        return [_decode(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+    def exposure(self) -> str | None:
+        """Who else can reach the processes' meeting point; None: nobody outside this machine."""
+        if self.size == 1 or "COHORT_LAUNCHED" in os.environ:
+            return None
+        where = f"{os.environ.get('MASTER_ADDR', 'this machine')}:{os.environ.get('MASTER_PORT', '?')}"
+        return (
+            f"the {self.size} processes meet at {where} without authentication, on every address of that "
+            "machine, and send in plain text: keep that network private (on one machine `cohort train CONFIG "
+            "--processes N` uses the loopback interface alone)"
+        )
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -80,3 +133,30 @@ class World:
         if self.size > 1:
             self.wait()
             torch.distributed.destroy_process_group()
+
+
+def _encode(value: Any) -> bytes:
+    """Length of the JSON (8 bytes), the JSON with {"$tensor": NAME} for each tensor, and the tensors."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(tensor: Any) -> dict[str, str]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{type(tensor).__name__} cannot be sent to other processes; JSON and tensors can"
+            )
+        name = str(len(tensors))
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+
+    text = json.dumps(value, default=put).encode()
+    return len(text).to_bytes(8, "little") + text + save(tensors)
+
+
+def _decode(payload: bytes) -> Any:
+    begin = 8 + int.from_bytes(payload[:8], "little")
+    tensors = load(payload[begin:])
+
+    def take(found: dict[str, Any]) -> Any:
+        return tensors[found[_TENSOR]] if found.keys() == {_TENSOR} else found
+
+    return json.loads(payload[8:begin], object_hook=take)

@@ -40,7 +40,7 @@ def render_prompts(
     for index, row in enumerate(rows):
         where = f"{prefix} row {index}"
         _check_columns(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
-        messages, text = _messages(row[prompt_column], system_prompt, template, chat, where)
+        messages, text = as_messages(row[prompt_column], system_prompt, template, chat, where)
         if messages:
             text = _apply_template(tokenizer, messages, where)
         ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
@@ -52,7 +52,7 @@ def render_prompts(
                 f"max_prompt_length={max_prompt_length}; "
                 f"raise data.max_prompt_length to {len(ids)} or remove the row"
             )
-        kept = {k: row[k] for k in (columns or row) if k != prompt_column}
+        kept = kept_columns(row, prompt_column, columns)
         _check_json(kept, where)
         prompts.append(Prompt(f"{prefix}/{index:06d}", text, tuple(ids), messages, kept))
     if not prompts:
@@ -105,7 +105,12 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _messages(
+def kept_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """What graders get of a row: the named columns, or all, and never the prompt."""
+    return {name: row[name] for name in (columns or row) if name != prompt_column}
+
+
+def as_messages(
     value: Any, system_prompt: str | None, template: str, chat: bool, where: str
 ) -> tuple[tuple[Message, ...], str]:
     """(messages, "") for a chat, ((), text) for plain text."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +29,7 @@ from rollout.calls import (
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import SeededSampler, completion_seed
+from rollout.uncached import cache_fault, sample_uncached
 
 __all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError", "TransformersEngine"]
 
@@ -135,6 +138,8 @@ class TransformersEngine(OneCallAtATime):
         max_num_seqs: completions that are sampled together.
         timeout_s: longest wait for one `generate` call.
         version: policy version of the weights in `model`.
+        attention: how transformers computes attention. Eager honours every config; what the policy settled on
+            is as exact and may be faster.
     """
 
     name = "transformers"
@@ -151,16 +156,47 @@ class TransformersEngine(OneCallAtATime):
         timeout_s: float = 600.0,
         revision: str | None = None,
         version: int = 0,
+        attention: str = "eager",
     ) -> None:
         super().__init__(timeout_s)
         self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
         self.device = torch.device(device)
         with torch.random.fork_rng():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), revision=revision, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(model),
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+            )
         self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
         self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
+        self.cache = self._usable_cache()
+
+    def _usable_cache(self) -> str:
+        """ "shared": rows with one prompt share its keys and values. "own": each row computes its own.
+        "none": the model's cache does not reproduce its logits.
+        """
+        config = self.model.config.get_text_config()
+        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
+        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
+        fault = None
+        for self.cache in ("shared", "own"):
+            fault = cache_fault(
+                lambda prompts, seeds, sampling: self._sample(prompts, seeds, sampling, True, math.inf),
+                self.prompt_logprobs,
+                vocab_size=config.vocab_size,
+                window=window,
+                coarse=self.model.dtype != torch.float32,
+            )
+            if fault is None:
+                return self.cache
+        warnings.warn(
+            f"{type(self.model).__name__} is sampled without a cache, which is slow: {fault}", stacklevel=3
+        )
+        return "none"
 
     def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
         """(one group per prompt, why prompts failed)."""
@@ -214,12 +250,15 @@ class TransformersEngine(OneCallAtATime):
         deadline: float,
     ) -> list[Completion]:
         """One completion per row. Rows with the same prompt share its prefill."""
+        sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
+        if self.cache == "none":
+            tokens = sample_uncached(self.model, prompts, sampler, sampling, deadline)
+            return self._completions(tokens, sampler, sampling)
         unique = list(dict.fromkeys(prompts))
         rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
         width = max(map(len, unique))
         ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in unique], device=self.device)
         mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=self.device)
-        sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
         stop_ids = list(sampling.stop_token_ids)
         output = self.model.generate(
             ids_UT[rows_B],
@@ -238,8 +277,8 @@ class TransformersEngine(OneCallAtATime):
         return self._completions(output[:, width:].tolist(), sampler, sampling)
 
     def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
-        """Keys and values of all prompt tokens but the last, once per prompt; None for a stateful model."""
-        if ids_UT.shape[1] < 2 or getattr(self.model, "_is_stateful", False):
+        """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
+        if ids_UT.shape[1] < 2 or self.cache == "own" or getattr(self.model, "_is_stateful", False):
             return None
         cache = DynamicCache(config=self.model.config)
         positions = (mask_UT.cumsum(-1) - 1).clamp(min=0)

@@ -15,6 +15,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests marked `rotation`, except the k-th part of n with COHORT_ROTATION=k/n (0/1: all)."""
+    k, _, n = os.environ.get("COHORT_ROTATION", "").partition("/")
+    rotated = [item for item in items if item.get_closest_marker("rotation")]
+    now = set(rotated[int(k) % int(n) :: int(n)]) if n else set()
+    later = [item for item in rotated if item not in now]
+    config.hook.pytest_deselected(items=later)
+    items[:] = [item for item in items if item not in set(later)]
+
+
 WORDS = [f"w{i}" for i in range(80)] + list("0123456789+-=.?") + ["\\boxed{", "}", "What", "is", "the"]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (

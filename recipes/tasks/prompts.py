@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rl.config import DataConfig
 from rl.types import Prompt
-from rollout.chat import render_prompts
+from rollout.chat import as_messages, kept_columns, render_prompts
 
 
 def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[set[str], dict[str, Any]]:
@@ -15,6 +15,15 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
     row = rows[0] if rows else {}
     kept = {name: row[name] for name in data.columns or row if name in row and name != data.prompt_column}
     return set(kept), kept
+
+
+def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of a row as graders see it in training; without token ids, as that takes a tokenizer."""
+    for name in (data.prompt_column, *data.columns):
+        if name not in row:
+            raise ValueError(f"{where}: the dataset has no column {name!r}; it has {', '.join(row)}")
+    messages, text = as_messages(row[data.prompt_column], data.system_prompt, data.template, data.chat, where)
+    return Prompt(where, text, (), messages, kept_columns(row, data.prompt_column, data.columns))
 
 
 def make_prompts(

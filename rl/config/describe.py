@@ -14,11 +14,11 @@ from rl.config.sections import Section
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "no fewer than"}
 
 
-def described(config: Section) -> str:
-    """The resolved config with a comment for every key. Sections that are off, and those of lists, have their
+def described(schema: type[Section], tree: Mapping[str, Any]) -> str:
+    """A resolved config with a comment for every key. Sections that are off, and those of lists, have their
     keys in comments.
     """
-    return "\n".join(_lines(type(config), config.model_dump(mode="json"))) + "\n"
+    return "\n".join(_lines(schema, tree)) + "\n"
 
 
 def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:

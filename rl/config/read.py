@@ -5,6 +5,7 @@ suggested.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rl.config import Config, Section
+from rl.config.bounded_yaml import parse_yaml, read_yaml
 from rl.diffusion.config import DiffusionConfig
 from rl.diffusion.rl_config import MaskedRunConfig
 
@@ -23,6 +25,8 @@ COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "python -m recipes.llada": (DiffusionConfig,),
 }
 """Command -> schemas of its configs."""
+PATHS = ("run_dir", "model.name", "model.chat_template", "data.source", "evaluation.data.source")
+"""Keys that may hold the path of a file or folder."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -56,15 +60,13 @@ def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
 def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     if path is not None:
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.exists():
             near = difflib.get_close_matches(
                 str(path), [str(p) for p in Path(path).parent.glob("*.yaml")], n=1
             )
             raise ValueError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        tree = read_yaml(path) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"{path} must hold keys and values (a YAML mapping), not {type(tree).__name__}")
     for override in overrides:
@@ -79,11 +81,12 @@ def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, A
             node = node[parent]
         try:
             node[leaf] = _read_scalar(text)
-        except yaml.YAMLError as error:
+        except ValueError as error:
             raise ValueError(
-                f"override {override!r}: the value is not valid YAML ({_one_line(error)}); put text with "
+                f"override {override!r}: the value is not valid YAML ({error}); put text with "
                 f"special characters in quotes within quotes: '{key}=\"...\"'"
             ) from None
+    _expand_homes(tree)
     return tree
 
 
@@ -104,11 +107,26 @@ def _read_scalar(text: str) -> Any:
     """YAML, with 1e-5 read as a float (YAML 1.1 reads it as a string)."""
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _expand_homes(tree: dict[str, Any]) -> None:
+    """Replaces `~` and `~user` at the start of every path that a config names by the folder they stand for.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    for key in PATHS:
+        *parents, leaf = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        value = node.get(leaf) if isinstance(node, dict) else None
+        if not isinstance(value, str) or not value.startswith("~"):
+            continue
+        node[leaf] = os.path.expanduser(value)
+        if node[leaf].startswith("~"):
+            raise ValueError(f"{key}={value!r}: there is no home folder of this user; give the whole path")
 
 
 def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str]:

@@ -23,6 +23,12 @@ def check_rules(config: Config) -> None:
             "and the importance ratio of a cut distribution against the full softmax is biased; use "
             "top_p=1.0, top_k=0, min_p=0.0 for training (evaluation.sampling may cut)"
         )
+    if config.model.lora and config.model.lora.dropout > 0:
+        raise ValueError(
+            f"model.lora.dropout={config.model.lora.dropout} makes log-probs random: the ratio of an "
+            "unchanged policy is not 1, and the engine samples without dropout; use model.lora.dropout=0 "
+            "(fine-tuning a diffusion model without rewards may have it)"
+        )
     if t.group_size < 2:
         raise ValueError(
             f"train.group_size={t.group_size} leaves no other completion to compare with; "

@@ -6,7 +6,6 @@ random offset. The published script's rounding can be asked for, to compare with
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,7 @@ from rl.diffusion.objectives import (
     step_generator,
 )
 from rl.loading import context_length
-from rl.metrics import read_rows
-from rl.rundir import write_atomically
+from rl.row_log import RowLog, record_of
 from rl.world import World
 
 EXAMPLES_AT_ONCE = 16
@@ -195,20 +193,19 @@ class BoundLog:
     """`likelihood.jsonl` of a run folder: the held-out bound, a step at most once."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "likelihood.jsonl"
+        self._rows = RowLog(run_dir / "likelihood.jsonl", durable=True)
+        self.path, self.truncate_after = self._rows.path, self._rows.truncate_after
+        self.close = self._rows.close
 
     def read(self) -> list[tuple[int, Bound]]:
-        return [(row.pop("step"), Bound(**row)) for row in read_rows(self.path)]
+        return [
+            (row["step"], found) for row in self._rows.read() if (found := record_of(Bound, row)) is not None
+        ]
 
     def at(self, step: int) -> Bound | None:
-        return next((found for s, found in self.read() if s == step), None)
+        row = self._rows.find(step)
+        return None if row is None else record_of(Bound, row)
 
     def write(self, step: int, found: Bound) -> None:
-        self._replace([*((s, b) for s, b in self.read() if s < step), (step, found)])
-
-    def truncate_after(self, step: int) -> None:
-        self._replace([(s, b) for s, b in self.read() if s <= step])
-
-    def _replace(self, rows: Sequence[tuple[int, Bound]]) -> None:
-        lines = (json.dumps({"step": s, **asdict(b)}) + "\n" for s, b in rows)
-        write_atomically(self.path, "".join(lines))
+        """Records the bound after a step, in place of an earlier one of it and of what came after that."""
+        self._rows.replace({"step": step, **asdict(found)})

@@ -27,6 +27,7 @@ from rl.diffusion.adapters import find_adapter, merge
 from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
 from rl.diffusion.saved_config import model_config, raw_config, refuse_code
+from rl.exactness import quiet
 from rl.loading import use_fused_layers
 from rl.logprobs import head_logprobs, head_settings
 
@@ -272,6 +273,16 @@ class DiffusionScorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.random_in_training = True
+
+    def train(self, mode: bool = True) -> DiffusionScorer:
+        """A fine-tuning keeps the dropout of the checkpoint's config. Where log-probs are compared with each
+        other, as in RL, `random_in_training` is False and nothing random is active in either mode.
+        """
+        super().train(mode)
+        if not self.random_in_training:
+            quiet(self.model, checkpointing=mode)
+        return self
 
     def forward(
         self,

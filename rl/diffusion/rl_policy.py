@@ -50,6 +50,8 @@ class MaskedPolicy:
         except ValueError as error:  # by the keys of recipes.llada
             said = re.sub(r"\bmodel\.(mask_token|shift)\b", r"diffusion.\1", str(error))
             raise ValueError(said) from error
+        self.scorer.random_in_training = False
+        self.scorer.train()
         self.reference: DiffusionScorer | None = None
         self.with_reference = config.loss.kl_coef > 0
         if self.with_reference and not config.model.lora:
@@ -82,7 +84,7 @@ class MaskedPolicy:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return self.trained.trainable()
 
-    def settle_attention(self) -> str | None:
+    def settle_attention(self, longest: int | None = None) -> str | None:
         """Nothing to settle: loading proved that attention is bidirectional and documents do not mix."""
         return None
 

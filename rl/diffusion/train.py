@@ -70,7 +70,7 @@ def train(run: DiffusionRun) -> int:
         RuntimeError: `train.max_bad_steps` non-finite steps in a row. The newest checkpoint stays valid.
     """
     config, step = run.config, run.start_step
-    if step == 0:
+    if step == 0 or step >= config.train.steps:
         evaluate(run, step)
     run.phases.take()  # what came before is no part of a step
     while step < config.train.steps and not run.stop.requested():
@@ -233,9 +233,7 @@ def save(run: DiffusionRun, step: int) -> None:
 
 
 def resume(run: DiffusionRun, state: TrainerState) -> None:
-    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`, and cuts the logs back
-    to it.
-    """
+    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`."""
     load_optimizer_state(run.optimizer, run.policy.trainable(), state.optimizer)
     mine: Any = state.rng.get(f"rank{run.world.rank}")
     if mine is not None:
@@ -243,10 +241,6 @@ def resume(run: DiffusionRun, state: TrainerState) -> None:
     run.start_step = state.step
     run.bad_steps_in_row = state.counters["bad_steps_in_row"]
     run.skipped_steps = state.counters["skipped_steps"]
-    if run.world.is_main:
-        run.log.truncate_after(state.step)
-        run.bounds.truncate_after(state.step)
-    run.world.wait()
 
 
 def _every(step: int, period: int) -> bool:

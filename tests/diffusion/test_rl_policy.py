@@ -5,6 +5,8 @@ current and reference policy see the same masks, the engine is proved to hold th
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from rl.batch import pack
 from rl.config.read import load_config
 from rl.diffusion.attention import Documents
 from rl.diffusion.model import hidden_states, logits_at
-from rl.diffusion.rl_policy import MaskedPolicy
+from rl.diffusion.policy import DiffusionPolicy
+from rl.diffusion.rl_policy import MaskedPolicy, diffusion_model_config
 from rl.types import Trace
 from rl.update import pack_rules, update_policy
 from rollout.diffusion_engine import DiffusionEngine
@@ -274,3 +277,23 @@ def test_settings_that_do_not_go_together_are_refused(tiny_model_dir, overrides,
     with pytest.raises(ValueError) as error:
         settings(tiny_model_dir, "ESPO", *overrides)
     assert message in str(error.value)
+
+
+def test_dropout_of_the_checkpoint_is_off_where_log_probs_are_compared(
+    tiny_model_dir, ragged_groups, tmp_path
+):
+    """A fine-tuning keeps it; the ratio and the KL of an unchanged policy must be 1 and 0."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    values = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (folder / "config.json").write_text(json.dumps(values))
+    config = settings(folder, "ESPO")
+    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(folder))
+    groups, advantages = ragged_groups()
+    batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
+    policy.weights().canary()
+    ours = policy.logprobs(batch)[0]
+    torch.testing.assert_close(policy.logprobs(batch)[0], ours, rtol=0, atol=0)
+    torch.testing.assert_close(policy.reference_logprobs(batch), ours.detach())
+    tuned = DiffusionPolicy(diffusion_model_config(config), Accelerator(cpu=True), name=str(folder))
+    assert all(module.training for module in tuned.model.modules())

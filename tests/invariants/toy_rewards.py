@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+from rewards.plugins import per_completion
+
 
 def low_words(prompts, completions, **columns):
     """Share of the completion's words that are w0 to w39."""
@@ -46,6 +48,7 @@ def longer_than_one(prompts, completions, completion_ids, **columns):
 _calls = []
 
 
+@per_completion
 def broken_once(prompts, completions, **columns):
     """Raises on the third completion of its process and scores all others."""
     _calls.append(1)
@@ -54,11 +57,13 @@ def broken_once(prompts, completions, **columns):
     return low_words(prompts, completions)
 
 
+@per_completion
 def slow(prompts, completions, **columns):
     time.sleep(0.05)
     return low_words(prompts, completions)
 
 
+@per_completion
 def stops_the_trainer(prompts, completions, **columns):
     """Scores, and sends the trainer SIGTERM at the second evaluation, of w70 to w72."""
     if any(f"w{i}" in str(prompts) for i in (70, 71, 72)):
@@ -68,6 +73,7 @@ def stops_the_trainer(prompts, completions, **columns):
     return low_words(prompts, completions)
 
 
+@per_completion
 def kills_the_trainer(prompts, completions, **columns):
     """Scores; where TOY_KILL names a file that is there, kills one trainer with -9 at the 30th completion."""
     _calls.append(1)

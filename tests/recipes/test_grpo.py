@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli import main as cohort
 from recipes.grpo import check_finished, main
@@ -19,6 +19,7 @@ from rl.config.read import load_config
 from rl.metrics import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
 from rl.world import World
+from tests.rl.families import save_tiny
 
 
 def test_a_run_leaves_everything_a_user_looks_for(config_file, heldout, capsys):
@@ -36,6 +37,18 @@ def test_a_run_leaves_everything_a_user_looks_for(config_file, heldout, capsys):
     assert "held-out before:" in out and "step 2/2" in out
     assert cohort(["report", str(run), "--out", str(run / "again.html")]) == 0
     assert (run / "again.html").stat().st_size > 10_000
+
+
+def test_a_model_of_bytes_trains_to_the_end(config_file, tiny_model_dir, tmp_path, capsys):
+    """The byte latent transformer has no cache that transformers could share between completions."""
+    folder = save_tiny("blt", tmp_path / "blt")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="sampled without a cache, which is slow"):
+        assert main([str(config_file), f"model.name={folder}", "sampling.max_completion_length=6"]) == 0
+    rows = read_rows(config_file.parent / "run" / "metrics.jsonl")
+    assert len(rows) == 2 and max(row["sampler/logprob_gap_mean"] for row in rows) < 1e-4
+    out = capsys.readouterr().out
+    assert "packed attention is off: BltSelfAttention does not hand keyword arguments" in out
 
 
 @pytest.mark.parametrize(
@@ -102,6 +115,9 @@ def test_what_is_broken_is_said_on_the_screen(config_file, capsys):
     assert out.count("warning: completion/truncated_share is 100.0 %") == 1
     assert "raise sampling.max_completion_length" in out
     assert out.count("warning: groups/without_spread is 100.0 %") == 1
+    assert (
+        out.count("warning: reward part toy_rewards:constant gives all completions of a step the same") == 1
+    )
 
 
 def test_heldout_accuracy_reaches_the_trackers(config_file, heldout):

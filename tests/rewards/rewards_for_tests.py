@@ -9,7 +9,7 @@ import sys
 import time
 
 from rewards.completion import completion_text
-from rewards.plugins import groupwise
+from rewards.plugins import groupwise, per_completion
 from rl.types import Reason, Reward
 
 FAULTS = {
@@ -39,12 +39,14 @@ def _spin():
         pass
 
 
+@per_completion
 def length(completions, **columns):
     """The number of characters; a completion that names a fault has it."""
     text = completions[0]
     return FAULTS[text]() if text in FAULTS else [float(len(text))]
 
 
+@per_completion
 def nap(completions):
     """Sleeps as many seconds as "nap 0.2" says, or has a fault; counts its calls."""
     text = completions[0]
@@ -57,6 +59,7 @@ def nap(completions):
 NAPS = []
 
 
+@per_completion
 def patient(completions):
     """Naps, by a deadline of its own."""
     return nap(completions)
@@ -106,9 +109,14 @@ def batch_size(completions):
     return [float(len(completions))] * len(completions)
 
 
+def size_of_call(completions, **columns):
+    return batch_size(completions)
+
+
 MET = []
 
 
+@per_completion
 async def judge(completions):
     """Waits as for a network. "meet" waits until three calls of its kind are in flight."""
     if completions[0] == "hang":
@@ -121,10 +129,12 @@ async def judge(completions):
     return [float(len(c)) for c in completions]
 
 
+@per_completion
 def pid(completions):
     return [float(os.getpid()) for _ in completions]
 
 
+@per_completion
 def parent_and_child(completions):
     """Leaves a child behind, then hangs: the child is in the grader's session and must go with it."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
@@ -133,6 +143,7 @@ def parent_and_child(completions):
     time.sleep(1000)
 
 
+@per_completion
 def once(completions):
     """Is killed as by kill -9 the first time that it sees a path, then scores 1."""
     path = completions[0]
@@ -142,12 +153,14 @@ def once(completions):
     return [1.0]
 
 
+@per_completion
 def noisy(completions):
     print("x" * 100_000)
     sys.stderr.write("y" * 100_000)
     return [1.0]
 
 
+@per_completion
 def environment(completions):
     return [float(signal.getsignal(signal.SIGINT) is signal.SIG_IGN) + 2 * float("torch" in sys.modules)]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from rewards import code_languages
 from rewards.code import CodeOptions, close_sandboxes, grade
 from rewards.code_languages import LANGUAGES
 from rewards.sandbox import Sandbox, SandboxError
@@ -99,6 +103,45 @@ def test_a_hostile_program_gets_zero_and_leaves_nothing(language: str, trick: st
     assert reward.score == 0.0, reward
     assert trick != "prints without end" or reward.reason is Reason.OUTPUT_LIMIT
     assert [*Path("/tmp").glob("PWNED*"), *temporary.iterdir()] == []
+
+
+def test_a_program_that_holds_all_threads_leaves_other_workers_alone() -> None:
+    hold = "#include <pthread.h>\nvoid *wait(void *x) { for (;;) pause(); }\nint main(void) { pthread_t t;"
+    hold += " pthread_attr_t a; pthread_attr_init(&a); pthread_attr_setstacksize(&a, 65536);"
+    hold += " for (;;) if (pthread_create(&t, &a, wait, 0)) usleep(1000); }"
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(run, C + hold, "c", timeout_s=3.0)
+        time.sleep(1.5)
+        for language in ("c", "javascript"):
+            reward = run(HONEST[language], language)
+            assert reward.score == 1.0, reward
+        assert not holding.done(), "the holding ended too early to prove anything"
+        assert holding.result().reason is Reason.TIMEOUT
+
+
+def test_a_compiler_that_is_ended_leaves_no_process(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_languages, "COMPILE_TIMEOUT_S", 1.0)
+    endless = '#if __INCLUDE_LEVEL__ < 40\n#include "main.c"\n#include "main.c"\n#endif\n'
+    set_child_subreaper = ctypes.CDLL(None).prctl
+    set_child_subreaper(36, 1, 0, 0, 0)  # orphans come to this process
+    try:
+        reward = run(endless, "c")
+        children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+        names = [Path(f"/proc/{pid}/comm").read_text() for pid in " ".join(children).split()]
+    finally:
+        set_child_subreaper(36, 0, 0, 0, 0)
+    assert (reward.score, reward.reason) == (0.0, Reason.TIMEOUT)
+    assert not {"cc1\n", "as\n"} & set(names), names
+    assert [*temporary.iterdir()] == []
+
+
+@pytest.mark.parametrize("language", ["c", "javascript"])
+def test_a_strict_umask_of_the_owner_does_not_keep_programs_from_their_source(language: str) -> None:
+    before = os.umask(0o077)
+    try:
+        assert run(HONEST[language], language).score == 1.0
+    finally:
+        os.umask(before)
 
 
 def test_a_program_that_does_not_compile_is_a_parse_error() -> None:

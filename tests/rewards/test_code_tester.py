@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
+from settings import ROOT
 
 from rewards.code import CodeOptions, code_sandbox, grade
 from rewards.sandbox import Sandbox
@@ -179,3 +183,85 @@ def test_tests_that_change_the_library_do_not_change_the_next_grade(sandbox, wha
     for _ in range(2):
         assert score(sandbox, code, "f", f"{change}\nassert f(1) == 1") == 1.0
         assert score(sandbox, code, "f", f"{use}\nassert f(1) == 1\nassert {holds}") == 1.0
+
+
+LAST_WORD = """
+import json, os, sys
+def add(a, b):
+    body = json.dumps({answer}).encode()
+    frame = len(body).to_bytes(4, "little") + body
+    while frame:
+        frame = frame[os.write(4, frame) :]
+"""
+
+
+@pytest.mark.parametrize("scoring", ["all", "fraction"])
+@pytest.mark.parametrize("answer", ["['fatal', ['x'], 'y' * 9_000_000]", "['raise', ['x'], 'y' * 9_000_000]"])
+def test_an_error_larger_than_the_output_does_not_cut_the_verdict(sandbox, scoring, answer):
+    asserts = {
+        "type": "asserts",
+        "entry_point": "add",
+        "code": "assert add(2, 3) == 5\nassert add(0, 1) == 1",
+    }
+    options = CodeOptions(scoring=scoring, timeout_s=30.0)
+    reward = grade(LAST_WORD.replace("{answer}", answer), asserts, options=options, sandbox=sandbox)
+    assert (reward.score, reward.reason is Reason.BAD_GOLD) == (0.0, False), reward
+
+
+@pytest.mark.parametrize("text", ["import " * 12_000, f"{'~' * 12_000}{' ' * 12_000}{'w' * 12_000}`"])
+def test_a_long_line_costs_its_length_and_not_the_square(sandbox, text):
+    asserts = {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3) == 5"}
+    asserts["prompt"] = "def add(a, b):\n"
+    started = time.monotonic()
+    assert grade(text, asserts, options=PATIENT, sandbox=sandbox).score == 0.0
+    assert time.monotonic() - started < 3
+
+
+def test_a_judge_that_has_used_half_of_its_cpu_time_is_replaced_before_it_runs_out():
+    code = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (4, 4))\n"
+        "from rewards.code import code_sandbox, grade\n"
+        "burn = 'import time\\nend = time.process_time() + 0.7\\nwhile time.process_time() < end: pass\\n'\n"
+        "tests = {'type': 'asserts', 'entry_point': 'f', 'code': burn + 'assert f(1) == 1'}\n"
+        "with code_sandbox(num_workers=1) as sandbox:\n"
+        "    print([grade('def f(x): return x', tests, sandbox=sandbox).score for _ in range(8)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.stdout == f"{[1.0] * 8}\n", done.stderr
+
+
+FUNCTIONS = "def test_a():\n    assert f(1) == 1\ndef test_b():\n    x = f(2)\n    assert x == 2\n"
+WITHOUT_ASSERTS = "def test_c():\n    if f(3) != 3: raise ValueError\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "weights", "expected"),
+    [
+        ("assert f(1) == 1\nx = f(2)\nassert x == 2", [1, 3], 0.25),
+        (FUNCTIONS, [1, 3], 0.25),
+        (FUNCTIONS + WITHOUT_ASSERTS, [1, 3, 4], 0.625),  # the crash of test_b shifts no weight
+        ("y = f(2)\n" + FUNCTIONS + WITHOUT_ASSERTS, [1, 3, 4], 0.0),
+    ],
+)
+def test_a_solution_that_crashes_between_weighted_asserts_does_not_abstain(sandbox, tests, weights, expected):
+    asserts = {"type": "asserts", "entry_point": "f", "code": tests, "weights": weights}
+    options = CodeOptions(scoring="fraction", timeout_s=30.0)
+    crashing = "def f(x):\n    if x == 2: raise KeyError\n    return x"
+    assert grade(crashing, asserts, options=options, sandbox=sandbox).score == expected
+    assert grade("def f(x): return x", asserts, options=options, sandbox=sandbox).score == 1.0
+    for code in ("def f(x): return x", "def f(x): return 0"):
+        wrong = grade(code, {**asserts, "weights": [1]}, options=options, sandbox=sandbox)
+        assert (wrong.score, wrong.reason) == (None, Reason.BAD_GOLD)
+
+
+def test_a_solution_that_skips_a_weighted_assert_under_an_if_does_not_abstain(sandbox):
+    tests = "if f(1) == 1:\n    assert f(2) == 2\nassert f(3) == 3\nassert f(4) == 4"
+    asserts = {"type": "asserts", "entry_point": "f", "code": tests, "weights": [4, 1, 3]}
+    options = CodeOptions(scoring="fraction", timeout_s=30.0)
+    for code, expected in (
+        ("def f(x): return x", 1.0),
+        ("def f(x): return 3", 0.25),  # without the first assert: 1 / (1 + 3)
+        ("def f(x): return max(x, 3)", 1.0),
+        ("def f(x): return x if x != 2 else 0", 0.5),
+    ):
+        assert grade(code, asserts, options=options, sandbox=sandbox).score == expected, code

@@ -96,6 +96,8 @@ def test_async_functions_and_groupwise_marks_are_seen():
     assert load_reward("rewards_for_tests:centred").groupwise
     assert not load_reward("rewards_for_tests:length").groupwise
     assert load_reward("rewards_for_tests:length", {"groupwise": True}).groupwise
+    with pytest.raises(ValueError, match="contradict each other; give one of them"):
+        load_reward("rewards_for_tests:length", {"groupwise": True, "per_completion": True})
 
 
 def test_what_trl_passes_besides_columns_is_there():

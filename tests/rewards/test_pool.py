@@ -142,7 +142,8 @@ def test_graders_ignore_ctrl_c_and_import_no_torch():
 
 
 def test_a_groupwise_reward_sees_a_whole_group_and_no_other(pool):
-    pool = RewardPool([HERE + "centred", RewardSpec(HERE + "batch_size", 0.0)])
+    single = RewardSpec(HERE + "batch_size", 0.0, options={"per_completion": True})
+    pool = RewardPool([HERE + "centred", single])
     try:
         first, second = pool.score([group(["a", "abc"]), group(["abcdef"])])
         assert [r.score for r in first.rewards] == [-1.0, 1.0]  # lengths 1 and 3, mean 2
@@ -150,25 +151,17 @@ def test_a_groupwise_reward_sees_a_whole_group_and_no_other(pool):
         assert [r.parts[HERE + "batch_size"] for r in first.rewards] == [
             1.0,
             1.0,
-        ]  # not group-wise: one at a time
+        ]  # marked: one at a time
     finally:
         pool.close()
 
 
-def test_a_function_from_outside_is_marked_groupwise_by_an_option():
-    pool = RewardPool([RewardSpec(HERE + "batch_size", options={"groupwise": True})])
-    try:
-        assert scores(pool, ["a", "b", "c"]) == [3.0, 3.0, 3.0]
-    finally:
-        pool.close()
-
-
-def test_a_groupwise_fault_costs_its_group_only():
+def test_a_groupwise_fault_costs_the_completion_that_caused_it():
     pool = RewardPool([HERE + "group_fault"], deadline_s=1.0)
     try:
         scored = pool.score([group(["segfault", "b"]), group(["a", "b"]), group(["hang", "b"])])
-        assert [[r.score for r in s.rewards] for s in scored] == [[None, None], [1.0, 1.0], [None, None]]
-        assert pool.faults.counts == {"crash": 2, "timeout": 2}
+        assert [[r.score for r in s.rewards] for s in scored] == [[None, 1.0], [1.0, 1.0], [None, 1.0]]
+        assert pool.faults.counts == {"crash": 1, "timeout": 1}
     finally:
         pool.close()
 

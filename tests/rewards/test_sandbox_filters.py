@@ -172,6 +172,9 @@ def test_a_child_can_start_threads_but_no_process_and_signal_itself_only(archite
     assert asked("prctl", 1, 0) == errno.EPERM  # PR_SET_PDEATHSIG
     assert asked("prctl", 22, 2) == errno.EPERM  # PR_SET_SECCOMP
     assert asked("seccomp", 1) == errno.EPERM
+    assert asked("sendmsg", 3) == errno.EPERM  # it sends descriptors; plain bytes go by sendto
+    assert asked("sendto", 3) == asked("sendto", 3, 0, 1, 0x4000) == asked("recvmsg", 3) == ALLOW
+    assert asked("sendto", 3, 0, 1, 0x4001) == errno.EPERM  # MSG_NOSIGNAL | MSG_OOB
 
 
 @pytest.mark.parametrize("architecture", [X86, ARM])

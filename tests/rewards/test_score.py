@@ -100,9 +100,37 @@ def test_rows_with_the_same_group_are_one_group_for_a_groupwise_reward(run):
     assert [r["score"] for r in results] == [-1.0, 1.0, 0.0]
 
 
+def test_rows_are_one_group_by_prompt_only_while_their_columns_are_the_same(run):
+    rows = [
+        {"id": 1, "prompt": "q", "completion": "a", "answer": "a"},
+        {"id": 2, "prompt": "q", "completion": "a", "answer": "b"},  # another question, said alike
+        {"id": 3, "prompt": "q", "completion": "b", "answer": "b"},
+        {"id": 4, "completion": "a", "answer": "a"},
+        {"id": 5, "completion": "a", "answer": "a"},
+    ]
+    results, *_ = run(rows, HERE + "exact", "FILE")
+    assert [r["score"] for r in results] == [1.0, 0.0, 1.0, 1.0, 1.0]
+    sizes, *_ = run(rows, HERE + "batch_size", "FILE")
+    assert [r["score"] for r in sizes] == [3.0, 3.0, 3.0, 1.0, 1.0]  # it takes no column
+    assert [r["score"] for r in run(rows[1:3], HERE + "size_of_call", "FILE")[0]] == [2.0, 2.0]
+
+
+def test_a_completion_of_several_messages_is_what_the_assistant_said(run):
+    parts = [{"type": "text", "text": "a"}]
+    chat = [{"role": "assistant", "content": parts}, {"role": "tool", "content": "no"}]
+    results, *_ = run([{"completion": chat, "answer": "a"}], HERE + "exact_text", "FILE")
+    assert results[0]["score"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
+        ([{"completion": "a"}, "[" * 100_000], [HERE + "length"], "line 2: nested too deeply"),
+        (
+            [{"completion": "a", "answer": x, "group": 1} for x in "ab"],
+            [HERE + "exact"],
+            "line 2: its `group` is that of line 1, and its columns are others",
+        ),
         ([{"completion": "a"}, "{"], [HERE + "length"], "line 2: not JSON"),
         (["[1]"], [HERE + "length"], "line 1: a row is an object"),
         (

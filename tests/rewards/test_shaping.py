@@ -88,7 +88,9 @@ def test_length_rewards_abstain_where_accuracy_does():
 
 def test_length_rewards_need_the_columns_of_their_accuracy_reward():
     reward = load_reward("cosine_length", {"max_length": 10, **EXACT})
-    assert (reward.required, reward.needs_ids, reward.groupwise) == (("answer",), True, False)
+    # A group a call, as its accuracy reward is a function from outside; with a built-in one, a completion.
+    assert (reward.required, reward.needs_ids, reward.groupwise) == (("answer",), True, True)
+    assert not load_reward("cosine_length", {"max_length": 10}).groupwise
     call = arguments(reward, [""], ["3"], ids(10), {"answer": ["3"], "unused": [0]})
     assert grade(reward, call, 1)[0].score == 0.5
     assert load_reward("kimi_length", EXACT).groupwise
@@ -102,7 +104,7 @@ def test_length_rewards_need_the_columns_of_their_accuracy_reward():
         (
             "cosine_length",
             {"max_length": 9, "accuracy": "rewards_for_tests:judge"},
-            "neither async nor group-wise",
+            "must not be async",
         ),
         ("kimi_length", {"accuracy": "matth"}, "no reward 'matth'"),
         ("repetition", {"ngram_size": 0}, "ngram_size=0 must be >= 1"),

@@ -347,3 +347,24 @@ def test_a_step_that_is_sampled_again_by_fewer_processes_has_no_share_of_the_oth
             write(Ledger(tmp_path, rank, 2), step)
     write(Ledger(tmp_path, 0, 1), 1)
     assert sorted(Ledger(tmp_path)._present()) == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_a_step_lists_no_folder_however_many_there_were(tmp_path):
+    """Listing a folder raises an audit event: a process has one, at its first write."""
+    write(Ledger(tmp_path), 0)
+    ledger, listed = Ledger(tmp_path), []
+    events = ("os.listdir", "os.scandir")
+    sys.addaudithook(lambda event, args: listed.append(str(args[0])) if event in events else None)
+    for step in range(1, 20):
+        write(ledger, step)
+        assert ledger.read(step + 1) is None
+    assert [path for path in listed if path.startswith(str(tmp_path))] == [str(ledger.folder)]
+
+
+def test_a_ledger_that_was_taken_away_is_an_error_and_not_made_anew(tmp_path):
+    ledger = Ledger(tmp_path / "run")
+    write(ledger, 0)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="run/ledger is gone"):
+        write(ledger, 1)
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import pytest
 from rl.metrics import METRICS, Metric, MetricsLog, metric_of, show_seconds, show_value, wilson_interval
 from rl.redact import redact, show_controls, strip_controls
 from rl.trackers import Trackers
-from rl.verdict import judge, range_text
+from rl.verdict import Watch, judge, range_text
 
 
 def test_wilson_interval_by_hand():
@@ -170,6 +170,14 @@ def test_one_bad_canary_is_enough():
         "sync/canary_gap_mean",
         8,
     )
+
+
+def test_a_gap_to_the_engine_is_told_in_the_first_step():
+    """0.44 nats is a sampler that computes otherwise: not yet broken, and nothing to wait five steps for."""
+    assert Watch().broken(1, {"sampler/logprob_gap_mean": 0.05}) == []
+    (finding,) = Watch().broken(1, {"sampler/logprob_gap_mean": 0.44, "policy/kl": 0.9})
+    assert (finding.level, finding.metric, finding.since) == ("Warning", "sampler/logprob_gap_mean", 1)
+    assert "engine.name=transformers" in finding.hint
 
 
 def test_groups_without_any_spread_break_a_run():

@@ -1,106 +1,144 @@
-"""One GRPO update on tiny random models of many families: packed where that is exact, else one sequence at
-a time.
+"""Every causal family of transformers as a tiny random model: exact in packed rows, exact one sequence at a
+time, or refused in words; and every weight that is trained reaches the engine.
+
+The yardstick is the plain model: eager attention, fp32, nothing random, one sequence at a time. Sequences are
+longer than every window, chunk and index of these configs.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
 
-from rl.batch import pack
+from rl.batch import MicroBatch, pack
 from rl.config.read import load_config
-from rl.policy import Policy, _plain_logprobs
-from rl.update import pack_rules, update_policy
+from rl.policy import Policy
+from rl.types import Prompt, SamplingParams
+from rl.update import pack_rules
+from rollout.engine import TransformersEngine
+from rollout.weight_sync import publish
+from tests.rl.families import FAMILIES, save_tiny, words
 
-SMALL = {
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-HEAD = {"head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 8,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES = {
-    "llama3": ("Llama", HEAD | {"rope_parameters": LLAMA3_ROPE}),
-    "gemma2": ("Gemma2", HEAD | {"sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "gemma3": ("Gemma3", HEAD | {"sliding_window": 6, "query_pre_attn_scalar": 8}),
-    "mistral": ("Mistral", HEAD | {"sliding_window": 6}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", HEAD),
-    "phi3": ("Phi3", {}),
-    "granite": ("Granite", {"logits_scaling": 4.0}),
-    "cohere": ("Cohere", {"logit_scale": 0.5}),
-    "deepseek_v2": ("DeepseekV2", MLA),
-    "deepseek_v3": ("DeepseekV3", MLA | {"q_lora_rank": 8}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3Moe", HEAD | EXPERTS),
-    "gpt_oss": ("GptOss", HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
-    "mamba": ("Mamba", {"state_size": 4, "expand": 2, "conv_kernel": 4}),
-    "falcon_mamba": ("FalconMamba", {"state_size": 4}),
-}
-ROWS_ONLY = {"mamba", "falcon_mamba"}
-CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
+# One at a time: state runs along the row, positions are those of columns, attention takes no layout, or a
+# window or an index acts on a mask alone.
+ROWS = set(
+    words(
+        "afmoe axk2 bamba bloom blt codegen deepseek_v32 deepseek_v4 doge falcon falcon_h1 "
+        "falcon_mamba glm_moe_dsa gpt_neo gpt_neox_japanese gptj granitemoehybrid hy_v4 "
+        "inkling_text jamba jetmoe kimi_linear lfm2 lfm2_moe llama4_text mamba mamba2 minimax mpt "
+        "nemotron nemotron_h olmo_hybrid openai-gpt phimoe qwen3_5_moe_text qwen3_5_text qwen3_next "
+        "qwen4_exp_text recurrent_gemma rwkv stablelm xglm xlstm zamba zamba2 zaya"
+    )
+)
+REFUSED = {"modernbert-decoder": "its output head does more than a linear layer"}
+# The default of target_modules, all-linear, is refused by name: PEFT refuses Mamba, routers return more than
+# a tensor, a parent reads the weight past its adapter, or layers share their weights.
+NO_LORA = set(
+    words(
+        "deepseek_v4 falcon_h1 falcon_mamba jamba llama4_text longcat_flash mamba mamba2 "
+        "nemotron_h phimoe zamba"
+    )
+)
+ALWAYS = set(
+    words(
+        "llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite cohere deepseek_v3 mixtral "
+        "qwen3_moe gpt_oss mamba vaultgemma phimoe"
+    )
+)
+LENGTH = 40  # tokens of the longest completion
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_update_is_exact_on_every_family(family, ragged_groups, tiny_model_dir, tmp_path):
-    name, extra = FAMILIES[family]
-    config = getattr(transformers, CONFIG_NAMES.get(name, f"{name}Config"))(**(SMALL | extra))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
-    settings = load_config(None, [f"model.name={tmp_path}", "model.dtype=fp32", "loss.kl_coef=0"])
-    policy = Policy(settings.model, Accelerator(cpu=True), temperature=1.0, with_reference=False)
-    reason = policy.settle_attention()
-    assert (reason is None) == (family not in ROWS_ONLY), reason
-    groups, advantages = ragged_groups(num_groups=3, group_size=3)
-    batches = pack(groups, advantages, pack_rules(settings))
-    (micro_batch,) = batches[0].micro_batches
+def plain_logprobs(model, batch: MicroBatch, temperature: float) -> torch.Tensor:
+    pieces = []
+    for row in batch.rows:
+        prompt, ids = list(row.prompt.token_ids), row.completion.token_ids
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[
+            0, len(prompt) - 1 : -1
+        ]
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        pieces.append(logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0])
+    return torch.cat(pieces)
+
+
+def load(name: str, folder, tokenizer_folder, *overrides: str) -> tuple[Policy, object]:
+    save_tiny(name, folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    settings = [f"model.name={folder}", "model.dtype=fp32", "loss.kl_coef=0", "loss.sampler_correction=null"]
+    config = load_config(None, [*settings, "sampling.temperature=0.8", *overrides])
+    return Policy(config.model, Accelerator(cpu=True), temperature=0.8, with_reference=False), config
+
+
+PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.rotation]) for n in FAMILIES]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_family_is_exact_or_refused_in_words(name, ragged_groups, gradients, tiny_model_dir, tmp_path):
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            load(name, tmp_path, tiny_model_dir)[0].settle_attention(LENGTH + 9)
+        return
+    policy, config = load(name, tmp_path, tiny_model_dir)
+    reason = policy.settle_attention(LENGTH + 9)
+    assert (reason is None) == (name not in ROWS), reason
+    groups, advantages = ragged_groups(num_groups=3, group_size=3, max_length=LENGTH)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = gradients(policy, config, groups, advantages)
+    rules = pack_rules(config, share_prompts=policy.shares_prompts)
+    for batch in pack(groups, advantages, rules)[0].micro_batches:
+        expected = plain_logprobs(plain, batch, 0.8)
+        torch.testing.assert_close(policy.logprobs(batch)[0], expected, rtol=1e-4, atol=2e-4)
+        # At ratio 1 the loss has the gradient of -weight * advantage * log-prob.
+        (-(batch.weights_L * batch.advantages_L * expected).sum()).backward()
+    theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    off = sum(float((ours.get(n, torch.zeros(())) - g).square().sum()) for n, g in theirs.items())
+    assert math.sqrt(off) < 2e-4 * math.sqrt(sum(float(g.square().sum()) for g in theirs.values()))
+    every_trained_weight_reaches_the_engine(policy, tmp_path)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_adapters_reach_the_engine_or_are_refused_by_name(name, tiny_model_dir, tmp_path):
+    if name in REFUSED:
+        pytest.skip("refused with and without adapters")
+    lora = "model.lora={r: 4, alpha: 8}"
+    if name in NO_LORA:
+        with pytest.raises(ValueError, match=r"model\.lora\.target_modules='all-linear'"):
+            load(name, tmp_path, tiny_model_dir, lora)
+        return
+    policy, _config = load(name, tmp_path, tiny_model_dir, lora)
+    every_trained_weight_reaches_the_engine(policy, tmp_path)
+
+
+def every_trained_weight_reaches_the_engine(policy: Policy, folder) -> None:
+    engine = TransformersEngine(folder, policy.tokenizer, attention=policy.own_attention)
+    before = engine.fingerprints()
+    streamed = {n: v.clone() for n, v in policy.weights()}
     with torch.no_grad():
-        ours = policy.logprobs(micro_batch)[0]
-        policy.set_packed(False)
-        plain = _plain_logprobs(policy.model.eval(), micro_batch)
-        policy.scorer.train()
-        policy.set_packed(reason is None)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-4)
-    before = {n: p.detach().clone() for n, p in policy.trainable()}
-    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=1.0)
-    result = update_policy(policy, optimizer, batches, settings.loss)
-    assert result.num_updates == 1 and result.metrics["policy/grad_norm"] > 0
-    assert any((p != before[n]).any() for n, p in policy.trainable())
+        for _, parameter in policy.trainable():
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
+    publish(engine, policy.weights(), version=1, tolerance=None)
+    moved = {n for n, print_ in engine.fingerprints().items() if print_ != before[n]}
+    assert moved == {n for n, v in policy.weights() if not torch.equal(v, streamed[n])}
+    # An adapter belongs to the module before ".lora_"; nested ones adapt one tensor each.
+    trained = {n.split(".lora_")[0].replace(".base_layer", "") for n, _ in policy.trainable()}
+    assert not [n for n in trained if not any(m.startswith(n) for m in moved)]
+    assert len(moved) >= sum("lora_B" in n or "lora_" not in n for n, _ in policy.trainable())
+    prompts = [Prompt("a", "", (5, 6, 7)), Prompt("b", "", tuple(range(8, 24)))]
+    sampling = SamplingParams(temperature=0.8, max_completion_length=6)
+    for group in engine.generate(prompts, num_completions=2, sampling=sampling, seeds=[0, 1]):
+        for completion in group.completions:
+            ids = [*group.prompt.token_ids, *completion.token_ids]
+            with torch.no_grad():
+                policy.set_packed(False)
+                policy.scorer.eval()
+                logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            logprobs = (logits[len(group.prompt.token_ids) - 1 : -1].float() / 0.8).log_softmax(-1)
+            expected = logprobs.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
+            assert completion.behavior_logprobs == pytest.approx(expected, abs=1e-3)

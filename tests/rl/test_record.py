@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rl.config import AdvantageConfig
 from rl.record import check_faults, group_metrics
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
-from rl.verdict import Watch
+from rl.verdict import Watch, judge
 from rl.world import World
 
 
@@ -84,6 +84,34 @@ def test_a_watch_names_what_is_broken_and_not_what_is_unusual():
         "completion/truncated_share is 100.0 %, healthy is at most 30 %, since step 10"
     )
     assert "raise sampling.max_completion_length" in str(finding)
+
+
+def test_the_spread_of_a_part_is_0_to_the_last_bit_where_all_its_scores_are_equal():
+    """Over 0.1 ten times, the mean of squares less the square of the mean is 1.7e-18, not 0."""
+    values = metrics([scored(*[Reward(0.1, parts={"math": 0.1}) for _ in range(10)])])
+    assert values["reward/math/std"] == values["reward/std"] == 0.0
+    values = metrics([scored(1.0, 0.0), scored(1.0, 0.0)])
+    assert values["reward/math/std"] == values["reward/std"] == 0.5
+    assert "reward/math/std" not in metrics([scored(Reward(None, parts={"math": None}))])
+
+
+def test_a_reward_part_that_never_varied_is_named_once_and_one_that_is_learnt_is_not():
+    """Five steps decide. `learnt` varied in the first step, more than a watch's window of 20 steps ago."""
+    rows = [
+        {"step": s, "reward/math/std": 0.5, "reward/my:fn/std": 0.0, "reward/my:fn/mean": 1.0}
+        for s in range(1, 31)
+    ]
+    rows = [{**row, "reward/learnt/std": 0.5 if row["step"] == 1 else 0.0} for row in rows]
+    (finding,) = judge(rows).findings
+    assert (finding.level, finding.metric, finding.since) == ("Warning", "reward/my:fn/std", 1)
+    assert finding.text == "reward part my:fn gives all completions of a step the same score, 1"
+    assert "a completion of a chat is a list of messages" in finding.hint
+    assert judge(rows[:4]).findings == ()
+
+    watch = Watch()
+    watch.recall(rows[:3])
+    found = [watch.broken(row["step"], {k: v for k, v in row.items() if k != "step"}) for row in rows[3:]]
+    assert [[f.metric for f in step] for step in found] == [[]] + [["reward/my:fn/std"]] * 26
 
 
 def completion(*spans: tuple[int, int]) -> Completion:

@@ -102,6 +102,14 @@ def test_the_core_is_no_rank_of_the_launcher(started):
     assert started[3].keys() & LAUNCHER.keys() == set()
 
 
+def test_the_sockets_of_trainer_and_core_leave_no_file(started):
+    """They had a folder of their own, which went when both had met: nothing is left for a kill to leave."""
+    engine, _, _, environment = started
+    sockets = Path(environment["VLLM_RPC_BASE_PATH"])
+    assert sockets.name.startswith("cohort-") and not sockets.exists()
+    assert psutil.pid_exists(engine._core.pid) and "VLLM_RPC_BASE_PATH" not in os.environ
+
+
 def test_samples_are_those_of_an_engine_inside_this_process(engine, folder):
     inside = VllmEngine(folder, make_tokenizer(), process="inside", **TINY)
     try:

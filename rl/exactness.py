@@ -1,0 +1,191 @@
+"""What makes log-probs exact: nothing random is active, attention honours the model's config, and a packed
+row is compared with the plain forward pass at lengths where a model changes its behaviour.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rl.batch import MicroBatch, PackRules, pack
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+
+PROBE_LIMIT = 1024  # tokens: how far a probe reaches when nobody says how long sequences become
+EAGER_LIMIT = 2048  # tokens: eager attention holds the square of this for every head
+SWITCHES = ("window", "chunk", "local_attention", "index_topk", "indexer_budget")
+
+
+def quiet(model: nn.Module, *, checkpointing: bool) -> None:
+    """Turns off whatever is random in a model: dropout, layer drop, router noise.
+
+    Samples are drawn without them, so log-probs with them belong to another distribution: the ratio of an
+    unchanged policy would not be 1. Gradients do not depend on this. Gradient checkpointing does, because
+    transformers skips it outside of training: its layers look as if in training until they compute.
+    """
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = checkpointing
+            if _begin not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_begin)
+                layer.register_forward_hook(_end, always_call=True)
+
+
+def _begin(layer: Any, arguments: Any) -> None:
+    layer.checkpointing, layer.training = layer.training, False
+
+
+def _end(layer: Any, arguments: Any, output: Any) -> None:
+    layer.training = layer.checkpointing
+
+
+def backbone(model: PreTrainedModel) -> Any:
+    """The part below the output head. Llama 4 names another attribute as its base model than it has."""
+    below = cast(Any, model.base_model)
+    return below if below is not model else cast(Any, model).model
+
+
+def honouring_attention(model: PreTrainedModel) -> str:
+    """The model's own choice of attention, or eager where that choice drops an argument that the family's own
+    attention uses: `sdpa` knows no soft cap of logits (Gemma 2).
+    """
+    chosen = cast(str, model.config._attn_implementation)
+    if chosen != "sdpa":
+        return chosen
+    plain = ALL_ATTENTION_FUNCTIONS[chosen]
+    known = inspect.signature(plain).parameters
+    dropped: set[str] = set()
+
+    def recorded(module: nn.Module, *tensors: Any, **arguments: Any) -> Any:
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", plain)
+        used = inspect.signature(own).parameters.keys() - known.keys()
+        dropped.update(name for name in used if arguments.get(name) is not None)
+        return plain(module, *tensors, **arguments)
+
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    ALL_ATTENTION_FUNCTIONS[chosen] = recorded
+    try:
+        with torch.no_grad():
+            backbone(model)(input_ids=ids, use_cache=False)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[chosen]
+    return "eager" if dropped else chosen
+
+
+def switch_lengths(config: PreTrainedConfig) -> Iterator[int]:
+    """Lengths beyond which a model attends otherwise: windows, chunks, tokens that an index keeps."""
+    pending: list[Any] = [config.get_text_config().to_dict()]
+    while pending:
+        for key, value in pending.pop().items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif any(word in str(key) for word in SWITCHES):
+                yield from (n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int))
+
+
+def moving_rope(model: PreTrainedModel) -> tuple[str, int] | None:
+    """(type, length) of rotary frequencies that depend on the longest position of a forward pass, and the
+    length from which on they do; None: they are fixed.
+    """
+    for module, types in _rotary(model):
+        for layer_type, name in types.items():
+            if name == "longrope" or "dynamic" in name:
+                parameters = module.config.rope_parameters
+                parameters = parameters if layer_type is None else parameters[layer_type]
+                switch = parameters.get("original_max_position_embeddings")
+                return name, int(switch if name == "longrope" else module.original_max_seq_len)
+    return None
+
+
+def take_long_factors(model: PreTrainedModel) -> None:
+    """Fixes longrope at its long factors, as vLLM does for every sequence of an engine that may exceed the
+    original length (`Phi3LongRoPEScaledRotaryEmbedding`).
+    """
+    for module, types in _rotary(model):
+        for layer_type, name in types.items():
+            if name != "longrope":
+                continue
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            parameters = module.config.rope_parameters
+            parameters = parameters if layer_type is None else parameters[layer_type]
+            beyond = parameters["original_max_position_embeddings"] + 1
+            frequencies, _ = ROPE_INIT_FUNCTIONS[name](
+                module.config, model.device, seq_len=beyond, layer_type=layer_type
+            )
+            module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
+            types[layer_type] = "longrope at its long factors"
+        if None in types:
+            module.rope_type = types[None]
+        else:
+            module.rope_type = types
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Puts dynamic rotary frequencies back to their start: they grow with the longest sequence so far."""
+    for module, types in _rotary(model):
+        for layer_type, name in types.items():
+            if "dynamic" in name:
+                prefix = "" if layer_type is None else f"{layer_type}_"
+                original = getattr(module, f"{prefix}original_inv_freq").to(model.device)
+                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, dict[str | None, str]]]:
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        if isinstance(found, str):
+            yield module, {None: found}
+        elif isinstance(found, dict):
+            yield module, dict(found)
+
+
+def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
+    """Ragged groups with shared prompts, longer than every length at which the model switches and that a
+    sequence may exceed.
+
+    Args:
+        longest: tokens of the longest sequence to come; None: `PROBE_LIMIT`.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
+    extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for prompt_length, lengths in ((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,))):
+        draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+        completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
+        prompt = Prompt("probe", "", tuple(draw(prompt_length)))
+        groups.append(ScoredGroup(Group(prompt, completions), [Reward(0.0)] * len(completions)))
+    rules = PackRules(token_budget=1 << 20, row_weight=lambda *counts: 1.0, skip_without_signal=False)
+    return pack(groups, [[0.0] * len(g.completions) for g in groups], rules)[0].micro_batches[0]
+
+
+def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
+    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
+    pieces = []
+    for block in batch.blocks:
+        start = block.completion_start
+        for length in block.completion_lengths:
+            prompt = batch.token_ids_N[block.start : block.completion_start]
+            row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
+            forget_lengths(model)
+            logits = (
+                model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
+            )
+            pieces.append(
+                torch.log_softmax(logits, -1).gather(-1, row[block.prompt_length :, None]).squeeze(-1)
+            )
+            start += length
+    return torch.cat(pieces)
