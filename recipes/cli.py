@@ -143,9 +143,10 @@ def _denoising(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from recipes.grpo import reward_specs
-    from recipes.tasks import load_rows
+    from recipes.tasks import find_modules_beside, load_rows
     from recipes.tasks.prompts import unrendered_prompt
 
+    find_modules_beside(arguments.config)
     data = load_config(arguments.config, arguments.overrides).data
 
     def load(path: str, overrides: Sequence[str]):
@@ -227,9 +228,7 @@ def _config(arguments: argparse.Namespace) -> int:
     tree = config.model_dump(mode="json")
     if (shown := redact(tree)) != tree:
         say("secrets are shown as ***; put them back before you use this as a config", sys.stderr)
-    print(
-        f"# of `{command_of(config)}`: every key, and what it means\n{described(type(config), shown)}", end=""
-    )
+    print(f"# of `{command_of(config)}`: every key, and what it means\n{described(config, shown)}", end="")
     return 0
 
 

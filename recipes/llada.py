@@ -21,33 +21,38 @@ from accelerate import DistributedType
 
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
-from recipes.tasks import load_rows
+from recipes.tasks import find_modules_beside, load_rows
 from rl.checkpoint import CheckpointStore
 from rl.config.read import read_config
 from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
 from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
+from rl.diffusion.saved_config import raw_config
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
 from rl.diffusion.train import DiffusionRun, resume, train
 from rl.display import Display
 from rl.durable import RunLock
 from rl.inputs import fingerprints
+from rl.loading import check_not_quantised
 from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.report import build_report
 from rl.resume import go_on
-from rl.rundir import claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.rundir import check_whole, claim_config, claim_inputs, heldout_ends, write_atomically
 from rl.safe_stream import say
+from rl.saving import check_saving
 from rl.trackers import Trackers
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
+from rollout.template import check_template
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        find_modules_beside(arguments[0])
         return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
 
     return recipe_main("recipes.llada", argv, run)
@@ -84,8 +89,10 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
         finally:
             run.trackers.close()
             run.log.close()
+            run.bounds.close()
     if not world.is_main:
         return stop.exit_code()
+    check_whole(config.run_dir, first=run.start_step, last=steps)
     if steps >= config.train.steps:
         seconds = time.monotonic() - began
         write_result(run, steps=steps, seconds=seconds)
@@ -112,7 +119,10 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
     name = resolve_model(config.model.name)
+    check_not_quantised(raw_config(name, config.model.revision).get("quantization_config"), name)
     policy = DiffusionPolicy(config.model, world.accelerator, name=name)
+    if row_format(rows, config.data) != "text":
+        check_template(policy.tokenizer, file=config.model.chat_template)
     if world.is_main:
         sections = {"data": rows, "evaluation data": heldout_rows}
         found = fingerprints(name, policy.tokenizer, sections, revision=config.model.revision)
@@ -154,6 +164,8 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
     )
     if (loaded := go_on(run, resume, run.bounds)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
+    if world.is_main and run.start_step < config.train.steps:
+        check_saving(policy, run.store.root, adapter=config.model.lora is not None)
     return run
 
 

@@ -79,6 +79,7 @@ def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingPa
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         stop_token_ids=tuple(sorted({*ends, *sampling.stop_token_ids})),
+        stop=tuple(sampling.stop),
     )
 
 

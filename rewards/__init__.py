@@ -31,6 +31,10 @@ What it returns: one number or None per completion, in order; or `rl.types.Rewar
 async. A factory (a class, or a function that takes no completions) is called with the options and returns
 the reward.
 
+A reward's process has this one's environment without secrets (names such as HF_TOKEN and WANDB_API_KEY,
+URLs with a password). One that calls a service gets its key by COHORT_GRADER_ENV=OPENAI_API_KEY (names, by
+commas).
+
 What one call covers: all completions of one prompt, and of no other, so that a function may compare them;
 those that the engine aborted are left out. If such a call fails, each completion is called alone to find the
 culprit. That one abstains, and the others are called together once more. A call has `rewards.deadline_s` for

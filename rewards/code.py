@@ -45,7 +45,8 @@ class CodeOptions:
         total_timeout_s: for all stdin/stdout cases of one completion.
         memory_mib: address space beyond the interpreter's own.
         output_mib: each of stdout and stderr.
-        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls.
+        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
+            is close to itself only, NaN to nothing.
         language: of completions whose tests name none.
         packages: third-party packages that programs may import where they are installed.
     """
@@ -64,6 +65,8 @@ class CodeOptions:
             raise ValueError(f"scoring={self.scoring!r} is unknown; use 'all' or 'fraction'")
         if self.language not in TAGS:
             raise ValueError(f"language={self.language!r} is unknown; use one of {', '.join(TAGS)}")
+        if not 0 <= self.float_tolerance < float("inf"):
+            raise ValueError(f"float_tolerance={self.float_tolerance} must be >= 0 and finite, such as 1e-6")
         self.limits()
 
     def limits(self) -> Limits:
@@ -132,8 +135,8 @@ def grade(
     """Runs the code of `completion` against `tests` (`parse_tests` says what they may be). Never raises for
     either of them.
 
-    `sandbox`: one that `code_sandbox` made; default: one shared by this process,
-    started on first use.
+    `sandbox`: one that `code_sandbox` made, with the packages that programs may import; default: one shared
+    by this process, started on first use.
     """
     options = options or CodeOptions()
     start = time.perf_counter()

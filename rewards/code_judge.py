@@ -17,7 +17,8 @@ from rl.types import Reason
 SOLUTION, TESTER = "rewards.code_solution", "rewards.code_tester"
 JUDGES = (
     TESTER,
-    *("rewards.code_compare", "rewards.code_namespace", "rewards.code_remote", "rewards.code_soft_asserts"),
+    *("rewards.code_compare", "rewards.code_namespace", "rewards.code_objects", "rewards.code_remote"),
+    "rewards.code_soft_asserts",
 )
 
 
@@ -79,7 +80,7 @@ def judge_calls(
     # A completion that repeats the prompt needs it no second time.
     prompt = "" if tests.prompt.strip() and tests.prompt.strip() in code else tests.prompt
     own = re.split(r"\W", tests.entry_point, maxsplit=1)[:1]
-    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": own == ["Solution"]}
+    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": _is_leetcode(own[0], tests.code)}
     given = {
         "code": tests.code,
         "cases": list(tests.cases) or None,
@@ -107,6 +108,11 @@ def judge_calls(
             Reason.TIMEOUT if tester.timed_out else Reason.TEST_ERROR, "no verdict before the deadline"
         )
     return _verdict(records[-1], solution_result)
+
+
+def _is_leetcode(entry: str, test_code: str) -> bool:
+    """Whether tests name a class, as LeetCode's do: such solutions rely on what its judge has imported."""
+    return entry[:1].isupper() or (not entry and "Solution()." in test_code)
 
 
 def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:

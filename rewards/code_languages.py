@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import os
 import shutil
 import tempfile
@@ -12,6 +14,9 @@ from pathlib import Path
 
 from rewards.sandbox import Command, Limits, RunResult, Sandbox, SandboxError
 
+PREFIX = "cohort-code-"
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+FIRST_OWN_UID = 1_879_048_192  # of sandboxes that root starts, as in `sandbox_zygote`
 COMPILE_TIMEOUT_S = 30.0
 COMPILE_MEMORY_MIB = 2048
 
@@ -63,7 +68,8 @@ def prepared(code: str, language: str, limits: Limits, sandbox: Sandbox) -> Iter
         SandboxError: no compiler or interpreter of the language here.
     """
     template = LANGUAGES[language]
-    folder = tempfile.mkdtemp(prefix="cohort-code-")
+    sweep_folders(tempfile.gettempdir())
+    folder, lock = _locked_folder()
     try:
         source = Path(folder, template.file)
         source.write_bytes(code.encode("utf-8", "surrogatepass"))
@@ -79,6 +85,41 @@ def prepared(code: str, language: str, limits: Limits, sandbox: Sandbox) -> Iter
         yield Command(_filled(template.run, fields), folder, address_space=template.address_space)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder() -> tuple[str, int]:
+    """A new folder, and a descriptor whose lock ends with this process, even by kill -9."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        with contextlib.suppress(OSError):  # swept before it was locked
+            descriptor = os.open(folder, FOLDER)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if _is_at(descriptor, folder):
+                return folder, descriptor
+            os.close(descriptor)
+
+
+@functools.cache
+def sweep_folders(parent: str) -> None:
+    """Removes what processes left that were killed: our user's folders, or those that root gave to a
+    sandbox, which no living process has locked. Follows no link. Once in a process.
+    """
+    for folder in Path(parent).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, FOLDER)
+            try:
+                owner = os.fstat(descriptor).st_uid
+                is_own = owner == os.geteuid() or (os.geteuid() == 0 and owner >= FIRST_OWN_UID)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_own and _is_at(descriptor, str(folder)):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _is_at(descriptor: int, folder: str) -> bool:
+    return os.path.samestat(os.fstat(descriptor), os.lstat(folder))
 
 
 def _filled(template: tuple[str, ...], fields: dict[str, str]) -> tuple[str, ...]:

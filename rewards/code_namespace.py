@@ -10,7 +10,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from rewards.code_remote import Entry, Link, Misuse
+from rewards.code_objects import Remote
+from rewards.code_remote import Link, Misuse
 
 MODULE = "tests"
 # What tests leave to the imports of the solution they were written beside. It is taken from the library, as a
@@ -45,12 +46,12 @@ class Namespace(dict[str, Any]):
         self._entry_point, self._source = entry_point, source
         self._helpers: Namespace | None = None
         if entry_point:
-            super().__setitem__("candidate", Entry(link, entry_point))
+            super().__setitem__("candidate", Remote(link, entry_point))
         if entry_point.isidentifier():
             super().__setitem__(entry_point, self["candidate"])
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(value, type) and value.__module__ == MODULE:
+        if issubclass(type(value), type) and value.__module__ == MODULE:
             self._link.share(name, value)
         super().__setitem__(name, value)
 

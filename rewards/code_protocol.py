@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import collections
 import datetime
-import decimal
-import fractions
+import io
 import json
+import operator
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 MAX_FRAME_BYTES = 16 << 20
@@ -26,6 +30,8 @@ MAX_DEPTH = 100
 # larger integers travel in hexadecimal, whose conversion is linear and has no digit limit
 MAX_EXACT = 1 << 53
 HEADER_BYTES = 4
+OF_USE = {"__init__", "__missing__", "__getattr__", "__getitem__", "__setitem__", "__call__", "__enter__"}
+HEX = (bytes, bytearray)
 SCALARS = frozenset({str, bool, float, type(None)})
 
 dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -122,20 +128,27 @@ class Encoder:
             return value if -MAX_EXACT < value < MAX_EXACT else ["int", format(value, "x")]
         if depth > MAX_DEPTH:
             raise BadValue(f"nested deeper than {MAX_DEPTH}, or a part of itself")
-        if kind is list:
-            return ["list", self._items(value, depth)]
-        if kind is tuple:
-            return ["tuple", self._items(value, depth)]
+        if kind is list or kind is tuple:
+            return [kind.__name__, self._items(value, depth)]
         if kind is dict:
             return ["dict", self._pairs(value, depth)]
-        encode = _BY_TYPE.get(kind)
-        if encode is not None:
-            return encode(self, value, depth)
-        if self._shared(kind):
+        if kind in _TAGS:
+            tag = _TAGS[kind]
+            return [tag, self._items(FORMS[tag][1](value), depth)]
+        if self._shared(kind) and not issubclass(kind, tuple):
             return self._object(value)
-        for base, encode in _BY_BASE:
-            if issubclass(kind, base):
-                return encode(self, value, depth)
+        if kind.__module__ == "solution" and _has_members(kind):
+            return self._refer(value)
+        return self.encode_plain(value, depth)
+
+    def encode_plain(self, value: Any, depth: int = 0) -> Any:
+        """An object of a subclass as the plain value underneath; any other by reference."""
+        fields = getattr(type(value), "_fields", ())
+        for base, plain in _BY_BASE.items():
+            if issubclass(type(value), base):
+                encoded = self.encode(plain(value), depth)
+                is_named = base is tuple and fields
+                return ["named", encoded[1], type(value).__name__, *fields] if is_named else encoded
         return self._refer(value)
 
     def _items(self, values: Iterable[Any], depth: int) -> list[Any]:
@@ -162,12 +175,12 @@ class Encoder:
         """Works through the table, which grows on the way: no recursion along chains."""
         self._filling = True
         while index < len(self._alive):
-            self.objects[index][1] = self._pairs(attributes_of(self._alive[index]), 0)
+            self.objects[index][1] = self._pairs(parts_of(self._alive[index]), 0)
             index += 1
         self._filling = False
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
+def parts_of(value: Any) -> dict[str, Any]:
     """Instance attributes, those in `__slots__` included."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
@@ -178,40 +191,68 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return found
 
 
-_BY_TYPE: dict[type, Callable[[Encoder, Any, int], Any]] = {
-    set: lambda coder, value, depth: ["set", coder._items(value, depth)],
-    frozenset: lambda coder, value, depth: ["frozenset", coder._items(value, depth)],
-    bytes: lambda coder, value, depth: ["bytes", value.hex()],
-    bytearray: lambda coder, value, depth: ["bytearray", value.hex()],
-    complex: lambda coder, value, depth: ["complex", value.real, value.imag],
-    range: lambda coder, value, depth: ["range", *coder._items((value.start, value.stop, value.step), depth)],
-    fractions.Fraction: lambda coder, value, depth: [
-        "fraction",
-        *coder._items((value.numerator, value.denominator), depth),
-    ],
-    decimal.Decimal: lambda coder, value, depth: ["decimal", str(value)],
-    datetime.date: lambda coder, value, depth: ["date", value.isoformat()],
-    datetime.datetime: lambda coder, value, depth: ["datetime", value.isoformat()],
-    datetime.timedelta: lambda coder, value, depth: [
-        "timedelta",
-        [value.days, value.seconds, value.microseconds],
-    ],
-    collections.deque: lambda coder, value, depth: ["deque", coder._items(value, depth)],
-    collections.Counter: lambda coder, value, depth: ["counter", coder._pairs(value, depth)],
-    collections.OrderedDict: lambda coder, value, depth: ["ordered", coder._pairs(value, depth)],
-    collections.defaultdict: lambda coder, value, depth: ["dict", coder._pairs(value, depth)],
+def _has_members(kind: type) -> bool:
+    """Whether objects of a class of the solution are more than plain values: it defines names of use that
+    are not the fields of a named tuple.
+    """
+    fields = getattr(kind, "_fields", ())
+    names = {name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base)}
+    return any(name in OF_USE or not name.startswith("_") for name in names.difference(fields))
+
+
+def names_of(kind: type) -> list[str]:
+    """The names of an exception class and its bases but `object`; those of the library with their module."""
+    modules = [base.__module__.replace("builtins", "") for base in kind.__mro__[:-1]]
+    found = [module if module.partition(".")[0] in sys.stdlib_module_names else "" for module in modules]
+    return [f"{place}.{base.__name__}".lstrip(".") for place, base in zip(found, kind.__mro__, strict=False)]
+
+
+def _opened(file: Any, position: int) -> Any:
+    file.seek(position)
+    return file
+
+
+# tag: class, its parts, what they make again, and the types that they must have, where any will not do.
+FORMS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any], tuple[type, ...]]] = {
+    **{k.__name__: (k, list, k, ()) for k in (set, frozenset, collections.deque)},
+    **{
+        k.__name__: (k, lambda v: [v.hex()], lambda p, k=k: k.fromhex(*p), (str,)) for k in (bytes, bytearray)
+    },
+    **{
+        k.__name__: (k, lambda v: [*v.items()], lambda p, k=k: k(dict(p)), ())
+        for k in (collections.Counter, collections.OrderedDict)
+    },
+    **{
+        k.__name__: (k, lambda v: [v.isoformat()], lambda p, k=k: k.fromisoformat(*p), (str,))
+        for k in (datetime.date, datetime.time, datetime.datetime)
+    },
+    **{
+        k.__name__: (k, lambda v: [v.getvalue(), v.tell()], lambda p, k=k: _opened(k(p[0]), p[1]), ())
+        for k in (io.StringIO, io.BytesIO)
+    },
+    "keys": (type({}.keys()), list, lambda p: dict.fromkeys(p).keys(), ()),
+    "values": (type({}.values()), list, lambda p: dict(enumerate(p)).values(), ()),
+    "items": (type({}.items()), list, lambda p: dict(p).items(), ()),
+    "decimal": (Decimal, lambda v: [str(v)], lambda p: Decimal(*p), (str,)),
+    "span": (timedelta, lambda v: [v.days, v.seconds, v.microseconds], lambda p: timedelta(*p), (int,)),
+    "complex": (complex, lambda v: [v.real, v.imag], lambda p: complex(*p), (int, float)),
+    "fraction": (Fraction, lambda v: [*v.as_integer_ratio()], lambda p: Fraction(*p), (int,)),
+    "range": (range, lambda v: [v.start, v.stop, v.step], lambda p: range(*p), (int,)),
+    "slice": (slice, lambda v: [v.start, v.stop, v.step], lambda p: slice(*p), ()),
 }
-# Subclasses (named tuples, IntEnum, but also a list with an `__eq__` of its own) cross as the plain value
-# underneath.
-_BY_BASE: tuple[tuple[type, Callable[[Encoder, Any, int], Any]], ...] = (
-    (int, lambda coder, value, depth: coder.encode(int.__add__(value, 0), depth)),
-    (float, lambda coder, value, depth: float.__add__(value, 0.0)),
-    (str, lambda coder, value, depth: str.__str__(value)[:]),
-    (list, lambda coder, value, depth: ["list", coder._items(list.__iter__(value), depth)]),
-    (tuple, lambda coder, value, depth: ["tuple", coder._items(tuple.__iter__(value), depth)]),
-    (dict, lambda coder, value, depth: ["dict", coder._pairs(value, depth)]),
-    (set, lambda coder, value, depth: ["set", coder._items(set.__iter__(value), depth)]),
-)
+_TAGS: dict[type, str] = {form[0]: tag for tag, form in FORMS.items()}
+# Objects of subclasses (a list with an `__eq__` of its own, say) cross as the plain value underneath.
+_BY_BASE: dict[type, Callable[[Any], Any]] = {
+    int: lambda value: int.__add__(value, 0),
+    float: lambda value: float.__add__(value, 0.0),
+    str: lambda value: str.__str__(value)[:],
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    list: lambda value: [*list.__iter__(value)],
+    tuple: lambda value: (*tuple.__iter__(value),),
+    dict: lambda value: dict(dict.items(value)),
+    set: lambda value: {*set.__iter__(value)},
+    collections.deque: lambda value: collections.deque(collections.deque.__iter__(value)),
+}
 
 
 class Decoder:
@@ -223,7 +264,7 @@ class Decoder:
         classes: name -> class whose objects may be made, without calling it.
     """
 
-    def __init__(self, resolve: Callable[[str, Any], Any], classes: Callable[[str], type]) -> None:
+    def __init__(self, resolve: Callable[[str, Any], Any], classes: Mapping[str, type]) -> None:
         self._resolve = resolve
         self._classes = classes
         self._objects: list[Any] = []
@@ -250,7 +291,7 @@ class Decoder:
         return self._resolve(value[0], value[1]) if make is None else make(self, value)
 
     def _new(self, name: str) -> Any:
-        return object.__new__(self._classes(name))
+        return object.__new__(self._classes[name])
 
     def _list(self, values: list[Any]) -> list[Any]:
         if type(values) is not list:
@@ -269,39 +310,35 @@ def _whole(text: Any) -> int:
     return int(text, 16)
 
 
-def _plain(value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds:
-        raise BadValue(f"{type(value).__name__} where {kinds[0].__name__} belongs")
-    return value
-
-
 async def _done(value: Any) -> Any:
     return value
 
 
-def _integers(coder: Decoder, values: list[Any]) -> list[int]:
-    return [_plain(value, int) for value in coder._list(values)]
+def _formed(coder: Decoder, value: list[Any]) -> Any:
+    tag, parts = value
+    _, _, make, kinds = FORMS[tag]
+    parts = coder._list(parts)
+    if kinds and not all(type(part) in kinds for part in parts):
+        raise BadValue(f"a part of a {tag} is none of {kinds}")
+    return make(parts)
+
+
+def _named_tuple(coder: Decoder, value: list[Any]) -> Any:
+    """An object of this side's class of that name and fields, or of one made for it."""
+    _, items, name, *fields = value
+    kind: Any = coder._classes.get(name)
+    if getattr(kind, "_fields", None) != tuple(fields):
+        kind = collections.namedtuple(name, fields)
+    return kind._make(coder._list(items))
 
 
 _MAKE: dict[str, Callable[[Decoder, list[Any]], Any]] = {
+    **dict.fromkeys(FORMS, _formed),
     "list": lambda coder, value: coder._list(value[1]),
     "tuple": lambda coder, value: tuple(coder._list(value[1])),
     "dict": lambda coder, value: coder._mapping(value[1]),
-    "set": lambda coder, value: set(coder._list(value[1])),
-    "frozenset": lambda coder, value: frozenset(coder._list(value[1])),
     "int": lambda coder, value: _whole(value[1]),
-    "bytes": lambda coder, value: bytes.fromhex(value[1]),
-    "bytearray": lambda coder, value: bytearray.fromhex(value[1]),
-    "complex": lambda coder, value: complex(_plain(value[1], float, int), _plain(value[2], float, int)),
-    "range": lambda coder, value: range(*_integers(coder, value[1:4])),
-    "fraction": lambda coder, value: fractions.Fraction(*_integers(coder, value[1:3])),
-    "decimal": lambda coder, value: decimal.Decimal(_plain(value[1], str)),
-    "date": lambda coder, value: datetime.date.fromisoformat(_plain(value[1], str)),
-    "datetime": lambda coder, value: datetime.datetime.fromisoformat(_plain(value[1], str)),
-    "timedelta": lambda coder, value: datetime.timedelta(*_integers(coder, value[1])),
     "awaitable": lambda coder, value: _done(coder.decode(value[1])),
-    "deque": lambda coder, value: collections.deque(coder._list(value[1])),
-    "counter": lambda coder, value: collections.Counter(coder._mapping(value[1])),
-    "ordered": lambda coder, value: collections.OrderedDict(coder._mapping(value[1])),
-    "object": lambda coder, value: coder._objects[_plain(value[1], int)],
+    "named": _named_tuple,
+    "object": lambda coder, value: coder._objects[operator.index(value[1])],
 }

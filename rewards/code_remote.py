@@ -1,13 +1,19 @@
-"""The solution as the tests see it: functions and objects that live in another process."""
+"""Asks the solution, which lives in another process, and proxies its objects (`Remote`)."""
 
 from __future__ import annotations
 
 import builtins
 import collections
+import contextlib
+import itertools
+import random
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
-from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, attributes_of
+from rewards.code_objects import KINDS, Remote
+from rewards.code_protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
 # Exceptions that would end a loop of the tests as if it had finished, or end the tests; they arrive as
 # RuntimeError.
@@ -15,9 +21,9 @@ CONTROL_FLOW = frozenset(
     {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 )
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
-PLAIN_CLASSES = frozenset(
-    {int, float, str, bool, list, tuple, dict, set, frozenset, bytes, complex, object, type}
-)
+SEED = random.seed
+OWN = "_is_of_the_solution"  # an attribute of exceptions
+TALK = ("input", "print")  # functions whose replacement by the tests holds for the solution, too
 
 
 class SolutionFault(BaseException):
@@ -32,7 +38,7 @@ class SolutionFault(BaseException):
 
 
 class Misuse(Exception):
-    """The tests pass something that cannot cross to the solution."""
+    """The tests pass something that cannot cross to the solution, whatever the solution does."""
 
 
 class Link:
@@ -40,20 +46,21 @@ class Link:
 
     Attributes:
         fault: the first fault of the solution; once set, every question raises it again.
-        raised: the last exception that the solution raised, as the tests saw it.
     """
 
     def __init__(self, channel: Channel, on_first_call: Callable[[], None]) -> None:
         self.channel = channel
         self.num_calls = 0
         self.fault: SolutionFault | None = None
-        self.raised: Exception | None = None
         self._on_first_call = on_first_call
         self._classes: dict[str, type] = {}
         self._unannounced: list[str] = []
         self._remotes: dict[int, Remote] = {}
         self._exceptions: dict[str, type[Exception]] = {}
         self._callbacks: list[Callable[..., Any]] = []
+        self._named: set[int] = set()
+        self._is_seeded = False
+        self._world = self._around()
 
     def ask(self, operation: str, target: int | str, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Does `operation` on an object of the solution; updates the arguments that it changed in place.
@@ -71,6 +78,11 @@ class Link:
             if self._unannounced:
                 names, self._unannounced = self._unannounced, []
                 self._ask("share", 0, tuple(names), {})
+            if self._is_seeded:
+                self._is_seeded = False
+                self._ask("seed", 0, (random.getstate(),), {})
+            if self._around() != self._world:
+                return self._ask_around(operation, target, args, kwargs or {})
             return self._ask(operation, target, args, kwargs or {})
         except Closed:
             self.fault = SolutionFault("gone", "the solution ended before it answered")
@@ -80,13 +92,41 @@ class Link:
             self.fault = fault
         raise self.fault
 
+    def seed(self, *args: Any, **kwargs: Any) -> None:
+        """`random.seed` for the tests and, before its next answer, for the solution."""
+        SEED(*args, **kwargs)
+        self._is_seeded = True
+
+    def _around(self) -> list[Any]:
+        """What tests replace in order to see what a function reads and prints."""
+        return [sys.stdin, sys.stdout, sys.stderr, builtins.input, builtins.print]
+
+    def _ask_around(self, operation: str, target: int | str, args: Any, kwargs: Any) -> Any:
+        """`_ask` while the solution reads the tests' stdin, and what it prints goes to their stdout."""
+        stdin, *_, read, write = (
+            now if now is not before else None
+            for now, before in zip(self._around(), self._world, strict=True)
+        )
+        text = stdin.read() if stdin is not None else None
+        self._ask("redirect", 0, (text, read, write), {})
+        try:
+            return self._ask(operation, target, args, kwargs)
+        finally:
+            rest, *printed = self._ask("restore", 0, (), {})
+            if stdin is not None and type(rest) is str:
+                stdin.seek(stdin.tell() - len(rest))
+            for stream, words in zip((sys.stdout, sys.stderr), printed, strict=True):
+                stream.write(words)
+
     def _ask(self, operation: str, target: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         encoder = Encoder(self._refer, self._is_shared)
         try:
             arguments = [encoder.encode(value) for value in args]
             keywords = [encoder.encode(part) for pair in kwargs.items() for part in pair]
         except NoPlainForm as error:
-            raise Misuse(f"an argument of the tests cannot cross: {error}") from None
+            # What is not named by the tests is the solution's choice, and so is what fits its type.
+            blamed = Misuse if type(target) is str or target in self._named else TypeError
+            raise blamed(f"an argument of the tests cannot cross: {error}") from None
         except BadValue as error:
             raise ValueError(str(error)) from None
         self.channel.send([operation, target, arguments, keywords, encoder.objects])
@@ -98,7 +138,7 @@ class Link:
                 continue
             break
         if kind == "ok" and len(reply) == 4:
-            return self._accept(reply, args)
+            return self._accept(reply, (*args, *kwargs.values()))
         if kind == "raise" and len(reply) == 3:
             raise self._exception(*reply[1:])
         if kind == "missing":
@@ -109,59 +149,71 @@ class Link:
 
     def _accept(self, reply: list[Any], args: tuple[Any, ...]) -> Any:
         _, value, changed, objects = reply
-        decoder = Decoder(self._resolve, self._classes.__getitem__)
+        decoder = Decoder(self._resolve, self._classes)
         try:
+            same = type(value) is list and value[0] == "argument"
             indices = [index for index, _ in changed]
-            result, *updates = decoder.decode_message([value, *[after for _, after in changed]], objects)
+            afters = [None if same else value, *[after for _, after in changed]]
+            result, *updates = decoder.decode_message(afters, objects)
             for index, update in zip(indices, updates, strict=True):
                 _update(args[index], update)
+            return args[value[1]] if same else result
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise BadValue(f"{type(error).__name__} while accepting an answer") from None
-        return result
 
-    def _exception(self, names: Any, message: Any) -> Exception:
-        """The nearest built-in exception class; control-flow exceptions become RuntimeError."""
+    def _exception(self, names: Any, content: Any) -> Exception:
+        """The nearest built-in exception class; control-flow exceptions become RuntimeError. `content`:
+        message, encoded arguments, encoded attributes.
+        """
         names = [name for name in names if type(name) is str] if type(names) is list else []
+        message, args, attributes = content
         kind: Any = RuntimeError if CONTROL_FLOW.intersection(names) else self._exception_class(names)
         text = str(message) if kind is not RuntimeError or not names else f"{names[0]}: {message}"
-        try:
-            error = kind(text)
-        except TypeError:  # UnicodeError and the like take five arguments
-            error = RuntimeError(text)
-        self.raised = error
+        args, attributes = Decoder(self._resolve, self._classes).decode_message([args, attributes], [])
+        error: Exception = RuntimeError(text)  # UnicodeError and the like take five arguments
+        for arguments in ((text,), args):
+            with contextlib.suppress(Exception):
+                made = kind(*arguments)
+                error = made if str(made) == text or type(error) is not kind else error
+        for name, value in attributes.items():
+            if not name.startswith("_") or name == "__cause__":
+                setattr(error, name, value)
+        setattr(error, OWN, True)
         return error
 
     def _exception_class(self, names: list[str]) -> type[Exception]:
         """What an exception class of the solution, the first of these names and derived from the others, is
         here.
         """
-        found = getattr(builtins, names[0], None) if names else RuntimeError
+        module, _, name = names[0].rpartition(".") if names else ("", "", "RuntimeError")
+        is_library = module.partition(".")[0] in sys.stdlib_module_names
+        found = getattr(sys.modules.get(module) if is_library else builtins, name, None)
         if isinstance(found, type) and issubclass(found, Exception):
             return found
         if names[0] not in self._exceptions:
             if len(names) > MAX_BASES or len(self._exceptions) > MAX_EXCEPTIONS:
                 return RuntimeError
-            self._exceptions[names[0]] = type(names[0], (self._exception_class(names[1:]),), {})
+            self._exceptions[names[0]] = type(name, (self._exception_class(names[1:]),), {})
         return self._exceptions[names[0]]
 
     def _call_back(self, number: Any, args: Any, objects: Any) -> list[Any]:
-        decoder = Decoder(self._resolve, self._classes.__getitem__)
-        function = (
-            self._callbacks[number] if type(number) is int and 0 <= number < len(self._callbacks) else None
-        )
-        if function is None:
+        known = type(number) is int and 0 <= number < len(self._callbacks)
+        if not known:
             raise BadValue("a call to a function that was not passed")
-        values = decoder.decode_message([args], objects)[0]
+        values, keywords = Decoder(self._resolve, self._classes).decode_message([args], objects)[0]
         encoder = Encoder(self._refer, self._is_shared)
         try:
-            return ["ok", encoder.encode(function(*values)), encoder.objects]
+            return ["ok", encoder.encode(self._callbacks[number](*values, **keywords)), encoder.objects]
         except Exception as error:
             return ["raise", [type(error).__name__, str(error)[:2000]], []]
 
     def look_up(self, name: str) -> Any:
         """A global of the solution, by name; KeyError if it has none."""
         try:
-            return self.ask("get", name)
+            found = self.ask("get", name)
+            if type(found) is Remote:
+                self._named.add(found._number)
+            return found
         except SolutionFault as fault:
             if fault.kind != "missing":
                 raise
@@ -183,122 +235,52 @@ class Link:
         return self._classes.get(kind.__name__) is kind
 
     def _refer(self, value: Any) -> list[Any]:
-        if type(value) is Remote:
+        """What stands for a value without a plain form. All that the solution can have had a hand in has
+        one: its exceptions, coroutines and classes, and what Python makes of plain values.
+        """
+        kind = type(value)
+        if kind is Remote:
             return ["handle", object.__getattribute__(value, "_number")]
-        if isinstance(value, type) and value in PLAIN_CLASSES:
-            return ["builtin", value.__name__]
-        if callable(value) and not isinstance(value, type):
-            self._callbacks.append(value)
-            return ["callback", len(self._callbacks) - 1]
-        raise NoPlainForm(f"a {type(value).__name__} has no plain form")
+        if isinstance(value, BaseException):
+            return ["error", [names_of(kind), str(value)[:2000]]]
+        if kind is types.CoroutineType:
+            try:
+                value.send(None)
+            except StopIteration as done:
+                return ["awaitable", Encoder(self._refer, self._is_shared).encode(done.value)]
+            raise NoPlainForm("a coroutine that waits has no plain form")
+        if issubclass(kind, type) and issubclass(value, BaseException):
+            return ["exception", names_of(value)]
+        name = getattr(value, "__name__", None)
+        if type(name) is str and getattr(builtins, name, None) is value and name not in TALK:
+            return ["builtin", name]
+        if callable(value):
+            names = (getattr(value, name, None) for name in ("__name__", "__doc__"))
+            return ["callback", [self._passed(value), *(text if type(text) is str else "" for text in names)]]
+        if hasattr(kind, "__next__"):
+            return ["iterator", self._passed(lambda: [*itertools.islice(value, 1)])]
+        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+            return ["array", [Encoder(self._refer, self._is_shared).encode(value.tolist()), str(value.dtype)]]
+        raise NoPlainForm(f"a {kind.__name__} has no plain form")
+
+    def _passed(self, function: Callable[..., Any]) -> int:
+        self._callbacks.append(function)
+        return len(self._callbacks) - 1
 
     def _resolve(self, tag: str, number: Any) -> Any:
         if tag == "exception" and type(number) is list and all(type(name) is str for name in number):
             kind = self._exception_class(number)
             # `Error = Exception` of the solution must not catch what the tests raise by themselves
             return RuntimeError if issubclass(AssertionError, kind) else kind
+        if tag == "error":
+            return self._exception(*number)
+        if tag == "builtin" and type(number) is str and number in KINDS:
+            return KINDS[number]
         if tag != "handle" or type(number) is not int:
             raise BadValue(f"unknown tag {str(tag)[:40]!r}")
         if number not in self._remotes:
             self._remotes[number] = Remote(self, number)
         return self._remotes[number]
-
-
-def _between(operation: str) -> Callable[[Remote, Any], Any]:
-    def operate(self: Remote, other: Any) -> Any:
-        return self._link.ask(operation, self._number, (other,)) if type(other) is Remote else NotImplemented
-
-    return operate
-
-
-class Remote:
-    """An object of the solution that stays there. It equals itself only, is true, and contains nothing: its
-    own word does not count.
-    """
-
-    __slots__ = ("_link", "_number")
-
-    def __init__(self, link: Link, number: int) -> None:
-        object.__setattr__(self, "_link", link)
-        object.__setattr__(self, "_number", number)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._link.ask("getattr", self._number, (name,))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._link.ask("setattr", self._number, (name, value))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._link.ask("call", self._number, args, kwargs)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._link.ask("getitem", self._number, (key,))
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._link.ask("setitem", self._number, (key, value))
-
-    def __delitem__(self, key: Any) -> None:
-        self._link.ask("delitem", self._number, (key,))
-
-    def __enter__(self) -> Any:
-        return self._link.ask("enter", self._number)
-
-    def __exit__(self, *_: object) -> None:
-        self._link.ask("exit", self._number)
-
-    def __instancecheck__(self, value: Any) -> bool:
-        return type(value) is Remote and self._link.ask("isinstance", self._number, (value,)) is True
-
-    def __len__(self) -> int:
-        return self._link.ask("len", self._number)
-
-    def __bool__(self) -> bool:
-        return True
-
-    __contains__ = None
-
-    # Between two objects of the solution only: an operand of the tests could be an expected value.
-    __add__, __sub__, __mul__ = _between("add"), _between("sub"), _between("mul")
-    __truediv__, __matmul__ = _between("truediv"), _between("matmul")
-
-    def __iter__(self) -> Any:
-        iterator = self._link.ask("iter", self._number)
-        return iterator if type(iterator) is Remote else iter(iterator)
-
-    def __next__(self) -> Any:
-        try:
-            return self._link.ask("next", self._number)
-        except RuntimeError as error:
-            if str(error).startswith("StopIteration"):
-                raise StopIteration from None
-            raise
-
-    def __str__(self) -> str:
-        return str(self._link.ask("str", self._number))
-
-    def __repr__(self) -> str:
-        return str(self._link.ask("repr", self._number))
-
-
-class Entry:
-    """The entry point: calls it, and has the attributes of the class or function that it names."""
-
-    def __init__(self, link: Link, path: str) -> None:
-        self._link, self._path = link, path
-        self.__name__ = path.rpartition(".")[2]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._link.ask("call", self._path, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._link.look_up_attribute(self._path), name)
-
-    def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, self._link.look_up_attribute(self._path))
 
 
 def _update(original: Any, update: Any) -> None:
@@ -314,7 +296,10 @@ def _update(original: Any, update: Any) -> None:
             return
     if type(original) is not type(update):
         raise BadValue("an argument changed its type")
-    for name, value in attributes_of(update).items():
+    if type(update).__module__ == "_io":  # a file in memory
+        getattr(original, "__setstate__")(update.__getstate__())  # noqa: B009
+        return
+    for name, value in parts_of(update).items():
         object.__setattr__(original, name, value)
 
 

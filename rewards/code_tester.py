@@ -22,8 +22,9 @@ from typing import Any
 
 from rewards.code_compare import same_value
 from rewards.code_namespace import Namespace
+from rewards.code_objects import Remote
 from rewards.code_protocol import Channel
-from rewards.code_remote import Entry, Link, Misuse, SolutionFault
+from rewards.code_remote import OWN, SEED, Link, Misuse, SolutionFault
 from rewards.code_soft_asserts import Sites, soften
 
 VERDICT = 5
@@ -36,6 +37,14 @@ LEAVES_TRACES = re.compile(
     r"|signal|chdir|locale|reload|threading|atexit|vars|globals)\b|\bsys\.(?:set|modules|path)|\bgc\."
 )
 
+# What tests look at or replace in their own process only: where such tests fail, that may be the reason.
+NOT_SHARED = re.compile(
+    r"\bpatch(?:\.object)?\((?!\s*(?:['\"](?:builtins\.(?:input|print)|sys\.std\w+)['\"]|builtins,|sys,))"
+    r"|\bpatch\.dict|(?m:^\s*\w+ *= *(?:mock\.)?(?:Magic|Async)?Mock\()|\bmonkeypatch\b"
+    r"|\b(?:assertLogs|assertWarns|catch_warnings|tracemalloc|getrefcount)"
+    r"|\b(?:np|numpy)\.random\.seed|\bgetsource|\bsignature\(|__code__|\bsys\.argv|\benviron\b"
+)
+
 
 def main(source: bytes) -> int:
     """`source`: {"code" | "cases", "prompt", "entry_point", "partial", "tolerance"} as JSON. Writes the
@@ -44,12 +53,15 @@ def main(source: bytes) -> int:
     given = json.loads(source)
     random.seed()
     link = Link(Channel(3, 4), on_first_call=lambda: _write({"called": True}))
+    random.seed = link.seed
     try:
         verdict = _run_cases(given, link) if given["cases"] is not None else _run_code(given, link)
     except SolutionFault as fault:
         verdict = {"outcome": fault.kind, "detail": fault.detail}
     except RecursionError:
         verdict = {"outcome": "test_error", "detail": "recursion without end in the tests"}
+    finally:
+        random.seed = SEED
     if link.fault is not None:  # also where the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
     # Whole, whatever the solution said: a verdict that the cap of the output cuts would be no JSON.
@@ -66,7 +78,7 @@ def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
     """LeetCode-style data: each case calls the entry point and compares the value. Tuples equal lists, as
     JSON has no tuples.
     """
-    call = Entry(link, given["entry_point"])
+    call: Any = Remote(link, given["entry_point"])
     passed: list[bool] = []
     detail = ""
     for index, case in enumerate(given["cases"]):
@@ -114,13 +126,20 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
     except SystemExit as leaving:  # unittest.main()
         outcome, detail = ("failed", f"exit status {leaving.code}") if leaving.code else ("passed", "")
     except Exception as error:
-        known = link.raised is not None and link.raised is error
-        outcome, detail = ("raised" if known else "test_error"), _described(error)
+        outcome, detail = "test_error", _described(error)
+        if hasattr(error, OWN):
+            outcome = "raised"
+        elif isinstance(error, ImportError | OSError):
+            outcome, detail = "bad_gold", f"{detail}: the tests need what the sandbox does not offer"
     verdict: dict[str, Any] = {"outcome": outcome, "detail": detail[:MAX_DETAIL]}
     if given["partial"]:
         verdict["passed"] = sites.results(aborted=outcome != "passed")
         verdict["complete"] = outcome == "passed" and not sites.num_crashes
         verdict["detail"] = verdict["detail"] or sites.first_failure
+    found = NOT_SHARED.search(source)
+    if found and (outcome in ("failed", "test_error", "raised") or not all(verdict.get("passed", ()))):
+        verdict["outcome"] = "bad_gold"
+        verdict["detail"] = f"{found[0]!r} in the tests does not reach the solution's process: {detail}"
     return verdict
 
 
@@ -163,16 +182,23 @@ def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Ca
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name not in called:
             function = namespace[node.name]
-            num_required = len(node.args.posonlyargs + node.args.args) - len(node.args.defaults)
-            if node.name == "check" and num_required == 1:
+            parameters = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+            required = parameters[: len(parameters) - len(node.args.defaults)]
+            if (node.name == "check" and len(required) == 1) or required == ["candidate"]:
                 yield node.name, lambda function=function: function(namespace["candidate"])
-            elif node.name.startswith("test") and num_required == 0:
+            elif node.name.startswith("test") and not required:
                 yield node.name, function
+            elif node.name.startswith("test") and not _is_used(node.name, tree):
+                raise Misuse(f"{node.name} needs the fixtures of pytest {', '.join(required)}")
         if isinstance(node, ast.ClassDef) and "unittest" in sys.modules:
             found = namespace[node.name]
             if isinstance(found, type) and issubclass(found, sys.modules["unittest"].TestCase):
                 for case in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(found):
                     yield f"{node.name}.{case._testMethodName}", case.debug
+
+
+def _is_used(name: str, tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
 def _described(error: BaseException) -> str:

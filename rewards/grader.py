@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from rewards.environment import grader_environment
 from rewards.worker import HEADER, MAX_FRAME_BYTES, PING_ID, encode_frame
 
 MAX_BESIDE = 64  # async calls that run beside each other
@@ -82,7 +83,7 @@ class Grader:
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is the trainer's; and the session is killed whole
-            env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ},
+            env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **grader_environment()},
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr

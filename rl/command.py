@@ -17,11 +17,14 @@ OPEN_FILES = 256
 OPEN_FILES_MOST = 65_536
 
 
-def run_command(work: Callable[[], int]) -> int:
+def run_command(work: Callable[[], int], *, in_words: Callable[[str], str] = str) -> int:
     """The exit code of `work`; 1 for a fault, which is said on stderr without secrets and escape sequences.
 
     What a user can mend is one sentence; anything else comes with its traceback. Standard output that is
     closed or full changes no exit code. COHORT_DEBUG=1 lets faults through.
+
+    Args:
+        in_words: puts a sentence of the library into the words of this command.
     """
     _open_standard_streams()
     try:
@@ -30,7 +33,7 @@ def run_command(work: Callable[[], int]) -> int:
         if os.environ.get("COHORT_DEBUG"):
             raise
         expected = isinstance(error, ValueError | RuntimeError | OSError)
-        say_fault(with_remedy(error) if expected else "".join(traceback.format_exception(error)))
+        say_fault(in_words(with_remedy(error)) if expected else "".join(traceback.format_exception(error)))
         return 1
     finally:
         settle()

@@ -116,13 +116,7 @@ class RunLock:
         }
         with written_whole(self._holder_file) as file:
             file.write(json.dumps(holder).encode())
-        self._folder = os.stat(self.run_dir)
         return self
-
-    def check(self) -> None:
-        """Raises RuntimeError if the run folder that was locked is not the one at `run_dir` any more."""
-        if not self.run_dir.is_dir() or not os.path.samestat(os.stat(self.run_dir), self._folder):
-            raise gone(self.run_dir)
 
     def release(self) -> None:
         """Gives the lock back; safe to call twice."""

@@ -130,17 +130,6 @@ def take_long_factors(model: PreTrainedModel) -> None:
             module.rope_type = types
 
 
-def forget_lengths(model: PreTrainedModel) -> None:
-    """Puts dynamic rotary frequencies back to their start: they grow with the longest sequence so far."""
-    for module, types in _rotary(model):
-        for layer_type, name in types.items():
-            if "dynamic" in name:
-                prefix = "" if layer_type is None else f"{layer_type}_"
-                original = getattr(module, f"{prefix}original_inv_freq").to(model.device)
-                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
-                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
 def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, dict[str | None, str]]]:
     for module in model.modules():
         found = getattr(module, "rope_type", None)
@@ -180,7 +169,6 @@ def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, "
         for length in block.completion_lengths:
             prompt = batch.token_ids_N[block.start : block.completion_start]
             row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-            forget_lengths(model)
             logits = (
                 model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
             )

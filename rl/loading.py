@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,8 +23,6 @@ from transformers import (
 
 from rl.config import ModelConfig
 from rl.exactness import backbone
-from rl.lora_targets import check_targets
-from rl.weights import unsent
 
 
 def storage_dtype(config: ModelConfig) -> torch.dtype:
@@ -52,7 +49,7 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r} gives no tokenizer: {_first_line(error)} It must be a folder that "
+            f"model.name={config.name!r} gives no tokenizer: {first_line(error)} It must be a folder that "
             "holds a model and its tokenizer, or such a name on a hub that can be reached"
         ) from error
     if config.chat_template is not None:
@@ -97,7 +94,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r}: the model cannot be loaded: {_first_line(error)} It must be whole, "
+            f"model.name={config.name!r}: the model cannot be loaded: {first_line(error)} It must be whole, "
             "and of an architecture that this transformers knows as a causal language model"
         ) from error
     return cast(PreTrainedModel, model)
@@ -190,18 +187,19 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         longest: tokens of the longest prompt and the completion that may follow it.
 
     Raises:
-        ValueError: there is no config of a model, its vocabulary is smaller than the tokenizer's, or it has
-            fewer positions than `longest`.
+        ValueError: there is no config of a model, its weights are quantised, its vocabulary is smaller than
+            the tokenizer's, or it has fewer positions than `longest`.
     """
     try:
-        found = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=False
-        ).get_text_config()
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
-            f"model.name={config.name!r}: its config cannot be read: {_first_line(error)}"
+            f"model.name={config.name!r}: its config cannot be read: {first_line(error)}"
         ) from error
+    found = whole.get_text_config()
+    for part in (whole, found):
+        check_not_quantised(getattr(part, "quantization_config", None), config.name)
     positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
@@ -211,6 +209,20 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
+
+
+def check_not_quantised(quantisation: Any, name: str) -> None:
+    """Raises ValueError for the `quantization_config` of a model: integers have no gradient."""
+    if not quantisation:
+        return
+    fields = quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
+    method = str(fields.get("quant_method", "unknown"))
+    raise ValueError(
+        f"model.name={name!r} holds quantised weights (quantization_config in its config.json, quant_method="
+        f"{method.rpartition('.')[2].lower()}), which cannot be trained; use the model that it "
+        "was quantised from, or save a dequantised bfloat16 copy (transformers: "
+        "model.dequantize().save_pretrained(FOLDER)) and set model.name to its folder"
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -234,95 +246,6 @@ def nonfinite_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
     return f"{line}."
-
-
-def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
-
-    Raises:
-        ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.lora
-    assert lora is not None
-    if config.reference.update_every:
-        raise ValueError(
-            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
-            "the base model "
-            "without a copy; use model.reference.update_every=0"
-        )
-    peft_config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    named = f"model.lora.target_modules={lora.target_modules!r}"
-    check_targets(model, lora.target_modules)
-    name = str(Path(config.name).absolute()) if Path(config.name).is_dir() else config.name
-    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
-    tied = head is not None and head.weight is embeddings.weight
-    frozen = [head, embeddings] if tied else [head]
-    try:
-        adapted = get_peft_model(model, peft_config, revision=config.revision)
-    except ValueError as error:
-        raise ValueError(f"{named}: {error}") from error
-    # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
-    adapted.peft_config["default"].base_model_name_or_path = name
-    for part, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and any(base is layer for layer in frozen):
-            raise ValueError(
-                f"{named} adapts {part}, and log-probs are computed from the head's own weights: the adapter "
-                "would not be trained, or only the engine would have it; leave the output head out, and "
-                "embeddings that are tied to it"
-            )
-    if lost := unsent(model):
-        raise ValueError(
-            f"{named}: {len(lost)} adapter weights such as {lost[0]} would be trained and not reach the "
-            "engine, because their adapter has no delta in the shape of the weight it adapts; name other "
-            "layers in model.lora.target_modules"
-        )
-    return adapted
-
-
-def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Checks that the model computes with its adapters.
-
-    Raises:
-        ValueError: PEFT wrapped what only looks like a linear layer, such as a router that returns more than
-            a tensor; or a layer whose weight its parent reads itself, past the adapter.
-    """
-    assert config.lora is not None
-    named = f"model.lora.target_modules={config.lora.target_modules!r}"
-    names = {module: name for name, module in model.named_modules()}
-    called: set[nn.Module] = set()
-    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in names]
-    try:
-        with torch.no_grad():
-            backbone(model)(
-                input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False
-            )
-    except Exception as error:  # whatever a family's layers raise when one of them is wrapped
-        raise ValueError(
-            f"{named}: {type(model).__name__} cannot compute with these adapters: {_first_line(error)} Name "
-            "the layers to adapt, such as [q_proj, v_proj]"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for module, name in names.items():
-        parent = model.get_submodule(
-            name.rpartition(".")[0]
-        )  # an expert that got no token is not called either
-        if hasattr(module, "base_layer") and module not in called and parent in called:
-            raise ValueError(
-                f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
-                "would be sent and not computed with; name the layers to adapt without it, such as "
-                "[q_proj, v_proj]"
-            )

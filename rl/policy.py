@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rl.adapters import add_lora, check_adapted
 from rl.attention import PACKED
 from rl.batch import MicroBatch
 from rl.config import ModelConfig
 from rl.exactness import (
     EAGER_LIMIT,
     backbone,
-    forget_lengths,
     honouring_attention,
     moving_rope,
     plain_logprobs,
@@ -33,8 +33,6 @@ from rl.exactness import (
     take_long_factors,
 )
 from rl.loading import (
-    add_lora,
-    check_adapted,
     check_vocabulary,
     context_length,
     load_model,
@@ -44,6 +42,7 @@ from rl.loading import (
     use_fused_layers,
 )
 from rl.logprobs import head_logprobs
+from rl.saving import save_model
 from rl.types import WeightStream
 from rl.weights import PolicyWeights
 
@@ -62,6 +61,18 @@ class CausalScorer(nn.Module):
         super().__init__()
         self.model = model
         self.packed = False
+        self.longest = sys.maxsize
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError beyond the length from which on dynamic rotary frequencies depend on the longest
+        sequence so far, so that a log-prob has no value of its own.
+        """
+        if num_tokens > self.longest:
+            raise ValueError(
+                f"a sequence of {num_tokens} tokens exceeds the {self.longest} from which on the dynamic "
+                "rotary frequencies of this model depend on what was computed before; lower "
+                "sampling.max_completion_length and leave out long prompts"
+            )
 
     def train(self, mode: bool = True) -> CausalScorer:
         """In both modes nothing random is active; only gradient checkpointing follows `mode`."""
@@ -98,7 +109,7 @@ class CausalScorer(nn.Module):
             start = block.completion_start
             for length in block.completion_lengths:
                 row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-                forget_lengths(self.model)
+                self.check_length(len(row))
                 hidden_TD = backbone(self.model)(input_ids=row[None], use_cache=False).last_hidden_state[0]
                 # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
                 columns = batch.columns_L[batch.sequence_ids_L == sequence]
@@ -173,13 +184,18 @@ class Policy:
 
         Raises:
             ValueError: the head is not a plain linear layer, so that log-probs from hidden states would be
-                wrong; or attention=packed was asked for and is not exact.
+                wrong; or attention=packed was asked for and is not exact; or `longest` is beyond what dynamic
+                rotary frequencies can do.
         """
         rope = moving_rope(self.model)
         if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
             for scorer in filter(None, (self.scorer, self.reference)):
                 take_long_factors(scorer.model)
             self.long_factors, rope = True, None
+        if rope and "dynamic" in rope[0]:
+            for scorer in filter(None, (self.scorer, self.reference)):
+                scorer.longest = rope[1]
+                scorer.check_length(longest or 0)
         batch = probe_batch(self.model, longest).to(self.device)
         tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.15
         self.scorer.eval()
@@ -313,7 +329,7 @@ class Policy:
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         packed = self.scorer.packed
         self.set_packed(False)
-        target.save_pretrained(folder)
+        save_model(target, self.model, folder)
         self.set_packed(packed)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"

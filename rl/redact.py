@@ -13,13 +13,13 @@ HIDDEN = "***"
 # `token_budget`, `stop_token_ids`, `max_tokens` and `mask_token` are no secrets.
 _SECRET_KEY = re.compile(
     r"(^|[_\-.])(?<!mask_)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!stop_)"
-    r"(token(_secret|_value)?|(api|auth|access|hf)_?tokens|secrets?|passw(or)?ds?|passphrase|pwd|(api|access|private|secret|auth|account|"
+    r"(token(_secret|_value)?|(api|auth|access|hf)_?tokens|secrets?|passw(or)?ds?|passphrase|(api|access|private|secret|auth|account|"
     r"encryption|signing|hf|openai|anthropic|wandb)[_\-]?keys?|credentials?|authorization|bearer)$",
     re.IGNORECASE,
 )
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@host
+    r"|((?<=://)|(?<=:/))[^/\s:@]*:[^/\s]+(?=@)"  # user:password@host, of a URL that passed for a path too
 )
 # CSI, then the strings (OSC, DCS, SOS, PM, APC) with their terminators, then two-character escapes.
 _ESCAPE = re.compile(

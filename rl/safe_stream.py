@@ -37,7 +37,7 @@ class SafeStream:
         return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        self._try(lambda: self._stream.flush())
 
     def _try(self, action: Callable[[], Any]) -> None:
         if self._is_broken:

@@ -98,7 +98,8 @@ class Completion:
         finish_reason: "stop", "length" (cut by max_completion_length) or "abort" (the engine failed; data,
         never a reward of 0).
         version_spans: in order, they add up to len(token_ids).
-        text: the ids decoded once, without special tokens, for graders and readers.
+        text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
+        special tokens, such as <think> in some vocabularies, stay.
         routes: experts chosen per token and layer (mixture-of-experts replay), or None.
         trace: the order in which a masked diffusion sampler committed the tokens, or None.
     """
@@ -171,6 +172,9 @@ class ScoredGroup:
 class SamplingParams:
     """How one call samples. `top_k=0`, `top_p=1.0`, `min_p=0.0` mean the whole distribution;
     `temperature=0.0` means greedy.
+
+    Attributes:
+        stop: a completion ends behind the token in which one of these strings is complete.
     """
 
     max_completion_length: int
@@ -179,6 +183,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
 
 class WeightStream(Protocol):

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl.exactness import forget_lengths
-
 if TYPE_CHECKING:
     from rl.policy import Policy
 
@@ -43,7 +41,6 @@ class PolicyWeights:
         self.policy.set_packed(False)
         scorer.eval()
         with self.policy.autocast():
-            forget_lengths(scorer.model)
             logits = scorer.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         scorer.train(training)
         self.policy.set_packed(packed)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rollout.stop_strings import cut_at_stop
 
 WEIGHTS_UNKNOWN = -1
 
@@ -58,14 +59,34 @@ def aborted() -> Completion:
     return Completion([], [], [], "abort", [])
 
 
-def decode_texts(tokenizer: Any, completions: Sequence[Completion]) -> None:
-    """Fills in the texts, without special tokens, in one call of the tokenizer."""
+def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequence[str] = ()) -> None:
+    """Cuts completions at stop strings, and fills in the texts without the end and pad tokens behind them.
+
+    Other special tokens stay: `<think>` or a channel's name is what a grader looks for.
+    """
     filled = [c for c in completions if c.token_ids]
     if not filled:
         return
-    texts = tokenizer.batch_decode([c.token_ids for c in filled], skip_special_tokens=True)
-    for c, text in zip(filled, texts, strict=True):
+    are_cut = cut_at_stop(tokenizer, filled, stop)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    ids = [
+        c.token_ids if is_cut else _without_ends(c, ends, special)
+        for c, is_cut in zip(filled, are_cut, strict=True)
+    ]
+    for c, text in zip(filled, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
         c.text = text
+
+
+def _without_ends(c: Completion, ends: Set[int | None], special: Set[int]) -> list[int]:
+    """The ids up to the end-of-turn token that stopped the completion, and padding before it."""
+    length = len(c.token_ids)
+    if c.finish_reason == "stop" and c.token_ids[-1] in special:
+        length -= 1
+    while length and c.token_ids[length - 1] in ends:
+        length -= 1
+    return c.token_ids[:length]
 
 
 def check_call(engine: Named, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:

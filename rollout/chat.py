@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal
 
-from jinja2 import TemplateError
-
-from rl.types import Message, Prompt
+from rl.types import Prompt
+from rollout.messages import chat_messages, check_last, check_text, read_tools
+from rollout.template import Chat, render_chats
 
 
 def render_prompts(
@@ -24,40 +25,99 @@ def render_prompts(
     system_prompt: str | None = None,
     template: str = "{prompt}",
     chat: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    continue_final_message: bool = False,
     max_prompt_length: int,
+    too_long: Literal["refuse", "drop"] = "refuse",
+    template_file: str | None = None,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> list[Prompt]:
     """Rows of a dataset as Prompts with ids `prefix/000000`, ...
 
     A prompt column of text becomes one user message (`chat`) or stays plain text; a list of messages is
-    rendered as it is. All other columns, or those named, are kept for graders.
+    rendered as it is, with the row's `tools`. All other columns, or those named, are kept for graders.
+
+    Args:
+        template_file: where the chat template was read from, for errors; None: the tokenizer's own.
+        note: is told how many rows were left out as too long.
 
     Raises:
         ValueError: no rows; the prompt column or a named column is missing (with the columns there are); the
             tokenizer has no chat template, or the template refuses a chat; a prompt is empty, no text or list
             of messages, or longer than `max_prompt_length`; a column holds what is no JSON value.
     """
-    prompts: list[Prompt] = []
+    rows, texts, chats = list(rows), {}, {}
     for index, row in enumerate(rows):
         where = f"{prefix} row {index}"
         _check_columns(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
-        messages, text = as_messages(row[prompt_column], system_prompt, template, chat, where)
-        if messages:
-            text = _apply_template(tokenizer, messages, where)
-        ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]
+        value = row[prompt_column]
+        if not chat and isinstance(value, str):
+            _refuse_idle(where, system_prompt, chat_template_kwargs)
+            texts[index] = template.replace("{prompt}", check_text(value, where))
+            continue
+        messages = chat_messages(value, system_prompt, template, where)
+        is_continued = check_last(messages, continue_final_message, where)
+        chats[index] = Chat(where, messages, read_tools(row.get("tools"), where), is_continued)
+    if not rows:
+        raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
+    variables = dict(chat_template_kwargs or {})
+    rendered = render_chats(tokenizer, list(chats.values()), variables, file=template_file)
+    texts |= zip(chats, rendered, strict=True)
+    prompts, lengths = [], {}
+    for index, row in enumerate(rows):
+        where, text, found = f"{prefix} row {index}", texts[index], chats.get(index)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if found else plain_ids(tokenizer, text)
         if not ids:
             raise ValueError(f"{where}: column {prompt_column!r} has no tokens; remove the row")
         if len(ids) > max_prompt_length:
-            raise ValueError(
-                f"{where}: the prompt has {len(ids)} tokens, more than "
-                f"max_prompt_length={max_prompt_length}; "
-                f"raise data.max_prompt_length to {len(ids)} or remove the row"
-            )
+            lengths[index] = len(ids)
+            continue
         kept = kept_columns(row, prompt_column, columns)
         _check_json(kept, where)
+        messages = found.messages if found else ()
         prompts.append(Prompt(f"{prefix}/{index:06d}", text, tuple(ids), messages, kept))
-    if not prompts:
-        raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
+    if lengths:
+        sentence = _too_long(lengths, len(rows), prefix, max_prompt_length)
+        if too_long == "refuse" or not prompts:
+            raise ValueError(
+                f"{sentence}; raise data.max_prompt_length to {max(lengths.values())}, or leave such rows "
+                "out with data.too_long=drop"
+            )
+        note(f"{sentence}; they are left out (data.too_long=drop)")
     return prompts
+
+
+def _refuse_idle(where: str, system_prompt: str | None, variables: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for keys that need a chat where a prompt stays plain text."""
+    for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", variables)):
+        if value:
+            raise ValueError(
+                f"{where}: data.{name} does nothing for a prompt that data.chat=false keeps as plain text; "
+                "leave it out, or use data.chat=true"
+            )
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text: a beginning-of-text token once where the tokenizer adds one, and no end of text.
+
+    An end of text behind the prompt, which some tokenizers add, would tell the model that all is said.
+    """
+    ids, bare = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (True, False))
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if len(ids) > len(bare) and ids[-1:] == [end] and bare != ids[-len(bare) :]:
+        ids = ids[:-1]
+    if len(ids) > len(bare) and begin is not None and ids[:2] == [begin, begin]:
+        ids = ids[1:]
+    return ids
+
+
+def _too_long(lengths: Mapping[int, int], num_rows: int, prefix: str, limit: int) -> str:
+    first = ", ".join(f"{index} ({length})" for index, length in islice(lengths.items(), 10))
+    more = f" and {len(lengths) - 10} more" if len(lengths) > 10 else ""
+    head = (
+        f"{len(lengths)} of {num_rows} rows of {prefix} have more than data.max_prompt_length={limit} tokens"
+    )
+    return f"{head}: row {first}{more}"
 
 
 def end_token_ids(
@@ -108,49 +168,3 @@ def _is_json(value: Any) -> bool:
 def kept_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str] = ()) -> dict[str, Any]:
     """What graders get of a row: the named columns, or all, and never the prompt."""
     return {name: row[name] for name in (columns or row) if name != prompt_column}
-
-
-def as_messages(
-    value: Any, system_prompt: str | None, template: str, chat: bool, where: str
-) -> tuple[tuple[Message, ...], str]:
-    """(messages, "") for a chat, ((), text) for plain text."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f"{where}: the prompt is empty; remove the row")
-        text = template.replace("{prompt}", value)
-        if not chat:
-            return (), text
-        value = [{"role": "user", "content": text}]
-    elif not isinstance(value, list) or not value or not all(map(_is_message, value)):
-        raise ValueError(
-            f"{where}: a prompt must be text or a non-empty list of messages with role and content, not "
-            f"{type(value).__name__} {value!r:.60}"
-        )
-    system = (
-        [{"role": "system", "content": system_prompt}]
-        if system_prompt and value[0]["role"] != "system"
-        else []
-    )
-    return (*system, *value), ""
-
-
-def _is_message(value: Any) -> bool:
-    """A role, and something said or a tool called."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
-        return False
-    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Message], where: str) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template, and the prompts are chats; set model.chat_template to a "
-            "Jinja file, use the instruct model, or data.chat=false for plain text"
-        )
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(
-            f"{where}: the chat template refuses the messages ({' '.join(str(error).split())}); change the "
-            "messages or data.system_prompt, or set model.chat_template to another Jinja file"
-        ) from None

@@ -92,7 +92,8 @@ class Engine(Protocol):
         seeds: Sequence[int],
         with_logprobs: bool = True,
     ) -> list[Group]:
-        """One Group per prompt, in order. Completions end at `sampling.stop_token_ids`, the id included.
+        """One Group per prompt, in order. Completions end at `sampling.stop_token_ids`, the id included, or
+        behind the token that completes one of `sampling.stop`.
 
         `seeds` holds one number per prompt. Completion g draws from a seed made of that number and g, so it
         does not depend on what else is sampled, up to the rounding of the kernels. With temperature 0 the
@@ -307,7 +308,7 @@ class TransformersEngine(OneCallAtATime):
             elif length == sampling.max_completion_length:
                 reason = "length"
             completions.append(completion(row[:length], logprobs[:length], reason, [self.version]))
-        decode_texts(self.tokenizer, completions)
+        decode_texts(self.tokenizer, completions, sampling.stop)
         return completions
 
 

@@ -27,7 +27,7 @@ from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 from rollout.vllm_bucket import Bucket, Layout
 from rollout.vllm_core import Answer, VllmCore
-from rollout.vllm_start import cpu_arguments, gpu_arguments, start_engine, vllm_available
+from rollout.vllm_start import cpu_arguments, gpu_arguments, start_engine, takes_own_process, vllm_available
 
 Process = Literal["auto", "own", "inside"]
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
@@ -41,6 +41,7 @@ class Flight:
     completions: list[Completion | None]
     num_missing: int
     for_collect: bool
+    stop: tuple[str, ...] = ()
 
 
 class VllmEngine:
@@ -52,7 +53,8 @@ class VllmEngine:
         max_model_len: longest prompt plus completion, in tokens.
         process: "own" gives vLLM's engine core a process of its own, which samples while this one trains;
             "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit,
-            and "inside" on a CPU, where both would share the same cores.
+            and "inside" on a CPU, where both would share the same cores, unless vLLM would change the class
+            of the trainer's model.
         gpu_memory_utilization: share of the GPU for weights, activations and KV cache.
         kv_cache_gib: KV cache on a CPU.
         enforce_eager: no CUDA graphs; default: eager on a CPU only.
@@ -98,9 +100,6 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
-        own = self.runs_alone = process == "own" or (process == "auto" and not on_cpu)
-        goes_on = on_cpu if sample_while_training is None else sample_while_training
-        self.held_while_training, self._is_held = own and not goes_on, False
         eager = on_cpu if enforce_eager is None else enforce_eager
         if on_cpu:
             arguments = cpu_arguments(kv_cache_gib, max_model_len=max_model_len)
@@ -116,6 +115,9 @@ class VllmEngine:
             "max_num_seqs": max_num_seqs,
             "enforce_eager": eager,
         }
+        own = self.runs_alone = takes_own_process(process, arguments, on_cpu=on_cpu)
+        goes_on = on_cpu if sample_while_training is None else sample_while_training
+        self.held_while_training, self._is_held = own and not goes_on, False
         self.tokenizer, self.version = tokenizer, version
         self.timeout_s, self.max_model_len, self.recompute_kv = timeout_s, max_model_len, recompute_kv
         engine, owns_group = start_engine(arguments, own=own, timeout_s=timeout_s)
@@ -240,7 +242,7 @@ class VllmEngine:
             if index in faults:
                 flights.append(Flight(prompt, [aborted() for _ in range(number)], 0, for_collect))
                 continue
-            flight = Flight(prompt, [None] * number, number, for_collect)
+            flight = Flight(prompt, [None] * number, number, for_collect, call.sampling.stop)
             base = completion_seed(seed)
             draws = [base + g if self.seed_requests else None for g in range(number)]
             for g, request in enumerate(self._start(list(prompt.token_ids), parameters, draws)):
@@ -302,7 +304,8 @@ class VllmEngine:
     def _groups(self, flights: list[Flight]) -> list[Group]:
         """Groups with their texts; what is missing in a flight is aborted."""
         groups = [Group(f.prompt, [c or aborted() for c in f.completions]) for f in flights]
-        decode_texts(self.tokenizer, [c for group in groups for c in group.completions])
+        for flight, group in zip(flights, groups, strict=True):
+            decode_texts(self.tokenizer, group.completions, flight.stop)
         return groups
 
     def _describe(self, *, uncompiled: bool) -> dict[str, HeldTensor]:

@@ -178,6 +178,33 @@ _ALWAYS = {
 }
 
 
+def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) -> bool:
+    """Whether the engine core gets a process of its own.
+
+    Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
+    changes it for its whole process: a trainer's model of that class fails in its next forward pass.
+
+    Raises:
+        ValueError: `process` is "inside" for such a model.
+    """
+    if process == "own" or (process == "auto" and not on_cpu):
+        return True
+    from vllm import EngineArgs
+
+    try:
+        with process_state_kept():
+            found: Any = EngineArgs(**_ALWAYS | arguments).create_model_config()
+            changes_class = found.using_transformers_backend()
+    except (ValueError, RuntimeError, AssertionError):
+        return False  # the start refuses it in words
+    if changes_class and process == "inside":
+        raise ValueError(
+            f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
+            "changes it for the whole process, the trainer's model included; use engine.process=auto"
+        )
+    return changes_class
+
+
 def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> tuple[Any, bool]:
     """(vllm.LLMEngine on this process's own device, whether vLLM made torch's default process group).
 

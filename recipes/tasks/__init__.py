@@ -8,29 +8,66 @@ import difflib
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.tasks.tables import read_table
 from rl.config import DataConfig
+from rl.config.data_rules import check_source
 
-FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 Row = dict[str, Any]
 
 
 def load_rows(config: DataConfig) -> list[Row]:
-    """The rows of `config.source`, at most `config.size`, with JSON values.
+    """The rows of `config.source`, at most `config.size`, with JSON values and renamed columns.
 
     Raises:
-        ValueError: an unknown generator (with near names), an unreadable file, a missing split, or a callable
-            that cannot be imported or returns no list of mappings.
+        ValueError: an unknown generator (with near names), an unreadable file, a missing split, a callable
+            that cannot be imported or returns no list of mappings, or a key that the source cannot use.
     """
     source = config.source
+    check_source(config, "data")
     if source.startswith("reasoning_gym:"):
-        return _reasoning_gym(source.partition(":")[2], config)
-    if ":" in source and not Path(source).exists():
-        return _from_callable(source, config)
-    return _from_datasets(source, config)
+        rows = _reasoning_gym(source.partition(":")[2], config)
+    elif ":" in source and not Path(source).exists():
+        rows = _from_callable(source, config)
+    else:
+        rows = read_table(config)
+    return _renamed(rows, config.rename)
+
+
+def _renamed(rows: list[Row], names: Mapping[str, str]) -> list[Row]:
+    """The rows with columns renamed old -> new, all at once, so that two may swap their names.
+
+    Raises:
+        ValueError: no row has an old name, or a row has the new one already.
+    """
+    if not names or not rows:
+        return rows
+    for old, new in names.items():
+        if old not in (known := dict.fromkeys(name for row in rows for name in row)):
+            near = difflib.get_close_matches(old, known, n=1)
+            raise ValueError(
+                f"data.rename: the dataset has no column {old!r}; it has {', '.join(map(repr, known))}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if new in known and new not in names:
+            raise ValueError(
+                f"data.rename={{{old}: {new}}}: the dataset has a column {new!r} already; rename that one as "
+                f"well, such as {new}: old_{new}"
+            )
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def find_modules_beside(config_file: str | Path) -> None:
+    """Lets `import` find modules in the working directory and beside the config file, after installed ones,
+    here and in grader processes.
+    """
+    for folder in (Path.cwd(), Path(config_file).resolve().parent):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _reasoning_gym(name: str, config: DataConfig) -> list[Row]:
@@ -61,11 +98,14 @@ def _reasoning_gym(name: str, config: DataConfig) -> list[Row]:
 
 def _from_callable(path: str, config: DataConfig) -> list[Row]:
     module_name, _, attribute = path.partition(":")
+    find_modules_beside(Path.cwd() / "config")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of the user's may raise anything
+        said = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"data.source={path!r} is neither a file, a hub name nor an importable module:callable ({error})"
+            f"data.source={path!r} is neither a file, a hub name nor an importable module:callable ({said}); "
+            "a module must be installed, or lie in the working directory or beside the config file"
         ) from None
     try:
         made = function(**config.options)
@@ -80,48 +120,3 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
             f"[{{'prompt': ..., 'answer': ...}}], not {wrong}"
         )
     return [dict(row) for row in rows]
-
-
-def _from_datasets(source: str, config: DataConfig) -> list[Row]:
-    import datasets
-
-    path = Path(source)
-    if path.is_file() and path.suffix not in FILE_LOADERS:
-        raise ValueError(
-            f"data.source={source}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}"
-        )
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"data.source={source} is an empty file")
-    try:
-        if path.is_dir() and (path / "dataset_dict.json").exists() | (path / "state.json").exists():
-            loaded = datasets.load_from_disk(source)
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = _split_of(loaded, config)
-        elif path.is_file():
-            loaded = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=source, split="train")
-        else:
-            loaded = datasets.load_dataset(
-                source, revision=config.revision, split=config.split, **config.options
-            )
-    except Exception as error:  # builders, readers and the hub raise whatever they like
-        raise ValueError(_reading_fault(error, config)) from error
-    size = len(loaded) if config.size is None else min(config.size, len(loaded))
-    return [dict(row) for row in loaded.select(range(size))]
-
-
-def _reading_fault(error: BaseException, config: DataConfig) -> str:
-    """What went wrong, and at its root: `datasets` often says no more than that something did."""
-    if "corresponds to no data" in str(error):
-        return f"data.source={config.source!r} has no rows"
-    root = error
-    while (deeper := root.__cause__ or root.__context__) is not None:
-        root = deeper
-    said = [f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}" for e in (error, root)]
-    asked = "" if Path(config.source).exists() else f" (revision {config.revision}, split {config.split!r})"
-    return f"data.source={config.source!r}{asked} could not be read: {'; '.join(dict.fromkeys(said))}"
-
-
-def _split_of(splits: Any, config: DataConfig) -> Any:
-    if config.split not in splits:
-        raise ValueError(f"data.split={config.split!r} is not in {config.source}; it has {list(splits)}")
-    return splits[config.split]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from recipes.tasks import load_rows
@@ -22,7 +23,8 @@ def boxed_gsm8k(
         size: prompts; None: all.
     """
     count = None if size is None else size + num_examples
-    rows = load_rows(DataConfig(source=source, split=split, options={"name": "main"}, size=count))
+    options = {} if Path(source).is_file() else {"name": "main"}
+    rows = load_rows(DataConfig(source=source, split=split, options=options, size=count))
     parsed = [(row["question"], *split_solution(row["answer"])) for row in rows]
     shots = [
         message

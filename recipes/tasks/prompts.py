@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rl.config import DataConfig
+from recipes.tasks import load_rows
+from rl.config import Config, DataConfig
 from rl.types import Prompt
-from rollout.chat import as_messages, kept_columns, render_prompts
+from rollout.chat import kept_columns, render_prompts
+from rollout.messages import chat_messages, check_text
+
+
+def load_sets(
+    config: Config, note: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training rows, held-out rows), the latter from `evaluation.data` or a share of the former."""
+    rows, held = load_rows(config.data), config.evaluation.data
+    if held is None:
+        return rows, []
+    if held.share is None:
+        return rows, load_rows(held)
+    kept, heldout = split_share(
+        rows, held.share, seed=config.train.seed, prompt_column=config.data.prompt_column
+    )
+    note(
+        f"evaluation.data.share={held.share:g}: {len(heldout)} of the {len(rows)} rows of data.source are "
+        f"held out, {len(kept)} are trained on"
+    )
+    return kept, heldout
+
+
+def split_share(
+    rows: Sequence[dict[str, Any]], share: float, *, seed: int, prompt_column: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows to train on, rows held out): a share of the distinct prompts, by a hash of prompt and seed.
+
+    At least one prompt is held out. The order of the rows does not matter, and rows with the same prompt stay
+    together.
+
+    Raises:
+        ValueError: there is one prompt, or none.
+    """
+
+    def mark(row: dict[str, Any]) -> str:
+        prompt = json.dumps(row.get(prompt_column), sort_keys=True, default=str)
+        return hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()
+
+    marks = [mark(row) for row in rows]
+    distinct = sorted(set(marks))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"evaluation.data.share={share:g} holds out some prompts and leaves others, and data.source has "
+            f"{len(distinct)}; give evaluation.data a source of its own"
+        )
+    chosen = set(distinct[: min(max(1, round(share * len(distinct))), len(distinct) - 1)])
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row, found in zip(rows, marks, strict=True):
+        sides[found in chosen].append(row)
+    return sides
 
 
 def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[set[str], dict[str, Any]]:
@@ -22,12 +75,20 @@ def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> P
     for name in (data.prompt_column, *data.columns):
         if name not in row:
             raise ValueError(f"{where}: the dataset has no column {name!r}; it has {', '.join(row)}")
-    messages, text = as_messages(row[data.prompt_column], data.system_prompt, data.template, data.chat, where)
-    return Prompt(where, text, (), messages, kept_columns(row, data.prompt_column, data.columns))
+    value, kept = row[data.prompt_column], kept_columns(row, data.prompt_column, data.columns)
+    if not data.chat and isinstance(value, str):
+        return Prompt(where, data.template.replace("{prompt}", check_text(value, where)), (), (), kept)
+    return Prompt(where, "", (), chat_messages(value, data.system_prompt, data.template, where), kept)
 
 
 def make_prompts(
-    data: DataConfig, rows: Sequence[dict[str, Any]], tokenizer: Any, prefix: str
+    data: DataConfig,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    prefix: str,
+    *,
+    template_file: str | None,
+    note: Callable[[str], None],
 ) -> list[Prompt]:
     return render_prompts(
         rows,
@@ -38,7 +99,12 @@ def make_prompts(
         system_prompt=data.system_prompt,
         template=data.template,
         chat=data.chat,
+        chat_template_kwargs=data.chat_template_kwargs,
+        continue_final_message=data.continue_final_message,
         max_prompt_length=data.max_prompt_length,
+        too_long=data.too_long,
+        template_file=template_file,
+        note=note,
     )
 
 

@@ -53,6 +53,12 @@ class Config(Section):
         return min(allowed, t.in_flight or allowed)
 
     @property
+    def heldout_data(self) -> DataConfig | None:
+        """How held-out prompts are read and rendered; None: there is no evaluation."""
+        held = self.evaluation.data
+        return self.data if held is not None and held.share is not None else held
+
+    @property
     def is_coarse(self) -> bool:
         """Whether policy or engine compute in bf16; an engine whose dtype is auto may too, on a GPU."""
         return self.model.dtype != "fp32" or self.engine.dtype == "bfloat16"

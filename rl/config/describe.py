@@ -14,11 +14,15 @@ from rl.config.sections import Section
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "no fewer than"}
 
 
-def described(schema: type[Section], tree: Mapping[str, Any]) -> str:
-    """A resolved config with a comment for every key. Sections that are off, and those of lists, have their
+def described(config: Section, values: Mapping[str, Any] | None = None) -> str:
+    """The resolved config with a comment for every key. Sections that are off, and those of lists, have their
     keys in comments.
+
+    Args:
+        values: shown in place of the config's own, such as a copy without secrets.
     """
-    return "\n".join(_lines(schema, tree)) + "\n"
+    shown = config.model_dump(mode="json") if values is None else values
+    return "\n".join(_lines(type(config), shown)) + "\n"
 
 
 def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:

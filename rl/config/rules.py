@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rl.config.data_rules import check_data, check_heldout
+
 if TYPE_CHECKING:
     from rl.config.config import Config
 
 
 def check_rules(config: Config) -> None:
     """Raises ValueError for keys that are fine alone and not together."""
+    check_data(config.data, "data")
+    check_heldout(config)
     check_staleness(config)
     t, s, loss = config.train, config.sampling, config.loss
     if s.temperature == 0:

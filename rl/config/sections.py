@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
@@ -78,9 +78,7 @@ class ModelConfig(Section):
         default=False, description="recomputes activations: less memory, more time"
     )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
-    lora: LoraConfig | None = Field(
-        default=None, description="adapters beside frozen weights; default: all weights are trained"
-    )
+    lora: LoraConfig | None = None
     reference: ReferenceConfig = ReferenceConfig()
     chat_template: str | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
@@ -96,18 +94,40 @@ class DataConfig(Section):
     split: str = Field(default="train", description="of the dataset")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     prompt_column: str = Field(default="prompt", description="text or messages")
+    rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
-    system_prompt: str | None = Field(default=None, description="put before chats that have none")
+    system_prompt: str | None = None
     chat: bool = Field(
         default=True, description="a text prompt becomes a user message; false: it stays plain text"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="completions go on with the last message where the assistant began it"
     )
     template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
     size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
     options: dict[str, Any] = Field(default={}, description="arguments of the generator or callable")
     max_prompt_length: int = Field(
-        default=1024, ge=1, description="tokens, the chat template included; longer is an error"
+        default=1024, ge=1, description="tokens, the chat template included; see too_long"
     )
-    shuffle: bool = Field(default=True, description="a new order in every epoch")
+    too_long: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="rows above max_prompt_length: end the run before it starts, or go without",
+    )
+    shuffle: bool = True
+
+
+class HeldoutConfig(DataConfig):
+    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
+
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
+    )
 
 
 class SamplingConfig(Section):
@@ -117,19 +137,22 @@ class SamplingConfig(Section):
     min_p: float = Field(default=0.0, ge=0, lt=1, description="0 = off")
     max_completion_length: int = Field(default=256, ge=1, description="tokens")
     stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description="strings; a completion is cut behind the token that completes one. It is sampled to its "
+        "end first: stop_token_ids end sooner",
+    )
 
 
 class EngineConfig(Section):
     """Who samples. `auto`: vLLM where it can be imported, else transformers."""
 
     name: Literal["auto", "vllm", "transformers"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="of the engine's weights; auto: bf16 unless model.dtype is fp32"
-    )
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="sampled together; default: all in flight, from 256 to 512"
     )
-    gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1, description="share of a GPU for vLLM")
+    gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
     kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
     process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
@@ -229,7 +252,7 @@ class LossConfig(Section):
         default=False,
         description="KL times the ratio (arXiv:2512.02556): with k1 or k3 its gradient is then the KL's",
     )
-    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    entropy_coef: float = Field(default=0.0, ge=0)
     mask_truncated: bool = Field(
         default=False, description="completions cut by the length limit give no gradient"
     )
@@ -278,7 +301,7 @@ class EvaluationConfig(Section):
     the training stream.
     """
 
-    data: DataConfig | None = Field(default=None, description="default: no evaluation")
+    data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
     metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, Section
+from rl.config.data_rules import check_source
 
 
 class TrainConfig(Section):
@@ -178,6 +179,13 @@ class DiffusionConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2.5e-5, weight_decay=0.1, warmup_steps=50)
     evaluation: BoundConfig = BoundConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def check_sources(self) -> DiffusionConfig:
+        check_source(self.data, "data")
+        if self.evaluation.data is not None:
+            check_source(self.evaluation.data, "evaluation.data")
+        return self
 
     @model_validator(mode="after")
     def check_shard(self) -> DiffusionConfig:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from rl.adapters import add_lora
 from rl.diffusion.adapters import write_record
 from rl.diffusion.config import DiffusionModelConfig
 from rl.diffusion.model import (
@@ -28,7 +29,8 @@ from rl.diffusion.model import (
 )
 from rl.diffusion.saved_config import model_config
 from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.loading import add_lora, check_vocabulary, context_length, storage_dtype
+from rl.loading import check_vocabulary, context_length, storage_dtype
+from rl.saving import save_model
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -142,7 +144,7 @@ class DiffusionPolicy:
 
         Its architecture has a name that no engine for causal models knows, so that none serves it as one.
         """
-        (self.peft_model or self.model).save_pretrained(folder, state_dict=weights)
+        save_model(self.peft_model or self.model, self.model, folder, state_dict=weights)
         if self.peft_model is not None:
             write_record(folder, mask_token_id=self.mask_token_id, shift=is_shifted(self.model))
         self.tokenizer.save_pretrained(folder)

@@ -82,3 +82,11 @@ def kills_the_trainer(prompts, completions, **columns):
         os.remove(order)
         os.kill(os.getppid(), signal.SIGKILL)
     return even_words(prompts, completions)
+
+
+def takes_away(prompts, completions, **columns):
+    """Scores; at the 20th completion renames the path that TOY_TAKE names, as a user might."""
+    _calls.append(1)
+    if len(_calls) == 20:
+        os.rename(os.environ["TOY_TAKE"], os.environ["TOY_TAKE"] + "-elsewhere")
+    return low_words(prompts, completions)

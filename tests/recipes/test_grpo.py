@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli import main as cohort
-from recipes.grpo import check_finished, main
+from recipes.grpo import main
+from recipes.heldout import check_finished
 from rl.config.read import load_config
 from rl.metrics import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup

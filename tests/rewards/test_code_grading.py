@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from rewards.code import CodeOptions, close_sandboxes, code_reward, code_sandbox, grade
-from rewards.code_compare import same_output
+from rewards.code_compare import same_output, same_value
 from rewards.code_extract import extract_code
 from rewards.code_tests import parse_tests
 from rewards.sandbox import Sandbox
@@ -319,7 +319,27 @@ def test_outputs_compare_by_line_and_numbers_within_the_tolerance() -> None:
     assert not same_output("1\n2", "1", 1e-6)
 
 
+@pytest.mark.parametrize("tolerance", [1e-6, 0.5, 10.0])
+def test_an_infinity_is_close_to_itself_only_and_nan_to_nothing(tolerance: float) -> None:
+    for actual, expected in (
+        *(("1", "inf"), ("-inf", "inf"), ("inf", "1"), ("nan", "inf"), ("inf", "nan"), ("nan", "1")),
+        *(("1e999", "inf"), ("9" * 400, "1" * 400), ("x 3", "x inf")),
+    ):
+        assert not same_output(actual, expected, tolerance), (actual, expected)
+    assert same_output("inf", "Infinity", tolerance) and same_output("nan", "nan", tolerance)
+    inf, nan, huge = float("inf"), float("nan"), 10**400
+    for value, wanted in (
+        *((1, inf), (-inf, inf), (inf, 1.0), (nan, inf), (nan, nan), (nan, 1), (huge, inf), (inf, huge)),
+        *((1.5, huge), (huge, 1.5), ([1], [inf]), ({"a": 1}, {"a": inf}), (-1e308, inf), (1e308, -1e308)),
+    ):
+        assert not same_value(value, wanted, min(tolerance, 1.0)), (value, wanted)
+    assert same_value([inf, {"a": -inf}], [inf, {"a": -inf}], tolerance) and same_value(huge, huge, tolerance)
+
+
 def test_unknown_options_and_weights_are_refused_with_a_remedy() -> None:
+    for tolerance in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match="must be >= 0 and finite, such as 1e-6"):
+            CodeOptions(float_tolerance=tolerance)
     with pytest.raises(ValueError, match="use 'all' or 'fraction'"):
         CodeOptions(scoring="some")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="timeout_s=0 is below"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,11 +17,12 @@ import pytest
 
 from rewards import code_languages
 from rewards.code import CodeOptions, close_sandboxes, grade
-from rewards.code_languages import LANGUAGES
+from rewards.code_languages import LANGUAGES, sweep_folders
 from rewards.sandbox import Sandbox, SandboxError
 from rewards.sandbox_confine import landlock_abi
 from rl.types import Reason, Reward
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [{"input": "2 3\n", "output": "5\n"}, {"input": "10 -4\n", "output": "6\n"}]
 COMPILERS = {"c": "gcc", "cpp": "g++", "javascript": "node"}
 HEADERS = ("stdio.h", "stdlib.h", "string.h", "sys/socket.h", "unistd.h")
@@ -148,6 +151,50 @@ def test_a_program_that_does_not_compile_is_a_parse_error() -> None:
     reward = run("int main( {", "c")
     assert (reward.score, reward.reason) == (0.0, Reason.PARSE_ERROR)
     assert "error" in reward.detail
+
+
+HOLDER = """import sys, time
+from rewards.code_languages import LANGUAGES, Language, prepared
+from rewards.sandbox import Limits
+LANGUAGES["text"] = Language("main.txt", (), (sys.executable,))
+class Giver:
+    def give(self, folder): print(folder, flush=True)
+with prepared("x", "text", Limits(), Giver()):
+    time.sleep(60)
+"""
+
+
+def test_a_folder_goes_with_the_next_start_when_its_owner_was_killed(temporary: Path) -> None:
+    """And only then: not that of a living process, of another user, or where a link leads."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
+    living, dead = (Path(process.stdout.readline().strip()) for process in started)  # pyright: ignore
+    started[1].kill()
+    started[1].wait()
+    outside, link = temporary / "outside", temporary / "cohort-code-link"
+    outside.mkdir()
+    (outside / "kept").touch()
+    link.symlink_to(outside)
+    (dead / "link").symlink_to(outside)
+    foreign = temporary / "cohort-code-foreign"
+    foreign.mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 1000, 1000)
+    try:
+        assert dead.exists()
+        sweep_folders(str(temporary))
+        assert (living.exists(), dead.exists(), link.is_symlink()) == (True, False, True)
+        assert (outside / "kept").exists() and foreign.exists() == (os.getuid() == 0)
+    finally:
+        started[0].kill()
+        started[0].wait()
 
 
 def test_asserts_in_another_language_abstain() -> None:

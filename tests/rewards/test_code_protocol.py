@@ -39,11 +39,11 @@ def crossed(value: Any) -> Any:
     encoder = Encoder(refuse, lambda kind: kind is Node)
     encoded = loads(dumps(encoder.encode(value)))
     objects = loads(dumps(encoder.objects))
-    return Decoder(unknown, {"Node": Node}.__getitem__).decode_message([encoded], objects)[0]
+    return Decoder(unknown, {"Node": Node}).decode_message([encoded], objects)[0]
 
 
 def decode(text: str, objects: Any = ()) -> Any:
-    return Decoder(unknown, {"Node": Node}.__getitem__).decode_message([loads(text)], list(objects))[0]
+    return Decoder(unknown, {"Node": Node}).decode_message([loads(text)], list(objects))[0]
 
 
 def test_subclasses_cross_as_the_plain_value_underneath() -> None:
@@ -106,12 +106,20 @@ def test_a_value_within_itself_and_one_nested_too_deep_are_refused() -> None:
         '["int", "0x"]',
         '["int", 5]',
         '["int", "1_0"]',
-        '["bytes", "zz"]',
-        '["complex", "1", 2]',
-        '["range", 1, 2, 0]',
-        '["range", 1.5, 2, 1]',
-        '["fraction", 1, 0]',
-        '["decimal", 5]',
+        '["bytes", ["zz"]]',
+        '["bytes", "00"]',
+        '["complex", ["1", 2]]',
+        '["range", [1, 2, 0]]',
+        '["range", [1.5, 2, 1]]',
+        '["range", 1, 2, 1]',
+        '["fraction", [1, 0]]',
+        '["fraction", ["1e99999999"]]',
+        '["decimal", [5]]',
+        '["counter", [1]]',
+        '["named", [1, 2], "P", "x"]',
+        '["named", [1], "P", "x y"]',
+        '["named", [1], "P", "__class__"]',
+        '["text", [5, 0]]',
         '["object", 0]',
         '["object", -1]',
         '["eval", "1"]',

@@ -109,3 +109,18 @@ def test_a_missing_column_is_an_error():
         doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [{"prompt": "?"}], "prompt"))
     with pytest.raises(ValueError, match="has no rows"):
         doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [], "prompt"))
+
+
+def test_tests_that_cannot_be_asked_are_named_with_the_reason(examine):
+    code = {"canonical_solution": "import os\ndef f(): return len(os.listdir('/x'))", "prompt": "?"}
+    asserts = {"type": "asserts", "entry_point": "f"}
+    patched = "from unittest.mock import patch\nwith patch('os.listdir', lambda _: [1]):\n    assert f() == 1"
+    rows = [
+        {**code, "tests": {**asserts, "code": patched}},
+        {**code, "tests": {**asserts, "code": "def test_f(capsys):\n    f()"}},
+    ]
+    _, checks = examine(RewardSpec("code"), rows)
+    unusable = checks["unusable golds"]
+    assert unusable.finding.startswith("2 of 2 (100.0%) abstain")
+    assert "'patch(' in the tests does not reach the solution's process" in unusable.rows[0]
+    assert "test_f needs the fixtures of pytest capsys" in unusable.rows[1]

@@ -61,7 +61,7 @@ def test_cohort_config_prints_every_shipped_config_as_itself(path, tmp_path, cap
 )
 def test_every_key_says_what_it_means_also_of_sections_that_are_off(name, lines):
     config = read_any_config(next(path for path in CONFIGS if path.stem == name))
-    shown = described(type(config), config.model_dump(mode="json")).splitlines()
+    shown = described(config).splitlines()
     assert [line for line in lines if not any(found.startswith(line) for found in shown)] == []
 
 
@@ -75,7 +75,7 @@ def test_text_of_several_lines_and_marks_of_comments_survive(tmp_path):
     path.write_text(yaml.safe_dump({"data": texts | {"max_length": 7}}))
     config = read_any_config(path)
     assert isinstance(config, DiffusionConfig)
-    path.write_text(described(DiffusionConfig, config.model_dump(mode="json")))
+    path.write_text(described(config))
     assert read_config(DiffusionConfig, path) == config
 
 

@@ -175,14 +175,18 @@ def test_a_run_beyond_the_original_length_has_the_long_factors_everywhere(family
     torch.testing.assert_close(policy.reference_logprobs(batch), policy.logprobs(batch)[0].detach())
 
 
-def test_growing_rotary_frequencies_do_not_remember_longer_sequences(family):
+def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family):
+    """Beyond their first length they depend on the longest sequence so far: a log-prob has no value."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     folder = family("llama", rope_parameters=rope, max_position_embeddings=64)
     policy, _ = load(folder)
     assert "(dynamic) of a whole row change" in (policy.settle_attention() or "")
-    with torch.no_grad():
-        policy.logprobs(row_of([100]))
-    assert far_from(eager(folder), policy, row_of([60])) < 1e-5
+    assert far_from(eager(folder), policy, row_of([54, 20])) < 1e-5
+    with pytest.raises(ValueError, match="a sequence of 65 tokens exceeds the 64 from which on the dynamic"):
+        policy.logprobs(row_of([20, 55]))
+    with pytest.raises(ValueError, match="a sequence of 90 tokens exceeds the 64"):
+        load(folder)[0].settle_attention(90)
+    assert load(folder)[0].settle_attention(64) is None
 
 
 @pytest.mark.parametrize("name", ["phimoe", "doge"])

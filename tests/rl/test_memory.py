@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
 
+from rl.adapters import add_lora
 from rl.config import ModelConfig
 from rl.config.read import load_config
-from rl.loading import add_lora, storage_dtype
+from rl.loading import storage_dtype
 from rl.logprobs import CHUNK_BYTES
 from rl.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes
 

@@ -44,10 +44,7 @@ NO_LORA = set(
     )
 )
 ALWAYS = set(
-    words(
-        "llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite cohere deepseek_v3 mixtral "
-        "qwen3_moe gpt_oss mamba vaultgemma phimoe"
-    )
+    words("llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite deepseek_v3 qwen3_moe gpt_oss mamba")
 )
 LENGTH = 40  # tokens of the longest completion
 

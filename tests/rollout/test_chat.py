@@ -102,3 +102,107 @@ def test_a_template_that_refuses_a_chat_says_so_with_the_row(tiny_model_dir):
 def test_only_the_named_columns_need_to_be_json(tokenizer):
     (prompt,) = render(tokenizer, [{"prompt": "w1", "seen": {1}, "answer": "2"}], columns=["answer"])
     assert prompt.columns == {"answer": "2"}
+
+
+def test_parts_of_text_are_joined(tokenizer):
+    parts = [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2", "image": None}, "w3"]
+    (prompt,) = render(tokenizer, [{"prompt": [{"role": "user", "content": parts}]}])
+    assert prompt.text == "<user> w1\nw2\nw3 <eos> <assistant> "
+    assert prompt.messages == ({"role": "user", "content": "w1\nw2\nw3"},)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image", "image": "x.png"}, "image"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
+        ({"type": "text", "text": None}, "text"),
+        (7, "int"),
+    ],
+)
+def test_a_part_that_is_not_text_is_refused_by_its_row(tokenizer, part, kind):
+    fine = [{"role": "user", "content": "w1"}]
+    rows = [{"prompt": fine}, {"prompt": [*fine, {"role": "user", "content": [part, {"text": "w2"}]}]}]
+    with pytest.raises(ValueError, match=f"train row 1: message 1 has a part of type '{kind}'"):
+        render(tokenizer, rows)
+
+
+def test_a_chat_that_ends_with_the_assistant_is_refused_or_continued(tokenizer):
+    begun = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    rows = [{"prompt": begun}, {"prompt": begun[:1]}]
+    with pytest.raises(ValueError, match=r"train row 0: .*gold answer.*data\.continue_final_message=true"):
+        render(tokenizer, rows)
+    texts = [p.text for p in render(tokenizer, rows, continue_final_message=True)]
+    assert texts == ["<user> w1 <eos> <assistant> w2 w3", "<user> w1 <eos> <assistant> "]
+    calls = [*begun[:1], {"role": "assistant", "content": None, "tool_calls": [{"name": "w4"}]}]
+    with pytest.raises(ValueError, match="no text to go on with"):
+        render(tokenizer, [{"prompt": calls}], continue_final_message=True)
+
+
+def test_a_template_for_text_is_refused_for_messages(tokenizer):
+    rows = [{"prompt": [{"role": "user", "content": "w1"}]}]
+    with pytest.raises(ValueError, match=r"train row 0: data\.template wraps prompts that are text"):
+        render(tokenizer, rows, template="w0 {prompt}")
+
+
+def test_rows_that_are_too_long_are_named_all_at_once_or_dropped(tokenizer):
+    rows = [{"prompt": "w1 " * (40 if i % 2 else 2)} for i in range(24)]
+    with pytest.raises(ValueError) as caught:
+        render(tokenizer, rows)
+    said = (
+        "12 of 24 rows of train have more than data.max_prompt_length=16 tokens: row 1 (43), 3 (43), 5 (43)"
+    )
+    assert str(caught.value).startswith(said)
+    assert "19 (43) and 2 more; raise data.max_prompt_length to 43, or " in str(caught.value)
+    notes = []
+    kept = render(tokenizer, rows, too_long="drop", note=notes.append)
+    assert [p.id for p in kept[:3]] == ["train/000000", "train/000002", "train/000004"] and len(kept) == 12
+    assert len(notes) == 1 and notes[0].startswith("12 of 24 rows of train have")
+    with pytest.raises(ValueError, match="1 of 1 rows"):
+        render(tokenizer, rows[1:2], too_long="drop")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("$A", ["w1", "w2"]),
+        ("<user> $A", ["<user>", "w1", "w2"]),
+        ("$A <eos>", ["w1", "w2"]),
+        ("<user> $A <eos>", ["<user>", "w1", "w2"]),
+    ],
+)
+def test_plain_text_has_one_begin_token_and_no_end_token(tiny_model_dir, pattern, expected):
+    """As the tokenizers of Llama (a begin token), T5 (an end token) and others (both) add them."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.bos_token = "<user>"  # any token of the tiny vocabulary
+    special = [("<user>", 3), ("<eos>", 1)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=special)
+    (prompt,) = render(tokenizer, [{"prompt": "w1 w2"}], chat=False)
+    assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == expected
+    (given,) = render(tokenizer, [{"prompt": "<user> w1 w2"}], chat=False)  # it has one already
+    assert tokenizer.convert_ids_to_tokens(list(given.token_ids)) == ["<user>", "w1", "w2"]
+    (ended,) = render(tokenizer, [{"prompt": "w1 w2 <eos>"}], chat=False)  # the row's own
+    assert tokenizer.convert_ids_to_tokens(list(ended.token_ids)) == [*expected, "<eos>"]
+
+
+def test_a_chat_template_that_writes_the_begin_token_gets_no_second(tiny_model_dir):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.bos_token, tokenizer.chat_template = "<user>", "{{ bos_token }} {{ messages[0]['content'] }}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", 3)]
+    )
+    (prompt,) = render(tokenizer, [{"prompt": "w1"}])
+    assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == ["<user>", "w1"]
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "chat_template_kwargs"])
+def test_keys_of_a_chat_are_refused_for_plain_text(tokenizer, name):
+    option = {name: "w9" if name == "system_prompt" else {"m": 1}}
+    with pytest.raises(ValueError, match=f"train row 0: data.{name} does nothing"):
+        render(tokenizer, [{"prompt": "w1"}], chat=False, **option)
+    chat = [{"role": "user", "content": "w1"}]
+    assert len(render(tokenizer, [{"prompt": chat}], chat=False, **option)) == 1

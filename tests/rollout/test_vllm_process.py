@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import transformers
 from test_streaming import collect_all
 from test_weight_sync import FAULTS, Q0
 from tiny_llama import (
@@ -37,9 +38,11 @@ from rollout.engine import EngineError
 from rollout.vllm_engine import VllmEngine
 from rollout.vllm_start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
+from tests.rl.families import save_tiny, tiny_config
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512}
 LAUNCHER = {"WORLD_SIZE": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 TINY = {"dtype": torch.float32, "max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
 
@@ -290,3 +293,22 @@ def test_a_core_that_dies_is_an_error_within_seconds_and_leaves_no_process(folde
     engine.close()
     assert time.monotonic() - began < 10
     assert not psutil.pid_exists(pid) and not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_class_that_vllm_would_change_is_left_to_a_process_of_its_own(tmp_path):
+    """vLLM computes OLMo with transformers' class, and makes every other instance of it fail."""
+    folder = save_tiny("olmo2", tmp_path, tiny_config("olmo2", **HEADS_OF_32))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with pytest.raises(
+        ValueError, match=r"engine\.process=inside: vLLM computes .* with transformers' own class"
+    ):
+        VllmEngine(folder, make_tokenizer(), **TINY, process="inside")
+    engine = VllmEngine(folder, make_tokenizer(), **TINY)
+    try:
+        assert engine.runs_alone
+        logits = model(input_ids=torch.tensor([CANARY])).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(CANARY)[1:, None])[:, 0].tolist()
+        assert engine.prompt_logprobs(CANARY) == pytest.approx(expected, abs=1e-3)
+    finally:
+        engine.close()

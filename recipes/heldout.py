@@ -1,0 +1,63 @@
+"""Held-out accuracy of a run: its own prompts and sampling, and never a step of the training stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from recipes.sources import sampling_params
+from rewards.pool import RewardPool
+from rl.config import Config
+from rl.record import check_faults
+from rl.rundir import Evaluation
+from rl.types import Prompt, ScoredGroup
+from rl.world import World
+from rollout.engine import Engine
+from rollout.source import sample_and_score
+
+
+def make_evaluator(
+    config: Config,
+    world: World,
+    engine: Engine,
+    scorer: RewardPool,
+    prompts: list[Prompt],
+    ends: Sequence[int],
+) -> Any:
+    e = config.evaluation
+
+    def evaluate(step: int) -> Evaluation:
+        groups = sample_and_score(
+            engine,
+            scorer,
+            prompts,
+            sampling_params(e.sampling, ends),
+            num_samples=e.num_samples,
+            seed=config.train.seed,
+            first=world.rank,
+            stride=world.size,
+        )
+        check_faults(groups, config.rewards.max_fault_share, world.sum)
+        check_finished(groups, config, world)
+        (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
+        return Evaluation.of(step, total, len(prompts))
+
+    return evaluate
+
+
+def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
+    """Raises RuntimeError if a held-out completion is missing: it would count as wrong."""
+    reasons = [c.finish_reason for group in groups for c in group.group.completions]
+    missing, num = world.sum([float(reasons.count("abort")), float(len(reasons))])
+    if missing:
+        raise RuntimeError(
+            f"the engine did not finish {missing:.0f} of {num:.0f} held-out completions within "
+            f"engine.timeout_s={config.engine.timeout_s:g} (or their logits were not finite), and they would "
+            "count as wrong; raise engine.timeout_s, or lower evaluation.data.size"
+        )
+
+
+def _accuracy(group: ScoredGroup, metric: str) -> float:
+    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
+    scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
+    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)

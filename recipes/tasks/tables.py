@@ -1,0 +1,105 @@
+"""Rows of what `datasets` reads: a file, a folder, a saved data set, or a name on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rl.config import DataConfig
+from rl.config.data_rules import DATA_SUFFIXES, check_source
+
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_table(config: DataConfig) -> list[dict[str, Any]]:
+    """The rows of `config.split`, at most `config.size`.
+
+    Raises:
+        ValueError: there is no such file or split, or what is there cannot be read.
+    """
+    source, path = config.source, Path(config.source)
+    if not path.exists():
+        _refuse_missing(source)
+    elif path.is_file():
+        _check_file(path)
+    if is_saved := path.is_dir() and any((path / n).exists() for n in ("dataset_dict.json", "state.json")):
+        check_source(config, "data", is_local=True)
+    try:
+        loaded = _saved(source, config.split) if is_saved else _loaded(path, config)
+    except Exception as error:  # builders, readers and the hub raise whatever they like
+        raise ValueError(_reading_fault(error, config)) from error
+    size = len(loaded) if config.size is None else min(config.size, len(loaded))
+    return [dict(row) for row in loaded.select(range(size))]
+
+
+def _loaded(path: Path, config: DataConfig) -> Any:
+    import datasets
+
+    if path.is_file():
+        files = glob.escape(config.source)
+        return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=files, split=config.split)
+    return datasets.load_dataset(
+        config.source, revision=config.revision, split=config.split, **config.options
+    )
+
+
+def _saved(source: str, split: str) -> Any:
+    """A split, or slices such as "train[:10%]", of what `save_to_disk` wrote; a data set alone is "train"."""
+    import datasets
+
+    loaded = datasets.load_from_disk(source)
+    splits: Mapping[Any, Any] = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({n: len(s) for n, s in splits.items()})
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
+
+
+def _refuse_missing(source: str) -> None:
+    """Raises ValueError for a name that only a file or folder can have: the hub would be asked in vain."""
+    path = Path(source)
+    is_path = (
+        path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or source.endswith("/")
+    )
+    in_folder = path.parent != Path(".") and path.parent.is_dir()
+    if not (is_path or in_folder or path.suffix in DATA_SUFFIXES):
+        return
+    beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), beside, n=1)
+    raise ValueError(
+        f"data.source={source!r}: there is no such file or folder"
+        + ("" if path.is_absolute() else f" in {Path.cwd()}")
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix not in FILE_LOADERS:
+        raise ValueError(
+            f"data.source={path}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}"
+        )
+    if not path.stat().st_size:
+        raise ValueError(f"data.source={path} is an empty file")
+
+
+def _reading_fault(error: BaseException, config: DataConfig) -> str:
+    """What went wrong, and at its root: `datasets` often says no more than that something did."""
+    said = str(error)
+    if "corresponds to no data" in said:
+        return f"data.source={config.source!r} has no rows"
+    if said.startswith(("Unknown split", "Unrecognized instruction format")):
+        has = said.partition("Should be one of ")[2].rstrip(".")
+        return (
+            f"data.split={config.split!r} is not in {config.source}"
+            + (f"; it has {has}" if has else "; a split is named as data.split=train")
+            + ", of which a part is written as train[:90%] or train[1000:]"
+        )
+    root = error
+    while (deeper := root.__cause__ or root.__context__) is not None:
+        root = deeper
+    lines = [f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}" for e in (error, root)]
+    asked = "" if Path(config.source).exists() else f" (revision {config.revision}, split {config.split!r})"
+    return f"data.source={config.source!r}{asked} could not be read: {'; '.join(dict.fromkeys(lines))}"

@@ -1,0 +1,143 @@
+"""The solution's objects as the tests see them.
+
+Whose word counts: a comparison of two objects of the solution is asked of the solution. One with a value of
+the tests is judged here, on the plain value underneath the object, if it has one: an operand of the tests
+could be an expected value. So nothing is subtracted from one of the other; other arithmetic with a number of
+the tests may only give an object, whose size and value are asked no more; and `in` goes by the items that an
+object yields, if it yields any.
+"""
+
+from __future__ import annotations
+
+import collections
+import decimal
+import enum
+import fractions
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+# Asked as they are: what they get is no expected value, and what they give is a value like any other.
+ASKED = """call getitem setitem delitem setattr delattr len bool str repr format hash enter reversed
+    abs neg pos invert round trunc floor ceil int float complex index copy subclasscheck""".split()  # noqa: SIM905
+COMPARED = "eq lt le gt ge".split()  # noqa: SIM905
+COMPUTED = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()  # noqa: SIM905
+ABOUT_VALUE = {*"len bool iter next abs neg pos round trunc floor ceil int float complex index".split()}  # noqa: SIM905
+NAMES = {
+    f"__{name}__"
+    for name in "name qualname dict annotations bases mro members defaults wrapped slots args cause".split()  # noqa: SIM905
+}
+KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(int, float, bool, complex, str, bytes, list, tuple, dict, set, frozenset, object, type, range),
+        *(collections.deque, collections.OrderedDict, collections.Counter, collections.defaultdict),
+        *(enum.Enum, enum.IntEnum, enum.Flag, enum.IntFlag, map, filter, zip, enumerate),
+        *(types.GeneratorType, types.FunctionType),
+    )
+}
+NUMBERS = (int, float, fractions.Fraction, decimal.Decimal)
+
+
+def _asked(operation: str) -> Callable[..., Any]:
+    def ask(self: Remote, *args: Any, **kwargs: Any) -> Any:
+        if self._mixed and operation in ABOUT_VALUE:
+            raise TypeError(f"{operation} of an object that was computed with a number of the tests")
+        return self._link.ask(operation, self._number, args, kwargs)
+
+    return ask
+
+
+def _compared(operation: str) -> Callable[[Remote, Any], Any]:
+    def compare(self: Remote, other: Any) -> Any:
+        if type(other) is Remote:
+            return self._link.ask(operation, self._number, (other,)) is True
+        mine = self._plain()
+        return NotImplemented if type(mine) is Remote else getattr(operator, operation)(mine, other)
+
+    return compare
+
+
+def _computed(operation: str, *, swapped: bool = False) -> Callable[[Remote, Any], Any]:
+    function = getattr(operator, operation, divmod)
+
+    def compute(self: Remote, other: Any) -> Any:
+        both = type(other) is Remote
+        mine = self if both else self._plain()
+        if type(mine) is not Remote:
+            return function(other, mine) if swapped else function(mine, other)
+        if not both and (type(other) not in NUMBERS or "sub" in operation):
+            return NotImplemented
+        result = self._link.ask(f"r{operation}" if swapped else operation, self._number, (other,))
+        if not both and type(result) is Remote:
+            object.__setattr__(result, "_mixed", True)
+        return result if both or type(result) is Remote else NotImplemented
+
+    return compute
+
+
+class Remote:
+    # An object of the solution that stays there. `_number`: its handle, or the path of an entry point.
+    __slots__ = ("_kind", "_link", "_mixed", "_number")
+
+    def __init__(self, link: Any, number: int | str) -> None:
+        for name, value in (("_link", link), ("_number", number), ("_kind", None), ("_mixed", False)):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in NAMES:
+            raise AttributeError(name)
+        return self._link.ask("getattr", self._number, (name,))
+
+    def __iter__(self) -> Any:
+        iterator = _asked("iter")(self)
+        return iterator if type(iterator) is Remote else iter(iterator)
+
+    def __next__(self) -> Any:
+        for item in _asked("next")(self):
+            return item
+        raise StopIteration
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The built-in class that the object's class derives from, for `isinstance`."""
+        if self._kind is None:
+            object.__setattr__(self, "_kind", KINDS.get(str(self._link.ask("kind", self._number))) or Remote)
+        return self._kind
+
+    @property
+    def __doc__(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._link.ask("getattr", self._number, ("__doc__",))
+
+    def __instancecheck__(self, value: Any) -> bool:
+        can_be = type(value) is Remote or hasattr(type(value), "_fields")
+        return can_be and self._link.ask("isinstance", self._number, (value,)) is True
+
+    def __contains__(self, value: Any) -> bool:
+        mine = self._plain()
+        if type(mine) is not Remote:
+            return value in mine
+        if self._mixed or self._link.ask("yields_items", self._number) is True:
+            return any(item is value or item == value for item in self)
+        return self._link.ask("contains", self._number, (value,)) is True
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._link.ask("exit", self._number, (error,))  # which suppresses no failure of the tests
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._link.ask("deepcopy", self._number)
+
+    def _plain(self) -> Any:
+        return self._link.ask("plain", self._number)
+
+
+for _name in ASKED:
+    setattr(Remote, f"__{_name}__", _asked(_name))
+for _name in COMPARED:
+    setattr(Remote, f"__{_name}__", _compared(_name))
+for _name in COMPUTED:
+    setattr(Remote, f"__{_name.strip('_')}__", _computed(_name))
+    setattr(Remote, f"__r{_name.strip('_')}__", _computed(_name, swapped=True))
+    setattr(Remote, f"__i{_name.strip('_')}__", _computed(f"i{_name.strip('_')}"))
+setattr(Remote, "__divmod__", _computed("divmod"))  # noqa: B010

@@ -1,0 +1,96 @@
+"""A model in Hugging Face form, whatever its generation config holds, and the proof before a run that it can
+be written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+class Saved(Protocol):
+    """What a run trains and saves."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]: ...
+
+
+def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """`target.save_pretrained(folder)`, with the generation config of `model` as it was loaded.
+
+    transformers loads a generation config that contradicts itself with a warning, and refuses to save it: a
+    temperature without do_sample, which many published models have.
+
+    Args:
+        target: `model`, or the adapter around it, whose folder has no generation config.
+    """
+    with _default_generation_config(model) as loaded:
+        target.save_pretrained(folder, **options)
+    _write_generation_config(loaded, folder)
+
+
+def check_saving(saved: Saved, root: Path, *, adapter: bool) -> None:
+    """Writes all of a checkpoint but its tensors into a temporary folder below `root`, and compares the size
+    of its tensors with the free space there.
+
+    Args:
+        adapter: only the trained parameters are saved, not the whole model.
+
+    Raises:
+        ValueError: something cannot be written, or the disk has no room for one checkpoint.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    trained = sum(p.nbytes for _, p in saved.trainable())
+    needed = 2 * trained + (trained if adapter else sum(p.nbytes for p in saved.model.parameters()))
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise ValueError(
+            f"one checkpoint needs about {needed / 1e6:,.0f} MB (weights and two moments of the optimizer), "
+            f"and {root} has {free / 1e6:,.0f} MB free; free some space, or set run_dir to another disk"
+        )
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=root) as scratch:
+        folder = Path(scratch)
+        try:
+            with _default_generation_config(saved.model) as loaded:
+                saved.model.config.save_pretrained(folder)
+                if (stand_in := saved.model.generation_config) is not None:
+                    stand_in.save_pretrained(folder)
+            _write_generation_config(loaded, folder)
+            saved.tokenizer.save_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the model cannot be saved, so its first checkpoint would be lost: {first}; mend its "
+                "config.json or tokenizer files in a copy of its folder, and set model.name to the copy"
+            ) from error
+
+
+@contextmanager
+def _default_generation_config(model: Any) -> Iterator[Any]:
+    """Puts a generation config that can be saved in the place of the model's own, which it yields."""
+    loaded = model.generation_config
+    model.generation_config = type(loaded)() if loaded is not None else None
+    try:
+        yield loaded
+    finally:
+        model.generation_config = loaded
+
+
+def _write_generation_config(loaded: Any, folder: Path) -> None:
+    path = folder / GENERATION_CONFIG
+    if path.exists():
+        loaded.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])

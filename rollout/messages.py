@@ -1,0 +1,120 @@
+"""What a row gives to a chat template: messages whose content is text, and tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from rl.types import Message
+
+
+def check_text(value: str, where: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{where}: the prompt is empty; remove the row")
+    return value
+
+
+def chat_messages(value: Any, system_prompt: str | None, template: str, where: str) -> tuple[Message, ...]:
+    """The messages of a prompt, which is a user's text (set into `template`) or messages as they are.
+
+    Raises:
+        ValueError: it is neither; content is not text; or a template is given and the prompt has messages.
+    """
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": template.replace("{prompt}", check_text(value, where))}]
+    elif not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise ValueError(
+            f"{where}: a prompt must be text or a non-empty list of messages with role and content, not "
+            f"{type(value).__name__} {value!r:.60}"
+        )
+    elif template != "{prompt}":
+        raise ValueError(
+            f"{where}: data.template wraps prompts that are text, and this one is a list of messages; leave "
+            "data.template out and put its words into the messages or data.system_prompt"
+        )
+    else:
+        messages = [_with_text(message, i, where) for i, message in enumerate(value)]
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return tuple(messages)
+
+
+def _is_message(value: Any) -> bool:
+    """A role, and something said or a tool called."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
+
+
+def _with_text(message: Mapping[str, Any], number: int, where: str) -> Message:
+    """The message with its parts joined, a line each, as vLLM's server does for templates that take text.
+
+    Raises:
+        ValueError: a part is an image or anything else that is not text.
+    """
+    if not isinstance(parts := message.get("content"), list):
+        return message
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            kind = part.get("type", "none") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(
+                f"{where}: message {number} has a part of type {kind!r}, and prompts are text; leave the row "
+                "out, or describe in text what the part shows"
+            )
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+def check_last(messages: tuple[Message, ...], may_continue: bool, where: str) -> bool:
+    """Whether completions go on with the last message, which is the assistant's.
+
+    Raises:
+        ValueError: it is, and completions would be a second turn of the assistant; or it has no text.
+    """
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return False
+    if not may_continue:
+        raise ValueError(
+            f"{where}: the chat ends with a message of the assistant, {last.get('content')!r:.60}: the model "
+            "would read it and be asked for another turn, and a gold answer would be in its prompt; remove "
+            "that message (an answer belongs in a column of its own), or let completions go on with it by "
+            "data.continue_final_message=true"
+        )
+    if not isinstance(last.get("content"), str) or not last["content"].strip():
+        raise ValueError(f"{where}: the assistant's last message has no text to go on with; remove it")
+    return True
+
+
+def read_tools(value: Any, where: str) -> list[Any] | None:
+    """The row's tools as JSON schemas: a list of mappings, or such a list as JSON text; None without any.
+
+    `datasets` fills what one row's schema lacks and another has with None, which is taken out.
+
+    Raises:
+        ValueError: the column holds something else.
+    """
+    tools = value or []
+    if isinstance(value, str) and value.strip():
+        with suppress(json.JSONDecodeError):
+            tools = json.loads(value)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(
+            f"{where}: the column 'tools' goes to the chat template and must be a list of JSON schemas, or "
+            f"such a list as JSON text, not {type(value).__name__} {value!r:.60}; mend it, or give the "
+            "column another name with data.rename={tools: ...}"
+        )
+    return [_without_none(tool) for tool in tools]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value

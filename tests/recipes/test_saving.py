@@ -1,0 +1,68 @@
+"""Published models are saved as they were loaded, and a run that could not save does not start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from recipes.grpo import main
+from rl.saving import check_saving, save_model
+
+CONTRADICTORY = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}  # no do_sample: "not valid" for saving
+
+
+@pytest.fixture
+def published(tiny_model_dir, tmp_path):
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps(CONTRADICTORY))
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [[], ["model.lora={r: 2}"]], ids=["full", "lora"])
+def test_a_run_saves_a_model_whose_generation_config_contradicts_itself(config_file, published, adapter):
+    assert main([str(config_file), f"model.name={published}", "checkpoint.every=1", *adapter]) == 0
+    saved = config_file.parent / "run" / "checkpoints" / "step-000002"
+    assert (saved / "manifest.json").is_file()
+    if not adapter:
+        again = json.loads((saved / "generation_config.json").read_text())
+        assert again.items() >= CONTRADICTORY.items()
+        assert AutoModelForCausalLM.from_pretrained(saved).generation_config.temperature == 0.6
+
+
+def test_a_model_keeps_its_generation_config_while_it_is_saved(published, tmp_path):
+    with pytest.raises(ValueError, match="do_sample"):  # what transformers says
+        GenerationConfig.from_pretrained(published).save_pretrained(tmp_path / "theirs")
+    model = AutoModelForCausalLM.from_pretrained(published)
+    save_model(model, model, tmp_path / "ours")
+    assert model.generation_config.temperature == 0.6
+    assert GenerationConfig.from_pretrained(tmp_path / "ours").top_p == 0.9
+
+
+def run_of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    named = lambda: list(model.named_parameters())  # noqa: E731
+    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), trainable=named)
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(published, tmp_path):
+    saved = run_of(published)
+    check_saving(saved, tmp_path / "checkpoints", adapter=False)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    saved.model.config.note = {1, 2}  # no JSON value
+    with pytest.raises(ValueError, match=r"cannot be saved, so its first checkpoint would be lost: .*set"):
+        check_saving(saved, tmp_path / "checkpoints", adapter=False)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(published, tmp_path, monkeypatch):
+    saved = run_of(published)
+    size = 3 * sum(p.nbytes for p in saved.model.parameters())  # weights and two moments
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(ValueError, match=r"one checkpoint needs about .* free some space, or set run_dir"):
+        check_saving(saved, tmp_path, adapter=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    check_saving(saved, tmp_path, adapter=False)
