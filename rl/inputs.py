@@ -25,7 +25,7 @@ Fingerprints = dict[str, dict[str, str]]
 """What it is -> its parts (files) -> size and hash of each."""
 
 MODEL_FILES = re.compile(
-    r"(config|generation_config|adapter_config)\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin"
+    r"(config|generation_config|adapter_config|diffusion)\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin"
 )
 TOKENIZER_FILES = re.compile(
     r"tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.(tiktoken|model)"

@@ -16,7 +16,7 @@ class TrainConfig(Section):
     each once.
     """
 
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, description="of the whole run")
     prompts_per_step: int = Field(default=8, ge=1, description="groups per step, over all processes")
     group_size: int = Field(default=8, ge=1, description="G, completions per prompt")
     num_epochs: int = Field(
@@ -35,7 +35,7 @@ class TrainConfig(Section):
         description="most completions started and not finished, per process; default: all that age allows",
     )
     sample_while_training: bool | None = Field(default=None, description="default: not on a GPU")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of sampling, order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
     )
@@ -43,10 +43,12 @@ class TrainConfig(Section):
 
 
 class LoraConfig(Section):
-    r: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: int = Field(default=32, ge=1, description="deltas are scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapters' inputs")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="ends of names in a list, a pattern of whole names, or all-linear"
+    )
 
 
 class ReferenceConfig(Section):
@@ -64,7 +66,7 @@ class ModelConfig(Section):
     name: str = Field(
         default="smollm2-135m-instruct", description="hub name, folder, or the built-in smollm2-135m-instruct"
     )
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
@@ -72,7 +74,9 @@ class ModelConfig(Section):
         default="auto",
         description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="recomputes activations: less memory, more time"
+    )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = None
     reference: ReferenceConfig = ReferenceConfig()
@@ -87,9 +91,9 @@ class DataConfig(Section):
     """
 
     source: str = "reasoning_gym:chain_sum"
-    split: str = "train"
-    revision: str | None = None
-    prompt_column: str = "prompt"
+    split: str = Field(default="train", description="of the dataset")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
+    prompt_column: str = Field(default="prompt", description="text or messages")
     rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
     system_prompt: str | None = None
@@ -127,11 +131,11 @@ class HeldoutConfig(DataConfig):
 
 
 class SamplingConfig(Section):
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, ge=0, description="of the token draws")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="1 = off")
     top_k: int = Field(default=0, ge=0, description="0 = off")
-    min_p: float = Field(default=0.0, ge=0, lt=1)
-    max_completion_length: int = Field(default=256, ge=1)
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="0 = off")
+    max_completion_length: int = Field(default=256, ge=1, description="tokens")
     stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
@@ -163,9 +167,9 @@ class EngineConfig(Section):
 
 class RewardSpec(Section):
     name: str = Field(description="built-in name, entry point of group cohort.rewards, or module:callable")
-    weight: float = 1.0
+    weight: float = Field(default=1.0, description="in the weighted sum")
     requires: str | None = Field(default=None, description="a reward that must be > 0 for this one to count")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={}, description="arguments of the reward")
     clip: tuple[float, float] | None = Field(default=None, description="(low, high) of the score")
 
 
@@ -281,13 +285,15 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    lr: float = Field(default=1e-6, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
+    eps: float = Field(default=1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="of the learning rate after the warmup"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps until lr is reached")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are cut to this norm")
 
 
 class EvaluationConfig(Section):
@@ -304,4 +310,4 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=50, ge=0, description="steps; 0: only at the end and on a signal")
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")

@@ -12,12 +12,12 @@ from rl.config.data_rules import check_source
 
 
 class TrainConfig(Section):
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, description="optimizer steps of the whole run")
     examples_per_step: int = Field(default=32, ge=1, description="over all processes")
     token_budget: int = Field(
         default=8192, ge=16, description="packed tokens of one forward pass, per process"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of masks, order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
     )
@@ -29,7 +29,7 @@ class TrainConfig(Section):
 
 class DiffusionModelConfig(Section):
     name: str = Field(default="smollm2-135m-instruct", description="a LLaDA, or a causal model to convert")
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
@@ -45,10 +45,14 @@ class DiffusionModelConfig(Section):
         description="random weights in the shape of the causal checkpoint `name`, with these fields of its "
         "config.json changed",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="recomputes activations: less memory, more time"
+    )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     compile: bool = Field(default=False, description="torch.compile of every layer")
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = Field(
+        default=None, description="train adapters beside frozen weights; default: train all weights"
+    )
     chat_template: str | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
@@ -81,17 +85,21 @@ class TextConfig(Section):
     """
 
     source: str = Field(description="hub name, file or folder that `datasets` reads, or module:callable")
-    split: str = "train"
-    revision: str | None = None
+    split: str = Field(default="train", description="of the dataset")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     options: dict[str, Any] = Field(default={}, description="arguments of the hub loader or callable")
     size: int | None = Field(default=None, ge=1, description="the first rows of the dataset")
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
+    format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
+        default="auto", description="auto: by the columns of the first row"
+    )
+    prompt_column: str = Field(default="prompt", description="text or messages")
+    completion_column: str = Field(default="completion", description="the answer, text or messages")
     chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
-    system_prompt: str | None = None
+    system_prompt: str | None = Field(default=None, description="put before chats that have none")
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
-    too_long: Literal["error", "drop"] = "error"
+    too_long: Literal["error", "drop"] = Field(
+        default="error", description="what becomes of rows beyond max_length"
+    )
 
     def rows(self) -> DataConfig:
         return DataConfig(
@@ -133,7 +141,9 @@ class ObjectiveConfig(Section):
     reference code.
     """
 
-    scheme: Literal["coupled", "count", "subset", "bernoulli"] = "coupled"
+    scheme: Literal["coupled", "count", "subset", "bernoulli"] = Field(
+        default="coupled", description="how the masked tokens are drawn"
+    )
     systematic: bool = Field(default=True, description="noise levels spread evenly over the step's examples")
     num_draws: int = Field(default=1, ge=1, description="mask draws per example and step")
     normaliser: Literal["sequence", "token"] = Field(
@@ -155,8 +165,12 @@ class BoundConfig(Section):
 class DiffusionConfig(Section):
     """A whole run of pre-training or supervised fine-tuning."""
 
-    run_dir: Path = Path("runs/llada")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+    run_dir: Path = Field(
+        default=Path("runs/llada"), description="logs, checkpoints and the report; the same one goes on"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="besides metrics.jsonl"
+    )
     train: TrainConfig = TrainConfig()
     model: DiffusionModelConfig = DiffusionModelConfig()
     data: TextConfig

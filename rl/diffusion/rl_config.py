@@ -12,7 +12,9 @@ from rl.config import Config, Section
 class EstimatorConfig(Section):
     """What stands for the log-prob of a completion (rl/diffusion/estimators.py)."""
 
-    name: Literal["one_step", "elbo", "sandwich", "trace"] = "elbo"
+    name: Literal["one_step", "elbo", "sandwich", "trace"] = Field(
+        default="elbo", description="one_step: diffu-GRPO; elbo: ESPO; sandwich: SPG; trace: TraceRL"
+    )
     num_draws: int = Field(default=1, ge=1, description="mask draws per completion; not trace")
     prompt_mask: float = Field(
         default=0.0, ge=0, lt=1, description="probability of masking a prompt token; all but trace"
@@ -36,13 +38,20 @@ class MaskedConfig(Section):
     shift: bool | None = Field(
         default=None, description="the left neighbour predicts a token (Dream); default: as the model says"
     )
-    block_length: int = Field(default=32, ge=1)
+    block_length: int = Field(
+        default=32, ge=1, description="tokens that are decoded to the end before the next ones"
+    )
     steps_per_block: int | None = Field(default=None, ge=1, description="default: one per token")
-    remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence"
+    remasking: Literal["low_confidence", "random", "margin", "entropy"] = Field(
+        default="low_confidence", description="which tokens of a step are kept"
+    )
     threshold: float | None = Field(
         default=None, gt=0, le=1, description="commits all that are surer; default: the schedule alone"
     )
-    cache: Literal["none", "prefix", "dual"] = "none"
+    cache: Literal["none", "prefix", "dual"] = Field(
+        default="none",
+        description="keys and values kept between steps: of the prefix, or of all outside the block",
+    )
     refresh_every: int = Field(default=0, ge=0, description="steps; 1: exact, 0: only where a block begins")
     estimator: EstimatorConfig = EstimatorConfig()
 

@@ -36,6 +36,7 @@ def make_run(model_dir: str, data: str, run_dir: str, *overrides: str) -> Diffus
         "optimizer.max_grad_norm=1e9",
     ]
     config = read_config(DiffusionConfig, None, [*base, *overrides])
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(Accelerator(cpu=True))
     return build(config, world, StopSignal(), Display(1, is_main=False))
 
