@@ -8,8 +8,6 @@ import importlib.util
 import multiprocessing
 import os
 import random
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +21,11 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from rollout.engine import EngineError
+from rollout.vllm_sockets import sockets_of_one_start
 
 OLDEST, BELOW = Version("0.25.1"), Version("0.33")
 
 KILL_EVERY_S = 0.2
-MAX_SOCKET_FOLDER = (
-    107 - len("/cohort-12345678") - len("/") - 36
-)  # the kernel's limit, and vLLM's name: a UUID
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
 TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
 
@@ -247,29 +243,8 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ[TRAINER_PID] = str(os.getpid())
-    with _sockets_of_this_run():
+    with sockets_of_one_start():
         return _start_core(arguments, timeout_s)
-
-
-@contextmanager
-def _sockets_of_this_run() -> Iterator[None]:
-    """A folder for the sockets where trainer and core meet; it goes once they have met, or did not.
-
-    vLLM leaves them in the temporary folder for good. A connected socket needs no name, so that whatever is
-    killed later leaves nothing behind.
-    """
-    before = os.environ.get("VLLM_RPC_BASE_PATH")
-    parents = [before or tempfile.gettempdir(), "/tmp"]
-    parent = next((p for p in parents if len(p) <= MAX_SOCKET_FOLDER and os.access(p, os.W_OK)), parents[0])
-    folder = tempfile.mkdtemp(prefix="cohort-", dir=parent)
-    os.environ["VLLM_RPC_BASE_PATH"] = folder
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        del os.environ["VLLM_RPC_BASE_PATH"]
-        if before is not None:
-            os.environ["VLLM_RPC_BASE_PATH"] = before
 
 
 def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:

@@ -84,6 +84,7 @@ def kills_the_trainer(prompts, completions, **columns):
     return even_words(prompts, completions)
 
 
+@per_completion
 def takes_away(prompts, completions, **columns):
     """Scores; at the 20th completion renames the path that TOY_TAKE names, as a user might."""
     _calls.append(1)
