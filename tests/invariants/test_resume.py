@@ -65,7 +65,7 @@ def runs(tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
         "checkpoint": {"every": 2},
     }
     (out / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, str(HERE / "killed_runs.py"), str(out / "config.yaml"), str(out), *KILLS],
         env=environment,
