@@ -22,7 +22,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from rollout.vllm_start import distribution
+from rollout.vllm_install import distribution
 
 LOGPROBS, MARKS = "cohort_logprobs", "cohort_marks"
 # vLLM's versions, and the attribute in which a request counts tokens that are on their way and void.

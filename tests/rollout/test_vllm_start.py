@@ -11,7 +11,8 @@ import torch
 from tiny_llama import make_model, make_tokenizer, save
 
 from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import gpu_arguments, version_conflict, vllm_available
+from rollout.vllm_install import version_conflict
+from rollout.vllm_start import gpu_arguments, vllm_available
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
