@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from rewards import doctor, score
 from rewards.score import take_flags_anywhere
-from rl.command import run_command
 from rl.config.read import load_config
-from rl.redact import redact
-from rl.safe_stream import say
+from rl.report.command import run_command
+from rl.report.safe_stream import say
+from rl.store.redact import redact
 
 if TYPE_CHECKING:
     from rl.config import Config
-    from rl.memory import MemoryPlan
+    from rl.plan.memory import MemoryPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +117,7 @@ _count.__name__ = "number of processes"
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rl.report import build_report
+    from rl.report.report import build_report
 
     print(build_report(arguments.run_dir, arguments.out))
     return 0
@@ -126,9 +126,9 @@ def _report(arguments: argparse.Namespace) -> int:
 def _denoising(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rl.diffusion.trace_view import denoising_frames, sampled_traces
-    from rl.ledger import Ledger
-    from rl.redact import strip_controls
+    from rl.report.traces import denoising_frames, sampled_traces
+    from rl.store.ledger import Ledger
+    from rl.store.redact import strip_controls
 
     console = Console(highlight=False, markup=False)
     ledger = Ledger(arguments.run_dir)
@@ -166,10 +166,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
-    from rl.diffusion.rl_config import MaskedRunConfig
+    from rl.config.diffusion_rl import MaskedRunConfig
     from rl.diffusion.saved_config import refuse_masked
-    from rl.loading import refuse_custom_code
-    from rl.memory import GIB, plan_memory
+    from rl.model.loading import refuse_custom_code
+    from rl.plan.memory import GIB, plan_memory
 
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
     if isinstance(config, MaskedRunConfig):
@@ -205,7 +205,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _judgement(plan: MemoryPlan, config: Config) -> str:
     """Whether the config fits, and the settings that do."""
-    from rl.memory import GIB
+    from rl.plan.memory import GIB
 
     head = "fits" if plan.fits else "does not fit"
     head += f": {plan.total / GIB:.1f} GiB, and {plan.room / GIB:.1f} may be filled"

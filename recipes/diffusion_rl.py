@@ -7,17 +7,17 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from rl.adapters import add_lora
 from rl.config import Config, ModelConfig, SamplingConfig
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
-from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.diffusion.saved_config import raw_config
-from rl.loading import check_not_quantised
+from rl.model.adapters import add_lora
+from rl.model.loading import check_not_quantised
+from rl.model.varlen import run_attention
 from rl.policy import Policy
-from rl.shared_prompt import run_attention
-from rollout.diffusion_engine import DiffusionEngine
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.engine import DiffusionEngine
+from rollout.diffusion.steps import DenoisingParams
 from rollout.engine import Engine
 
 

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rl.config import EngineConfig
 from rollout.engine import Engine, TransformersEngine
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 
 
 def make_engine(

@@ -20,10 +20,9 @@ import torch
 from recipes.evaluate_options import arguments, denoising_params, in_options
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
-from rewards.math import grade
-from rl.command import run_command
+from rewards.math.grader import grade
 from rl.config import DataConfig
-from rl.diffusion.config import DiffusionModelConfig, EosConfig, TextConfig
+from rl.config.diffusion import DiffusionModelConfig, EosConfig, TextConfig
 from rl.diffusion.harness import harness_model
 from rl.diffusion.likelihood import bound, choose, log_likelihoods
 from rl.diffusion.model import is_shifted
@@ -31,12 +30,13 @@ from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import model_config, raw_config
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.rundir import Evaluation
-from rl.shared_prompt import run_attention
+from rl.model.varlen import run_attention
+from rl.report.command import run_command
+from rl.store.folder import Evaluation
 from rl.types import Completion, Prompt, SamplingParams
 from rl.world import make_accelerator
 from rollout.chat import end_token_ids, render_prompts
-from rollout.diffusion_engine import DiffusionEngine
+from rollout.diffusion.engine import DiffusionEngine
 from rollout.sampler import completion_seed
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rollout.diffusion_steps import CACHES, REMASKING, DenoisingParams
+from rollout.diffusion.steps import CACHES, REMASKING, DenoisingParams
 
 SAMPLER = ("gen_length", "block_length", "steps", "temperature", "remasking", "threshold", "cfg_scale")
 SAMPLER += ("cache", "refresh_every")

@@ -26,27 +26,26 @@ from recipes.models import resolve_model
 from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
-from rewards.pool import RewardPool, RewardSpec
-from rl.checkpoint import CheckpointStore
+from rewards.pool.pool import RewardPool, RewardSpec
 from rl.config import Config, ModelConfig, check_processes
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import load_config
-from rl.diffusion.rl_config import MaskedRunConfig
 from rl.diffusion.saved_config import refuse_masked
 from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.display import Display
-from rl.durable import RunLock
-from rl.inputs import fingerprints
-from rl.ledger import Ledger
-from rl.loading import check_config, load_tokenizer
-from rl.manifest import unsupported_versions
-from rl.memory import GIB, probe
-from rl.metrics import MetricsLog
+from rl.model.loading import check_config, load_tokenizer
+from rl.model.saving import check_saving
 from rl.phases import Phases, StopSignal
+from rl.plan.memory import GIB, probe
 from rl.policy import Policy
-from rl.report import build_report
+from rl.report.display import Display
+from rl.report.report import build_report
+from rl.report.safe_stream import say
+from rl.report.trackers import Trackers
 from rl.resume import go_on, resume
 from rl.run import Run
-from rl.rundir import (
+from rl.store.checkpoint import CheckpointStore
+from rl.store.durable import RunLock
+from rl.store.folder import (
     EvaluationLog,
     check_whole,
     claim_config,
@@ -55,9 +54,10 @@ from rl.rundir import (
     read_result,
     write_result,
 )
-from rl.safe_stream import say
-from rl.saving import check_saving
-from rl.trackers import Trackers
+from rl.store.inputs import fingerprints
+from rl.store.ledger import Ledger
+from rl.store.manifest import unsupported_versions
+from rl.store.metrics import MetricsLog
 from rl.train import train
 from rl.types import Prompt
 from rl.update import pack_rules, weight_decay_groups

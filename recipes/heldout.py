@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes.sources import sampling_params
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.config import Config
 from rl.record import check_faults
-from rl.rundir import Evaluation
+from rl.store.folder import Evaluation
 from rl.types import Prompt, ScoredGroup
 from rl.world import World
 from rollout.engine import Engine

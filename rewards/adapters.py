@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.calling import arguments, grade
 from rewards.completion import completion_text
 from rewards.plugins import RewardFunction, find, load_reward
+from rewards.pool.calling import arguments, grade
 from rl.types import Reward
 
 EXTRAS = ("trainer_state", "log_extra", "log_metric")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.calling import MAX_SCORE
+from rewards.pool.calling import MAX_SCORE
 from rl.types import Reason, Reward
 
 Fault = tuple[str, str]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.compose import RewardSpec
-from rewards.pool import Faults, RewardPool
+from rewards.pool.pool import Faults, RewardPool
 from rewards.score import quantile, take_flags_anywhere
 from rl.types import Completion, Group, Prompt, Reward
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.completion import completion_text
-from rewards.math_boxes import closing_brace
+from rewards.math.boxes import closing_brace
 from rl.types import Reason, Reward
 
 _UNSEEN = (  # white space, controls, joiners, direction marks, fillers, variation selectors, tag characters

@@ -21,9 +21,9 @@ from typing import Any
 
 from rewards.completion import completion_text
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
-from rewards.ticket import Asks
-from rewards.worker import MAX_FRAME_BYTES
+from rewards.pool.pool import RewardPool
+from rewards.pool.ticket import Asks
+from rewards.pool.worker import MAX_FRAME_BYTES
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.calling import arguments, grade
 from rewards.plugins import RewardFunction, load_reward
+from rewards.pool.calling import arguments, grade
 from rl.types import Reward
 
 Ids = Sequence[Sequence[int]]

@@ -51,7 +51,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The share of a micro-batch in the loss of the step, and numbers for `rl/metrics.py`, detached.
+    """The share of a micro-batch in the loss of the step, and numbers for `rl/store/metrics.py`, detached.
 
     Attributes:
         metrics: name -> (sum, count): add both over micro-batches and processes, then divide.

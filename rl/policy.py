@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl.adapters import add_lora, check_adapted
-from rl.attention import PACKED
 from rl.batch import MicroBatch
 from rl.config import ModelConfig
-from rl.exactness import (
+from rl.model.adapters import add_lora, check_adapted
+from rl.model.exactness import (
     EAGER_LIMIT,
     backbone,
     honouring_attention,
@@ -32,7 +31,8 @@ from rl.exactness import (
     quiet,
     take_long_factors,
 )
-from rl.loading import (
+from rl.model.head import head_logprobs
+from rl.model.loading import (
     check_vocabulary,
     context_length,
     load_model,
@@ -41,8 +41,8 @@ from rl.loading import (
     storage_dtype,
     use_fused_layers,
 )
-from rl.logprobs import head_logprobs
-from rl.saving import save_model
+from rl.model.packed import PACKED
+from rl.model.saving import save_model
 from rl.types import WeightStream
 from rl.weights import PolicyWeights
 

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rl.checkpoint import CheckpointStore, LoadedCheckpoint
-from rl.display import Display
-from rl.ledger import LedgerStep
-from rl.metrics import MetricsLog
-from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.report.display import Display
 from rl.run import Run
-from rl.trainer_state import TrainerState, capture_rng, restore_rng
+from rl.store.checkpoint import CheckpointStore, LoadedCheckpoint
+from rl.store.ledger import LedgerStep
+from rl.store.metrics import MetricsLog
+from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
 from rl.world import World
 
 

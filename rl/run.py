@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 import torch
 
-from rl.checkpoint import CheckpointStore
 from rl.config import Config
-from rl.display import Display
-from rl.ledger import Ledger
-from rl.metrics import MetricsLog
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy
-from rl.rundir import Evaluation, EvaluationLog
-from rl.trackers import Trackers
+from rl.report.display import Display
+from rl.report.trackers import Trackers
+from rl.report.verdict import Watch
+from rl.store.checkpoint import CheckpointStore
+from rl.store.folder import Evaluation, EvaluationLog
+from rl.store.ledger import Ledger
+from rl.store.metrics import MetricsLog
 from rl.types import ScoredGroup, WeightStream
-from rl.verdict import Watch
 from rl.world import World
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from rl.advantages import compute_advantages
 from rl.batch import pack
-from rl.checkpoint import CheckpointWriteError
 from rl.record import check_faults, check_update, group_metrics
 from rl.resume import recorded_step, training_state
 from rl.run import Run
-from rl.trainer_state import NonFiniteError
+from rl.store.checkpoint import CheckpointWriteError
+from rl.store.trainer_state import NonFiniteError
 from rl.types import ScoredGroup
 from rl.update import UpdateResult, pack_rules, set_learning_rate, update_policy
 

@@ -8,7 +8,7 @@ import pytest
 
 import rewards
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parents[1]

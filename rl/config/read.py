@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from rl.config import Config, Section
 from rl.config.bounded_yaml import parse_yaml, read_yaml
-from rl.diffusion.config import DiffusionConfig
-from rl.diffusion.rl_config import MaskedRunConfig
+from rl.config.diffusion import DiffusionConfig
+from rl.config.diffusion_rl import MaskedRunConfig
 
 C = TypeVar("C", bound=Section)
 COMMANDS: dict[str, tuple[type[Section], ...]] = {

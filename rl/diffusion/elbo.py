@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.diffusion.attention import Documents
 from rl.diffusion.objectives import Noised
+from rl.model.bidirectional import Documents
 
 Scorer = Callable[..., tuple[Tensor, Tensor]]
 """`DiffusionScorer`, or anything with its call: (token ids, documents, columns, targets) -> (log-probs,

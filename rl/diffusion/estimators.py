@@ -32,9 +32,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from rl.batch import MicroBatch, Row
+from rl.config.diffusion_rl import EstimatorConfig
 from rl.diffusion.elbo import PlanRow, Scorer, pack_plan
 from rl.diffusion.objectives import Example, Noised, make_plan, step_generator
-from rl.diffusion.rl_config import EstimatorConfig
 
 
 @dataclass(frozen=True)

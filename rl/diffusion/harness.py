@@ -17,7 +17,7 @@ import torch
 from rl.diffusion.likelihood import log_likelihoods
 from rl.diffusion.model import DiffusionScorer, is_shifted
 from rl.diffusion.objectives import Example
-from rl.loading import context_length
+from rl.model.loading import context_length
 
 Generate = Callable[[Sequence[list[int]], dict[str, Any]], list[str]]
 """Token ids of prompts and their common settings (`until`, `max_gen_toks`, ...) to texts; the sampler's."""

@@ -25,8 +25,8 @@ from rl.diffusion.objectives import (
     reference_likelihood_plan,
     step_generator,
 )
-from rl.loading import context_length
-from rl.row_log import RowLog, record_of
+from rl.model.loading import context_length
+from rl.store.rows import RowLog, record_of
 from rl.world import World
 
 EXAMPLES_AT_ONCE = 16

@@ -24,12 +24,12 @@ from transformers import (
 
 from rl.config import ModelConfig
 from rl.diffusion.adapters import find_adapter, merge
-from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
 from rl.diffusion.saved_config import model_config, raw_config, refuse_code
-from rl.exactness import quiet
-from rl.loading import use_fused_layers
-from rl.logprobs import head_logprobs, head_settings
+from rl.model.bidirectional import BIDIRECTIONAL, Documents
+from rl.model.exactness import quiet
+from rl.model.head import head_logprobs, head_settings
+from rl.model.loading import use_fused_layers
 
 SPARE_NAMES = ("mask", "reserved", "unused", "placeholder")
 
@@ -158,8 +158,8 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
 
 
 def use_fused_diffusion_layers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """`rl.loading.use_fused_layers`, which compares hidden states of plain calls, of a diffusion model on a
-    CUDA device.
+    """`rl.model.loading.use_fused_layers`, which compares hidden states of plain calls, of a diffusion model
+    on a CUDA device.
     """
     model.set_attn_implementation("sdpa")
     try:

@@ -16,9 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rl.adapters import add_lora
+from rl.config.diffusion import DiffusionModelConfig
 from rl.diffusion.adapters import write_record
-from rl.diffusion.config import DiffusionModelConfig
 from rl.diffusion.model import (
     DiffusionScorer,
     find_mask_token,
@@ -29,8 +28,9 @@ from rl.diffusion.model import (
 )
 from rl.diffusion.saved_config import model_config
 from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.loading import check_vocabulary, context_length, storage_dtype
-from rl.saving import save_model
+from rl.model.adapters import add_lora
+from rl.model.loading import check_vocabulary, context_length, storage_dtype
+from rl.model.saving import save_model
 
 ARCHITECTURE = "MaskedDiffusionLM"
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rl.batch import MicroBatch
-from rl.diffusion.attention import Documents
-from rl.diffusion.config import DiffusionModelConfig
+from rl.config.diffusion import DiffusionModelConfig
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.diffusion.estimators import draw_plan, score
 from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at
 from rl.diffusion.policy import DiffusionPolicy
-from rl.diffusion.rl_config import MaskedRunConfig
+from rl.model.bidirectional import Documents
 from rl.types import WeightStream
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl.diffusion.config import EosConfig, TextConfig
+from rl.config.diffusion import EosConfig, TextConfig
 from rl.diffusion.messages import Messages, messages_of, refuse_lost_calls, rendered
 from rl.diffusion.objectives import Example
 

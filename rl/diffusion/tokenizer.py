@@ -10,15 +10,15 @@ from transformers.utils import cached_file
 
 from rl.config import ModelConfig
 from rl.diffusion.adapters import find_adapter
-from rl.loading import load_tokenizer
+from rl.model.loading import load_tokenizer
 
 SAME_FILES: dict[str, Any] = {"DreamTokenizer": Qwen2Tokenizer}
 """Classes of others that read the files of one in transformers in the same way."""
 
 
 def load_diffusion_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """`rl.loading.load_tokenizer` of a LLaDA, Dream or causal checkpoint; of an adapter its own, else its
-    base's.
+    """`rl.model.loading.load_tokenizer` of a LLaDA, Dream or causal checkpoint; of an adapter its own, else
+    its base's.
 
     Raises:
         ValueError: there is none, or nothing but code of its folder reads it.

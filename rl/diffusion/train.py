@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl.checkpoint import CheckpointStore, CheckpointWriteError
-from rl.diffusion.config import DiffusionConfig
+from rl.config.diffusion import DiffusionConfig
 from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
 from rl.diffusion.likelihood import Bound, BoundLog, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, padded_examples
-from rl.display import Display
-from rl.metrics import MetricsLog
-from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.phases import Phases, StopSignal
-from rl.trackers import Trackers
-from rl.trainer_state import NonFiniteError, TrainerState, capture_rng, restore_rng
+from rl.report.display import Display
+from rl.report.trackers import Trackers
+from rl.store.checkpoint import CheckpointStore, CheckpointWriteError
+from rl.store.metrics import MetricsLog
+from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, restore_rng
 from rl.update import set_learning_rate, sum_gradients
 from rl.world import World
 

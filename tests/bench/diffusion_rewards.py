@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.tasks.few_shot import boxed_chain_sum, solved_chain_sum
-from rl.row_log import read_rows
+from rl.store.rows import read_rows
 from tests.bench.launch import launch_or_exit, once
 from tests.bench.workload import Workload, write_model
 

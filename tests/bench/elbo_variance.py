@@ -27,7 +27,7 @@ from rl.config import ModelConfig
 from rl.diffusion.elbo import masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer, find_mask_token, load_diffusion_model
 from rl.diffusion.objectives import MIN_RATE, Example, Noised, make_plan, step_generator
-from rl.loading import load_tokenizer
+from rl.model.loading import load_tokenizer
 
 NUM_FORWARDS, MASK, SKETCH = 16, 0, 1 << 18
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from rl.row_log import read_rows
+from rl.store.rows import read_rows
 from tests.bench.flops import peak_flops, training_flops
 from tests.bench.launch import last_lines, launch
 from tests.bench.workload import Workload, write_model
@@ -119,7 +119,7 @@ def _cohort(
 
 
 def _cohort_step(row: dict, step: int, run_dir: Path, model: Path) -> dict[str, float]:
-    from rl.ledger import Ledger
+    from rl.store.ledger import Ledger
 
     times = {phase: row[f"time/{phase}"] for phase in PHASES if f"time/{phase}" in row}
     times["rest"] = row["time/step"] - sum(times.values())

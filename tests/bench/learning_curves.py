@@ -19,8 +19,8 @@ import statistics
 from pathlib import Path
 
 from rl.config.read import load_config
-from rl.plots import Series, line_plot
-from rl.row_log import read_rows
+from rl.report.plots import Series, line_plot
+from rl.store.rows import read_rows
 from tests.bench.launch import launch_or_exit, once
 
 SIDES = ("cohort", "trl")

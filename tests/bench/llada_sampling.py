@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rewards.math import grade
+from rewards.math.grader import grade
 from rl.config import ModelConfig
 from rl.diffusion.model import load_diffusion_model, use_fused_diffusion_layers
-from rl.shared_prompt import run_attention
-from rollout.diffusion import Denoised, denoise, prompt_canvas
-from rollout.diffusion_graph import GraphedDenoiser
-from rollout.diffusion_model import Denoiser, TransformersDenoiser
-from rollout.diffusion_steps import DenoisingParams
+from rl.model.varlen import run_attention
+from rollout.diffusion.denoise import Denoised, denoise, prompt_canvas
+from rollout.diffusion.graph import GraphedDenoiser
+from rollout.diffusion.model import Denoiser, TransformersDenoiser
+from rollout.diffusion.steps import DenoisingParams
 from tests.bench.clock import synchronize
 from tests.diffusion.plain_sampler import plain_generate
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rewards.math import grade
+from rewards.math.grader import grade
 
 CASES = Path(__file__).parents[3] / "shared" / "cases" / "math.jsonl"
 HOSTILE = "hang/malicious"

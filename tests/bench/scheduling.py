@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.vllm_scheduler import final_only
-from rollout.vllm_start import process_state_kept, vllm_available
+from rollout.vllm.scheduler import final_only
+from rollout.vllm.start import process_state_kept, vllm_available
 from tests.bench.workload import Workload, write_model
 
 BLOCK = 16

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rl import logprobs, shared_prompt
 from rl.batch import pack
 from rl.config.read import load_config
-from rl.memory import GIB, ModelSize, probe, training_bytes
+from rl.model import head as logprobs
+from rl.model import varlen as shared_prompt
+from rl.plan.memory import GIB, ModelSize, probe, training_bytes
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy, weight_decay_groups

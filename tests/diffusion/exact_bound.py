@@ -10,9 +10,9 @@ import math
 import numpy as np
 import torch
 
-from rl.diffusion.attention import Documents
 from rl.diffusion.model import DiffusionScorer
 from rl.diffusion.objectives import Example
+from rl.model.bidirectional import Documents
 
 
 def logprob_table(scorer: DiffusionScorer, example: Example, mask_token_id: int) -> np.ndarray:

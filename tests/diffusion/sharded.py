@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from rl.diffusion.attention import Documents
 from rl.diffusion.model import DiffusionScorer, load_diffusion_model
+from rl.model.bidirectional import Documents
 
 DOCUMENTS = ([5, 9, 1], [12, 4])  # of rank 0 and rank 1
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from recipes.evaluate_llada import main as evaluate
 from recipes.grpo import main as grpo
 from recipes.llada import main as train
+from rl.config.diffusion import DiffusionConfig, DiffusionModelConfig
 from rl.config.read import load_config, read_config
-from rl.diffusion.attention import Documents
-from rl.diffusion.config import DiffusionConfig, DiffusionModelConfig
 from rl.diffusion.harness import DiffusionHarness
 from rl.diffusion.likelihood import BoundLog
 from rl.diffusion.model import DiffusionScorer, hidden_states, is_shifted, load_diffusion_model, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.rl_policy import MaskedPolicy
+from rl.model.bidirectional import Documents
 from tests.diffusion.conftest import MASK
 
 UNK = 2

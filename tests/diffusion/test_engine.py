@@ -6,10 +6,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from rl.diffusion.model import load_diffusion_model
-from rl.ledger import Ledger
+from rl.store.ledger import Ledger
 from rl.types import Prompt, Reward, SamplingParams, ScoredGroup
-from rollout.diffusion_engine import DiffusionEngine
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.engine import DiffusionEngine
+from rollout.diffusion.steps import DenoisingParams
 from rollout.engine import EngineError
 
 MASK, ENDS = 2, tuple(range(20, 40))

@@ -10,14 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl.batch import MicroBatch, PackRules, pack
-from rl.diffusion.attention import Documents
+from rl.config.diffusion_rl import EstimatorConfig
 from rl.diffusion.estimators import Scored, draw_plan, sandwiched, score, summed
 from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at, to_diffusion
 from rl.diffusion.objectives import Example
-from rl.diffusion.rl_config import EstimatorConfig
+from rl.model.bidirectional import Documents
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, Trace, VersionSpan
-from rollout.diffusion_engine import DiffusionEngine
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.engine import DiffusionEngine
+from rollout.diffusion.steps import DenoisingParams
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
 from tests.diffusion.exact_bound import by_size, logprob_table
 

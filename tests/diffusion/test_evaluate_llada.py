@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 
 from recipes.evaluate_llada import main
 from recipes.llada import main as train
-from rl.diffusion.config import DiffusionConfig, EosConfig, TextConfig
+from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.diffusion.likelihood import BoundLog, bound, choose, log_likelihoods
 from rl.diffusion.model import DiffusionScorer, load_diffusion_model
 from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.metrics import wilson_interval
-from rollout.diffusion import denoise, prompt_canvas
-from rollout.diffusion_model import TransformersDenoiser
-from rollout.diffusion_steps import DenoisingParams
+from rl.store.metrics import wilson_interval
+from rollout.diffusion.denoise import denoise, prompt_canvas
+from rollout.diffusion.model import TransformersDenoiser
+from rollout.diffusion.steps import DenoisingParams
 from rollout.sampler import completion_seed
 from tests.diffusion.test_likelihood import write_lm_eval_tasks
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rl.diffusion.attention import Documents
 from rl.diffusion.layouts import export_llada, llada_key, llama_key
 from rl.diffusion.model import hidden_states, load_diffusion_model, logits_at
+from rl.model.bidirectional import Documents
 from tests.diffusion.conftest import LLADA_CONFIG, MASK, SMALL, llada_tensors, plain_llada, randomised
 
 

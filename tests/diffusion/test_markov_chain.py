@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rl.diffusion.elbo import masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer, to_diffusion
 from rl.diffusion.objectives import Example, make_plan, step_generator
-from rollout.diffusion import denoise
-from rollout.diffusion_model import TransformersDenoiser
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.denoise import denoise
+from rollout.diffusion.model import TransformersDenoiser
+from rollout.diffusion.steps import DenoisingParams
 from tests.diffusion.conftest import SMALL
 
 STATES, LENGTH, MASK = 5, 8, 5

@@ -7,7 +7,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rl.diffusion.attention import BIDIRECTIONAL, Documents
 from rl.diffusion.model import (
     DiffusionScorer,
     find_mask_token,
@@ -16,6 +15,7 @@ from rl.diffusion.model import (
     logits_at,
     to_diffusion,
 )
+from rl.model.bidirectional import BIDIRECTIONAL, Documents
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
 
 LENGTHS = [7, 1, 12, 3]

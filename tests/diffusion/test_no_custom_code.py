@@ -15,7 +15,7 @@ from recipes.cli import main as cohort
 from recipes.evaluate_llada import main as evaluate
 from recipes.grpo import main as grpo
 from recipes.llada import main as llada
-from rl.diffusion.config import DiffusionModelConfig
+from rl.config.diffusion import DiffusionModelConfig
 from rl.diffusion.model import load_diffusion_model
 from rl.diffusion.policy import DiffusionPolicy
 from tests.diffusion.conftest import MASK, set_trap

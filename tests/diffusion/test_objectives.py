@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rl.diffusion.attention import Documents
 from rl.diffusion.elbo import first_fit, masked_elbo, pack_plan
 from rl.diffusion.model import DiffusionScorer, to_diffusion
 from rl.diffusion.objectives import (
@@ -21,6 +20,7 @@ from rl.diffusion.objectives import (
     reference_likelihood_plan,
     step_generator,
 )
+from rl.model.bidirectional import Documents
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
 from tests.diffusion.exact_bound import TableScorer, by_order, by_size, by_time, logprob_table
 

@@ -16,14 +16,14 @@ from recipes.diffusion_rl import copy_of_model
 from rl.advantages import wd1_advantages
 from rl.batch import pack
 from rl.config.read import load_config
-from rl.diffusion.attention import Documents
 from rl.diffusion.model import hidden_states, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.rl_policy import MaskedPolicy, diffusion_model_config
+from rl.model.bidirectional import Documents
 from rl.types import Trace
 from rl.update import pack_rules, update_policy
-from rollout.diffusion_engine import DiffusionEngine
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.engine import DiffusionEngine
+from rollout.diffusion.steps import DenoisingParams
 from rollout.weight_sync import WeightSyncError, publish
 
 METHODS = {

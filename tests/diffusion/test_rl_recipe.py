@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from recipes.diffusion_rl import check_canvas
 from recipes.grpo import main
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import load_config
 from rl.diffusion.model import load_diffusion_model
-from rl.diffusion.rl_config import MaskedRunConfig
-from rl.ledger import Ledger
-from rl.row_log import read_rows
+from rl.store.ledger import Ledger
+from rl.store.rows import read_rows
 from tests.diffusion import killed_run
 
 ROOT = Path(__file__).parents[2]

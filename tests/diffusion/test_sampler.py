@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rollout.diffusion import denoise, prompt_canvas
-from rollout.diffusion_batch import Batch, Row
-from rollout.diffusion_model import KeyValues, Layout, TransformersDenoiser
-from rollout.diffusion_steps import DenoisingParams, counter_uniforms, transfer_schedule
+from rollout.diffusion.canvas import Batch, Row
+from rollout.diffusion.denoise import denoise, prompt_canvas
+from rollout.diffusion.model import KeyValues, Layout, TransformersDenoiser
+from rollout.diffusion.steps import DenoisingParams, counter_uniforms, transfer_schedule
 from tests.diffusion.plain_sampler import full_attention_logits, plain_generate
 
 V, MASK, END = 40, 39, 3

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rollout.diffusion import denoise
-from rollout.diffusion_model import Layout
-from rollout.diffusion_steps import DenoisingParams
+from rollout.diffusion.denoise import denoise
+from rollout.diffusion.model import Layout
+from rollout.diffusion.steps import DenoisingParams
 
 K, MASK, LENGTH = 3, 3, 5
 START = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rl.diffusion.config import EosConfig, TextConfig
+from rl.config.diffusion import EosConfig, TextConfig
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids
 from tests.diffusion.conftest import MASK
 

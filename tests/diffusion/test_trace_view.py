@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from recipes.cli import main as cohort
-from rl.diffusion.trace_view import denoising_frames, denoising_html
-from rl.ledger import Ledger
-from rl.report import build_report
+from rl.report.report import build_report
+from rl.report.traces import denoising_frames, denoising_html
+from rl.store.ledger import Ledger
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, Trace, VersionSpan
 
 

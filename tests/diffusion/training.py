@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from recipes.llada import build
+from rl.config.diffusion import DiffusionConfig
 from rl.config.read import read_config
-from rl.diffusion.config import DiffusionConfig
 from rl.diffusion.train import DiffusionRun, train_step
-from rl.display import Display
 from rl.phases import StopSignal
+from rl.report.display import Display
 from rl.world import World
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewards.adapters import as_trl
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt, VersionSpan
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rl.shared_prompt import run_attention
-from rollout.diffusion import denoise, prompt_canvas
-from rollout.diffusion_batch import Batch, Row
-from rollout.diffusion_graph import GraphedDenoiser
-from rollout.diffusion_model import Layout, TransformersDenoiser, denoise_attention
-from rollout.diffusion_steps import DenoisingParams
+from rl.model.varlen import run_attention
+from rollout.diffusion.canvas import Batch, Row
+from rollout.diffusion.denoise import denoise, prompt_canvas
+from rollout.diffusion.graph import GraphedDenoiser
+from rollout.diffusion.model import Layout, TransformersDenoiser, denoise_attention
+from rollout.diffusion.steps import DenoisingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl.config import ModelConfig
 from rl.config.read import load_config
-from rl.diffusion.attention import Documents, bidirectional_attention
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
-from rl.logprobs import kernels_work
+from rl.model.bidirectional import Documents, bidirectional_attention
+from rl.model.head import kernels_work
+from rl.model.varlen import flash_works
 from rl.policy import Policy
-from rl.shared_prompt import flash_works
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import recipes.grpo
 from recipes.sources import continuous_source
-from rl.ledger import Ledger
-from rl.row_log import read_rows
+from rl.store.ledger import Ledger
+from rl.store.rows import read_rows
 
 HERE = Path(__file__).parent
 STEPS = 4

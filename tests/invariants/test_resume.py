@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rl.ledger import Ledger
+from rl.store.ledger import Ledger
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.timeout(600)  # the fixture does fifteen whole runs

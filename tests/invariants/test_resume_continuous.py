@@ -18,8 +18,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rl.ledger import Ledger
-from rl.row_log import read_rows
+from rl.store.ledger import Ledger
+from rl.store.rows import read_rows
 from rl.types import Prompt
 from rollout.source import PromptStream
 

@@ -15,8 +15,8 @@ import yaml
 from recipes.cli import main as cohort
 from recipes.grpo import main
 from rl.config.read import load_config
-from rl.redact import redact
-from rl.rundir import check_whole, write_config
+from rl.store.folder import check_whole, write_config
+from rl.store.redact import redact
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ from recipes.llada import main as fine_tune
 from recipes.tasks import load_rows
 from recipes.tasks.prompts import split_share
 from rl.config import DataConfig
+from rl.config.diffusion import DiffusionConfig
 from rl.config.read import load_config, read_config
-from rl.diffusion.config import DiffusionConfig
-from rl.ledger import Ledger
+from rl.store.ledger import Ledger
 
 ROWS = [{"prompt": f"w{i}", "solution": str(i)} for i in range(10)]
 

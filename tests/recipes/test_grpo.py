@@ -17,7 +17,7 @@ from recipes.cli import main as cohort
 from recipes.grpo import main
 from recipes.heldout import check_finished
 from rl.config.read import load_config
-from rl.row_log import read_rows
+from rl.store.rows import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
 from rl.world import World
 from tests.rl.families import save_tiny
@@ -185,7 +185,7 @@ def test_a_start_that_failed_does_not_hold_the_folder(config_file, heldout, caps
 
 
 def test_a_run_folder_in_use_is_refused(config_file, capsys):
-    from rl.durable import RunLock
+    from rl.store.durable import RunLock
 
     with RunLock(config_file.parent / "run"):
         assert main([str(config_file)]) == 1

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import rl.inputs
+import rl.store.inputs
 from recipes.grpo import main
 from recipes.llada import main as llada
-from rl.inputs import changes, fingerprints
+from rl.store.inputs import changes, fingerprints
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_who_saved_a_model_does_not_count_and_blocks_of_a_large_file_do(model, m
     path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "9.9"}, indent=8))
     (model / "README.md").write_text("hello")
     assert changes(before, now()) == {}
-    monkeypatch.setattr(rl.inputs, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(rl.inputs, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(rl.store.inputs, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(rl.store.inputs, "BLOCK_BYTES", 100)
     before = now()
     change_weights(model)
     assert list(changes(before, now()).values()) == ["model: model.safetensors (changed)"]

@@ -9,8 +9,8 @@ import pytest
 
 from recipes.grpo import main
 from recipes.llada import main as llada
-from rl.metrics import MetricsLog
-from rl.rundir import Evaluation, EvaluationLog
+from rl.store.folder import Evaluation, EvaluationLog
+from rl.store.metrics import MetricsLog
 
 LONG = ["train.steps=4", "checkpoint.every=0"]
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.grpo import main
-from rl.saving import check_saving, save_model
+from rl.model.saving import check_saving, save_model
 
 CONTRADICTORY = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}  # no do_sample: "not valid" for saving
 

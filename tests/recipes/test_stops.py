@@ -19,8 +19,8 @@ import recipes.launch
 from recipes.cli import main as cohort
 from recipes.grpo import main
 from recipes.launch import _end, _wait
-from rl.ledger import Ledger
-from rl.row_log import read_rows
+from rl.store.ledger import Ledger
+from rl.store.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 

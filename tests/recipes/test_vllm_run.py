@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes.grpo import main
-from rl.ledger import Ledger
-from rl.row_log import read_rows
+from rl.store.ledger import Ledger
+from rl.store.rows import read_rows
 from rl.types import Prompt, SamplingParams
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 
 pytestmark = [
     pytest.mark.slow,

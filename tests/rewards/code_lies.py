@@ -28,7 +28,7 @@ json.loads=lambda *a: ['ok',5,[],[]]
 """,
     "patch server module": """def add(a,b): return 0
 import sys
-m=sys.modules.get('rewards.code_solution')
+m=sys.modules.get('rewards.code.solution')
 if m: m.Server._reply=lambda self,result,*a: ['ok',5,[],[]]
 """,
     "builtins print open": """def add(a,b): return 0

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rewards.code import CodeOptions, code_sandbox, grade
+from rewards.code.grader import CodeOptions, code_sandbox, grade
 
 FOLDERS = ("/tmp", "/dev/shm", "/var/tmp", ".")
 MODULES = ("sitecustomize", "usercustomize", "json", "unittest", "conftest", "numpy")

@@ -14,8 +14,8 @@ from typing import Any
 
 from code_leftovers import CALLS, CALLS_AND_NEW_JUDGE, HOLDINGS, LEFTOVERS, RIGHT, SNAPSHOT, WRONG
 
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Limits
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox.sandbox import Limits
 
 HOSTILE = CodeOptions(timeout_s=0.7)
 HONEST = CodeOptions(timeout_s=30.0)

@@ -7,8 +7,8 @@ import rewards_for_tests
 import torch
 
 from rewards.adapters import as_areal, as_openrlhf, as_trl, as_verl
-from rewards.calling import arguments, grade
 from rewards.plugins import load_reward
+from rewards.pool.calling import arguments, grade
 
 HERE = "rewards_for_tests:"
 

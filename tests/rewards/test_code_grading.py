@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from rewards.code import CodeOptions, close_sandboxes, code_reward, code_sandbox, grade
-from rewards.code_compare import same_output, same_value
-from rewards.code_extract import extract_code
-from rewards.code_tests import parse_tests
-from rewards.sandbox import Sandbox
+from rewards.code.compare import same_output, same_value
+from rewards.code.extract import extract_code
+from rewards.code.grader import CodeOptions, close_sandboxes, code_reward, code_sandbox, grade
+from rewards.code.tests import parse_tests
+from rewards.sandbox.sandbox import Sandbox
 from rl.types import Reason, Reward
 
 PATIENT = CodeOptions(timeout_s=30.0)

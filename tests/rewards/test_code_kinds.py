@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rewards.code import CodeOptions, code_sandbox, grade
+from rewards.code.grader import CodeOptions, code_sandbox, grade
 from rl.types import Reward
 
 KINDS = Path(__file__).resolve().parents[2].parent / "shared" / "cases" / "code_kinds.jsonl"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from rewards import code_languages
-from rewards.code import CodeOptions, close_sandboxes, grade
-from rewards.code_languages import LANGUAGES, sweep_folders
-from rewards.sandbox import Sandbox, SandboxError
-from rewards.sandbox_confine import landlock_abi
+from rewards.code import languages as code_languages
+from rewards.code.grader import CodeOptions, close_sandboxes, grade
+from rewards.code.languages import LANGUAGES, sweep_folders
+from rewards.sandbox.confine import landlock_abi
+from rewards.sandbox.sandbox import Sandbox, SandboxError
 from rl.types import Reason, Reward
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,8 +154,8 @@ def test_a_program_that_does_not_compile_is_a_parse_error() -> None:
 
 
 HOLDER = """import sys, time
-from rewards.code_languages import LANGUAGES, Language, prepared
-from rewards.sandbox import Limits
+from rewards.code.languages import LANGUAGES, Language, prepared
+from rewards.sandbox.sandbox import Limits
 LANGUAGES["text"] = Language("main.txt", (), (sys.executable,))
 class Giver:
     def give(self, folder): print(folder, flush=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Sandbox
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox.sandbox import Sandbox
 from rl.types import Reason, Reward
 
 ROWS = [

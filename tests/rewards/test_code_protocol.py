@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rewards.code_protocol import (
+from rewards.code.protocol import (
     MAX_FRAME_BYTES,
     BadValue,
     Channel,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from settings import ROOT
 
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Sandbox
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox.sandbox import Sandbox
 from rl.types import Reason
 
 PATIENT = CodeOptions(timeout_s=30.0)

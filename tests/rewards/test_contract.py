@@ -19,7 +19,7 @@ from recipes.cli import main
 from rewards.adapters import as_openrlhf, as_trl
 from rewards.compose import RewardSpec
 from rewards.plugins import load_reward
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Group, Prompt, VersionSpan
 from rollout.chat import render_prompts
 

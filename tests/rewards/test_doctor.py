@@ -6,7 +6,7 @@ import pytest
 
 from rewards import doctor
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 
 HERE = "rewards_for_tests:"
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": f"${2 * i}$"} for i in range(1, 13)]

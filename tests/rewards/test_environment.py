@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from rewards.environment import grader_environment
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt
 
 SECRETS = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.math import MathOptions, grade, math_reward
-from rewards.math_words import COMMANDS, DROPPED, TEXT_STYLES, WORDS
+from rewards.math.grader import MathOptions, grade, math_reward
+from rewards.math.words import COMMANDS, DROPPED, TEXT_STYLES, WORDS
 from rl.types import Reason
 
 ROOT = Path(__file__).parents[2]
@@ -278,7 +278,7 @@ def test_threads_and_the_main_thread_agree():
 
 def test_grading_numbers_and_formulas_imports_neither_sympy_nor_torch():
     code = (
-        "import sys; from rewards.math import grade; from rewards.math_symbolic import worker\n"
+        "import sys; from rewards.math import grade; from rewards.math.symbolic import worker\n"
         "assert grade(r'\\boxed{\\sqrt{12}}', r'2\\sqrt3').score == 1.0\n"
         "assert grade(r'\\boxed{(x-1)(x+1)}', 'x^2-1').score == 1.0\n"
         "print('sympy' in sys.modules, 'torch' in sys.modules, worker.is_running)"

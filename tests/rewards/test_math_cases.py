@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.math import grade
+from rewards.math.grader import grade
 from rl.types import Reason
 
 OWN = [json.loads(line) for line in (Path(__file__).parent / "math_cases.jsonl").read_text().splitlines()]

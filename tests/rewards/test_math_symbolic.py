@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rewards import math_symbolic
-from rewards.math import MathOptions, grade
-from rewards.math_symbolic import SymbolicTimeout, SymbolicWorker
+from rewards.math import symbolic as math_symbolic
+from rewards.math.grader import MathOptions, grade
+from rewards.math.symbolic import SymbolicTimeout, SymbolicWorker
 from rl.types import Reason
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_threads_share_one_process(worker):
 def test_the_process_ends_with_its_owner_and_a_forked_child_starts_its_own():
     code = """
 import os, sys
-from rewards.math_symbolic import worker
+from rewards.math.symbolic import worker
 assert worker.equal("x", "x", 20.0) is True
 mine = worker._process.pid
 worker._lock.acquire()  # as another thread of the parent might hold it

@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.math import grade
+from rewards.math.grader import grade
 
 
 def same(gold: str, answer: str) -> bool:

@@ -9,9 +9,9 @@ import rewards_for_tests
 import torch
 
 from rewards import plugins
-from rewards.calling import BadValue, arguments, grade
 from rewards.completion import completion_text, last_message_text
 from rewards.plugins import import_path, load_reward
+from rewards.pool.calling import BadValue, arguments, grade
 from rl.types import Reason, Reward
 
 

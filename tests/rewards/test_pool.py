@@ -10,7 +10,7 @@ import rewards_for_tests
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt, Reason
 from tests.waiting import wait_until
 

@@ -6,8 +6,8 @@ import pytest
 from test_pool import both_ready
 
 from rewards.compose import RewardSpec
-from rewards.grader import AHEAD_S
-from rewards.pool import RewardPool
+from rewards.pool.grader import AHEAD_S
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt, Reason
 from tests.waiting import wait_until
 

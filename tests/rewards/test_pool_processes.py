@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rewards.compose import RewardSpec
-from rewards.pool import RewardPool
+from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt
 
 HERE = "rewards_for_tests:"
@@ -79,7 +79,7 @@ def test_no_grader_outlives_a_trainer_that_is_killed(tmp_path):
     script = f"""
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from rewards.pool import RewardPool
+        from rewards.pool.pool import RewardPool
         from rl.types import Completion, Group, Prompt
         pool = RewardPool([{HERE + "length"!r}], workers=2, deadline_s=1000)
         busy = Completion([1], [], [True], "stop", [], text="spin")

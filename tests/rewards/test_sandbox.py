@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Limits, Sandbox, SandboxError
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox.sandbox import Limits, Sandbox, SandboxError
 from rl.types import Reward
 from tests.waiting import wait_until
 
@@ -126,7 +126,7 @@ def test_a_program_holds_its_own_three_descriptors_only() -> None:
 def test_signals_that_the_owner_ignores_or_blocks_do_not_disturb() -> None:
     program = textwrap.dedent("""
         import signal
-        from rewards.sandbox import Limits, Sandbox
+        from rewards.sandbox.sandbox import Limits, Sandbox
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM})
         with Sandbox(num_workers=1) as sandbox:
@@ -186,8 +186,8 @@ def test_an_idle_zygote_that_died_is_replaced() -> None:
 def test_nothing_survives_a_kill_9_of_the_owner() -> None:
     program = textwrap.dedent("""
         import threading, time
-        from rewards.code import CodeOptions, code_sandbox, grade
-        from rewards.sandbox import Limits, Sandbox
+        from rewards.code.grader import CodeOptions, code_sandbox, grade
+        from rewards.sandbox.sandbox import Limits, Sandbox
         sandbox = code_sandbox(num_workers=2)
         loop = "import signal\\nfor s in range(1, 65):\\n    try: signal.signal(s, signal.SIG_IGN)\\n"
         loop += "    except Exception: pass\\nwhile True: pass"
@@ -209,7 +209,7 @@ def test_nothing_survives_a_kill_9_of_the_owner() -> None:
 def test_an_interrupt_from_the_terminal_does_not_reach_zygotes() -> None:
     program = textwrap.dedent("""
         import os, signal
-        from rewards.sandbox import Sandbox
+        from rewards.sandbox.sandbox import Sandbox
         signal.signal(signal.SIGINT, lambda *_: None)
         with Sandbox(num_workers=1) as sandbox:
             before = sandbox.zygote_pids()
@@ -275,8 +275,8 @@ def test_it_refuses_with_a_reason_where_the_kernel_refuses_filters() -> None:
     """prctl(PR_SET_NO_NEW_PRIVS) and seccomp filters that deny seccomp: what a hardened container may do."""
     program = textwrap.dedent("""
         import ctypes, struct
-        from rewards.sandbox import Sandbox, SandboxError
-        from rewards.sandbox_confine import ARCHITECTURE, Filter, prctl
+        from rewards.sandbox.sandbox import Sandbox, SandboxError
+        from rewards.sandbox.confine import ARCHITECTURE, Filter, prctl
         deny = [(0x20, 0, 0, 0), (0x15, 0, 4, (157, 167)[ARCHITECTURE]), (0x20, 0, 0, 16), (0x15, 0, 1, 22),
                 (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FFF0000)]
         prctl(38, 1)

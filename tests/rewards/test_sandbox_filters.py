@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.sandbox_filters import Instruction, child_filter, zygote_filter
-from rewards.sandbox_syscalls import ALLOWED, CHECKED, COMMANDS, COMPILERS, LANDLOCK, number
+from rewards.sandbox.filters import Instruction, child_filter, zygote_filter
+from rewards.sandbox.syscalls import ALLOWED, CHECKED, COMMANDS, COMPILERS, LANDLOCK, number
 
 X86, ARM = 0, 1
 AUDIT = {X86: 0xC000003E, ARM: 0xC00000B7}

@@ -15,10 +15,10 @@ import pytest
 from code_leftovers import CALLS
 from settings import ENVIRONMENT, ROOT, SETTINGS, SHARED, in_setting
 
-from rewards import sandbox_confine
-from rewards.code import CodeOptions, code_sandbox, grade
-from rewards.sandbox import Limits
-from rewards.sandbox_process import memory_file
+from rewards.code.grader import CodeOptions, code_sandbox, grade
+from rewards.sandbox import confine as sandbox_confine
+from rewards.sandbox.process import memory_file
+from rewards.sandbox.sandbox import Limits
 
 LEAVE = Path(__file__).with_name("leave_behind.py")
 SLOW = "import time\ndef add(a, b):\n    time.sleep(20)\n"
@@ -153,7 +153,7 @@ def test_a_program_cannot_queue_all_signals_that_its_user_may_have_pending():
 def test_memory_that_children_would_share_is_found_before_the_first_program():
     code = (
         "import mmap, os, tempfile\n"
-        "from rewards.sandbox_confine import writable_shared_memory\n"
+        "from rewards.sandbox.confine import writable_shared_memory\n"
         "assert writable_shared_memory() == [], writable_shared_memory()\n"
         "private = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
         "fd = os.memfd_create('readable')\n"

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from rewards import sandbox_process
-from rewards.sandbox import Sandbox
-from rewards.sandbox_process import (
+from rewards.sandbox import process as sandbox_process
+from rewards.sandbox.process import (
     Limits,
     Program,
     SandboxError,
@@ -25,13 +24,14 @@ from rewards.sandbox_process import (
     memory_file,
     read_file,
 )
+from rewards.sandbox.sandbox import Sandbox
 
 PATIENT = Limits(timeout_s=60.0)
 
 
 def options() -> dict[str, Any]:
     return {
-        "modules": ["rewards.sandbox_script"],
+        "modules": ["rewards.sandbox.script"],
         "judges": [],
         "packages": [],
         "path": [],
@@ -42,7 +42,7 @@ def options() -> dict[str, Any]:
 
 
 def script(source: str, **kwargs: Any) -> Program:
-    return Program("rewards.sandbox_script", source.encode(), **kwargs)
+    return Program("rewards.sandbox.script", source.encode(), **kwargs)
 
 
 def open_descriptors() -> set[str]:

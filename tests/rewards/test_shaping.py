@@ -5,9 +5,9 @@ import math
 import pytest
 from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from rewards.calling import arguments, grade
 from rewards.language import LanguageConsistency
 from rewards.plugins import load_reward
+from rewards.pool.calling import arguments, grade
 from rewards.shaping import CosineLength, KimiLength, Repetition, SoftOverlong
 from rl.types import Reason, Reward
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rl.attention import Block
 from rl.batch import PackRules, pack
+from rl.model.packed import Block
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import main as cohort
+from rl.config.diffusion import DiffusionConfig
 from rl.config.read import load_config, read_config
-from rl.diffusion.config import DiffusionConfig
-from rl.report import build_report
+from rl.report.report import build_report
 
 ROOT = Path(__file__).parents[2]
 BOMB = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from rl.checkpoint import (
+from rl.store.checkpoint import (
     CheckpointReadError,
     CheckpointStore,
     CheckpointWriteError,
@@ -19,7 +19,7 @@ from rl.checkpoint import (
     TrainerState,
     capture_rng,
 )
-from rl.manifest import version_changes, write_manifest
+from rl.store.manifest import version_changes, write_manifest
 
 FILES = [
     "config.json",

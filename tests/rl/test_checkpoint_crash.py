@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rl.checkpoint import CheckpointStore, CheckpointWriteError, TrainerState, capture_rng
-from rl.manifest import find_fault
+from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, TrainerState, capture_rng
+from rl.store.manifest import find_fault
 
 
 def save(store: CheckpointStore, step: int, *, take: int = 1) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rl.config import Config, check_processes
+from rl.config.diffusion import DiffusionConfig
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import dump_config, load_config, read_config
-from rl.diffusion.config import DiffusionConfig
-from rl.diffusion.rl_config import MaskedRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 

@@ -10,9 +10,9 @@ import yaml
 from recipes.cli import main
 from rl.config import Config
 from rl.config.describe import described
+from rl.config.diffusion import DiffusionConfig
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import read_any_config, read_config
-from rl.diffusion.config import DiffusionConfig
-from rl.diffusion.rl_config import MaskedRunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from rl.display import Display
-from rl.safe_stream import SafeStream, sparkline
+from rl.report.display import Display
+from rl.report.safe_stream import SafeStream, sparkline
 
 VALUES = {
     "reward/mean": 0.5,
@@ -148,7 +148,7 @@ def test_a_dead_stream_is_silence(closed):
 def test_a_reader_that_leaves_does_not_fail_the_program():
     code = (
         "import sys; sys.stdin.readline()\n"
-        "from rl.display import Display\n"
+        "from rl.report.display import Display\n"
         "with Display(9) as d:\n"
         "    for s in range(1, 9): d.step(s, {'reward/mean': 0.5})\n"
         "print('still here', file=sys.stderr)\n"
@@ -171,7 +171,7 @@ def test_a_reader_that_leaves_does_not_fail_the_program():
 def test_a_real_terminal_sees_the_panel():
     master, slave = pty.openpty()
     code = (
-        "from rl.display import Display\n"
+        "from rl.report.display import Display\n"
         "with Display(9) as d: d.step(3, {'reward/mean': 0.5, 'tokens/per_second': 1234.0})\n"
     )
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}

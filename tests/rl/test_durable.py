@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rl.durable import RunLock, RunLockedError, fsync_path, written_whole
+from rl.store.durable import RunLock, RunLockedError, fsync_path, written_whole
 
 HOLDER = """
 import os, sys, time
-from rl.durable import RunLock
+from rl.store.durable import RunLock
 with RunLock(sys.argv[1]):
     child = os.fork() if sys.argv[2] == "fork" else 0
     if sys.argv[2] != "fork":
@@ -122,7 +122,11 @@ def test_a_folder_that_can_not_be_fsynced_is_no_error_but_a_failing_disk_is(
 
 def test_the_lock_costs_no_torch():
     started = time.monotonic()
-    command = [sys.executable, "-c", "import rl.durable, rl.ledger, sys; print('torch' in sys.modules)"]
+    command = [
+        sys.executable,
+        "-c",
+        "import rl.store.durable, rl.store.ledger, sys; print('torch' in sys.modules)",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", (done.stderr, time.monotonic() - started)

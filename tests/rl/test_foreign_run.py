@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import main
-from rl.diffusion.trace_view import denoising_frames, denoising_html, sampled_traces
-from rl.group_sample import json_for_html, sample_groups
-from rl.history import MAX_POINTS, read_history
-from rl.ledger import Ledger
-from rl.metrics import METRICS, MetricsLog
-from rl.report import build_report
-from rl.rundir import write_atomically
+from rl.report.groups import json_for_html, sample_groups
+from rl.report.history import MAX_POINTS, read_history
+from rl.report.report import build_report
+from rl.report.traces import denoising_frames, denoising_html, sampled_traces
+from rl.store.folder import write_atomically
+from rl.store.ledger import Ledger
+from rl.store.metrics import METRICS, MetricsLog
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rl.loading import _for_one_instance, _in_fp32
+from rl.model.loading import _for_one_instance, _in_fp32
 
 
 def rotary(name):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rl.ledger import Ledger
+from rl.store.ledger import Ledger
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
 
 # Line separators, quotes, control characters, a lone surrogate, two surrogates that must not become one

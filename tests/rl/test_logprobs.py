@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import rl.logprobs
-from rl.logprobs import token_logprobs
+import rl.model.head
+from rl.model.head import token_logprobs
 
 
 @pytest.mark.parametrize("rows", [3, 1000])
@@ -15,7 +15,7 @@ from rl.logprobs import token_logprobs
     [(1.0, 1.0, None, False), (0.7, 1.0, None, True), (1.3, 0.5, 5.0, False)],
 )
 def test_values_and_gradients_equal_full_logits(monkeypatch, rows, temperature, scale, softcap, bias):
-    monkeypatch.setattr(rl.logprobs, "_chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(rl.model.head, "_chunk_rows", lambda *_: rows)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, offset = (
         torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from loss_cases import EVERYTHING, LOG2, column, config_of, inputs_of, loss_and_gradient, mean, ragged
 
-from rl import metrics
 from rl.config import LossConfig, SamplerCorrectionConfig
 from rl.losses import LOSSES, aggregation_weight, policy_loss
+from rl.store import metrics
 
 CLIPPED = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
 
-from rl.adapters import add_lora
 from rl.config import ModelConfig
 from rl.config.read import load_config
-from rl.loading import storage_dtype
-from rl.logprobs import CHUNK_BYTES
-from rl.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes
+from rl.model.adapters import add_lora
+from rl.model.head import CHUNK_BYTES
+from rl.model.loading import storage_dtype
+from rl.plan.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes
 
 SMALL = LlamaConfig(
     vocab_size=100,

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from rl.metrics import METRICS, Metric, MetricsLog, metric_of, show_seconds, show_value, wilson_interval
-from rl.redact import redact, show_controls, strip_controls
-from rl.trackers import Trackers
-from rl.verdict import Watch, judge, range_text
+from rl.report.trackers import Trackers
+from rl.report.verdict import Watch, judge, range_text
+from rl.store.metrics import METRICS, Metric, MetricsLog, metric_of, show_seconds, show_value, wilson_interval
+from rl.store.redact import redact, show_controls, strip_controls
 
 
 def test_wilson_interval_by_hand():
@@ -298,6 +298,7 @@ def test_controls_are_stripped_for_terminals_and_shown_in_reports():
 
 
 def test_metrics_cost_no_torch():
-    code = "import sys, rl.metrics, rl.verdict, rl.trackers, rl.display; print('torch' in sys.modules)"
+    names = "rl.store.metrics, rl.report.verdict, rl.report.trackers, rl.report.display"
+    code = f"import sys, {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False\n", done.stderr

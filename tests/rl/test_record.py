@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from rl.config import AdvantageConfig
 from rl.record import check_faults, group_metrics
+from rl.report.verdict import Watch, judge
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
-from rl.verdict import Watch, judge
 from rl.world import World
 
 

@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import pytest
 
-from rl.figures import build_figures
-from rl.group_sample import MAX_GROUPS, json_for_html, sample_groups
-from rl.ledger import Ledger
-from rl.metrics import METRICS, MetricsLog
-from rl.plots import Series, columns_of, line_plot, nice_ticks, smooth, sparkline, stacked_bars
-from rl.report import build_report
+from rl.report.figures import build_figures
+from rl.report.groups import MAX_GROUPS, json_for_html, sample_groups
+from rl.report.plots import Series, columns_of, line_plot, nice_ticks, smooth, sparkline, stacked_bars
+from rl.report.report import build_report
+from rl.store.ledger import Ledger
+from rl.store.metrics import METRICS, MetricsLog
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
 
 HOSTILE = (

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rl.shared_prompt import Kernels, Segments, VarlenPlan, shared_prompt_attention
+from rl.model.varlen import Kernels, Segments, VarlenPlan, shared_prompt_attention
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rl.checkpoint import CheckpointStore
-from rl.optimizer_state import load_optimizer_state, optimizer_state_by_name
-from rl.trainer_state import NonFiniteError, TrainerState, capture_rng, check_finite, restore_rng
+from rl.store.checkpoint import CheckpointStore
+from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, check_finite, restore_rng
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),

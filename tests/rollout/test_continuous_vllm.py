@@ -21,8 +21,8 @@ from rl.types import SamplingParams
 from rollout.continuous import ContinuousSource
 from rollout.engine import EngineError
 from rollout.source import OnPolicySource, PromptStream
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -16,8 +16,8 @@ from tiny_llama import (
 from rl.types import Prompt, SamplingParams, VersionSpan
 from rollout.calls import completion
 from rollout.engine import EngineError, TransformersEngine
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
 
 REASON = vllm_available()

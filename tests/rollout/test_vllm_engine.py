@@ -25,8 +25,8 @@ from tiny_llama import (
 from rl.types import Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
 from rollout.sampler import sampling_logprobs
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 
 REASON = vllm_available()
@@ -282,7 +282,7 @@ def test_a_fault_on_the_way_is_caught_by_name(engine, fault):
 
 def test_a_head_that_keeps_its_old_packed_weights_is_caught_by_name(engine, monkeypatch):
     """What vLLM 0.32 does on a CPU without `repack`: every log-prob comes from the old head."""
-    monkeypatch.setattr("rollout.vllm_worker.repack", lambda slots: None)
+    monkeypatch.setattr("rollout.vllm.worker.repack", lambda slots: None)
     with pytest.raises(WeightSyncError, match=r"1 of 21 tensors differ from the policy's: lm_head\.weight$"):
         publish(engine, Stream(make_model(1)), version=1, tolerance=1e9)
 

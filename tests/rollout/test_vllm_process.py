@@ -33,10 +33,11 @@ from tiny_llama import (
 )
 
 from rl.types import SamplingParams
-from rollout import vllm_bucket, vllm_start
 from rollout.engine import EngineError
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm import bucket as vllm_bucket
+from rollout.vllm import start as vllm_start
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 from tests.rl.families import save_tiny, tiny_config
 
@@ -219,7 +220,7 @@ def test_a_core_that_does_not_answer_in_time_is_named(engine, monkeypatch):
 
 WATCHED = """
     import multiprocessing, os, sys, time
-    from rollout.vllm_worker import end_with
+    from rollout.vllm.worker import end_with
 
     def child(parent):
         end_with(parent)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_llama import make_model, save
 
-from rollout.vllm_scheduler import KNOWN, LOGPROBS, MARKS, known_version
-from rollout.vllm_start import vllm_available
+from rollout.vllm.scheduler import KNOWN, LOGPROBS, MARKS, known_version
+from rollout.vllm.start import vllm_available
 from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
 
 REASON = vllm_available()
@@ -235,8 +235,8 @@ def test_a_sliding_window_is_left_to_vllm(folder):
 
 def test_an_unknown_vllm_is_left_alone_and_said(folder, monkeypatch, caplog):
     settings = settings_for(folder, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64)
-    monkeypatch.setattr("rollout.vllm_scheduler.KNOWN", {"0.1": "x"})
-    with caplog.at_level("WARNING", logger="rollout.vllm_scheduler"):
+    monkeypatch.setattr("rollout.vllm.scheduler.KNOWN", {"0.1": "x"})
+    with caplog.at_level("WARNING", logger="rollout.vllm.scheduler"):
         scheduler = make_scheduler(settings, is_async=True, short_cuts=True, num_blocks=100)
     assert not scheduler.tokens_per_block
     assert "is none of 0.1: its own code counts tokens" in caplog.text

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer, save
 
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_install import version_conflict
-from rollout.vllm_start import gpu_arguments, vllm_available
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.install import version_conflict
+from rollout.vllm.start import gpu_arguments, vllm_available
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -60,7 +60,7 @@ RANK_PROGRAM = """
     import torch, torch.distributed as dist
     from tiny_llama import Stream, make_model, make_prompts, make_tokenizer
     from rl.types import SamplingParams
-    from rollout.vllm_engine import VllmEngine
+    from rollout.vllm.engine import VllmEngine
     from rollout.weight_sync import publish
 
     rank = int(sys.argv[1])
@@ -83,7 +83,7 @@ LATE_PROGRAM = """
     import sys, time
     import torch.distributed as dist
     from rollout.engine import EngineError
-    from rollout.vllm_start import _meet
+    from rollout.vllm.start import _meet
 
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=rank, world_size=2)

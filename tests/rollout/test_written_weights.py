@@ -16,9 +16,9 @@ from tiny_llama import (
 
 from rl.types import SamplingParams
 from rollout.engine import EngineError
-from rollout.vllm_bucket import Bucket
-from rollout.vllm_engine import VllmEngine
-from rollout.vllm_start import vllm_available
+from rollout.vllm.bucket import Bucket
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 
 REASON = vllm_available()
@@ -63,9 +63,9 @@ def worker(started):
 @pytest.fixture(params=["without a bucket", "through a bucket"])
 def engine(request, started, worker, monkeypatch):
     """It writes, and holds version 0. Through a bucket, as from another process, it gets a tensor or two."""
-    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     if request.param == "through a bucket":
-        monkeypatch.setattr("rollout.vllm_bucket.BUCKET_BYTES", 1)
+        monkeypatch.setattr("rollout.vllm.bucket.BUCKET_BYTES", 1)
         monkeypatch.setattr(started, "_bucket", Bucket(started.tensors, torch.device("cpu")))
         monkeypatch.setattr(started, "_handle_sent", False)
     loads = []
@@ -122,9 +122,9 @@ def test_where_vllm_makes_more_of_its_weights_its_reload_is_used(started, worker
     monkeypatch.setattr(worker, "cohort_writes", False)
     publish(started, Stream(policy(5)), version=5, tolerance=1e-4)
     assert not worker.cohort_writes  # this is no GPU
-    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr("rollout.vllm_weights._UNQUANTIZED", ("NoneType",))
+        patch.setattr("rollout.vllm.weights._UNQUANTIZED", ("NoneType",))
         publish(started, Stream(policy(6)), version=6, tolerance=1e-4)
         assert not worker.cohort_writes
     publish(started, Stream(policy(7)), version=7, tolerance=1e-4)
@@ -137,7 +137,7 @@ def test_a_tensor_that_is_looked_for_in_the_wrong_place_is_never_written_there(s
     slots = worker.cohort_slots
     monkeypatch.setattr(worker, "cohort_slots", slots | {gate: slots[up], up: slots[gate]})
     monkeypatch.setattr(worker, "cohort_writes", False)
-    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     for version in (1, 2, 3):
         with pytest.raises(WeightSyncError, match=r"mlp\.gate_proj\.weight, .*mlp\.up_proj\.weight$"):
             publish(started, Stream(policy(version)), version=version, tolerance=1e9)
@@ -146,7 +146,7 @@ def test_a_tensor_that_is_looked_for_in_the_wrong_place_is_never_written_there(s
 def test_what_is_not_proven_on_the_way_is_still_written(started, worker, monkeypatch):
     """engine.verify_sync=false leaves out the proof of arrival; where the tensors are is another matter."""
     monkeypatch.setattr(worker, "cohort_writes", False)
-    monkeypatch.setattr("rollout.vllm_weights._AS_THEY_ARE", ("cuda", "cpu"))
+    monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     for version in (1, 2):
         publish(started, Stream(policy(version)), version=version, tolerance=None, verify=False)
         assert worker.cohort_writes

@@ -1,0 +1,269 @@
+"""Grades programs by running them against tests, in a sandbox.
+
+    grade("def add(a, b): return a + b", {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3)
+    == 5"})
+
+The program never shares a process with a test or an expected output: outputs are compared here, asserts run
+in a tester process of their own that calls the program through a protocol of plain values
+(`rewards.code.protocol`). A fault of ours or of the tests abstains (score None); whatever the program does,
+its time and memory included, is its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rewards.code.extract import TAGS, extract_code
+from rewards.code.judge import JUDGES, SOLUTION, Verdict, fault_of, judge_calls, judge_outputs
+from rewards.code.languages import COMPILE_TIMEOUT_S, prepared
+from rewards.code.tests import STDIO, CodeTests, parse_tests
+from rewards.completion import last_message_text
+from rewards.sandbox.sandbox import Command, Limits, Program, RunResult, Sandbox, SandboxError
+from rl.types import Reason, Reward
+
+SCRIPT = "rewards.sandbox.script"
+MAX_DETAIL = 300
+LONGEST_START_S = 30.0  # of a sandbox, on a busy machine
+ABSTAINING = (Reason.INFRA_ERROR, Reason.BAD_GOLD)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeOptions:
+    """How programs are graded.
+
+    Attributes:
+        scoring: "all": 1 if every test passes, else 0; "fraction": share of tests passed, by weight where
+            tests have weights.
+        timeout_s: for each stdin/stdout case; for all asserts or calls together.
+        total_timeout_s: for all stdin/stdout cases of one completion.
+        memory_mib: address space beyond the interpreter's own.
+        output_mib: each of stdout and stderr.
+        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
+            is close to itself only, NaN to nothing.
+        language: of completions whose tests name none.
+        packages: third-party packages that programs may import where they are installed.
+    """
+
+    scoring: Literal["all", "fraction"] = "all"
+    timeout_s: float = 5.0
+    total_timeout_s: float = 30.0
+    memory_mib: int = 1024
+    output_mib: int = 8
+    float_tolerance: float = 0.0
+    language: str = "python"
+    packages: tuple[str, ...] = ("numpy",)
+
+    def __post_init__(self) -> None:
+        if self.scoring not in ("all", "fraction"):
+            raise ValueError(f"scoring={self.scoring!r} is unknown; use 'all' or 'fraction'")
+        if self.language not in TAGS:
+            raise ValueError(f"language={self.language!r} is unknown; use one of {', '.join(TAGS)}")
+        if not 0 <= self.float_tolerance < float("inf"):
+            raise ValueError(f"float_tolerance={self.float_tolerance} must be >= 0 and finite, such as 1e-6")
+        self.limits()
+
+    def limits(self) -> Limits:
+        return Limits(timeout_s=self.timeout_s, memory_mib=self.memory_mib, output_mib=self.output_mib)
+
+
+def code_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tests: Sequence[Any],
+    *,
+    scoring: Literal["all", "fraction"] = "all",
+    timeout_s: float = 5.0,
+    total_timeout_s: float = 30.0,
+    memory_mib: int = 1024,
+    output_mib: int = 8,
+    float_tolerance: float = 0.0,
+    language: str = "python",
+    packages: Sequence[str] = ("numpy",),
+    **columns: Any,
+) -> list[Reward]:
+    """The reward of each completion, one program per core at a time. Options as in `CodeOptions`."""
+    options = CodeOptions(
+        scoring=scoring,
+        timeout_s=timeout_s,
+        total_timeout_s=total_timeout_s,
+        memory_mib=memory_mib,
+        output_mib=output_mib,
+        float_tolerance=float_tolerance,
+        language=language,
+        packages=tuple(packages),
+    )
+    return grade_all(completions, tests, options=options)
+
+
+def _time_limit_s(options: Mapping[str, Any]) -> float:
+    """What one completion may take with these options of `code_reward`, a compilation included."""
+    known = {name: value for name, value in options.items() if name in ("timeout_s", "total_timeout_s")}
+    limits = CodeOptions(**known)
+    return max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S + LONGEST_START_S
+
+
+code_reward.time_limit_s = _time_limit_s  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def grade_all(
+    completions: Sequence[Any], tests: Sequence[Any], *, options: CodeOptions | None = None
+) -> list[Reward]:
+    """`grade` for each pair, in order, over all cores."""
+    options = options or CodeOptions()
+    pairs = list(zip(completions, tests, strict=True))
+    try:
+        sandbox = shared_sandbox(options)
+    except SandboxError as error:
+        return [Reward(None, Reason.INFRA_ERROR, str(error)) for _ in pairs]
+    return sandbox.map(lambda pair: grade(last_message_text(pair[0]), pair[1], options=options), pairs)
+
+
+def grade(
+    completion: str,
+    tests: Mapping[str, Any] | str,
+    *,
+    options: CodeOptions | None = None,
+    sandbox: Sandbox | None = None,
+) -> Reward:
+    """Runs the code of `completion` against `tests` (`parse_tests` says what they may be). Never raises for
+    either of them.
+
+    `sandbox`: one that `code_sandbox` made, with the packages that programs may import; default: one shared
+    by this process, started on first use.
+    """
+    options = options or CodeOptions()
+    start = time.perf_counter()
+    code = None
+    passed: Sequence[bool | None] = ()
+    weights: tuple[float, ...] = ()
+    try:
+        parsed = parse_tests(tests)
+        weights = parsed.weights
+        verdict, code = _judge(completion, parsed, options, sandbox)
+        passed = verdict.passed
+    except SandboxError as error:
+        verdict = Verdict(Reason.INFRA_ERROR, str(error))
+    except ValueError as error:
+        verdict = Verdict(Reason.BAD_GOLD, str(error))
+    score = None if verdict.reason in ABSTAINING else float(verdict.reason is Reason.CORRECT)
+    if score is not None and options.scoring == "fraction" and passed:
+        if weights and len(weights) != len(passed) and verdict.complete:
+            score, verdict = None, Verdict(Reason.BAD_GOLD, f"{len(weights)} weights for {len(passed)} tests")
+        else:
+            score = _share(passed, weights or (1.0,) * len(passed), score)
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    return Reward(score, verdict.reason, verdict.detail[:MAX_DETAIL], code, elapsed_ms)
+
+
+def _share(passed: Sequence[bool | None], weights: Sequence[float], otherwise: float) -> float:
+    """The weight of the tests passed as a share of all that count. After a crash `passed` may be shorter or
+    longer than `weights`: a test that did not run has failed.
+    """
+    results = list(zip(weights, passed, strict=False))
+    total = sum(weights) - sum(weight for weight, ok in results if ok is None)
+    return sum(weight for weight, ok in results if ok) / total if total > 0 else otherwise
+
+
+_sandboxes: dict[tuple[Any, ...], Sandbox] = {}
+_lock = threading.Lock()
+
+
+def code_sandbox(**options: Any) -> Sandbox:
+    """A sandbox that can grade; `options` as of `Sandbox`."""
+    return Sandbox(modules=[SOLUTION], judges=JUDGES, **options)
+
+
+def shared_sandbox(
+    options: CodeOptions, *, packages: tuple[str, ...] = (), commands: bool = False
+) -> Sandbox:
+    """The sandbox of this process for these options; started once, closed at exit. Raises SandboxError."""
+    key = (os.getpid(), options.memory_mib, options.output_mib, packages, commands)
+    with _lock:
+        if key not in _sandboxes:
+            if not _sandboxes:
+                atexit.register(close_sandboxes)
+            limits = options.limits()
+            _sandboxes[key] = code_sandbox(packages=packages, limits=limits, commands=commands)
+        return _sandboxes[key]
+
+
+def close_sandboxes() -> None:
+    """Ends the shared sandboxes; the next grade starts fresh ones."""
+    with _lock:
+        for sandbox in _sandboxes.values():
+            sandbox.close()
+        _sandboxes.clear()
+
+
+def _judge(
+    completion: str, tests: CodeTests, options: CodeOptions, sandbox: Sandbox | None
+) -> tuple[Verdict, str | None]:
+    language = tests.language if tests.language != "python" else options.language
+    if language not in TAGS:
+        raise ValueError(f"language {language!r} is unknown; use one of {', '.join(TAGS)}")
+    if language != "python" and tests.kind != STDIO:
+        raise ValueError(f"tests of type {tests.kind!r} are for Python; {language} needs type 'stdio'")
+    code, reason = extract_code(completion, language)
+    if code is None:
+        return Verdict(reason, "no code in the completion"), None
+    if language != "python":
+        return _judge_other(code, language, tests, options), code
+    if _continues_prompt(code, tests):
+        code = tests.prompt + code
+    if sandbox is None:
+        packages = [name for name in options.packages if _mentions(name, code, tests.code, tests.prompt)]
+        sandbox = shared_sandbox(options, packages=options.packages if packages else ())
+    if tests.kind == STDIO:
+        source = code.encode("utf-8", "surrogatepass")
+        return _judge_outputs(lambda stdin: Program(SCRIPT, source, stdin), tests, options, sandbox), code
+    partial = options.scoring == "fraction"
+    limits, tolerance = options.limits(), options.float_tolerance
+    return judge_calls(code, tests, sandbox, limits, partial=partial, tolerance=tolerance), code
+
+
+def _judge_other(code: str, language: str, tests: CodeTests, options: CodeOptions) -> Verdict:
+    sandbox = shared_sandbox(options, commands=True)
+    with prepared(code, language, options.limits(), sandbox) as command:
+        if isinstance(command, RunResult):
+            found = fault_of(command)
+            last_words = command.stderr.decode("utf-8", "replace").strip()[:200]
+            timed_out = found is not None and found.reason is Reason.TIMEOUT
+            return Verdict(Reason.TIMEOUT if timed_out else Reason.PARSE_ERROR, f"compiling: {last_words}")
+        return _judge_outputs(lambda stdin: replace(command, stdin=stdin), tests, options, sandbox)
+
+
+def _judge_outputs(
+    program: Callable[[bytes], Program | Command], tests: CodeTests, options: CodeOptions, sandbox: Sandbox
+) -> Verdict:
+    return judge_outputs(
+        tests.cases,
+        lambda stdin, limits: sandbox.run_programs([program(stdin)], limits=limits)[0],
+        options.limits(),
+        total_timeout_s=options.total_timeout_s,
+        tolerance=options.float_tolerance,
+        all_cases=options.scoring == "fraction",
+    )
+
+
+def _continues_prompt(code: str, tests: CodeTests) -> bool:
+    """Whether the prompt begins the function that the tests call, and the completion does not define it."""
+    name = re.escape(re.split(r"\W", tests.entry_point, maxsplit=1)[0])
+    begun = rf"^(?:(?:async\s+)?def|class)\s+{name}\b"
+    if tests.kind == STDIO or not name or not re.search(begun, tests.prompt, re.MULTILINE):
+        return False
+    if re.search(rf"{begun}|^{name}\s*[:=]", code, re.MULTILINE):
+        return False
+    # One look at each line after its first `import`: a pattern for both would try every pair of them.
+    imported = re.findall(r"\bimport\b(.*)", code)
+    return not any(re.search(rf"\b{name}\b", rest) for rest in imported)
+
+
+def _mentions(package: str, *texts: str) -> bool:
+    return any(package in text and re.search(rf"\b{re.escape(package)}\b", text) for text in texts)

@@ -1,0 +1,170 @@
+"""Answers with a condition behind them: k pi, k in Z; 2n - 1 (n >= 1); y = 2x (x > 0).
+
+Where a variable is an integer, an answer may leave that unsaid, and may call it otherwise. Any other
+condition belongs to the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from rewards.math.region import linear
+from rewards.math.text import MathError, Node, Shape, Undefined
+from rewards.math.tree import renamed, symbols
+from rewards.math.value import BUDGET, Evaluator
+
+_NAME = r"(?P<{0}>[a-zA-Z])"
+_SIGN = r"(?:[+*]|\\ast)"
+_MEMBER = (
+    _NAME.format("member")
+    + r"\s*\\in\s*(?:\\(?:mathbb|mathbf|mathrm|bf)\s*)?\{?\s*(?P<domain>[ZNRQ])\s*\}?\s*"
+    + rf"(?P<mark>[\^_]\s*(?:\{{\s*{_SIGN}\s*\}}|{_SIGN}))?"
+)
+_SPOKEN = (
+    r"\\text\s*\{\s*,?\s*(?:for|where)\s+(?:(?:any|all|some|every|each|an)\s*)*(?:integers?\s*)?\}\s*"
+    + _NAME.format("spoken")
+    + r"(?:\s*\\text\s*\{\s*is\s+any?\s+integer\s*\})?"
+)
+_DOMAIN = re.compile(rf"(?:{_MEMBER}|{_SPOKEN})\s*\)?\s*$")
+_SEPARATOR = re.compile(
+    r"(?:[,;\s(]|\\q?quad|\\[ ,;]|\\text\s*\{\s*,?\s*(?:where|for|with|for all|for any|for some)?\s*\})+$"
+)
+_RELATION = r"(?:[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant)(?![a-zA-Z]))"
+_IN_BRACKETS = re.compile(rf"\((?P<relation>[^()]*{_RELATION}[^()]*)\)\s*$")
+_OF_AN_INDEX = re.compile(r"\s*[nkmpqijN]\s*(?:\\geq?(?:slant)?|>)\s*[012]\s*")
+_MAY_HOLD_ONE = re.compile(rf"\\in(?![a-z])|\\text|{_RELATION}")
+_INDICES = frozenset("knmt")
+_REASONS = ("\\text{since", "\\text{because", "\\text{as ", "\\because")
+_TAIL_CHARS, _MAX_CONDITIONS = 120, 3
+
+
+class Conditions(NamedTuple):
+    """`members`: (variable, domain), the domain "" if it is merely an integer; `relations`: texts."""
+
+    members: tuple[tuple[str, str], ...]
+    relations: tuple[str, ...]
+
+
+NONE = Conditions((), ())
+
+
+def split_conditions(text: str) -> tuple[str, Conditions]:
+    """A cleaned answer without the conditions at its end, and these."""
+    if text[-1:].isdigit() or not _MAY_HOLD_ONE.search(text):
+        return text, NONE
+    members: list[tuple[str, str]] = []
+    relations: list[str] = []
+    for _ in range(_MAX_CONDITIONS):
+        tail = text[-_TAIL_CHARS:]
+        found = _DOMAIN.search(tail) or _IN_BRACKETS.search(tail)
+        if found is None:
+            break
+        rest = text[: len(text) - len(tail) + found.start()]
+        between = _SEPARATOR.search(rest[-_TAIL_CHARS:])
+        rest = rest[: len(rest) - len(between.group())] if between else rest
+        if rest.count("{") != rest.count("}") or rest.count("(") != rest.count(")"):
+            break
+        if (relation := found.groupdict().get("relation")) is None:
+            name = found.group("member") or found.group("spoken")
+            is_apart = between is not None and not between.group().isspace()
+            is_apart = is_apart or found.group("spoken") is not None
+            if not is_apart or not re.search(rf"(?<![a-zA-Z\\]){name}(?![a-zA-Z])", rest):
+                break
+            domain = found.group("domain") or ""
+            members.append((name, "Z+" if found.group("mark") and domain in "NZ" else domain))
+        elif len(rest) < 2 and not rest.isdigit():  # P(X > 1)
+            break
+        elif _OF_AN_INDEX.fullmatch(relation):
+            members.append((relation.strip()[0], ""))
+        elif not relation.lstrip().startswith(_REASONS):
+            relations.append(relation)
+        text = rest
+    return text, Conditions(tuple(members), tuple(relations))
+
+
+def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
+    """Whether two shapes, of which one at least is ("given", shape, members, relations), are one answer."""
+    left, members, relations = gold[1:] if gold[0] == "given" else (gold, (), ())
+    is_given = prediction[0] == "given"
+    right, other_members, other_relations = prediction[1:] if is_given else (prediction, (), ())
+    if len(relations) != len(other_relations) or not all(map(same, relations, other_relations)):
+        return False
+    domains = {domain for _, domain in members} | {domain for _, domain in other_members}
+    if members and other_members and len(domains - {""}) > 1:
+        return False
+    mine, theirs = symbols(left) - symbols(right), symbols(right) - symbols(left)
+    free = {name for name, _ in (*members, *other_members)}
+    if len(mine) == len(theirs) == 1 and not free.isdisjoint(mine | theirs):
+        right = renamed(right, dict(zip(theirs, mine, strict=True)))
+    return same(left, right)
+
+
+def residue_class(item: Shape) -> Shape | None:
+    """3 (mod 7) as ("residue", 3, 7) for 7k + 3, where k is any whole number."""
+    members = item[2] if item[0] == "given" and not item[3] else ()
+    inner = item[1] if members else item
+    inner = inner[2] if inner[0] == "named" and len(inner[1]) == 1 else inner  # not the terms a_n
+    if inner[0] == "residue" or len(members) > 1 or (members and members[0][1] != "Z"):
+        return inner if inner[0] == "residue" else None
+    names = symbols(inner[1]) if inner[0] == "scalar" else frozenset()
+    if len(names) != 1 or not names <= (frozenset(members[0][:1]) if members else _INDICES):
+        return None
+    try:
+        step, rest, _ = linear(inner[1])
+    except MathError:
+        return None
+    is_whole = step and step.denominator == rest.denominator == 1
+    return ("residue", ("num", rest), ("num", abs(step))) if is_whole else None
+
+
+# Equations and inequalities, up to a constant factor -------------------------------------------------------
+_FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
+
+
+def as_equation(item: Shape) -> Node | None:
+    """The tree that an equation says is zero; None for a shape that says no equation of variables."""
+    if item[0] == "equation":
+        return item[1]
+    if item[0] == "named" and item[2][0] == "scalar" and not item[1].endswith("()"):
+        return ("add", (("sym", item[1]), ("neg", item[2][1])))
+    return None
+
+
+def same_inequality(gold: Shape, prediction: Shape) -> bool:
+    """Whether two inequalities differ by a constant factor, and point the other way if it is negative."""
+    if _FLIPPED[gold[1]] != _FLIPPED[prediction[1]]:
+        return False
+    factor = proportion(gold[2], prediction[2])
+    if factor is None:
+        return False
+    return gold[1] == "!=" or (factor > 0) == (gold[1][0] == prediction[1][0])
+
+
+def proportion(left: Node, right: Node) -> Any:
+    """The constant c with left = c right for all values of the variables, or None."""
+    names = symbols(left)
+    if names != symbols(right) or not names:
+        return None
+    budget: list[float] = [BUDGET]
+    factor = None
+    for point in (0, 1, 2, 3):
+        evaluator = Evaluator(point, budget)
+        try:
+            a, b = evaluator.value(left), evaluator.value(right)
+        except Undefined:
+            continue
+        if a == 0 or b == 0:
+            return None
+        quotient = evaluator.combine(a, b, "/")
+        if isinstance(quotient, evaluator.mp.mpc):
+            return None
+        if factor is None:
+            factor = quotient
+            continue
+        difference = evaluator.combine(quotient, -factor, "+")
+        if difference != 0 and abs(difference) > abs(factor) * Fraction(1, 2**120):
+            return None
+    return factor

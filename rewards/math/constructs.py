@@ -1,0 +1,311 @@
+"""Commands with arguments (roots, sums, environments), and the marks behind a value (^, _, °)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from rewards.math.text import Node, TooComplex, Unparsable, Unsupported
+from rewards.math.tree import replaced
+from rewards.math.units import parse_unit
+from rewards.math.words import split
+
+if TYPE_CHECKING:
+    from rewards.math.parse import Parser
+
+_MATRICES = split("matrix pmatrix bmatrix Bmatrix smallmatrix array pmatrix* bmatrix*")
+_LINES = split("cases aligned align align* split gathered gather* equation equation*")
+_PLAIN_ARGUMENT = frozenset(("num", "dec", "sym", "const", "cmd", "open"))
+_FUNCTION_NAMES = tuple(("sym", name) for name in "fgh")
+_IF, _OTHERWISE = split("if when for where 当 若"), split("otherwise else 其他 其它")
+_ORDINALS = frozenset(f"{{{ending}}}" for ending in ("th", "st", "nd", "rd"))
+_TRANSPOSED = ("T", "\\top", "\\intercal", "t")
+_BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
+_OF_SETS = split("max min gcd lcm")
+_INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
+
+
+def digit_argument(parser: Parser) -> Node:
+    """The argument of \\frac or \\sqrt without braces: one token, and of a number its first digit."""
+    kind, value, raw = parser.tokens[parser.at]
+    if value == "{" and parser.tokens[parser.at + 1][0] == "num" and parser.tokens[parser.at + 2][1] == "}":
+        parser.at += 3
+        return ("num", parser.tokens[parser.at - 2][1])
+    if kind == "num" and raw.isdigit() and len(raw) > 1:
+        parser.tokens[parser.at] = (kind, Fraction(int(raw[1:])), raw[1:])
+        return ("num", Fraction(int(raw[0])))
+    return parser.atom()
+
+
+def command(parser: Parser, name: str) -> Node:
+    if name == "frac":
+        above = digit_argument(parser)
+        below = digit_argument(parser)
+        if above == ("sym", "d") and below[0] == "mul" and below[1][0] == above:
+            raise Unsupported("a derivative is not worked out")
+        return ("div", above, below)
+    if name == "binom":
+        above = digit_argument(parser)
+        return ("fn", "binom", (above, digit_argument(parser)))
+    if name == "sqrt":
+        degree: Node = ("num", Fraction(2))
+        if parser.accept("["):
+            degree = parser.sum()
+            parser.expect("]")
+        return ("fn", "root", (digit_argument(parser), degree))
+    if name in ("accent", "vector"):
+        letter = raw_argument(parser)
+        if letter.strip("\\").removesuffix("math") in ("i", "j", "k"):
+            return ("sym", "unit " + letter.strip("\\")[0])
+        return ("sym", f"{name} {letter}")
+    if name == "begin":
+        return environment(parser)
+    raise Unparsable(f"\\{name} is out of place")
+
+
+def raw_argument(parser: Parser) -> str:
+    """The next token or group, as text."""
+    if not parser.accept("{"):
+        return parser.take()[2]
+    pieces, depth = [], 1
+    while True:
+        kind, value, raw = parser.take()
+        if kind == "end":
+            raise Unparsable("an unclosed brace")
+        depth += {"{": 1, "}": -1}.get(value, 0) if kind == "op" else 0
+        if depth == 0:
+            return "".join(pieces)
+        pieces.append(raw)
+
+
+def function(parser: Parser, name: str) -> Node:
+    power: Node | None = None
+    index: Node | None = None
+    while parser.kind() == "op" and parser.value() in ("^", "_"):
+        if parser.take()[1] == "^":
+            power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
+        else:
+            index = digit_argument(parser)
+    if power == ("neg", ("num", Fraction(1))) and "a" + name in _INVERSES:
+        name, power = "a" + name, None
+    if parser.kind() == "rel":  # max = 5
+        return ("sym", name)
+    arguments = _arguments(parser, name)
+    if name == "log" and index is not None:
+        arguments = (*arguments, index)
+    elif index is not None:
+        raise Unsupported(f"{name} with a subscript")
+    node: Node = ("fn", name, arguments)
+    return ("pow", node, power) if power is not None else node
+
+
+def _arguments(parser: Parser, name: str) -> tuple[Node, ...]:
+    """The bracket after a function, or the product up to the next sign or function: \\sin 2x \\cos x."""
+    if parser.kind() == "op" and (
+        parser.value() in ("(", "[", "{") or (parser.value() == "\\{" and name in _OF_SETS)
+    ):
+        opener = parser.take()[1]
+        node = parser.bracket(opener)
+        is_listed = node[0] in ("seq", "list") or (node[0] == "set" and opener in ("{", "\\{"))
+        return node[-1] if is_listed and node[-1] else (node,)
+    if parser.accept("-"):
+        return (("neg", _arguments(parser, name)[0]),)
+    node = parser.power()
+    while parser.kind() in _PLAIN_ARGUMENT or (parser.kind() == "op" and parser.value() == "{"):
+        if parser.kind() == "cmd" and parser.value() not in ("frac", "sqrt", "binom"):
+            break
+        node = ("mul", (node, parser.power()))
+    return (node,)
+
+
+def big(parser: Parser, kind: str) -> Node:
+    """\\sum_{k=1}^{n} body, the body up to the next sign."""
+    low: Node | None = None
+    high: Node | None = None
+    for _ in range(2):
+        if parser.accept("_"):
+            low = parser.atom()
+        elif parser.accept("^"):
+            high = digit_argument(parser)
+    if (
+        low is None
+        or high is None
+        or low[0] != "rel"
+        or low[1] != ("=",)
+        or low[2][0][0] not in ("sym", "const")
+    ):
+        raise Unsupported(f"a {kind} without plain bounds")
+    parser.descend()
+    body = parser.product()
+    parser.depth -= 1
+    if low[2][0] == ("const", "i"):  # an index here, not the imaginary unit
+        body = replaced(body, ("const", "i"), ("sym", "i"))
+    return ("big", kind, low[2][0][1], low[2][1], high, body)
+
+
+def environment(parser: Parser) -> Node:
+    name = raw_argument(parser)
+    if name == "array" and parser.value() == "{":
+        raw_argument(parser)
+    parser.descend()
+    rows: list[list[Node]] = [[]]
+    while not (parser.kind() == "cmd" and parser.value() == "end"):
+        if parser.accept("\\\\"):
+            rows.append([])
+        elif parser.accept("&") or (parser.kind() == "sep" and parser.take()):
+            pass
+        elif name == "cases" and (parser.accept(",") or parser.kind() == "text"):
+            rows[-1].extend(_spoken_condition(parser))
+        elif parser.kind() == "end":
+            raise Unparsable(f"{name} is not closed")
+        elif len(rows) > 100 or len(rows[-1]) > 100:
+            raise TooComplex("a matrix of more than 100 rows or columns")
+        else:
+            rows[-1].append(parser.relation() if name in _LINES else parser.setop())
+    parser.take()
+    if raw_argument(parser) != name:
+        raise Unparsable(f"{name} is not closed")
+    parser.depth -= 1
+    rows = [row for row in rows if row]
+    if name in _LINES and rows and all(len(row) == 1 for row in rows):
+        return ("list", "and", tuple(row[0] for row in rows)) if len(rows) > 1 else rows[0][0]
+    if name == "cases" and rows and all(len(row) == 2 for row in rows):
+        return ("cases", tuple(tuple(row) for row in rows))
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise Unparsable("rows of different lengths")
+    if name == "vmatrix":
+        return ("fn", "det", (("matrix", tuple(tuple(row) for row in rows)),))
+    if name not in _MATRICES:
+        raise Unsupported(f"\\begin{{{name[:20]}}}")
+    return ("matrix", tuple(tuple(row) for row in rows))
+
+
+def _spoken_condition(parser: Parser) -> list[Node]:
+    """Nothing for "if", which a condition follows; "otherwise" is one."""
+    words = parser.take()[2].strip(" ,.").casefold() if parser.kind() == "text" else ""
+    if words in _OTHERWISE:
+        return [("text", "otherwise")]
+    if words and words not in _IF:
+        raise Unparsable(f"{words[:20]!r} in a case")
+    return []
+
+
+def exponent(parser: Parser, base: Node) -> Node:
+    braced = parser.value() == "{" and parser.peek(1)[0] == "circ" and parser.peek(2)[1] == "}"
+    if braced or parser.kind() == "circ" or (base[0] == "num" and parser.peek()[2] == "o"):
+        parser.at += 3 if braced else 1
+        return _degrees(parser, base)
+    if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
+        primes = raw_argument(parser)
+        if base[0] in ("sym", "call"):
+            return (base[0], base[1] + "'" * max(1, primes.count("prime") or primes.count("'")), *base[2:])
+        raise Unsupported("primes on a number")
+    if base[0] == "domain":
+        return _marked_domain(base[1], raw_argument(parser))
+    if base[0] == "num" and "".join(parser.peek(ahead)[2] for ahead in range(4)) in _ORDINALS:
+        raw_argument(parser)  # 5^{th}
+        return base
+    if base in _FUNCTION_NAMES and [parser.peek(ahead)[2] for ahead in range(5)] == ["{", "-", "1", "}", "("]:
+        parser.at += 4  # f^{-1}(x): the inverse of f
+        return parser.named(base[1] + "^{-1}")
+    if (
+        base[0] in ("matrix", "seq")
+        and (parser.peek(1)[2] if parser.value() == "{" else parser.peek()[2]) in _TRANSPOSED
+    ):
+        raw_argument(parser)
+        row = base[3] if base[0] == "seq" else ()
+        return ("transpose", base) if not row else ("matrix", tuple((entry,) for entry in row))
+    if parser.kind() == "op" and parser.value() in ("*", "+"):
+        if base[0] != "sym":
+            raise Unparsable("a mark on a value")
+        return ("sym", f"{base[1]}^{raw_argument(parser)}")
+    parser.descend()
+    power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
+    parser.depth -= 1
+    if base[0] == "sym" and base[1][1:2] == "_" and (chosen := _chosen(base[1][0], base[1][2:], power)):
+        return chosen
+    return ("pow", base, power)
+
+
+def _chosen(letter: str, total: str, picked: Node) -> Node | None:
+    """C_8^3 and A_8^3: combinations and permutations of 3 out of 8, as they are written in China."""
+    name = {"C": "binom", "A": "perm"}.get(letter)
+    if name is None or not (total.isascii() and total.isdigit()) or picked[0] != "num":
+        return None
+    return ("fn", name, (("num", Fraction(int(total[:9]))), picked)) if picked[1] <= int(total[:9]) else None
+
+
+def _marked_domain(name: str, mark: str) -> Node:
+    """R^+, N^*, Z_+: the positive ones."""
+    if mark in ("+", "*", "{+}", "{*}", ">0") and (mark[-1] in "+0" or name != "R"):
+        return ("domain", "Z+" if name in "NZ" else f"{name}+")
+    return ("sym", f"{name}^{mark}")
+
+
+def _degrees(parser: Parser, base: Node) -> Node:
+    if parser.peek(0)[1] in ("C", "F") and parser.peek(1)[0] == "end":
+        return ("unit", base, parse_unit("°" + parser.take()[1]))
+    return ("deg", base)
+
+
+def exponent_value(parser: Parser) -> Node:
+    """x^10 means ten, as everybody who writes it does, though TeX would raise the 1 alone.
+
+    2^3^2 is 2^(3^2).
+    """
+    node = parser.atom()
+    if node[0] == "digits":  # x^2_i: the index belongs to x
+        node = ("num", node[2])
+    if parser.accept("^"):
+        parser.descend()
+        node = exponent(parser, node)
+        parser.depth -= 1
+    if parser.accept("!"):
+        node = ("fact", node)
+    return node
+
+
+def subscript(parser: Parser, node: Node) -> Node:
+    index = raw_argument(parser)
+    if node[0] == "num" and node[1] >= 0 and node[1].denominator == 1:  # (1101)_2
+        node = ("digits", str(int(node[1])), node[1])
+    if node[0] == "digits":
+        base = _BASES.get(index.strip(), int(index) if index.isdigit() and len(index) < 3 else 0)
+        if not 2 <= base <= 36:
+            raise Unparsable(f"the base {index[:20]!r}")
+        return ("base", node[1], base) if base != 10 else ("num", node[2])
+    if node[0] == "pow" and node[1][0] == "sym":  # x^2_i
+        if chosen := _chosen(node[1][1], index, node[2]):
+            return chosen
+        return ("pow", ("sym", f"{node[1][1]}_{index}"), node[2])
+    if node[0] == "domain":
+        return _marked_domain(node[1], index)
+    if node[0] in ("mul", "fn", "call", "sym", "text"):
+        return ("sym", f"{node[1]}_{index}")
+    raise Unparsable("a subscript on a value")
+
+
+def read_mixed(parser: Parser, factors: list[Node]) -> Node:
+    """2 1/3, at its second number."""
+    whole, top, slash, bottom = factors[0], parser.peek(), parser.peek(1), parser.peek(2)
+    if (
+        len(factors) == 1
+        and slash[1] == "/"
+        and whole[0] == top[0] == bottom[0] == "num"
+        and 0 < top[1] < bottom[1]
+    ):
+        parser.at += 3
+        return ("num", whole[1] + top[1] / bottom[1])
+    raise Unparsable("two numbers without an operator")
+
+
+def as_mixed(node: Node, right: Node) -> Node:
+    """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
+    if right[0] in ("percent", "deg"):
+        return (right[0], as_mixed(node, right[1]))
+    if right[0] == "div" and right[1][0] == "num" and right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
+        whole = node[1][1] if node[0] == "neg" else node[1]
+        if isinstance(whole, Fraction) and whole.denominator == 1:
+            total: Node = ("num", whole + right[1][1] / right[2][1])
+            return ("neg", total) if node[0] == "neg" else total
+    return ("mul", (node, right))

@@ -1,0 +1,128 @@
+"""Left sides that name what stands on the right: x, f(x), f(2), AB, (x, y), P(A), tan A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rewards.math.conditions import residue_class
+from rewards.math.matrix import basis_vector
+from rewards.math.measure import measure_of_letters
+from rewards.math.probe import same_value
+from rewards.math.text import Node, Shape
+from rewards.math.tree import has, parts, renamed, replaced, symbols
+
+_C = ("sym", "C")
+_CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
+OTHER_CONSTANTS = _CONSTANTS | {"c", "d", "K", "k", "A", "B"}
+_OF_ONE_NAME = frozenset(("abs", "max", "min", "det", "Re", "Im", "arg", "gcd", "lcm"))
+_OF_AN_ANGLE = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
+
+
+def name_of(node: Node) -> tuple[str, ...] | None:
+    """The names that a left side gives values to; "f()" for the function f. None if it is a formula."""
+    kind = node[0]
+    if kind == "sym":
+        return (node[1].removeprefix("vector "),)
+    if kind == "setop":
+        return (repr(node),) if all(part[0] in ("sym", "setop") for part in node[2:]) else None
+    if kind == "call":
+        is_function = all(argument[0] == "sym" and not argument[1].isupper() for argument in node[2])
+        return (f"{node[1]}()",) if is_function else (repr(node),)
+    if kind == "fn":
+        return _name_of_function(node)
+    if kind == "big":
+        return (repr(node),)
+    if kind == "mul" and all(part[0] == "mul" or _is_point_or_vector(part) for part in node[1]):
+        inner = [name_of(part) for part in node[1]]
+        return ("".join(name[0] for name in inner if name),) if all(inner) else None
+    if kind == "div" and (all(map(_is_segment, node[1:])) or all(map(_is_differential, node[1:]))):
+        return (str(node[1:]),)  # NO/BO, dy/dx
+    if kind in ("seq", "ratio"):
+        names = [name_of(item) for item in node[-1]]
+        if all(name is not None and len(name) == 1 for name in names):
+            parts = tuple(name[0] for name in names if name)
+            return parts if kind == "seq" else (":".join(parts),)
+    return None
+
+
+def _is_point_or_vector(node: Node) -> bool:
+    return node[0] == "sym" and (node[1][0].isupper() or node[1].startswith(("accent ", "vector ")))
+
+
+def _name_of_function(node: Node) -> tuple[str, ...] | None:
+    """|AB|, max f(x), and sin A, which is a value of the angle and not the angle."""
+    _, name, arguments = node
+    if len(arguments) != 1:
+        is_of_names = name in _OF_ONE_NAME and all(argument[0] == "sym" for argument in arguments)
+        return (repr(node),) if is_of_names else None
+    inner = name_of(arguments[0])
+    if name in _OF_ONE_NAME:
+        return (f"{name} {inner[0]}",) if inner and len(inner) == 1 else None
+    return (repr(node),) if name in _OF_AN_ANGLE and symbols(arguments[0]) else None
+
+
+def _is_segment(node: Node) -> bool:
+    name = name_of(node)
+    return name is not None and len(name[0]) > 1 and name[0].isupper() and name[0].isalpha()
+
+
+def _is_differential(node: Node) -> bool:
+    return node[0] == "mul" and len(node[1]) == 2 and node[1][0] == ("sym", "d") and node[1][1][0] == "sym"
+
+
+def is_quantity(node: Node) -> bool:
+    """Whether a formula is what one may be asked for, such as x + y or xy, not the side of an equation.
+
+    It has two variables at least and no number but exponents: 3x + 4y = 12 is a line.
+    """
+    return len(symbols(node)) > 1 and not has(_without_exponents(node), "num", "dec")
+
+
+def _without_exponents(node: Node) -> Node:
+    if node[0] == "pow":
+        return node[1]
+    return tuple(_without_exponents(part) if isinstance(part, tuple) and part else part for part in node)
+
+
+def same_renamed(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
+    """Where names are free: C and c, i and j, \\vec a and a, k of 3k + 1; or are units, 2000 L and 2 m^3."""
+    left, right = gold[1], prediction[1]
+    names, others = symbols(left), symbols(right)
+    if names == others:
+        return len(names) == 2 and _C in left[1] and _C in right[1] and _differ_by_constant(left, right)
+    if any(name.startswith("unit ") for name in names ^ others):
+        vectors = basis_vector(left), basis_vector(right)
+        return None not in vectors and all(map(same_value, *(vector or () for vector in vectors)))
+    if others - names == {"j"} and has(left, "i") and not has(right, "i"):
+        return same(gold, ("scalar", replaced(right, ("sym", "j"), ("const", "i"))))
+    mine, theirs = sorted(names - others), sorted(others - names)
+    plain = {name: name.removeprefix("vector ") for name in names ^ others}
+    if {plain[name] for name in mine} == {plain[name] for name in theirs}:
+        return same(renamed(gold, plain), renamed(prediction, plain))
+    is_apart = "".join(names & others).islower()  # from the C of A + B + C
+    is_constant = is_apart and _CONSTANTS.issuperset(mine) and OTHER_CONSTANTS.issuperset(theirs)
+    found = residue_class(("scalar", left)) if mine == ["k"] else None
+    is_class = found is not None and 0 != found[1][1] != found[2][1]  # 3k + 1: numbers with a remainder
+    if len(mine) == len(theirs) and (is_constant or is_class):
+        return same(gold, renamed(prediction, dict(zip(theirs, mine, strict=True))))
+    if not names or not others:
+        return False
+    measures = measure_of_letters(gold), measure_of_letters(prediction)
+    return measures[0] is not None and measures[1] is not None and same(measures[0], measures[1])
+
+
+def _differ_by_constant(gold: Node, prediction: Node) -> bool:
+    """Antiderivatives of one variable, both with + C, are one answer if they differ by a constant."""
+    difference = ("add", (gold, ("neg", prediction)))
+    renaming = {name: f"{name}'" for name in symbols(gold) if name != "C"}
+    is_integral = gold[0] == prediction[0] == "add" and has(gold, "fn") and has(prediction, "fn")
+    is_integral = is_integral and not is_log_without_bars(gold, prediction)
+    return is_integral and same_value(difference, renamed(difference, renaming))
+
+
+def is_log_without_bars(gold: Node, prediction: Node) -> bool:
+    """ln x where ln |x| is meant."""
+    if not has(gold, "abs") or has(prediction, "abs") or not has(prediction, "ln", "log"):
+        return False
+    logs = [part[2][0] for part in parts(gold) if part[0] == "fn" and part[1] in ("ln", "log")]
+    return any(has(inside, "abs") for inside in logs)

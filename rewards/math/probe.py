@@ -1,0 +1,191 @@
+"""Whether two trees are one number or one function: compared at fixed points of their variables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from fractions import Fraction
+from typing import Any
+
+from rewards.math.functions import magnitude
+from rewards.math.text import Node, TooComplex, Undefined
+from rewards.math.tree import has, parts, symbols
+from rewards.math.value import BUDGET, EQUAL_BITS, MAX_PRECISION_BITS, PRECISION_BITS, Evaluator
+
+Number = Any  # Fraction, mpf or mpc
+_REAL_POINTS = (0, 1, 2, 3)
+_RATIONAL_POINTS = (1, 3)
+_POSITIVE_POINTS = (0, 1, 7, 6)  # sqrt(a / b) is sqrt(a b) / b where radicals are meant to be taken
+_FAR_POINTS = (4, 5, 6, 7)  # where max(7, x), |x + 10| and floor(x / 100) are not what they are near zero
+_WITH_BREAKS = ("abs", "max", "min", "floor", "ceil", "sgn", "root")
+_WHOLE_POINTS = (10, 11, 12, 13, 14, 15, 16, 17)
+_WHOLE_NAMES = frozenset("nkmpqrNKMij")
+
+
+def constant(node: Node, precision_bits: int = PRECISION_BITS) -> Number:
+    """The value of a tree without variables."""
+    return Evaluator(0, [BUDGET], precision_bits).value(node)
+
+
+def same_value(left: Node, right: Node) -> bool:
+    """Whether two trees are the same number, or the same function of their variables.
+
+    Where a variable is negative, points that lead through complex numbers are left out: sqrt(1/n) is
+    1/sqrt(n) for n > 0.
+
+    Raises:
+        Undefined: there is no point where both have a value.
+        TooComplex, Unparsable, Unsupported.
+    """
+    if (a := _quotient(left)) is not None and (b := _quotient(right)) is not None:
+        return a == b
+    names = symbols(left) | symbols(right)
+    budget = [float(BUDGET)]
+    if not names:
+        try:
+            return _same_at(0, left, right, budget) is True
+        except TooComplex:
+            if _form(left) == _form(right):
+                return True
+            raise
+    usable = 0
+    undefined: Undefined | None = None
+    for point in _points(names, left, right):
+        try:
+            verdict = _same_at(point, left, right, budget)
+        except TooComplex:
+            if point not in _FAR_POINTS:
+                if _form(left) == _form(right):
+                    return True
+                raise
+            continue
+        except Undefined as error:
+            undefined = error
+            continue
+        if verdict is False:
+            return False
+        usable += verdict is True
+    if not usable and undefined is not None:
+        raise undefined
+    return usable >= 2
+
+
+def _quotient(node: Node) -> Fraction | None:
+    """The value of a plain fraction, decimal or whole number; None for any other tree."""
+    if node[0] in ("num", "dec"):
+        return node[1]
+    if node[0] == "neg":
+        value = _quotient(node[1])
+        return None if value is None else -value
+    if node[0] == "div" and node[1][0] == node[2][0] == "num" and node[2][1]:
+        return node[1][1] / node[2][1]
+    return None
+
+
+def _points(names: frozenset[str], left: Node, right: Node) -> tuple[int, ...]:
+    pair = ("pair", left, right)
+    if _is_rational(left, right):
+        return _RATIONAL_POINTS
+    powers = [part for part in parts(pair) if part[0] == "pow"]
+    alternates = any(part[1][0] == "neg" and symbols(part[2]) for part in powers)  # (-1)^n
+    if names <= _WHOLE_NAMES and (alternates or has(pair, "floor", "ceil", "gcd", "lcm")):
+        return _WHOLE_POINTS
+    if _has_open_sum(left) and _has_open_sum(right):
+        return _WHOLE_POINTS
+    if _has_radical(left) and _has_radical(right):
+        return _POSITIVE_POINTS
+    is_broken = any(part[2][0] != "num" and not symbols(part[2]) for part in powers)  # (x^2)^(1/2) is |x|
+    return (*_REAL_POINTS, 4, 5) if is_broken or has(pair, *_WITH_BREAKS) else _REAL_POINTS
+
+
+def _has_open_sum(node: Node) -> bool:
+    """A sum up to n, or from it."""
+    return any(part[0] == "big" and symbols(("pair", part[3], part[4])) for part in parts(node))
+
+
+def _has_radical(node: Node) -> bool:
+    """A root of a variable."""
+    roots = [part[2][0] for part in parts(node) if part[:2] == ("fn", "root")]
+    powers = [part for part in parts(node) if part[0] == "pow" and part[2][0] != "num"]
+    return any(map(symbols, roots)) or any(symbols(part[1]) and not symbols(part[2]) for part in powers)
+
+
+def _is_rational(*nodes: Node) -> bool:
+    """Whether trees are rational functions, which agree at random points only if they agree everywhere."""
+    stack = list(nodes)
+    while stack:
+        part = stack.pop()
+        if part and part[0] not in _RATIONAL and type(part[0]) is str:
+            return False
+        if part and part[0] == "pow" and part[2][0] != "num":
+            return False
+        stack.extend([child for child in part if type(child) is tuple])
+    return True
+
+
+_RATIONAL = frozenset(("num", "dec", "sym", "add", "mul", "div", "neg", "pow"))
+
+
+def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool | None:
+    precision = PRECISION_BITS
+    while True:
+        evaluator = Evaluator(point, budget, precision)
+        a, b = evaluator.value(left), evaluator.value(right)
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return a == b
+        a, b = evaluator.real(a), evaluator.real(b)
+        if point in (2, 3, 4, 5) and evaluator.is_complex:
+            return None
+        wanted = PRECISION_BITS + (2 * evaluator.extent if evaluator.extent > 40 else 0)
+        if wanted <= precision:
+            break
+        if wanted > 2 * MAX_PRECISION_BITS:
+            raise TooComplex("numbers of very different sizes")
+        precision = wanted
+    difference = a - b
+    if difference == 0:
+        return True
+    wanted_bits = EQUAL_BITS + (evaluator.extent if evaluator.extent > 40 else 0)
+    return magnitude(difference) - max(magnitude(a), magnitude(b)) < -wanted_bits
+
+
+_ONE = ("num", Fraction(1))
+
+
+def _form(node: Node) -> Any:
+    """A tree with sorted terms and factors, in which 9^500000 is 3^1000000, which is too large to compute."""
+    if not isinstance(node, tuple) or not node or type(node[0]) is not str:
+        return node
+    if node[0] == "add":
+        return ("add", *sorted(map(_form, node[1]), key=repr))
+    factors = _factors(node)
+    factors[-1] %= 2
+    return ("mul", *sorted((item for item in factors.items() if item[1]), key=repr))
+
+
+def _factors(node: Node) -> defaultdict[Any, Fraction]:
+    """Primes, -1 and the forms of other factors, with their exponents."""
+    kind, found = node[0], defaultdict(Fraction)
+    if kind in ("num", "dec") and 0 < abs(node[1].numerator) < 10**8 > node[1].denominator:
+        found[-1] += node[1] < 0
+        for number, step in ((abs(node[1].numerator), 1), (node[1].denominator, -1)):
+            divisor = 2
+            while number > 1:
+                divisor = divisor if divisor * divisor <= number else number
+                while number % divisor == 0:
+                    found[divisor], number = found[divisor] + step, number // divisor
+                divisor += 1
+    elif kind in ("mul", "div", "neg"):
+        found[-1] += kind == "neg"
+        for at, part in enumerate(node[1] if kind == "mul" else node[1:]):
+            for factor, power in _factors(part).items():
+                found[factor] += -power if kind == "div" and at else power
+    elif kind == "pow" or node[:2] == ("fn", "root"):
+        base, exponent = node[1:] if kind == "pow" else (node[2][0], ("div", _ONE, node[2][1]))
+        inner, value = _factors(base), constant(exponent) if not symbols(exponent) else None
+        if isinstance(value, Fraction) and not inner[-1] and all(isinstance(factor, int) for factor in inner):
+            found.update({factor: power * value for factor, power in inner.items()})
+        else:
+            found["pow", _form(base), _form(exponent)] += 1
+    else:
+        found[(kind, *map(_form, node[1:]))] += 1
+    return found

@@ -1,0 +1,346 @@
+"""Trees -> shapes: whether an answer is one value, several, a point, a set of reals, an equation, a word.
+
+A shape is a tuple whose first field names it:
+    scalar node, measure shape Unit, infinity sign, base digits base, ratio nodes, text words, dots
+    residue node modulus, pieces ((shape, condition), ...), given shape members relations (`math_conditions`)
+    named name shape arguments (f(x) = ...), assign ((name, shape), ...)
+    many how shapes (a bare list), set shapes, seq open close shapes, matrix rows
+    region intervals, setop op shape shape, builder node nodes, domain name
+    equation node value (node = 0; x + y = 5 has the value 5), inequality op node (node op 0)
+    contradiction shape (a chain such as 8 = 7, and the shape of its last side)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rewards.math import region as regions
+from rewards.math.matrix import fold
+from rewards.math.measure import compound
+from rewards.math.names import is_quantity, name_of
+from rewards.math.probe import same_value
+from rewards.math.region import as_region, scalar
+from rewards.math.text import MathError, Node, Shape, Unparsable, Unsupported
+from rewards.math.tree import has, kinds, progression, symbols, variants
+from rewards.math.units import Unit
+from rewards.math.words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS, split
+
+_PLAIN = frozenset(("num", "dec", "const"))
+_NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop", "cases"))
+_NO_NUMBERS = split("seq set list text unit ratio domain empty setop matrix pm base inf dots")
+_INEQUALITIES = frozenset(("<", ">", "<=", ">=", "!="))
+
+
+def shape(node: Node) -> Shape:
+    """The shape of a tree.
+
+    Raises:
+        MathError: it has none, such as a matrix in a sum with a number.
+    """
+    kind = node[0]
+    if kind == "unit":
+        return _measure(shape(node[1]), node[2])
+    if kind == "list":
+        return _several(node[1], [shape(item) for item in progression(node[2])])
+    if kind == "rel":
+        return _relation(node[1], node[2])
+    if kind == "set":
+        return ("set", _flat(shape(item) for item in progression(node[1])))
+    if kind in ("seq", "residue") and "pm" in kinds(node):
+        return ("many", "pm", tuple(map(shape, variants(node))))
+    if kind == "seq":
+        return _sequence(node)
+    if kind == "setop":
+        return _set_operation(node[1], shape(node[2]), shape(node[3]))
+    if kind == "builder":
+        return _builder(node)
+    if kind == "cases":
+        return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in node[1]]))
+    if kind == "text":
+        words = node[1]
+        if words in EMPTY_WORDS:
+            return ("set", ())
+        if words in NUMBER_WORDS:
+            return ("scalar", ("num", Fraction(NUMBER_WORDS[words])))
+        return ("region", regions.REALS) if words in REAL_WORDS else node
+    if kind == "empty":
+        return ("set", ())
+    if kind == "domain":
+        return ("region", regions.DOMAINS[node[1]]) if node[1] in regions.DOMAINS else node
+    if kind in ("base", "dots", "ratio", "residue"):
+        return node
+    if (kind == "const" or kind == "neg") and (sign := regions.infinity(node)):
+        return ("infinity", sign)
+    if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
+        return ("scalar", node)
+    inside = kinds(node)
+    if "seq" in inside and kind in ("add", "mul", "neg", "div"):  # (1, 3) + t (2, -1)
+        columns = _with_columns(node)
+        if has(columns, "seq"):
+            raise Unparsable("a formula with an interval in it")
+        return shape(columns)
+    if "pm" in inside:
+        return ("many", "pm", tuple(map(shape, variants(node))))
+    if "matrix" in inside or "transpose" in inside:
+        folded = fold(node)
+        return ("matrix", folded[1]) if folded[0] == "matrix" else ("scalar", folded)
+    if not inside.isdisjoint(_NOT_IN_FORMULAS):
+        raise Unparsable("a formula with a set or a sentence in it")
+    if node[0] == "sym" and node[1] in ("", None):
+        raise Unparsable("an empty name")
+    return ("scalar", node)
+
+
+def _with_columns(node: Any) -> Any:
+    """A formula of tuples as one of columns."""
+    if not isinstance(node, tuple) or node[:1] == ("fn",):
+        return node
+    if node[:3] == ("seq", "(", ")"):
+        return ("matrix", tuple((entry,) for entry in node[3]))
+    return tuple(map(_with_columns, node))
+
+
+def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tuple[tuple[Shape, Shape], ...]:
+    """Pieces with "otherwise" as what the other conditions leave, where these are about one variable."""
+    *others, (value, last) = pieces
+    names = {condition[1] for _, condition in others if condition[0] == "named"}
+    if last != ("text", "otherwise") or len(names) != 1:
+        return tuple(pieces)
+    covered = [
+        as_region(("set", (inner[2],)) if inner[0] == "named" and inner[2][0] == "scalar" else inner)
+        for _, inner in others
+    ]
+    known = [region for region in covered if region is not None]
+    if len(known) < len(covered):
+        return tuple(pieces)
+    rest: Shape = ("named", names.pop(), ("region", regions.complement(regions.union(*known))), ())
+    return (*others, (value, rest))
+
+
+def _measure(inner: Shape, unit: Unit) -> Shape:
+    if unit.words and unit.words <= {"pct", "percent", "percentage"} and inner[0] == "scalar":
+        return ("scalar", ("percent", inner[1]))
+    if unit.words and unit.dimensions == (("deg", 1),) and inner[0] == "scalar":
+        return ("scalar", ("deg", inner[1]))
+    return ("measure", inner, unit)
+
+
+def _sequence(node: Node) -> Shape:
+    items = tuple(shape(item) for item in node[3])
+    if len(items) == 1 and items[0][0] == "seq":  # [[1, 2]]
+        return ("matrix", (tuple(scalar(item) for item in items[0][3]),))
+    if node[1] == "[" and len(items) > 1 and all(item[0] == "seq" and item[1] == "[" for item in items):
+        rows = tuple(tuple(scalar(entry) for entry in item[3]) for item in items)
+        if len({len(row) for row in rows}) == 1:
+            return ("matrix", rows)
+    return ("seq", node[1], node[2], items)
+
+
+def _flat(items: Any) -> tuple[Shape, ...]:
+    flat: list[Shape] = []
+    for item in items:
+        flat.extend(item[2] if item[0] == "many" and item[1] == "pm" else (item,))
+    return tuple(flat)
+
+
+# Relations -------------------------------------------------------------------------------------------
+
+
+def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    if "~" in ops:  # what stands before ≈ is the answer, unless that is only a name
+        at = ops.index("~")
+        if at == 0 and name_of(sides[0]) is None:
+            return shape(sides[0])
+        ops, sides = (("=",), sides[:2]) if at == 0 else (ops[:at], sides[: at + 1])
+    if any(op in _INEQUALITIES for op in ops):
+        return _inequality(ops, sides)
+    if name_of(sides[0]) is None and name_of(sides[-1]) is None and "pm" in kinds(sides):
+        return ("many", "pm", tuple(map(shape, variants(("rel", ops, sides)))))
+    if ops == ("in",):
+        names = name_of(sides[0])
+        if names is None:
+            raise Unsupported("membership of a formula")
+        return ("named", ", ".join(names), shape(sides[1]), ())
+    if any(op not in ("=", "==") for op in ops):
+        raise Unsupported(f"the relation {ops[0]}")
+    return _equality(sides)
+
+
+def _equality(sides: tuple[Node, ...]) -> Shape:
+    first: Node = sides[0]
+    names = name_of(first)
+    if bases := [side for side in sides if side[0] == "base"]:  # 1101_2 = 13_{10}
+        numbers = {
+            int(side[1], side[2]) if side[0] == "base" else side[1] for side in sides if side[0] != "sym"
+        }
+        return bases[0] if len(numbers) == 1 else ("contradiction", bases[0])
+    if names is None and first[0] in ("num", "neg") and sides[-1][0] == "residue":  # 12 = 5 (mod 7)
+        modulus = sides[-1][2]
+        remainders = [("fn", "mod", (side, modulus)) for side in (first, sides[-1][1])]
+        return sides[-1] if _agree(*remainders) else ("contradiction", sides[-1])
+    if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
+        return _equality((sides[1], sides[0]))
+    values: Sequence[Node] = sides[1:] if names else sides
+    plain = [side for side in values if not symbols(side) and _is_number(side)]
+    is_circular = bool(sides[2:]) and names and any(names[0] in symbols(side) for side in values)
+    is_false = is_circular or any(not _agree(plain[0], other) for other in plain[1:])
+    if is_false or _is_unlike(sides[:-1], sides[-1]):
+        return ("contradiction", shape(sides[-1]))
+    if names is None:
+        if all(side in plain or side[0] == "unit" for side in sides):
+            return shape(sides[-1])
+        if has(sides[0], "dots") and len(plain) == len(sides) - 1:  # 1 + 2 + ... + 10 = 55
+            return shape(sides[-1])
+        if len(sides) != 2:
+            raise Unsupported("a chain of equations")
+        left, right = _number(sides[0]), _number(sides[1])
+        is_value = bool(plain) and is_quantity(left) and not _agree(right, ("num", Fraction(0)))
+        return ("equation", ("add", (left, ("neg", right))), right if is_value else None)
+    value = shape(sides[-1])
+    name, *more = names
+    if more:
+        if value[0] == "seq" and len(value[3]) == len(names):
+            return ("assign", tuple(zip(names, value[3], strict=True)))
+        return value
+    arguments = tuple(argument[1] for argument in first[2]) if name.endswith("()") else ()
+    return ("named", name, value, arguments)
+
+
+def _is_unlike(sides: Sequence[Node], last: Node) -> bool:
+    """Whether a chain disagrees in its units: 5 cm = 60 mm, 12 = 13 cm, 5 maybe x = 6."""
+    end, ending = last[1:] if last[0] == "unit" else (last, None)
+    for side in sides:
+        value, unit = side[1:] if side[0] == "unit" else (side, None)
+        if unit and (unit.is_claim or (ending and ending.dimensions not in (unit.dimensions, None))):
+            return True
+        scales = (unit.factor, ending.factor) if unit and ending and ending.dimensions else (1, 1)
+        pair = [("mul", (x, ("num", Fraction(y)))) for x, y in zip((value, end), scales, strict=True)]
+        is_known = _is_number(value) and _is_number(end) and not symbols(value)
+        if (unit or ending) and is_known and not _agree(*pair):
+            return True
+    return False
+
+
+def _number(node: Node) -> Node:
+    return scalar(shape(node))
+
+
+def _is_number(node: Node) -> bool:
+    return not has(node, *_NO_NUMBERS)
+
+
+def _agree(left: Node, right: Node) -> bool:
+    try:
+        return same_value(left, right)
+    except MathError:
+        return False
+
+
+def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    try:
+        name, region = regions.solve(ops, sides)
+        return ("named", name, ("region", region), ()) if name else ("region", region)
+    except Unsupported:
+        if any(op not in _INEQUALITIES for op in ops):
+            raise
+    links = zip(ops, sides, sides[1:], strict=False)
+    parts = [("inequality", op, ("add", (_number(a), ("neg", _number(b))))) for op, a, b in links]
+    return parts[0] if len(parts) == 1 else ("many", "and", tuple(parts))
+
+
+# Several items, sets ---------------------------------------------------------------------------------
+
+
+def _several(how: str, items: list[Shape]) -> Shape:
+    flat = list(_flat(items))
+    if how == "and" and (measure := compound(flat)) is not None:
+        return measure
+    rest = flat[1:]
+    is_first_named = how != ";" and flat[0][0] == "named" and flat[0][2][0] in ("scalar", "measure")
+    if is_first_named and rest and all(item[0] in ("scalar", "dots", "measure") for item in rest):
+        return ("named", flat[0][1], ("many", how, (flat[0][2], *rest)), ())  # n = 1, 2, 3
+    if (left_out := _left_out(flat)) is not None:
+        return left_out
+    if all(item[0] == "named" for item in flat):
+        names = [item[1] for item in flat]
+        if len(set(names)) == 1:
+            return ("named", names[0], _joined(how, [item[2] for item in flat], of_one=True), flat[0][3])
+        if len(set(names)) == len(names) and how != "or" and not any(item[2][0] == "region" for item in flat):
+            return ("assign", tuple((item[1], _all(item[2])) for item in flat))
+    return _joined(how, [_unnamed(item) for item in flat])
+
+
+def _all(item: Shape) -> Shape:
+    return ("set", item[2]) if item[0] == "many" else item
+
+
+def _unnamed(item: Shape) -> Shape:
+    if item[0] == "assign":
+        return ("seq", "(", ")", tuple(value for _, value in item[1]))
+    return item[2] if item[0] == "named" else item
+
+
+def _left_out(items: list[Shape]) -> Shape | None:
+    """x != 1, 2: all reals but these."""
+    first, *rest = items
+    if first[0] != "named" or first[2][0] != "region" or not rest:
+        return None
+    if any(item[0] != "scalar" for item in rest) or not regions.is_finite(regions.complement(first[2][1])):
+        return None
+    points = as_region(("set", tuple(rest)))
+    if points is None:
+        return None
+    return ("named", first[1], ("region", regions.intersection(first[2][1], regions.complement(points))), ())
+
+
+def _joined(how: str, items: list[Shape], *, of_one: bool = False) -> Shape:
+    """`of_one`: conditions of one variable. A comma between them is an "and", or an "or" where that leaves
+    nothing.
+    """
+    items = list(_flat(items))
+    if items and all(item[0] == "region" for item in items) and (of_one or how in ("or", "and")):
+        parts = [item[1] for item in items]
+        either, both = regions.union(*parts), functools.reduce(regions.intersection, parts)
+        return ("region", either if how == "or" or (how != "and" and not both) else both)
+    return ("many", how, tuple(items))
+
+
+def _set_operation(op: str, left: Shape, right: Shape) -> Shape:
+    a, b = as_region(left), as_region(right)
+    if a is None or b is None:
+        return ("setop", op, _unnamed(left), _unnamed(right))
+    if op == "minus":
+        return ("region", regions.intersection(a, regions.complement(b)))
+    return ("region", regions.union(a, b) if op == "cup" else regions.intersection(a, b))
+
+
+def _builder(node: Node) -> Shape:
+    """{x | x > 2} is the solutions of its condition; over the integers it stays a formula."""
+    _, head, conditions = node
+    rules = conditions[2] if conditions[0] == "list" and conditions[1] != "or" else (conditions,)
+    members = tuple(filter(None, map(_membership, rules)))
+    others = [rule for rule in rules if _membership(rule) is None]
+    if members and head[0] != "sym" and not others:  # {2k | k in Z}
+        return ("given", ("set", (shape(head),)), members, ())
+    if members and head[0] == "sym" and len(others) == 1 and others[0][:2] == ("rel", ("=",)):
+        return ("given", _unnamed(shape(others[0])), members, ())  # {x | x = 2k, k in Z}
+    domain = "R"
+    if head[0] == "rel" and head[1] == ("in",) and head[2][1][0] == "domain":
+        domain, head = head[2][1][1], head[2][0]
+    if head[0] == "sym" and domain in ("R", "C"):
+        inner = _unnamed(shape(conditions))
+        if inner[0] in ("region", "set", "scalar"):
+            return inner if inner[0] != "scalar" else ("set", (inner,))
+        if inner[0] == "many":
+            return ("set", inner[2])
+    return ("builder", node[1], conditions)
+
+
+def _membership(rule: Node) -> tuple[str, str] | None:
+    """(k, Z) of k in Z."""
+    if rule[0] != "rel" or rule[1] != ("in",) or rule[2][0][0] != "sym" or rule[2][1][0] != "domain":
+        return None
+    return rule[2][0][1], rule[2][1][1]

@@ -1,0 +1,119 @@
+"""Trees of tuples: their variables and kinds of nodes, and trees with parts replaced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+from rewards.math.text import Node
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """The variables and undefined functions of a tree."""
+    if node[0] in _LITERALS:
+        return _NONE
+    names, stack = set(), [node]
+    while stack:
+        part = stack.pop()
+        if part and part[0] in _LITERALS:
+            continue
+        if part and (part[0] == "sym" or part[0] == "call"):
+            names.add(part[1])
+        stack.extend([child for child in part if type(child) is tuple])
+    return frozenset(names)
+
+
+def kinds(node: Node) -> set[str]:
+    """The first fields of a tree and of all its parts."""
+    found, stack = set(), [node]
+    while stack:
+        part = stack.pop()
+        if part:
+            found.add(part[0])
+            stack.extend([child for child in part if type(child) is tuple])
+    return found
+
+
+def has(node: Node, *kinds: str) -> bool:
+    """Whether a tree holds a node of one of these kinds, or a function or constant of one of these names."""
+    stack = [node]
+    while stack:
+        part = stack.pop()
+        if part and (part[0] in kinds or (part[0] in _NAMED and part[1] in kinds)):
+            return True
+        stack.extend([child for child in part if type(child) is tuple])
+    return False
+
+
+_LITERALS = frozenset(("num", "dec", "const", "base", "text", "domain"))
+_NAMED = frozenset(("fn", "const"))
+_NONE: frozenset[str] = frozenset()
+
+
+def parts(node: Node) -> Iterator[Node]:
+    stack = [node]
+    while stack:
+        part = stack.pop()
+        if part and type(part[0]) is str:
+            yield part
+        stack.extend([child for child in part if type(child) is tuple])
+
+
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    if node == old:
+        return new
+    return tuple(replaced(part, old, new) for part in node) if isinstance(node, tuple) else node
+
+
+def renamed(item: Any, names: dict[str, str]) -> Any:
+    """A shape with its variables under other names."""
+    if type(item) is not tuple:  # an interval of numbers has no names
+        return item
+    if len(item) == 2 and item[0] == "sym":
+        return ("sym", names.get(item[1], item[1]))
+    return tuple(renamed(part, names) for part in item)
+
+
+def variants(node: Node) -> tuple[Node, ...]:
+    """The trees that ± stands for: ±1 ± i has four values; where there is a ∓, there are two."""
+    marks = _marks(node)
+    if len(marks) > 3 or -1 in marks:
+        return tuple(_signed(node, itertools.repeat(sign)) for sign in (1, -1))
+    return tuple(_signed(node, iter(signs)) for signs in itertools.product((1, -1), repeat=len(marks)))
+
+
+def _marks(node: Any) -> list[int]:
+    if not isinstance(node, tuple):
+        return []
+    inner = [mark for part in node for mark in _marks(part)]
+    return [node[1], *inner] if node and node[0] == "pm" else inner
+
+
+def _signed(node: Any, signs: Iterator[int]) -> Any:
+    """The tree with the signs ± read, in their order, as these."""
+    if not isinstance(node, tuple):
+        return node
+    if node and node[0] == "pm":
+        sign = node[1] * next(signs)
+        before, term = _signed(node[2], signs), _signed(node[3], signs)
+        term = term if sign > 0 else ("neg", term)
+        return term if before is None else ("add", (before, term))
+    return tuple(_signed(part, signs) for part in node)
+
+
+_DOTS = ("dots",)
+
+
+def progression(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """1, 2, ..., 10 written out, where whole numbers in equal steps lead over the dots to the last one."""
+    if items[-2:-1] != (_DOTS,) or len(items) < 3 or any(item[0] != "num" for item in items if item != _DOTS):
+        return items
+    *first, last = [item[1] for item in items if item != _DOTS]
+    step = first[1] - first[0] if len(first) > 1 else Fraction(1)
+    count = (last - first[0]) / step if step else Fraction(0)
+    is_even = all(b - a == step for a, b in itertools.pairwise(first))
+    if not is_even or count.denominator > 1 or not len(first) <= count < 400:
+        return items
+    return tuple(("num", first[0] + step * index) for index in range(int(count) + 1))

@@ -1,0 +1,201 @@
+"""One grader process as its owner sees it: start it, move bytes to and from it, kill it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from rewards.environment import grader_environment
+from rewards.pool.worker import HEADER, MAX_FRAME_BYTES, PING_ID, encode_frame
+
+MAX_BESIDE = 64  # async calls that run beside each other
+MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
+TAIL_BYTES = 4000
+PING = encode_frame({"id": PING_ID})  # comes back as it is: the process lived until here
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from rewards.pool.worker import main; main(int(sys.argv[2]))"
+)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call on its way. `alone` is set when a process died under it: it is tried once more, by itself.
+
+    `started`: when its turn came, on the monotonic clock; 0 while it waits behind another call.
+    `lost`: how often a process that was to try it alone died before it could.
+    """
+
+    id: int
+    frame: bytes
+    deadline_s: float
+    is_async: bool
+    future: Future[dict[str, Any]] = field(default_factory=Future)
+    started: float = 0.0
+    alone: bool = False
+    lost: int = 0
+
+    def answer(self, message: dict[str, Any]) -> None:
+        if not self.future.done():
+            self.future.set_result(message)
+
+    def fail(self, fault: str, detail: str) -> None:
+        self.answer({"fault": fault, "detail": detail})
+
+
+def worker_path() -> list[str]:
+    """`sys.path` for graders: this process's, and the working directory at its end."""
+    here = os.getcwd()
+    path = [entry or here for entry in sys.path]
+    return path if here in path else [*path, here]
+
+
+class Grader:
+    """A process, the bytes on their way, and the calls that it holds. One thread starts and uses it.
+
+    Calls are answered in the order in which they were sent, but for async ones, which run beside each other.
+    A few short ones are sent ahead, so that the process does not wait for each; the clock of a call starts
+    when the one before it is answered.
+
+    Attributes:
+        calls: by id, in the order in which they were sent.
+        ready: it has loaded its rewards.
+        ended: its output is closed, or is no protocol; nothing more will come.
+        usual_s: how long a call took of late.
+        met_alone: it answered the ping before a call that is tried alone, so it has got that call.
+    """
+
+    def __init__(self, path: Sequence[str], hello: bytes, selector: selectors.BaseSelector) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", BOOT, json.dumps(path), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C is the trainer's; and the session is killed whole
+            env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **grader_environment()},
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        self.selector, self.born = selector, time.monotonic()
+        self.outbox, self.inbox, self.tail = bytearray(), bytearray(), bytearray()
+        self.calls: dict[int, Call] = {}
+        self.ready = self.ended = self.is_writing = self.met_alone = False
+        self.usual_s = 1.0
+        for stream in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(stream.fileno(), False)
+        selector.register(self.stdout, selectors.EVENT_READ, (self, self.read_answers))
+        selector.register(self.stderr, selectors.EVENT_READ, (self, self.read_stderr))
+        self.outbox += hello
+        self.flush()
+
+    def has_room_for(self, call: Call) -> bool:
+        """Idle; or grading async calls and asked for another; or done soon enough with what it has."""
+        if not self.calls or not self.ready:
+            return self.ready
+        last = next(reversed(self.calls.values()))
+        if call.alone or last.alone or call.is_async != last.is_async:
+            return False
+        limit = MAX_BESIDE if call.is_async else min(MAX_AHEAD, AHEAD_S / self.usual_s)
+        return len(self.calls) < limit
+
+    def take(self, call: Call) -> None:
+        """Queues a call for this process; `flush` sends it."""
+        call.started = time.monotonic() if call.is_async or not self.calls else 0.0
+        self.calls[call.id] = call
+        self.met_alone = False
+        self.outbox += PING + call.frame if call.alone else call.frame
+
+    def answered(self, call_id: int) -> Call | None:
+        """The call of an answer that has come, which is over; the clock of the next one starts."""
+        call = self.calls.pop(call_id, None)
+        if call is not None and not call.is_async:
+            now = time.monotonic()
+            self.usual_s += (now - call.started - self.usual_s) / 4
+            if self.calls:
+                next(iter(self.calls.values())).started = now
+        return call
+
+    def flush(self) -> None:
+        if self.outbox and not self.is_writing:
+            self.write_some()
+            if self.outbox:
+                self.is_writing = True
+                self.selector.register(self.stdin, selectors.EVENT_WRITE, (self, self.write_some))
+
+    def write_some(self) -> None:
+        try:
+            del self.outbox[: os.write(self.stdin.fileno(), bytes(self.outbox[: 1 << 16]))]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.outbox.clear()  # it is dying; the end of its stdout will say so
+        if self.is_writing and not self.outbox:
+            self.is_writing = False
+            self._forget(self.stdin)
+
+    def read_stderr(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.stderr.fileno(), 1 << 16)
+            self.tail += data
+            del self.tail[:-TAIL_BYTES]
+            if not data:
+                self._forget(self.stderr)
+
+    def read_answers(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.stdout.fileno(), 1 << 18)
+            self.inbox += data
+            self.ended = self.ended or not data
+
+    def _forget(self, stream: IO[bytes]) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(stream)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The whole frames that have arrived. What is no frame ends the process."""
+        found: list[dict[str, Any]] = []
+        while len(self.inbox) >= HEADER.size:
+            (size,) = HEADER.unpack_from(self.inbox)
+            if size > MAX_FRAME_BYTES:
+                self.ended = True
+            if (self.ended and size > MAX_FRAME_BYTES) or len(self.inbox) < HEADER.size + size:
+                break
+            try:
+                message = json.loads(self.inbox[HEADER.size : HEADER.size + size])
+            except ValueError:
+                message = None
+            del self.inbox[: HEADER.size + size]
+            if not isinstance(message, dict):
+                self.ended = True
+                break
+            found.append(message)
+        return found
+
+    def kill(self) -> str:
+        """Kills and reaps the process and its session; how it ended, and the last of its stderr."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        self.read_stderr()
+        for stream in (self.stdin, self.stdout, self.stderr):
+            self._forget(stream)
+            with contextlib.suppress(OSError):
+                stream.close()
+        code = self.process.returncode
+        how = f"exit {code}"
+        with contextlib.suppress(ValueError, TypeError):
+            how = signal.Signals(-(code or 0)).name
+        said = self.tail.decode(errors="replace").strip().splitlines()
+        return f"{how}: {' | '.join(said[-4:])[:500]}" if said else how

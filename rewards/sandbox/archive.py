@@ -1,0 +1,61 @@
+"""Imports from an archive in memory, for processes that may open no file. See `rewards.sandbox.pack`."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import marshal
+import sys
+from types import CodeType, ModuleType
+from typing import Any, cast
+
+
+class ArchiveFinder:
+    """Finds and loads modules of an archive: both the finder and the loader of the import protocol."""
+
+    def __init__(self, archive: Any) -> None:
+        """`archive`: bytes, or a read-only mmap, as `sandbox_pack.build_archive` made them."""
+        length = int.from_bytes(archive[:8], "little")
+        self._archive = archive
+        self._start = 8 + length
+        self._index: dict[str, tuple[bool, bool, int, int]] = json.loads(archive[8 : self._start])
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        entry = self._index.get(fullname)
+        if entry is None:
+            return None
+        return importlib.machinery.ModuleSpec(
+            fullname, cast(Any, self), origin=f"<{fullname}>", is_package=entry[0]
+        )
+
+    def is_package(self, fullname: str) -> bool:
+        return self._index[fullname][0]
+
+    def get_source(self, fullname: str) -> str | None:
+        return None
+
+    def get_code(self, fullname: str) -> CodeType:
+        _, is_code, offset, size = self._index[fullname]
+        blob = self._archive[self._start + offset : self._start + offset + size]
+        # The bytes come from this interpreter's own library folder, as a plain import would read them.
+        return marshal.loads(blob) if is_code else compile(blob, f"<{fullname}>", "exec", dont_inherit=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self.get_code(module.__name__), module.__dict__)
+
+
+def import_only_from(finder: ArchiveFinder) -> None:
+    """Ends imports from files: built-in, frozen and archived modules stay."""
+    sys.meta_path[:] = [
+        importlib.machinery.BuiltinImporter,
+        importlib.machinery.FrozenImporter,
+        cast(Any, finder),
+    ]
+    sys.path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()

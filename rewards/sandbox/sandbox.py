@@ -1,0 +1,225 @@
+"""Runs untrusted programs: bounded, confined by the kernel, many per second.
+
+A `Sandbox` keeps one warm zygote process per core (`rewards.sandbox.zygote`) and forks from it. Inputs and
+outputs travel in anonymous memory files, so that nothing is written to disk, the caller pumps no pipe, and an
+output cannot exceed its cap.
+
+Tiers, best first, chosen by a probe that tries what must fail: "landlock+seccomp"; "seccomp", for kernels
+without Landlock, where every open is refused. Both work without privileges, in containers that forbid user
+namespaces, on x86-64 and aarch64 (there the filters are tested, but were never run). Where neither works
+the sandbox refuses to start and says why: sandlock, bubblewrap and WASM are not offered. Programs in other
+languages need Landlock. What no tier stops: programs that know the tests already, faults of the kernel, and
+timing. Without root all workers share a user, and so the number of threads that programs may have together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, Self, TypeVar
+
+from rewards.sandbox.process import Command, Limits, Program, RunResult, SandboxError, Zygote, ZygoteDied
+
+__all__ = ["Command", "Limits", "Program", "RunResult", "Sandbox", "SandboxError"]
+
+log = logging.getLogger(__name__)
+
+Tier = Literal["auto", "landlock+seccomp", "seccomp"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ACQUIRE_TIMEOUT_S = 600.0
+MAX_ATTEMPTS = 3
+
+
+class Sandbox:
+    """A pool of zygotes. Thread-safe; a process forked from the one that made it must make its own.
+
+    Args:
+        num_workers: programs at a time; default: the cores this process may use.
+        tier: "auto" takes the best that passes the probe.
+        modules: of `rewards`, whose `main(source) -> exit status` programs may name.
+        judges: of `rewards`, whose `main(source)` judging programs may name, and what those import of it.
+        limits: of a program where `run` gives none; those of `run` may be tighter, or longer, not larger.
+        commands: for programs in other languages (`run_command`) instead of Python; needs Landlock.
+        packages: third-party modules to import beforehand, such as "numpy"; nothing else outside the
+            standard library can be imported.
+
+    Raises:
+        SandboxError: no tier works here; the message says why.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_workers: int | None = None,
+        tier: Tier = "auto",
+        modules: Sequence[str] = (),
+        judges: Sequence[str] = (),
+        packages: Sequence[str] = (),
+        limits: Limits = Limits(),  # noqa: B008
+        commands: bool = False,
+    ) -> None:
+        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self._options = {
+            "modules": ["rewards.sandbox.script", *modules],
+            "judges": list(judges),
+            "packages": list(packages),
+            "path": [path for path in sys.path if path] if packages else [],
+            "landlock": tier != "seccomp",
+            "commands": commands,
+            "limits": {"memory_bytes": limits.memory_mib << 20, "output_bytes": limits.output_mib << 20},
+        }
+        self.limits = limits
+        self._wanted = tier
+        self._pid = os.getpid()
+        self._condition = threading.Condition()
+        self._idle: list[Zygote] = []
+        self._all: set[Zygote] = set()
+        self._num_busy = 0
+        self._closed = False
+        first = self._start()
+        self.tier: str = first.tier
+        self.landlock_abi: int = first.landlock_abi
+        self._gid = first.gid
+        self._idle.append(first)
+        level = logging.INFO if self.tier == "landlock+seccomp" else logging.WARNING
+        log.log(
+            level,
+            "code sandbox: tier %s (Landlock ABI %d), %d workers",
+            self.tier,
+            self.landlock_abi,
+            self.num_workers,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all zygotes and what runs in them; safe to call twice."""
+        with self._condition:
+            self._closed = True
+            idle, busy = self._idle, self._all.difference(self._idle)
+            self._idle, self._all = [], set()
+            self._condition.notify_all()
+        if os.getpid() == self._pid:
+            for zygote in [*busy, *idle]:
+                zygote.close(kill=zygote in busy)
+
+    def zygote_pids(self) -> list[int]:
+        with self._condition:
+            return [zygote.process.pid for zygote in self._all]
+
+    def run(
+        self, source: str | bytes, *, stdin: str | bytes = b"", limits: Limits | None = None
+    ) -> RunResult:
+        """Runs a Python script to its end or its deadline."""
+        source = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
+        stdin = stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin
+        return self.run_programs([Program("rewards.sandbox.script", source, stdin)], limits=limits)[0]
+
+    def run_command(self, command: Command, *, limits: Limits | None = None) -> RunResult:
+        """Runs a command of another language; the sandbox must have been made with `commands=True`."""
+        return self.run_programs([command], limits=limits)[0]
+
+    def give(self, folder: str) -> None:
+        """Lets commands use a folder that this process has made, and read what lies in it."""
+        if os.geteuid() == 0:
+            os.chown(folder, -1, self._gid)
+            os.chmod(folder, 0o770)
+            for entry in os.scandir(folder):
+                os.chmod(entry, 0o644)  # whatever the owner's umask
+
+    def run_programs(
+        self, programs: Sequence[Program | Command], *, limits: Limits | None = None
+    ) -> list[RunResult]:
+        """Runs programs at once: with two, a pipe each way joins them. All end with the first one, or at
+        the deadline.
+
+        A zygote that dies on the way is replaced and the programs run again.
+
+        Raises:
+            SandboxError: three zygotes died of it, or none became free.
+        """
+        limits = limits or self.limits
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            zygote = self._acquire()
+            alive = False
+            try:
+                results = zygote.run(programs, limits)
+                alive = True
+                return results
+            except ZygoteDied as error:
+                log.warning(
+                    "code sandbox: a zygote died (%s); attempt %d of %d", error, attempt, MAX_ATTEMPTS
+                )
+            finally:
+                self._release(zygote, alive)
+        raise SandboxError(
+            f"the zygote died {MAX_ATTEMPTS} times while it ran a program; see the warnings above"
+        )
+
+    def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`[fn(item) for item in items]`, over as many threads as there are workers; for an `fn` that runs
+        programs here.
+        """
+        listed = list(items)
+        num_threads = min(self.num_workers, len(listed))
+        if num_threads <= 1:
+            return [fn(item) for item in listed]
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="sandbox") as pool:
+            return list(pool.map(fn, listed))
+
+    def _start(self) -> Zygote:
+        zygote = Zygote(self._options)
+        if self._wanted not in ("auto", zygote.tier):
+            zygote.close(kill=True)
+            raise SandboxError(
+                f"tier {self._wanted!r} is not available here (this machine offers {zygote.tier!r}); "
+                "use tier='auto'"
+            )
+        with self._condition:
+            self._all.add(zygote)
+        return zygote
+
+    def _acquire(self) -> Zygote:
+        if os.getpid() != self._pid:
+            raise SandboxError(
+                f"this sandbox belongs to process {self._pid}; start one in process {os.getpid()}"
+            )
+        deadline = time.monotonic() + ACQUIRE_TIMEOUT_S
+        with self._condition:
+            while not self._idle and self._num_busy >= self.num_workers and not self._closed:
+                if not self._condition.wait(deadline - time.monotonic()):
+                    raise SandboxError(f"no sandbox worker became free within {ACQUIRE_TIMEOUT_S:.0f} s")
+            if self._closed:
+                raise SandboxError("the sandbox is closed")
+            self._num_busy += 1
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return self._start()
+        except BaseException:
+            with self._condition:
+                self._num_busy -= 1
+                self._condition.notify()
+            raise
+
+    def _release(self, zygote: Zygote, alive: bool) -> None:
+        with self._condition:
+            self._num_busy -= 1
+            keep = alive and not self._closed
+            if keep:
+                self._idle.append(zygote)
+            else:
+                self._all.discard(zygote)
+            self._condition.notify()
+        if not keep:
+            zygote.close(kill=True)

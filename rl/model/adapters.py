@@ -1,0 +1,144 @@
+"""LoRA adapters on a model, and the checks that belong to them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from rl.config import ModelConfig
+from rl.model.exactness import backbone
+from rl.model.loading import first_line
+from rl.weights import unsent
+
+
+def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
+    """Raises ValueError, with near names, if a target of an adapter fits no module: peft would leave it out.
+
+    A name in a list fits modules that end with it, a text is "all-linear" or a pattern of whole names.
+    """
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, str):
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
+    else:
+        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if targets and not missing:
+        return
+    head = model.get_output_embeddings()
+    known = list(
+        dict.fromkeys(
+            name.split(".")[-1]
+            for name, part in model.named_modules()
+            if part is not head and getattr(getattr(part, "weight", None), "ndim", 0) == 2
+        )
+    )
+    near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ";"
+    if isinstance(targets, str):
+        hint = "; a text fits whole names, a list such as [q_proj, v_proj] their ends:"
+    called = " or ".join(missing) or "nothing"
+    raise ValueError(
+        f"model.lora.target_modules={targets!r}: no module is called {called}{hint} there are "
+        f"{', '.join(known)}, and all-linear takes every linear layer but the head"
+    )
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
+
+    Raises:
+        ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    assert lora is not None
+    if config.reference.update_every:
+        raise ValueError(
+            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
+            "the base model "
+            "without a copy; use model.reference.update_every=0"
+        )
+    peft_config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    named = f"model.lora.target_modules={lora.target_modules!r}"
+    check_targets(model, lora.target_modules)
+    name = str(Path(config.name).absolute()) if Path(config.name).is_dir() else config.name
+    head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
+    tied = head is not None and head.weight is embeddings.weight
+    frozen = [head, embeddings] if tied else [head]
+    try:
+        adapted = get_peft_model(model, peft_config, revision=config.revision)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from error
+    # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
+    adapted.peft_config["default"].base_model_name_or_path = name
+    for part, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and any(base is layer for layer in frozen):
+            raise ValueError(
+                f"{named} adapts {part}, and log-probs are computed from the head's own weights: the adapter "
+                "would not be trained, or only the engine would have it; leave the output head out, and "
+                "embeddings that are tied to it"
+            )
+    if lost := unsent(model):
+        raise ValueError(
+            f"{named}: {len(lost)} adapter weights such as {lost[0]} would be trained and not reach the "
+            "engine, because their adapter has no delta in the shape of the weight it adapts; name other "
+            "layers in model.lora.target_modules"
+        )
+    return adapted
+
+
+def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Checks that the model computes with its adapters.
+
+    Raises:
+        ValueError: PEFT wrapped what only looks like a linear layer, such as a router that returns more than
+            a tensor; or a layer whose weight its parent reads itself, past the adapter.
+    """
+    assert config.lora is not None
+    named = f"model.lora.target_modules={config.lora.target_modules!r}"
+    names = {module: name for name, module in model.named_modules()}
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in names]
+    try:
+        with torch.no_grad():
+            backbone(model)(
+                input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False
+            )
+    except Exception as error:  # whatever a family's layers raise when one of them is wrapped
+        raise ValueError(
+            f"{named}: {type(model).__name__} cannot compute with these adapters: {first_line(error)} Name "
+            "the layers to adapt, such as [q_proj, v_proj]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, name in names.items():
+        parent = model.get_submodule(
+            name.rpartition(".")[0]
+        )  # an expert that got no token is not called either
+        if hasattr(module, "base_layer") and module not in called and parent in called:
+            raise ValueError(
+                f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
+                "would be sent and not computed with; name the layers to adapt without it, such as "
+                "[q_proj, v_proj]"
+            )

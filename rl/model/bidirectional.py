@@ -1,0 +1,138 @@
+"""Bidirectional attention within the documents of a packed row, registered with transformers under the name
+`cohort_bidirectional`.
+
+Every token sees its whole document and nothing else. The documents travel as the keyword argument
+`cohort_documents` through the model's forward, so they survive gradient checkpointing. The mask that
+transformers passes (None for an unknown implementation) is never used, because with stock `sdpa` a None mask
+can mean causal, and nobody is told.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from rl.model.varlen import VarlenPlan, flash_serves, shared_prompt_attention
+
+BIDIRECTIONAL = "cohort_bidirectional"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed row begin and end; made once per row and reused by every layer.
+
+    Attributes:
+        lengths: tokens of each document, at least 1; they add up to N.
+        positions_N: 0, 1, ... within each document.
+    """
+
+    lengths: tuple[int, ...]
+    positions_N: Int[Tensor, " N"]
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        """Raises ValueError if there is no document or an empty one."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"documents of {list(lengths)} tokens: each needs at least one")
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        return Documents(tuple(lengths), positions.to(device))
+
+    @functools.cached_property
+    def varlen(self) -> VarlenPlan:
+        return VarlenPlan.documents(self.lengths, self.positions_N.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@torch.compiler.disable
+def bidirectional_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk M D"],
+    value: Float[Tensor, "1 Hk M Dv"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cohort_documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
+    """softmax(q k^T * scaling) v over the whole document of each query, in transformers' attention-function
+    signature.
+
+    On CUDA with 16-bit inputs all documents go through one variable-length flash kernel, elsewhere through
+    one scaled_dot_product_attention per document (one in all if their lengths are equal).
+
+    Raises:
+        ValueError: no documents were passed, more than one row, or a kind of attention that has no
+            bidirectional form here (soft cap, sinks, a window shorter than a document).
+    """
+    documents = cohort_documents
+    _check(module, documents, query, sliding_window, softcap, s_aux)
+    assert documents is not None
+    if torch.is_autocast_enabled(query.device.type):
+        # Norms of query and key (Qwen 3) give fp32 under autocast, and only SDPA itself would cast them.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not dropout and flash_serves(query, value):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prompt_attention(q, k, v, documents.varlen, scale=scale)[None], None
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    attend = functools.partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=False, scale=scale)
+    if len(set(documents.lengths)) == 1:
+        q, k, v = (_rows(x, len(documents.lengths)) for x in (query, key, value))
+        return attend(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
+    pieces = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2).transpose(1, 2), None
+
+
+def _check(
+    module: nn.Module,
+    documents: Documents | None,
+    query: Tensor,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> None:
+    name = type(module).__name__
+    if documents is None:
+        raise ValueError(
+            f"{name} got no cohort_documents, so nobody knows what a token may see: call the model through "
+            "rl.diffusion.model.hidden_states; if you did, it does not hand keyword arguments to its "
+            "attention and cannot be used as a diffusion model"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"{name} got {query.shape[0]} rows; pack the sequences into one, Documents.of(lengths)"
+        )
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"{name} caps its attention logits or has sinks; there is no bidirectional form of it"
+        )
+    longest = max(documents.lengths)
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"{name} attends within a window of {sliding_window} tokens and a document has {longest}; a "
+            "diffusion model sees its whole document: use a model without a window, or shorter sequences"
+        )
+
+
+def _rows(x: Float[Tensor, "1 H N D"], num_rows: int) -> Float[Tensor, "B H T D"]:
+    return x[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+
+
+AttentionInterface.register(BIDIRECTIONAL, bidirectional_attention)

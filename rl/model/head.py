@@ -1,0 +1,252 @@
+"""Token log-probs and entropies from hidden states, in chunks: no tensor of all tokens x vocabulary is ever
+held.
+
+The backward pass recomputes a chunk's logits instead of keeping them, which costs one more matrix product of
+the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 inputs stay fp64).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl.model.self_check import reproduces
+
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""Of a chunk's logits: small where they should stay near the cache, large where a product must fill a GPU."""
+
+
+def token_logprobs(
+    hidden_LD: Float[Tensor, "L D"],
+    targets_L: Int[Tensor, " L"],
+    *,
+    weight_VD: Float[Tensor, "V D"],
+    bias_V: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+    """log softmax(softcap(hidden @ weight^T + bias) / temperature)[target] and the entropy of that
+    distribution, in nats.
+
+    Both are differentiable. `logit_scale` multiplies the logits before the soft cap (Cohere, Granite),
+    `softcap` is Gemma 2's final_logit_softcapping.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden_LD, weight_VD, bias_V, targets_L, temperature, logit_scale, softcap
+    )  # type: ignore[misc]
+    return logprobs, entropy
+
+
+def head_logprobs(
+    model: Any, hidden_LD: Float[Tensor, "L D"], targets_L: Int[Tensor, " L"], *, temperature: float
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+    """`token_logprobs` by the head of a transformers model; on CUDA in the dtype of autocast, if it is on."""
+    if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
+        hidden_LD = hidden_LD.to(torch.get_autocast_dtype("cuda"))
+    head = model.get_output_embeddings()
+    return token_logprobs(
+        hidden_LD,
+        targets_L,
+        weight_VD=head.weight,
+        bias_V=getattr(head, "bias", None),
+        temperature=temperature,
+        **head_settings(model),
+    )
+
+
+def head_settings(model: Any) -> dict[str, Any]:
+    """What stands between the head's product and the logits (Cohere, Granite, Inkling; Gemma, xLSTM)."""
+    config = model.config.get_text_config()
+    divisors = (getattr(config, k, None) for k in ("logits_scaling", "logits_mup_width_multiplier"))
+    scale = getattr(config, "logit_scale", None) or 1.0 / next(filter(None, divisors), 1.0)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return {
+        "logit_scale": scale,
+        "softcap": next(filter(None, (getattr(config, k, None) for k in caps)), None),
+    }
+
+
+def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:
+    chunk = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
+    return max(16, chunk // (len(weight_VD) * itemsize))
+
+
+@dataclass(frozen=True)
+class _Head:
+    """From hidden states [R, D] to softmax(softcap(hidden @ weight^T + bias) * factor), a chunk of rows at a
+    time.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    scale: float
+    softcap: float | None
+    fused: bool = False
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits over temperature in fp32 or wider, and tanh of the soft cap for the chain rule."""
+        logits = hidden @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        tanh = None
+        if self.softcap is not None:
+            tanh = torch.tanh(logits / self.softcap)
+            logits = self.softcap * tanh
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits, tanh
+
+    def statistics(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log-sum-exp, log-prob of the target, and entropy, one per row."""
+        if self.fused:
+            from rl.model.head_kernels import logit_statistics
+
+            return logit_statistics(hidden @ self.weight.T, targets, factor=self.scale / self.temperature)
+        logits, _ = self.logits(hidden)
+        lse = torch.logsumexp(logits, dim=-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+        logits -= lse[:, None]
+        entropy = -torch.linalg.vecdot(logits.exp(), logits.clamp_min(torch.finfo(logits.dtype).min))
+        return lse, logprobs, entropy
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H)."""
+        factor = self.scale / self.temperature
+        if self.fused:
+            from rl.model.head_kernels import logit_gradient_
+
+            slopes = [torch.zeros_like(lse) if g is None else g for g in (grad_logprobs, grad_entropy)]
+            logits = hidden @ self.weight.T
+            return logit_gradient_(logits, targets, [lse, entropy, *slopes], factor=factor)
+        logits, tanh = self.logits(hidden)
+        logits -= lse[:, None]
+        probs = logits.exp()
+        coefficient = torch.zeros_like(lse) if grad_logprobs is None else -grad_logprobs
+        if grad_entropy is None:
+            grad = probs.mul_(coefficient[:, None])
+        else:
+            slope = coefficient[:, None] - grad_entropy[:, None] * (logits + entropy[:, None])
+            grad = torch.where(probs > 0, probs * slope, 0.0)
+        if grad_logprobs is not None:
+            grad.scatter_add_(-1, targets[:, None], grad_logprobs[:, None].to(grad.dtype))
+        if tanh is not None:
+            grad = grad * (1 - tanh.square())
+        return grad * factor if factor != 1.0 else grad
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+) -> tuple[_Head, int]:
+    """The head in the hidden states' dtype, and the rows of a chunk.
+
+    Autocast does not reach inside a backward pass, so both passes cast by hand. The Triton kernels serve
+    16-bit logits on a CUDA device with nothing between them and the softmax.
+    """
+    compute = hidden.dtype
+    narrow = compute in (torch.bfloat16, torch.float16)
+    fused = hidden.is_cuda and narrow and bias is None and softcap is None and kernels_work()
+    itemsize = compute.itemsize if fused else torch.promote_types(compute, torch.float32).itemsize
+    offset = None if bias is None else bias.to(compute)
+    head = _Head(weight.to(compute), offset, temperature, scale, softcap, fused)
+    return head, _chunk_rows(weight, itemsize)
+
+
+@cache
+def kernels_work() -> bool:
+    """Compares the Triton kernels with plain torch once, and says so if they cannot be used."""
+    installed = importlib.util.find_spec("triton") is not None
+    exactly = torch.autocast("cuda", enabled=False)
+    return installed and reproduces("the fused log-prob kernel", exactly(_kernel_gap), 5e-3)
+
+
+def _kernel_gap() -> float:
+    """Largest difference on three rows; gradients relative to the largest one, which bf16 rounds."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = partial(torch.randn, device="cuda", generator=generator)
+    hidden, weight = draw(3, 64).bfloat16(), draw(5001, 64).bfloat16() / 4
+    targets = torch.tensor([0, 17, 5000], device="cuda")
+    plain, fused = (_Head(weight, None, 0.7, 1.0, None, fused) for fused in (False, True))
+    expected, found = (head.statistics(hidden, targets) for head in (plain, fused))
+    gaps = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
+    slopes = (expected[0], expected[2], draw(3), draw(3))
+    wide, narrow = (head.gradient(hidden, targets, *slopes) for head in (plain, fused))
+    gaps.append((wide - narrow).abs().max() / wide.abs().max())
+    return torch.stack(gaps).max().item()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        head, rows = _head(hidden, weight, bias, temperature, scale, softcap)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, lse = (hidden.new_empty(len(targets), dtype=wide) for _ in range(3))
+        # Autocast would narrow the entropy's dot product to 16 bits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(targets), rows):
+                part = slice(start, start + rows)
+                lse[part], logprobs[part], entropy[part] = head.statistics(hidden[part], targets[part])
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
+        ctx.settings = (temperature, scale, softcap)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        head, rows = _head(hidden, weight, bias, *ctx.settings)
+        grad_hidden = torch.empty_like(hidden)
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias and bias is not None else None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            slopes = (None if g is None else g[part] for g in grads)
+            grad = head.gradient(hidden[part], targets[part], lse[part], entropy[part], *slopes)
+            narrow = grad.to(hidden.dtype)
+            grad_hidden[part] = narrow @ head.weight
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,117 @@
+"""Triton kernels over a chunk of logits: their statistics in one read, the gradient in one pass.
+
+Written for 16-bit logits of a large vocabulary, where moving them costs more than the arithmetic, which is in
+fp32. Imported only where Triton is installed; `rl.model.head` checks them against plain torch on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 4096
+
+
+@triton.jit
+def _forward_kernel(
+    logits, targets, lse, logprobs, entropy, stride, factor, num_columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    largest = -float("inf")
+    total = 0.0
+    moment = 0.0
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < num_columns
+        x = tl.load(base + columns, mask=inside, other=-float("inf")).to(tl.float32) * factor
+        new = tl.maximum(largest, tl.max(x, 0))
+        weights = tl.where(inside, tl.exp(x - new), 0.0)
+        scale = tl.exp(largest - new)
+        total = total * scale + tl.sum(weights, 0)
+        moment = moment * scale + tl.sum(tl.where(inside, weights * x, 0.0), 0)
+        largest = new
+    normaliser = largest + tl.log(total)
+    target = tl.load(targets + row)
+    chosen = tl.load(base + target).to(tl.float32) * factor
+    tl.store(lse + row, normaliser)
+    tl.store(logprobs + row, chosen - normaliser)
+    tl.store(entropy + row, normaliser - moment / total)
+
+
+@triton.jit
+def _backward_kernel(
+    logits,
+    targets,
+    lse,
+    entropy,
+    grad_logprobs,
+    grad_entropy,
+    stride,
+    factor,
+    num_columns,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    places = logits + row * stride + columns
+    g, h = tl.load(grad_logprobs + row), tl.load(grad_entropy + row)
+    x = tl.load(places, mask=inside, other=0.0).to(tl.float32) * factor - tl.load(lse + row)
+    probs = tl.exp(x)
+    slope = tl.where(columns == tl.load(targets + row), g, 0.0)
+    slope -= probs * (g + h * (x + tl.load(entropy + row)))
+    tl.store(places, (slope * factor).to(logits.dtype.element_ty), mask=inside)
+
+
+def logit_statistics(
+    logits_RV: Float[Tensor, "R V"], targets_R: Int[Tensor, " R"], *, factor: float
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
+    """log-sum-exp, log-prob of the target and entropy of softmax(logits * factor), fp32 nats."""
+    rows = [torch.empty(len(targets_R), device=logits_RV.device) for _ in range(3)]
+    lse, logprobs, entropy = rows
+    _forward_kernel[(len(targets_R),)](
+        logits_RV,
+        targets_R,
+        lse,
+        logprobs,
+        entropy,
+        logits_RV.stride(0),
+        factor,
+        logits_RV.shape[1],
+        BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
+    )
+    return lse, logprobs, entropy
+
+
+def logit_gradient_(
+    logits_RV: Float[Tensor, "R V"],
+    targets_R: Int[Tensor, " R"],
+    statistics: Sequence[Float[Tensor, " R"]],
+    *,
+    factor: float,
+) -> Float[Tensor, "R V"]:
+    """Overwrites the logits with the gradient of the loss by them, and returns them.
+
+    `statistics` are, one number per row: log-sum-exp, entropy, and the loss's slopes by log-prob and entropy.
+    """
+    num_rows, num_columns = logits_RV.shape
+    lse, entropy, by_logprob, by_entropy = statistics
+    _backward_kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](
+        logits_RV,
+        targets_R,
+        lse.contiguous(),
+        entropy.contiguous(),
+        by_logprob.contiguous(),
+        by_entropy.contiguous(),
+        logits_RV.stride(0),
+        factor,
+        num_columns,
+        BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
+    )
+    return logits_RV

@@ -1,0 +1,251 @@
+"""Tokenizer, model and adapters from a `ModelConfig`, with the checks that belong to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rl.config import ModelConfig
+from rl.model.exactness import backbone
+
+
+def storage_dtype(config: ModelConfig) -> torch.dtype:
+    """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
+    compute would see, and the adapters stay fp32.
+    """
+    if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the configured chat template; a missing pad token becomes the end-of-text
+    token.
+
+    Args:
+        reader: a tokenizer class of transformers; default: the one that its files ask for.
+
+    Raises:
+        ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
+    """
+    try:
+        tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
+        raise ValueError(
+            f"model.name={config.name!r} gives no tokenizer: {first_line(error)} It must be a folder that "
+            "holds a model and its tokenizer, or such a name on a hub that can be reached"
+        ) from error
+    if config.chat_template is not None:
+        if not Path(config.chat_template).is_file():
+            raise ValueError(
+                f"model.chat_template={config.chat_template!r} is no file; give the path of a Jinja template"
+            )
+        tokenizer.chat_template = Path(config.chat_template).read_text()
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {config.name} has neither a pad nor an end-of-text token, so no "
+                "completion can end; add eos_token to its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def refuse_custom_code(name: str, error: Exception) -> None:
+    """Raises ValueError where transformers failed because a model brings Python code of its own.
+
+    transformers would ask on the terminal, and a `y` would run that code in the trainer, with all its rights.
+    """
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"model.name={name!r} needs Python code that comes with it (auto_map in its config files), and "
+            "cohort runs no code of a model folder; use a model whose architecture this transformers knows, "
+            "or convert it to one and leave auto_map out"
+        ) from error
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model in its storage dtype.
+
+    Raises:
+        ValueError: its files cannot be read, or transformers does not know its architecture.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, revision=config.revision, dtype=storage_dtype(config), trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        refuse_custom_code(config.name, error)
+        raise ValueError(
+            f"model.name={config.name!r}: the model cannot be loaded: {first_line(error)} It must be whole, "
+            "and of an architecture that this transformers knows as a causal language model"
+        ) from error
+    return cast(PreTrainedModel, model)
+
+
+def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
+    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family.
+
+    Raises:
+        ValueError: the fused layers do not reproduce the model's own hidden states.
+    """
+    if config.dtype == "fp32":
+        return
+    embedding = cast(Any, model.get_input_embeddings())
+    embedding.register_forward_hook(_narrow_under_autocast)
+    if not config.fused_layers or importlib.util.find_spec("liger_kernel") is None:
+        return
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    stored = storage_dtype(config)
+    ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+    def hidden(narrow: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
+    plain = hidden(True)
+    with _for_one_instance(sys.modules[type(model).__module__]):
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
+    if not gap < 1.5 * rounded + 0.01:
+        raise ValueError(
+            f"Liger's layers change the hidden states of {type(model).__name__} by {gap:.2g}, where bf16 "
+            f"alone rounds by {rounded:.2g}; use model.fused_layers=false"
+        )
+
+
+@contextmanager
+def _for_one_instance(family: ModuleType, rotary: str = "apply_rotary_pos_emb") -> Iterator[None]:
+    """Puts back what Liger replaces in a whole family of models when it is given one of them: classes whose
+    kernels refuse a CPU, where an engine's copy is loaded. The instance has methods of its own, but for the
+    rotary embedding, which is looked up in the family: there CUDA tensors get the fused one.
+    """
+    before = dict(vars(family))
+    try:
+        yield
+        fused: Any = getattr(family, rotary, None)
+    finally:
+        for name, value in before.items():
+            setattr(family, name, value)
+    found = before.get(rotary)
+    if found is None or fused is found:
+        return
+    plain: Any = getattr(found, "plain", found)
+
+    def dispatch(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if q.is_cuda else plain)(q, *args, **kwargs)
+
+    dispatch.plain = plain  # type: ignore[attr-defined]
+    setattr(family, rotary, dispatch)
+
+
+def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a bf16 model computes in fp32. Its weights come back as they were, as fp32 holds every bf16;
+    buffers, such as rotary frequencies, are wider and stay alone.
+    """
+    narrow = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+    for p in narrow:
+        p.data = p.data.float()
+    try:
+        return compute()
+    finally:
+        for p in narrow:
+            p.data = p.data.bfloat16()
+
+
+def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """Autocast leaves embeddings in fp32, and with them every residual sum and norm of the model."""
+    if not torch.is_autocast_enabled(output.device.type):
+        return output
+    return output.to(torch.get_autocast_dtype(output.device.type))
+
+
+def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Checks what the model's config alone tells, before its weights are read.
+
+    Args:
+        longest: tokens of the longest prompt and the completion that may follow it.
+
+    Raises:
+        ValueError: there is no config of a model, its weights are quantised, its vocabulary is smaller than
+            the tokenizer's, or it has fewer positions than `longest`.
+    """
+    try:
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
+        raise ValueError(
+            f"model.name={config.name!r}: its config cannot be read: {first_line(error)}"
+        ) from error
+    found = whole.get_text_config()
+    for part in (whole, found):
+        check_not_quantised(getattr(part, "quantization_config", None), config.name)
+    positions = context_length(found)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"the longest prompt and its completion may have {longest} tokens, and {config.name} has "
+            f"{positions} positions; lower sampling.max_completion_length (or that of evaluation.sampling), "
+            "leave out long prompts, or take another model"
+        )
+    if (num_ids := getattr(found, "vocab_size", None)) is not None:
+        check_vocabulary(num_ids, tokenizer)
+
+
+def check_not_quantised(quantisation: Any, name: str) -> None:
+    """Raises ValueError for the `quantization_config` of a model: integers have no gradient."""
+    if not quantisation:
+        return
+    fields = quantisation if isinstance(quantisation, Mapping) else vars(quantisation)
+    method = str(fields.get("quant_method", "unknown"))
+    raise ValueError(
+        f"model.name={name!r} holds quantised weights (quantization_config in its config.json, quant_method="
+        f"{method.rpartition('.')[2].lower()}), which cannot be trained; use the model that it "
+        "was quantised from, or save a dequantised bfloat16 copy (transformers: "
+        "model.dequantize().save_pretrained(FOLDER)) and set model.name to its folder"
+    )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """A model's positions; None: its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_vocabulary(num_ids: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer can produce an id that the embedding has no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= num_ids:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model's embedding {num_ids} rows; they do not "
+            "belong together: set model.name to a folder that holds the matching tokenizer, or resize the "
+            "embedding and save the model first"
+        )
+
+
+def nonfinite_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that hold NaN or infinity."""
+    return [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+
+
+def first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+    return f"{line}."

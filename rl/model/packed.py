@@ -1,0 +1,197 @@
+"""Attention for packed rows with shared prompts, registered with transformers under the name `cohort_packed`.
+
+A packed row is a list of blocks: one prompt followed by completions that all continue it. A completion token
+sees the prompt and its own completion up to itself, and nothing of its siblings; the prompt's keys and values
+are computed once for all of them. The layout travels as a keyword argument through the model's forward, so it
+survives gradient checkpointing. The attention mask that transformers passes (None for an unknown
+implementation) is never used: the layout is the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from rl.model.varlen import VarlenPlan, flash_serves, shared_prompt_attention
+
+PACKED = "cohort_packed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prompt and the completions that share it, contiguous in the row: [prompt | completion 0 |
+    completion 1 | ...].
+
+    Attributes:
+        start: column of the prompt's first token.
+        prompt_length: tokens of the prompt, at least 1.
+        completion_lengths: tokens of each completion; may be empty.
+    """
+
+    start: int
+    prompt_length: int
+    completion_lengths: tuple[int, ...]
+
+    @property
+    def completion_start(self) -> int:
+        return self.start + self.prompt_length
+
+    @property
+    def end(self) -> int:
+        return self.completion_start + sum(self.completion_lengths)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the columns of a packed row attend to each other; computed once per micro-batch and reused by every
+    layer.
+
+    Attributes:
+        sizes: columns of prompt, completions, prompt, completions, ... in order.
+        longest: columns of the longest prompt with one of its completions.
+    """
+
+    blocks: tuple[Block, ...]
+    device: torch.device
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(n for b in self.blocks for n in (b.prompt_length, sum(b.completion_lengths)))
+
+    @cached_property
+    def longest(self) -> int:
+        return max((b.prompt_length + max(b.completion_lengths, default=0) for b in self.blocks), default=0)
+
+    @cached_property
+    def slots(self) -> tuple[Int[Tensor, " n"], ...]:
+        """Per block, where each completion column lies in the flattened G x C rectangle of completions."""
+        slots = []
+        for block in self.blocks:
+            width = max(block.completion_lengths, default=0)
+            pieces = [torch.arange(n) + g * width for g, n in enumerate(block.completion_lengths)]
+            slots.append(torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(self.device))
+        return tuple(slots)
+
+    @cached_property
+    def varlen(self) -> VarlenPlan:
+        return VarlenPlan.of([(b.prompt_length, b.completion_lengths) for b in self.blocks], self.device)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N Dv"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cohort_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
+    """softmax(q k^T * scaling) v within each block of the layout, in transformers' attention-function
+    signature.
+
+    Raises:
+        ValueError: no layout was passed: the model dropped the keyword argument, so packed rows cannot be
+            served.
+    """
+    if cohort_layout is None:
+        raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
+    whole = sliding_window is None or cohort_layout.longest <= sliding_window
+    if whole and softcap is None and s_aux is None and dropout == 0 and flash_serves(query, value):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prompt_attention(q, k, v, cohort_layout.varlen, scale=scale)[None], None
+    attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
+    # Split, not slices: the backward of a slice writes zeros for the whole row.
+    pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]
+    outputs = []
+    for i, (block, slots) in enumerate(zip(cohort_layout.blocks, cohort_layout.slots, strict=True)):
+        prompt = [x[2 * i][None] for x in pieces]
+        outputs.append(attend(*prompt)[0])
+        if not block.completion_lengths:
+            continue
+        num_completions, width = len(block.completion_lengths), max(block.completion_lengths)
+        own = [_rectangle(x[2 * i + 1], slots, num_completions, width) for x in pieces]
+        k, v = (
+            torch.cat([shared.expand(num_completions, -1, -1, -1), ours], dim=2)
+            for shared, ours in zip(prompt[1:], own[1:], strict=True)
+        )
+        # Right padding stays behind every real query, so causality alone hides it.
+        answer = attend(own[0], k, v).transpose(0, 1).flatten(1, 2)
+        outputs.append(answer.index_select(1, slots))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+def _rectangle(
+    x_HnD: Float[Tensor, "H n D"], slots: Int[Tensor, " n"], num_completions: int, width: int
+) -> Float[Tensor, "G H C D"]:
+    """Completions side by side become rows, zeros on the right."""
+    num_heads, _, size = x_HnD.shape
+    flat = x_HnD.new_zeros(num_heads, num_completions * width, size).index_copy(1, slots, x_HnD)
+    return flat.unflatten(1, (num_completions, width)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Attend:
+    """Causal attention of the last T of S positions: the queries are aligned to the end of the keys."""
+
+    scaling: float | None
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
+
+    def __call__(
+        self, q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B Hk S D"], v: Float[Tensor, "B Hk S Dv"]
+    ) -> Float[Tensor, "B Hq T Dv"]:
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        within = self.sliding_window is None or num_keys <= self.sliding_window
+        if within and self.softcap is None and self.s_aux is None:
+            if num_queries == num_keys:
+                return scaled_dot_product_attention(
+                    q, k, v, dropout_p=self.dropout, is_causal=True, scale=self.scaling
+                )
+            mask = self.mask(num_queries, num_keys, q.device)
+            return scaled_dot_product_attention(q, k, v, mask, self.dropout, scale=self.scaling)
+        return self.explicit(q, k, v, self.mask(num_queries, num_keys, q.device))
+
+    def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "T S"]:
+        distance = (
+            torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+            - torch.arange(num_keys, device=device)[None]
+        )
+        return (
+            (distance >= 0)
+            if self.sliding_window is None
+            else (distance >= 0) & (distance < self.sliding_window)
+        )
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "T S"]) -> Tensor:
+        """The same with logit soft-capping (Gemma 2) and attention sinks (gpt-oss), which no fused kernel
+        takes.
+        """
+        scores = q @ k.transpose(2, 3) * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.float().masked_fill(~mask, float("-inf"))
+        if self.s_aux is not None:
+            sinks = self.s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
+        return nn.functional.dropout(weights, self.dropout) @ v
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,277 @@
+"""Packed attention with fused kernels: two variable-length calls, merged by their log-sum-exps.
+
+Every prompt and every completion attends causally to itself in one call; the completions of a group attend to
+the prompt that they share in a second one. Softmax over the union of two key sets is the mean of the two
+softmaxes, weighted by the exponentials of their log-sum-exps, as in ring attention (arXiv:2310.01889). The
+backward kernel needs nothing but the merged output and log-sum-exp of each row, so it is called twice with
+those, and the prompt's keys and values are computed, kept and differentiated once per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rl.model.self_check import reproduces
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive runs of a packed axis. `ends` [S+1] are cumulative lengths from 0, int32, on the device."""
+
+    ends: Int[Tensor, " S1"]
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Segments:
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Segments(ends.to(device), max(lengths, default=0))
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """Which columns see which, as two varlen calls.
+
+    Attributes:
+        own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
+            its completion where it has only one.
+        answers_C, prompts_P: columns of the completions that share a prompt, and of those prompts.
+        answer_groups, prompt_groups: their runs, one of each per shared prompt, in the same order.
+        causal: whether a run's columns see only what precedes them in it.
+    """
+
+    own: Segments
+    answers_C: Int[Tensor, " C"]
+    prompts_P: Int[Tensor, " P"]
+    answer_groups: Segments
+    prompt_groups: Segments
+    causal: bool = True
+
+    @staticmethod
+    def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
+        """Runs that see all of themselves and nothing else."""
+        nothing, none = torch.empty(0, dtype=torch.long, device=device), Segments.of([], device)
+        return VarlenPlan(Segments.of(lengths, device), nothing, nothing, none, none, causal=False)
+
+    @staticmethod
+    def of(blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> VarlenPlan:
+        """From (prompt length, completion lengths) of each block, contiguous in the row."""
+        own: list[int] = []
+        answers: list[Tensor] = []
+        prompts: list[Tensor] = []
+        start = 0
+        for prompt_length, completion_lengths in blocks:
+            length = prompt_length + sum(completion_lengths)
+            if len(completion_lengths) < 2:
+                own.append(length)
+            else:
+                own += [prompt_length, *completion_lengths]
+                prompts.append(torch.arange(start, start + prompt_length))
+                answers.append(torch.arange(start + prompt_length, start + length))
+            start += length
+        empty = [torch.empty(0, dtype=torch.long)]
+        return VarlenPlan(
+            own=Segments.of(own, device),
+            answers_C=torch.cat(answers or empty).to(device),
+            prompts_P=torch.cat(prompts or empty).to(device),
+            answer_groups=Segments.of([len(x) for x in answers], device),
+            prompt_groups=Segments.of([len(x) for x in prompts], device),
+        )
+
+
+class Kernels(NamedTuple):
+    """A varlen attention that returns its log-sum-exp, and its gradient.
+
+    forward(q, k, v, query segments, key segments, causal, scale) -> out [n, Hq, D], lse [Hq, n] (nats, fp32);
+    backward(grad_out, q, k, v, out, lse, query segments, key segments, causal, scale) -> dq, dk, dv.
+    q is [n, Hq, D], k and v are [m, Hk, D]; Hq is a multiple of Hk.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        queries.ends,
+        keys.ends,
+        queries.longest,
+        keys.longest,
+        0.0,
+        causal,
+        return_debug_mask=False,
+        scale=scale,
+    )
+    return out, lse
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        queries.ends,
+        keys.ends,
+        queries.longest,
+        keys.longest,
+        0.0,
+        causal,
+        no_dropout,
+        torch.empty(0, device=q.device),
+        scale=scale,
+    )
+
+
+FLASH = Kernels(_flash_forward, _flash_backward)
+
+
+def flash_serves(query: Float[Tensor, "1 Hq N D"], value: Float[Tensor, "1 Hk N Dv"]) -> bool:
+    """Whether torch's flash kernels take these: a CUDA device, 16 bits, equal head sizes, a multiple of 8."""
+    size = query.shape[-1]
+    narrow = query.dtype in (torch.bfloat16, torch.float16)
+    fits = size == value.shape[-1] and size % 8 == 0 and size <= 256
+    return query.is_cuda and narrow and fits and flash_works()
+
+
+@cache
+def flash_works() -> bool:
+    """Compares a small row and its gradients with plain attention once, and says so if they are off."""
+    return reproduces("varlen flash attention", _flash_gap, 2e-2)
+
+
+def _flash_gap() -> float:
+    """Largest difference in units of the largest number, of the output and of each gradient."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(12, heads, 64, device="cuda", generator=generator).bfloat16() for heads in (4, 2, 2, 4)
+    )
+    # A prompt of 3 with completions of 4 and 2, and one of 1 with a single completion of 2.
+    sees = torch.ones(12, 12, device="cuda").tril().bool()
+    sees[7:9, 3:7], sees[9:, :9] = False, False
+    plan = VarlenPlan.of([(3, [4, 2]), (1, [2])], q.device)
+    with torch.enable_grad():
+        ours = [x.clone().requires_grad_() for x in (q, k, v)]
+        theirs = [x.float().requires_grad_() for x in (q, k, v)]
+        found = shared_prompt_attention(ours[0], ours[1], ours[2], plan, scale=0.125)
+        expected = scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in theirs), attn_mask=sees, scale=0.125, enable_gqa=True
+        )[0].transpose(0, 1)
+        pairs = [(found, expected)]
+        pairs += zip(
+            torch.autograd.grad(found, ours, grad),
+            torch.autograd.grad(expected, theirs, grad.float()),
+            strict=True,
+        )
+    return max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def shared_prompt_attention(
+    q_NHD: Float[Tensor, "N Hq D"],
+    k_NHD: Float[Tensor, "N Hk D"],
+    v_NHD: Float[Tensor, "N Hk D"],
+    plan: VarlenPlan,
+    *,
+    scale: float,
+    kernels: Kernels = FLASH,
+) -> Float[Tensor, "N Hq D"]:
+    """softmax(q k^T * scale) v over the columns that `plan` lets each column see."""
+    return _SharedPromptAttention.apply(q_NHD, k_NHD, v_NHD, plan, scale, kernels)  # type: ignore[return-value]
+
+
+def run_attention(
+    query: Float[Tensor, "1 Hq N D"],
+    key: Float[Tensor, "1 Hk N D"],
+    value: Float[Tensor, "1 Hk N D"],
+    ends_S: Int[Tensor, " S"],
+    longest: int,
+    scale: float,
+) -> Float[Tensor, "N Hq D"] | None:
+    """Attention in both directions within consecutive runs, without a gradient; None: flash cannot serve.
+
+    Args:
+        ends_S: cumulative lengths of the runs from 0, int32, on the device.
+        longest: at least the tokens of the longest run.
+    """
+    if not flash_serves(query, value):
+        return None
+    runs = Segments(ends_S, longest)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return FLASH.forward(q, k, v, runs, runs, False, scale)[0]
+
+
+class _SharedPromptAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernels: Kernels
+    ) -> Tensor:
+        out, lse = kernels.forward(q, k, v, plan.own, plan.own, plan.causal, scale)
+        if len(plan.answers_C):
+            there, there_lse = kernels.forward(
+                q.index_select(0, plan.answers_C),
+                k.index_select(0, plan.prompts_P),
+                v.index_select(0, plan.prompts_P),
+                plan.answer_groups,
+                plan.prompt_groups,
+                False,
+                scale,
+            )
+            here, here_lse = out.index_select(0, plan.answers_C), lse.index_select(1, plan.answers_C)
+            merged_lse = torch.logaddexp(here_lse, there_lse)
+            share = (there_lse - merged_lse).exp_().T.unsqueeze(-1)
+            merged = torch.lerp(here.to(share.dtype), there.to(share.dtype), share)
+            out.index_copy_(0, plan.answers_C, merged.to(out.dtype))
+            lse.index_copy_(1, plan.answers_C, merged_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = (plan, scale, kernels)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_out,) = grads
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, scale, kernels = ctx.settings
+        dq, dk, dv = kernels.backward(grad_out, q, k, v, out, lse, plan.own, plan.own, plan.causal, scale)
+        if len(plan.answers_C):
+            more_q, more_k, more_v = kernels.backward(
+                grad_out.index_select(0, plan.answers_C),
+                q.index_select(0, plan.answers_C),
+                k.index_select(0, plan.prompts_P),
+                v.index_select(0, plan.prompts_P),
+                out.index_select(0, plan.answers_C),
+                lse.index_select(1, plan.answers_C),
+                plan.answer_groups,
+                plan.prompt_groups,
+                False,
+                scale,
+            )
+            dq.index_add_(0, plan.answers_C, more_q)
+            dk.index_add_(0, plan.prompts_P, more_k)
+            dv.index_add_(0, plan.prompts_P, more_v)
+        return dq, dk, dv, None, None, None

@@ -1,0 +1,108 @@
+"""How a masked diffusion model wrote a completion: for a terminal, and as a fragment of a report.
+
+A colour says when a token was committed, from the first steps (yellow) to the last (violet). Text of models
+is hostile: it is escaped, and loses or shows its control characters.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+from rich.console import Group
+from rich.text import Text
+
+from rl.store.ledger import Ledger
+from rl.store.redact import redact, show_controls, strip_controls
+from rl.types import Completion, ScoredGroup, Trace
+
+COLOURS = ("#f7d13d", "#fca50a", "#f1731d", "#dd513a", "#bc3754", "#932667", "#6a176e", "#7b5cd6")
+_NUM_CANDIDATES = 24
+_MAX_TOKENS, _MAX_PIECE = 8192, 100  # shown of a completion, and characters of a token
+_STYLE = """<style>
+.denoising pre{white-space:pre-wrap;margin:0}
+.denoising span{border-radius:2px;background:color-mix(in srgb,var(--c) 35%,transparent)}
+@keyframes commit{from{opacity:.06}to{opacity:1}}
+@media (prefers-reduced-motion:no-preference){.denoising pre:hover span{animation:commit .2s both;
+animation-delay:calc(var(--s)*4s/var(--n))}}
+</style>"""
+
+
+def denoising_frames(completion: Completion, num_frames: int = 6) -> Group:
+    """The completion at evenly spread steps, first to last; what was still masked is shown as dots.
+
+    Raises:
+        ValueError: the completion has no trace.
+    """
+    trace = _trace(completion)
+    steps = dict.fromkeys(-(-trace.num_steps * k // num_frames) for k in range(1, num_frames + 1))
+    return Group(*(_frame(trace, step) for step in steps))
+
+
+def _frame(trace: Trace, step: int) -> Text:
+    text = Text(f"after step {step} of {trace.num_steps}\n", style="dim")
+    for piece, when in _tokens(trace):
+        shown = strip_controls(piece)
+        if when < step:
+            text.append(shown, style=COLOURS[_shade(when, trace)])
+        else:
+            text.append("".join(c if c.isspace() else "·" for c in shown) or "·", style="dim")
+    return text.append("\n")
+
+
+def denoising_html(completion: Completion, caption: str = "") -> str:
+    """A `<figure>` that stands on its own: tokens tinted by their step, replayed while the pointer is on it.
+
+    Raises:
+        ValueError: the completion has no trace.
+    """
+    trace, logprobs = _trace(completion), completion.behavior_logprobs
+    spans = []
+    for i, (piece, when) in enumerate(_tokens(trace)):
+        sure = f", log-prob {logprobs[i]:.2f}" if i < len(logprobs) else ""
+        title = f"step {when + 1} of {trace.num_steps}{sure}"
+        colour = COLOURS[_shade(when, trace)]
+        text = escape(show_controls(piece))
+        spans.append(f'<span style="--s:{when};--c:{colour}" title="{title}">{text}</span>')
+    never = sum(step == trace.num_steps for step in trace.steps)
+    note = f"{trace.num_steps} steps for {len(trace.steps) - never} of {len(trace.steps)} columns"
+    return (
+        f'<figure class="denoising" style="--n:{max(trace.num_steps, 1)}">{_STYLE}<figcaption>'
+        f"{escape(show_controls(caption))} {note}</figcaption><pre>{''.join(spans)}</pre></figure>"
+    )
+
+
+def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
+    """(step, group, index in it) of the best and the worst completion of the first group that has traces, in
+    the first and in the last recorded step. Steps are counted as in curves, by how many are done.
+    """
+    found = []
+    for record in ledger.sample(2, _NUM_CANDIDATES):
+        for scored in record.groups:
+            pairs = enumerate(zip(scored.completions, scored.rewards, strict=True))
+            ranked = sorted(
+                ((r.score or 0.0, -i) for i, (c, r) in pairs if c.trace is not None), reverse=True
+            )
+            if ranked:
+                chosen = dict.fromkeys([-ranked[0][1], -ranked[-1][1]])
+                found += [(record.step + 1, scored, i) for i in chosen]
+                break
+    return found
+
+
+def _trace(completion: Completion) -> Trace:
+    if completion.trace is None:
+        raise ValueError("the completion has no trace: it was not sampled by a masked diffusion model")
+    return completion.trace
+
+
+def _tokens(trace: Trace) -> list[tuple[str, int]]:
+    """Pieces and their steps; one piece if the text holds a secret, which may lie across pieces."""
+    text = "".join(trace.pieces)
+    if redact(text) != text:
+        return [(redact(text)[: _MAX_PIECE * _MAX_TOKENS], 0)]
+    tokens = [(piece[:_MAX_PIECE], when) for piece, when in zip(trace.pieces, trace.steps, strict=False)]
+    return tokens if len(tokens) <= _MAX_TOKENS else [*tokens[:_MAX_TOKENS], ("…", trace.num_steps)]
+
+
+def _shade(when: int, trace: Trace) -> int:
+    return min(when * len(COLOURS) // max(trace.num_steps, 1), len(COLOURS) - 1)

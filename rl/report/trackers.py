@@ -1,0 +1,95 @@
+"""Sends metrics to tensorboard, wandb or trackio, through accelerate. A tracker may fail; the run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.store.redact import redact
+
+
+class Trackers:
+    """The trackers of a run. One that raises is reported once through `warn` and dropped.
+
+    Args:
+        names: of accelerate's trackers, such as "tensorboard".
+        config: stored with the run, flattened to `train.steps` names and without secrets.
+        warn: shows one line to the user.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        run_dir: str | Path,
+        config: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
+        self._active: dict[str, Any] = {}
+        settings = _flatten(redact(config))
+        for name in names:
+            self._guarded(name, "did not start", lambda name=name: self._start(name, Path(run_dir), settings))
+
+    @classmethod
+    def of_run(cls, config: Any, *, is_main: bool, warn: Callable[[str], None]) -> Trackers:
+        """Those that a run's config names; none on processes other than the main one."""
+        names, settings = config.trackers if is_main else [], config.model_dump(mode="json")
+        return cls(names, run_dir=config.run_dir, config=settings, warn=warn)
+
+    @property
+    def names(self) -> list[str]:
+        """The trackers that still work."""
+        return list(self._active)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends one row; values that are not finite are left out: trackers draw them as zeros or fail."""
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        for name, tracker in list(self._active.items()):
+            self._guarded(name, "failed", lambda tracker=tracker: tracker.log(finite, step=step))
+
+    def close(self) -> None:
+        """Lets every tracker finish; safe to call twice."""
+        for name, tracker in list(self._active.items()):
+            self._guarded(name, "did not finish", tracker.finish)
+        self._active.clear()
+
+    def _start(self, name: str, run_dir: Path, settings: dict[str, Any]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"accelerate has no tracker {name!r}; it has {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        make: Any = LOGGER_TYPE_TO_CLASS[name]
+        if make.requires_logging_directory:
+            tracker = make(name, run_dir)
+        else:
+            tracker = make("cohort", name=run_dir.name)
+        tracker.start()
+        self._active[name] = tracker
+        tracker.store_init_configuration(settings)
+
+    def _guarded(self, name: str, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        # Third-party code that talks to disks and networks: whatever it raises, training is worth more.
+        except Exception as error:
+            self._active.pop(name, None)
+            reason = redact(" ".join(str(error).split()))[:300]
+            if isinstance(error, ImportError):
+                reason += f'; pip install "cohort-rl[{name}]" brings it'
+            self._warn(
+                f"tracker {name} {what} and is left out from now on ({type(error).__name__}: {reason}); "
+                "metrics.jsonl goes on, and the report is made from it"
+            )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}; what is no number, text or bool becomes text."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree if isinstance(tree, bool | int | float | str) else str(tree)}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat

@@ -1,0 +1,197 @@
+"""Is this run healthy? Rules over the rows of `metrics.jsonl`: each has a metric, a first step, a remedy."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rl.report.history import RECENT, History
+from rl.store.metrics import METRICS, Metric, metric_of, show_value
+
+Level = Literal["No data", "Healthy", "Warning", "Broken"]
+_ORDER = ("No data", "Healthy", "Warning", "Broken")
+_RECENT_ROWS = RECENT  # a non-finite number counts against a run for this many steps
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row] | History
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule that fired. `since` is the first step of the stretch that lasts until now."""
+
+    level: Level
+    metric: str
+    since: int
+    text: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}, since step {self.since}" + (f"; {self.hint}" if self.hint else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The worst level among the findings, which come worst first."""
+
+    level: Level
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """One line: the level and the rule that fired first among the worst."""
+        if self.level == "No data":
+            return "No data: no step is recorded yet"
+        if not self.findings:
+            return "Healthy: every number is inside its range"
+        worst = self.findings[0]
+        return f"{self.level}: {worst.text}, since step {worst.since}"
+
+
+def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
+    """The verdict on a run, from its metric rows and its held-out evaluations, both in the order of steps.
+
+    A bound is crossed once `Metric.patience` values in a row, up to the last, are beyond it.
+    """
+    if not len(rows) and not evaluations:
+        return Verdict("No data")
+    findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
+    findings += constant_parts(rows)
+    findings += _nonfinite_rule(rows)
+    findings += _heldout_rule(evaluations or evaluations_in(rows))
+    findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
+    return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
+
+
+class Watch:
+    """Judges a run while it runs, by its latest rows.
+
+    Attributes:
+        varied: spreads of reward parts that were not 0 in some step, however long ago.
+    """
+
+    def __init__(self) -> None:
+        self.rows: deque[Row] = deque(maxlen=_RECENT_ROWS)
+        self.varied: set[str] = set()
+
+    def recall(self, rows: Iterable[Row]) -> None:
+        """Takes in the rows of a run that goes on."""
+        for row in rows:
+            self.rows.append(row)
+            self.varied |= {name for name in part_spreads([row]) if row[name]}
+
+    def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
+        """What is broken after a step with these numbers; what is unusual and told at once
+        (`Metric.told_at_once`); and reward parts that have never varied, which only a rule about the whole
+        run can tell from those that are learnt.
+        """
+        self.recall([{"step": step, **values}])
+        at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
+        at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
+        return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
+
+
+def series_of(rows: Rows, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every row that has a finite value of the metric."""
+    if isinstance(rows, History):
+        return rows.series(name)
+    found = [(row["step"], row.get(name)) for row in rows]
+    return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+
+
+def evaluations_in(rows: Rows) -> list[dict[str, Any]]:
+    """Held-out results that a run put into its metric rows, for folders without evaluation.jsonl."""
+    ends = {key: dict(series_of(rows, f"heldout/{key}")) for key in ("accuracy", "low", "high")}
+    steps = sorted({step for values in ends.values() for step in values})
+    return [{"step": step, **{key: values.get(step) for key, values in ends.items()}} for step in steps]
+
+
+def range_text(metric: Metric) -> str:
+    """The healthy range in words: "0.02 to 2.5", "at most 30 %", or "" for a metric without one."""
+    low, high = (
+        None if bound is None else f"{100 * bound:g} %" if metric.unit == "share" else f"{bound:g}"
+        for bound in (metric.low, metric.high)
+    )
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    return f"at most {high}" if high is not None else f"at least {low}" if low is not None else ""
+
+
+def part_spreads(rows: Iterable[Row] | History) -> list[str]:
+    """The names `reward/<part>/std` in these rows."""
+    present = rows.columns if isinstance(rows, History) else (name for row in rows for name in row)
+    return sorted({n for n in present if n.startswith("reward/") and n.endswith("/std")} - {"reward/std"})
+
+
+def constant_parts(rows: Rows) -> list[Finding]:
+    """Fires for a reward part that gave all completions of a step the same score in every step so far.
+
+    A part that once varied and no longer does is learnt, which is no fault.
+    """
+    findings = []
+    for name in part_spreads(rows):
+        metric, series = metric_of(name), series_of(rows, name)
+        if len(series) >= metric.patience and not any(metric.is_healthy(value) for _, value in series):
+            part = name.removeprefix("reward/").removesuffix("/std")
+            means = series_of(rows, f"reward/{part}/mean")
+            score = f", {means[-1][1]:.4g}" if means else ""
+            text = f"reward part {part} gives all completions of a step the same score{score}"
+            findings.append(Finding("Warning", name, series[0][0], text, metric.hint))
+    return findings
+
+
+def _range_rule(metric: Metric, rows: Rows) -> Finding | None:
+    if not range_text(metric):
+        return None
+    series = series_of(rows, metric.name)
+    levels: tuple[Level, ...] = ("Broken", "Warning")
+    for level in levels:
+        streak = 0
+        for _, value in reversed(series):
+            if not (metric.is_broken(value) if level == "Broken" else not metric.is_healthy(value)):
+                break
+            streak += 1
+        if streak >= metric.patience:
+            step, value = series[-streak][0], series[-1][1]
+            text = f"{metric.name} is {show_value(metric.name, value)}, healthy is {range_text(metric)}"
+            return Finding(level, metric.name, step, text, metric.hint)
+    return None
+
+
+def _nonfinite_rule(rows: Rows) -> list[Finding]:
+    last = rows.recent if isinstance(rows, History) else rows[-_RECENT_ROWS:]
+    recent = [row for row in last if row.get("nonfinite")]
+    if not recent:
+        return []
+    level: Level = "Broken" if recent[-1] is last[-1] else "Warning"
+    names = ", ".join(sorted({str(name) for row in recent for name in row["nonfinite"]}))
+    first = str(recent[0]["nonfinite"][0])
+    hint = "lower optimizer.lr; try model.dtype=fp32; check rewards for infinite scores"
+    return [
+        Finding(
+            level,
+            first,
+            recent[0]["step"],
+            f"{names} not finite in {len(recent)} of the last {len(last)} steps",
+            hint,
+        )
+    ]
+
+
+def _heldout_rule(evaluations: Sequence[Row]) -> list[Finding]:
+    """Fires if the last held-out interval lies wholly below the first: training made the model worse."""
+    intervals = [(row["step"], row.get("low"), row.get("high")) for row in evaluations]
+    known = [(step, low, high) for step, low, high in intervals if low is not None and high is not None]
+    if len(known) < 2 or known[-1][2] >= known[0][1]:
+        return []
+    since = known[-1][0]
+    for step, _, high in reversed(known):
+        if high >= known[0][1]:
+            break
+        since = step
+    text = f"held-out accuracy fell below its start (now <= {known[-1][2]:.1%}, then >= {known[0][1]:.1%})"
+    hint = "go back to an earlier checkpoint; lower optimizer.lr, raise loss.kl_coef, or repair the reward"
+    return [Finding("Broken", "heldout/accuracy", since, text, hint)]

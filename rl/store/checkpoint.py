@@ -1,0 +1,272 @@
+"""Checkpoints that are whole or absent: staged beside, listed in a manifest, published by one rename.
+
+`RUN/checkpoints/step-000024/` is a plain Hugging Face folder, which `from_pretrained` and vLLM read as it is,
+plus `trainer/` (optimizer, schedule, random numbers, counters) and `manifest.json`, which is written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from rl.store.durable import RunLock, RunLockedError, fsync_path
+from rl.store.manifest import files_below, find_fault, read_manifest, version_changes, write_manifest
+from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.store.trainer_state import (
+    TRAINER_FILES,
+    NonFiniteError,
+    TrainerState,
+    capture_rng,
+    check_finite,
+    named_leaves,
+    read_trainer_state,
+    restore_rng,
+    write_trainer_state,
+)
+
+__all__ = [
+    "CheckpointReadError",
+    "CheckpointStore",
+    "CheckpointWriteError",
+    "LoadedCheckpoint",
+    "NonFiniteError",
+    "RunLock",
+    "RunLockedError",
+    "TrainerState",
+    "capture_rng",
+    "check_finite",
+    "load_optimizer_state",
+    "optimizer_state_by_name",
+    "restore_rng",
+]
+
+_REQUIRED = {f"trainer/{name}": meaning for name, meaning in TRAINER_FILES.items()}
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written. The earlier ones are untouched: training may go on."""
+
+
+class CheckpointReadError(ValueError):
+    """There are checkpoints, and none that was asked for is whole."""
+
+
+@dataclass(slots=True)
+class LoadedCheckpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        path: the folder to load the model from.
+        skipped: one sentence for each newer checkpoint that is damaged.
+        version_changes: one sentence for each library whose version differs: no bitwise resume then.
+    """
+
+    step: int
+    path: Path
+    trainer_state: TrainerState
+    skipped: list[str] = field(default_factory=list)
+    version_changes: list[str] = field(default_factory=list)
+
+
+class CheckpointStore:
+    """The checkpoints in folder `root`, such as `RUN/checkpoints`. Rank 0 saves; every rank may load.
+
+    What a killed writer left behind is cleared here and before each save, unless a live process is saving.
+    """
+
+    def __init__(self, root: str | Path, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep} would delete every checkpoint; use keep=2, as one may be damaged")
+        self.root = Path(root)
+        self.keep = keep
+        self._damaged: set[Path] = set()
+        self._lock = FileLock(self.root / ".lock", timeout=0, thread_local=False)
+        if self._leftovers():
+            with suppress(Timeout), self._lock:
+                self._clear_leftovers()
+
+    def save(self, step: int, *, write_model: Callable[[Path], None], trainer_state: TrainerState) -> Path:
+        """Publishes the checkpoint of `step`, in place of one of that step, and prunes to the newest `keep`.
+
+        Args:
+            write_model: writes model and tokenizer, or an adapter, into the given folder, as safetensors.
+
+        Raises:
+            NonFiniteError: a tensor of model or optimizer holds NaN or infinity; nothing is published.
+            CheckpointWriteError: the disk is full or fails; nothing is published.
+        """
+        if trainer_state.step != step or not trainer_state.rng:
+            raise ValueError(
+                f"save(step={step}) got a trainer_state of step {trainer_state.step} with random states of "
+                f"{len(trainer_state.rng)} ranks; the steps must agree, and every rank has an entry in rng, "
+                'such as {"rank0": capture_rng()}'
+            )
+        check_finite(named_leaves(trainer_state.optimizer), f"optimizer state of step {step}")
+        final, staging = self.root / f"step-{step:06d}", self.root / f".staging-step-{step:06d}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._require_space(step, trainer_state)
+            with self._lock:
+                self._clear_leftovers()
+                try:
+                    _stage(staging, step, write_model, trainer_state)
+                    self._publish(staging, final)
+                except BaseException:
+                    self._clear_leftovers()
+                    raise
+                self._prune(final)
+        except Timeout:
+            raise CheckpointWriteError(
+                f"another process is saving into {self.root}; give each run its own run_dir"
+            ) from None
+        except (OSError, SafetensorError) as error:
+            remedy = "free some space" if _is_disk_full(error) else "check the file system"
+            raise CheckpointWriteError(
+                f"checkpoint of step {step} could not be written to {self.root}: {error}; {remedy}; "
+                "the earlier checkpoints are untouched"
+            ) from error
+        return final
+
+    def load_newest(self) -> LoadedCheckpoint | None:
+        """The newest checkpoint whose files are all there and unchanged; None if there are none at all.
+
+        Newest by the step in the manifest: file times mean nothing after a copy.
+
+        Raises:
+            CheckpointReadError: there are checkpoints and all are damaged. Never starts over in silence.
+        """
+        skipped: list[str] = []
+        for folder in self._newest_first():
+            try:
+                loaded = self.load(folder)
+            except CheckpointReadError as error:
+                self._damaged.add(folder)
+                skipped.append(str(error))
+            else:
+                loaded.skipped = skipped
+                return loaded
+        if not skipped:
+            return None
+        reasons = "\n  ".join(skipped)
+        raise CheckpointReadError(
+            f"no checkpoint in {self.root} can be used:\n  {reasons}\n"
+            "Copy a whole one back, or move the folder away to start from step 0"
+        )
+
+    def load(self, folder: str | Path) -> LoadedCheckpoint:
+        """The checkpoint in `folder`: what the other ranks do with the path that rank 0 found.
+
+        Raises:
+            CheckpointReadError: it is damaged.
+        """
+        folder = Path(folder)
+        if fault := find_fault(folder, _REQUIRED):
+            raise CheckpointReadError(f"{folder.name}: {fault}")
+        manifest = read_manifest(folder)
+        return LoadedCheckpoint(
+            step=manifest["step"],
+            path=folder,
+            trainer_state=read_trainer_state(folder / "trainer"),
+            version_changes=version_changes(manifest["versions"]),
+        )
+
+    def _newest_first(self) -> list[Path]:
+        steps = {folder: _step_of(folder) for folder in self.root.glob("step-*") if folder.is_dir()}
+        return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
+
+    def _publish(self, staging: Path, final: Path) -> None:
+        """One rename. One of the same step moves aside first and comes back if the rename does not happen."""
+        aside = self.root / f".replaced-{final.name}"
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(staging, final)
+        fsync_path(self.root)
+        self._damaged.discard(final)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _prune(self, published: Path) -> None:
+        """Removes whole checkpoints beyond the newest `keep`, `published` among them; leaves damaged ones."""
+        others = [folder for folder in self._newest_first() if folder not in self._damaged | {published}]
+        whole = [folder for folder in others if find_fault(folder, _REQUIRED, quick=True) is None]
+        for folder in whole[self.keep - 1 :]:
+            removed = self.root / f".removed-{folder.name}"
+            with suppress(OSError):
+                # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+                os.rename(folder, removed)
+                shutil.rmtree(removed, ignore_errors=True)
+
+    def _leftovers(self) -> list[Path]:
+        kinds = ("staging", "removed", "replaced")
+        return [path for kind in kinds for path in self.root.glob(f".{kind}-step-*")]
+
+    def _clear_leftovers(self) -> None:
+        for path in self._leftovers():
+            final = self.root / path.name.removeprefix(".replaced-")
+            if path.name.startswith(".replaced-") and not final.exists():
+                os.rename(path, final)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _require_space(self, step: int, trainer_state: TrainerState) -> None:
+        needed = sum(tensor.nbytes for _, tensor in named_leaves(trainer_state.optimizer))
+        for folder in self._newest_first():
+            with suppress(ValueError, OSError):
+                needed = sum(entry["size"] for entry in read_manifest(folder)["files"].values())
+                break
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise CheckpointWriteError(
+                f"checkpoint of step {step} needs about {needed / 1e6:,.0f} MB and {self.root} has "
+                f"{free / 1e6:,.0f} MB free; free some space; the earlier checkpoints are untouched"
+            )
+
+
+def _stage(
+    staging: Path, step: int, write_model: Callable[[Path], None], trainer_state: TrainerState
+) -> None:
+    """Fills the staging folder, checks it, and forces it to disk with its manifest."""
+    staging.mkdir()
+    write_model(staging)
+    names = [path.name for path in files_below(staging)]
+    if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
+        raise ValueError(f"write_model wrote {pickles}; a checkpoint holds safetensors and JSON, no pickles")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"write_model wrote no safetensors file, only {names}")
+    for path in staging.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            check_finite(tensors, f"{path.name} of step {step}")
+    write_trainer_state(staging / "trainer", trainer_state)
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    mode = (staging / "trainer" / "state.json").stat().st_mode
+    for path in files_below(staging):
+        path.chmod(mode)
+    write_manifest(staging, step)
+
+
+def _step_of(folder: Path) -> int:
+    """The manifest's step, or the folder name's (-1 if it has none) where the manifest is damaged."""
+    try:
+        return read_manifest(folder)["step"]
+    except (OSError, ValueError):
+        digits = folder.name.removeprefix("step-")
+        return int(digits) if digits.isdecimal() else -1
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # safetensors tells the system's error number in its text only.
+    number = re.search(r"os error (\d+)", str(error))
+    return number is not None and int(number[1]) in _DISK_FULL

@@ -1,0 +1,276 @@
+"""Every number of a run once: its name, unit, meaning and healthy range; and the file that keeps them.
+
+Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
+that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
+`reward/<part>/std`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl.store.rows import RowLog
+
+LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
+CONSTANT_HINT = (
+    "it teaches nothing: check what it reads (a completion of a chat is a list of messages: see "
+    "rewards/__init__.py), or drop it"
+)
+Z_95 = 1.959963984540054  # the normal distribution has 95 % of its mass within this many standard deviations
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a number means and when it is worth a look.
+
+    Attributes:
+        low: the least healthy value, inclusive; None: no bound.
+        high: the greatest healthy value, inclusive; None: no bound.
+        broken_below: the run is broken, not merely unusual, below this; None: never.
+        broken_above: likewise above.
+        told_at_once: a run warns of a single value out of range, and does not wait until it is broken.
+        patience: how many values in a row must be out of range before a rule fires; single steps are noisy.
+        hint: what to do when it is out of range.
+    """
+
+    name: str
+    unit: str
+    description: str
+    low: float | None = None
+    high: float | None = None
+    hint: str = ""
+    broken_below: float | None = None
+    broken_above: float | None = None
+    patience: int = 5
+    told_at_once: bool = False
+
+    def is_healthy(self, value: float) -> bool:
+        return not (
+            math.isnan(value)
+            or (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+        )
+
+    def is_broken(self, value: float) -> bool:
+        return (
+            math.isnan(value)
+            or (self.broken_below is not None and value < self.broken_below)
+            or (self.broken_above is not None and value > self.broken_above)
+        )
+
+
+# Bounds: entropy, KL, clip fraction, truncation and log-prob gap follow the tables of axolotl's
+# docs/training_stability.qmd and NeMo-RL's docs/guides/grpo.md, widened where small models (0.1B to 1.5B) sit
+# outside them without harm.
+# fmt: off
+_ALL = (
+    Metric("reward/mean", "score", "mean reward of the step's completions, abstentions left out"),
+    Metric("reward/std", "score", "standard deviation of the reward over the step's completions"),
+    Metric("reward/abstained", "share", "completions whose grader gave no verdict",
+           high=0.05, broken_above=0.5,
+           hint="read the reasons in the group browser: graders time out, crash or meet unusable answers"),
+    Metric("graders/faults", "share",
+           "graded completions on which a grader hung, died, raised or returned nonsense",
+           high=0.01, patience=1,
+           hint="read the reasons in the group browser; `cohort score` runs a reward on saved rows"),
+    Metric("groups/all_right", "share", "groups whose completions all have the best reward: too easy"),
+    Metric("groups/all_wrong", "share", "groups whose completions all have the worst reward: too hard"),
+    Metric("groups/without_spread", "share", "groups whose rewards are all equal; they give no gradient",
+           high=0.8, broken_above=0.999,
+           hint="all right: harder prompts; all wrong: easier prompts, a larger train.group_size, or check "
+                "the grader; advantage.dynamic_sampling replaces such groups"),
+    Metric("completion/length_mean", "tokens", "mean completion length"),
+    Metric("completion/length_max", "tokens", "longest completion"),
+    Metric("completion/length_min", "tokens", "shortest completion"),
+    Metric("completion/truncated_share", "share", "completions cut by max_completion_length",
+           high=0.3, broken_above=0.95,
+           hint="raise sampling.max_completion_length; if it rises with the reward, length is rewarded"),
+    Metric("completion/aborted", "share", "completions that the engine failed to finish",
+           high=0.05, broken_above=0.5,
+           hint="read the engine's log: out of memory, time-outs or a restarted server"),
+    Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution",
+           low=0.02, high=2.5, broken_below=0.001,
+           hint="low: the policy has collapsed, lower optimizer.lr, raise loss.clip_high or entropy_coef; "
+                "high: it drifts to noise, lower optimizer.lr"),
+    Metric("policy/kl", "nats/token", "KL divergence from the reference, by loss.kl_estimator",
+           low=-0.5, high=0.5, broken_above=10.0,
+           hint="lower optimizer.lr or raise loss.kl_coef; if the held-out accuracy is flat, stop: the "
+                "reward is being gamed"),
+    Metric("policy/clip_low", "share", "trained tokens whose ratio was clipped at 1 - clip_low"),
+    Metric("policy/clip_high", "share", "trained tokens whose ratio was clipped at 1 + clip_high"),
+    Metric("policy/clip_fraction", "share", "trained tokens whose ratio was clipped; 0 if on-policy",
+           high=0.2,
+           hint="lower optimizer.lr, train.num_epochs or num_minibatches: a batch moves the policy too far"),
+    Metric("policy/ratio_mean", "ratio", "mean importance ratio, policy / old policy",
+           low=0.8, high=1.25, broken_below=0.2, broken_above=5.0,
+           hint="lower optimizer.lr; with one update per batch it must be 1"),
+    Metric("policy/ratio_max", "ratio", "greatest importance ratio of a token"),
+    Metric("policy/grad_norm", "norm", "length of the gradient before clipping",
+           low=1e-4, high=20.0, broken_above=1e4,
+           hint="zero: no group has spread; a spike precedes divergence: lower optimizer.lr"),
+    Metric("policy/lr", "rate", "learning rate of the step"),
+    Metric("policy/loss", "loss", "the loss that was differentiated; near 0 is normal on-policy"),
+    Metric("sampler/ratio_mean", "ratio", "mean policy / sampler of the sampled tokens; 1 if they agree",
+           low=0.95, high=1.05, broken_below=0.5, broken_above=2.0,
+           hint="the sampler has stale weights, another temperature or a coarser dtype than the policy; with "
+                "train.max_staleness the policy moves too far in a step: lower optimizer.lr"),
+    Metric("sampler/ratio_min", "ratio", "least policy / sampler ratio of a token"),
+    Metric("sampler/ratio_max", "ratio", "greatest policy / sampler ratio of a token"),
+    Metric("sampler/share_beyond", "share", "tokens whose policy / sampler ratio was cut or masked",
+           high=0.05, broken_above=0.5,
+           hint="the sampler and the policy disagree: compare dtypes, and look at sync/canary_gap_mean"),
+    Metric("sampler/logprob_gap_mean", "nats", "mean |policy - sampler| log-prob of a token",
+           high=0.1, broken_above=1.0, patience=1, told_at_once=True,
+           hint="the engine samples another distribution than the policy trains: above 1 its weights are "
+                "wrong or stale (engine.verify_sync); below, engine.dtype is coarse, or the engine computes "
+                "this family otherwise: compare with engine.name=transformers"),
+    Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
+    Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
+           high=0.02, broken_above=0.5,
+           hint="as for sampler/logprob_gap_mean; keep loss.sampler_correction on; less train.max_staleness"),
+    Metric("sync/canary_gap_mean", "nats", "mean log-prob gap on fixed tokens after a sync",
+           high=0.15, broken_above=0.2, patience=1,
+           hint="the engine does not hold the weights it was sent; do not trust the steps after this one"),
+    Metric("sync/canary_gap_max", "nats", "greatest log-prob gap on fixed tokens after a sync",
+           high=1.0, broken_above=1.6, patience=1, hint="as for sync/canary_gap_mean"),
+    Metric("sync/seconds", "s", "time to bring new weights to the engine"),
+    Metric("sync/seconds_inspect", "s", "of it, for fingerprints of what is sent"),
+    Metric("sync/seconds_send", "s", "of it, until the engine has loaded everything"),
+    Metric("sync/seconds_fingerprints", "s", "of it, for fingerprints of what the engine holds"),
+    Metric("sync/seconds_canary", "s", "of it, for log-probs of fixed tokens on both sides"),
+    Metric("staleness/mean", "steps", "mean age of the weights that sampled a token of the batch"),
+    Metric("staleness/max", "steps", "greatest age of the weights that sampled a token of the batch"),
+    Metric("staleness/over_age", "groups", "groups older than train.max_staleness, sampled again",
+           high=0.0, patience=1,
+           hint="the engine sampled with weights it should have replaced; read its log"),
+    Metric("rollout/in_flight", "completions", "completions in flight when training on the batch began"),
+    Metric("rollout/replaced", "groups", "groups without spread that dynamic sampling replaced"),
+    Metric("time/sample", "s", "time in which the trainer sampled, or waited for samples"),
+    Metric("time/score", "s", "time spent waiting for graders"),
+    Metric("time/pack", "s", "time spent building the batch"),
+    Metric("time/train", "s", "time spent in forward, backward and optimizer"),
+    Metric("time/sync", "s", "time spent bringing weights to the engine"),
+    Metric("time/save", "s", "saving after the step before"),
+    Metric("time/eval", "s", "held-out prompts after the step before"),
+    Metric("time/step", "s", "whole step, without saving and held-out prompts"),
+    Metric("tokens/completion", "tokens", "tokens sampled in the step"),
+    Metric("tokens/trained", "tokens", "tokens that had a gradient"),
+    Metric("tokens/per_second", "tokens/s", "sampled tokens per second of the whole step"),
+    Metric("heldout/accuracy", "share", "accuracy on held-out prompts"),
+    Metric("heldout/low", "share", "lower end of its 95 % Wilson interval"),
+    Metric("heldout/high", "share", "upper end of its 95 % Wilson interval"),
+    Metric("diffusion/bound", "nats/token", "bound on -log p per maskable token of the step, estimated"),
+    Metric("diffusion/packed_tokens", "tokens", "tokens of the step's forward passes, copies included"),
+    Metric("diffusion/scored_share", "share", "masked and scored tokens among them"),
+    Metric("diffusion/tokens_per_second", "tokens/s", "packed tokens per second of the whole step"),
+    Metric("memory/peak", "GiB", "greatest memory held by the training process"),
+    Metric("steps/skipped", "steps", "optimizer steps left out so far: loss or gradient was not finite",
+           high=0.0, patience=1,
+           hint="lower optimizer.lr; try model.dtype=fp32; train.max_bad_steps in a row stop the run"),
+)
+# fmt: on
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+assert len(METRICS) == len(_ALL), "a metric is defined twice"
+
+
+def metric_of(name: str) -> Metric:
+    """The definition of a metric; for the parts of a run's rewards, the spread has a range: above 0.
+
+    Raises:
+        ValueError: the name is unknown; the message has the nearest known ones.
+    """
+    if metric := METRICS.get(name):
+        return metric
+    if name.startswith("reward/") and len(name) > len("reward/"):
+        part, _, statistic = name.removeprefix("reward/").rpartition("/")
+        said = f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
+        spread = {"low": LEAST_SPREAD, "hint": CONSTANT_HINT} if part and statistic == "std" else {}
+        return Metric(name, "score", said, **spread)
+    near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
+    raise ValueError(
+        f"unknown metric {name!r}; "
+        + (f"did you mean {' or '.join(near)}? " if near else "")
+        + "rl/store/metrics.py lists every metric; parts of a reward are named reward/<part>/mean"
+    )
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927).
+
+    `successes` may be fractional, when every prompt was answered several times. Without trials it is (0, 1).
+
+    Raises:
+        ValueError: n < 0 or successes outside 0..n.
+    """
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval needs 0 <= successes <= n, not successes={successes} and n={n}")
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, Z_95 * Z_95
+    centre = p + z2 / (2 * n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    scale = 1 + z2 / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run folder: an object a line, {"step": 3, "reward/mean": 0.5}, steps rising.
+
+    A value that is not finite is written as null and named in "nonfinite", so nobody takes it for a zero.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._rows = RowLog(Path(run_dir) / "metrics.jsonl")
+        self.path = self._rows.path
+        self.read, self.truncate_after = self._rows.read, self._rows.truncate_after
+        self.close = self._rows.close
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row and flushes it.
+
+        Raises:
+            ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
+            RuntimeError: the file was taken away during the run.
+        """
+        row: dict[str, Any] = {"step": int(step)}
+        nonfinite = []
+        for name, value in values.items():
+            metric_of(name)
+            number = float(value)
+            row[name] = number if math.isfinite(number) else None
+            if not math.isfinite(number):
+                nonfinite.append(name)
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        self._rows.append(row)
+
+
+def show_value(name: str, value: float) -> str:
+    """A value for a reader, by its unit: "12.5 %", "3 min 20 s", "5,310"; else four significant digits."""
+    unit = metric_of(name).unit
+    if not math.isfinite(value):
+        return "not finite"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit == "s":
+        return show_seconds(value)
+    if unit in ("tokens", "tokens/s", "steps") and abs(value) >= 10:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration in its two largest units: "0.42 s", "12 s", "3 min 20 s", "2 h 5 min", "4 d 3 h"."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{whole} s"

@@ -1,0 +1,147 @@
+"""JSON-lines files with a row per step: appended to, cut back at a restart, missed when they are gone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from rl.store.durable import gone, written_whole
+from rl.store.safe_read import open_regular
+
+R = TypeVar("R")
+
+
+class RowLog:
+    """A file of rows {"step": 3, ...}, steps rising, which one process writes.
+
+    What a step costs does not depend on how many there were: the file is read once, when it is opened.
+    """
+
+    def __init__(self, path: str | Path, *, durable: bool = False) -> None:
+        """
+        Args:
+            durable: every row is forced to disk before `append` returns.
+        """
+        self.path = Path(path)
+        self._durable = durable
+        self._file: TextIO | None = None
+        self._last_step: int | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Appends one row and flushes it.
+
+        Raises:
+            ValueError: its step is not after the last row's (resume: `truncate_after`).
+            RuntimeError: the file was removed, moved or replaced since this process opened it.
+        """
+        file, step = self._open(), row["step"]
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(
+                f"rows of step {step} come after those of step {self._last_step} in {self.path}; resume with "
+                f"truncate_after({step - 1}), or use a new run_dir"
+            )
+        self.check()
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        if self._durable:
+            os.fsync(file.fileno())
+        self._last_step = int(step)
+
+    def replace(self, row: Mapping[str, Any]) -> None:
+        """Appends one row, in place of earlier rows of its step and of what came after that."""
+        if self._last() >= row["step"]:
+            self.truncate_after(row["step"] - 1)
+        self.append(row)
+
+    def check(self) -> None:
+        """Raises RuntimeError if what this process writes to is not, or no longer, the file at `path`."""
+        if self._file is None:
+            return
+        try:
+            is_there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise gone(self.path)
+
+    def find(self, step: int) -> dict[str, Any] | None:
+        """The row of a step; the file is read only if it may hold it."""
+        if step > self._last():
+            return None
+        return next((row for row in iter_rows(self.path) if row["step"] == step), None)
+
+    def truncate_after(self, step: int) -> int:
+        """Keeps the rows up to and including `step`, atomically; returns how many were dropped."""
+        self.close()
+        dropped = sum(row["step"] > step for row in iter_rows(self.path))
+        self._replace(row for row in iter_rows(self.path) if row["step"] <= step)
+        return dropped
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, in order; a half-written line, as a killed run leaves it, is left out."""
+        return read_rows(self.path)
+
+    def close(self) -> None:
+        """Closes the file; safe to call twice. A later `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._last_step = None
+
+    def _last(self) -> int:
+        last = self._last_step
+        if last is None:
+            last = self._last_step = max((row["step"] for row in iter_rows(self.path)), default=-1)
+        return last
+
+    def _open(self) -> TextIO:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._last_step, torn = None, False
+            for row in iter_rows(self.path):
+                self._last_step = row["step"]
+            if self.path.is_file() and self.path.stat().st_size:
+                with open_regular(self.path) as file:
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read() != b"\n"
+            if torn:
+                self._replace(iter_rows(self.path))  # else the first new row would be glued to a torn one
+            self._file = self.path.open("a", encoding="utf-8")
+        return self._file
+
+    def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        if not self.path.is_file():
+            return
+        with written_whole(self.path) as file:
+            for row in rows:
+                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file that have an integer "step"; torn lines are left out."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """What `read_rows` gives, one at a time."""
+    with suppress(FileNotFoundError), open_regular(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield row
+
+
+def record_of(kind: type[R], row: Mapping[str, Any]) -> R | None:
+    """A row as a dataclass of numbers; None where a field is missing or not a finite number."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    values = {name: row.get(name) for name in names}
+    whole = all(type(v) in (int, float) and math.isfinite(v) for v in values.values())  # type: ignore[arg-type]
+    return kind(**values) if whole else None

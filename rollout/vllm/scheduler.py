@@ -1,0 +1,222 @@
+"""vLLM's own scheduler, made to report once per completion instead of once per token, and to do less for it.
+
+Stock vLLM sends every token of every running completion to its client, and with it three small arrays when
+log-probs are wanted. Building, encoding, decoding and adding up these messages costs more than scheduling
+itself (256 completions: 1.4 ms to encode, 1.1 ms to decode, 2 ms to add up, each step); nothing here reads a
+completion before it is finished.
+
+What is left is Python per token (`python -m tests.bench.scheduling`), with 256 completions more than the
+GPU's own work. Most of it answers questions that have one answer in the middle of a text. So a completion
+that goes on within its last block of the KV cache is not taken to the cache's manager, and its token is only
+appended. First tokens, ends, new blocks and all that is not plain text go through vLLM's own code. This knows
+what that code does for each token, so it holds for the versions in `KNOWN` and is left out for others.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from packaging.version import Version
+
+from rollout.vllm.install import distribution
+
+LOGPROBS, MARKS = "cohort_logprobs", "cohort_marks"
+# vLLM's versions, and the attribute in which a request counts tokens that are on their way and void.
+KNOWN = {"0.25.1": "async_tokens_to_discard", "0.32.0": "num_stale_output_tokens"}
+
+logger = logging.getLogger(__name__)  # vLLM's own loggers show errors only (`rollout.vllm.start`)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a running completion has so far. `marks`: its number of tokens at each update of the weights.
+
+    Args:
+        ends: tokens that may end it.
+        is_plain: nothing but `ends` and its length ends it, and nothing else looks at its tokens.
+    """
+
+    with_logprobs: bool
+    ends: frozenset[int]
+    is_plain: bool
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    marks: list[int] = field(default_factory=list)
+
+
+def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
+    """What vLLM's option `scheduler_cls` names: the stock scheduler, asynchronous or not, as a final-only
+    one.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    return final_only(stock)(vllm_config=vllm_config, **arguments)
+
+
+def known_version() -> str | None:
+    """The version of the vLLM that is installed, if it is one of `KNOWN`; else a warning."""
+    found = distribution()
+    version = Version(found[1]).public if found else "without a version"
+    if version in KNOWN:
+        return version
+    logger.warning(
+        "vLLM %s is none of %s: its own code counts tokens, which is slower with many completions",
+        *(version, ", ".join(KNOWN)),
+    )
+    return None
+
+
+def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
+    """A subclass of one of vLLM's schedulers, whose outputs are finished requests with all their tokens.
+
+    Log-probs and marks travel in `kv_transfer_params`, the only free-form field of an output; no key-value
+    connector is configured, so nothing else writes it.
+
+    Args:
+        short_cuts: do less per token, if vLLM's version and its KV cache allow it.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+    from vllm.v1.request import RequestStatus
+
+    running = RequestStatus.RUNNING
+    is_async = issubclass(stock, AsyncScheduler)
+    version = known_version() if short_cuts else None
+    num_void = attrgetter(KNOWN[version]) if version else None
+    counts_in_flight = version == "0.32.0"
+
+    class FinalOnlyScheduler(stock):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.tallies: dict[str, Tally] = {}
+            self.num_updates = 0
+            self.tokens_per_block = 0  # 0: no short cuts
+            caches = self.kv_cache_manager.coordinator.single_type_managers
+            sizes = {cache.block_size for cache in caches}
+            # A sliding window would keep blocks that it has left until the next one is filled.
+            if num_void and len(sizes) == 1 and all(type(cache) is FullAttentionManager for cache in caches):
+                self.tokens_per_block = sizes.pop()
+                self.stock_allocate = self.kv_cache_manager.allocate_slots
+                self.kv_cache_manager.allocate_slots = self._allocate_slots
+
+        def add_request(self, request: Any) -> None:
+            parameters = request.sampling_params
+            # vLLM searches this list for every token: 5 us for 512 ids, a fifth of all it does for a token.
+            parameters.stop_token_ids = frozenset(parameters.stop_token_ids)
+            self.tallies[request.request_id] = Tally(
+                parameters.logprobs is not None,
+                parameters.stop_token_ids | {parameters.eos_token_id},
+                is_plain=not (
+                    parameters.min_tokens
+                    or parameters.repetition_detection
+                    or request.use_structured_output
+                    or request.has_encoder_inputs
+                    or request.resumable
+                ),
+            )
+            super().add_request(request)
+            if parameters.prompt_logprobs is not None and request in self.waiting:
+                # A weight sync waits for it, and would wait for every completion in the queue.
+                self.waiting.remove_request(request)
+                self.waiting.prepend_request(request)
+
+        def finish_requests(self, *arguments: Any, **named: Any) -> Any:
+            aborted = super().finish_requests(*arguments, **named)
+            self.tallies = {name: tally for name, tally in self.tallies.items() if name in self.requests}
+            return aborted
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
+            rows = model_runner_output.logprobs
+            model_runner_output.logprobs = None  # vLLM would cut a slice out of it for every request
+            logprobs = None if rows is None else rows.logprobs[:, 0].tolist()
+            if self.tokens_per_block:
+                self._go_on(scheduler_output, model_runner_output, logprobs)
+            steps = super().update_from_output(scheduler_output, model_runner_output)
+            for client, step in list(steps.items()):
+                step.outputs = self._final(step.outputs, model_runner_output.req_id_to_index, logprobs)
+                if not step.outputs and not step.finished_requests and step.scheduler_stats is None:
+                    del steps[client]
+            return steps
+
+        def _allocate_slots(self, request: Any, num_new_tokens: int, **more: Any) -> Any:
+            """Nothing, where the request's last block is not filled; else the manager's answer."""
+            room = -request.num_computed_tokens % self.tokens_per_block
+            if num_new_tokens < room and more == {"num_lookahead_tokens": 0}:
+                return self.kv_cache_manager.empty_kv_cache_blocks
+            return self.stock_allocate(request, num_new_tokens, **more)
+
+        def _go_on(self, scheduled: Any, sampled: Any, logprobs: list[float] | None) -> None:
+            """Appends the tokens that neither begin nor end a completion; leaves the others to vLLM."""
+            assert num_void is not None
+            rows, tokens, block = sampled.req_id_to_index, sampled.sampled_token_ids, self.tokens_per_block
+            left: dict[str, int] = {}
+            for name, number in scheduled.num_scheduled_tokens.items():
+                tally, request = self.tallies.get(name), self.requests.get(name)
+                new = tokens[rows[name]] if tokens else ()
+                if (
+                    tally is None
+                    or not (tally.is_plain and tally.token_ids and len(new) == 1)
+                    or new[0] in tally.ends
+                    or len(request._output_token_ids) + 1 >= request.max_tokens
+                    or len(request._all_token_ids) + 1 >= self.max_model_len
+                    or request.status is not running
+                    or num_void(request)
+                ):
+                    left[name] = number
+                    continue
+                tally.token_ids.append(new[0])
+                if tally.with_logprobs and logprobs is not None:
+                    tally.logprobs.append(logprobs[rows[name]])
+                request._output_token_ids.append(new[0])
+                request._all_token_ids.append(new[0])
+                if len(request._all_token_ids) % block == 0:
+                    request.update_block_hashes()
+                if counts_in_flight:
+                    request.num_in_flight_tokens -= number
+                if is_async:
+                    request.num_output_placeholders -= 1
+                    num_cached = request.num_computed_tokens - request.num_output_placeholders
+                    if num_cached % block == 0:
+                        self.kv_cache_manager.cache_blocks(request, num_cached)
+            scheduled.num_scheduled_tokens = left
+
+        def _final(self, outputs: Any, rows: dict[str, int], logprobs: list[float] | None) -> list[Any]:
+            final = []
+            for output in outputs:
+                tally = self.tallies.get(output.request_id)
+                if tally is None:  # vLLM gave it up in this very step, and says so
+                    final.append(output)
+                    continue
+                if output.new_token_ids:
+                    tally.token_ids += output.new_token_ids
+                    if tally.with_logprobs and logprobs is not None:
+                        tally.logprobs.append(logprobs[rows[output.request_id]])
+                if output.finish_reason is not None:
+                    del self.tallies[output.request_id]
+                    output.new_token_ids = tally.token_ids
+                    output.kv_transfer_params = {LOGPROBS: tally.logprobs.tobytes(), MARKS: tally.marks}
+                    final.append(output)
+            return final
+
+        def set_pause_state(self, pause_state: Any) -> None:
+            """A resumption means new weights, and that no step is in flight: the counts are exact."""
+            super().set_pause_state(pause_state)
+            if pause_state.name != "UNPAUSED":
+                return
+            self.num_updates += 1
+            for tally in self.tallies.values():
+                tally.marks.append(len(tally.token_ids))
+            for request in self.requests.values():
+                if request.num_computed_tokens == 0:
+                    # It waits: keys and values that the old weights left in the prefix cache are not for it.
+                    request.cache_salt = str(self.num_updates)
+                    request.block_hashes.clear()
+                    request.update_block_hashes()
+
+    return FinalOnlyScheduler

