@@ -38,9 +38,9 @@ from rl.phases import Phases, StopSignal
 from rl.plan.memory import GIB, probe
 from rl.policy import Policy
 from rl.report.display import Display
+from rl.report.observer import RunObserver
 from rl.report.report import build_report
 from rl.report.safe_stream import say
-from rl.report.trackers import Trackers
 from rl.resume import go_on, resume
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore
@@ -185,6 +185,8 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         if policy.device.type == "cuda" and not isinstance(config, MaskedRunConfig):
             peak = probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts))
             display.note(f"a full micro-batch of the longest completions holds {peak / GIB:.1f} GiB")
+        observer = RunObserver(display, config, is_main=world.is_main)
+        closing.callback(observer.close)
         run = Run(
             config=config,
             world=world,
@@ -196,16 +198,14 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
             ledger=Ledger(config.run_dir, world.rank, world.size),
             log=MetricsLog(config.run_dir),
             evaluations=EvaluationLog(config.run_dir),
-            display=display,
+            observer=observer,
             phases=phases,
-            trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
             stop=stop,
             began=began,
         )
         closing.callback(run.log.close)
         closing.callback(run.evaluations.close)
-        closing.callback(run.trackers.close)
-        _go_on(run)
+        _go_on(run, observer)
         if world.is_main and run.start_step < config.train.steps:
             check_saving(policy, run.store.root, adapter=config.model.lora is not None)
         return run, closing.pop_all().close
@@ -251,7 +251,7 @@ def _make_engine(
     )
 
 
-def _go_on(run: Run) -> None:
+def _go_on(run: Run, observer: RunObserver) -> None:
     rows = run.log.read() if run.world.is_main else []
     (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
     run.num_recorded = int(run.world.max([float(run.ledger.expect(int(num_done)))])[0])
@@ -259,10 +259,10 @@ def _go_on(run: Run) -> None:
     if loaded is None:
         return
     if run.world.is_main:
-        run.watch.recall(run.log.read())
+        observer.goes_on(run.log.read())
         for e in run.evaluations.read():
-            run.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
-    run.display.note(f"going on from {loaded.path} (step {loaded.step})")
+            observer.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
+    observer.note(f"going on from {loaded.path} (step {loaded.step})")
 
 
 def reward_specs(config: Config) -> list[RewardSpec]:

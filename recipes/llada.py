@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
@@ -34,9 +34,9 @@ from rl.model.loading import check_not_quantised
 from rl.model.saving import check_saving
 from rl.phases import Phases, StopSignal
 from rl.report.display import Display
+from rl.report.observer import RunObserver
 from rl.report.report import build_report
 from rl.report.safe_stream import say
-from rl.report.trackers import Trackers
 from rl.resume import go_on
 from rl.store.checkpoint import CheckpointStore
 from rl.store.durable import RunLock
@@ -83,13 +83,11 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
     with Display(config.train.steps, is_main=world.is_main) as display:
         if (sentence := world.exposure()) is not None:
             display.note(sentence)
-        run = build(config, world, stop, display)
+        run, close = build(config, world, stop, display)
         try:
             steps = train(run)
         finally:
-            run.trackers.close()
-            run.log.close()
-            run.bounds.close()
+            close()
     if not world.is_main:
         return stop.exit_code()
     check_whole(config.run_dir, first=run.start_step, last=steps)
@@ -104,8 +102,10 @@ def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: 
     return 0
 
 
-def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Display) -> DiffusionRun:
-    """A run from its config, put back to its newest checkpoint."""
+def build(
+    config: DiffusionConfig, world: World, stop: StopSignal, display: Display
+) -> tuple[DiffusionRun, Any]:
+    """A run from its config, put back to its newest checkpoint, and the function that ends what it opened."""
     torch.manual_seed(config.train.seed)
     if config.train.deterministic and not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
@@ -146,6 +146,7 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         policy.shard()
     o = config.optimizer
     groups = weight_decay_groups(cast(Any, policy), o.weight_decay)
+    observer = RunObserver(display, config, is_main=world.is_main, judged=False)
     run = DiffusionRun(
         config=config,
         world=world,
@@ -157,16 +158,19 @@ def build(config: DiffusionConfig, world: World, stop: StopSignal, display: Disp
         store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
         log=MetricsLog(config.run_dir),
         bounds=BoundLog(config.run_dir),
-        display=display,
+        observer=observer,
         phases=Phases(display.phase),
-        trackers=Trackers.of_run(config, is_main=world.is_main, warn=display.warn),
         stop=stop,
     )
     if (loaded := go_on(run, resume, run.bounds)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
     if world.is_main and run.start_step < config.train.steps:
         check_saving(policy, run.store.root, adapter=config.model.lora is not None)
-    return run
+    closing = ExitStack()
+    closing.callback(run.log.close)
+    closing.callback(run.bounds.close)
+    closing.callback(observer.close)
+    return run, closing.close
 
 
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:

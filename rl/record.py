@@ -137,7 +137,7 @@ def check_update(run: Run, step: int, update: UpdateResult) -> None:
     run.bad_steps_in_row = run.bad_steps_in_row + 1 if update.bad_steps else 0
     if update.bad_steps:
         where = f"the batch is in {run.ledger.folder}/step-{step:06d}-rank*.jsonl.gz"
-        run.display.warn(f"step {step + 1}: loss or gradient not finite, update skipped; {where}")
+        run.observer.warn(f"step {step + 1}: loss or gradient not finite, update skipped; {where}")
         if run.bad_steps_in_row >= run.config.train.max_bad_steps:
             raise RuntimeError(
                 f"{run.bad_steps_in_row} steps in a row had a non-finite loss or gradient; {where}. Nothing "

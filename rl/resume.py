@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rl.report.display import Display
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore, LoadedCheckpoint
 from rl.store.ledger import LedgerStep
 from rl.store.metrics import MetricsLog
 from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
+from rl.types import Observer
 from rl.world import World
 
 
@@ -32,7 +32,7 @@ class Resumable(Protocol):
     world: World
     store: CheckpointStore
     log: MetricsLog
-    display: Display
+    observer: Observer
     policy: Any
 
 
@@ -56,7 +56,7 @@ def go_on(run: R, put_back: Callable[[R, TrainerState], None], *logs: Log) -> Lo
     loaded = newest or (run.store.load(Path(folder)) if folder else None)
     if loaded is not None:
         for sentence in (*loaded.skipped, *loaded.version_changes):
-            run.display.warn(sentence)
+            run.observer.warn(sentence)
         run.policy.load_weights(loaded.path)
         put_back(run, loaded.trainer_state)
     if run.world.is_main:
@@ -64,7 +64,7 @@ def go_on(run: R, put_back: Callable[[R, TrainerState], None], *logs: Log) -> Lo
         for log in (run.log, *logs):
             log.truncate_after(step)
         if lost := sorted(set(range(1, step + 1)) - {row["step"] for row in run.log.read()}):
-            run.display.warn(f"metrics.jsonl has no rows of steps {_spans(lost)}: lost, or damaged")
+            run.observer.warn(f"metrics.jsonl has no rows of steps {_spans(lost)}: lost, or damaged")
     run.world.wait()
     return loaded
 
@@ -81,7 +81,7 @@ def recorded_step(run: Run, step: int) -> LedgerStep | None:
         fault = run.ledger.fault(step) if found is None else ""
         if faults := [text for text in run.world.gather_objects(fault) if text]:
             lost = "; ".join(faults)
-            run.display.warn(f"step {step + 1} is sampled again, perhaps otherwise than before: {lost}")
+            run.observer.warn(f"step {step + 1} is sampled again, perhaps otherwise than before: {lost}")
     return None
 
 

@@ -12,14 +12,11 @@ import torch
 from rl.config import Config
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy
-from rl.report.display import Display
-from rl.report.trackers import Trackers
-from rl.report.verdict import Watch
 from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import Evaluation, EvaluationLog
 from rl.store.ledger import Ledger
 from rl.store.metrics import MetricsLog
-from rl.types import ScoredGroup, WeightStream
+from rl.types import Observer, ScoredGroup, WeightStream
 from rl.world import World
 
 
@@ -56,9 +53,8 @@ class Run:
     ledger: Ledger
     log: MetricsLog
     evaluations: EvaluationLog
-    display: Display
+    observer: Observer
     phases: Phases
-    trackers: Trackers
     stop: StopSignal
     began: float
     start_step: int = 0
@@ -67,7 +63,6 @@ class Run:
     seconds_before: float = 0.0
     bad_steps_in_row: int = 0
     skipped_steps: int = 0
-    watch: Watch = field(default_factory=Watch)
     told: set[str] = field(default_factory=set)
 
     @property
@@ -83,4 +78,4 @@ class Run:
         """Shows a warning, unless there was one of this topic already."""
         if topic not in self.told:
             self.told.add(topic)
-            self.display.warn(text)
+            self.observer.warn(text)

@@ -113,9 +113,7 @@ def evaluate(run: Run, step: int) -> None:
         evaluation = run.evaluate(step)
     if run.world.is_main:
         run.evaluations.write(evaluation)
-        run.display.heldout(step, evaluation.accuracy, evaluation.low, evaluation.high)
-        numbers = {name: getattr(evaluation, name) for name in ("accuracy", "low", "high")}
-        run.trackers.log(step, {f"heldout/{name}": value for name, value in numbers.items()})
+        run.observer.heldout(step, evaluation.accuracy, evaluation.low, evaluation.high)
     run.world.wait()
 
 
@@ -142,10 +140,7 @@ def record(
     }
     if run.world.is_main:
         run.log.write(step, values)
-        run.trackers.log(step, values)
-        run.display.step(step, values)
-        for finding in run.watch.broken(step, values):
-            run.warn_once(finding.metric, str(finding))
+        run.observer.step(step, values)
 
 
 def save(run: Run, step: int, *, must: bool = False) -> None:
@@ -168,7 +163,7 @@ def save(run: Run, step: int, *, must: bool = False) -> None:
     if is_fatal:
         raise RuntimeError(fault)
     if fault:
-        run.display.warn(fault)
+        run.observer.warn(fault)
     else:
         run.saved_step = step
 

@@ -202,6 +202,29 @@ class WeightStream(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Who is told how a run goes: screens, trackers, watchdogs. It never stops a run and never fails one.
+
+    Every process of a run has one; what is the same for all is told on the main process alone.
+    """
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """The row of metrics of a step that just ended."""
+        ...
+
+    def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
+        """Held-out accuracy of the weights after `step` steps, with its 95 % interval."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """A sentence that the user should read."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A sentence that the user may read."""
+        ...
+
+
 class Scorer(Protocol):
     """Grades completions. `rewards.pool.RewardPool` is one; anything with these methods is."""
 

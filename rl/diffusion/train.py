@@ -24,12 +24,11 @@ from rl.diffusion.objectives import Example, make_plan, normalisers, random_leng
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, padded_examples
 from rl.phases import Phases, StopSignal
-from rl.report.display import Display
-from rl.report.trackers import Trackers
 from rl.store.checkpoint import CheckpointStore, CheckpointWriteError
 from rl.store.metrics import MetricsLog
 from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, restore_rng
+from rl.types import Observer
 from rl.update import set_learning_rate, sum_gradients
 from rl.world import World
 
@@ -54,9 +53,8 @@ class DiffusionRun:
     store: CheckpointStore
     log: MetricsLog
     bounds: BoundLog
-    display: Display
+    observer: Observer
     phases: Phases
-    trackers: Trackers
     stop: StopSignal
     start_step: int = 0
     bad_steps_in_row: int = 0
@@ -81,8 +79,7 @@ def train(run: DiffusionRun) -> int:
         values["diffusion/tokens_per_second"] = values["diffusion/packed_tokens"] / values["time/step"]
         if run.world.is_main:
             run.log.write(step, values)
-            run.trackers.log(step, values)
-            run.display.step(step, values)
+            run.observer.step(step, values)
         last = step == config.train.steps
         if last or _every(step, config.checkpoint.every) or run.stop.requested():
             save(run, step)
@@ -180,7 +177,7 @@ def evaluate(run: DiffusionRun, step: int) -> None:
         )
     if run.world.is_main:
         run.bounds.write(step, found)
-        run.display.note(f"held-out text after step {step}: {found}")
+        run.observer.note(f"held-out text after step {step}: {found}")
     run.world.wait()
 
 
@@ -197,7 +194,7 @@ def _finish(run: DiffusionRun, step: int) -> float:
     else:
         run.skipped_steps += 1
         run.bad_steps_in_row += 1
-        run.display.warn(f"step {step}: loss or gradient not finite, update skipped")
+        run.observer.warn(f"step {step}: loss or gradient not finite, update skipped")
     run.optimizer.zero_grad(set_to_none=True)
     if run.bad_steps_in_row >= run.config.train.max_bad_steps:
         raise RuntimeError(
@@ -225,7 +222,7 @@ def save(run: DiffusionRun, step: int) -> None:
                 write_model = partial(run.policy.write_model, weights=weights)
                 run.store.save(step, write_model=write_model, trainer_state=state)
             except CheckpointWriteError as error:
-                run.display.warn(str(error))
+                run.observer.warn(str(error))
             except NonFiniteError as error:
                 fault = str(error)
         if fault := world.gather_objects(fault)[0]:

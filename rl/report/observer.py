@@ -1,0 +1,52 @@
+"""The observer of a run: the terminal, the trackers, and a watchdog that says once what is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl.report.display import Display
+from rl.report.trackers import Trackers
+from rl.report.verdict import Watch
+
+
+class RunObserver:
+    """Tells `display` and the trackers of `config`; what `Watch` calls broken becomes a warning, once.
+
+    Args:
+        judged: whether the verdict's rules hold for this kind of run.
+    """
+
+    def __init__(self, display: Display, config: Any, *, is_main: bool, judged: bool = True) -> None:
+        self.display = display
+        self.trackers = Trackers.of_run(config, is_main=is_main, warn=display.warn)
+        self._watch = Watch() if judged else None
+        self._told: set[str] = set()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self.trackers.log(step, values)
+        self.display.step(step, values)
+        for finding in self._watch.broken(step, values) if self._watch else ():
+            if finding.metric not in self._told:
+                self._told.add(finding.metric)
+                self.display.warn(str(finding))
+
+    def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
+        self.display.heldout(step, accuracy, low, high)
+        numbers = {"accuracy": accuracy, "low": low, "high": high}
+        self.trackers.log(step, {f"heldout/{name}": value for name, value in numbers.items()})
+
+    def warn(self, text: str) -> None:
+        self.display.warn(text)
+
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
+    def goes_on(self, rows: Sequence[dict[str, Any]]) -> None:
+        """What an earlier process of the run has logged: the watchdog goes on from it."""
+        if self._watch:
+            self._watch.recall(rows)
+
+    def close(self) -> None:
+        """Lets the trackers finish; safe to call twice."""
+        self.trackers.close()
