@@ -26,8 +26,6 @@ from rl.model.exactness import (
     backbone,
     honouring_attention,
     moving_rope,
-    plain_logprobs,
-    probe_batch,
     quiet,
     take_long_factors,
 )
@@ -43,6 +41,7 @@ from rl.model.loading import (
 )
 from rl.model.packed import PACKED
 from rl.model.saving import save_model
+from rl.packed_check import plain_logprobs, probe_batch
 from rl.types import WeightStream
 from rl.weights import PolicyWeights
 

@@ -16,7 +16,7 @@ from rewards.sandbox.sandbox import Command, Limits, RunResult, Sandbox, Sandbox
 
 PREFIX = "cohort-code-"
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
-FIRST_OWN_UID = 1_879_048_192  # of sandboxes that root starts, as in `sandbox_zygote`
+FIRST_OWN_UID = 1_879_048_192  # of sandboxes that root starts, as in `rewards.sandbox.zygote`
 COMPILE_TIMEOUT_S = 30.0
 COMPILE_MEMORY_MIB = 2048
 

@@ -2,7 +2,7 @@
 the call.
 
 Sources: Linux arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h;
-`tests/rewards/test_sandbox_confine.py` compares them with the kernel headers of the machine.
+`tests/rewards/test_sandbox_filters.py` compares them with the kernel headers of the machine.
 """
 
 from __future__ import annotations

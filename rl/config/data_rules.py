@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from rl.config.config import Config
-    from rl.config.sections import DataConfig
+from rl.config.sections import DataConfig, HeldoutConfig
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".gz", ".zst", ".xlsx")
 RESERVED = frozenset(
@@ -91,15 +89,14 @@ def check_data(data: DataConfig, section: str) -> None:
         )
 
 
-def check_heldout(config: Config) -> None:
+def check_heldout(held: HeldoutConfig | None) -> None:
     """Checks `evaluation.data`: a source of its own, or a share of the training rows and nothing else."""
-    held = config.evaluation.data
     if held is None:
         return
     if held.share is None:
         check_data(held, "evaluation.data")
         return
-    fields = type(config.data).model_fields
+    fields = DataConfig.model_fields
     changed = [name for name, field in fields.items() if getattr(held, name) != field.default]
     if changed:
         raise ValueError(

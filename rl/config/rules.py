@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rl.config.data_rules import check_data, check_heldout
+from rl.config.sections import (
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    RewardsConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
-if TYPE_CHECKING:
-    from rl.config.config import Config
+
+class Sections(Protocol):
+    """The sections of a config that rules are about."""
+
+    train: TrainConfig
+    model: ModelConfig
+    data: DataConfig
+    sampling: SamplingConfig
+    rewards: RewardsConfig
+    loss: LossConfig
+    evaluation: EvaluationConfig
 
 
-def check_rules(config: Config) -> None:
+def check_rules(config: Sections) -> None:
     """Raises ValueError for keys that are fine alone and not together."""
     check_data(config.data, "data")
-    check_heldout(config)
+    check_heldout(config.evaluation.data)
     check_staleness(config)
     t, s, loss = config.train, config.sampling, config.loss
     if s.temperature == 0:
@@ -65,7 +83,7 @@ def check_rules(config: Config) -> None:
         )
 
 
-def check_staleness(config: Config) -> None:
+def check_staleness(config: Sections) -> None:
     """Raises ValueError for sampling ahead in a way that cannot be trained on, or that does nothing."""
     t = config.train
     if t.max_staleness and config.loss.sampler_correction is None:

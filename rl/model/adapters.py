@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
@@ -16,7 +17,8 @@ from transformers import (
 from rl.config import ModelConfig
 from rl.model.exactness import backbone
 from rl.model.loading import first_line
-from rl.weights import unsent
+
+BASE = ".base_layer."
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
@@ -142,3 +144,46 @@ def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
                 "would be sent and not computed with; name the layers to adapt without it, such as "
                 "[q_proj, v_proj]"
             )
+
+
+def original_name(name: str) -> str:
+    """The name of an adapted tensor without its adapters; those of several tensors of a module are nested."""
+    while BASE in name:
+        name = name.replace(BASE, ".", 1)
+    return name
+
+
+def unsent(model: PreTrainedModel) -> list[str]:
+    """Trainable tensors whose change would not reach the engine: they are neither streamed themselves, nor
+    part of an adapter whose delta has the shape of a streamed tensor.
+    """
+    covered: set[int] = set()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for layer in adapters_of(model, name):
+                if all(layer.get_delta_weight(a).shape == parameter.shape for a in layer.active_adapters):
+                    covered.update(map(id, _own(layer)))
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and "lora_" in name and id(p) not in covered
+    ]
+
+
+def _own(layer: Any) -> Iterator[Tensor]:
+    """Parameters of an adapter, without those of what it adapts."""
+    return (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))
+
+
+def adapters_of(model: PreTrainedModel, name: str) -> Iterator[Any]:
+    """The adapters of one tensor: a chain of them stands before a module, and each adapts one of its
+    tensors.
+    """
+    if BASE not in name:
+        return
+    path, leaf = name.split(BASE)[0], name.rsplit(BASE, 1)[1]
+    layer = cast(Any, model.get_submodule(path))
+    while hasattr(layer, "base_layer"):
+        if getattr(layer, "parameter_name", "weight") == leaf and hasattr(layer, "get_delta_weight"):
+            yield layer
+        layer = layer.base_layer

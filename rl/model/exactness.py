@@ -1,5 +1,5 @@
-"""What makes log-probs exact: nothing random is active, attention honours the model's config, and a packed
-row is compared with the plain forward pass at lengths where a model changes its behaviour.
+"""What makes log-probs exact: nothing random is active, attention honours the model's config, and the lengths
+at which a model changes its behaviour are known.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from rl.batch import MicroBatch, PackRules, pack
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 PROBE_LIMIT = 1024  # tokens: how far a probe reaches when nobody says how long sequences become
 EAGER_LIMIT = 2048  # tokens: eager attention holds the square of this for every head
@@ -137,43 +133,3 @@ def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, dict[str | None, str]
             yield module, {None: found}
         elif isinstance(found, dict):
             yield module, dict(found)
-
-
-def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
-    """Ragged groups with shared prompts, longer than every length at which the model switches and that a
-    sequence may exceed.
-
-    Args:
-        longest: tokens of the longest sequence to come; None: `PROBE_LIMIT`.
-    """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
-    extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt_length, lengths in ((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,))):
-        draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
-        completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
-        prompt = Prompt("probe", "", tuple(draw(prompt_length)))
-        groups.append(ScoredGroup(Group(prompt, completions), [Reward(0.0)] * len(completions)))
-    rules = PackRules(token_budget=1 << 20, row_weight=lambda *counts: 1.0, skip_without_signal=False)
-    return pack(groups, [[0.0] * len(g.completions) for g in groups], rules)[0].micro_batches[0]
-
-
-def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
-    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
-    pieces = []
-    for block in batch.blocks:
-        start = block.completion_start
-        for length in block.completion_lengths:
-            prompt = batch.token_ids_N[block.start : block.completion_start]
-            row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-            logits = (
-                model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
-            )
-            pieces.append(
-                torch.log_softmax(logits, -1).gather(-1, row[block.prompt_length :, None]).squeeze(-1)
-            )
-            start += length
-    return torch.cat(pieces)

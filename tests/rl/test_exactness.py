@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from rl.advantages import compute_advantages
 from rl.batch import PackRules, pack
 from rl.config.read import load_config
-from rl.model.exactness import moving_rope, probe_batch
+from rl.model.exactness import moving_rope
+from rl.packed_check import probe_batch
 from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy

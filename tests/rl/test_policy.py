@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.batch import pack
 from rl.config.read import load_config
-from rl.policy import Policy, probe_batch
+from rl.packed_check import probe_batch
+from rl.policy import Policy
 from rl.update import pack_rules, update_policy
 
 

@@ -1,0 +1,54 @@
+"""A packed row and the plain forward passes it is compared with, at lengths where a model changes."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rl.batch import MicroBatch, PackRules, pack
+from rl.model.exactness import PROBE_LIMIT, switch_lengths
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+
+
+def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
+    """Ragged groups with shared prompts, longer than every length at which the model switches and that a
+    sequence may exceed.
+
+    Args:
+        longest: tokens of the longest sequence to come; None: `PROBE_LIMIT`.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
+    extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for prompt_length, lengths in ((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,))):
+        draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+        completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
+        prompt = Prompt("probe", "", tuple(draw(prompt_length)))
+        groups.append(ScoredGroup(Group(prompt, completions), [Reward(0.0)] * len(completions)))
+    rules = PackRules(token_budget=1 << 20, row_weight=lambda *counts: 1.0, skip_without_signal=False)
+    return pack(groups, [[0.0] * len(g.completions) for g in groups], rules)[0].micro_batches[0]
+
+
+def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
+    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
+    pieces = []
+    for block in batch.blocks:
+        start = block.completion_start
+        for length in block.completion_lengths:
+            prompt = batch.token_ids_N[block.start : block.completion_start]
+            row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
+            logits = (
+                model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
+            )
+            pieces.append(
+                torch.log_softmax(logits, -1).gather(-1, row[block.prompt_length :, None]).squeeze(-1)
+            )
+            start += length
+    return torch.cat(pieces)
