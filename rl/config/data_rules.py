@@ -67,8 +67,8 @@ def check_source(keys: SourceKeys, section: str, *, is_local: bool | None = None
     if is_local and keys.options:
         given = ", ".join(f"{name}: {value}" for name, value in keys.options.items())
         raise ValueError(
-            f"{section}.options={{{given}}} does nothing, as {named} takes no options; leave it out (columns "
-            f"are renamed by {section}.rename={{old: new}})"
+            f"{section}.options={{{given}}} does nothing, as {named} takes no options; leave it out, or add "
+            f"{section}.options={{}} to the command (columns are renamed by {section}.rename={{old: new}})"
         )
 
 

@@ -175,6 +175,9 @@ def barred(scorer):
 
 
 class Words:
+    all_special_ids, added_tokens_decoder = (), {}
+    eos_token_id = pad_token_id = None
+
     def decode(self, ids, **_):
         return " ".join(map(str, ids))
 

@@ -15,7 +15,7 @@ RIGHT = """def add(a, b):
 TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0\nassert add(10**20, 1) == 10**20 + 1"
 CALLS = {"type": "asserts", "entry_point": "add", "code": TESTS}
 # A judge ends after tests that may leave traces, so that the next job gets a new one.
-CALLS_AND_NEW_JUDGE = {**CALLS, "code": TESTS + "\nimport os\nos.environ.get('x')"}
+CALLS_AND_NEW_JUDGE = {**CALLS, "code": TESTS + "\nclass Mark: pass\nMark.number = 1"}
 
 # Where an archive of modules lies in memory: what every attack on memory looks for.
 _FIND = """
