@@ -38,7 +38,8 @@ def make_run(model_dir: str, data: str, run_dir: str, *overrides: str) -> Diffus
     config = read_config(DiffusionConfig, None, [*base, *overrides])
     config.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(Accelerator(cpu=True))
-    return build(config, world, StopSignal(), Display(1, is_main=False))
+    run, _ = build(config, world, StopSignal(), Display(1, is_main=False))
+    return run
 
 
 def step_gradient(run: DiffusionRun, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
