@@ -194,9 +194,12 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
-        raise ValueError(
-            f"model.name={config.name!r}: its config cannot be read: {first_line(error)}"
-        ) from error
+        said = f"its config cannot be read: {first_line(error)}"
+        if Path(config.name, "adapter_config.json").is_file():
+            said = (
+                "this is an adapter without its model; merge it (peft: merge_and_unload), and save the result"
+            )
+        raise ValueError(f"model.name={config.name!r}: {said}") from error
     found = whole.get_text_config()
     for part in (whole, found):
         check_not_quantised(getattr(part, "quantization_config", None), config.name)
