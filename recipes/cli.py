@@ -162,13 +162,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     """Prints what the config needs and what would fill the GPU; 1 if the config as it is does not fit."""
     import torch
-    from transformers import AutoConfig
 
     from recipes.grpo import longest_sequence
     from recipes.models import resolve_model
     from rl.config.diffusion_rl import MaskedRunConfig
     from rl.diffusion.saved_config import refuse_masked
-    from rl.model.loading import refuse_custom_code
+    from rl.model.loading import read_config
     from rl.plan.memory import GIB, plan_memory
 
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
@@ -182,13 +181,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     if gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
-    name, revision = resolve_model(config.model.name), config.model.revision
-    refuse_masked(name, revision)
-    try:
-        model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except ValueError as error:
-        refuse_custom_code(name, error)
-        raise
+    name = resolve_model(config.model.name)
+    refuse_masked(name, config.model.revision)
+    model = read_config(config.model.model_copy(update={"name": name}))
     plan = plan_memory(model, config, capacity=capacity, max_length=longest_sequence(config))
     for name, size in plan.parts.items():
         print(f"{name:30s}{size / GIB:8.1f} GiB")

@@ -157,6 +157,13 @@ def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], whole:
     ours = name in BUILT_IN  # where options are keyword-only, so that no column is taken for one
     columns = [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD or not ours]
     _check_options(name, signature, options, allowed=[p.name for p in named if p.name not in GIVEN])
+    for p in columns:
+        if ours and p.name in options:
+            raise ValueError(
+                f"reward {name!r} reads {p.name!r} from the column of that name, which is not an option "
+                f"({options[p.name]!r:.60}); leave it out, and where the dataset's column has another name, "
+                f"set data.rename={{column: {p.name}}}"
+            )
     columns = [p for p in columns if p.name not in GIVEN and p.name not in options]
     has_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
     required = [p.name for p in columns if p.default is p.empty] + list(getattr(fn, "required_columns", ()))

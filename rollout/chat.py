@@ -79,10 +79,8 @@ def render_prompts(
     if lengths:
         sentence = _too_long(lengths, len(rows), prefix, max_prompt_length)
         if too_long == "refuse" or not prompts:
-            raise ValueError(
-                f"{sentence}; raise data.max_prompt_length to {max(lengths.values())}, or leave such rows "
-                "out with data.too_long=drop"
-            )
+            other = ", or leave such rows out with data.too_long=drop" if prompts else ""
+            raise ValueError(f"{sentence}; raise data.max_prompt_length to {max(lengths.values())}{other}")
         note(f"{sentence}; they are left out (data.too_long=drop)")
     return prompts
 

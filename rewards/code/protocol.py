@@ -31,7 +31,6 @@ MAX_DEPTH = 100
 MAX_EXACT = 1 << 53
 HEADER_BYTES = 4
 OF_USE = {"__init__", "__missing__", "__getattr__", "__getitem__", "__setitem__", "__call__", "__enter__"}
-HEX = (bytes, bytearray)
 SCALARS = frozenset({str, bool, float, type(None)})
 
 dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode

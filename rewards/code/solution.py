@@ -3,7 +3,7 @@ the sandbox.
 
 Nothing here is trusted: the solution shares this process and may answer in our place. It learns one call's
 arguments at a time and never an expected value, so all that it can forge is a return value. (Only tests that
-write `5 in made` or `made + 5`, with an object of its own, tell it more; see `code_objects`.)
+write `5 in made` or `made + 5`, with an object of its own, tell it more; see `rewards.code.objects`.)
 """
 
 from __future__ import annotations

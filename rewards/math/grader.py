@@ -2,8 +2,8 @@
 
     grade("... so $\\boxed{\\frac{1}{2}}$.", "0.5").score == 1.0
 
-The answer is looked for by `math_extract`, read by `math_lex`, `math_parse` and `math_shape`, and compared by
-`math_judge`: exactly where it is rational, numerically at fixed points where it is not, by sympy in a process
+The answer is looked for by `extract`, read by `lex`, `parse` and `shape`, and compared by
+`judge`: exactly where it is rational, numerically at fixed points where it is not, by sympy in a process
 of its own where this grammar ends. No text is evaluated as code, no signal is used, and every step has a
 bound that is counted, not timed, so `grade` is a pure function that any thread or event loop may call. Only
 the sympy process has a deadline.

@@ -42,7 +42,7 @@ def parse(text: str, *, thousands: bool = True, scientific: bool = True) -> Node
     """The tree of a cleaned text.
 
     Raises:
-        Unparsable, Unsupported, TooComplex: see `math_text`.
+        Unparsable, Unsupported, TooComplex: see `rewards.math.text`.
     """
     if ("_" in text or "base" in text) and (based := number_in_base(text)) is not None:
         return based

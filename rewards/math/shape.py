@@ -2,7 +2,7 @@
 
 A shape is a tuple whose first field names it:
     scalar node, measure shape Unit, infinity sign, base digits base, ratio nodes, text words, dots
-    residue node modulus, pieces ((shape, condition), ...), given shape members relations (`math_conditions`)
+    residue node modulus, pieces ((shape, condition), ...), given shape members relations (`conditions`)
     named name shape arguments (f(x) = ...), assign ((name, shape), ...)
     many how shapes (a bare list), set shapes, seq open close shapes, matrix rows
     region intervals, setop op shape shape, builder node nodes, domain name

@@ -12,8 +12,8 @@ from typing import Any
 from rewards.math.spoken import respelled
 from rewards.math.words import INTRODUCTIONS, TRANSLATION
 
-Node = Any  # a tuple whose first field names it: `math_parse`
-Shape = Any  # a tuple whose first field names it: `math_shape`
+Node = Any  # a tuple whose first field names it: `rewards.math.parse`
+Shape = Any  # a tuple whose first field names it: `rewards.math.shape`
 
 
 class MathError(Exception):
@@ -64,7 +64,6 @@ _GLUED_OR = re.compile(r"(?<=[\d)}])\s*(or|and)(?=\s*[A-Za-z]\s*[=(<>])")
 _DOLLAR_AMOUNT = re.compile(r"\\?\$\s*(?=[\d.])|(?<=\d)\s*\\?\$")
 _FEET = re.compile(r"(?<=\d)'\s*(\d+)\s*\"")
 _GLUED_COMMAND = re.compile(r"\\(q?quad)(?=[a-z])")
-_CJK = re.compile("[\u3400-\u9fff]")
 _TAIL = " \t\r\n.,;:!\\~"
 
 
@@ -172,10 +171,6 @@ def text_key(text: str) -> str:
         return text
     key = _ARTICLE.sub("", _ORDINAL.sub("", text.casefold()))
     return _SYNONYMS.get(key, key)
-
-
-def has_cjk(text: str) -> bool:
-    return not text.isascii() and _CJK.search(text) is not None
 
 
 def introduces(words: str) -> bool:

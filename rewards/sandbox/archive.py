@@ -14,7 +14,7 @@ class ArchiveFinder:
     """Finds and loads modules of an archive: both the finder and the loader of the import protocol."""
 
     def __init__(self, archive: Any) -> None:
-        """`archive`: bytes, or a read-only mmap, as `sandbox_pack.build_archive` made them."""
+        """`archive`: bytes, or a read-only mmap, as `pack.build_archive` made them."""
         length = int.from_bytes(archive[:8], "little")
         self._archive = archive
         self._start = 8 + length

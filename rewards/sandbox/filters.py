@@ -15,7 +15,7 @@ from rewards.sandbox.syscalls import ALLOWED, COMMANDS, COMPILERS, number
 
 Instruction = tuple[int, int, int, int]
 
-MACHINES = ("x86_64", "aarch64")  # their positions are the columns of `sandbox_syscalls`
+MACHINES = ("x86_64", "aarch64")  # their positions are the columns of `rewards.sandbox.syscalls`
 AUDIT_ARCHITECTURES = (0xC000003E, 0xC00000B7)
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 ALLOW, ERRNO, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000

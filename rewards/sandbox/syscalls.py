@@ -120,7 +120,7 @@ ALLOWED: Table = {
     "exit_group": (231, 94),
 }
 
-# Allowed for some arguments only, or under other names in `sandbox_confine`.
+# Allowed for some arguments only, or under other names in `rewards.sandbox.confine`.
 CHECKED: Table = {
     "open": (2, None),
     "openat": (257, 56),

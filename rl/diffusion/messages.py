@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """The messages of a chat, content in parts as one text.
+    """The messages of a chat, content in parts as one text, a line each (as `rollout.messages` has them).
 
     Keys without a value are left out, in tool calls too: in a table every row has the keys of all.
 
@@ -93,7 +93,7 @@ def _text(content: Any, whose: str) -> str:
     if isinstance(content, list | tuple):
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+            return "\n".join(texts)
         odd = next(part for part, text in zip(content, texts, strict=True) if not isinstance(text, str))
     raise ValueError(
         f"{whose} is {type(content).__name__}, not text or parts of text ({odd!r:.60}); make it text, or "

@@ -187,19 +187,10 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         longest: tokens of the longest prompt and the completion that may follow it.
 
     Raises:
-        ValueError: there is no config of a model, its weights are quantised, its vocabulary is smaller than
-            the tokenizer's, or it has fewer positions than `longest`.
+        ValueError: `read_config` refuses it, its vocabulary is smaller than the tokenizer's, or it has fewer
+            positions than `longest`.
     """
-    try:
-        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        refuse_custom_code(config.name, error)
-        raise ValueError(
-            f"model.name={config.name!r}: its config cannot be read: {first_line(error)}"
-        ) from error
-    found = whole.get_text_config()
-    for part in (whole, found):
-        check_not_quantised(getattr(part, "quantization_config", None), config.name)
+    found = read_config(config).get_text_config()
     positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
@@ -209,6 +200,25 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
+
+
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's config of transformers.
+
+    Raises:
+        ValueError: there is none of a model, or its weights are quantised.
+    """
+    try:
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        refuse_custom_code(config.name, error)
+        said = f"its config cannot be read: {first_line(error)}"
+        if Path(config.name, "adapter_config.json").is_file():
+            said = "this is an adapter without its model; merge it (peft: merge_and_unload), save the result"
+        raise ValueError(f"model.name={config.name!r}: {said}") from error
+    for part in (whole, whole.get_text_config()):
+        check_not_quantised(getattr(part, "quantization_config", None), config.name)
+    return whole
 
 
 def check_not_quantised(quantisation: Any, name: str) -> None:

@@ -71,6 +71,13 @@ def test_options_bind_parameters_and_win_over_a_column_of_the_same_name():
     assert load_reward("rewards_for_tests:exact", {"answer": "a"}).required == ()
 
 
+@pytest.mark.parametrize(("name", "column"), [("math", "answer"), ("code", "tests"), ("box_iou", "box")])
+def test_a_column_of_a_built_in_reward_is_no_option_of_it(name, column):
+    remedy = rf"reads '{column}' from the column .* set data.rename={{column: {column}}}"
+    with pytest.raises(ValueError, match=remedy):
+        load_reward(name, {column: "solution"})
+
+
 def test_an_unknown_option_is_an_error_even_where_the_function_swallows_anything():
     with pytest.raises(ValueError, match="has no option 'bonsu'; did you mean 'bonus'"):
         load_reward("rewards_for_tests:exact", {"bonsu": 1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from rl.diffusion.messages import messages_of
 from rollout.chat import end_token_ids, render_prompts
 
 
@@ -109,6 +110,8 @@ def test_parts_of_text_are_joined(tokenizer):
     (prompt,) = render(tokenizer, [{"prompt": [{"role": "user", "content": parts}]}])
     assert prompt.text == "<user> w1\nw2\nw3 <eos> <assistant> "
     assert prompt.messages == ({"role": "user", "content": "w1\nw2\nw3"},)
+    # a model trained on such rows without rewards has read the same text
+    assert messages_of([{"role": "user", "content": parts}], "row 0") == list(prompt.messages)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_rows_that_are_too_long_are_named_all_at_once_or_dropped(tokenizer):
     kept = render(tokenizer, rows, too_long="drop", note=notes.append)
     assert [p.id for p in kept[:3]] == ["train/000000", "train/000002", "train/000004"] and len(kept) == 12
     assert len(notes) == 1 and notes[0].startswith("12 of 24 rows of train have")
-    with pytest.raises(ValueError, match="1 of 1 rows"):
+    with pytest.raises(ValueError, match=r"1 of 1 rows .* raise data\.max_prompt_length to 43$"):
         render(tokenizer, rows[1:2], too_long="drop")
 
 
