@@ -72,13 +72,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     everything = [json.loads(line) for line in arguments.cases.read_text().splitlines()]
-    tame = [row for row in everything if row["category"] != HOSTILE]
+    tame = [row for row in everything if row.get("category") != HOSTILE]
 
     grade("\\boxed{\\int_0^1 y dy}", "\\int_0^1 x dx")  # starts sympy, as the first row that needs it would
     ours = measure(everything, lambda prediction, gold: grade(prediction, gold).score == 1.0)
     report("cohort", everything, ours)
     hostile = [
-        seconds for row, (_, seconds) in zip(everything, ours, strict=True) if row["category"] == HOSTILE
+        seconds for row, (_, seconds) in zip(everything, ours, strict=True) if row.get("category") == HOSTILE
     ]
     if hostile:
         print(f"{'cohort':12} hostile n {len(hostile)}  slowest {max(hostile) * 1e3:.1f} ms")
