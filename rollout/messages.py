@@ -19,6 +19,8 @@ def check_text(value: str, where: str) -> str:
 def chat_messages(value: Any, system_prompt: str | None, template: str, where: str) -> tuple[Message, ...]:
     """The messages of a prompt, which is a user's text (set into `template`) or messages as they are.
 
+    Keys without a value, which a table gives to every message, are left out.
+
     Raises:
         ValueError: it is neither; content is not text; or a template is given and the prompt has messages.
     """
@@ -35,7 +37,7 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
             "data.template out and put its words into the messages or data.system_prompt"
         )
     else:
-        messages = [_with_text(message, i, where) for i, message in enumerate(value)]
+        messages = [_with_text(_without_none(message), i, where) for i, message in enumerate(value)]
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return tuple(messages)
@@ -54,8 +56,8 @@ def _with_text(message: Mapping[str, Any], number: int, where: str) -> Message:
     Raises:
         ValueError: a part is an image or anything else that is not text.
     """
-    if not isinstance(parts := message.get("content"), list):
-        return message
+    if not isinstance(parts := message.get("content", ""), list):
+        return {**message, "content": parts}
     texts = []
     for part in parts:
         is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"

@@ -203,11 +203,7 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The model's config of transformers.
-
-    Raises:
-        ValueError: there is none of a model, or its weights are quantised.
-    """
+    """The model's config of transformers; raises ValueError if it has none, or has quantised weights."""
     try:
         whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -114,6 +114,30 @@ def test_parts_of_text_are_joined(tokenizer):
     assert messages_of([{"role": "user", "content": parts}], "row 0") == list(prompt.messages)
 
 
+def test_keys_that_a_table_fills_up_with_none_do_not_reach_the_template(tokenizer):
+    """As parquet gives them: `'tool_calls' in message` holds in the template of Llama 3.1."""
+    calls = [
+        {"type": "function", "function": {"name": "w4", "arguments": {"x": 1, "y": None}}},
+        {"type": "function", "function": {"name": "w5", "arguments": {"x": None, "y": 2}}},
+    ]
+    chat = [
+        {"role": "user", "content": "w1", "tool_calls": None, "name": None},
+        {"role": "assistant", "content": None, "tool_calls": calls, "name": None},
+        {"role": "tool", "content": "w2", "tool_calls": None, "name": "w4"},
+    ]
+    (prompt,) = render(tokenizer, [{"prompt": chat}], max_prompt_length=40)
+    first, second = (
+        {"type": "function", "function": {"name": n, "arguments": a}}
+        for n, a in (("w4", {"x": 1}), ("w5", {"y": 2}))
+    )
+    assert prompt.messages == (
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "", "tool_calls": [first, second]},
+        {"role": "tool", "content": "w2", "name": "w4"},
+    )
+    assert prompt.messages == tuple(messages_of(chat, "row 0"))  # and in the trainer without rewards
+
+
 @pytest.mark.parametrize(
     ("part", "kind"),
     [
