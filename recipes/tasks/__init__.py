@@ -31,6 +31,8 @@ def load_rows(config: DataConfig) -> list[Row]:
     check_source(config, "data")
     if source.startswith("reasoning_gym:"):
         rows = _reasoning_gym(source.partition(":")[2], config)
+    elif "://" in source:
+        raise ValueError(f"data.source={source!r} is an address; download the file and give its path")
     elif ":" in source and not Path(source).exists():
         rows = _from_callable(source, config)
     else:

@@ -146,6 +146,11 @@ def test_a_missing_file_ends_at_once_with_a_sentence(tmp_path, monkeypatch, name
     assert time.monotonic() - began < 2  # the hub's retries take 28 s
 
 
+def test_an_address_is_refused_as_one():
+    with pytest.raises(ValueError, match=r"'https://host/a\.jsonl' is an address; download the file"):
+        load_rows(DataConfig(source="https://host/a.jsonl"))
+
+
 def test_a_missing_file_names_the_nearest(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     with pytest.raises(ValueError, match=r"did you mean 'rows\.jsonl'\?"):
