@@ -132,7 +132,7 @@ def perplexity(
 
 
 def check_choices(rows: Sequence[Row], path: Path) -> None:
-    """Raises ValueError for a row without choices, or whose answer is none of them."""
+    """Raises ValueError for a row without choices, or whose answer is not one of them."""
     for index, row in enumerate(rows):
         choices, answer = row.get("choices"), row.get("answer")
         if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):

@@ -259,7 +259,7 @@ def _go_on(run: Run, observer: RunObserver) -> None:
     if loaded is None:
         return
     if run.world.is_main:
-        observer.goes_on(run.log.read())
+        observer.goes_on([row for row in rows if row["step"] <= loaded.step])
         for e in run.evaluations.read():
             observer.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     observer.note(f"going on from {loaded.path} (step {loaded.step})")

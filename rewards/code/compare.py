@@ -29,7 +29,7 @@ def _close_texts(actual: str, expected: str, tolerance: float) -> bool:
         a, b = float(actual), float(expected)
     except ValueError:
         return False
-    written_out = any(text[-1].isdigit() for text in (actual, expected))  # 1e999 is no infinity
+    written_out = any(text[-1].isdigit() for text in (actual, expected))  # 1e999 is not an infinity
     return _close(a, b, tolerance) if math.isfinite(a) and math.isfinite(b) else a == b and not written_out
 
 

@@ -85,9 +85,9 @@ class EvaluationLog:
         self._rows.replace(asdict(evaluation))
 
 
-def write_atomically(path: Path, text: str, *, mode: int | None = None) -> None:
+def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
     """The whole text or the old file, whatever happens in between; `mode`: who may read it."""
-    with written_whole(path, mode=0o666 if mode is None else mode) as file:
+    with written_whole(path, mode=mode) as file:
         file.write(text.encode())
 
 
@@ -159,7 +159,7 @@ def write_config(config: Config | DiffusionConfig) -> None:
     """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it."""
     text = dump_config(config)
     is_secret = redact(config.model_dump(mode="json")) != config.model_dump(mode="json")
-    write_atomically(config.run_dir / "config.yaml", text, mode=0o600 if is_secret else None)
+    write_atomically(config.run_dir / "config.yaml", text, mode=0o600 if is_secret else 0o666)
 
 
 def check_whole(run_dir: Path, *, first: int, last: int) -> None:
