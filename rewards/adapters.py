@@ -170,17 +170,11 @@ class from_areal:
         self.reward_fn = find(function)
 
     def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Any,
-        **columns: Sequence[Any],
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any, **columns: Any
     ) -> list[Any]:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
-        return [
-            self.reward_fn(prompt, completion_text(completion), [], ids, **row)
-            for prompt, completion, ids, row in zip(prompts, completions, completion_ids, rows, strict=True)
-        ]
+        samples = zip(prompts, map(completion_text, completions), completion_ids, rows, strict=True)
+        return [self.reward_fn(prompt, said, [], ids, **row) for prompt, said, ids, row in samples]
 
 
 def _grade_one(
@@ -218,7 +212,5 @@ def _scores(
 def _check(loaded: RewardFunction, columns: Mapping[str, Any]) -> None:
     for column in loaded.required:
         if column not in columns:
-            raise ValueError(
-                f"reward {loaded.name!r} needs the column {column!r}; there are: "
-                f"{', '.join(columns) or 'none'}"
-            )
+            have = ", ".join(columns) or "none"
+            raise ValueError(f"reward {loaded.name!r} needs the column {column!r}; there are: {have}")

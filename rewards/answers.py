@@ -61,9 +61,11 @@ def _read_item(item: Any) -> tuple[Reward, Fault | None]:
         if score is not None and not abs(score) <= MAX_SCORE:
             return _failed("bad_value", f"score {score}")
         extracted = None if item["extracted"] is None else str(item["extracted"])
-        reward = Reward(
-            score, Reason(item["reason"]), str(item["detail"]), extracted, float(item["elapsed_ms"])
-        )
+        turns = tuple(None if turn is None else float(turn) for turn in item.get("turns", ()))
+        if not all(turn is None or abs(turn) <= MAX_SCORE for turn in turns):
+            return _failed("bad_value", f"turns {turns!r:.60}")
+        reason, elapsed_ms = Reason(item["reason"]), float(item["elapsed_ms"])
+        reward = Reward(score, reason, str(item["detail"]), extracted, elapsed_ms, turns=turns)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         return _failed("bad_value", f"a malformed answer: {type(error).__name__}: {error}")
     if reward.score is None and reward.reason is Reason.INFRA_ERROR:

@@ -40,26 +40,20 @@ def check_specs(specs: Sequence[RewardSpec]) -> None:
         raise ValueError("a run needs at least one reward, such as RewardSpec('math')")
     by_name = {spec.name: spec for spec in specs}
     for spec in specs:
+        this = f"reward {spec.name!r}"
         if sum(other.name == spec.name for other in specs) > 1:
-            raise ValueError(
-                f"reward {spec.name!r} is listed twice, and parts are told apart by name; list it once"
-            )
+            raise ValueError(f"{this} is listed twice, and parts are told apart by name; list it once")
         if not abs(spec.weight) <= 1e9:
-            raise ValueError(f"reward {spec.name!r}: weight={spec.weight} must be a number such as 1.0")
+            raise ValueError(f"{this}: weight={spec.weight} must be a number such as 1.0")
         if spec.clip is not None and not spec.clip[0] <= spec.clip[1]:
-            raise ValueError(
-                f"reward {spec.name!r}: clip={spec.clip} must be (low, high), such as (0.0, 1.0)"
-            )
+            raise ValueError(f"{this}: clip={spec.clip} must be (low, high), such as (0.0, 1.0)")
         if spec.requires is not None and spec.requires not in by_name:
-            raise ValueError(
-                f"reward {spec.name!r} requires {spec.requires!r}, which is not among {list(by_name)}"
-            )
+            raise ValueError(f"{this} requires {spec.requires!r}, which is not among {list(by_name)}")
         path = [spec.name]
         while (needed := by_name[path[-1]].requires) is not None:
             if needed in path:
-                raise ValueError(
-                    f"rewards require each other in a circle: {' -> '.join([*path, needed])}; drop one"
-                )
+                circle = " -> ".join([*path, needed])
+                raise ValueError(f"rewards require each other in a circle: {circle}; drop one")
             path.append(needed)
 
 
@@ -69,7 +63,7 @@ def compose(specs: Sequence[RewardSpec], parts: Mapping[str, Reward]) -> Reward:
     A part that does not apply (TRL's None) is left out of the sum, and as a gate it is open. A part that
     abstains for any other reason makes the whole abstain, unless it has weight 0 and gates nothing that
     counts. If no part applies, the whole does not. Reason and extracted answer come from the first part that
-    has a weight.
+    has a weight. Rewards per turn come from the only part, times its weight; of several parts none.
     """
     by_name = {spec.name: spec for spec in specs}
     scores = {spec.name: parts[spec.name].score for spec in specs}
@@ -88,7 +82,10 @@ def compose(specs: Sequence[RewardSpec], parts: Mapping[str, Reward]) -> Reward:
     if not applicable:
         return Reward(None, Reason.NOT_APPLICABLE, detail, main.extracted, elapsed_ms, scores)
     total = sum(spec.weight * _counted(spec, by_name, scores) for spec in applicable)
-    return Reward(total, main.reason, detail, main.extracted, elapsed_ms, scores)
+    turns: tuple[float | None, ...] = ()
+    if len(specs) == 1:
+        turns = tuple(None if turn is None else specs[0].weight * turn for turn in main.turns)
+    return Reward(total, main.reason, detail, main.extracted, elapsed_ms, scores, turns)
 
 
 def _counting(specs: Sequence[RewardSpec]) -> list[str]:
@@ -103,9 +100,7 @@ def _counting(specs: Sequence[RewardSpec]) -> list[str]:
     return counting
 
 
-def _counted(
-    spec: RewardSpec, by_name: Mapping[str, RewardSpec], scores: Mapping[str, float | None]
-) -> float:
+def _counted(spec: RewardSpec, by_name: Mapping[str, RewardSpec], scores: Mapping[str, Any]) -> float:
     """The part's clipped score, or 0 behind a closed gate; a gate behind a closed gate is closed too."""
     score = scores[spec.name]
     if score is None:

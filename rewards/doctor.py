@@ -14,7 +14,7 @@ from typing import Any
 
 from rewards.compose import RewardSpec
 from rewards.pool.pool import Faults, RewardPool
-from rewards.score import quantile, take_flags_anywhere
+from rewards.score import add_deadline, quantile, take_flags_anywhere
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]
@@ -71,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=200, help="rows of the dataset that are tried")
     parser.add_argument("--gold", help="the column that holds the right answer (default: found by its name)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--deadline", type=float, default=10.0, metavar="S", help="seconds for one completion"
-    )
+    add_deadline(parser)
     take_flags_anywhere(parser)
 
 
@@ -92,15 +90,13 @@ def run(args: argparse.Namespace, load: Load, ask: Ask | None = None) -> int:
         raise ValueError("the dataset has no rows; nothing can be learnt from it")
     well = True
     for spec in specs:
-        pool = RewardPool(
-            [RewardSpec(spec.name, options=spec.options)], workers=args.workers, deadline_s=args.deadline
-        )
+        alone = RewardSpec(spec.name, options=spec.options)
+        pool = RewardPool([alone], workers=args.workers, deadline_s=args.deadline)
         try:
             columns = rows[0] if ask is None else ask(rows[0], "row 0").columns
             pool.check_columns(set(columns), columns)
-            found = examine(
-                pool, rows[: args.rows], prompt_column=prompt_column, gold_column=args.gold, ask=ask
-            )
+            tried = rows[: args.rows]
+            found = examine(pool, tried, prompt_column=prompt_column, gold_column=args.gold, ask=ask)
         finally:
             pool.close()
         print(found)
@@ -130,11 +126,8 @@ def examine(
             _ask_others_golds(patient, golds, template),
             _ask_swapped(patient, golds, template, gold_column),
         ]
-    checks += [
-        _ask_prompt(patient, golds is not None),
-        _ask_latency(patient),
-        _ask_faults(pool.take_faults()),
-    ]
+    checks += [_ask_prompt(patient, golds is not None), _ask_latency(patient)]
+    checks.append(_ask_faults(pool.take_faults()))
     return Examination(name, checks)
 
 
@@ -161,20 +154,19 @@ class Patient:
             ids = list(range(max(1, len(text) // 4)))  # about as many tokens as the text would have
             groups.append(Group(asked, [Completion(ids, [], [True] * len(ids), "stop", [], text=text)]))
         rewards = [scored.rewards[0] for scored in self.pool.score(groups)]
-        self.timed += [
-            (reward.elapsed_ms, f"row {index}: {shown(text)}")
-            for index, (reward, text) in enumerate(zip(rewards, texts, strict=False))
-        ]
+        pairs = enumerate(zip(rewards, texts, strict=False))
+        self.timed += [(reward.elapsed_ms, f"row {i}: {shown(text)}") for i, (reward, text) in pairs]
         return rewards
 
     def best_template(self, golds: Sequence[str]) -> str:
         """The form of a completion in which most of the first golds score: what the reward expects to see."""
         some = golds[:20]
-        totals = {
-            name: sum(r.score or 0.0 for r in self.grade([filled(form, gold) for gold in some]))
-            for name, form in TEMPLATES.items()
-        }
-        return max(totals, key=lambda name: totals[name])
+
+        def total(name: str) -> float:
+            rewards = self.grade([filled(TEMPLATES[name], gold) for gold in some])
+            return sum(reward.score or 0.0 for reward in rewards)
+
+        return max(TEMPLATES, key=total)
 
 
 def find_golds(rows: Sequence[Row], required: set[str], column: str | None) -> list[str] | None:
@@ -185,12 +177,8 @@ def find_golds(rows: Sequence[Row], required: set[str], column: str | None) -> l
     """
     if column is not None and column not in rows[0]:
         raise ValueError(f"--gold {column}: the dataset has {', '.join(rows[0])}")
-    names = (
-        [column]
-        if column
-        else [c for c in GOLD_COLUMNS if c in required] + [c for c in GOLD_COLUMNS if required]
-    )
-    for name in names:
+    usual = [c for c in GOLD_COLUMNS if c in required] + [c for c in GOLD_COLUMNS if required]
+    for name in [column] if column else usual:
         if name in rows[0]:
             return [str(row[name]) for row in rows]
     return None
@@ -238,9 +226,8 @@ def _ask_others_golds(patient: Patient, golds: Sequence[str], template: str) -> 
     mean = sum(scores) / len(scores) if scores else 0.0
     paid = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score > 0]
     rows = [f"{_row(i, golds[i], rewards[i])}; the completion was {shown(others[i] or '')!r}" for i in paid]
-    return Check(
-        "gold of another row", mean <= MUCH_FOR_OTHERS, f"mean score {mean:.3f}, expected about 0", rows
-    )
+    finding = f"mean score {mean:.3f}, expected about 0"
+    return Check("gold of another row", mean <= MUCH_FOR_OTHERS, finding, rows)
 
 
 def _another(golds: Sequence[str], index: int) -> str | None:
@@ -257,28 +244,21 @@ def _ask_swapped(patient: Patient, golds: Sequence[str], template: str, column: 
         return Check(title, None, "the reward names no gold column")
     rows, golds = patient.rows[:20], golds[:20]
     no_answer = patient.grade([NO_ANSWER] * len(rows))
-    no_gold = patient.grade(
-        [filled(TEMPLATES[template], g) for g in golds], [{**row, name: NO_ANSWER} for row in rows]
-    )
+    right = [filled(TEMPLATES[template], gold) for gold in golds]
+    no_gold = patient.grade(right, [{**row, name: NO_ANSWER} for row in rows])
     blamed = sum(reward.score is None for reward in no_answer)
     excused = sum(reward.score is None for reward in no_gold)
-    probes = patient.grade(
-        ["$(1,2)$", "$1 < x < 2$"], [{**rows[0], name: "$1 < x < 2$"}, {**rows[0], name: "$(1,2)$"}]
-    )
+    pair = ["$(1,2)$", "$1 < x < 2$"]
+    probes = patient.grade(pair, [{**rows[0], name: gold} for gold in reversed(pair)])
     backwards = [reward.score for reward in probes] == [0.0, 1.0]
     if blamed > excused or backwards:
-        why = (
-            "an interval is taken for an inequality only the wrong way round"
-            if backwards
-            else (
-                f"a completion without an answer abstains ({blamed} of {len(rows)}), a gold without one does "
-                f"not ({excused})"
-            )
-        )
+        why = f"a completion without an answer abstains ({blamed} of {len(rows)})"
+        why += f", a gold without one does not ({excused})"
+        if backwards:
+            why = "an interval is taken for an inequality only the wrong way round"
         return Check(title, False, f"they look swapped: {why}")
-    return Check(
-        title, True, f"no answer: {len(rows) - blamed} of {len(rows)} get a score; no gold: {excused} abstain"
-    )
+    scored = f"{len(rows) - blamed} of {len(rows)} get a score"
+    return Check(title, True, f"no answer: {scored}; no gold: {excused} abstain")
 
 
 def _ask_prompt(patient: Patient, has_gold: bool) -> Check:
@@ -290,12 +270,8 @@ def _ask_prompt(patient: Patient, has_gold: bool) -> Check:
             if reward.score is not None and reward.score > 0:
                 paid.append(f"row {index}: {what} scores {reward.score:g}: {shown(texts[index])!r}")
     share = len(paid) / (2 * len(prompts))
-    return Check(
-        "no work, no pay",
-        share <= MUCH_FOR_OTHERS if has_gold else None,
-        f"{len(paid)} of {2 * len(prompts)} score",
-        paid,
-    )
+    ok = share <= MUCH_FOR_OTHERS if has_gold else None
+    return Check("no work, no pay", ok, f"{len(paid)} of {2 * len(prompts)} score", paid)
 
 
 def _ask_latency(patient: Patient) -> Check:

@@ -9,31 +9,10 @@ from collections.abc import Mapping
 KEEP = "COHORT_GRADER_ENV"
 """Names, separated by commas, of secret-looking variables that the graders of a run need all the same."""
 
-_SECRET_PARTS = {
-    "token",
-    "tokens",
-    "secret",
-    "secrets",
-    "key",
-    "keys",
-    "apikey",
-    "password",
-    "passwd",
-    "passphrase",
-    "pwd",
-    "pass",
-    "credential",
-    "credentials",
-    "cred",
-    "creds",
-    "auth",
-    "authorization",
-    "bearer",
-    "cookie",
-    "jwt",
-    "pat",
-    "dsn",
-}
+_SECRET_PART = re.compile(
+    "tokens?|secrets?|(?:api)?key|keys|password|passwd|passphrase|pwd|pass|credentials?|creds?|auth|authorization"
+    "|bearer|cookie|jwt|pat|dsn"
+)
 _NO_SECRETS = {"PWD", "OLDPWD"}
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
@@ -56,6 +35,6 @@ def is_secret(name: str, value: str) -> bool:
     """Whether a variable looks like a secret; TOKENIZERS_PARALLELISM and KEYBOARD do not."""
     if name in _NO_SECRETS or name.endswith("PUBLIC_KEY"):
         return False
-    parts = set(re.split(r"[_\W]+", name.lower()))
+    parts = re.split(r"[_\W]+", name.lower())
     squeezed = name.lower().endswith(("token", "password", "secret", "apikey", "passwd"))
-    return squeezed or not parts.isdisjoint(_SECRET_PARTS) or _SECRET_VALUE.search(value) is not None
+    return squeezed or any(map(_SECRET_PART.fullmatch, parts)) or _SECRET_VALUE.search(value) is not None

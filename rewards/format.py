@@ -97,9 +97,8 @@ def _check_think_answer(text: str, open_in_prompt: bool) -> str:
     _check_tags(text, "answer")
     rest = rest.strip()
     if not rest.startswith("<answer>"):
-        raise ValueError(
-            "text between </think> and <answer>" if "<answer>" in rest else "<answer> inside <think>"
-        )
+        between = "text between </think> and <answer>"
+        raise ValueError(between if "<answer>" in rest else "<answer> inside <think>")
     if not rest.endswith("</answer>"):
         raise ValueError("text after </answer>")
     answer = rest[len("<answer>") : -len("</answer>")]

@@ -120,9 +120,8 @@ def _decoded(mask: Any) -> tuple[tuple[int, int], Runs]:
 def _filled(points: Any, height: int, width: int) -> Runs:
     """The runs of a polygon, by scan lines along columns."""
     if not isinstance(points, list) or not 3 <= len(points) <= MAX_POINTS:
-        raise ValueError(
-            f"a polygon is a list of 3 to {MAX_POINTS} points [x, y], or a mask with size and counts"
-        )
+        form = f"a list of 3 to {MAX_POINTS} points [x, y]"
+        raise ValueError(f"a polygon is {form}, or a mask with size and counts")
     for point in points:
         if not isinstance(point, list) or len(point) != 2 or not all(type(n) in (int, float) for n in point):
             raise ValueError(f"a point of a polygon is [x, y], not {point!r:.40}")

@@ -23,15 +23,9 @@ ARITHMETIC = re.compile(rf"(?:{_SIGNS})*+")
 ALGEBRA = re.compile(rf"(?:{_POWER}|{_SIGNS}|{_NAME})*+")
 LIST = re.compile(r"(?:[\w\s,\-+#:|'\"\[\]]|(?<=\d)\.(?=\d))*+")
 ALLOWED = {
-    "countdown": ARITHMETIC,
-    "puzzle24": ARITHMETIC,
-    "simple_integration": ALGEBRA,
-    "intermediate_integration": ALGEBRA,
-    "polynomial_multiplication": ALGEBRA,
-    "string_insertion": LIST,
-    "spiral_matrix": LIST,
-    "binary_matrix": LIST,
-    "n_queens": LIST,
+    **dict.fromkeys(("countdown", "puzzle24"), ARITHMETIC),
+    **dict.fromkeys(("simple_integration", "intermediate_integration", "polynomial_multiplication"), ALGEBRA),
+    **dict.fromkeys(("string_insertion", "spiral_matrix", "binary_matrix", "n_queens"), LIST),
 }
 ANYTHING = re.compile(".*", re.DOTALL)
 MAX_ANSWER_CHARS = 10_000
@@ -50,10 +44,8 @@ class ReasoningGym:
     def __init__(self, strict: bool = True, answer_in: str = "auto") -> None:
         if answer_in not in ("auto", "tag", "box", "text"):
             raise ValueError(f"reasoning_gym: answer_in={answer_in!r} must be auto, tag, box or text")
-        from reasoning_gym.factory import (
-            DATASETS,
-            get_score_answer_fn,
-        )  # 3 s: when the pool starts, not in a call
+        # It takes 3 s: when the pool starts, not in a call.
+        from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
         self.strict, self.answer_in, self.tasks = strict, answer_in, DATASETS
         self.scorer_of: Callable[[str], Any] = functools.cache(get_score_answer_fn)
@@ -68,9 +60,8 @@ class ReasoningGym:
             return Reward(None, Reason.BAD_GOLD, f"entry names no task of reasoning-gym: {task!r:.60}")
         form = ALLOWED.get(task, ANYTHING)
         if not form.fullmatch(str(entry["answer"])):
-            return Reward(
-                None, Reason.BAD_GOLD, f"the entry's own answer cannot be scored: {entry['answer']!r:.60}"
-            )
+            detail = f"the entry's own answer cannot be scored: {entry['answer']!r:.60}"
+            return Reward(None, Reason.BAD_GOLD, detail)
         try:
             answer = find_answer(text, self.answer_in)
         except ValueError as error:

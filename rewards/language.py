@@ -14,30 +14,16 @@ from rewards.completion import completion_text
 from rl.types import Reason, Reward
 
 LATIN = "A-Za-z\u00c0-\u024f\u1e00-\u1eff"
-HAN, KANA, HANGUL = (
-    "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f",
-    "\u3040-\u30ff\u31f0-\u31ff",
-    "\u1100-\u11ff\uac00-\ud7af",
-)
-CYRILLIC, GREEK, ARABIC, HEBREW = (
-    "\u0400-\u052f",
-    "\u0370-\u03ff\u1f00-\u1fff",
-    "\u0600-\u06ff\u0750-\u077f",
-    "\u0590-\u05ff",
-)
+HAN, KANA = "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f", "\u3040-\u30ff\u31f0-\u31ff"
+HANGUL, CYRILLIC, GREEK = "\u1100-\u11ff\uac00-\ud7af", "\u0400-\u052f", "\u0370-\u03ff\u1f00-\u1fff"
+ARABIC, HEBREW = "\u0600-\u06ff\u0750-\u077f", "\u0590-\u05ff"
 DEVANAGARI, BENGALI, TAMIL, THAI = "\u0900-\u097f", "\u0980-\u09ff", "\u0b80-\u0bff", "\u0e00-\u0e7f"
 SCRIPTS = {
     **dict.fromkeys(["en", "fr", "de", "es", "it", "pt", "nl", "pl", "sv", "tr", "vi", "id"], LATIN),
     **dict.fromkeys(["ru", "uk", "bg", "sr"], CYRILLIC),
     **dict.fromkeys(["ar", "fa", "ur"], ARABIC),
     **dict.fromkeys(["hi", "mr", "ne"], DEVANAGARI),
-    "zh": HAN,
-    "ja": HAN + KANA,
-    "ko": HANGUL,
-    "el": GREEK,
-    "he": HEBREW,
-    "bn": BENGALI,
-    "ta": TAMIL,
+    **{"zh": HAN, "ja": HAN + KANA, "ko": HANGUL, "el": GREEK, "he": HEBREW, "bn": BENGALI, "ta": TAMIL},
     "th": THAI,
 }
 UNSPACED = HAN + KANA + THAI
@@ -55,9 +41,8 @@ class LanguageConsistency:
 
     def __init__(self, language: str = "en") -> None:
         if language not in SCRIPTS:
-            raise ValueError(
-                f"language_consistency: language={language!r} is unknown; use one of {', '.join(SCRIPTS)}"
-            )
+            known = ", ".join(SCRIPTS)
+            raise ValueError(f"language_consistency: language={language!r} is unknown; use one of {known}")
         self.of_target = re.compile(f"[{SCRIPTS[language]}]")
 
     def __call__(self, completions: Sequence[Any]) -> list[Reward]:

@@ -41,14 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="where results go (default: stdout, the summary to stderr)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)))
-    parser.add_argument(
-        "--deadline", type=float, default=10.0, metavar="S", help="seconds for one completion"
-    )
+    add_deadline(parser)
     parser.add_argument("--memory-gib", type=float, default=2.0, help="address space of one grader")
     parser.add_argument(
         "--chat", action="store_true", help="pass completions as messages, as TRL's rewards want"
     )
     take_flags_anywhere(parser)
+
+
+def add_deadline(parser: argparse.ArgumentParser) -> None:
+    seconds = "seconds for one completion"
+    parser.add_argument("--deadline", type=float, default=10.0, metavar="S", help=seconds)
 
 
 def take_flags_anywhere(parser: argparse.ArgumentParser) -> None:
@@ -98,12 +101,8 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - start
         if not rewards:
             raise ValueError(f"{args.file} has no rows")
-        print(
-            summary(rewards, seconds),
-            pool.faults,
-            sep="\n",
-            file=sys.stderr if args.out is None else sys.stdout,
-        )
+        to = sys.stderr if args.out is None else sys.stdout
+        print(summary(rewards, seconds), pool.faults, sep="\n", file=to)
         return int(pool.faults.share > 0.05)
 
 
@@ -177,9 +176,8 @@ def check_rows(pool: RewardPool, rows: Iterable[tuple[int, Row]]) -> None:
 
 
 def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
-    )
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(m, dict) and "content" in m for m in value)
 
 
 def score_rows(
@@ -234,9 +232,8 @@ def to_group(group_id: str, rows: list[Row], *, chat: bool = False) -> Group:
     prompt, first = rows[0].get("prompt", ""), rows[0]["completion"]
     chat = chat or isinstance(prompt, list) or isinstance(first, list)
     text = prompt if isinstance(prompt, str) else ""
-    messages = (
-        tuple(prompt) if isinstance(prompt, list) else ({"role": "user", "content": text},) if chat else ()
-    )
+    asked = ({"role": "user", "content": text},) if chat else ()
+    messages = tuple(prompt) if isinstance(prompt, list) else asked
     columns = {k: v for k, v in rows[0].items() if k not in ("completion", "prompt", "completion_ids")}
     completions = []
     for row in rows:
@@ -261,9 +258,8 @@ def result(row_id: Any, reward: Reward) -> dict[str, Any]:
 def summary(rewards: list[Reward], seconds: float) -> str:
     """What the rewards of many rows come to, in a few lines."""
     scores = [reward.score for reward in rewards if reward.score is not None]
-    reasons = ", ".join(
-        f"{r} {n}" for r, n in Counter(str(reward.reason) for reward in rewards).most_common()
-    )
+    counts = Counter(str(reward.reason) for reward in rewards)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
     latency = sorted(reward.elapsed_ms for reward in rewards)
     mean = f"mean score {sum(scores) / len(scores):.4f}" if scores else "no scores"
     return (

@@ -7,9 +7,7 @@ from typing import Any
 
 
 def same_output(actual: str, expected: str, tolerance: float = 0.0) -> bool:
-    """Equal line by line, but for white space at the ends of lines and empty lines at the end; numbers
-    within `tolerance`.
-    """
+    """Equal line by line without white space at the ends of lines and text; numbers within `tolerance`."""
     lines = [[line.rstrip() for line in text.rstrip().splitlines()] for text in (actual, expected)]
     if lines[0] == lines[1]:
         return True
@@ -52,9 +50,8 @@ def same_value(value: Any, expected: Any, tolerance: float) -> bool:
         return all(same_value(a, b, tolerance) for a, b in zip(value, expected, strict=True))
     if isinstance(expected, dict) and isinstance(value, dict):
         renamed = {str(key): item for key, item in value.items()}
-        return renamed.keys() == expected.keys() and all(
-            same_value(renamed[key], item, tolerance) for key, item in expected.items()
-        )
+        same_keys = renamed.keys() == expected.keys()
+        return same_keys and all(same_value(renamed[k], item, tolerance) for k, item in expected.items())
     if isinstance(expected, bool) or isinstance(value, bool):
         return value is expected
     if type(expected) in (int, float) and type(value) in (int, float):

@@ -39,9 +39,7 @@ def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
 
 
 def _blocks(text: str) -> list[tuple[str, str]] | None:
-    """(tag, content) of each fenced block; None if the text has no fence. A block left open ends with the
-    text or the next tag.
-    """
+    """(tag, content) of each fenced block; None without one. The next tag or the end closes an open one."""
     fences = list(FENCE.finditer(text))
     if not fences:
         return None

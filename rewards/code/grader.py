@@ -3,10 +3,8 @@
     grade("def add(a, b): return a + b", {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3)
     == 5"})
 
-The program never shares a process with a test or an expected output: outputs are compared here, asserts run
-in a tester process of their own that calls the program through a protocol of plain values
-(`rewards.code.protocol`). A fault of ours or of the tests abstains (score None); whatever the program does,
-its time and memory included, is its own.
+The program never shares a process with a test or an expected output. A fault of ours or of the tests
+abstains (score None); whatever the program does, its time and memory included, is its own.
 """
 
 from __future__ import annotations
@@ -16,61 +14,22 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from rewards.code.extract import TAGS, extract_code
-from rewards.code.judge import JUDGES, SOLUTION, Verdict, fault_of, judge_calls, judge_outputs
+from rewards.code.judge import JUDGES, SOLUTION, CodeOptions, Verdict, fault_of, judge_calls, judge_outputs
 from rewards.code.languages import COMPILE_TIMEOUT_S, prepared
 from rewards.code.tests import STDIO, CodeTests, parse_tests
 from rewards.completion import last_message_text
-from rewards.sandbox.sandbox import Command, Limits, Program, RunResult, Sandbox, SandboxError
+from rewards.sandbox.sandbox import Program, RunResult, Sandbox, SandboxError
 from rl.types import Reason, Reward
 
 SCRIPT = "rewards.sandbox.script"
 MAX_DETAIL = 300
 LONGEST_START_S = 30.0  # of a sandbox, on a busy machine
 ABSTAINING = (Reason.INFRA_ERROR, Reason.BAD_GOLD)
-
-
-@dataclass(frozen=True, slots=True)
-class CodeOptions:
-    """How programs are graded.
-
-    Attributes:
-        scoring: "all": 1 if every test passes, else 0; "fraction": share of tests passed, by weight where
-            tests have weights.
-        timeout_s: for each stdin/stdout case; for all asserts or calls together.
-        total_timeout_s: for all stdin/stdout cases of one completion.
-        memory_mib: address space beyond the interpreter's own.
-        output_mib: each of stdout and stderr.
-        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
-            is close to itself only, NaN to nothing.
-        language: of completions whose tests name none.
-        packages: third-party packages that programs may import where they are installed.
-    """
-
-    scoring: Literal["all", "fraction"] = "all"
-    timeout_s: float = 5.0
-    total_timeout_s: float = 30.0
-    memory_mib: int = 1024
-    output_mib: int = 8
-    float_tolerance: float = 0.0
-    language: str = "python"
-    packages: tuple[str, ...] = ("numpy",)
-
-    def __post_init__(self) -> None:
-        if self.scoring not in ("all", "fraction"):
-            raise ValueError(f"scoring={self.scoring!r} is unknown; use 'all' or 'fraction'")
-        if self.language not in TAGS:
-            raise ValueError(f"language={self.language!r} is unknown; use one of {', '.join(TAGS)}")
-        if not 0 <= self.float_tolerance < float("inf"):
-            raise ValueError(f"float_tolerance={self.float_tolerance} must be >= 0 and finite, such as 1e-6")
-        self.limits()
-
-    def limits(self) -> Limits:
-        return Limits(timeout_s=self.timeout_s, memory_mib=self.memory_mib, output_mib=self.output_mib)
 
 
 def code_reward(
@@ -132,28 +91,24 @@ def grade(
     options: CodeOptions | None = None,
     sandbox: Sandbox | None = None,
 ) -> Reward:
-    """Runs the code of `completion` against `tests` (`parse_tests` says what they may be). Never raises for
-    either of them.
+    """Runs the code of `completion` against `tests` (see `parse_tests`); never raises for either of them.
 
     `sandbox`: one that `code_sandbox` made, with the packages that programs may import; default: one shared
     by this process, started on first use.
     """
     options = options or CodeOptions()
     start = time.perf_counter()
-    code = None
-    passed: Sequence[bool | None] = ()
-    weights: tuple[float, ...] = ()
+    code, weights = None, ()
     try:
         parsed = parse_tests(tests)
         weights = parsed.weights
         verdict, code = _judge(completion, parsed, options, sandbox)
-        passed = verdict.passed
     except SandboxError as error:
         verdict = Verdict(Reason.INFRA_ERROR, str(error))
     except ValueError as error:
         verdict = Verdict(Reason.BAD_GOLD, str(error))
     score = None if verdict.reason in ABSTAINING else float(verdict.reason is Reason.CORRECT)
-    if score is not None and options.scoring == "fraction" and passed:
+    if score is not None and options.scoring == "fraction" and (passed := verdict.passed):
         if weights and len(weights) != len(passed) and verdict.complete:
             score, verdict = None, Verdict(Reason.BAD_GOLD, f"{len(weights)} weights for {len(passed)} tests")
         else:
@@ -163,10 +118,8 @@ def grade(
 
 
 def _share(passed: Sequence[bool | None], weights: Sequence[float], otherwise: float) -> float:
-    """The weight of the tests passed as a share of all that count. After a crash `passed` may be shorter or
-    longer than `weights`: a test that did not run has failed.
-    """
-    results = list(zip(weights, passed, strict=False))
+    """The share of the counting weights that passed; a test that did not run, after a crash, has failed."""
+    results = list(zip(weights, passed, strict=False))  # after a crash one may be longer than the other
     total = sum(weights) - sum(weight for weight, ok in results if ok is None)
     return sum(weight for weight, ok in results if ok) / total if total > 0 else otherwise
 
@@ -222,10 +175,8 @@ def _judge(
         sandbox = shared_sandbox(options, packages=options.packages if packages else ())
     if tests.kind == STDIO:
         source = code.encode("utf-8", "surrogatepass")
-        return _judge_outputs(lambda stdin: Program(SCRIPT, source, stdin), tests, options, sandbox), code
-    partial = options.scoring == "fraction"
-    limits, tolerance = options.limits(), options.float_tolerance
-    return judge_calls(code, tests, sandbox, limits, partial=partial, tolerance=tolerance), code
+        return judge_outputs(lambda stdin: Program(SCRIPT, source, stdin), tests, options, sandbox), code
+    return judge_calls(code, tests, options, sandbox), code
 
 
 def _judge_other(code: str, language: str, tests: CodeTests, options: CodeOptions) -> Verdict:
@@ -236,20 +187,7 @@ def _judge_other(code: str, language: str, tests: CodeTests, options: CodeOption
             last_words = command.stderr.decode("utf-8", "replace").strip()[:200]
             timed_out = found is not None and found.reason is Reason.TIMEOUT
             return Verdict(Reason.TIMEOUT if timed_out else Reason.PARSE_ERROR, f"compiling: {last_words}")
-        return _judge_outputs(lambda stdin: replace(command, stdin=stdin), tests, options, sandbox)
-
-
-def _judge_outputs(
-    program: Callable[[bytes], Program | Command], tests: CodeTests, options: CodeOptions, sandbox: Sandbox
-) -> Verdict:
-    return judge_outputs(
-        tests.cases,
-        lambda stdin, limits: sandbox.run_programs([program(stdin)], limits=limits)[0],
-        options.limits(),
-        total_timeout_s=options.total_timeout_s,
-        tolerance=options.float_tolerance,
-        all_cases=options.scoring == "fraction",
-    )
+        return judge_outputs(lambda stdin: replace(command, stdin=stdin), tests, options, sandbox)
 
 
 def _continues_prompt(code: str, tests: CodeTests) -> bool:

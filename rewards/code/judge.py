@@ -7,19 +7,57 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rewards.code.compare import same_output
+from rewards.code.extract import TAGS
 from rewards.code.tests import CodeTests
-from rewards.sandbox.sandbox import Limits, Program, RunResult, Sandbox
+from rewards.sandbox.sandbox import Command, Limits, Program, RunResult, Sandbox
 from rl.types import Reason
 
 SOLUTION, TESTER = "rewards.code.solution", "rewards.code.tester"
-JUDGES = (
-    TESTER,
-    *("rewards.code.compare", "rewards.code.namespace", "rewards.code.objects", "rewards.code.remote"),
-    "rewards.code.soft_asserts",
-)
+_BESIDE = ("compare", "namespace", "objects", "remote", "soft_asserts")
+JUDGES = (TESTER, *(f"rewards.code.{name}" for name in _BESIDE))
+REASONS = {"passed": Reason.CORRECT, "failed": Reason.WRONG_ANSWER, "missing": Reason.NO_ANSWER}
+
+
+@dataclass(frozen=True, slots=True)
+class CodeOptions:
+    """How programs are graded.
+
+    Attributes:
+        scoring: "all": 1 if every test passes, else 0; "fraction": share of tests passed, by weight where
+            tests have weights.
+        timeout_s: for each stdin/stdout case; for all asserts or calls together.
+        total_timeout_s: for all stdin/stdout cases of one completion.
+        memory_mib: address space beyond the interpreter's own.
+        output_mib: each of stdout and stderr.
+        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
+            is close to itself only, NaN to nothing.
+        language: of completions whose tests name none.
+        packages: third-party packages that programs may import where they are installed.
+    """
+
+    scoring: Literal["all", "fraction"] = "all"
+    timeout_s: float = 5.0
+    total_timeout_s: float = 30.0
+    memory_mib: int = 1024
+    output_mib: int = 8
+    float_tolerance: float = 0.0
+    language: str = "python"
+    packages: tuple[str, ...] = ("numpy",)
+
+    def __post_init__(self) -> None:
+        if self.scoring not in ("all", "fraction"):
+            raise ValueError(f"scoring={self.scoring!r} is unknown; use 'all' or 'fraction'")
+        if self.language not in TAGS:
+            raise ValueError(f"language={self.language!r} is unknown; use one of {', '.join(TAGS)}")
+        if not 0 <= self.float_tolerance < float("inf"):
+            raise ValueError(f"float_tolerance={self.float_tolerance} must be >= 0 and finite, such as 1e-6")
+        self.limits()
+
+    def limits(self) -> Limits:
+        return Limits(timeout_s=self.timeout_s, memory_mib=self.memory_mib, output_mib=self.output_mib)
 
 
 @dataclass(slots=True)
@@ -35,32 +73,26 @@ class Verdict:
 
 
 def judge_outputs(
-    cases: Sequence[Mapping[str, Any]],
-    run: Callable[[bytes, Limits], RunResult],
-    limits: Limits,
-    *,
-    total_timeout_s: float,
-    tolerance: float,
-    all_cases: bool,
+    program: Callable[[bytes], Program | Command], tests: CodeTests, options: CodeOptions, sandbox: Sandbox
 ) -> Verdict:
-    """Runs a program on each case's input and compares what it prints; stops at the first failure unless
-    `all_cases`.
-    """
+    """Runs `program` on each case's input and compares what it prints, up to a failure if all must pass."""
+    limits, total_timeout_s = options.limits(), options.total_timeout_s
     deadline = time.monotonic() + total_timeout_s
     passed: list[bool] = []
     first = Verdict(Reason.CORRECT)
-    for index, case in enumerate(cases):
+    for index, case in enumerate(tests.cases):
         remaining = deadline - time.monotonic()
         if remaining <= 0.01:
             found = Verdict(Reason.TIMEOUT, f"all cases together exceed {total_timeout_s} s")
         else:
             stdin = case["input"].encode("utf-8", "surrogatepass")
-            result = run(stdin, replace(limits, timeout_s=min(limits.timeout_s, remaining)))
-            found = fault_of(result) or _compared(result, case["output"], tolerance)
+            left = replace(limits, timeout_s=min(limits.timeout_s, remaining))
+            result = sandbox.run_programs([program(stdin)], limits=left)[0]
+            found = fault_of(result) or _compared(result, case["output"], options.float_tolerance)
         passed.append(found.reason is Reason.CORRECT)
         if not passed[-1] and first.reason is Reason.CORRECT:
             first = Verdict(found.reason, f"case {index}: {found.detail}")
-        if not passed[-1] and not all_cases:
+        if not passed[-1] and options.scoring == "all":
             break
     first.passed = passed
     return first
@@ -73,46 +105,32 @@ def _compared(result: RunResult, expected: str, tolerance: float) -> Verdict:
     return Verdict(Reason.WRONG_ANSWER, f"wrong output {actual[:100]!r}")
 
 
-def judge_calls(
-    code: str, tests: CodeTests, sandbox: Sandbox, limits: Limits, *, partial: bool, tolerance: float
-) -> Verdict:
+def judge_calls(code: str, tests: CodeTests, options: CodeOptions, sandbox: Sandbox) -> Verdict:
     """Lets the tester run asserts or calls against `code`, each in a process of its own."""
     # A completion that repeats the prompt needs it no second time.
     prompt = "" if tests.prompt.strip() and tests.prompt.strip() in code else tests.prompt
     own = re.split(r"\W", tests.entry_point, maxsplit=1)[:1]
-    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": _is_leetcode(own[0], tests.code)}
-    given = {
-        "code": tests.code,
-        "cases": list(tests.cases) or None,
-        "prompt": tests.prompt,
-        "entry_point": tests.entry_point,
-        "partial": partial,
-        "tolerance": tolerance,
-    }
+    # LeetCode's tests name a class: such solutions rely on what its judge has imported.
+    is_class = own[0][:1].isupper() or (not own[0] and "Solution()." in tests.code)
+    solution = {"code": code, "prompt": prompt, "own": own, "leetcode": is_class}
+    given = {"code": tests.code, "prompt": tests.prompt, "entry_point": tests.entry_point}
+    given |= {"partial": options.scoring == "fraction", "tolerance": options.float_tolerance}
     try:
-        programs = [
-            Program(TESTER, json.dumps(given).encode(), judge=True),
-            Program(SOLUTION, json.dumps(solution).encode(), one_output=True),
-        ]
+        asked = json.dumps({**given, "cases": list(tests.cases) or None}).encode()
+        served = json.dumps(solution).encode()
+        programs = [Program(TESTER, asked, judge=True), Program(SOLUTION, served, one_output=True)]
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the cases hold what JSON cannot: {error}") from None
-    tester, solution_result = sandbox.run_programs(programs, limits=limits)
+    tester, solution_result = sandbox.run_programs(programs, limits=options.limits())
     records = [json.loads(line) for line in tester.extra.splitlines()]
-    called = {"called": True} in records
     if not records or "outcome" not in records[-1]:
-        if not called:
+        starved = solution_result.cpu_s >= options.timeout_s / 2  # the tests, by the solution
+        if {"called": True} not in records and not starved:
             what = "do not end" if tester.timed_out else "end the tester"
-            if solution_result.cpu_s < limits.timeout_s / 2:  # else the solution starved the tests
-                return Verdict(Reason.BAD_GOLD, f"the tests {what} before they call the solution")
-        return Verdict(
-            Reason.TIMEOUT if tester.timed_out else Reason.TEST_ERROR, "no verdict before the deadline"
-        )
+            return Verdict(Reason.BAD_GOLD, f"the tests {what} before they call the solution")
+        reason = Reason.TIMEOUT if tester.timed_out else Reason.TEST_ERROR
+        return Verdict(reason, "no verdict before the deadline")
     return _verdict(records[-1], solution_result)
-
-
-def _is_leetcode(entry: str, test_code: str) -> bool:
-    """Whether tests name a class, as LeetCode's do: such solutions rely on what its judge has imported."""
-    return entry[:1].isupper() or (not entry and "Solution()." in test_code)
 
 
 def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
@@ -123,19 +141,10 @@ def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
         return Verdict(found.reason, found.detail)
     if outcome in ("passed", "failed", "test_error") and not record["num_calls"]:
         return Verdict(Reason.BAD_GOLD, f"the tests never call the solution {detail}")
-    reasons = {
-        "passed": Reason.CORRECT,
-        "failed": Reason.WRONG_ANSWER,
-        "raised": Reason.CRASH,
-        "fatal": Reason.CRASH,
-        "missing": Reason.NO_ANSWER,
-        "bad_value": Reason.BAD_VALUE,
-        "bad_gold": Reason.BAD_GOLD,
-        "test_error": Reason.TEST_ERROR,
-    }
-    reason = reasons[outcome]
-    if reason is Reason.CRASH:
+    if outcome in ("raised", "fatal"):
         reason = _reason_of_exception(detail)
+    else:  # bad_value, bad_gold and test_error are reasons themselves
+        reason = REASONS.get(outcome) or Reason(outcome)
     passed = record.get("passed", ())
     if reason is Reason.CORRECT and False in passed:
         reason = Reason.WRONG_ANSWER

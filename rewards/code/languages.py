@@ -23,7 +23,7 @@ COMPILE_MEMORY_MIB = 2048
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """How a program is built and run. `{source}`, `{folder}` and `{memory_mib}` are replaced in the commands.
+    """How a program is built and run, by commands of words in which {source}, {folder}, {memory_mib} stand.
 
     Attributes:
         file: the name of the source file.
@@ -34,28 +34,16 @@ class Language:
     """
 
     file: str
-    compile: tuple[str, ...]
-    run: tuple[str, ...]
+    compile: str
+    run: str
     address_space: bool = True
 
 
+NODE = "node --max-old-space-size={memory_mib} --stack-size=4000 {source}"
 LANGUAGES: dict[str, Language] = {
-    "c": Language(
-        "main.c",
-        ("gcc", "-std=gnu17", "-O2", "-pipe", "-o", "{folder}/main", "{source}", "-lm"),
-        ("{folder}/main",),
-    ),
-    "cpp": Language(
-        "main.cpp",
-        ("g++", "-std=gnu++20", "-O2", "-pipe", "-o", "{folder}/main", "{source}"),
-        ("{folder}/main",),
-    ),
-    "javascript": Language(
-        "main.js",
-        (),
-        ("node", "--max-old-space-size={memory_mib}", "--stack-size=4000", "{source}"),
-        address_space=False,
-    ),
+    "c": Language("main.c", "gcc -std=gnu17 -O2 -pipe -o {folder}/main {source} -lm", "{folder}/main"),
+    "cpp": Language("main.cpp", "g++ -std=gnu++20 -O2 -pipe -o {folder}/main {source}", "{folder}/main"),
+    "javascript": Language("main.js", "", NODE, address_space=False),
 }
 
 
@@ -122,8 +110,8 @@ def _is_at(descriptor: int, folder: str) -> bool:
     return os.path.samestat(os.fstat(descriptor), os.lstat(folder))
 
 
-def _filled(template: tuple[str, ...], fields: dict[str, str]) -> tuple[str, ...]:
-    program, *arguments = (part.format_map(fields) for part in template)
+def _filled(template: str, fields: dict[str, str]) -> tuple[str, ...]:
+    program, *arguments = (word.format_map(fields) for word in template.split())
     found = program if os.path.isabs(program) else shutil.which(program)
     if found is None:
         raise SandboxError(f"{program} is not installed here; install it, or leave such prompts out")

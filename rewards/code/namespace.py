@@ -81,9 +81,7 @@ class Namespace(dict[str, Any]):
         return self._link.look_up(name)
 
     def install_modules(self) -> None:
-        """Makes `import solution` lead to the other process; `tests`, the module of the tests' classes, is
-        empty.
-        """
+        """Makes `import solution` lead to the other process; the module of the tests' classes stays empty."""
         solution = types.ModuleType("solution")
         solution.__dict__["__getattr__"] = self._link.look_up_attribute
         if self._entry_point.isidentifier():

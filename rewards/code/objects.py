@@ -24,10 +24,8 @@ ASKED = """call getitem setitem delitem setattr delattr len bool str repr format
 COMPARED = "eq lt le gt ge".split()  # noqa: SIM905
 COMPUTED = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()  # noqa: SIM905
 ABOUT_VALUE = {*"len bool iter next abs neg pos round trunc floor ceil int float complex index".split()}  # noqa: SIM905
-NAMES = {
-    f"__{name}__"
-    for name in "name qualname dict annotations bases mro members defaults wrapped slots args cause".split()  # noqa: SIM905
-}
+_NAMES = "name qualname dict annotations bases mro members defaults wrapped slots args cause"
+NAMES = {f"__{name}__" for name in _NAMES.split()}
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (

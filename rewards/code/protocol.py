@@ -13,14 +13,14 @@ table beside it, so that linked lists and trees of any depth, and cycles, are fl
 from __future__ import annotations
 
 import collections
-import datetime
+import functools
 import io
 import json
 import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -191,9 +191,7 @@ def parts_of(value: Any) -> dict[str, Any]:
 
 
 def _has_members(kind: type) -> bool:
-    """Whether objects of a class of the solution are more than plain values: it defines names of use that
-    are not the fields of a named tuple.
-    """
+    """Whether a class of the solution defines names of use that are not the fields of a named tuple."""
     fields = getattr(kind, "_fields", ())
     names = {name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base)}
     return any(name in OF_USE or not name.startswith("_") for name in names.difference(fields))
@@ -206,29 +204,23 @@ def names_of(kind: type) -> list[str]:
     return [f"{place}.{base.__name__}".lstrip(".") for place, base in zip(found, kind.__mro__, strict=False)]
 
 
-def _opened(file: Any, position: int) -> Any:
-    file.seek(position)
+def _opened(kind: Any, parts: list[Any]) -> Any:
+    file = kind(parts[0])
+    file.seek(parts[1])
     return file
+
+
+def _forms(kinds: Iterable[type], split: Any, make: Callable[..., Any], *of: type) -> dict[str, Any]:
+    return {kind.__name__: (kind, split, functools.partial(make, kind), of) for kind in kinds}
 
 
 # tag: class, its parts, what they make again, and the types that they must have, where any will not do.
 FORMS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any], tuple[type, ...]]] = {
-    **{k.__name__: (k, list, k, ()) for k in (set, frozenset, collections.deque)},
-    **{
-        k.__name__: (k, lambda v: [v.hex()], lambda p, k=k: k.fromhex(*p), (str,)) for k in (bytes, bytearray)
-    },
-    **{
-        k.__name__: (k, lambda v: [*v.items()], lambda p, k=k: k(dict(p)), ())
-        for k in (collections.Counter, collections.OrderedDict)
-    },
-    **{
-        k.__name__: (k, lambda v: [v.isoformat()], lambda p, k=k: k.fromisoformat(*p), (str,))
-        for k in (datetime.date, datetime.time, datetime.datetime)
-    },
-    **{
-        k.__name__: (k, lambda v: [v.getvalue(), v.tell()], lambda p, k=k: _opened(k(p[0]), p[1]), ())
-        for k in (io.StringIO, io.BytesIO)
-    },
+    **_forms((set, frozenset, collections.deque), list, lambda k, p: k(p)),
+    **_forms((bytes, bytearray), lambda v: [v.hex()], lambda k, p: k.fromhex(*p), str),
+    **_forms((collections.Counter, collections.OrderedDict), lambda v: [*v.items()], lambda k, p: k(dict(p))),
+    **_forms((date, time, datetime), lambda v: [v.isoformat()], lambda k, p: k.fromisoformat(*p), str),
+    **_forms((io.StringIO, io.BytesIO), lambda v: [v.getvalue(), v.tell()], _opened),
     "keys": (type({}.keys()), list, lambda p: dict.fromkeys(p).keys(), ()),
     "values": (type({}.values()), list, lambda p: dict(enumerate(p)).values(), ()),
     "items": (type({}.items()), list, lambda p: dict(p).items(), ()),

@@ -17,9 +17,7 @@ from rewards.code.protocol import BadValue, Channel, Closed, Decoder, Encoder, N
 
 # Exceptions that would end a loop of the tests as if it had finished, or end the tests; they arrive as
 # RuntimeError.
-CONTROL_FLOW = frozenset(
-    {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
-)
+CONTROL_FLOW = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 SEED = random.seed
 OWN = "_is_of_the_solution"  # an attribute of exceptions
@@ -27,9 +25,7 @@ TALK = ("input", "print")  # functions whose replacement by the tests holds for 
 
 
 class SolutionFault(BaseException):
-    """The solution is gone, or broke the protocol. Not an Exception, so that tests which expect one do not
-    take it for theirs.
-    """
+    """The solution is gone or broke the protocol. No Exception: tests that expect one must not catch it."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
@@ -103,10 +99,8 @@ class Link:
 
     def _ask_around(self, operation: str, target: int | str, args: Any, kwargs: Any) -> Any:
         """`_ask` while the solution reads the tests' stdin, and what it prints goes to their stdout."""
-        stdin, *_, read, write = (
-            now if now is not before else None
-            for now, before in zip(self._around(), self._world, strict=True)
-        )
+        pairs = zip(self._around(), self._world, strict=True)
+        stdin, *_, read, write = (now if now is not before else None for now, before in pairs)
         text = stdin.read() if stdin is not None else None
         self._ask("redirect", 0, (text, read, write), {})
         try:
@@ -162,9 +156,7 @@ class Link:
             raise BadValue(f"{type(error).__name__} while accepting an answer") from None
 
     def _exception(self, names: Any, content: Any) -> Exception:
-        """The nearest built-in exception class; control-flow exceptions become RuntimeError. `content`:
-        message, encoded arguments, encoded attributes.
-        """
+        """The nearest built-in exception. `content`: its message, then encoded arguments and attributes."""
         names = [name for name in names if type(name) is str] if type(names) is list else []
         message, args, attributes = content
         kind: Any = RuntimeError if CONTROL_FLOW.intersection(names) else self._exception_class(names)
@@ -182,9 +174,7 @@ class Link:
         return error
 
     def _exception_class(self, names: list[str]) -> type[Exception]:
-        """What an exception class of the solution, the first of these names and derived from the others, is
-        here.
-        """
+        """What stands here for an exception class of the solution: its name, then those of its bases."""
         module, _, name = names[0].rpartition(".") if names else ("", "", "RuntimeError")
         is_library = module.partition(".")[0] in sys.stdlib_module_names
         found = getattr(sys.modules.get(module) if is_library else builtins, name, None)
@@ -197,8 +187,7 @@ class Link:
         return self._exceptions[names[0]]
 
     def _call_back(self, number: Any, args: Any, objects: Any) -> list[Any]:
-        known = type(number) is int and 0 <= number < len(self._callbacks)
-        if not known:
+        if type(number) is not int or not 0 <= number < len(self._callbacks):
             raise BadValue("a call to a function that was not passed")
         values, keywords = Decoder(self._resolve, self._classes).decode_message([args], objects)[0]
         encoder = Encoder(self._refer, self._is_shared)

@@ -1,6 +1,4 @@
-"""Partial credit for scripts of asserts: each `assert` becomes a test of its own that does not end the
-script.
-"""
+"""Partial credit for scripts of asserts: each `assert` becomes a test that does not end the script."""
 
 from __future__ import annotations
 
@@ -60,17 +58,13 @@ class Sites:
         """One entry per test, then a failure for each crash. An assert that was not reached failed, unless an
         `if` left it out of a complete run: None.
         """
-        held = [
-            None if held is None and optional and not aborted else held is True
-            for held, optional in zip(self.held, self.optional, strict=True)
-        ]
+        sites = zip(self.held, self.optional, strict=True)
+        held = [None if h is None and optional and not aborted else h is True for h, optional in sites]
         return [*held, *[False] * (self.num_crashes + aborted)]
 
 
 def soften(body: list[ast.stmt], sites: Sites, optional: bool = False) -> list[ast.stmt]:
-    """The statements with their asserts rewritten, but for those in classes, and under `try` and `with`,
-    where an AssertionError is control flow.
-    """
+    """Rewrites asserts, but not in classes or under `try` and `with`, where failing is control flow."""
     return [_softened(node, sites, optional) for node in body]
 
 
@@ -97,8 +91,7 @@ def _site(node: ast.Assert, number: int) -> ast.stmt:
     def call(name: str, value: ast.expr) -> ast.stmt:
         return ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(number), value], []))
 
-    handler = ast.ExceptHandler(
-        ast.Name("Exception", ast.Load()), ERROR, [call(FAILED, ast.Name(ERROR, ast.Load()))]
-    )
+    failed = call(FAILED, ast.Name(ERROR, ast.Load()))
+    handler = ast.ExceptHandler(ast.Name("Exception", ast.Load()), ERROR, [failed])
     guarded = ast.Try([call(PASSED, node.test)], [handler], [], [])
     return ast.fix_missing_locations(ast.copy_location(guarded, node))

@@ -46,9 +46,7 @@ MUTABLE = "list dict set bytearray deque Counter OrderedDict object StringIO Byt
 
 
 def _claimed(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
-    """A comparison of the solution that counts only if it depends on what the object holds: it must not hold
-    of one of the same class whose attributes are all something else.
-    """
+    """A comparison of the solution's that counts only if it fails for a twin whose attributes are others."""
 
     def answer(one: Any, other: Any) -> bool:
         holds = bool(compare(one, other))
@@ -101,9 +99,7 @@ def operation(name: str) -> Callable[..., Any]:
 
 
 def main(source: bytes) -> int:
-    """`source`: {"code", "prompt", "own", "leetcode"} as JSON. Answers calls from descriptor 3 on
-    descriptor 4 until the tester ends.
-    """
+    """Answers calls until the tester ends. `source`: {"code", "prompt", "own", "leetcode"} as JSON."""
     given = json.loads(source)
     builtins.open = open_special
     server = Server(Channel(3, 4))
@@ -301,9 +297,7 @@ class Server:
         return self.module.__dict__.get(name)
 
     def __getitem__(self, name: str) -> type:
-        """The solution's class of that name; if it defines none, a plain one that it then shares with the
-        tester.
-        """
+        """The solution's class of that name; if it has none, a plain one, now shared with the tester."""
         found = self.get(name)
         if not isinstance(found, type):
             found = self.module.__dict__[name] = type(name, (), {"__module__": "solution"})

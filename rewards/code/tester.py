@@ -75,9 +75,7 @@ def _write(record: dict[str, Any]) -> None:
 
 
 def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
-    """LeetCode-style data: each case calls the entry point and compares the value. Tuples equal lists, as
-    JSON has no tuples.
-    """
+    """LeetCode-style data: each case calls the entry point. Tuples equal lists, as JSON has no tuples."""
     call: Any = Remote(link, given["entry_point"])
     passed: list[bool] = []
     detail = ""
@@ -169,16 +167,10 @@ def _has_more_than_a_script(source: str, entry_point: str) -> bool:
 
 
 def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What a test runner would run: an uncalled `check(candidate)`, uncalled `test*` functions, unittest
-    cases.
-    """
-    called = {
-        node.func.id
-        for statement in tree.body
-        if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    """What a test runner would run: `check(candidate)` and `test*` functions if uncalled, unittest cases."""
+    script = (node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef))
+    calls = (node for part in script for node in ast.walk(part) if isinstance(node, ast.Call))
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name not in called:
             function = namespace[node.name]

@@ -51,9 +51,8 @@ def parse_tests(tests: Mapping[str, Any] | str) -> CodeTests:
     if "type" not in tests and "inputs" in tests:
         tests = _from_columns(tests)
     kind = tests.get("type")
-    texts: dict[str, Any] = {
-        name: _text(tests, name) for name in ("entry_point", "prompt", "language") if tests.get(name)
-    }
+    named = ("entry_point", "prompt", "language")
+    texts: dict[str, Any] = {name: _text(tests, name) for name in named if tests.get(name)}
     if kind == SCRIPT:
         code = tests.get("code")
         if isinstance(code, Sequence) and not isinstance(code, str):
@@ -79,11 +78,10 @@ def _from_columns(tests: Mapping[str, Any]) -> dict[str, Any]:
     inputs, outputs = tests["inputs"], tests.get("outputs")
     if not isinstance(outputs, Sequence) or len(inputs) != len(outputs):
         raise ValueError("tests with inputs need as many outputs")
-    if tests.get("fn_name"):
-        cases = [{"args": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
-        return {**tests, "type": CALLS, "entry_point": tests["fn_name"], "cases": cases}
-    cases = [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
-    return {**tests, "type": STDIO, "cases": cases}
+    name = "args" if tests.get("fn_name") else "input"
+    cases = [{name: given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
+    kind = {"type": CALLS, "entry_point": tests["fn_name"]} if name == "args" else {"type": STDIO}
+    return {**tests, **kind, "cases": cases}
 
 
 def _case(kind: str, index: int, case: Any) -> dict[str, Any]:
@@ -114,11 +112,9 @@ def _text(tests: Mapping[str, Any], name: str) -> str:
 def _weights(weights: Any, num_tests: int | None) -> tuple[float, ...]:
     if weights is None:
         return ()
-    good = isinstance(weights, Sequence) and all(
-        isinstance(w, int | float) and 0 <= w < float("inf") for w in weights
-    )
+    numbers = weights if isinstance(weights, Sequence) else [None]
+    good = all(isinstance(w, int | float) and 0 <= w < float("inf") for w in numbers)
     if not good or sum(weights) <= 0 or (num_tests is not None and len(weights) != num_tests):
-        raise ValueError(
-            f"weights must be finite numbers >= 0, not all 0, one for each of the {num_tests or ''} tests"
-        )
+        rule = f"finite numbers >= 0, not all 0, one for each of the {num_tests or ''} tests"
+        raise ValueError(f"weights must be {rule}")
     return tuple(float(w) for w in weights)

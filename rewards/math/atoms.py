@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rewards.math.constructs import big, command, function, raw_argument
-from rewards.math.text import Node, Unparsable
-
-if TYPE_CHECKING:
-    from rewards.math.parse import Parser
+from rewards.math.cursor import Grammar
+from rewards.math.tree import Node, Unparsable
 
 _CLOSERS = {"(": (")", "]"), "[": (")", "]", "["), "<<": (">>",), "]": ("[", ")", "]")}
 # `a(b + c)` is a product, `f(x)` an application.
@@ -17,7 +13,7 @@ _CHOICES = {"C": "binom", "P": "perm"}
 _PAIR = (["op", "num", "op", "num", "op"], ["op", "sym", "op", "sym", "op"])
 
 
-def atom(parser: Parser) -> Node:
+def atom(parser: Grammar) -> Node:
     kind, value, raw = parser.take()
     if kind == "num":
         return ("num", value) if parser.value() != "_" else ("digits", raw, value)
@@ -47,7 +43,7 @@ def atom(parser: Parser) -> Node:
     raise Unparsable(f"{raw[:20]!r} where a value should be" if raw else "the answer stops short")
 
 
-def bracket(parser: Parser, opener: str) -> Node:
+def bracket(parser: Grammar, opener: str) -> Node:
     if opener == "|":
         return _absolute(parser)
     if opener == "\\{":
@@ -81,7 +77,7 @@ def bracket(parser: Parser, opener: str) -> Node:
     return node
 
 
-def _group(parser: Parser) -> Node:
+def _group(parser: Grammar) -> Node:
     """{...}: a group, {a \\over b}, {n \\choose k}; with commas, a set without its backslashes."""
     if parser.accept("}"):
         return ("text", "") if parser.kind() == "end" else parser.atom()
@@ -94,7 +90,7 @@ def _group(parser: Parser) -> Node:
     return ("set", node[2]) if node[0] == "list" and node[1] in (",", ";") else node
 
 
-def _absolute(parser: Parser) -> Node:
+def _absolute(parser: Grammar) -> Node:
     parser.descend()
     parser.bars += 1
     node = parser.sum()
@@ -104,7 +100,7 @@ def _absolute(parser: Parser) -> Node:
     return ("fn", "abs", (node,))
 
 
-def _rounded(parser: Parser, name: str) -> Node:
+def _rounded(parser: Grammar, name: str) -> Node:
     parser.descend()
     bars, parser.bars = parser.bars, 0
     node = parser.sum()
@@ -114,13 +110,13 @@ def _rounded(parser: Parser, name: str) -> Node:
     return ("fn", name, (node,))
 
 
-def _is_builder(parser: Parser) -> bool:
+def _is_builder(parser: Grammar) -> bool:
     """{x | x > 2}, which lost the backslashes of its braces."""
     bar = parser.peek(1)[1] in ("|", ":") and not parser.bars and not parser.in_builder
     return bar and parser.kind() == "sym" and parser.peek(2)[0] == "sym" and parser.peek(3)[0] == "rel"
 
 
-def _set(parser: Parser, closer: str) -> Node:
+def _set(parser: Grammar, closer: str) -> Node:
     """\\{1, 2\\}, \\{x | x > 2\\}, \\{x \\in \\mathbb{R} : x > 2\\}, \\{\\}."""
     if parser.accept(closer):
         return ("empty",)
@@ -139,7 +135,7 @@ def _set(parser: Parser, closer: str) -> Node:
     return node
 
 
-def symbol(parser: Parser, name: str) -> Node:
+def symbol(parser: Grammar, name: str) -> Node:
     """A variable, a function's value f(2), or a quantity such as P(A | B) before its equals sign."""
     while parser.kind() == "op" and parser.value() in ("_", "'"):
         name += "_" + raw_argument(parser) if parser.take()[1] == "_" else "'"
@@ -157,7 +153,7 @@ def symbol(parser: Parser, name: str) -> Node:
     return ("sym", name)
 
 
-def _statement(parser: Parser) -> str:
+def _statement(parser: Grammar) -> str:
     """(X = 1), (A | B), (win) where an equals sign follows: what a probability is of. Else nothing."""
     depth, said = 0, False
     for ahead in range(40):
@@ -171,7 +167,7 @@ def _statement(parser: Parser) -> str:
     return ""
 
 
-def _is_definition(parser: Parser) -> bool:
+def _is_definition(parser: Grammar) -> bool:
     """W(n) = ...: a letter at the start of a side, a bracket, and the relation right after it."""
     if parser.at >= 2 and parser.peek(-2)[0] not in ("sep", "rel") and parser.peek(-2)[1] not in (",", ";"):
         return False
@@ -181,7 +177,7 @@ def _is_definition(parser: Parser) -> bool:
     return False
 
 
-def _named_figure(parser: Parser, prefix: str) -> Node:
+def _named_figure(parser: Grammar, prefix: str) -> Node:
     """\\angle ABC, \\triangle ABC: a name."""
     name = ""
     while parser.kind() == "sym":

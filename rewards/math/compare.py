@@ -7,6 +7,7 @@ import itertools
 from fractions import Fraction
 from typing import Any
 
+from rewards.math.arithmetic import BUDGET
 from rewards.math.conditions import (
     as_equation,
     proportion,
@@ -14,15 +15,13 @@ from rewards.math.conditions import (
     same_inequality,
     same_under_conditions,
 )
-from rewards.math.matrix import same_vector
 from rewards.math.measure import same_time, without_units
-from rewards.math.names import is_log_without_bars, same_renamed
+from rewards.math.names import is_log_without_bars, same_renamed, same_vector
 from rewards.math.options import MathOptions
 from rewards.math.probe import same_value
 from rewards.math.region import as_region, listed_intervals
-from rewards.math.text import Node, Shape, TooComplex
-from rewards.math.tree import has, renamed, symbols
-from rewards.math.value import BUDGET, Evaluator
+from rewards.math.tree import Node, Shape, TooComplex, has, renamed, symbols
+from rewards.math.value import Evaluator
 
 Items = tuple[Shape, ...]
 
@@ -62,9 +61,7 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     if "contradiction" in kinds:
         last = prediction[1] if options.chains == "last" and gold[0] != "contradiction" else None
         return last is not None and same(gold, last, options)
-    if (
-        prediction[0] == "equation" and prediction[2] and gold[0] == "scalar"
-    ):  # m + n = 7 where 7 is asked for
+    if prediction[0] == "equation" and prediction[2] and gold[0] == "scalar":  # m + n = 7 for 7
         return _same_number(gold[1], prediction[2], options)
     if "named" in kinds or kinds == ("equation", "equation"):
         return _same_named(gold, prediction, options)
@@ -101,9 +98,7 @@ def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         again = functools.partial(same, options=options)
         return _same_number(gold[1], prediction[1], options) or same_renamed(gold, prediction, again)
     if kind == "seq":
-        if len(gold[3]) != len(prediction[3]) or not _brackets_agree(gold, prediction):
-            return False
-        return all(same(a, b, options) for a, b in zip(gold[3], prediction[3], strict=True))
+        return _brackets_agree(gold, prediction) and _same_each(gold[3], prediction[3], options)
     if kind == "base":
         return gold[2] == prediction[2] and gold[1].lstrip("0") == prediction[1].lstrip("0")
     if kind == "pieces":
@@ -127,18 +122,12 @@ def _brackets_agree(gold: Shape, prediction: Shape) -> bool:
 
 
 def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
-    gold_percent, percent = _marked(gold, "percent"), _marked(prediction, "percent")
-    if (gold_percent is None) != (percent is None):
-        if options.percent == "sign":
-            return False
-        if _close(gold, prediction, options):
-            return True
-        return options.percent == "either" and _close(gold_percent or gold, percent or prediction, options)
-    gold_degrees, degrees = _marked(gold, "deg"), _marked(prediction, "deg")
-    if (gold_degrees is None) != (degrees is None):
-        if _close(gold, prediction, options):
-            return True
-        return options.degrees == "either" and _close(gold_degrees or gold, degrees or prediction, options)
+    """Where one of two numbers has a mark, they may be equal with it or, where it is free, without it."""
+    for mark, policy in (("percent", options.percent), ("deg", options.degrees)):
+        left, right = _marked(gold, mark), _marked(prediction, mark)
+        if (left is None) != (right is None):
+            is_same = policy != "sign" and _close(gold, prediction, options)
+            return is_same or (policy == "either" and _close(left or gold, right or prediction, options))
     return _close(gold, prediction, options)
 
 
@@ -154,14 +143,13 @@ def _marked(node: Node, mark: str) -> Node | None:
 def _close(gold: Node, prediction: Node, options: MathOptions) -> bool:
     if same_value(gold, prediction):
         return not is_log_without_bars(gold, prediction)
-    if options.decimal_rtol <= 0 or not (has(gold, "dec") or has(prediction, "dec")):
-        return False
-    if symbols(gold) or symbols(prediction):
+    is_decimal = has(gold, "dec") or has(prediction, "dec")
+    if options.decimal_rtol <= 0 or not is_decimal or symbols(gold) or symbols(prediction):
         return False
     evaluator = Evaluator(0, [BUDGET])
     a, b = evaluator.value(gold), evaluator.value(prediction)
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        a, b = evaluator.real(a), evaluator.real(b)
+        a, b = evaluator.arithmetic.real(a), evaluator.arithmetic.real(b)
         return bool(abs(a - b) <= options.decimal_rtol * max(abs(a), abs(b)))
     return abs(a - b) <= Fraction(options.decimal_rtol) * max(abs(a), abs(b))
 
@@ -175,13 +163,17 @@ def _same_items(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
     left, right = gold[-1], prediction[-1]
     if max(len(left), len(right)) > MAX_ITEMS:
         raise TooComplex(f"more than {MAX_ITEMS} items")
-    if len(left) == len(right) and all(same(a, b, options) for a, b in zip(left, right, strict=True)):
+    if _same_each(left, right, options):
         return True
     if options.ordered_lists and gold[0] == prediction[0] == "many" and "pm" not in (gold[1], prediction[1]):
         return False
     if ("dots",) in left or ("dots",) in right:
         return False
     return _same_unordered(left, right, options, is_set="set" in (gold[0], prediction[0]))
+
+
+def _same_each(left: Items, right: Items, options: MathOptions) -> bool:
+    return len(left) == len(right) and all(same(a, b, options) for a, b in zip(left, right, strict=True))
 
 
 def _same_unordered(left: Items, right: Items, options: MathOptions, *, is_set: bool) -> bool:
@@ -213,7 +205,7 @@ def _same_across(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         listed, tupled = (gold, prediction) if gold[0] == "many" else (prediction, gold)
         is_tuple = listed[1] not in ("pm", "or") and tupled[1:3] == ("(", ")")
         if is_tuple and len(listed[2]) == len(tupled[3]):
-            return all(same(a, b, options) for a, b in zip(gold[-1], prediction[-1], strict=True))
+            return _same_each(gold[-1], prediction[-1], options)
     one, other = (gold, prediction) if gold[0] in ("many", "set") else (prediction, gold)
     if one is gold:
         return len(one[-1]) == 1 and same(one[-1][0], other, options)
@@ -234,7 +226,7 @@ def _same_assigned(gold: Shape, prediction: Shape, options: MathOptions) -> bool
     if len(values) != len(other[-1]) or not options.loose_shapes:
         return False
     left, right = (values, other[-1]) if assigned is gold else (other[-1], values)
-    if all(same(a, b, options) for a, b in zip(left, right, strict=True)):
+    if _same_each(left, right, options):
         return True
     numbered = all("_" in name for name, _ in pairs) and len({name.split("_")[0] for name, _ in pairs}) == 1
     return numbered and other[0] == "many" and _same_unordered(left, right, options, is_set=False)
@@ -252,7 +244,7 @@ def _same_matrix(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
         return False
     vector = tuple(("scalar", entry) for row in matrix[1] for entry in row)
     left, right = (vector, other[3]) if matrix is gold else (other[3], vector)
-    return len(left) == len(right) and all(same(a, b, options) for a, b in zip(left, right, strict=True))
+    return _same_each(left, right, options)
 
 
 def _same_ratio(gold: Shape, prediction: Shape, options: MathOptions) -> bool:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from rewards.math.arithmetic import BUDGET
 from rewards.math.region import linear
-from rewards.math.text import MathError, Node, Shape, Undefined
-from rewards.math.tree import renamed, symbols
-from rewards.math.value import BUDGET, Evaluator
+from rewards.math.tree import MathError, Node, Shape, Undefined, renamed, symbols
+from rewards.math.value import Evaluator
 
 _NAME = r"(?P<{0}>[a-zA-Z])"
 _SIGN = r"(?:[+*]|\\ast)"
@@ -158,13 +158,13 @@ def proportion(left: Node, right: Node) -> Any:
             continue
         if a == 0 or b == 0:
             return None
-        quotient = evaluator.combine(a, b, "/")
-        if isinstance(quotient, evaluator.mp.mpc):
+        quotient = evaluator.arithmetic.combine(a, b, "/")
+        if isinstance(quotient, evaluator.arithmetic.mp.mpc):
             return None
         if factor is None:
             factor = quotient
             continue
-        difference = evaluator.combine(quotient, -factor, "+")
+        difference = evaluator.arithmetic.combine(quotient, -factor, "+")
         if difference != 0 and abs(difference) > abs(factor) * Fraction(1, 2**120):
             return None
     return factor

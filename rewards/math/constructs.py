@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-from rewards.math.text import Node, TooComplex, Unparsable, Unsupported
-from rewards.math.tree import replaced
+from rewards.math.cursor import Grammar
+from rewards.math.tree import Node, TooComplex, Unparsable, Unsupported, replaced
 from rewards.math.units import parse_unit
 from rewards.math.words import split
-
-if TYPE_CHECKING:
-    from rewards.math.parse import Parser
 
 _MATRICES = split("matrix pmatrix bmatrix Bmatrix smallmatrix array pmatrix* bmatrix*")
 _LINES = split("cases aligned align align* split gathered gather* equation equation*")
@@ -25,7 +21,7 @@ _OF_SETS = split("max min gcd lcm")
 _INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
 
 
-def digit_argument(parser: Parser) -> Node:
+def digit_argument(parser: Grammar) -> Node:
     """The argument of \\frac or \\sqrt without braces: one token, and of a number its first digit."""
     kind, value, raw = parser.tokens[parser.at]
     if value == "{" and parser.tokens[parser.at + 1][0] == "num" and parser.tokens[parser.at + 2][1] == "}":
@@ -37,7 +33,7 @@ def digit_argument(parser: Parser) -> Node:
     return parser.atom()
 
 
-def command(parser: Parser, name: str) -> Node:
+def command(parser: Grammar, name: str) -> Node:
     if name == "frac":
         above = digit_argument(parser)
         below = digit_argument(parser)
@@ -63,7 +59,7 @@ def command(parser: Parser, name: str) -> Node:
     raise Unparsable(f"\\{name} is out of place")
 
 
-def raw_argument(parser: Parser) -> str:
+def raw_argument(parser: Grammar) -> str:
     """The next token or group, as text."""
     if not parser.accept("{"):
         return parser.take()[2]
@@ -78,7 +74,7 @@ def raw_argument(parser: Parser) -> str:
         pieces.append(raw)
 
 
-def function(parser: Parser, name: str) -> Node:
+def function(parser: Grammar, name: str) -> Node:
     power: Node | None = None
     index: Node | None = None
     while parser.kind() == "op" and parser.value() in ("^", "_"):
@@ -99,7 +95,7 @@ def function(parser: Parser, name: str) -> Node:
     return ("pow", node, power) if power is not None else node
 
 
-def _arguments(parser: Parser, name: str) -> tuple[Node, ...]:
+def _arguments(parser: Grammar, name: str) -> tuple[Node, ...]:
     """The bracket after a function, or the product up to the next sign or function: \\sin 2x \\cos x."""
     if parser.kind() == "op" and (
         parser.value() in ("(", "[", "{") or (parser.value() == "\\{" and name in _OF_SETS)
@@ -118,7 +114,7 @@ def _arguments(parser: Parser, name: str) -> tuple[Node, ...]:
     return (node,)
 
 
-def big(parser: Parser, kind: str) -> Node:
+def big(parser: Grammar, kind: str) -> Node:
     """\\sum_{k=1}^{n} body, the body up to the next sign."""
     low: Node | None = None
     high: Node | None = None
@@ -127,13 +123,7 @@ def big(parser: Parser, kind: str) -> Node:
             low = parser.atom()
         elif parser.accept("^"):
             high = digit_argument(parser)
-    if (
-        low is None
-        or high is None
-        or low[0] != "rel"
-        or low[1] != ("=",)
-        or low[2][0][0] not in ("sym", "const")
-    ):
+    if low is None or high is None or low[:2] != ("rel", ("=",)) or low[2][0][0] not in ("sym", "const"):
         raise Unsupported(f"a {kind} without plain bounds")
     parser.descend()
     body = parser.product()
@@ -143,7 +133,7 @@ def big(parser: Parser, kind: str) -> Node:
     return ("big", kind, low[2][0][1], low[2][1], high, body)
 
 
-def environment(parser: Parser) -> Node:
+def environment(parser: Grammar) -> Node:
     name = raw_argument(parser)
     if name == "array" and parser.value() == "{":
         raw_argument(parser)
@@ -180,7 +170,7 @@ def environment(parser: Parser) -> Node:
     return ("matrix", tuple(tuple(row) for row in rows))
 
 
-def _spoken_condition(parser: Parser) -> list[Node]:
+def _spoken_condition(parser: Grammar) -> list[Node]:
     """Nothing for "if", which a condition follows; "otherwise" is one."""
     words = parser.take()[2].strip(" ,.").casefold() if parser.kind() == "text" else ""
     if words in _OTHERWISE:
@@ -190,7 +180,7 @@ def _spoken_condition(parser: Parser) -> list[Node]:
     return []
 
 
-def exponent(parser: Parser, base: Node) -> Node:
+def exponent(parser: Grammar, base: Node) -> Node:
     braced = parser.value() == "{" and parser.peek(1)[0] == "circ" and parser.peek(2)[1] == "}"
     if braced or parser.kind() == "circ" or (base[0] == "num" and parser.peek()[2] == "o"):
         parser.at += 3 if braced else 1
@@ -242,13 +232,13 @@ def _marked_domain(name: str, mark: str) -> Node:
     return ("sym", f"{name}^{mark}")
 
 
-def _degrees(parser: Parser, base: Node) -> Node:
+def _degrees(parser: Grammar, base: Node) -> Node:
     if parser.peek(0)[1] in ("C", "F") and parser.peek(1)[0] == "end":
         return ("unit", base, parse_unit("°" + parser.take()[1]))
     return ("deg", base)
 
 
-def exponent_value(parser: Parser) -> Node:
+def exponent_value(parser: Grammar) -> Node:
     """x^10 means ten, as everybody who writes it does, though TeX would raise the 1 alone.
 
     2^3^2 is 2^(3^2).
@@ -265,7 +255,7 @@ def exponent_value(parser: Parser) -> Node:
     return node
 
 
-def subscript(parser: Parser, node: Node) -> Node:
+def subscript(parser: Grammar, node: Node) -> Node:
     index = raw_argument(parser)
     if node[0] == "num" and node[1] >= 0 and node[1].denominator == 1:  # (1101)_2
         node = ("digits", str(int(node[1])), node[1])
@@ -285,7 +275,7 @@ def subscript(parser: Parser, node: Node) -> Node:
     raise Unparsable("a subscript on a value")
 
 
-def read_mixed(parser: Parser, factors: list[Node]) -> Node:
+def read_mixed(parser: Grammar, factors: list[Node]) -> Node:
     """2 1/3, at its second number."""
     whole, top, slash, bottom = factors[0], parser.peek(), parser.peek(1), parser.peek(2)
     if (

@@ -1,4 +1,4 @@
-"""Powers, roots and named functions on exact and mpmath numbers, each with the bound that keeps it cheap."""
+"""Named functions on exact and mpmath numbers, each with the bound that keeps it cheap."""
 
 from __future__ import annotations
 
@@ -6,141 +6,58 @@ import math
 import operator
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rewards.math.text import TooComplex, Undefined, Unsupported
+from rewards.math.arithmetic import MAX_POWER_BITS, Arithmetic, Number, magnitude, power_bits, root
+from rewards.math.tree import TooComplex, Undefined, Unsupported
 
-if TYPE_CHECKING:
-    from rewards.math.value import Evaluator, Number
-
-MAX_POWER_BITS = 60_000
 MAX_FACTORIAL = 3_000
 MAX_SPECIAL_BITS = 700  # gamma and zeta take seconds to thousands of bits
-NOTHING = -(10**12)  # the binary exponent of zero
 
 
-def magnitude(value: Number) -> int:
-    """The binary exponent of an mpmath number, within 2; `NOTHING` for zero.
-
-    Raises:
-        Undefined: an infinity or NaN.
-    """
-    parts = value._mpc_ if hasattr(value, "_mpc_") else (value._mpf_,)
-    sizes = [exponent + bits for _, mantissa, exponent, bits in parts if mantissa]
-    if any(not mantissa and exponent for _, mantissa, exponent, _ in parts):
-        raise Undefined("not a finite number")
-    return max(sizes) if sizes else NOTHING
-
-
-def power(evaluator: Evaluator, base: Number, exponent: Number) -> Number:
-    """base ** exponent.
-
-    A negative base has its real root where the exponent's denominator is odd: (-8)^(1/3) = -2.
-    """
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        if base == 0 and exponent <= 0:
-            raise Undefined("zero to a power that is not positive")
-        if exponent.denominator == 1 and _power_bits(base, exponent) <= MAX_POWER_BITS:
-            return evaluator.exact(base ** int(exponent))
-        if 1 < exponent.denominator <= 64 and abs(exponent) < 1000:
-            rooted = _exact_root(base, exponent.denominator)
-            if rooted is not None and _power_bits(rooted, exponent) <= MAX_POWER_BITS:
-                return evaluator.exact(rooted**exponent.numerator)
-    is_odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 and exponent.denominator > 1
-    if is_odd_root and not isinstance(base, evaluator.mp.mpc) and base < 0:
-        size = power(evaluator, -base, exponent)
-        return -size if exponent.numerator % 2 else size
-    mp = evaluator.mp
-    base, exponent = evaluator.real(base), evaluator.real(exponent)
-    if base == 0:
-        if mp.re(exponent) <= 0:
-            raise Undefined("zero to a power that is not positive")
-        return Fraction(0)
-    bits = (abs(magnitude(base)) + 4) * abs(exponent)
-    if bits > MAX_POWER_BITS:
-        raise TooComplex("a power too large to compute")
-    evaluator.charge(4 * evaluator.charge_unit)
-    return evaluator.checked(mp.power(base, exponent))
-
-
-def _power_bits(base: Fraction, exponent: Fraction) -> int:
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    return 0 if size <= 1 else int(abs(exponent) * size)
-
-
-def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-    bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-    if value < 0 or bits > (8000 if degree == 2 else 1000):
-        return None
-    top, bottom = _whole_root(value.numerator, degree), _whole_root(value.denominator, degree)
-    return None if top is None or bottom is None else Fraction(top, bottom)
-
-
-def _whole_root(number: int, degree: int) -> int | None:
-    """The whole `degree`-th root of a whole number >= 0, by Newton's method; None if it has none."""
-    if number < 2:
-        return number
-    if degree == 2:
-        root = math.isqrt(number)
-    else:
-        root = 1 << -(-number.bit_length() // degree)
-        while True:
-            smaller = ((degree - 1) * root + number // root ** (degree - 1)) // degree
-            if smaller >= root:
-                break
-            root = smaller
-    return root if root**degree == number else None
-
-
-def root(evaluator: Evaluator, value: Number, degree: Number) -> Number:
-    if not isinstance(degree, Fraction) or degree == 0:
-        raise Undefined("a root of that degree")
-    return power(evaluator, value, 1 / degree)
-
-
-def factorial(evaluator: Evaluator, value: Number) -> Number:
+def factorial(arithmetic: Arithmetic, value: Number) -> Number:
     if isinstance(value, Fraction) and value.denominator == 1:
         if value < 0:
             raise Undefined("the factorial of a negative number")
         if value > MAX_FACTORIAL:
             raise TooComplex(f"the factorial of a number above {MAX_FACTORIAL}")
-        evaluator.charge(1 + float(value) / 10)
-        return evaluator.exact(Fraction(math.factorial(int(value))))
-    return _gamma(evaluator, evaluator.combine(value, Fraction(1), "+"))
+        arithmetic.charge(1 + float(value) / 10)
+        return arithmetic.exact(Fraction(math.factorial(int(value))))
+    return _gamma(arithmetic, arithmetic.combine(value, Fraction(1), "+"))
 
 
-def _gamma(evaluator: Evaluator, value: Number) -> Number:
+def _gamma(arithmetic: Arithmetic, value: Number) -> Number:
     if isinstance(value, Fraction) and value.denominator == 1:
-        return factorial(evaluator, value - 1)
-    value = evaluator.real(value)
-    if abs(value) > 40 or evaluator.mp.prec > MAX_SPECIAL_BITS:
+        return factorial(arithmetic, value - 1)
+    value = arithmetic.real(value)
+    if abs(value) > 40 or arithmetic.mp.prec > MAX_SPECIAL_BITS:
         raise TooComplex("the gamma function of a large number")
-    evaluator.charge(400 * evaluator.charge_unit)
-    return evaluator.checked(evaluator.mp.gamma(value))
+    arithmetic.charge(400 * arithmetic.charge_unit)
+    return arithmetic.checked(arithmetic.mp.gamma(value))
 
 
-def _binomial(evaluator: Evaluator, n: Number, k: Number) -> Number:
+def _binomial(arithmetic: Arithmetic, n: Number, k: Number) -> Number:
     if all(isinstance(number, Fraction) and number.denominator == 1 for number in (n, k)):
-        return _whole(math.comb, 20_000, "a choice")(evaluator, n, k)
+        return _whole(math.comb, 20_000, "a choice")(arithmetic, n, k)
     one = Fraction(1)
-    top = _gamma(evaluator, evaluator.combine(n, one, "+"))
-    left = _gamma(evaluator, evaluator.combine(k, one, "+"))
-    right = _gamma(evaluator, evaluator.combine(evaluator.combine(n, -k, "+"), one, "+"))
-    return evaluator.combine(top, evaluator.combine(left, right, "*"), "/")
+    top = _gamma(arithmetic, arithmetic.combine(n, one, "+"))
+    left = _gamma(arithmetic, arithmetic.combine(k, one, "+"))
+    right = _gamma(arithmetic, arithmetic.combine(arithmetic.combine(n, -k, "+"), one, "+"))
+    return arithmetic.combine(top, arithmetic.combine(left, right, "*"), "/")
 
 
 def _whole(compute: Callable[..., int], limit: float, name: str) -> Callable[..., Number]:
     """A function of whole numbers, bounded."""
 
-    def function(evaluator: Evaluator, *values: Number) -> Number:
+    def function(arithmetic: Arithmetic, *values: Number) -> Number:
         if any(not isinstance(value, Fraction) or value.denominator != 1 for value in values):
             raise Unsupported(f"{name} of a number that is not whole")
         if min(values) < 0 and compute is not operator.mod:
             raise Undefined(f"{name} of negative numbers")
         if max(values) > limit:
             raise TooComplex(f"{name} of large numbers")
-        evaluator.charge(1 + float(max(values)) / 10 if limit < math.inf else 1)
-        return evaluator.exact(Fraction(compute(*map(int, values))))
+        arithmetic.charge(1 + float(max(values)) / 10 if limit < math.inf else 1)
+        return arithmetic.exact(Fraction(compute(*map(int, values))))
 
     return function
 
@@ -153,32 +70,32 @@ def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
     """
     periodic = name in ("sin", "cos", "tan", "asin", "acos", "atan")
 
-    def function(evaluator: Evaluator, value: Number) -> Number:
-        value = evaluator.real(value)
+    def function(arithmetic: Arithmetic, value: Number) -> Number:
+        value = arithmetic.real(value)
         if abs(value) > limit:
             raise TooComplex(f"{name} of a large number")
-        evaluator.charge(cost * evaluator.charge_unit)
-        result = getattr(evaluator.mp, name)(value)
-        if periodic and result != 0 and abs(magnitude(result)) > evaluator.mp.prec - 30:
+        arithmetic.charge(cost * arithmetic.charge_unit)
+        result = getattr(arithmetic.mp, name)(value)
+        if periodic and result != 0 and abs(magnitude(result)) > arithmetic.mp.prec - 30:
             if magnitude(result) > 0:
                 raise Undefined(f"{name} there")
             if magnitude(value) > -40:
                 return Fraction(0)
-        return evaluator.checked(result)
+        return arithmetic.checked(result)
 
     return function
 
 
-def _zeta(evaluator: Evaluator, value: Number) -> Number:
+def _zeta(arithmetic: Arithmetic, value: Number) -> Number:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 2 <= value <= 40:
         raise Unsupported("the zeta function there")
-    if evaluator.mp.prec > MAX_SPECIAL_BITS:
+    if arithmetic.mp.prec > MAX_SPECIAL_BITS:
         raise TooComplex("the zeta function to many digits")
-    evaluator.charge(1500 * evaluator.charge_unit)
-    return evaluator.checked(evaluator.mp.zeta(int(value)))
+    arithmetic.charge(1500 * arithmetic.charge_unit)
+    return arithmetic.checked(arithmetic.mp.zeta(int(value)))
 
 
-def _logarithm(evaluator: Evaluator, value: Number, base: Number | None = None) -> Number:
+def _logarithm(arithmetic: Arithmetic, value: Number, base: Number | None = None) -> Number:
     if value == 0:
         raise Undefined("the logarithm of zero")
     whole = isinstance(base, Fraction) and base.denominator == 1 < base
@@ -186,30 +103,30 @@ def _logarithm(evaluator: Evaluator, value: Number, base: Number | None = None) 
         number, sign = (value.numerator, 1) if value.denominator == 1 else (value.denominator, -1)
         number = 1 if min(value.numerator, value.denominator) > 1 else number
         exponent = round(math.log(number) / math.log(base))
-        if exponent and _power_bits(base, Fraction(exponent)) < MAX_POWER_BITS and base**exponent == number:
+        if exponent and power_bits(base, Fraction(exponent)) < MAX_POWER_BITS and base**exponent == number:
             return Fraction(sign * exponent)
     if value == 1:
         return Fraction(0)
-    evaluator.charge(8 * evaluator.charge_unit)
-    natural = evaluator.mp.log(evaluator.real(value))
-    if natural == 0 or magnitude(natural) < 30 - evaluator.mp.prec:
+    arithmetic.charge(8 * arithmetic.charge_unit)
+    natural = arithmetic.mp.log(arithmetic.real(value))
+    if natural == 0 or magnitude(natural) < 30 - arithmetic.mp.prec:
         return Fraction(0)
-    natural = evaluator.checked(natural)
-    return natural if base is None else evaluator.combine(natural, _logarithm(evaluator, base), "/")
+    natural = arithmetic.checked(natural)
+    return natural if base is None else arithmetic.combine(natural, _logarithm(arithmetic, base), "/")
 
 
-def _absolute(evaluator: Evaluator, value: Number) -> Number:
-    if not isinstance(value, evaluator.mp.mpc):
+def _absolute(arithmetic: Arithmetic, value: Number) -> Number:
+    if not isinstance(value, arithmetic.mp.mpc):
         return abs(value)
-    square = evaluator.mp.re(value) ** 2 + evaluator.mp.im(value) ** 2
-    return evaluator.checked(evaluator.mp.sqrt(square))
+    square = arithmetic.mp.re(value) ** 2 + arithmetic.mp.im(value) ** 2
+    return arithmetic.checked(arithmetic.mp.sqrt(square))
 
 
 def _rounded(up: bool) -> Callable[..., Number]:
-    def function(evaluator: Evaluator, value: Number) -> Number:
+    def function(arithmetic: Arithmetic, value: Number) -> Number:
         if isinstance(value, Fraction):
             return Fraction(math.ceil(value) if up else math.floor(value))
-        mp = evaluator.mp
+        mp = arithmetic.mp
         if isinstance(value, mp.mpc):
             raise Undefined("rounding of a complex number")
         if magnitude(value) > 10_000:
@@ -223,10 +140,10 @@ def _rounded(up: bool) -> Callable[..., Number]:
 
 
 def _extreme(choose: Callable[..., Any]) -> Callable[..., Number]:
-    def function(evaluator: Evaluator, *values: Number) -> Number:
-        if not values or any(isinstance(value, evaluator.mp.mpc) for value in values):
+    def function(arithmetic: Arithmetic, *values: Number) -> Number:
+        if not values or any(isinstance(value, arithmetic.mp.mpc) for value in values):
             raise Undefined("the extreme of these")
-        return choose(values, key=evaluator.real)
+        return choose(values, key=arithmetic.real)
 
     return function
 
@@ -234,7 +151,7 @@ def _extreme(choose: Callable[..., Any]) -> Callable[..., Number]:
 def _divisor(least: bool) -> Callable[..., Number]:
     """gcd and lcm of rationals: gcd(a/b, c/d) = gcd(ad, cb) / bd."""
 
-    def function(evaluator: Evaluator, *values: Number) -> Number:
+    def function(arithmetic: Arithmetic, *values: Number) -> Number:
         if not values or not all(isinstance(value, Fraction) for value in values):
             raise Unsupported("a divisor of irrational numbers", evaluates=True)
         result = abs(values[0])
@@ -244,23 +161,23 @@ def _divisor(least: bool) -> Callable[..., Number]:
                 result.denominator * value.denominator,
             )
             result = (abs(result * value) / common if common else Fraction(0)) if least else common
-        return evaluator.exact(result)
+        return arithmetic.exact(result)
 
     return function
 
 
 def _reciprocal(name: str, limit: float) -> Callable[..., Number]:
     plain = _plain(name, limit)
-    return lambda evaluator, value: evaluator.combine(Fraction(1), plain(evaluator, value), "/")
+    return lambda arithmetic, value: arithmetic.combine(Fraction(1), plain(arithmetic, value), "/")
 
 
 def _inverse_reciprocal(name: str) -> Callable[..., Number]:
     plain = _plain(name, 1e30)
-    return lambda evaluator, value: plain(evaluator, evaluator.combine(Fraction(1), value, "/"))
+    return lambda arithmetic, value: plain(arithmetic, arithmetic.combine(Fraction(1), value, "/"))
 
 
-def _sign(evaluator: Evaluator, value: Number) -> Number:
-    if isinstance(value, evaluator.mp.mpc):
+def _sign(arithmetic: Arithmetic, value: Number) -> Number:
+    if isinstance(value, arithmetic.mp.mpc):
         raise Undefined("the sign of a complex number")
     return Fraction((value > 0) - (value < 0))
 
@@ -277,9 +194,9 @@ FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{f"a{name}": _inverse_reciprocal(f"a{of}") for name, of in (("cot", "tan"), ("sec", "cos"))},
     **{f"a{name}": _inverse_reciprocal(f"a{of}") for name, of in (("csc", "sin"), ("coth", "tanh"))},
     **dict.fromkeys(("ln", "log"), _logarithm),
-    "lg": lambda evaluator, value: _logarithm(evaluator, value, Fraction(10)),
+    "lg": lambda arithmetic, value: _logarithm(arithmetic, value, Fraction(10)),
     "root": root,
-    "cis": lambda evaluator, angle: evaluator.checked(evaluator.mp.expj(evaluator.real(angle))),
+    "cis": lambda arithmetic, angle: arithmetic.checked(arithmetic.mp.expj(arithmetic.real(angle))),
     "abs": _absolute,
     "gamma": _gamma,
     "binom": _binomial,
@@ -293,8 +210,8 @@ FUNCTIONS: dict[str, Callable[..., Number]] = {
     "gcd": _divisor(least=False),
     "lcm": _divisor(least=True),
     "sgn": _sign,
-    "Re": lambda evaluator, value: evaluator.mp.re(evaluator.real(value)),
-    "Im": lambda evaluator, value: evaluator.mp.im(evaluator.real(value)),
-    "arg": lambda evaluator, value: evaluator.mp.arg(evaluator.real(value)),
-    "conj": lambda evaluator, value: evaluator.mp.conj(evaluator.real(value)),
+    "Re": lambda arithmetic, value: arithmetic.mp.re(arithmetic.real(value)),
+    "Im": lambda arithmetic, value: arithmetic.mp.im(arithmetic.real(value)),
+    "arg": lambda arithmetic, value: arithmetic.mp.arg(arithmetic.real(value)),
+    "conj": lambda arithmetic, value: arithmetic.mp.conj(arithmetic.real(value)),
 }

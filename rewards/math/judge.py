@@ -20,8 +20,8 @@ from rewards.math.options import MathOptions
 from rewards.math.parse import parse
 from rewards.math.probe import constant
 from rewards.math.shape import shape
-from rewards.math.text import MathError, Node, Shape, TooComplex, Undefined, Unsupported, clean, text_key
-from rewards.math.tree import symbols
+from rewards.math.text import clean, text_key
+from rewards.math.tree import MathError, Node, Shape, TooComplex, Undefined, Unsupported, symbols
 from rl.types import Reason
 
 Verdict = tuple[Reason, str]
@@ -42,9 +42,8 @@ _HAS_A_POLE = re.compile(
     r"frac|over|div|[/÷^!∕⁄∞]|inf|nan|log|ln|lg|tan|cot|sec|csc|binom|zeta|Gamma|root|sqrt\["
 )
 _DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),(\d+)")
-_CAN_BE_UNDEFINED = re.compile(
-    r"(?<![.\d])0|-|inf|∞"
-)  # a zero, written or made by a subtraction, or an infinity
+# A zero, written or made by a subtraction, or an infinity.
+_CAN_BE_UNDEFINED = re.compile(r"(?<![.\d])0|-|inf|∞")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?=[\s,.;])")
 _UNUSABLE = frozenset(("?", "n/a", "na", "nan", "\\text{nan}", "null", "-", "--", "..."))
 _CHOICE = re.compile(
@@ -112,9 +111,8 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 @lru_cache(maxsize=8192)
 def _undefined(gold: Texts) -> str | None:
     """Why a gold that is one number has no value: 1/0, 0^0. None for any other gold."""
-    if len(gold) != 1 or not _CAN_BE_UNDEFINED.search(gold[0]) or not _HAS_A_POLE.search(gold[0]):
-        return None
-    if plain_number(gold[0]) is not None:
+    may_be = len(gold) == 1 and _CAN_BE_UNDEFINED.search(gold[0]) and _HAS_A_POLE.search(gold[0])
+    if not may_be or plain_number(gold[0]) is not None:
         return None
     found = _gold_shape(gold, True, True)
     if isinstance(found, MathError) or found[0] != "scalar" or symbols(found[1]):
@@ -124,7 +122,7 @@ def _undefined(gold: Texts) -> str | None:
     except Undefined as error:
         return f"the gold is undefined: {error}"
     except MathError:
-        return None
+        pass
     return None
 
 

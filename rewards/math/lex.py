@@ -12,7 +12,7 @@ from functools import lru_cache
 from string import ascii_letters
 from typing import Any
 
-from rewards.math.text import TooComplex, Unparsable, Unsupported
+from rewards.math.tree import TooComplex, Unparsable, Unsupported
 from rewards.math.units import CURRENCIES, is_unit_word, parse_unit
 from rewards.math.words import (
     CALCULUS,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from rewards.math.constructs import raw_argument
+from rewards.math.cursor import Grammar
 from rewards.math.options import MathOptions
 from rewards.math.probe import same_value
-from rewards.math.text import Node, Shape, Unparsable
+from rewards.math.tree import Node, Shape, Unparsable
 from rewards.math.units import Unit, parse_unit, units_agree
-
-if TYPE_CHECKING:
-    from rewards.math.parse import Parser
 
 
 def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple[Shape, Shape] | None:
@@ -155,7 +152,7 @@ ENDS = frozenset((",", ";", ")", "]", "}", "\\}", "\\\\", "&"))
 _VALUES = ("num", "dec")
 
 
-def measured(parser: Parser, node: Node) -> Node:
+def measured(parser: Grammar, node: Node) -> Node:
     """The value with what stands behind it."""
     parts = [_with_unit(parser, node)]
     while parts[-1][0] == "unit" and parser.kind() in _VALUES:
@@ -166,7 +163,7 @@ def measured(parser: Parser, node: Node) -> Node:
     return parts[0] if len(parts) == 1 else ("list", "and", tuple(parts))
 
 
-def _with_unit(parser: Parser, node: Node) -> Node:
+def _with_unit(parser: Grammar, node: Node) -> Node:
     words = parser.currency
     if parser.kind() == "cur":
         words += parser.take()[2]
@@ -179,7 +176,7 @@ def _with_unit(parser: Parser, node: Node) -> Node:
     return ("unit", node, unit) if unit.words or unit.is_claim else node
 
 
-def _unit_text(parser: Parser) -> str:
+def _unit_text(parser: Grammar) -> str:
     pieces: list[str] = []
     depth = 0
     while depth or not (parser.kind() in ("end", "sep", "rel") or parser.value() in ENDS):

@@ -1,15 +1,14 @@
-"""Left sides that name what stands on the right: x, f(x), f(2), AB, (x, y), P(A), tan A."""
+"""Left sides that name what stands on the right: x, f(x), f(2), AB, (x, y), P(A), tan A; i, j, k vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 from rewards.math.conditions import residue_class
-from rewards.math.matrix import basis_vector
 from rewards.math.measure import measure_of_letters
 from rewards.math.probe import same_value
-from rewards.math.text import Node, Shape
-from rewards.math.tree import has, parts, renamed, replaced, symbols
+from rewards.math.tree import Node, Shape, has, parts, renamed, replaced, symbols
 
 _C = ("sym", "C")
 _CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
@@ -126,3 +125,37 @@ def is_log_without_bars(gold: Node, prediction: Node) -> bool:
         return False
     logs = [part[2][0] for part in parts(gold) if part[0] == "fn" and part[1] in ("ln", "log")]
     return any(has(inside, "abs") for inside in logs)
+
+
+_BASIS = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
+_ZERO, _ONE = ("num", Fraction(0)), ("num", Fraction(1))
+
+
+def basis_vector(node: Node) -> tuple[Node, ...] | None:
+    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is no such sum, such as 2i."""
+    if symbols(node).isdisjoint(("j", "k", "unit i", "unit j", "unit k")):
+        return None
+    for name, unit in zip((("const", "i"), ("sym", "j"), ("sym", "k")), _BASIS, strict=True):
+        node = replaced(node, name, unit)
+    coordinates: list[Node] = []
+    for unit in _BASIS:
+        part = replaced(node, unit, _ONE)
+        for other in _BASIS:
+            part = replaced(part, other, _ZERO)
+        coordinates.append(part)
+    total = ("add", tuple(("mul", pair) for pair in zip(coordinates, _BASIS, strict=True)))
+    return tuple(coordinates) if same_value(node, total) else None
+
+
+def same_vector(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
+    """3i - 2j + k against (3, -2, 1) or a column; (1, 2) has no k."""
+    formula, other = (gold, prediction) if gold[0] == "scalar" else (prediction, gold)
+    if other[0] == "matrix" and len(other[1]) == len(other[1][0]) == 1 and other is prediction:
+        return same(gold, ("scalar", other[1][0][0]))
+    values = basis_vector(formula[1])
+    entries = other[3] if other[0] == "seq" else tuple(("scalar", row[0]) for row in other[1])
+    if values is None or not 2 <= len(entries) <= 3 or (other[0] == "matrix" and len(other[1][0]) > 1):
+        return False
+    padded = (*entries, ("scalar", ("num", Fraction(0))))[:3]
+    pairs = zip(padded, (("scalar", value) for value in values), strict=True)
+    return all(same(a, b) if other is gold else same(b, a) for a, b in pairs)

@@ -16,17 +16,16 @@ from typing import Any
 
 from rewards.math.atoms import atom, bracket, symbol
 from rewards.math.constructs import as_mixed, exponent, read_mixed, subscript
+from rewards.math.cursor import END, MAX_DEPTH, Grammar
 from rewards.math.lex import Token, lex
 from rewards.math.measure import ENDS, measured
-from rewards.math.spoken import is_prose, number_in_base
-from rewards.math.text import Node, TooComplex, Unparsable, introduces, text_key
+from rewards.math.text import introduces, is_prose, number_in_base, text_key
+from rewards.math.tree import Node, TooComplex, Unparsable
 from rewards.math.units import CLAIMS
 
 _COMMAS = (",", ";")
-MAX_DEPTH = 32
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
-END: Token = ("end", "", "")
 _ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
 # A number or a letter that one of these follows is all of its power.
@@ -42,7 +41,7 @@ def parse(text: str, *, thousands: bool = True, scientific: bool = True) -> Node
     """The tree of a cleaned text.
 
     Raises:
-        Unparsable, Unsupported, TooComplex: see `rewards.math.text`.
+        Unparsable, Unsupported, TooComplex: see `rewards.math.tree`.
     """
     if ("_" in text or "base" in text) and (based := number_in_base(text)) is not None:
         return based
@@ -60,11 +59,8 @@ def parse(text: str, *, thousands: bool = True, scientific: bool = True) -> Node
     return node
 
 
-class Parser:
-    """Recursive descent over a token list.
-
-    `depth` counts open brackets, `bars` the absolute values among them.
-    """
+class Parser(Grammar):
+    """Recursive descent over a token list."""
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = [*tokens, END]
@@ -74,35 +70,6 @@ class Parser:
         self.signs = 0
         self.in_builder = False
         self.currency = ""
-
-    def peek(self, ahead: int = 0) -> Token:
-        return self.tokens[min(self.at + ahead, len(self.tokens) - 1)]
-
-    def kind(self) -> str:
-        return self.tokens[self.at][0]
-
-    def value(self) -> Any:
-        return self.tokens[self.at][1]
-
-    def take(self) -> Token:
-        token = self.tokens[self.at]
-        self.at += token is not END
-        return token
-
-    def accept(self, value: str) -> bool:
-        if self.tokens[self.at][:2] == ("op", value):
-            self.at += 1
-            return True
-        return False
-
-    def expect(self, value: str) -> None:
-        if not self.accept(value):
-            raise Unparsable(f"{value!r} is missing before {self.peek()[2][:20]!r}")
-
-    def descend(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooComplex(f"more than {MAX_DEPTH} nested brackets")
 
     # Lists, relations, sets --------------------------------------------------------------------------
 
@@ -135,9 +102,8 @@ class Parser:
     def item(self) -> Node:
         """A relation chain, with the text that leads to it left out when it only introduces it."""
         kind, value, _ = self.tokens[self.at]
-        if (
-            kind == "num" and self.tokens[self.at + 1][1] in _AFTER_ITEM
-        ):  # a bare number needs none of the levels below
+        # A bare number needs none of the levels below.
+        if kind == "num" and self.tokens[self.at + 1][1] in _AFTER_ITEM:
             self.at += 1
             return ("num", value)
         if kind != "text":

@@ -6,12 +6,10 @@ from collections import defaultdict
 from fractions import Fraction
 from typing import Any
 
-from rewards.math.functions import magnitude
-from rewards.math.text import Node, TooComplex, Undefined
-from rewards.math.tree import has, parts, symbols
-from rewards.math.value import BUDGET, EQUAL_BITS, MAX_PRECISION_BITS, PRECISION_BITS, Evaluator
+from rewards.math.arithmetic import BUDGET, MAX_PRECISION_BITS, PRECISION_BITS, Number, magnitude
+from rewards.math.tree import Node, TooComplex, Undefined, has, parts, symbols
+from rewards.math.value import EQUAL_BITS, Evaluator
 
-Number = Any  # Fraction, mpf or mpc
 _REAL_POINTS = (0, 1, 2, 3)
 _RATIONAL_POINTS = (1, 3)
 _POSITIVE_POINTS = (0, 1, 7, 6)  # sqrt(a / b) is sqrt(a b) / b where radicals are meant to be taken
@@ -132,10 +130,10 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
         a, b = evaluator.value(left), evaluator.value(right)
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a == b
-        a, b = evaluator.real(a), evaluator.real(b)
-        if point in (2, 3, 4, 5) and evaluator.is_complex:
+        a, b = evaluator.arithmetic.real(a), evaluator.arithmetic.real(b)
+        if point in (2, 3, 4, 5) and evaluator.arithmetic.is_complex:
             return None
-        wanted = PRECISION_BITS + (2 * evaluator.extent if evaluator.extent > 40 else 0)
+        wanted = PRECISION_BITS + (2 * evaluator.arithmetic.extent if evaluator.arithmetic.extent > 40 else 0)
         if wanted <= precision:
             break
         if wanted > 2 * MAX_PRECISION_BITS:
@@ -144,7 +142,7 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
     difference = a - b
     if difference == 0:
         return True
-    wanted_bits = EQUAL_BITS + (evaluator.extent if evaluator.extent > 40 else 0)
+    wanted_bits = EQUAL_BITS + (evaluator.arithmetic.extent if evaluator.arithmetic.extent > 40 else 0)
     return magnitude(difference) - max(magnitude(a), magnitude(b)) < -wanted_bits
 
 

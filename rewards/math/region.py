@@ -6,9 +6,9 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
+from rewards.math import tree
 from rewards.math.probe import constant
-from rewards.math.text import MathError, Node, Shape, Undefined, Unparsable, Unsupported
-from rewards.math.tree import parts, replaced, symbols
+from rewards.math.tree import MathError, Node, Shape, Undefined, Unparsable, Unsupported, symbols
 
 Endpoint = Fraction | float  # a float is an infinity
 _MANTISSA_BITS = 140
@@ -162,11 +162,11 @@ def linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
     """
     if node[0] == "sym":
         return Fraction(1), Fraction(0), node
-    names = [part for part in parts(node) if part[0] in ("call", "sym") or part[:2] == ("fn", "abs")]
+    names = [part for part in tree.parts(node) if part[0] in ("call", "sym") or part[:2] == ("fn", "abs")]
     outer = [part for part in names if part[0] != "sym" and part[-1][0][0] == "sym"]
     unknown = (outer or names or [None])[0]
     try:
-        trees = [replaced(node, unknown, ("num", point)) for point in _LINE_POINTS]
+        trees = [tree.replaced(node, unknown, ("num", point)) for point in _LINE_POINTS]
         values = [Fraction(endpoint(tree)) for tree in (trees if unknown else trees[:1])]
     except (Undefined, OverflowError):
         raise Unsupported("not linear") from None

@@ -18,13 +18,12 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.math import region as regions
-from rewards.math.matrix import fold
+from rewards.math import tree
 from rewards.math.measure import compound
 from rewards.math.names import is_quantity, name_of
 from rewards.math.probe import same_value
 from rewards.math.region import as_region, scalar
-from rewards.math.text import MathError, Node, Shape, Unparsable, Unsupported
-from rewards.math.tree import has, kinds, progression, symbols, variants
+from rewards.math.tree import MathError, Node, Shape, Unparsable, Unsupported, has, progression, symbols
 from rewards.math.units import Unit
 from rewards.math.words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS, split
 
@@ -49,8 +48,8 @@ def shape(node: Node) -> Shape:
         return _relation(node[1], node[2])
     if kind == "set":
         return ("set", _flat(shape(item) for item in progression(node[1])))
-    if kind in ("seq", "residue") and "pm" in kinds(node):
-        return ("many", "pm", tuple(map(shape, variants(node))))
+    if kind in ("seq", "residue") and "pm" in tree.kinds(node):
+        return ("many", "pm", tuple(map(shape, tree.variants(node))))
     if kind == "seq":
         return _sequence(node)
     if kind == "setop":
@@ -76,16 +75,16 @@ def shape(node: Node) -> Shape:
         return ("infinity", sign)
     if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
         return ("scalar", node)
-    inside = kinds(node)
+    inside = tree.kinds(node)
     if "seq" in inside and kind in ("add", "mul", "neg", "div"):  # (1, 3) + t (2, -1)
         columns = _with_columns(node)
         if has(columns, "seq"):
             raise Unparsable("a formula with an interval in it")
         return shape(columns)
     if "pm" in inside:
-        return ("many", "pm", tuple(map(shape, variants(node))))
+        return ("many", "pm", tuple(map(shape, tree.variants(node))))
     if "matrix" in inside or "transpose" in inside:
-        folded = fold(node)
+        folded = tree.fold(node)
         return ("matrix", folded[1]) if folded[0] == "matrix" else ("scalar", folded)
     if not inside.isdisjoint(_NOT_IN_FORMULAS):
         raise Unparsable("a formula with a set or a sentence in it")
@@ -157,8 +156,8 @@ def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
         ops, sides = (("=",), sides[:2]) if at == 0 else (ops[:at], sides[: at + 1])
     if any(op in _INEQUALITIES for op in ops):
         return _inequality(ops, sides)
-    if name_of(sides[0]) is None and name_of(sides[-1]) is None and "pm" in kinds(sides):
-        return ("many", "pm", tuple(map(shape, variants(("rel", ops, sides)))))
+    if name_of(sides[0]) is None and name_of(sides[-1]) is None and "pm" in tree.kinds(sides):
+        return ("many", "pm", tuple(map(shape, tree.variants(("rel", ops, sides)))))
     if ops == ("in",):
         names = name_of(sides[0])
         if names is None:

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rewards.math.text import MathError
+from rewards.math.tree import MathError
 
 START_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 60.0

@@ -1,4 +1,4 @@
-"""Trees of tuples: their variables and kinds of nodes, and trees with parts replaced."""
+"""Trees of tuples, and what may be wrong with one: their variables, parts replaced, matrices carried out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,36 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from rewards.math.text import Node
+Node = Any  # a tuple whose first field names it: `rewards.math.parse`
+Shape = Any  # a tuple whose first field names it: `rewards.math.shape`
+
+
+class MathError(Exception):
+    """A text that has no value. Subclasses say why."""
+
+
+class Unparsable(MathError):
+    """Not mathematics, or not well formed."""
+
+
+class Unsupported(MathError):
+    """Mathematics outside this grammar.
+
+    `evaluates` marks a value that sympy can work out where this module cannot; an integral is not one, as it
+    restates a problem more often than it answers it.
+    """
+
+    def __init__(self, message: str, *, evaluates: bool = False) -> None:
+        super().__init__(message)
+        self.evaluates = evaluates
+
+
+class TooComplex(MathError):
+    """Over a size bound: characters, nesting, bits of a number, arithmetic steps."""
+
+
+class Undefined(MathError):
+    """No number: 1/0, 0^0, infinity - infinity."""
 
 
 def symbols(node: Node) -> frozenset[str]:
@@ -117,3 +146,65 @@ def progression(items: tuple[Node, ...]) -> tuple[Node, ...]:
     if not is_even or count.denominator > 1 or not len(first) <= count < 400:
         return items
     return tuple(("num", first[0] + step * index) for index in range(int(count) + 1))
+
+
+MAX_SIZE = 12
+
+
+def fold(node: Node) -> Node:
+    """A tree with matrices -> one matrix, or a scalar tree if they cancel out of it."""
+    kind = node[0]
+    if kind in ("matrix", "fn"):
+        return node
+    if kind == "transpose":
+        inner = fold(node[1])
+        return ("matrix", tuple(zip(*inner[1], strict=True))) if inner[0] == "matrix" else inner
+    if not has(node, "matrix"):
+        return node
+    if kind == "neg":
+        return _scaled(("num", Fraction(-1)), fold(node[1]))
+    if kind in ("add", "mul"):
+        total = fold(node[1][0])
+        for part in node[1][1:]:
+            total = _sum(total, fold(part)) if kind == "add" else _product(total, fold(part))
+        return total
+    if kind == "div" and not has(node[2], "matrix"):
+        return _scaled(("div", ("num", Fraction(1)), node[2]), fold(node[1]))
+    if kind == "pow" and node[2][0] == "num" and node[2][1] in (2, 3, 4, 5):
+        base = fold(node[1])
+        total = base
+        for _ in range(int(node[2][1]) - 1):
+            total = _product(total, base)
+        return total
+    raise Unparsable("a formula of matrices that is not a sum or product")
+
+
+def _scaled(factor: Node, matrix: Node) -> Node:
+    if matrix[0] != "matrix":
+        return ("mul", (factor, matrix))
+    return ("matrix", tuple(tuple(("mul", (factor, entry)) for entry in row) for row in matrix[1]))
+
+
+def _sum(left: Node, right: Node) -> Node:
+    if left[0] != "matrix" or right[0] != "matrix":
+        if left[0] != "matrix" and right[0] != "matrix":
+            return ("add", (left, right))
+        raise Unparsable("the sum of a matrix and a number")
+    if len(left[1]) != len(right[1]) or len(left[1][0]) != len(right[1][0]):
+        raise Unparsable("the sum of matrices of different sizes")
+    rows = zip(left[1], right[1], strict=True)
+    return ("matrix", tuple(tuple(("add", pair) for pair in zip(a, b, strict=True)) for a, b in rows))
+
+
+def _product(left: Node, right: Node) -> Node:
+    if left[0] != "matrix":
+        return _scaled(left, right)
+    if right[0] != "matrix":
+        return _scaled(right, left)
+    if len(left[1][0]) != len(right[1]):
+        raise Unparsable("the product of matrices whose sizes do not fit")
+    if max(len(left[1]), len(right[1]), len(right[1][0])) > MAX_SIZE:
+        raise TooComplex(f"a product of matrices larger than {MAX_SIZE}")
+    columns = tuple(zip(*right[1], strict=True))
+    products = [[[("mul", pair) for pair in zip(row, c, strict=True)] for c in columns] for row in left[1]]
+    return ("matrix", tuple(tuple(("add", tuple(terms)) for terms in row) for row in products))

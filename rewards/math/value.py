@@ -2,59 +2,32 @@
 
 Two formulas are compared at fixed points of their variables. A rational formula has an exact value there, so
 that equality is exact; any other is evaluated by mpmath with at least 50 digits, more when its parts differ
-much in size, and compared by relative error. Every step is charged against a budget that grows with the size
-of the numbers: nothing here can hang.
+much in size, and compared by relative error.
 """
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from mpmath import MPContext
-from mpmath.libmp import from_rational
+from rewards.math.arithmetic import PRECISION_BITS, Arithmetic, Number, determinant, power
+from rewards.math.functions import FUNCTIONS, factorial
+from rewards.math.tree import Node, TooComplex, Undefined, Unparsable, Unsupported, progression, symbols
 
-from rewards.math.functions import FUNCTIONS, NOTHING, factorial, magnitude, power
-from rewards.math.text import Node, TooComplex, Undefined, Unparsable, Unsupported
-from rewards.math.tree import progression, symbols
-
-Number = Any  # Fraction, mpf or mpc
-
-BUDGET = 12_000
 MAX_TERMS = 2_000
-MAX_PRECISION_BITS = 12_000
-PRECISION_BITS = 180
 # Two numbers are equal when they agree to this many bits, and to more where their parts differ much in size.
 EQUAL_BITS = 130
-_local = threading.local()
 
 
 class Evaluator:
-    """Values of trees at one point, at one precision.
-
-    Attributes:
-        is_complex: a number that is not real was met on the way.
-        extent: bits between the largest and the smallest number met, which the precision has to cover.
-        budget: what is left, shared by the evaluators of one comparison.
-    """
+    """Values of trees at one point, at one precision."""
 
     def __init__(self, point: int, budget: list[float], precision_bits: int = PRECISION_BITS) -> None:
-        if not hasattr(_local, "context"):
-            _local.context = MPContext()
-        self.mp = _local.context
-        self.mp.prec = precision_bits
-        self.point, self.budget, self.extent = point, budget, 0
-        self.is_complex = False
+        self.arithmetic = Arithmetic(budget, precision_bits)
+        self.point = point
         self.bound: dict[str, Fraction] = {}
-        self.charge_unit = 1 + (precision_bits / 1000) ** 2
-
-    def charge(self, cost: float) -> None:
-        self.budget[0] -= cost
-        if self.budget[0] < 0:
-            raise TooComplex("more arithmetic than an answer needs")
 
     def value(self, node: Node) -> Number:
         """The number a tree stands for at this point.
@@ -63,9 +36,9 @@ class Evaluator:
             Undefined, TooComplex, Unparsable (not a number), Unsupported.
         """
         kind = node[0]
-        self.charge(1)
+        self.arithmetic.charge(1)
         if kind == "num" or kind == "dec":
-            self.literal(node[1])
+            self.arithmetic.literal(node[1])
             return node[1]
         handler = _HANDLERS.get(kind)
         if handler is None:
@@ -74,71 +47,6 @@ class Evaluator:
             return handler(self, node)
         except (ValueError, ZeroDivisionError, OverflowError) as error:  # mpmath's words for a pole
             raise Undefined(str(error)) from None
-
-    def real(self, value: Number) -> Any:
-        """An mpf of a number, or mpc if it is complex."""
-        if isinstance(value, Fraction):
-            self.extent = max(self.extent, abs(value.numerator.bit_length() - value.denominator.bit_length()))
-            self.charge(self.charge_unit)
-            return self.mp.make_mpf(from_rational(value.numerator, value.denominator, self.mp.prec, "n"))
-        return value
-
-    def checked(self, value: Number) -> Number:
-        """An mpmath result, refused if it is no number or too large, with its size taken down."""
-        self.charge(2 * self.charge_unit)
-        if hasattr(value, "_mpc_"):
-            if not self.mp.isfinite(value):
-                raise Undefined("not a finite number")
-            value = self._rounded_parts(value)
-            self.is_complex = self.is_complex or hasattr(value, "_mpc_")
-        size = magnitude(value)
-        if size != NOTHING and abs(size) > self.extent:
-            self.extent = abs(size)
-            if self.extent > MAX_PRECISION_BITS:
-                raise TooComplex("a number too large to compute with")
-        return value
-
-    def _rounded_parts(self, value: Number) -> Number:
-        """A complex number without the part that is rounding error: e^(i pi) is real."""
-        parts = value.real, value.imag
-        small = magnitude(value) + 30 - self.mp.prec
-        if parts[1] == 0 or magnitude(parts[1]) < small:
-            return parts[0]
-        return self.mp.mpc(0, parts[1]) if parts[0] != 0 and magnitude(parts[0]) < small else value
-
-    def literal(self, value: Fraction) -> None:
-        """Notes the digits of a constant: sqrt(2) + 10^-60 needs more than sixty to differ from sqrt(2)."""
-        bits = value.numerator.bit_length() + value.denominator.bit_length()
-        if bits > 40:
-            self.extent = max(self.extent, bits)
-
-    def exact(self, value: Fraction) -> Fraction:
-        bits = value.numerator.bit_length() + value.denominator.bit_length()
-        if bits > 400:
-            self.charge(bits / 200 + (bits / 500) ** 2)
-            if bits > 100_000:
-                raise TooComplex("a number too large to compute with")
-        return value
-
-    def combine(self, left: Number, right: Number, op: str) -> Number:
-        """left op right for + - * /, exact when both are."""
-        if isinstance(left, Fraction) and isinstance(right, Fraction):
-            if op == "+":
-                return self.exact(left + right)
-            if op == "*":
-                return self.exact(left * right)
-            if right == 0:
-                raise Undefined("division by zero")
-            return self.exact(left / right)
-        left, right = self.real(left), self.real(right)
-        if op == "/" and right == 0:
-            raise Undefined("division by zero")
-        if op == "+":
-            total = left + right
-            size = max(magnitude(left), magnitude(right))
-            is_rounding = total == 0 or magnitude(total) < size + 30 - self.mp.prec
-            return Fraction(0) if is_rounding else self.checked(total)
-        return self.checked(left * right if op == "*" else left / right)
 
     def probe(self, name: str) -> Fraction:
         """The value of a variable at this point: dyadic, fixed by its name."""
@@ -170,9 +78,9 @@ class Evaluator:
         """A number as a name: 15 digits of it."""
         if node == ("const", "inf"):
             return "inf"
-        value = self.real(self.value(node))
-        parts = [self.mp.re(value), self.mp.im(value)]
-        return ",".join("0" if abs(part) < 1e-25 else str(self.mp.nstr(part, 15)) for part in parts)
+        mp, value = self.arithmetic.mp, self.arithmetic.real(self.value(node))
+        parts = [mp.re(value), mp.im(value)]
+        return ",".join("0" if abs(part) < 1e-25 else str(mp.nstr(part, 15)) for part in parts)
 
 
 def _fold(evaluator: Evaluator, node: Node) -> Number:
@@ -180,20 +88,20 @@ def _fold(evaluator: Evaluator, node: Node) -> Number:
     terms = progression(node[1]) if op == "+" and ("dots",) in node[1] else node[1]
     total = evaluator.value(terms[0])
     for term in terms[1:]:
-        total = evaluator.combine(total, evaluator.value(term), op)
+        total = evaluator.arithmetic.combine(total, evaluator.value(term), op)
     return total
 
 
 def _constant(evaluator: Evaluator, node: Node) -> Number:
     if node[1] == "inf":
         raise Undefined("infinity in a formula")
-    mp = evaluator.mp
+    mp = evaluator.arithmetic.mp
     return mp.mpc(0, 1) if node[1] == "i" else +(mp.pi if node[1] == "pi" else mp.e)
 
 
 def _degrees(evaluator: Evaluator, node: Node) -> Number:
-    turned = evaluator.combine(evaluator.value(node[1]), +evaluator.mp.pi, "*")
-    return evaluator.combine(turned, Fraction(180), "/")
+    turned = evaluator.arithmetic.combine(evaluator.value(node[1]), +evaluator.arithmetic.mp.pi, "*")
+    return evaluator.arithmetic.combine(turned, Fraction(180), "/")
 
 
 def _big(evaluator: Evaluator, node: Node) -> Number:
@@ -214,7 +122,7 @@ def _big(evaluator: Evaluator, node: Node) -> Number:
         total: Number = Fraction(0 if kind == "sum" else 1)
         for index in range(int(first), int(last) + 1):
             evaluator.bound[name] = Fraction(index)
-            total = evaluator.combine(total, evaluator.value(body), "+" if kind == "sum" else "*")
+            total = evaluator.arithmetic.combine(total, evaluator.value(body), "+" if kind == "sum" else "*")
         return total
     finally:
         evaluator.bound = outer
@@ -230,45 +138,31 @@ def _function(evaluator: Evaluator, node: Node) -> Number:
         rows = arguments[0][1] if arguments[0][0] == "matrix" else ()
         if not rows or len(rows) != len(rows[0]):
             raise Unparsable("a determinant of something that is not a square matrix")
-        return determinant(evaluator, [[evaluator.value(entry) for entry in row] for row in rows])
+        return determinant(evaluator.arithmetic, [[evaluator.value(entry) for entry in row] for row in rows])
     if name in ("gcd", "lcm") and evaluator.point < 10 and symbols(node):
         raise Unsupported("a divisor of formulas", evaluates=True)
     function = FUNCTIONS.get(name)
     if function is None:
         raise Unsupported(f"the function {name}")
     try:
-        return function(evaluator, *(evaluator.value(argument) for argument in arguments))
+        return function(evaluator.arithmetic, *(evaluator.value(argument) for argument in arguments))
     except TypeError:  # the wrong number of arguments
         raise Unparsable(f"{name} of {len(arguments)} arguments") from None
-
-
-def determinant(evaluator: Evaluator, rows: list[list[Number]]) -> Number:
-    """By expansion along the first row."""
-    evaluator.charge(1)
-    if len(rows) == 1:
-        return rows[0][0]
-    total: Number = Fraction(0)
-    for at, entry in enumerate(rows[0]):
-        if entry != 0:
-            minor = determinant(evaluator, [row[:at] + row[at + 1 :] for row in rows[1:]])
-            term = evaluator.combine(entry, minor, "*")
-            total = evaluator.combine(total, -term if at % 2 else term, "+")
-    return total
 
 
 def _power(evaluator: Evaluator, node: Node) -> Number:
     if node[2] == ("neg", ("const", "inf")) or node[2] == ("const", "inf"):
         raise Undefined("an infinite power")
-    result = power(evaluator, evaluator.value(node[1]), evaluator.value(node[2]))
+    result = power(evaluator.arithmetic, evaluator.value(node[1]), evaluator.value(node[2]))
     if isinstance(result, Fraction) and not symbols(node):
-        evaluator.literal(result)
+        evaluator.arithmetic.literal(result)
     return result
 
 
 _HANDLERS: Mapping[str, Any] = {
     "add": _fold,
     "mul": _fold,
-    "div": lambda ev, node: ev.combine(ev.value(node[1]), ev.value(node[2]), "/"),
+    "div": lambda ev, node: ev.arithmetic.combine(ev.value(node[1]), ev.value(node[2]), "/"),
     "neg": lambda ev, node: -ev.value(node[1]),
     "pow": _power,
     "sym": lambda ev, node: ev.probe(node[1]),
@@ -276,7 +170,7 @@ _HANDLERS: Mapping[str, Any] = {
     "fn": _function,
     "call": _call,
     "big": _big,
-    "fact": lambda ev, node: factorial(ev, ev.value(node[1])),
+    "fact": lambda ev, node: factorial(ev.arithmetic, ev.value(node[1])),
     "deg": _degrees,
-    "percent": lambda ev, node: ev.combine(ev.value(node[1]), Fraction(100), "/"),
+    "percent": lambda ev, node: ev.arithmetic.combine(ev.value(node[1]), Fraction(100), "/"),
 }

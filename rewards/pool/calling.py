@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards.plugins import RewardFunction
@@ -123,4 +123,7 @@ def to_reward(name: str, value: Any) -> Reward:
     if not isinstance(number, int | float) or not abs(number) <= MAX_SCORE:
         kind = type(number).__name__
         raise BadValue(f"{name} returned {number!r:.60} ({kind}); expected a number within +-{MAX_SCORE:g}")
-    return Reward(float(number), rest.reason, rest.detail, rest.extracted, rest.elapsed_ms, rest.parts)
+    for turn in rest.turns:
+        if turn is not None and not (isinstance(turn, int | float) and abs(turn) <= MAX_SCORE):
+            raise BadValue(f"{name} gave a turn {turn!r:.60}; expected None or within +-{MAX_SCORE:g}")
+    return replace(rest, score=float(number))

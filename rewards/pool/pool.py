@@ -48,11 +48,8 @@ class Faults:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common()) or "none"
-        lines = [
-            f"graders failed on {self.num_faulty} of {self.num_graded} completions ({kinds})",
-            *self.examples,
-        ]
-        return "\n  ".join(lines)
+        head = f"graders failed on {self.num_faulty} of {self.num_graded} completions ({kinds})"
+        return "\n  ".join([head, *self.examples])
 
 
 class RewardPool:
@@ -123,9 +120,8 @@ class RewardPool:
                     near = difflib.get_close_matches(column, available, n=1, cutoff=0.5)
                     hint = f"; did you mean to rename {near[0]!r}?" if near else ""
                     have = ", ".join(sorted(available)) or "none"
-                    raise ValueError(
-                        f"reward {asks.name!r} needs the column {column!r}; the dataset has: {have}{hint}"
-                    )
+                    lacks = f"reward {asks.name!r} needs the column {column!r}"
+                    raise ValueError(f"{lacks}; the dataset has: {have}{hint}")
             for column, value in asks.pick(row or {}).items():
                 if not is_json(value) and not (asks.takes_any and column not in asks.required):
                     raise ValueError(

@@ -140,9 +140,8 @@ class Ticket:
         if "completion_ids" in asks.given:
             message["completion_ids"] = [c.token_ids for c in completions]
         try:
-            answer = self._grading.graders.submit(
-                message, deadline_s=message["deadline_s"], is_async=asks.is_async
-            )
+            deadline_s, submit = message["deadline_s"], self._grading.graders.submit
+            answer = submit(message, deadline_s=deadline_s, is_async=asks.is_async)
         except (TypeError, ValueError) as error:
             return then(failed_call("bad_value", f"cannot be sent to a grader: {error}", len(indices)))
         answer.add_done_callback(lambda a: then(read_answer(a.result(), len(indices))))

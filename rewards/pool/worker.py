@@ -103,9 +103,8 @@ class Server:
         async def run() -> None:
             start = time.perf_counter()
             try:
-                values = await asyncio.wait_for(
-                    reward.fn(**_arguments(reward, call, self.num_steps)), call["deadline_s"]
-                )
+                asked = reward.fn(**_arguments(reward, call, self.num_steps))
+                values = await asyncio.wait_for(asked, call["deadline_s"])
                 answer = _answer(reward.name, values, len(call["completions"]), start)
             except TimeoutError as error:
                 late = time.perf_counter() - start >= call["deadline_s"]
@@ -121,9 +120,8 @@ def _arguments(reward: RewardFunction, call: Mapping[str, Any], num_steps: int) 
     n = len(call["completions"])
     columns = {name: [value] * n for name, value in call["columns"].items()}
     extras = {"trainer_state": TrainerState(call["step"], num_steps)}
-    return arguments(
-        reward, [call["prompt"]] * n, call["completions"], call["completion_ids"], columns, extras
-    )
+    prompts, said, ids = [call["prompt"]] * n, call["completions"], call["completion_ids"]
+    return arguments(reward, prompts, said, ids, columns, extras)
 
 
 def _answer(name: str, values: Any, num_completions: int, start: float) -> dict[str, Any]:
@@ -142,6 +140,7 @@ def _answer(name: str, values: Any, num_completions: int, start: float) -> dict[
                 "detail": str(reward.detail)[:MAX_TEXT],
                 "extracted": None if reward.extracted is None else str(reward.extracted)[:MAX_TEXT],
                 "elapsed_ms": elapsed_ms,
+                "turns": list(reward.turns),
             }
         )
     return {"items": items}
@@ -173,18 +172,18 @@ def _brief(error: BaseException) -> str:
 
 
 def _columns(reward: RewardFunction) -> dict[str, Any]:
-    return {
-        "name": reward.name,
-        "required": reward.required,
-        "optional": reward.optional,
-        "takes_any": reward.takes_any,
-        "is_async": reward.is_async,
-        "groupwise": reward.groupwise,
-        "given": sorted(reward.given),
-        "options": sorted(reward.options),
-        "needs_ids": reward.needs_ids,
-        "time_limit_s": reward.time_limit_s,
-    }
+    plain = (
+        "name",
+        "required",
+        "optional",
+        "takes_any",
+        "is_async",
+        "groupwise",
+        "needs_ids",
+        "time_limit_s",
+    )
+    lists = {"given": sorted(reward.given), "options": sorted(reward.options)}
+    return {name: getattr(reward, name) for name in plain} | lists
 
 
 def _read(requests: Any) -> dict[str, Any] | None:

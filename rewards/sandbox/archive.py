@@ -26,15 +26,8 @@ class ArchiveFinder:
         entry = self._index.get(fullname)
         if entry is None:
             return None
-        return importlib.machinery.ModuleSpec(
-            fullname, cast(Any, self), origin=f"<{fullname}>", is_package=entry[0]
-        )
-
-    def is_package(self, fullname: str) -> bool:
-        return self._index[fullname][0]
-
-    def get_source(self, fullname: str) -> str | None:
-        return None
+        kind, loader, origin = importlib.machinery.ModuleSpec, cast(Any, self), f"<{fullname}>"
+        return kind(fullname, loader, origin=origin, is_package=entry[0])
 
     def get_code(self, fullname: str) -> CodeType:
         _, is_code, offset, size = self._index[fullname]
@@ -51,11 +44,8 @@ class ArchiveFinder:
 
 def import_only_from(finder: ArchiveFinder) -> None:
     """Ends imports from files: built-in, frozen and archived modules stay."""
-    sys.meta_path[:] = [
-        importlib.machinery.BuiltinImporter,
-        importlib.machinery.FrozenImporter,
-        cast(Any, finder),
-    ]
+    builtin, frozen = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
+    sys.meta_path[:] = [builtin, frozen, cast(Any, finder)]
     sys.path.clear()
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()

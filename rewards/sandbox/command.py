@@ -22,14 +22,7 @@ LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
 LIBRARY_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 # they may hold anything, data sets included
 OTHER_LANGUAGES = ("python", "node_modules", "ruby", "perl", "R")
-COMPILER_FOLDERS = (
-    "/bin",
-    "/usr/bin",
-    "/usr/include",
-    "/usr/local/include",
-    "/usr/libexec",
-    "/etc/alternatives",
-)
+TOOLS = ("/bin", "/usr/bin", "/usr/include", "/usr/local/include", "/usr/libexec", "/etc/alternatives")
 SMALL_FILES = ("/etc/ld.so.cache", "/dev/urandom", "/dev/random", "/dev/zero")
 
 
@@ -73,7 +66,7 @@ def _rules(program: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for path in _library_entries():
         yield path, rights
     if program["compiles"]:
-        for path in COMPILER_FOLDERS:
+        for path in TOOLS:
             yield path, rights
     yield program["folder"], confine.LANDLOCK_EVERYTHING if program["compiles"] else READ_FOLDER
 

@@ -15,6 +15,7 @@ import socket
 import stat
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rewards.sandbox.filters import MACHINES, PID_SLOT, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, Instruction
 from rewards.sandbox.syscalls import number
@@ -27,9 +28,8 @@ LANDLOCK_FILE_RIGHTS = 7 | 1 << 14 | 1 << 15  # execute, write, read, truncate, 
 LANDLOCK_EVERYTHING = 0xFFFF
 MAX_PENDING_SIGNALS = 256
 
-_libc = ctypes.PyDLL(
-    None, use_errno=True
-)  # PyDLL keeps the interpreter lock: nothing here waits, and fork must not release it
+# PyDLL keeps the interpreter lock: nothing here waits, and fork must not release it.
+_libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def _check(result: int, what: str) -> int:
@@ -40,9 +40,7 @@ def _check(result: int, what: str) -> int:
 
 
 def fork() -> int:
-    """fork(2) without Python's at-fork hooks, which touch 180 pages (0.4 ms); sound only in a process with
-    one thread.
-    """
+    """fork(2) without Python's at-fork hooks, which touch 180 pages (0.4 ms); for one thread only."""
     return _check(_libc.fork(), "fork")
 
 
@@ -51,7 +49,7 @@ def prctl(option: int, argument: int = 0) -> int:
 
 
 class Filter:
-    """A seccomp program as the kernel takes it; `pid_slots` are patched just before it is installed."""
+    """A seccomp program as the kernel takes it; its process ids are patched just before it is installed."""
 
     def __init__(self, program: Sequence[Instruction]) -> None:
         code = b"".join([struct.pack("<HBBI", *instruction) for instruction in program])
@@ -65,9 +63,7 @@ class Filter:
             struct.pack_into("<I", self._buffer, slot, os.getpid())
 
     def install(self) -> None:
-        """Adds the filter to this thread and all that it starts. Raises OSError where the kernel has no
-        seccomp filters.
-        """
+        """Adds the filter to this thread and all that it starts; OSError without seccomp in the kernel."""
         self.for_this_process()
         _check(_libc.prctl(PR_SET_SECCOMP, 2, self._header, 0, 0), "seccomp filter")
 
@@ -79,37 +75,28 @@ def landlock_abi() -> int:
     return max(0, _libc.syscall(number("landlock_create_ruleset", ARCHITECTURE), None, ctypes.c_size_t(0), 1))
 
 
+def _landlock(name: str, *arguments: Any, path: str = "") -> int:
+    call = number(f"landlock_{name}", ARCHITECTURE)
+    return _check(_libc.syscall(call, *arguments), f"landlock_{name} {path}".rstrip())
+
+
 def restrict_files(rules: Iterable[tuple[str, int]], abi: int) -> None:
-    """Landlock: no file, TCP port, abstract socket or outside signal but `rules`, pairs of (path, rights);
-    absent paths are skipped.
-    """
+    """Landlock: no port, abstract socket or outside signal; of files, `rules` (path, rights) that exist."""
     handled = LANDLOCK_ALL_FILES.get(abi, 0xFFFF)
-    fields = [
-        handled,
-        3 if abi >= 4 else 0,
-        3 if abi >= 6 else 0,
-    ]  # files; bind and connect; abstract sockets and signals
+    # Files; bind and connect; abstract sockets and signals.
+    fields = [handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0]
     attributes = struct.pack("<3Q", *fields)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    create = number("landlock_create_ruleset", ARCHITECTURE)
-    ruleset = _check(
-        _libc.syscall(create, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset"
-    )
+    ruleset = _landlock("create_ruleset", attributes, ctypes.c_size_t(len(attributes)), 0)
     for path, rights in rules:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
         fitting = handled if stat.S_ISDIR(os.fstat(opened).st_mode) else handled & LANDLOCK_FILE_RIGHTS
-        rule = struct.pack("<Qi", rights & fitting, opened)
-        _check(
-            _libc.syscall(number("landlock_add_rule", ARCHITECTURE), ruleset, 1, rule, 0),
-            f"landlock rule for {path}",
-        )
+        _landlock("add_rule", ruleset, 1, struct.pack("<Qi", rights & fitting, opened), 0, path=path)
         os.close(opened)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _check(
-        _libc.syscall(number("landlock_restrict_self", ARCHITECTURE), ruleset, 0), "landlock_restrict_self"
-    )
+    _landlock("restrict_self", ruleset, 0)
     os.close(ruleset)
 
 
@@ -195,9 +182,7 @@ def lower_limit(limit: int, value: int) -> None:
 
 
 def breach(opens: bool) -> str:
-    """What this process can do though a confined one must not; empty if nothing. It may fork: for a process
-    to spare.
-    """
+    """What this process, one to spare as it may fork, can do though it must not; empty if nothing."""
     attempts = {
         "read /etc/passwd": lambda: os.open("/etc/passwd", os.O_RDONLY),
         "read /proc/self/maps": lambda: os.open("/proc/self/maps", os.O_RDONLY),

@@ -16,16 +16,13 @@ from collections.abc import Callable
 from rewards.sandbox import reaper
 
 MAX_SERVED = 256
-MAX_GROWTH_KIB = (
-    128 << 10
-)  # of memory, since the first job; more may not be garbage and would starve the next
+# Of memory, since the first job; more may not be garbage and would starve the next.
+MAX_GROWTH_KIB = 128 << 10
 LINK_IN, LINK_OUT, EXTRA, SOURCE = 3, 4, 5, 6  # descriptors of programs and judges, besides 0, 1 and 2
 
 
 def serve(judge: Callable[[bytes], int], control: socket.socket) -> None:
-    """Judges until the zygote closes the socket. Returns for a fresh start after an accident, or when tests
-    or values have left something behind.
-    """
+    """Judges until the socket closes, an accident happens, or tests or values may have left something."""
     builtins_before = dict(vars(builtins))
     size_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     max_cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0] / 2  # the rest is for the last job
@@ -42,10 +39,9 @@ def serve(judge: Callable[[bytes], int], control: socket.socket) -> None:
             status = judge(os.pread(SOURCE, os.fstat(SOURCE).st_size, 0))
             clean = status == 0 and vars(builtins) == builtins_before and _thread._count() == 0
             used = resource.getrusage(resource.RUSAGE_SELF)
-            spare = (
-                used.ru_maxrss - size_before <= MAX_GROWTH_KIB and used.ru_utime + used.ru_stime < max_cpu_s
-            )
-            again = clean and num_served < MAX_SERVED and spare
+            is_small = used.ru_maxrss - size_before <= MAX_GROWTH_KIB
+            is_young = num_served < MAX_SERVED and used.ru_utime + used.ru_stime < max_cpu_s
+            again = clean and is_small and is_young
         except BaseException:
             again = False
         for target in (SOURCE, EXTRA, LINK_IN, LINK_OUT):

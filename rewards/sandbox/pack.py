@@ -23,18 +23,14 @@ REWARDS = Path(__file__).parents[1]
 
 
 def _fresh_bytecode(source: Path) -> bytes | None:
-    """The cached code of a source file, without its header; None if it is absent or older than the source
-    (PEP 552).
-    """
+    """A source file's cached code without its header; None if absent or older than the source (PEP 552)."""
     try:
         cached = Path(cache_from_source(str(source))).read_bytes()
         status = source.stat()
     except (OSError, NotImplementedError):
         return None
-    stamp = struct.pack(
-        "<4sIII", MAGIC_NUMBER, 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF
-    )
-    fresh = cached.startswith(stamp)
+    mtime, size = int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF
+    fresh = cached.startswith(struct.pack("<4sIII", MAGIC_NUMBER, 0, mtime, size))
     return cached[PYC_HEADER_BYTES:] if fresh else None
 
 

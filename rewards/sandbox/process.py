@@ -43,6 +43,9 @@ class Limits:
     memory_mib: int = 1024
     output_mib: int = 8
 
+    def in_bytes(self) -> dict[str, int]:
+        return {"memory_bytes": self.memory_mib << 20, "output_bytes": self.output_mib << 20}
+
     def __post_init__(self) -> None:
         for name, least in (("timeout_s", 0.01), ("memory_mib", 64), ("output_mib", 1)):
             if not getattr(self, name) >= least:
@@ -111,18 +114,17 @@ class ZygoteDied(Exception):
 
 
 class Zygote:
-    """The near end of one zygote process; used by one thread at a time. Raises SandboxError where no tier
-    works.
-    """
+    """The near end of one zygote process, for one thread at a time; SandboxError where no tier works."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        python = _python()
+        if not sys.executable:
+            raise SandboxError("sys.executable is empty: the sandbox does not know which Python to start")
         self.socket, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.errors = memory_file()
         archive = memory_file(_archive(tuple(options["judges"])))
         settings = {**options, "control": far_end.fileno(), "archive": archive, "parent": os.getpid()}
         try:
-            self.process = _start(python, settings, self.errors)
+            self.process = _start(settings, self.errors)
         except BaseException:
             self._close_descriptors()
             raise
@@ -165,27 +167,17 @@ class Zygote:
 
         try:
             described = [describe(program) for program in programs]
-            job = {
-                "programs": described,
-                "timeout_s": limits.timeout_s,
-                "memory_bytes": limits.memory_mib << 20,
-                "output_bytes": limits.output_mib << 20,
-            }
-            answer = self._call(job, files, limits.timeout_s + GRACE_S)
-            return [
-                _result(given, done, files, answer["timed_out"], limits)
-                for given, done in zip(described, answer["programs"], strict=True)
-            ]
+            job = {"programs": described, "timeout_s": limits.timeout_s, **limits.in_bytes()}
+            try:
+                socket.send_fds(self.socket, [json.dumps(job).encode()], files)
+            except OSError as error:
+                raise ZygoteDied(f"sending to it: {error}") from error
+            answer = self._receive(limits.timeout_s + GRACE_S)
+            pairs = zip(described, answer["programs"], strict=True)
+            return [_result(given, done, files, answer["timed_out"], limits) for given, done in pairs]
         finally:
             for descriptor in files:
                 os.close(descriptor)
-
-    def _call(self, job: dict[str, Any], files: list[int], timeout_s: float) -> dict[str, Any]:
-        try:
-            socket.send_fds(self.socket, [json.dumps(job).encode()], files)
-        except OSError as error:
-            raise ZygoteDied(f"sending to it: {error}") from error
-        return self._receive(timeout_s)
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         self.socket.settimeout(timeout_s)
@@ -220,33 +212,26 @@ class Zygote:
             self.errors = -1
 
 
-def _start(python: str, settings: dict[str, Any], errors: int) -> subprocess.Popen[bytes]:
+def _start(settings: dict[str, Any], errors: int) -> subprocess.Popen[bytes]:
     program = str(Path(__file__).with_name("zygote.py"))
-    command = [python, "-I", "-S", "-B", "-X", "utf8", program, json.dumps(settings)]
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "MALLOC_ARENA_MAX": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", program, json.dumps(settings)]
+    one = dict.fromkeys(("MALLOC_ARENA_MAX", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     try:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=environment,
+            env={"PATH": "/usr/bin:/bin", **one},
             pass_fds=(settings["control"], settings["archive"]),
             start_new_session=True,  # Ctrl-C and Ctrl-Z are for the owner
         )
     except OSError as error:
-        raise SandboxError(f"cannot start {python}: {error}") from error
+        raise SandboxError(f"cannot start {sys.executable}: {error}") from error
 
 
 def memory_file(data: bytes = b"") -> int:
-    """A descriptor of an anonymous file in memory that holds `data`, positioned at its start. A file with
-    data is an input: it is sealed, so that no holder of the descriptor can change it.
-    """
+    """An anonymous file in memory, at its start; with data it is an input, sealed against change."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         descriptor = os.memfd_create("sandbox", flags | MFD_NOEXEC_SEAL)
@@ -287,12 +272,4 @@ def _result(
     )
 
 
-@functools.cache
-def _archive(modules: tuple[str, ...]) -> bytes:
-    return build_archive(modules)
-
-
-def _python() -> str:
-    if not sys.executable:
-        raise SandboxError("sys.executable is empty: the sandbox does not know which Python to start")
-    return sys.executable
+_archive = functools.cache(build_archive)

@@ -31,9 +31,8 @@ class Servant:
             return {"status": 0, "killed": False, "cpu_s": 0.0, "max_rss_kib": 0}
         self.alive = False
         self.socket.close()
-        ended = (
-            kill(self.pid) if not message and time.monotonic() >= deadline else wait_for(self.pid, deadline)
-        )
+        late = not message and time.monotonic() >= deadline
+        ended = kill(self.pid) if late else wait_for(self.pid, deadline)
         return {**ended, "killed": False} if message else ended
 
 

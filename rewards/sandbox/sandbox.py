@@ -8,8 +8,8 @@ Tiers, best first, chosen by a probe that tries what must fail: "landlock+seccom
 without Landlock, where every open is refused. Both work without privileges, in containers that forbid user
 namespaces, on x86-64 and aarch64 (there the filters are tested, but were never run). Where neither works
 the sandbox refuses to start and says why: sandlock, bubblewrap and WASM are not offered. Programs in other
-languages need Landlock. What no tier stops: programs that know the tests already, faults of the kernel, and
-timing. Without root all workers share a user, and so the number of threads that programs may have together.
+languages need Landlock. Without root all workers share a user, and so the number of threads that programs
+may have together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Self, TypeVar
@@ -72,15 +71,14 @@ class Sandbox:
             "path": [path for path in sys.path if path] if packages else [],
             "landlock": tier != "seccomp",
             "commands": commands,
-            "limits": {"memory_bytes": limits.memory_mib << 20, "output_bytes": limits.output_mib << 20},
+            "limits": limits.in_bytes(),
         }
         self.limits = limits
         self._wanted = tier
         self._pid = os.getpid()
-        self._condition = threading.Condition()
+        self._lock, self._slots = threading.Lock(), threading.Semaphore(self.num_workers)
         self._idle: list[Zygote] = []
         self._all: set[Zygote] = set()
-        self._num_busy = 0
         self._closed = False
         first = self._start()
         self.tier: str = first.tier
@@ -88,13 +86,8 @@ class Sandbox:
         self._gid = first.gid
         self._idle.append(first)
         level = logging.INFO if self.tier == "landlock+seccomp" else logging.WARNING
-        log.log(
-            level,
-            "code sandbox: tier %s (Landlock ABI %d), %d workers",
-            self.tier,
-            self.landlock_abi,
-            self.num_workers,
-        )
+        found = (self.tier, self.landlock_abi, self.num_workers)
+        log.log(level, "code sandbox: tier %s (Landlock ABI %d), %d workers", *found)
 
     def __enter__(self) -> Self:
         return self
@@ -104,17 +97,16 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends all zygotes and what runs in them; safe to call twice."""
-        with self._condition:
+        with self._lock:
             self._closed = True
             idle, busy = self._idle, self._all.difference(self._idle)
             self._idle, self._all = [], set()
-            self._condition.notify_all()
         if os.getpid() == self._pid:
             for zygote in [*busy, *idle]:
                 zygote.close(kill=zygote in busy)
 
     def zygote_pids(self) -> list[int]:
-        with self._condition:
+        with self._lock:
             return [zygote.process.pid for zygote in self._all]
 
     def run(
@@ -157,19 +149,14 @@ class Sandbox:
                 alive = True
                 return results
             except ZygoteDied as error:
-                log.warning(
-                    "code sandbox: a zygote died (%s); attempt %d of %d", error, attempt, MAX_ATTEMPTS
-                )
+                tries = f"attempt {attempt} of {MAX_ATTEMPTS}"
+                log.warning("code sandbox: a zygote died (%s); %s", error, tries)
             finally:
                 self._release(zygote, alive)
-        raise SandboxError(
-            f"the zygote died {MAX_ATTEMPTS} times while it ran a program; see the warnings above"
-        )
+        raise SandboxError(f"the zygote died {MAX_ATTEMPTS} times while it ran a program; see the warnings")
 
     def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`[fn(item) for item in items]`, over as many threads as there are workers; for an `fn` that runs
-        programs here.
-        """
+        """`[fn(item) for item in items]` in a thread per worker; for an `fn` that runs programs here."""
         listed = list(items)
         num_threads = min(self.num_workers, len(listed))
         if num_threads <= 1:
@@ -181,45 +168,36 @@ class Sandbox:
         zygote = Zygote(self._options)
         if self._wanted not in ("auto", zygote.tier):
             zygote.close(kill=True)
-            raise SandboxError(
-                f"tier {self._wanted!r} is not available here (this machine offers {zygote.tier!r}); "
-                "use tier='auto'"
-            )
-        with self._condition:
+            offer = f"this machine offers {zygote.tier!r}"
+            raise SandboxError(f"tier {self._wanted!r} is not available here ({offer}); use tier='auto'")
+        with self._lock:
             self._all.add(zygote)
         return zygote
 
     def _acquire(self) -> Zygote:
         if os.getpid() != self._pid:
-            raise SandboxError(
-                f"this sandbox belongs to process {self._pid}; start one in process {os.getpid()}"
-            )
-        deadline = time.monotonic() + ACQUIRE_TIMEOUT_S
-        with self._condition:
-            while not self._idle and self._num_busy >= self.num_workers and not self._closed:
-                if not self._condition.wait(deadline - time.monotonic()):
-                    raise SandboxError(f"no sandbox worker became free within {ACQUIRE_TIMEOUT_S:.0f} s")
-            if self._closed:
-                raise SandboxError("the sandbox is closed")
-            self._num_busy += 1
-            if self._idle:
-                return self._idle.pop()
+            here = os.getpid()
+            raise SandboxError(f"this sandbox belongs to process {self._pid}; start one in process {here}")
+        if not self._slots.acquire(timeout=ACQUIRE_TIMEOUT_S):
+            raise SandboxError(f"no sandbox worker became free within {ACQUIRE_TIMEOUT_S:.0f} s")
         try:
+            with self._lock:
+                if self._closed:
+                    raise SandboxError("the sandbox is closed")
+                if self._idle:
+                    return self._idle.pop()
             return self._start()
         except BaseException:
-            with self._condition:
-                self._num_busy -= 1
-                self._condition.notify()
+            self._slots.release()
             raise
 
     def _release(self, zygote: Zygote, alive: bool) -> None:
-        with self._condition:
-            self._num_busy -= 1
+        with self._lock:
             keep = alive and not self._closed
             if keep:
                 self._idle.append(zygote)
             else:
                 self._all.discard(zygote)
-            self._condition.notify()
+        self._slots.release()
         if not keep:
             zygote.close(kill=True)

@@ -1,6 +1,4 @@
-"""Runs a source as a script would run: as `__main__`, with stdin, stdout, threads, exit handlers and an
-exit status.
-"""
+"""Runs a source as a script: as `__main__`, with stdin, stdout, threads, exit handlers and an exit status."""
 
 from __future__ import annotations
 
@@ -35,18 +33,15 @@ def module_named(name: str) -> types.ModuleType:
 
 
 def run_module(source: bytes, module: types.ModuleType) -> int:
-    """Runs `source` in `module`. The exit status of a Python script: 0, 1 after an exception, or what
-    `sys.exit` was given.
-    """
-    status = 0
+    """Runs `source` in `module`; 0, or 1 after an exception, or what `sys.exit` was given."""
     try:
         exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as leaving:
-        status = exit_status(leaving)
+        return exit_status(leaving)
     except BaseException:
         report_exception()
-        status = 1
-    return status
+        return 1
+    return 0
 
 
 def exit_status(leaving: SystemExit) -> int:

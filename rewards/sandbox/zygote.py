@@ -39,11 +39,8 @@ if TYPE_CHECKING:
     from rewards.sandbox import archive, confine, filters, judging, reaper
     from rewards.sandbox import command as sandbox_command
 
-NULL, FIRST_FREE, CONTROL = (
-    7,
-    8,
-    64,
-)  # those of the zygote: received ones and pipes are numbered from FIRST_FREE
+# Descriptors of the zygote: received ones and pipes are numbered from FIRST_FREE.
+NULL, FIRST_FREE, CONTROL = 7, 8, 64
 MAX_MESSAGE, MAX_DESCRIPTORS = 1 << 16, 128
 SERVANT_CPU_S = 3600
 PACKAGES = ("sandbox", "code")  # of `rewards`, whose modules run here
@@ -82,11 +79,8 @@ def main() -> None:
     except Exception as error:
         control.send(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
         return
-    control.send(
-        json.dumps(
-            {"tier": "landlock+seccomp" if abi else "seccomp", "landlock_abi": abi, "gid": os.getegid()}
-        ).encode()
-    )
+    tier = "landlock+seccomp" if abi else "seccomp"
+    control.send(json.dumps({"tier": tier, "landlock_abi": abi, "gid": os.getegid()}).encode())
     zygote.serve(control, options["parent"])
 
 
@@ -107,9 +101,8 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     without, and how many tasks the user may have for a program to start one more.
     """
     if confine.ARCHITECTURE < 0:
-        raise NotImplementedError(
-            f"no system call table for {os.uname().machine}; x86_64 and aarch64 have one"
-        )
+        machine = os.uname().machine
+        raise NotImplementedError(f"no system call table for {machine}; x86_64 and aarch64 have one")
     commands = options["commands"]
     for name in () if commands else (*WARM_MODULES, *options["modules"]):
         importlib.import_module(name)
@@ -161,9 +154,7 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
 
 
 class Zygote:
-    """Forks confined children. `limits`: "memory_bytes" and "output_bytes", which already hold for this
-    process.
-    """
+    """Forks confined children. `limits`, "memory_bytes" and "output_bytes", already hold for this process."""
 
     def __init__(self, limits: dict[str, int], abi: int, num_tasks: int, *, commands: bool) -> None:
         self.pid = os.getpid()

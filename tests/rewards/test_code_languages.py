@@ -156,7 +156,7 @@ def test_a_program_that_does_not_compile_is_a_parse_error() -> None:
 HOLDER = """import sys, time
 from rewards.code.languages import LANGUAGES, Language, prepared
 from rewards.sandbox.sandbox import Limits
-LANGUAGES["text"] = Language("main.txt", (), (sys.executable,))
+LANGUAGES["text"] = Language("main.txt", "", sys.executable)
 class Giver:
     def give(self, folder): print(folder, flush=True)
 with prepared("x", "text", Limits(), Giver()):

@@ -1,8 +1,12 @@
 """Several rewards become one: weights, gates, clipping, abstaining."""
 
+import json
+
 import pytest
 
+from rewards.answers import read_answer
 from rewards.compose import RewardSpec, check_specs, compose
+from rewards.pool.worker import _answer
 from rl.types import Reason, Reward
 
 NOT_APPLICABLE = Reward(None, Reason.NOT_APPLICABLE)
@@ -95,3 +99,20 @@ def test_reason_and_extracted_answer_are_those_of_the_first_part_with_a_weight()
 def test_specs_that_make_no_sense_are_refused(specs, message):
     with pytest.raises(ValueError, match=message):
         check_specs(specs)
+
+
+def test_rewards_per_turn_come_from_the_only_part_times_its_weight():
+    game = Reward(1.5, turns=(1.0, None, 0.5))
+    assert compose([RewardSpec("game", 2.0)], {"game": game}).turns == (2.0, None, 1.0)
+    both = [RewardSpec("game"), RewardSpec("format")]
+    assert compose(both, {"game": game, "format": Reward(1.0)}).turns == ()
+
+
+@pytest.mark.parametrize("turn", ["x", float("nan"), 1e300])
+def test_rewards_per_turn_reach_the_run_from_a_worker_and_are_checked(turn):
+    sent = json.loads(json.dumps(_answer("game", [Reward(1.5, turns=(1.0, None, 0.5))], 1, 0.0)))
+    [(reward, fault)] = read_answer(sent, 1).items
+    assert (reward.turns, fault) == ((1.0, None, 0.5), None)
+    sent = _answer("game", [Reward(1.5, turns=(turn,))], 1, 0.0)
+    [(reward, fault)] = read_answer(sent, 1).items
+    assert reward.score is None and fault is not None and "game gave a turn" in fault[1]
