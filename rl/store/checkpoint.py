@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent: staged beside, listed in a manifest, published by one rename.
 
 `RUN/checkpoints/step-000024/` is a plain Hugging Face folder, which `from_pretrained` and vLLM read as it is,
-plus `trainer/` (optimizer, schedule, random numbers, counters) and `manifest.json`, which is written last.
+plus `trainer/` (optimizer, a moving reference, random numbers, counters) and `manifest.json`, which is
+written last.
 """
 
 from __future__ import annotations
@@ -18,36 +19,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from rl.store.durable import RunLock, RunLockedError, fsync_path
+from rl.store.durable import fsync_path
 from rl.store.manifest import files_below, find_fault, read_manifest, version_changes, write_manifest
-from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
 from rl.store.trainer_state import (
     TRAINER_FILES,
     NonFiniteError,
     TrainerState,
-    capture_rng,
     check_finite,
-    named_leaves,
     read_trainer_state,
-    restore_rng,
     write_trainer_state,
 )
-
-__all__ = [
-    "CheckpointReadError",
-    "CheckpointStore",
-    "CheckpointWriteError",
-    "LoadedCheckpoint",
-    "NonFiniteError",
-    "RunLock",
-    "RunLockedError",
-    "TrainerState",
-    "capture_rng",
-    "check_finite",
-    "load_optimizer_state",
-    "optimizer_state_by_name",
-    "restore_rng",
-]
+from rl.types import Team
 
 _REQUIRED = {f"trainer/{name}": meaning for name, meaning in TRAINER_FILES.items()}
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -60,6 +42,13 @@ class CheckpointWriteError(RuntimeError):
 
 class CheckpointReadError(ValueError):
     """There are checkpoints, and none that was asked for is whole."""
+
+
+_FAULTS: dict[str, type[Exception]] = {
+    "write": CheckpointWriteError,
+    "not finite": NonFiniteError,
+    "other": RuntimeError,
+}
 
 
 @dataclass(slots=True)
@@ -80,7 +69,7 @@ class LoadedCheckpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in folder `root`, such as `RUN/checkpoints`. Rank 0 saves; every rank may load.
+    """The checkpoints in folder `root`, such as `RUN/checkpoints`. All ranks save together; each may load.
 
     What a killed writer left behind is cleared here and before each save, unless a live process is saving.
     """
@@ -96,47 +85,77 @@ class CheckpointStore:
             with suppress(Timeout), self._lock:
                 self._clear_leftovers()
 
-    def save(self, step: int, *, write_model: Callable[[Path], None], trainer_state: TrainerState) -> Path:
+    def save(self, step: int, *, write: Callable[[Path], None], state: TrainerState, team: Team) -> Path:
         """Publishes the checkpoint of `step`, in place of one of that step, and prunes to the newest `keep`.
 
+        Collective: a fault of any process is raised on all of them, and none waits for one that failed.
+
         Args:
-            write_model: writes model and tokenizer, or an adapter, into the given folder, as safetensors.
+            write: called on every process; writes what it holds of model and tokenizer, or of an adapter, and
+                of the optimizer's state, as safetensors and JSON.
 
         Raises:
             NonFiniteError: a tensor of model or optimizer holds NaN or infinity; nothing is published.
             CheckpointWriteError: the disk is full or fails; nothing is published.
         """
-        if trainer_state.step != step or not trainer_state.rng:
-            raise ValueError(
-                f"save(step={step}) got a trainer_state of step {trainer_state.step} with random states of "
-                f"{len(trainer_state.rng)} ranks; the steps must agree, and every rank has an entry in rng, "
-                'such as {"rank0": capture_rng()}'
-            )
-        check_finite(named_leaves(trainer_state.optimizer), f"optimizer state of step {step}")
         final, staging = self.root / f"step-{step:06d}", self.root / f".staging-step-{step:06d}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._require_space(step, trainer_state)
-            with self._lock:
-                self._clear_leftovers()
-                try:
-                    _stage(staging, step, write_model, trainer_state)
-                    self._publish(staging, final)
-                except BaseException:
+            self._together(team, step, lambda: _check_state(step, state))
+            self._together(team, step, lambda: self._begin(step, staging) if team.rank == 0 else None)
+            self._together(team, step, lambda: write(staging))
+            self._together(team, step, lambda: self._end(staging, final, state) if team.rank == 0 else None)
+        finally:
+            if self._lock.is_locked:
+                with suppress(OSError):  # the next start clears them too
                     self._clear_leftovers()
-                    raise
-                self._prune(final)
+                self._lock.release()
+        return final
+
+    def _together(self, team: Team, step: int, work: Callable[[], None]) -> None:
+        """Does the work of this process, and raises the first fault of any."""
+        own, fault = None, ["", ""]
+        try:
+            work()
         except Timeout:
-            raise CheckpointWriteError(
-                f"another process is saving into {self.root}; give each run its own run_dir"
-            ) from None
+            fault = ["write", f"another process is saving into {self.root}; give each run its own run_dir"]
         except (OSError, SafetensorError) as error:
             remedy = "free some space" if _is_disk_full(error) else "check the file system"
-            raise CheckpointWriteError(
+            fault = [
+                "write",
                 f"checkpoint of step {step} could not be written to {self.root}: {error}; {remedy}; "
-                "the earlier checkpoints are untouched"
-            ) from error
-        return final
+                "the earlier checkpoints are untouched",
+            ]
+        except CheckpointWriteError as error:
+            fault = ["write", str(error)]
+        except NonFiniteError as error:
+            fault = ["not finite", str(error)]
+        except Exception as error:
+            own, fault = error, ["other", f"{type(error).__name__}: {error}"]
+        first = next((found for found in team.gather(fault) if found[0]), None)
+        if own is not None:
+            raise own
+        if first is not None:
+            raise _FAULTS[first[0]](first[1])
+
+    def _begin(self, step: int, staging: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._require_space(step)
+        self._lock.acquire()
+        self._clear_leftovers()
+        staging.mkdir()
+
+    def _end(self, staging: Path, final: Path, state: TrainerState) -> None:
+        """Checks what was written, adds what the main process keeps, and publishes it."""
+        _check_model(staging, state.step)
+        (staging / "trainer").mkdir(exist_ok=True)
+        write_trainer_state(staging / "trainer", state)
+        # safetensors makes files that only their owner can read, whatever the umask says.
+        mode = (staging / "trainer" / "state.json").stat().st_mode
+        for path in files_below(staging):
+            path.chmod(mode)
+        write_manifest(staging, state.step)
+        self._publish(staging, final)
+        self._prune(final)
 
     def load_newest(self) -> LoadedCheckpoint | None:
         """The newest checkpoint whose files are all there and unchanged; None if there are none at all.
@@ -218,8 +237,8 @@ class CheckpointStore:
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _require_space(self, step: int, trainer_state: TrainerState) -> None:
-        needed = sum(tensor.nbytes for _, tensor in named_leaves(trainer_state.optimizer))
+    def _require_space(self, step: int) -> None:
+        needed = 0
         for folder in self._newest_first():
             with suppress(ValueError, OSError):
                 needed = sum(entry["size"] for entry in read_manifest(folder)["files"].values())
@@ -232,27 +251,27 @@ class CheckpointStore:
             )
 
 
-def _stage(
-    staging: Path, step: int, write_model: Callable[[Path], None], trainer_state: TrainerState
-) -> None:
-    """Fills the staging folder, checks it, and forces it to disk with its manifest."""
-    staging.mkdir()
-    write_model(staging)
+def _check_state(step: int, state: TrainerState) -> None:
+    if state.step != step or not state.rng:
+        raise ValueError(
+            f"save(step={step}) got a state of step {state.step} with random states of "
+            f"{len(state.rng)} ranks; the steps must agree, and every rank has an entry in rng, "
+            'such as {"rank0": capture_rng()}'
+        )
+
+
+def _check_model(staging: Path, step: int) -> None:
+    """The model's files are safetensors, and finite; those of the optimizer were checked as written."""
     names = [path.name for path in files_below(staging)]
     if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
-        raise ValueError(f"write_model wrote {pickles}; a checkpoint holds safetensors and JSON, no pickles")
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"write_model wrote no safetensors file, only {names}")
-    for path in staging.rglob("*.safetensors"):
+        raise ValueError(f"write wrote {pickles}; a checkpoint holds safetensors and JSON, no pickles")
+    files = list(staging.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"write wrote no safetensors file of the model, only {names}")
+    for path in files:
         with safe_open(path, framework="pt") as file:
             tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             check_finite(tensors, f"{path.name} of step {step}")
-    write_trainer_state(staging / "trainer", trainer_state)
-    # safetensors makes files that only their owner can read, whatever the umask says.
-    mode = (staging / "trainer" / "state.json").stat().st_mode
-    for path in files_below(staging):
-        path.chmod(mode)
-    write_manifest(staging, step)
 
 
 def _step_of(folder: Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rl.config import Config
 from rl.config.diffusion import DiffusionConfig
-from rl.config.read import dump_config, read_config
+from rl.config.read import dump_config, flatten, read_config
 from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.store.metrics import wilson_interval
@@ -179,7 +179,7 @@ def check_whole(run_dir: Path, *, first: int, last: int) -> None:
 
 def _changes(before: Config | DiffusionConfig, now: Config | DiffusionConfig) -> dict[str, str]:
     """Key -> what it was and is, without secrets."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     keys = sorted(k for k in (old.keys() | new.keys()) - MAY_CHANGE if old.get(k) != new.get(k))
     shown = [(k, redact(old.get(k), k), redact(new.get(k), k)) for k in keys]
     return {k: f"{k}: {was!r} there, {now!r} now" for k, was, now in shown}
@@ -226,13 +226,3 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) else {}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {
-        key: value
-        for name, sub in tree.items()
-        for key, value in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()
-    }

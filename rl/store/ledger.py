@@ -18,7 +18,7 @@ from typing import Any
 from rl.store.durable import fsync_path, gone, written_whole
 from rl.store.ledger_lines import encode_group, encode_line
 from rl.store.ledger_parse import DAMAGE, SCHEMA, LedgerStep, brief, glance, read_record
-from rl.types import ScoredGroup
+from rl.types import Advantage, ScoredGroup
 
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
 MAX_RANKS = 16
@@ -62,7 +62,7 @@ class Ledger:
         cursor_after: Any,
         policy_version: int,
         rejected: Sequence[ScoredGroup] = (),
-        advantages: Sequence[Sequence[float]] | None = None,
+        advantages: Sequence[Sequence[Advantage]] | None = None,
         counts: Mapping[str, float] | None = None,
     ) -> Path:
         """Records a step, in place of an earlier record of it. On disk when this returns.

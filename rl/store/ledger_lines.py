@@ -6,7 +6,6 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,9 @@ def encode_group(scored: ScoredGroup, step: int, extra: dict[str, Any]) -> bytes
     where = f"step {step}, prompt {prompt.id!r}"
     if len(rewards) != len(completions):
         raise ValueError(f"ledger, {where}: {len(rewards)} rewards for {len(completions)} completions")
-    for number in extra["advantages"] or ():
-        _require_finite(number, f"{where}: advantages")
+    for advantage in extra["advantages"] or ():
+        for number in advantage if isinstance(advantage, Sequence) else [advantage]:
+            _require_finite(number, f"{where}: advantages")
     row = {
         **extra,
         "prompt": {
@@ -50,7 +50,7 @@ def encode_group(scored: ScoredGroup, step: int, extra: dict[str, Any]) -> bytes
 
 
 def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[str, Any]:
-    for name, number in (("score", reward.score), *reward.parts.items()):
+    for name, number in (("score", reward.score), *reward.parts.items(), *enumerate(reward.turns)):
         _require_finite(number, f"{where}: reward {name}")
     # Masks are all true but where a tool answered; a string of 0 and 1 packs well in that case.
     chosen = all(completion.loss_mask) and len(completion.loss_mask) == len(completion.token_ids)
@@ -62,7 +62,7 @@ def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[
         "version_spans": [[span.policy_version, span.num_tokens] for span in completion.version_spans],
         "text": completion.text,
         "routes": _pack_routes(completion.routes),
-        **({} if completion.trace is None else {"trace": asdict(completion.trace)}),
+        **_of_episodes(completion, where),
         "reward": {
             "score": reward.score,
             "reason": str(reward.reason),
@@ -70,8 +70,27 @@ def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[
             "extracted": reward.extracted,
             "elapsed_ms": reward.elapsed_ms,
             "parts": dict(reward.parts),
+            **({"turns": reward.turns} if reward.turns else {}),
         },
     }
+
+
+def _of_episodes(completion: Completion, where: str) -> dict[str, Any]:
+    """Fields that are left out where they are empty, as they are in nearly all completions."""
+    fields: dict[str, Any] = {}
+    if completion.segments:
+        fields["segments"] = [[segment.origin, segment.num_tokens] for segment in completion.segments]
+    if completion.facts:
+        fields["facts"] = dict(completion.facts)
+    if completion.continuations:
+        fields["continuations"] = [
+            {
+                "prompt_token_ids": further.prompt_token_ids,
+                **_completion_row(further.completion, Reward(0.0), f"{where}, continuation {i}"),
+            }
+            for i, further in enumerate(completion.continuations)
+        ]
+    return fields
 
 
 def _require_finite(number: float | None, where: str) -> None:

@@ -14,14 +14,26 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from rl.store.safe_read import bounded_lines, is_nested_beyond, is_number, open_regular
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
+from rl.types import (
+    Advantage,
+    Completion,
+    Continuation,
+    Group,
+    Origin,
+    Prompt,
+    Reason,
+    Reward,
+    ScoredGroup,
+    Segment,
+    VersionSpan,
+)
 
-SCHEMA = 1
+SCHEMA = 2  # 1, which is read too, has neither segments, facts, continuations nor rewards per turn
 MAX_RECORD_BYTES = 4 << 30  # of a record that is read whole, decompressed
 MAX_GLANCE_BYTES = 16 << 20  # of a record of which some groups are shown
 MAX_GROUP_BYTES = 16 << 20  # of a group that is shown: a million tokens
@@ -60,7 +72,7 @@ class LedgerStep:
     cursor_after: Any
     groups: list[ScoredGroup]
     rejected: list[ScoredGroup] = field(default_factory=list)
-    advantages: list[list[float]] | None = None
+    advantages: list[list[Advantage]] | None = None
     counts: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,7 +104,7 @@ def glance(path: Path, max_groups: int) -> tuple[LedgerStep, list[str]]:
         one of DAMAGE: not even the header can be read.
     """
     groups: list[ScoredGroup] = []
-    advantages: list[list[float]] = []
+    advantages: list[list[Advantage]] = []
     bad: Counter[str] = Counter()
     room, faults = MAX_GLANCE_BYTES, []
     with open_regular(path) as raw, gzip.GzipFile(fileobj=raw) as file:
@@ -128,7 +140,7 @@ def _bounded(line: bytes | None) -> bytes:
     return line
 
 
-def _shown_group(line: bytes, has_advantages: bool) -> tuple[ScoredGroup, list[float]] | None:
+def _shown_group(line: bytes, has_advantages: bool) -> tuple[ScoredGroup, list[Advantage]] | None:
     """A group and its advantages; None for one that the source threw away, as are all that follow it."""
     if line.count(b"[") + line.count(b"{") > MAX_PARTS:
         raise ValueError(f"more than {MAX_PARTS:,} lists and objects")
@@ -144,8 +156,8 @@ def _shown_group(line: bytes, has_advantages: bool) -> tuple[ScoredGroup, list[f
 
 def _header(line: bytes) -> dict[str, Any]:
     header = json.loads(line)
-    if header["schema"] != SCHEMA:
-        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads {SCHEMA}")
+    if header["schema"] not in (1, SCHEMA):
+        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads 1 and {SCHEMA}")
     for name in ("step", "rank", "world_size", "policy_version", "rows"):
         _require(type(header[name]) is int, name)
     _require(isinstance(header["counts"], dict), "counts")
@@ -156,7 +168,7 @@ def _step(
     header: dict[str, Any],
     groups: list[ScoredGroup],
     rejected: list[ScoredGroup],
-    advantages: list[list[float]] | None,
+    advantages: list[list[Advantage]] | None,
 ) -> LedgerStep:
     return LedgerStep(
         step=header["step"],
@@ -183,9 +195,10 @@ def _is_list_of(value: Any, kind: type | Callable[[Any], bool]) -> bool:
     return set(map(type, value)) <= {kind} if isinstance(kind, type) else all(map(kind, value))
 
 
-def _advantages(row: dict[str, Any]) -> list[float]:
+def _advantages(row: dict[str, Any]) -> list[Advantage]:
     values = row["advantages"]
-    _require(_is_list_of(values, is_number) and len(values) == len(row["completions"]), "advantages")
+    is_advantage = lambda x: is_number(x) or _is_list_of(x, is_number)  # noqa: E731
+    _require(_is_list_of(values, is_advantage) and len(values) == len(row["completions"]), "advantages")
     return values
 
 
@@ -225,8 +238,33 @@ def _completion(entry: dict[str, Any]) -> Completion:
         version_spans=[VersionSpan(version, count) for version, count in spans],
         text=entry["text"],
         routes=_unpack(routes, "iub").reshape(routes["shape"]) if isinstance(routes, dict) else routes,
-        trace=_trace(entry["trace"]) if "trace" in entry else None,
+        segments=[Segment(*pair) for pair in _segments(entry.get("segments", []), len(ids))],
+        facts=_facts(entry),
+        continuations=[_continuation(given) for given in entry.get("continuations", [])],
     )
+
+
+def _segments(given: Any, num_tokens: int) -> list[Any]:
+    origins = get_args(Origin)
+    is_segment = lambda pair: isinstance(pair, list) and len(pair) == 2 and pair[0] in origins  # noqa: E731
+    _require(_is_list_of(given, is_segment) and _is_list_of([n for _, n in given], int), "segments")
+    _require(not given or sum(n for _, n in given) == num_tokens, "segments")
+    return given
+
+
+def _facts(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a completion; before there were facts, its trace stood beside the other fields."""
+    facts = entry.get("facts", {})
+    _require(isinstance(facts, dict), "facts")
+    facts = facts | ({"trace": entry["trace"]} if "trace" in entry else {})
+    if is_nested_beyond(facts, MAX_DEPTH):
+        raise ValueError(f"facts are nested more than {MAX_DEPTH} deep")
+    return facts
+
+
+def _continuation(given: dict[str, Any]) -> Continuation:
+    _require(_is_list_of(given["prompt_token_ids"], int), "prompt_token_ids")
+    return Continuation(tuple(given["prompt_token_ids"]), _completion(given))
 
 
 def _logprobs(packed: dict[str, Any]) -> list[float]:
@@ -242,18 +280,10 @@ def _unpack(packed: dict[str, Any], kinds: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(packed["base64"], validate=True), dtype=dtype)
 
 
-def _trace(given: dict[str, Any]) -> Trace:
-    trace = Trace(**given)
-    _require(type(trace.num_steps) is int, "trace.num_steps")
-    is_step = lambda step: type(step) is int and 0 <= step <= trace.num_steps  # noqa: E731
-    _require(_is_list_of(trace.steps, is_step), "trace.steps")
-    _require(_is_list_of(trace.tail_ids, int) and _is_list_of(trace.pieces, str), "trace.tail_ids or pieces")
-    return trace
-
-
 def _reward(given: dict[str, Any]) -> Reward:
-    reward = Reward(**{**given, "reason": Reason(given["reason"])})
-    numbers = [reward.score, *reward.parts.values()]
+    turns = tuple(given.get("turns", ()))
+    reward = Reward(**{**given, "reason": Reason(given["reason"]), "turns": turns})
+    numbers = [reward.score, *reward.parts.values(), *turns]
     _require(all(number is None or _is_finite(number) for number in numbers), "reward.score or reward.parts")
     _require(isinstance(reward.detail, str) and isinstance(reward.extracted, str | None), "reward.detail")
     _require(_is_finite(reward.elapsed_ms), "reward.elapsed_ms")

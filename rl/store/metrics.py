@@ -2,16 +2,18 @@
 
 Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
 that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
-`reward/<part>/std`.
+`reward/<part>/std`. A run whose policy or loss has metrics of its own gives their names to `MetricsLog`.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rl.store.rows import RowLog
@@ -178,25 +180,36 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 assert len(METRICS) == len(_ALL), "a metric is defined twice"
 
 
-def metric_of(name: str) -> Metric:
+OWN_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
+
+
+def metric_of(name: str, own: Mapping[str, Metric] = MappingProxyType({})) -> Metric:
     """The definition of a metric; for the parts of a run's rewards, the spread has a range: above 0.
 
     Raises:
         ValueError: the name is unknown; the message has the nearest known ones.
     """
-    if metric := METRICS.get(name):
+    if metric := METRICS.get(name) or own.get(name):
         return metric
     if name.startswith("reward/") and len(name) > len("reward/"):
         part, _, statistic = name.removeprefix("reward/").rpartition("/")
         said = f"{statistic} of the reward part {part}" if part else f"reward part {statistic}"
         spread = {"low": LEAST_SPREAD, "hint": CONSTANT_HINT} if part and statistic == "std" else {}
         return Metric(name, "score", said, **spread)
-    near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*METRICS, *own], n=3, cutoff=0.5)
     raise ValueError(
         f"unknown metric {name!r}; "
         + (f"did you mean {' or '.join(near)}? " if near else "")
         + "rl/store/metrics.py lists every metric; parts of a reward are named reward/<part>/mean"
     )
+
+
+def shown_metric(name: str) -> Metric:
+    """What a reader sees of a metric: its definition, or the name alone for one that a run has of its own."""
+    try:
+        return metric_of(name)
+    except ValueError:
+        return Metric(name, "", name)
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
@@ -224,7 +237,21 @@ class MetricsLog:
     A value that is not finite is written as null and named in "nonfinite", so nobody takes it for a zero.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, own: Iterable[Metric] = ()) -> None:
+        """
+        Args:
+            own: what this run reports besides `METRICS`.
+
+        Raises:
+            ValueError: one of them is no `section/name`, or is defined already.
+        """
+        self._own: dict[str, Metric] = {}
+        for metric in own:
+            if not OWN_NAME.fullmatch(metric.name) or metric.name.startswith("reward/"):
+                raise ValueError(f"own metric {metric.name!r} must be section/name, such as mixture/balance")
+            if metric.name in METRICS or metric.name in self._own:
+                raise ValueError(f"own metric {metric.name!r} is defined already; give it another name")
+            self._own[metric.name] = metric
         self._rows = RowLog(Path(run_dir) / "metrics.jsonl")
         self.path = self._rows.path
         self.read, self.truncate_after = self._rows.read, self._rows.truncate_after
@@ -240,7 +267,7 @@ class MetricsLog:
         row: dict[str, Any] = {"step": int(step)}
         nonfinite = []
         for name, value in values.items():
-            metric_of(name)
+            metric_of(name, self._own)
             number = float(value)
             row[name] = number if math.isfinite(number) else None
             if not math.isfinite(number):
@@ -252,7 +279,7 @@ class MetricsLog:
 
 def show_value(name: str, value: float) -> str:
     """A value for a reader, by its unit: "12.5 %", "3 min 20 s", "5,310"; else four significant digits."""
-    unit = metric_of(name).unit
+    unit = shown_metric(name).unit
     if not math.isfinite(value):
         return "not finite"
     if unit == "share":

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rl.store.tensors import TensorFiles, write_tensors
+from rl.store.trainer_state import join_tree, read_json, split_tree, write_json
+
+KIND = "optimizer"
 
 # The flags say how a step is computed, not from what: the live ones stay, so a GPU's run resumes on a CPU.
 _NOT_HYPERPARAMETERS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
-def optimizer_state_by_name(
+def optimizer_writer(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
-) -> dict[str, Any]:
-    """The optimizer's state under parameter names: `state`, `param_groups` and the parameters' `shapes`.
+) -> Callable[[Path], None]:
+    """What writes the optimizer's state under parameter names: this process's part of it.
 
-    The tensors are the optimizer's own, not copies: save them before its next step. Where parameters are
-    sharded (FSDP2) every rank must call this, because it gathers; ranks other than 0 get an empty dict.
+    The tensors are the optimizer's own, not copies: to be called before its next step.
 
     Raises:
         ValueError: the optimizer holds a parameter that `named_parameters` lacks.
@@ -28,44 +35,56 @@ def optimizer_state_by_name(
         optimizer.param_groups, _members_by_group(optimizer, named_parameters), strict=True
     ):
         for name, parameter in members.items():
-            state[name] = _map_tensors(optimizer.state.get(parameter, {}), _gathered)
+            state[name] = optimizer.state.get(parameter, {})
             shapes[name] = list(parameter.shape)
         hyperparameters = {key: value for key, value in group.items() if key != "params"}
         groups.append({**hyperparameters, "params": list(members)})
-    if _is_sharded(optimizer) and torch.distributed.get_rank() != 0:
-        return {}
-    return {"state": state, "param_groups": groups, "shapes": shapes}
+    tensors: dict[str, Tensor] = {}
+    tree = split_tree({"state": state, "param_groups": groups, "shapes": shapes}, KIND, tensors)
+
+    def write(folder: Path) -> None:
+        write_tensors(folder, KIND, tensors)
+        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            write_json(folder / "trainer" / f"{KIND}.json", tree)
+
+    return write
 
 
-def load_optimizer_state(
+def load_optimizer(
+    folder: Path,
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    saved: Mapping[str, Any],
 ) -> None:
-    """Puts what `optimizer_state_by_name` returned into `optimizer`, bit for bit and in the saved dtypes.
+    """Puts what `optimizer_writer` wrote into `optimizer`, bit for bit and in the saved dtypes.
 
     `Optimizer.load_state_dict` would cast the moments to the parameters' dtype. Sharded parameters get their
-    shard, so the number of ranks may differ from the one that saved.
+    slices, so the number of processes may differ from the one that saved.
 
     Raises:
         ValueError: parameters, groups or shapes are not the saved ones; the optimizer is left as it was.
     """
+    saved, files = read_json(folder / "trainer" / f"{KIND}.json"), TensorFiles(folder, KIND)
     groups = _members_by_group(optimizer, named_parameters)
     live = [{name: list(parameter.shape) for name, parameter in members.items()} for members in groups]
     wanted = [{name: saved["shapes"][name] for name in group["params"]} for group in saved["param_groups"]]
     if live != wanted:
         raise ValueError(_describe_mismatch(live, wanted))
-    for group, saved_group, members in zip(
-        optimizer.param_groups, saved["param_groups"], groups, strict=True
-    ):
-        for key in saved_group.keys() - _NOT_HYPERPARAMETERS:
-            group[key] = _like(saved_group[key], group.get(key))
+    options, states = [], {}
+    for group, given, members in zip(optimizer.param_groups, saved["param_groups"], groups, strict=True):
+        keys = given.keys() - _NOT_HYPERPARAMETERS
+        options.append({key: _like(join_tree(given[key], files.read), group.get(key)) for key in keys})
         step_on_device = bool(group.get("capturable") or group.get("fused"))
         for name, parameter in members.items():
-            optimizer.state[parameter] = {
-                key: _placed(value, parameter, on_device=step_on_device or key != "step")
+            states[parameter] = {
+                key: join_tree(
+                    value,
+                    partial(_placed, files, parameter=parameter, on_device=step_on_device or key != "step"),
+                )
                 for key, value in saved["state"][name].items()
             }
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        group.update(values)
+    optimizer.state.update(states)
 
 
 def _members_by_group(
@@ -84,50 +103,29 @@ def _members_by_group(
     ]
 
 
-def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    return any(
-        hasattr(parameter, "device_mesh") for group in optimizer.param_groups for parameter in group["params"]
-    )
-
-
 def _like(value: Any, live: Any) -> Any:
     """A hyperparameter as the live one is: JSON has no tuples (AdamW's betas), and files know no device."""
     if isinstance(live, tuple):
         return tuple(value)
-    device = live.device if isinstance(live, Tensor) else None
-    return _map_tensors(value, lambda tensor: tensor.to(device, copy=True))
+    return value.to(live.device) if isinstance(value, Tensor) and isinstance(live, Tensor) else value
 
 
-def _gathered(tensor: Tensor) -> Tensor:
-    if not hasattr(tensor, "full_tensor"):
-        return tensor.detach()
-    whole = tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-    return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0)
-
-
-def _placed(value: Any, parameter: torch.nn.Parameter, *, on_device: bool) -> Any:
-    def place(tensor: Tensor) -> Tensor:
-        if not on_device:
-            return tensor.clone()
-        if hasattr(parameter, "device_mesh") and tensor.shape == parameter.shape:
-            from torch.distributed.tensor import DTensor, distribute_tensor
-
-            assert isinstance(parameter, DTensor)
-            # Every rank has read the whole tensor, so none has to send it.
-            return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return tensor.to(parameter.device, copy=True)
-
-    return _map_tensors(value, place)
-
-
-def _map_tensors(tree: Any, fn: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(value, fn) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_map_tensors(value, fn) for value in tree]
-    return tree
+def _placed(files: TensorFiles, name: str, *, parameter: torch.nn.Parameter, on_device: bool) -> Tensor:
+    """A tensor of a parameter's state, sharded as the parameter is if it has its shape."""
+    tensor = files.read(name, parameter)
+    if not on_device:
+        return tensor
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and files.shapes[name] == list(parameter.shape):
+        return DTensor.from_local(
+            tensor,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    return tensor
 
 
 def _describe_mismatch(live: list[dict[str, list[int]]], wanted: list[dict[str, list[int]]]) -> str:

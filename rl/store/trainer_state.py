@@ -1,7 +1,7 @@
-"""What training needs besides weights to go on undisturbed: optimizer, schedule, random numbers, counters.
+"""What training needs besides weights and optimizer to go on undisturbed: random numbers and counters.
 
-In memory these are trees of dicts and lists with tensors and JSON values as leaves. On disk a tree is two
-files: its tensors as safetensors, its form as JSON where `{"$tensor": NAME}` stands for a tensor. No pickles.
+In memory these are trees of dicts and lists with tensors and JSON values as leaves. On disk a tree is its
+tensors as safetensors, and its form as JSON where `{"$tensor": NAME}` stands for a tensor. No pickles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 TRAINER_FILES = {
     "optimizer.safetensors": "optimizer state",
     "optimizer.json": "optimizer state",
-    "scheduler.json": "learning-rate schedule",
     "rng.safetensors": "random number state",
     "rng.json": "random number state",
     "state.json": "step and counters",
@@ -36,19 +35,15 @@ class NonFiniteError(ValueError):
 
 @dataclass(slots=True)
 class TrainerState:
-    """The state of training after `step` optimizer steps, the weights aside.
+    """The state of training after `step` optimizer steps, weights and optimizer aside.
 
     Attributes:
-        optimizer: from `optimizer_state_by_name`.
-        scheduler: `state_dict()` of the schedule: JSON values only.
         rng: rank name -> `capture_rng()` of that rank. The caller gathers them.
-        counters: JSON values: prompt cursor, policy version, bad steps in a row, ...
+        counters: JSON values: prompt cursor, bad steps in a row, ...
     """
 
     step: int
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    rng: dict[str, Any] = field(default_factory=dict)
+    rng: dict[str, Any]
     counters: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,16 +68,6 @@ def check_finite(named_tensors: Iterable[tuple[str, Tensor]], what: str) -> None
             f"{what}: NaN or infinity in {', '.join(bad[:3])}{more}; nothing was saved. "
             "Resume from the last checkpoint; lower optimizer.lr or optimizer.max_grad_norm if it recurs"
         )
-
-
-def named_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of every tensor in a tree of dicts and lists."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping | list | tuple):
-        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        for key, value in items:
-            yield from named_leaves(value, f"{path}/{key}" if path else str(key))
 
 
 def capture_rng() -> dict[str, Any]:
@@ -116,33 +101,27 @@ def restore_rng(state: Mapping[str, Any]) -> list[str]:
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
-    """Writes `TRAINER_FILES` into `folder`, not fsynced.
+    """Writes step, counters and generators into `folder`, not fsynced.
 
     Raises:
         ValueError: a value is neither tensor nor JSON (finite numbers, strings, lists, dicts of strings).
     """
-    folder.mkdir()
-    for name, tree in (("optimizer", state.optimizer), ("rng", state.rng)):
-        tensors: dict[str, Tensor] = {}
-        shape = _split(tree, name, tensors)
-        save_file(_unshared(tensors), folder / f"{name}.safetensors")
-        _write_json(folder / f"{name}.json", shape)
-    _write_json(folder / "scheduler.json", _split(state.scheduler, "scheduler", None))
-    counters = _split(state.counters, "counters", None)
-    _write_json(folder / "state.json", {"step": state.step, "counters": counters})
+    tensors: dict[str, Tensor] = {}
+    shape = split_tree(state.rng, "rng", tensors)
+    save_file(unshared(tensors), folder / "rng.safetensors")
+    write_json(folder / "rng.json", shape)
+    counters = split_tree(state.counters, "counters", None)
+    write_json(folder / "state.json", {"step": state.step, "counters": counters})
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
     """What `write_trainer_state` wrote. The caller has verified the files."""
-    optimizer, rng = (
-        _join(_read_json(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors"))
-        for name in ("optimizer", "rng")
-    )
-    scheduler, state = _read_json(folder / "scheduler.json"), _read_json(folder / "state.json")
-    return TrainerState(state["step"], optimizer, scheduler=scheduler, rng=rng, counters=state["counters"])
+    saved, state = load_file(folder / "rng.safetensors"), read_json(folder / "state.json")
+    rng = join_tree(read_json(folder / "rng.json"), saved.__getitem__)
+    return TrainerState(state["step"], rng=rng, counters=state["counters"])
 
 
-def _split(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
+def split_tree(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
     """The tree as JSON values; its tensors go into `tensors` under their path (None: tensors are refused)."""
     if isinstance(tree, Tensor) and tensors is not None:
         assert path not in tensors, f"two tensors at {path}"
@@ -152,9 +131,9 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
         for key in tree:
             if not isinstance(key, str) or key == _TENSOR:
                 raise ValueError(f"{path} has the key {key!r}; keys must be strings other than {_TENSOR!r}")
-        return {key: _split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+        return {key: split_tree(value, f"{path}/{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+        return [split_tree(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
     if isinstance(tree, float) and not math.isfinite(tree):
         raise NonFiniteError(f"{path} is {tree}; only finite numbers are saved")
     if tree is None or isinstance(tree, bool | int | float | str):
@@ -165,15 +144,16 @@ def _split(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
     )
 
 
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def join_tree(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
+    """The tree that `split_tree` took apart."""
     if isinstance(tree, dict):
         if _TENSOR in tree:
-            return tensors[tree[_TENSOR]]
-        return {key: _join(value, tensors) for key, value in tree.items()}
-    return [_join(value, tensors) for value in tree] if isinstance(tree, list) else tree
+            return tensor_of(tree[_TENSOR])
+        return {key: join_tree(value, tensor_of) for key, value in tree.items()}
+    return [join_tree(value, tensor_of) for value in tree] if isinstance(tree, list) else tree
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors that share no memory, as safetensors wants (flat optimizers hand out views)."""
     seen: set[tuple[torch.device, int]] = set()
     result = {}
@@ -186,9 +166,9 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, allow_nan=False), encoding="ascii")
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())

@@ -17,9 +17,11 @@ from rl.store.checkpoint import (
     CheckpointWriteError,
     NonFiniteError,
     TrainerState,
-    capture_rng,
 )
 from rl.store.manifest import version_changes, write_manifest
+from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.store.trainer_state import capture_rng
+from rl.types import ALONE
 
 FILES = [
     "config.json",
@@ -28,26 +30,28 @@ FILES = [
     "trainer/optimizer.safetensors",
     "trainer/rng.json",
     "trainer/rng.safetensors",
-    "trainer/scheduler.json",
     "trainer/state.json",
 ]
 
 
-def model_of(step: int, value: float | None = None):
+def model_of(step: int, value: float | None = None, moment: float | None = None):
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-6)
+    moments = torch.full((4, 4), step / 3)
+    moments[1, 2] = step / 3 if moment is None else moment
+    optimizer.state[parameter] = {"exp_avg": moments, "step": torch.tensor(float(step))}
+
     def write(folder: Path) -> None:
         save_file({"w": torch.full((4, 4), step if value is None else value)}, folder / "model.safetensors")
         (folder / "config.json").write_text('{"model_type": "llama"}')
+        optimizer_writer(optimizer, [("w", parameter)])(folder)
 
     return write
 
 
 def state_of(step: int, **counters) -> TrainerState:
-    moments = {"exp_avg": torch.full((4, 4), step / 3), "step": torch.tensor(float(step))}
-    groups = [{"lr": 1e-6, "betas": (0.9, 0.999), "fused": None, "params": ["w"]}]
     return TrainerState(
         step=step,
-        optimizer={"state": {"w": moments}, "param_groups": groups, "shapes": {"w": [4, 4]}},
-        scheduler={"last_epoch": step, "_last_lr": [1e-6 / 3]},
         rng={"rank0": capture_rng(), "rank1": {"torch": torch.arange(5, dtype=torch.uint8)}},
         counters={"cursor": 8 * step, "policy_version": step, **counters},
     )
@@ -55,7 +59,7 @@ def state_of(step: int, **counters) -> TrainerState:
 
 def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        store.save(step, write_model=model_of(step), trainer_state=state_of(step))
+        store.save(step, write=model_of(step), state=state_of(step), team=ALONE)
 
 
 def names(root: Path) -> list[str]:
@@ -70,7 +74,7 @@ def newest(root: Path):
 
 def test_a_checkpoint_loads_back_as_it_was_saved(tmp_path):
     root = tmp_path / "run" / "checkpoints"
-    path = CheckpointStore(root).save(24, write_model=model_of(24), trainer_state=state_of(24, bad_steps=1))
+    path = CheckpointStore(root).save(24, write=model_of(24), state=state_of(24, bad_steps=1), team=ALONE)
     assert path == root / "step-000024"
     found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     assert found == sorted([*FILES, "manifest.json"])
@@ -78,14 +82,15 @@ def test_a_checkpoint_loads_back_as_it_was_saved(tmp_path):
     loaded = newest(root)
     assert (loaded.step, loaded.path, loaded.skipped, loaded.version_changes) == (24, path, [], [])
     state = loaded.trainer_state
-    assert (state.step, state.scheduler) == (24, {"last_epoch": 24, "_last_lr": [1e-6 / 3]})
+    assert state.step == 24
     assert state.counters == {"cursor": 192, "policy_version": 24, "bad_steps": 1}
-    assert torch.equal(state.optimizer["state"]["w"]["exp_avg"], torch.full((4, 4), 8.0))
-    assert torch.equal(state.optimizer["state"]["w"]["step"], torch.tensor(24.0))
-    # JSON has no tuples, so the betas come back as a list.
-    assert state.optimizer["param_groups"] == [
-        {"lr": 1e-6, "betas": [0.9, 0.999], "fused": None, "params": ["w"]}
-    ]
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(0.1, 0.2))
+    load_optimizer(path, optimizer, [("w", parameter)])
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], torch.full((4, 4), 8.0))
+    assert torch.equal(optimizer.state[parameter]["step"], torch.tensor(24.0))
+    # JSON has no tuples, and the betas are one again.
+    assert [optimizer.param_groups[0][key] for key in ("lr", "betas")] == [1e-6, (0.9, 0.999)]
     assert torch.equal(state.rng["rank1"]["torch"], torch.arange(5, dtype=torch.uint8))
 
 
@@ -98,13 +103,13 @@ def test_transformers_and_peft_read_the_folder_as_it_is(tmp_path):
     )
     model = LlamaForCausalLM(config)
     store = CheckpointStore(tmp_path)
-    full = store.save(1, write_model=model.save_pretrained, trainer_state=state_of(1))
+    full = store.save(1, write=model.save_pretrained, state=state_of(1), team=ALONE)
     ids = torch.tensor([[3, 1, 4]])
     expected = model(ids).logits
     assert torch.equal(AutoModelForCausalLM.from_pretrained(full)(ids).logits, expected)
 
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapter = store.save(2, write_model=tuned.save_pretrained, trainer_state=state_of(2))
+    adapter = store.save(2, write=tuned.save_pretrained, state=state_of(2), team=ALONE)
     expected = tuned(ids).logits
     again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(full), adapter)
     assert torch.equal(again(ids).logits, expected)
@@ -163,7 +168,6 @@ def test_flipped_bits_all_over_the_manifest_are_noticed(tmp_path):
     [
         ("optimizer.safetensors", "optimizer state"),
         ("rng.safetensors", "random number state"),
-        ("scheduler.json", "learning-rate schedule"),
     ],
 )
 def test_missing_trainer_state_is_named_and_never_started_without(tmp_path, name, meaning):
@@ -253,8 +257,8 @@ def test_pruning_never_removes_the_only_whole_one(tmp_path):
 
 def test_a_step_saved_again_replaces_what_was_there(tmp_path):
     store = CheckpointStore(tmp_path)
-    store.save(1, write_model=model_of(1), trainer_state=state_of(1, take=1))
-    store.save(1, write_model=model_of(1), trainer_state=state_of(1, take=2))
+    store.save(1, write=model_of(1), state=state_of(1, take=1), team=ALONE)
+    store.save(1, write=model_of(1), state=state_of(1, take=2), team=ALONE)
     assert newest(tmp_path).trainer_state.counters["take"] == 2
     assert names(tmp_path) == ["step-000001"]
 
@@ -266,32 +270,30 @@ def test_nothing_non_finite_is_saved(tmp_path, value):
     with pytest.raises(
         NonFiniteError, match=r"model\.safetensors of step 2: NaN or infinity in w \(16 of 16"
     ):
-        store.save(2, write_model=model_of(2, value), trainer_state=state_of(2))
-    state = state_of(2)
-    state.optimizer["state"]["w"]["exp_avg"][1, 2] = value
-    with pytest.raises(NonFiniteError, match=r"optimizer state of step 2: .* state/w/exp_avg \(1 of 16"):
-        store.save(2, write_model=model_of(2), trainer_state=state)
+        store.save(2, write=model_of(2, value), state=state_of(2), team=ALONE)
+    with pytest.raises(NonFiniteError, match=r"optimizer state: .* optimizer/state/w/exp_avg \(1 of 16"):
+        store.save(2, write=model_of(2, moment=value), state=state_of(2), team=ALONE)
     with pytest.raises(NonFiniteError, match="counters/loss is"):
-        store.save(2, write_model=model_of(2), trainer_state=state_of(2, loss=value))
+        store.save(2, write=model_of(2), state=state_of(2, loss=value), team=ALONE)
     assert names(tmp_path) == ["step-000001"]
 
 
 def test_pickles_and_empty_models_are_refused(tmp_path):
     store = CheckpointStore(tmp_path)
     with pytest.raises(ValueError, match=r"\['weights\.bin'\]; a checkpoint holds safetensors and JSON"):
-        store.save(1, write_model=lambda f: (f / "weights.bin").touch(), trainer_state=state_of(1))
-    with pytest.raises(ValueError, match=r"no safetensors file, only \[\]"):
-        store.save(1, write_model=lambda f: None, trainer_state=state_of(1))
+        store.save(1, write=lambda f: (f / "weights.bin").touch(), state=state_of(1), team=ALONE)
+    with pytest.raises(ValueError, match=r"no safetensors file of the model, only \[\]"):
+        store.save(1, write=lambda f: None, state=state_of(1), team=ALONE)
     assert names(tmp_path) == []
 
 
 def test_a_state_of_another_step_or_without_random_numbers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"save\(step=2\) got a trainer_state of step 1"):
-        CheckpointStore(tmp_path).save(2, write_model=model_of(2), trainer_state=state_of(1))
+    with pytest.raises(ValueError, match=r"save\(step=2\) got a state of step 1"):
+        CheckpointStore(tmp_path).save(2, write=model_of(2), state=state_of(1), team=ALONE)
     state = state_of(2)
     state.rng = {}
     with pytest.raises(ValueError, match="random states of 0 ranks"):
-        CheckpointStore(tmp_path).save(2, write_model=model_of(2), trainer_state=state)
+        CheckpointStore(tmp_path).save(2, write=model_of(2), state=state, team=ALONE)
 
 
 def test_too_little_free_space_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
@@ -304,7 +306,7 @@ def test_too_little_free_space_is_noticed_before_anything_is_written(tmp_path, m
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size - 1))
     with pytest.raises(CheckpointWriteError, match=r"needs about .* MB free; free some space"):
-        store.save(2, write_model=lambda folder: pytest.fail("wrote"), trainer_state=state_of(2))
+        store.save(2, write=lambda folder: pytest.fail("wrote"), state=state_of(2), team=ALONE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size))
     save(store, 2)
 

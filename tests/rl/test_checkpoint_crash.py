@@ -19,23 +19,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, TrainerState, capture_rng
+from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, TrainerState
 from rl.store.manifest import find_fault
+from rl.store.optimizer_state import optimizer_writer
+from rl.store.tensors import TensorFiles
+from rl.store.trainer_state import capture_rng
+from rl.types import ALONE
 
 
 def save(store: CheckpointStore, step: int, *, take: int = 1) -> None:
-    def write_model(folder: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(20, 20))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter] = {"exp_avg": torch.full((20, 20), float(take))}
+
+    def write(folder: Path) -> None:
         save_file({"w": torch.full((8, 8), float(step))}, folder / "model.safetensors")
         (folder / "config.json").write_text("{}")
+        optimizer_writer(optimizer, [("w", parameter)])(folder)
 
-    optimizer = {
-        "state": {"w": {"exp_avg": torch.full((20, 20), float(take))}},
-        "param_groups": [],
-        "shapes": {},
-    }
-    rng = {"rank0": capture_rng()}
-    state = TrainerState(step, optimizer, rng=rng, counters={"take": take})
-    store.save(step, write_model=write_model, trainer_state=state)
+    state = TrainerState(step, rng={"rank0": capture_rng()}, counters={"take": take})
+    store.save(step, write=write, state=state, team=ALONE)
 
 
 def die_before_call(number: int) -> None:
@@ -105,7 +108,8 @@ def outcome(base: Path, work: Path, step: int, prepare: Callable[[], None]) -> l
     if loaded is None:
         return [ended, None, None, names]
     state = loaded.trainer_state
-    whole = bool((state.optimizer["state"]["w"]["exp_avg"] == state.counters["take"]).all())
+    moments = TensorFiles(loaded.path, "optimizer").read("optimizer/state/w/exp_avg")
+    whole = bool((moments == state.counters["take"]).all())
     return [ended, loaded.step, state.counters["take"] if whole else None, names]
 
 

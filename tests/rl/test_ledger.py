@@ -1,9 +1,11 @@
 """The ledger: every completion comes back as it was, or the record counts as absent and says so."""
 
+import contextlib
 import gzip
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -13,7 +15,17 @@ import numpy as np
 import pytest
 
 from rl.store.ledger import Ledger
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
+from rl.types import (
+    Completion,
+    Continuation,
+    Group,
+    Prompt,
+    Reason,
+    Reward,
+    ScoredGroup,
+    Segment,
+    VersionSpan,
+)
 
 # Line separators, quotes, control characters, a lone surrogate, two surrogates that must not become one
 # character, an astral character, and what ends a JSON line.
@@ -214,7 +226,10 @@ def test_a_truncated_or_changed_record_counts_as_absent_and_is_reported(tmp_path
     ("edit", "reason"),
     [
         (lambda text: text.replace(b'"rows":1', b'"rows":2'), "1 rows, the header says 2"),
-        (lambda text: text.replace(b'"schema":1', b'"schema":9'), "schema 9, this version of cohort reads 1"),
+        (
+            lambda text: text.replace(b'"schema":2', b'"schema":9'),
+            "schema 9, this version of cohort reads 1 and 2",
+        ),
         (lambda text: text.replace(b'"reward"', b'"rewart"'), "KeyError: 'reward'"),
         (lambda text: b"[]\n", "TypeError"),
         (lambda text: b"", "JSONDecodeError"),
@@ -368,3 +383,57 @@ def test_a_ledger_that_was_taken_away_is_an_error_and_not_made_anew(tmp_path):
     with pytest.raises(RuntimeError, match="run/ledger is gone"):
         write(ledger, 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_segments_facts_continuations_turns_and_advantages_per_token_come_back(tmp_path):
+    later = Completion([7], [-1.0], [True], "stop", [VersionSpan(2, 1)], "c", facts={"seconds": 0.5})
+    episode = Completion(
+        [5, 6],
+        [-0.5, 0.0],
+        [True, False],
+        "stop",
+        [VersionSpan(1, 2)],
+        "a b",
+        segments=[Segment("sampled", 1), Segment("tool", 1)],
+        facts={"tool": {"name": "python", "output": HOSTILE}, "trace": {"steps": [0, 1]}},
+        continuations=[Continuation((1, 2, 3), later)],
+    )
+    group = ScoredGroup(Group(Prompt("p", "", (1,)), [episode]), [Reward(1.0, turns=(0.25, None))])
+    write(Ledger(tmp_path), 0, group, advantages=[[[0.5, -0.5]]])
+    found = Ledger(tmp_path).read(0)
+    assert found is not None and found.groups == [group] and found.advantages == [[[0.5, -0.5]]]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Completion([5], [-0.5], [True], "stop", [], segments=[Segment("sampled", 2)]),
+        Completion([5], [-0.5], [True], "stop", [], segments=[Segment("model", 1)]),  # type: ignore[arg-type]
+        Completion([5], [-0.5], [True], "stop", [], facts=[1]),  # type: ignore[arg-type]
+    ],
+)
+def test_segments_and_facts_of_another_kind_are_damage(tmp_path, broken):
+    ledger = Ledger(tmp_path)
+    with contextlib.suppress(ValueError, TypeError):
+        write(ledger, 0, ScoredGroup(Group(Prompt("p", "", (1,)), [broken]), [Reward(1.0)]))
+        assert ledger.read(0) is None and "damaged" in ledger.damaged[0]
+
+
+def test_a_record_of_an_earlier_release_is_read_with_its_trace_among_the_facts(tmp_path):
+    """Written by commit 0bb4cc6^, when a trace was a field of its own."""
+    (tmp_path / "ledger").mkdir()
+    golden = Path(__file__).parents[1] / "golden/ledger_before_facts.jsonl.gz"
+    shutil.copy(golden, tmp_path / "ledger/step-000007-rank0.jsonl.gz")
+    found = Ledger(tmp_path).read(7)
+    assert found is not None
+    assert (found.cursor_before, found.cursor_after) == ({"next": 3, "pending": [1]}, 9)
+    assert (found.policy_version, found.advantages, found.counts) == (4, [[0.5, 0.0]], {"rounds": 1.0})
+    first, second = found.groups[0].completions
+    assert first.facts == {
+        "trace": {"steps": [0, 2, 1, 3], "tail_ids": [9], "num_steps": 3, "pieces": ["a", "b", "c"]}
+    }
+    assert (first.token_ids, first.loss_mask) == ([5, 6, 7], [True, True, False])
+    assert first.version_spans == [VersionSpan(3, 2), VersionSpan(4, 1)]
+    assert (second.text, second.facts, second.segments) == ("d \ud800", {}, [])
+    assert [r.score for r in found.groups[0].rewards] == [1.0, None]
+    assert found.groups[0].rewards[0].turns == ()

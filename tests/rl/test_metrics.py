@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rl.report.report import build_report
 from rl.report.trackers import Trackers
 from rl.report.verdict import Watch, judge, range_text
 from rl.store.metrics import METRICS, Metric, MetricsLog, metric_of, show_seconds, show_value, wilson_interval
@@ -42,6 +43,44 @@ def test_misspelt_metric_is_an_error_that_names_the_right_one(tmp_path):
     with pytest.raises(ValueError, match=r"unknown metric 'policy/entrpy'; did you mean policy/entropy"):
         MetricsLog(tmp_path).write(1, {"policy/entrpy": 1.0})
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+OWN = Metric("mixture/balance", "loss", "how evenly experts are used")
+
+
+def test_a_metric_of_the_runs_own_is_written_and_a_misspelt_one_is_still_an_error(tmp_path):
+    log = MetricsLog(tmp_path, [OWN])
+    log.write(1, {"mixture/balance": 0.25, "reward/mean": 0.5})
+    assert log.read() == [{"step": 1, "mixture/balance": 0.25, "reward/mean": 0.5}]
+    with pytest.raises(ValueError, match="unknown metric 'mixture/balanse'; did you mean mixture/balance"):
+        log.write(2, {"mixture/balanse": 0.25})
+    with pytest.raises(ValueError, match="unknown metric 'mixture/balance'"):
+        MetricsLog(tmp_path).write(2, {"mixture/balance": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["policy/kl"], "'policy/kl' is defined already; give it another name"),
+        (["a/b", "a/b"], "'a/b' is defined already"),
+        (["balance"], "'balance' must be section/name, such as mixture/balance"),
+        (["a/\x1b"], "must be section/name"),
+        (["reward/x"], "must be section/name"),
+    ],
+)
+def test_a_name_that_is_taken_or_is_no_name_is_refused_for_a_metric_of_the_runs_own(tmp_path, names, reason):
+    with pytest.raises(ValueError, match=reason):
+        MetricsLog(tmp_path, [Metric(name, "", "") for name in names])
+
+
+def test_a_metric_that_only_the_run_knows_is_shown_plainly(tmp_path):
+    log = MetricsLog(tmp_path, [OWN])
+    for step in (1, 2, 3):
+        log.write(step, {"mixture/balance": 0.25 * step, "reward/mean": 0.5})
+    assert show_value("mixture/balance", 12345.678) == "1.235e+04"
+    page = build_report(tmp_path).read_text()
+    assert page.count("mixture/balance") >= 1
+    assert judge(log.read()).level == "Healthy"
 
 
 def test_parts_of_a_reward_need_no_definition():

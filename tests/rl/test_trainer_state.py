@@ -1,9 +1,11 @@
 """Optimizer, random numbers and the tree format: bit for bit back, and under the right names."""
 
+import json
 import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rl.store.checkpoint import CheckpointStore
-from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
+from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.store.tensors import TensorFiles, read_tensors, write_tensors
 from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, check_finite, restore_rng
+from rl.types import ALONE
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -49,17 +53,14 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_one_that_never_stopped(tmp_
     optimizer = OPTIMIZERS[name](model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     train(model, optimizer, scheduler, 3)
-    state = TrainerState(
-        3,
-        optimizer_state_by_name(optimizer, model.named_parameters()),
-        scheduler=scheduler.state_dict(),
-        rng={"rank0": capture_rng()},
-    )
-    CheckpointStore(tmp_path).save(
-        3,
-        write_model=lambda folder: save_file(dict(model.state_dict()), folder / "model.safetensors"),
-        trainer_state=state,
-    )
+    state = TrainerState(3, rng={"rank0": capture_rng()}, counters={"schedule": scheduler.state_dict()})
+    write_optimizer = optimizer_writer(optimizer, model.named_parameters())
+
+    def write(folder: Path) -> None:
+        save_file(dict(model.state_dict()), folder / "model.safetensors")
+        write_optimizer(folder)
+
+    CheckpointStore(tmp_path).save(3, write=write, state=state, team=ALONE)
     train(model, optimizer, scheduler, 3)
 
     random.seed(0)
@@ -70,8 +71,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_one_that_never_stopped(tmp_
     resumed.load_state_dict(load_file(loaded.path / "model.safetensors"))
     again = OPTIMIZERS[name](resumed.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(again, T_max=10)
-    load_optimizer_state(again, resumed.named_parameters(), loaded.trainer_state.optimizer)
-    schedule.load_state_dict(loaded.trainer_state.scheduler)
+    load_optimizer(loaded.path, again, resumed.named_parameters())
+    schedule.load_state_dict(loaded.trainer_state.counters["schedule"])
     assert restore_rng(loaded.trainer_state.rng["rank0"]) == []
     train(resumed, again, schedule, 3)
 
@@ -107,66 +108,72 @@ def test_a_cuda_generator_without_a_device_is_reported(monkeypatch):
     assert sentence.startswith("the saved CUDA generator has no device here")
 
 
-def test_moments_keep_their_dtype_where_parameters_are_narrower():
+def test_moments_keep_their_dtype_where_parameters_are_narrower(tmp_path):
     # torch's own load_state_dict would round these fp32 moments to bfloat16.
     parameter = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     moment = torch.tensor([1 / 3, 2 / 3])
     optimizer.state[parameter] = {"momentum_buffer": moment}
-    saved = optimizer_state_by_name(optimizer, [("w", parameter)])
+    optimizer_writer(optimizer, [("w", parameter)])(tmp_path)
     again = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    load_optimizer_state(again, [("w", parameter)], saved)
+    load_optimizer(tmp_path, again, [("w", parameter)])
     restored = again.state[parameter]["momentum_buffer"]
     assert restored.dtype == torch.float32 and torch.equal(restored, moment)
-    assert restored.data_ptr() != moment.data_ptr()
 
 
-def test_groups_go_by_name_and_implementation_flags_stay_the_live_ones():
+def test_groups_go_by_name_and_implementation_flags_stay_the_live_ones(tmp_path):
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.25, fused=True)
     a.grad, b.grad = torch.ones(2), torch.ones(3)
     optimizer.step()
-    saved = optimizer_state_by_name(optimizer, [("a", a), ("b", b)])
+    optimizer_writer(optimizer, [("a", a), ("b", b)])(tmp_path)
+    saved = json.loads((tmp_path / "trainer" / "optimizer.json").read_text())
     assert [group["params"] for group in saved["param_groups"]] == [["a"], ["b"]]
     live = torch.optim.AdamW([{"params": [a]}, {"params": [b]}], lr=1.0, foreach=True)
-    load_optimizer_state(live, [("b", b), ("a", a)], saved)
+    load_optimizer(tmp_path, live, [("b", b), ("a", a)])
     assert [group["lr"] for group in live.param_groups] == [0.5, 0.25]
     assert all(group["foreach"] and not group["fused"] for group in live.param_groups)
     # (1 - beta1) * gradient = 0.1 * 1 after one step.
     assert torch.allclose(live.state[b]["exp_avg"], torch.full((3,), 0.1))
 
 
-def test_a_state_of_another_model_is_refused_and_changes_nothing():
+def test_a_state_of_another_model_is_refused_and_changes_nothing(tmp_path):
     model, other = nn.Linear(2, 2), nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
-    saved = optimizer_state_by_name(optimizer, model.named_parameters())
+    optimizer_writer(optimizer, model.named_parameters())(tmp_path)
     live = torch.optim.AdamW(other.parameters(), lr=0.25)
     with pytest.raises(
         ValueError, match=r"2 shapes differ such as bias is \[3\], was \[2\], weight is \[3, 2\]"
     ):
-        load_optimizer_state(live, other.named_parameters(), saved)
+        load_optimizer(tmp_path, live, other.named_parameters())
     with pytest.raises(
         ValueError, match=r"2 saved parameters are gone such as bias, weight; 2 parameters are new"
     ):
         renamed = ((f"lora.{name}", parameter) for name, parameter in other.named_parameters())
-        load_optimizer_state(live, renamed, saved)
+        load_optimizer(tmp_path, live, renamed)
     assert live.param_groups[0]["lr"] == 0.25 and not live.state
     split = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}])
     with pytest.raises(ValueError, match="1 parameter groups were saved, there are 2"):
-        load_optimizer_state(split, model.named_parameters(), saved)
+        load_optimizer(tmp_path, split, model.named_parameters())
 
 
 def test_a_parameter_without_a_name_is_refused():
     model = nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that is none of the 1 named ones"):
-        optimizer_state_by_name(optimizer, [("weight", model.weight)])
+        optimizer_writer(optimizer, [("weight", model.weight)])
 
 
 def save_and_load(folder: Path, **fields) -> TrainerState:
-    state = TrainerState(1, **{"optimizer": {}, "rng": {"rank0": {}}, **fields})
-    write = lambda path: save_file({"w": torch.zeros(1)}, path / "model.safetensors")  # noqa: E731
-    CheckpointStore(folder).save(1, write_model=write, trainer_state=state)
+    state = TrainerState(1, **{"rng": {"rank0": {}}, **fields})
+    parameter = nn.Parameter(torch.zeros(1))
+    write_optimizer = optimizer_writer(torch.optim.SGD([parameter]), [("w", parameter)])
+
+    def write(path: Path) -> None:
+        save_file({"w": torch.zeros(1)}, path / "model.safetensors")
+        write_optimizer(path)
+
+    CheckpointStore(folder).save(1, write=write, state=state, team=ALONE)
     loaded = CheckpointStore(folder).load_newest()
     assert loaded is not None
     return loaded.trainer_state
@@ -183,7 +190,7 @@ def test_nested_trees_views_and_odd_strings_come_back(tmp_path):
         "text": "\ud800 \u2028 \0",
         "float": 0.1 + 0.2,
     }
-    loaded = save_and_load(tmp_path, optimizer=tree).optimizer
+    loaded = save_and_load(tmp_path, rng=tree).rng
     assert [view.tolist() for view in loaded["views"]] == [[0, 1, 2], [2, 3, 4, 5], [[0, 3], [1, 4], [2, 5]]]
     assert loaded["deep"]["list"][:2] == [1, None]
     assert loaded["deep"]["list"][2]["half"].dtype == torch.bfloat16
@@ -228,6 +235,32 @@ def test_check_finite_names_what_is_broken_and_only_that():
         check_finite([("bits", torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))], "model")
 
 
+def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(tmp_path):
+    write_tensors(tmp_path, "reference", {"w": torch.ones(1, 3)})
+    with pytest.raises(ValueError, match=r"holds w of shape \[1, 3\], and it is \[4, 3\] now"):
+        read_tensors(tmp_path, "reference", {"w": torch.zeros(4, 3)})
+
+
+def test_the_slice_of_a_process_that_is_missing_is_named(tmp_path):
+    """Rows 6 of 7 were the third process's; what is left says how large the whole was."""
+    (tmp_path / "trainer").mkdir()
+    place = json.dumps({"w": [[0, 0], [7, 3]]})
+    save_file({"w": torch.ones(6, 3)}, tmp_path / "trainer" / "reference.safetensors", {"places": place})
+    with pytest.raises(ValueError, match="does not hold all of w: the file of a process is missing"):
+        TensorFiles(tmp_path, "reference").read("w")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    size: int
+
+    def gather(self, mine: object) -> list:
+        found: list = [None] * self.size
+        torch.distributed.all_gather_object(found, mine)
+        return found
+
+
 def sharded_program(folder: Path, rank: int, world_size: int) -> None:
     """Two steps of AdamW on a sharded model. Two ranks save after the first; one rank starts from there."""
     from torch.distributed.fsdp import fully_shard
@@ -252,27 +285,44 @@ def sharded_program(folder: Path, rank: int, world_size: int) -> None:
     if world_size == 2:
         step(1)
         whole = weights()
-        state = optimizer_state_by_name(optimizer, model.named_parameters())
-        if rank == 0:
-            checkpoints.save(
-                1,
-                write_model=lambda path: save_file(whole, path / "model.safetensors"),
-                trainer_state=TrainerState(1, state, rng={"rank0": {}}),
-            )
-        else:
-            assert state == {}
+        write_optimizer = optimizer_writer(optimizer, model.named_parameters())
+
+        def write(path: Path) -> None:
+            if rank == 0:
+                save_file(whole, path / "model.safetensors")
+            write_optimizer(path)
+            write_tensors(path, "reference", dict(model.named_parameters()))
+
+        state = TrainerState(1, rng={"rank0": {}})
+        found = checkpoints.save(1, write=write, state=state, team=Ranks(rank, world_size))
+        read_back(found, model)
     else:
         loaded = checkpoints.load_newest()
         assert loaded is not None
         own = dict(model.named_parameters())
         for name, value in load_file(loaded.path / "model.safetensors").items():
             own[name].data.to_local().copy_(value)
-        load_optimizer_state(optimizer, model.named_parameters(), loaded.trainer_state.optimizer)
+        load_optimizer(loaded.path, optimizer, model.named_parameters())
+        read_back(loaded.path, model)
     step(2)
     result = weights()
     if rank == 0:
         save_file(result, folder / f"world{world_size}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+def read_back(folder: Path, model: nn.Module) -> None:
+    """Weights that were written in slices are those of the model, in slices and whole."""
+    own = dict(model.named_parameters())
+    copies = {name: p.detach().clone() for name, p in own.items()}
+    for copy in copies.values():
+        copy.to_local().zero_()
+    read_tensors(folder, "reference", copies)
+    whole = {name: torch.zeros(p.shape) for name, p in own.items()}
+    read_tensors(folder, "reference", whole)
+    for name, p in own.items():
+        assert torch.equal(copies[name].to_local(), p.to_local())
+        assert torch.equal(whole[name], p.full_tensor())
 
 
 def test_a_sharded_optimizer_saved_by_two_ranks_goes_on_with_one(tmp_path):
@@ -284,6 +334,14 @@ def test_a_sharded_optimizer_saved_by_two_ranks_goes_on_with_one(tmp_path):
     finally:
         for process in ranks:
             process.kill()
+    files = sorted(path.name for path in (tmp_path / "checkpoints/step-000001/trainer").glob("*.safetensors"))
+    assert files == [
+        "optimizer-rank1.safetensors",
+        "optimizer.safetensors",
+        "reference-rank1.safetensors",
+        "reference.safetensors",
+        "rng.safetensors",
+    ]
     two, one = (load_file(tmp_path / f"world{n}.safetensors") for n in (2, 1))
     assert two.keys() == one.keys() and two
     for name in two:

@@ -1,0 +1,141 @@
+"""Tensors of a training state on disk: a safetensors file for each process that holds some.
+
+`trainer/NAME.safetensors` is the main process's, `trainer/NAME-rank3.safetensors` that of process 3. A whole
+tensor is written by the main process. Of a sharded one (DTensor) each process writes its slice, and the
+file's metadata says where the slice begins in the whole. So a checkpoint can be read by any number of
+processes, each of which reads what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from rl.store.trainer_state import check_finite, unshared
+
+PLACES = "places"  # in a file's metadata: name of a slice -> [its offset, shape of the whole]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A slice of a tensor in a file; `offset` and `shape`: where it begins in the whole, and its size."""
+
+    file: Path
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what this process holds of the tensors into `folder/trainer`; not fsynced, not collective.
+
+    Raises:
+        NonFiniteError: one holds NaN or infinity; nothing is written.
+    """
+    rank, mine, places = _rank(), {}, {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            if (offset := _own_offset(tensor)) is None:
+                continue
+            mine[name], places[name] = tensor.to_local().detach(), [offset, tuple(tensor.shape)]
+        elif rank == 0:
+            mine[name] = tensor.detach()
+    check_finite(mine.items(), f"{kind} state")
+    if mine or rank == 0:
+        path = _file(folder, kind, rank)
+        path.parent.mkdir(exist_ok=True)
+        save_file(unshared(mine), path, {PLACES: json.dumps(places)})
+
+
+class TensorFiles:
+    """The tensors of one kind in a checkpoint, whichever processes wrote them."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.pieces: dict[str, list[Piece]] = {}
+        self.shapes: dict[str, list[int]] = {}
+        main = _file(folder, kind, 0)
+        for file in (main, *sorted(main.parent.glob(f"{kind}-rank*.safetensors"))):
+            with safe_open(file, framework="pt") as opened:
+                places = json.loads((opened.metadata() or {}).get(PLACES, "{}"))
+                for name in opened.keys():  # noqa: SIM118
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    offset, self.shapes[name] = places.get(name, [(0,) * len(shape), list(shape)])
+                    self.pieces.setdefault(name, []).append(Piece(file, tuple(offset), shape))
+
+    def read(self, name: str, like: Tensor | None = None) -> Tensor:
+        """A tensor on the CPU in the dtype it was saved in: all of it, or this process's slice of one that is
+        sharded as `like` is.
+
+        Raises:
+            ValueError: the files do not hold all of it.
+        """
+        pieces, shape = self.pieces.get(name, []), self.shapes.get(name, [])
+        first: Sequence[int] = [0] * len(shape)
+        if isinstance(like, DTensor) and list(like.shape) == shape:
+            shape, first = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
+        parts = [found for piece in pieces if (found := _overlap(piece, name, first, shape)) is not None]
+        if len(parts) == 1 and list(parts[0][1].shape) == list(shape):
+            return parts[0][1]
+        if sum(part.numel() for _, part in parts) != math.prod(shape) or not parts:
+            raise ValueError(f"the checkpoint does not hold all of {name}: the file of a process is missing")
+        whole = parts[0][1].new_empty(shape)
+        for place, part in parts:
+            whole[place] = part
+        return whole
+
+
+def read_tensors(folder: Path, kind: str, into: Mapping[str, Tensor]) -> None:
+    """Copies what `write_tensors` wrote into the tensors of the same names; each process its slices."""
+    prefix = ""
+    if not _file(folder, kind, 0).exists():  # until 0.1 they stood among the optimizer's
+        kind, prefix = "optimizer", f"optimizer/{kind}/"
+    files = TensorFiles(folder, kind)
+    for name, tensor in into.items():
+        if (shape := files.shapes.get(prefix + name)) != list(tensor.shape):
+            raise ValueError(
+                f"{folder}: the {kind} state holds {name} of shape {shape}, and it is "
+                f"{list(tensor.shape)} now"
+            )
+        saved = files.read(prefix + name, tensor)
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(saved)
+
+
+def _overlap(
+    piece: Piece, name: str, first: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], Tensor] | None:
+    """(place in the wanted slice, values) of what a piece holds of it; None if that is nothing."""
+    ends = zip(first, shape, piece.offset, piece.shape, strict=True)
+    spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in ends]
+    if any(start > end for start, end in spans):
+        return None
+    inside = tuple(slice(s - o, e - o) for (s, e), o in zip(spans, piece.offset, strict=True))
+    with safe_open(piece.file, framework="pt") as opened:
+        part = opened.get_slice(name)[inside] if inside else opened.get_tensor(name)
+    return tuple(slice(s - a, e - a) for (s, e), a in zip(spans, first, strict=True)), part
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _file(folder: Path, kind: str, rank: int) -> Path:
+    return folder / "trainer" / (f"{kind}-rank{rank}.safetensors" if rank else f"{kind}.safetensors")
+
+
+def _own_offset(tensor: DTensor) -> tuple[int, ...] | None:
+    """Where this process's slice begins; None if it has none, or if another process writes the same."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    place: Any = mesh.get_coordinate()
+    copies = any(isinstance(p, Replicate) and at for p, at in zip(placements, place, strict=True))
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return None if copies or 0 in shape else tuple(offset)
