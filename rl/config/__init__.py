@@ -1,14 +1,14 @@
 """The configuration of a run: `Config`, its sections, and reading it from YAML (`rl.config.read`)."""
 
+# ruff: noqa: F401  these names are handed on
 from rl.config.config import Config, check_processes
+from rl.config.data import DataConfig, EvaluationConfig
 from rl.config.sections import (
     CLIP_RANGES,
     AdvantageConfig,
     CheckpointConfig,
-    DataConfig,
     DynamicSamplingConfig,
     EngineConfig,
-    EvaluationConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
@@ -21,26 +21,3 @@ from rl.config.sections import (
     Section,
     TrainConfig,
 )
-
-__all__ = [
-    "CLIP_RANGES",
-    "AdvantageConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "DynamicSamplingConfig",
-    "EngineConfig",
-    "EvaluationConfig",
-    "LoraConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ReferenceConfig",
-    "RewardSpec",
-    "RewardsConfig",
-    "SamplerCorrectionConfig",
-    "SamplingConfig",
-    "Section",
-    "TrainConfig",
-    "check_processes",
-]

@@ -26,14 +26,15 @@ def described(config: Section, values: Mapping[str, Any] | None = None) -> str:
 
 
 def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+    defaults = _defaults(schema)
     for name, field in schema.model_fields.items():
-        value, section = values[name], _section_in(field.annotation)
+        value, section = values[name], section_in(field.annotation)
         if section is not None and isinstance(value, Mapping):
             yield from _with_comment([f"{name}:"], field.description or _first_sentence(section))
             yield from _indented(_lines(section, value), "  ")
             continue
         plain = yaml.safe_dump({name: value}, sort_keys=False, width=1000, allow_unicode=True).splitlines()
-        yield from _with_comment(plain, _meaning(field, value))
+        yield from _with_comment(plain, _meaning(field, value, defaults[name]))
         if section is not None:
             kind = "each of them has" if isinstance(value, list) else "null, or a section with"
             yield f"  # {kind}:"
@@ -44,16 +45,14 @@ def _indented(lines: Iterator[str], pad: str) -> Iterator[str]:
     return (pad + line for line in lines)
 
 
-def _with_comment(lines: list[str], comment: str) -> Iterator[str]:
+def _with_comment(lines: list[str], comment: str) -> list[str]:
     """Behind a key of one line, else above it."""
-    if comment and len(lines) == 1:
-        lines = [f"{lines[0]}  # {comment}"]
-    elif comment:
-        lines = [f"# {comment}", *lines]
-    yield from lines
+    if not comment:
+        return lines
+    return [f"{lines[0]}  # {comment}"] if len(lines) == 1 else [f"# {comment}", *lines]
 
 
-def _meaning(field: FieldInfo, value: Any) -> str:
+def _meaning(field: FieldInfo, value: Any, default: Any) -> str:
     """Description, choices, range, and the default where it is another."""
     said = [field.description or ""]
     if choices := _choices(field.annotation):
@@ -62,7 +61,7 @@ def _meaning(field: FieldInfo, value: Any) -> str:
         said += [f"{word} {getattr(rule, key)}" for key, word in BOUNDS.items() if hasattr(rule, key)]
     if field.is_required():
         said.append("required")
-    elif (default := _json(field.get_default(call_default_factory=True))) != value:
+    elif default != value:
         said.append(f"default {yaml.safe_dump(default, default_flow_style=True, width=1000).splitlines()[0]}")
     return "; ".join(filter(None, said))
 
@@ -74,24 +73,14 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _defaults(section: type[BaseModel]) -> dict[str, Any]:
-    return {
-        name: None if field.is_required() else _json(field.get_default(call_default_factory=True))
-        for name, field in section.model_fields.items()
-    }
+    return dict.fromkeys(section.model_fields) | section.model_construct().model_dump(mode="json")
 
 
-def _json(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | dict | None) else str(value)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's type names, in a list or with null too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
+    return next((found for part in get_args(annotation) if (found := section_in(part)) is not None), None)
 
 
 def _first_sentence(section: type[BaseModel]) -> str:

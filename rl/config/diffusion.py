@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config import CheckpointConfig, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, Section
-from rl.config.data_rules import check_source
+from rl.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, Section
+from rl.config.data import SourceConfig, check_source
+from rl.config.sections import HOME, TrainedModelConfig
 
 
 class TrainConfig(Section):
@@ -27,11 +28,9 @@ class TrainConfig(Section):
     )
 
 
-class DiffusionModelConfig(Section):
-    name: str = Field(default="smollm2-135m-instruct", description="a LLaDA, or a causal model to convert")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
-    dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
-        default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
+class DiffusionModelConfig(TrainedModelConfig):
+    name: Annotated[str, HOME] = Field(
+        default="smollm2-135m-instruct", description="a LLaDA, or a causal model to convert"
     )
     mask_token: str | int | None = Field(
         default=None, description="token or id; default: the checkpoint's own, else a spare vocabulary row"
@@ -45,17 +44,7 @@ class DiffusionModelConfig(Section):
         description="random weights in the shape of the causal checkpoint `name`, with these fields of its "
         "config.json changed",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="recomputes activations: less memory, more time"
-    )
-    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     compile: bool = Field(default=False, description="torch.compile of every layer")
-    lora: LoraConfig | None = Field(
-        default=None, description="train adapters beside frozen weights; default: train all weights"
-    )
-    chat_template: str | None = Field(
-        default=None, description="path of a Jinja file; default: the tokenizer's own"
-    )
 
     @model_validator(mode="after")
     def check_from_scratch(self) -> DiffusionModelConfig:
@@ -78,17 +67,15 @@ class DiffusionModelConfig(Section):
         )
 
 
-class TextConfig(Section):
+class TextConfig(SourceConfig):
     """Rows in TRL's formats: `prompt` and `completion` (text or messages), `messages`, or `text`.
 
     `text` is pre-training: rows are joined, an end-of-text token after each, and cut every `max_length`.
     """
 
-    source: str = Field(description="hub name, file or folder that `datasets` reads, or module:callable")
-    split: str = Field(default="train", description="of the dataset")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
-    options: dict[str, Any] = Field(default={}, description="arguments of the hub loader or callable")
-    size: int | None = Field(default=None, ge=1, description="the first rows of the dataset")
+    source: Annotated[str, HOME] = Field(
+        description="hub name, file or folder that `datasets` reads, or module:callable"
+    )
     format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
         default="auto", description="auto: by the columns of the first row"
     )
@@ -102,13 +89,7 @@ class TextConfig(Section):
     )
 
     def rows(self) -> DataConfig:
-        return DataConfig(
-            source=self.source,
-            split=self.split,
-            revision=self.revision,
-            options=self.options,
-            size=self.size,
-        )
+        return DataConfig(**{name: getattr(self, name) for name in SourceConfig.model_fields})
 
 
 class EosConfig(Section):
@@ -165,7 +146,7 @@ class BoundConfig(Section):
 class DiffusionConfig(Section):
     """A whole run of pre-training or supervised fine-tuning."""
 
-    run_dir: Path = Field(
+    run_dir: Annotated[Path, HOME] = Field(
         default=Path("runs/llada"), description="logs, checkpoints and the report; the same one goes on"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(

@@ -5,9 +5,8 @@ suggested.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from rl.config import Config, Section
 from rl.config.bounded_yaml import parse_yaml, read_yaml
+from rl.config.describe import section_in
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 
@@ -25,8 +25,6 @@ COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "python -m recipes.llada": (DiffusionConfig,),
 }
 """Command -> schemas of its configs."""
-PATHS = ("run_dir", "model.name", "model.chat_template", "data.source", "evaluation.data.source")
-"""Keys that may hold the path of a file or folder."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -86,7 +84,6 @@ def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, A
                 f"override {override!r}: the value is not valid YAML ({error}); put text with "
                 f"special characters in quotes within quotes: '{key}=\"...\"'"
             ) from None
-    _expand_homes(tree)
     return tree
 
 
@@ -96,6 +93,15 @@ def _validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -
     except ValidationError as error:
         lines = _explain(error, path, schema)
         raise ValueError("\n  ".join(lines + _other_command(schema, tree, len(error.errors())))) from None
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}, as overrides name keys; an empty section is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        is_section = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
+    return flat
 
 
 def dump_config(config: Section) -> str:
@@ -110,47 +116,16 @@ def _read_scalar(text: str) -> Any:
     return parse_yaml(text)
 
 
-def _expand_homes(tree: dict[str, Any]) -> None:
-    """Replaces `~` and `~user` at the start of every path that a config names by the folder they stand for.
-
-    Raises:
-        ValueError: there is no such user.
-    """
-    for key in PATHS:
-        *parents, leaf = key.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        value = node.get(leaf) if isinstance(node, dict) else None
-        if not isinstance(value, str) or not value.startswith("~"):
-            continue
-        node[leaf] = os.path.expanduser(value)
-        if node[leaf].startswith("~"):
-            raise ValueError(f"{key}={value!r}: there is no home folder of this user; give the whole path")
-
-
 def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str]:
     """Names of the fields that a config path's last parent has."""
-    model: Any = schema
+    section: type[BaseModel] | None = schema
     for part in location:
-        if isinstance(part, int):
-            continue
-        field = (
-            model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        )
-        if field is None:
+        if isinstance(part, str):
+            field = section.model_fields.get(part)
+            section = None if field is None else section_in(field.annotation)
+        if section is None:
             return []
-        model = _model_in(field.annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _model_in(argument)) is not None:
-            return found
-    return None
+    return list(section.model_fields)
 
 
 def _other_command(schema: type[Section], tree: dict[str, Any], num_faults: int) -> list[str]:

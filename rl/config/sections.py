@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _from_home(path: Any) -> Any:
+    """A path with `~` or `~user` at its start replaced by the folder that it stands for."""
+    if not isinstance(path, str) or not path.startswith("~"):
+        return path
+    if (whole := os.path.expanduser(path)).startswith("~"):
+        raise ValueError("there is no home folder of this user; give the whole path")
+    return whole
+
+
+HOME = BeforeValidator(_from_home)
+"""Of a key that may hold the path of a file or folder."""
 
 
 class TrainConfig(Section):
@@ -62,72 +76,34 @@ class ReferenceConfig(Section):
     )
 
 
-class ModelConfig(Section):
-    name: str = Field(
+class TrainedModelConfig(Section):
+    """What models of every kind have."""
+
+    name: Annotated[str, HOME] = Field(
         default="smollm2-135m-instruct", description="hub name, folder, or the built-in smollm2-135m-instruct"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
-    attention: Literal["auto", "packed", "rows"] = Field(
-        default="auto",
-        description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
-    )
     gradient_checkpointing: bool = Field(
         default=False, description="recomputes activations: less memory, more time"
     )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
-    lora: LoraConfig | None = None
-    reference: ReferenceConfig = ReferenceConfig()
-    chat_template: str | None = Field(
+    lora: LoraConfig | None = Field(
+        default=None, description="train adapters beside frozen weights; default: train all weights"
+    )
+    chat_template: Annotated[str, HOME] | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
 
 
-class DataConfig(Section):
-    """Where prompts come from: `reasoning_gym:NAME`, a hub name, a file or folder that `datasets` reads, or
-    `module:callable`.
-    """
-
-    source: str = "reasoning_gym:chain_sum"
-    split: str = Field(default="train", description="of the dataset")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
-    prompt_column: str = Field(default="prompt", description="text or messages")
-    rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
-    columns: list[str] = Field(default=[], description="kept for graders; empty = all")
-    system_prompt: str | None = None
-    chat: bool = Field(
-        default=True, description="a text prompt becomes a user message; false: it stays plain text"
+class ModelConfig(TrainedModelConfig):
+    attention: Literal["auto", "packed", "rows"] = Field(
+        default="auto",
+        description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
     )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default={}, description="variables of the chat template, such as {enable_thinking: false}"
-    )
-    continue_final_message: bool = Field(
-        default=False, description="completions go on with the last message where the assistant began it"
-    )
-    template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
-    size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
-    options: dict[str, Any] = Field(default={}, description="arguments of the generator or callable")
-    max_prompt_length: int = Field(
-        default=1024, ge=1, description="tokens, the chat template included; see too_long"
-    )
-    too_long: Literal["refuse", "drop"] = Field(
-        default="refuse",
-        description="rows above max_prompt_length: end the run before it starts, or go without",
-    )
-    shuffle: bool = True
-
-
-class HeldoutConfig(DataConfig):
-    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
-
-    share: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
-    )
+    reference: ReferenceConfig = ReferenceConfig()
 
 
 class SamplingConfig(Section):
@@ -294,18 +270,6 @@ class OptimizerConfig(Section):
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps until lr is reached")
     max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are cut to this norm")
-
-
-class EvaluationConfig(Section):
-    """Held-out accuracy before, every `every` steps and after, on its own prompts and sampling; never touches
-    the training stream.
-    """
-
-    data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
-    every: int = Field(default=0, ge=0, description="0: only before and after")
-    metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
-    num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
 
 
 class CheckpointConfig(Section):

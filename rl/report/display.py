@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rl.report.safe_stream import SafeStream, is_watched, sparkline
-from rl.store.metrics import metric_of, show_seconds, show_value
-from rl.store.redact import strip_controls
+from rl.store.metrics import show_seconds, show_value, shown_metric
+from rl.store.redact import safe_text, strip_controls
 
 _HISTORY = 40  # values in a sparkline
 _PLAIN = (
@@ -39,11 +39,6 @@ _PLAIN = (
     ("tokens/s", "diffusion/tokens_per_second"),
     ("took", "time/step"),
 )
-
-
-class TextStream(Protocol):
-    def write(self, text: str, /) -> int: ...
-    def flush(self) -> None: ...
 
 
 class Phase:
@@ -68,7 +63,7 @@ class Display:
     """Progress of a run of `total_steps`; a context manager.
 
     Args:
-        stream: where to write; default sys.stdout.
+        stream: where to write, a text stream; default sys.stdout.
         is_main: other processes show nothing, and still time their phases; default: RANK is 0 or unset.
         notice_s: in plain mode a phase says so when it has lasted this long, then twice as long, and so on.
     """
@@ -76,7 +71,7 @@ class Display:
     def __init__(
         self,
         total_steps: int,
-        stream: TextStream | None = None,
+        stream: Any = None,
         *,
         is_main: bool | None = None,
         notice_s: float = 60.0,
@@ -102,10 +97,9 @@ class Display:
     def __enter__(self) -> Display:
         if self._is_live:
             file: Any = self._stream
-            console = Console(file=file, markup=False, emoji=False, highlight=False)
             is_stdout = self._stream.wraps(sys.stdout)
             self._live = Live(
-                console=console,
+                console=Console(file=file, markup=False, emoji=False, highlight=False),
                 get_renderable=self._render,
                 refresh_per_second=4,
                 redirect_stdout=is_stdout,
@@ -164,14 +158,13 @@ class Display:
 
     def note(self, text: str) -> None:
         """Shows text, above the panel in a terminal. Later lines are indented: none passes for ours."""
-        self._print(strip_controls(text).replace("\n", "\n    "))
+        self._print(safe_text(text))
 
     def warn(self, text: str) -> None:
         """Shows a warning, and keeps the latest one in the panel."""
-        clean = strip_controls(text).replace("\n", "\n    ")
         with self._lock:
-            self._warning = clean
-        self._print(f"warning: {clean}", style="yellow")
+            self._warning = safe_text(text)
+        self._print(f"warning: {self._warning}", style="yellow")
 
     @property
     def seconds_left(self) -> float | None:
@@ -281,7 +274,7 @@ class Display:
         for label, name in pairs:
             if (value := self._values.get(name)) is None:
                 continue
-            metric = metric_of(name)
+            metric = shown_metric(name)
             style = "red" if metric.is_broken(value) else "" if metric.is_healthy(value) else "yellow"
             unit = metric.unit if metric.unit in ("tokens", "tokens/s") else ""
             parts += ["   "] if parts else []

@@ -12,7 +12,7 @@ from typing import Any
 from rl.store.ledger import Ledger
 from rl.store.ledger_parse import LedgerStep
 from rl.store.redact import redact, show_controls
-from rl.types import Completion, Reward, ScoredGroup
+from rl.types import Advantage, Completion, Reward, ScoredGroup
 
 MAX_GROUPS = 60
 MAX_STEPS = 20
@@ -58,8 +58,16 @@ def sample_groups(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _candidates(record: LedgerStep) -> list[Candidate]:
-    rows = record.advantages or [None] * len(record.groups)
+    given = record.advantages or [None] * len(record.groups)
+    rows = [None if row is None else [_mean(advantage) for advantage in row] for row in given]
     return [(group, row, tags_of(group, row)) for group, row in zip(record.groups, rows, strict=True)]
+
+
+def _mean(advantage: Advantage) -> float:
+    """Of a completion, whose tokens may have one each."""
+    if isinstance(advantage, Sequence):
+        return sum(advantage) / max(len(advantage), 1)
+    return advantage
 
 
 def json_for_html(value: Any) -> str:

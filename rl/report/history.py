@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rl.store.metrics import METRICS
+from rl.store.metrics import METRICS, OWN_NAME
 from rl.store.safe_read import bounded_lines, is_number, open_regular
 
 MAX_ROWS = 200_000  # of a longer file, the last
@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 30
 MAX_ROW_BYTES = 1 << 20
 MAX_POINTS = 2000  # of a curve
 MAX_PARTS = 64
-RECENT = 20
+RECENT = 20  # rows for which a non-finite number counts against a run
 Extremes = list[dict[str, tuple[float, float]]]
 
 
@@ -145,9 +145,15 @@ def _rows(lines: Iterator[bytes | None], left_out: Counter[str]) -> Iterator[Any
             is_torn = bool(line.strip())
 
 
+def is_own(name: str) -> bool:
+    """Whether it may be the name of a metric that a run has besides `METRICS`."""
+    is_known = name in METRICS or name.startswith("reward/")
+    return not is_known and len(name) <= 200 and OWN_NAME.fullmatch(name) is not None
+
+
 def is_shown(name: str, num_known: int) -> bool:
-    """Whether a report shows a metric of that name: a known one, or one of the first parts of a reward."""
+    """Whether a report shows a metric of that name: a known one, or one of the first that are a run's own."""
     if name in METRICS:
         return True
     is_part = name.startswith("reward/") and name.endswith(("/mean", "/std")) and len(name) <= 200
-    return is_part and num_known < len(METRICS) + MAX_PARTS
+    return (is_part or is_own(name)) and num_known < len(METRICS) + MAX_PARTS

@@ -18,7 +18,7 @@ class RunObserver:
     """
 
     def __init__(self, display: Display, config: Any, *, is_main: bool, judged: bool = True) -> None:
-        self.display = display
+        self.display, self.note, self.phase = display, display.note, display.phase
         self.trackers = Trackers.of_run(config, is_main=is_main, warn=display.warn)
         self._watch = Watch() if judged else None
         self._told: set[str] = set()
@@ -27,20 +27,17 @@ class RunObserver:
         self.trackers.log(step, values)
         self.display.step(step, values)
         for finding in self._watch.broken(step, values) if self._watch else ():
-            if finding.metric not in self._told:
-                self._told.add(finding.metric)
-                self.display.warn(str(finding))
+            self.warn(str(finding), topic=finding.metric)
 
     def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
         self.display.heldout(step, accuracy, low, high)
         numbers = {"accuracy": accuracy, "low": low, "high": high}
         self.trackers.log(step, {f"heldout/{name}": value for name, value in numbers.items()})
 
-    def warn(self, text: str) -> None:
-        self.display.warn(text)
-
-    def note(self, text: str) -> None:
-        self.display.note(text)
+    def warn(self, text: str, *, topic: str = "") -> None:
+        if topic not in self._told:
+            self.display.warn(text)
+        self._told |= {topic} - {""}
 
     def goes_on(self, rows: Sequence[dict[str, Any]]) -> None:
         """What an earlier process of the run has logged: the watchdog goes on from it."""

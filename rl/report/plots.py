@@ -160,15 +160,9 @@ def columns_of(series: Series, limit: int = MAX_COLUMNS) -> list[Column]:
     columns = []
     for begin in range(0, len(series.points), size):
         bucket = series.points[begin : begin + size]
-        columns.append(
-            Column(
-                bucket[0][0],
-                bucket[-1][0],
-                math.fsum(y for _, y in bucket) / len(bucket),
-                min(lows[begin : begin + size]),
-                max(highs[begin : begin + size]),
-            )
-        )
+        mean = math.fsum(y for _, y in bucket) / len(bucket)
+        ends = min(lows[begin : begin + size]), max(highs[begin : begin + size])
+        columns.append(Column(bucket[0][0], bucket[-1][0], mean, *ends))
     return columns
 
 
@@ -210,6 +204,7 @@ def _frame(x_range: Point, y_range: Point, height: int, *, is_fixed: bool) -> Fr
 
 def _axes(frame: Frame, show: Callable[[float], str]) -> Markup:
     right, bottom = WIDTH - _RIGHT, frame.height - _BOTTOM
+    label = Markup('<text x="{}" y="{}" class="{}">{}</text>')
     parts = []
     for tick in frame.ticks:
         y = _n(frame.y(tick))
@@ -221,12 +216,8 @@ def _axes(frame: Frame, show: Callable[[float], str]) -> Markup:
     steps = [tick for tick in nice_ticks(low, high, 6) if tick == int(tick)] or [round(low)]
     for tick in steps:
         anchor = "end" if frame.x(tick) > right - 16 else "middle"
-        parts.append(
-            Markup('<text x="{}" y="{}" class="{}">{}</text>').format(
-                _n(frame.x(tick)), bottom + 16, anchor, f"{tick:,.0f}"
-            )
-        )
-    parts.append(Markup('<text x="{}" y="{}" class="end">step</text>').format(_LEFT - 14, bottom + 16))
+        parts.append(label.format(_n(frame.x(tick)), bottom + 16, anchor, f"{tick:,.0f}"))
+    parts.append(label.format(_LEFT - 14, bottom + 16, "end", "step"))
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, bottom, right))
     return Markup("").join(parts)
 

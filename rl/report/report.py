@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from rl.config import Config
 from rl.config.bounded_yaml import parse_yaml
 from rl.config.diffusion import DiffusionConfig, TextConfig
 from rl.config.diffusion_rl import MaskedRunConfig
+from rl.config.read import flatten
 from rl.report.figures import build_figures
 from rl.report.groups import json_for_html, sample_groups
 from rl.report.history import MAX_POINTS, History, read_history
@@ -86,7 +88,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "config": _shown_text(
             yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True) if config else ""
         ),
-        "result": {key: _shown_text(_plain(value)) for key, value in _flat(redact(result)).items()},
+        "result": {key: _shown_text(_plain(value)) for key, value in flatten(redact(result)).items()},
         "versions": library_versions(),
         "notes": [show_controls(note) for note in [*notes, *damaged][:_MAX_NOTES]],
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -173,17 +175,12 @@ def _tiles(rows: History, evaluations: Sequence[Row]) -> list[dict[str, str]]:
         values = [value for _, value in series_of(rows, name)]
         if not values:
             continue
-        begin, end = _mean(values[:5]), _mean(values[-5:])
         if what == "median":
-            middle = sorted(values)[len(values) // 2]
-            tiles.append(
-                {"label": label, "value": show_value(name, middle), "about": "median over the steps"}
-            )
+            shown, about = show_value(name, sorted(values)[len(values) // 2]), "median over the steps"
         else:
-            about = (
-                f"{_short(name, begin)} in the first steps" if len(values) > 5 else "mean of the steps so far"
-            )
-            tiles.append({"label": label, "value": _short(name, end), "about": about})
+            first, shown = (_short(name, math.fsum(some) / len(some)) for some in (values[:5], values[-5:]))
+            about = f"{first} in the first steps" if len(values) > 5 else "mean of the steps so far"
+        tiles.append({"label": label, "value": shown, "about": about})
     return tiles
 
 
@@ -212,7 +209,7 @@ def _changed(config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Settings that are not the defaults: key -> (value, default)."""
     plain = DiffusionConfig(data=TextConfig(source="")) if "objective" in config else Config()
     plain = MaskedRunConfig() if "diffusion" in config else plain
-    here, defaults = _flat(redact(config)), _flat(plain.model_dump(mode="json"))
+    here, defaults = flatten(redact(config)), flatten(plain.model_dump(mode="json"))
     return {
         key: (_shown_text(_plain(value)), _plain(defaults.get(key, "none")))
         for key, value in here.items()
@@ -235,16 +232,6 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree} if prefix else {}
-    return {
-        key: value
-        for name, sub in tree.items()
-        for key, value in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
@@ -255,7 +242,3 @@ def _shown_text(text: str) -> str:
 
 def _short(name: str, value: float) -> str:
     return f"{value:.3g}" if METRICS[name].unit == "score" else show_value(name, value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

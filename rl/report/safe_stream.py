@@ -46,9 +46,7 @@ class SafeStream:
             action()
         except (BrokenPipeError, ValueError):  # ValueError: the file is closed
             self._is_broken = True
-            # The interpreter flushes stdout when it exits, and fails if that still leads to the broken pipe.
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            _lead_nowhere(self._stream)
         except OSError:
             pass  # a full disk under a redirected stdout: this line is lost
 
@@ -61,13 +59,18 @@ def say(text: str, stream: Any = None) -> None:
 
 
 def settle() -> None:
-    """Flushes the standard streams, and empties what cannot be: else Python's own exit code would be 120."""
+    """Flushes the standard streams, and empties what cannot be."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _lead_nowhere(stream)
+
+
+def _lead_nowhere(stream: Any) -> None:
+    """What it still holds goes to /dev/null: a flush that fails at the end makes Python's exit code 120."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _encodable(text: str, encoding: str) -> str:

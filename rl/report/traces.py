@@ -7,13 +7,15 @@ is hostile: it is escaped, and loses or shows its control characters.
 from __future__ import annotations
 
 from html import escape
+from typing import Annotated
 
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from rich.console import Group
 from rich.text import Text
 
 from rl.store.ledger import Ledger
 from rl.store.redact import redact, show_controls, strip_controls
-from rl.types import Completion, ScoredGroup, Trace
+from rl.types import Completion, ScoredGroup
 
 COLOURS = ("#f7d13d", "#fca50a", "#f1731d", "#dd513a", "#bc3754", "#932667", "#6a176e", "#7b5cd6")
 _NUM_CANDIDATES = 24
@@ -25,6 +27,21 @@ _STYLE = """<style>
 @media (prefers-reduced-motion:no-preference){.denoising pre:hover span{animation:commit .2s both;
 animation-delay:calc(var(--s)*4s/var(--n))}}
 </style>"""
+
+
+class Trace(BaseModel, strict=True):
+    """`facts["trace"]` of `rollout.diffusion.engine`."""
+
+    steps: list[Annotated[int, Field(ge=0)]]
+    tail_ids: list[int]
+    num_steps: int
+    pieces: list[str]
+
+    @model_validator(mode="after")
+    def check_steps(self) -> Trace:
+        if max(self.steps, default=0) > self.num_steps:
+            raise ValueError(f"a token was written in step {max(self.steps)} of {self.num_steps}")
+        return self
 
 
 def denoising_frames(completion: Completion, num_frames: int = 6) -> Group:
@@ -79,9 +96,7 @@ def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
     for record in ledger.sample(2, _NUM_CANDIDATES):
         for scored in record.groups:
             pairs = enumerate(zip(scored.completions, scored.rewards, strict=True))
-            ranked = sorted(
-                ((r.score or 0.0, -i) for i, (c, r) in pairs if c.trace is not None), reverse=True
-            )
+            ranked = sorted(((r.score or 0.0, -i) for i, (c, r) in pairs if _has_trace(c)), reverse=True)
             if ranked:
                 chosen = dict.fromkeys([-ranked[0][1], -ranked[-1][1]])
                 found += [(record.step + 1, scored, i) for i in chosen]
@@ -90,9 +105,20 @@ def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
 
 
 def _trace(completion: Completion) -> Trace:
-    if completion.trace is None:
+    given = completion.facts.get("trace")
+    if given is None:
         raise ValueError("the completion has no trace: it was not sampled by a masked diffusion model")
-    return completion.trace
+    try:
+        return Trace.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(f"the completion's trace is damaged: {error.errors()[0]['msg']}") from None
+
+
+def _has_trace(completion: Completion) -> bool:
+    try:
+        return bool(_trace(completion))
+    except ValueError:
+        return False
 
 
 def _tokens(trace: Trace) -> list[tuple[str, int]]:

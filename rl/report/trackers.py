@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rl.config.read import flatten
 from rl.store.redact import redact
 
 
@@ -15,7 +16,7 @@ class Trackers:
 
     Args:
         names: of accelerate's trackers, such as "tensorboard".
-        config: stored with the run, flattened to `train.steps` names and without secrets.
+        config: stored with the run without secrets, under names such as train.steps, lists as text.
         warn: shows one line to the user.
     """
 
@@ -29,7 +30,8 @@ class Trackers:
     ) -> None:
         self._warn = warn
         self._active: dict[str, Any] = {}
-        settings = _flatten(redact(config))
+        plain = bool | int | float | str
+        settings = {k: v if isinstance(v, plain) else str(v) for k, v in flatten(redact(config)).items()}
         for name in names:
             self._guarded(name, "did not start", lambda name=name: self._start(name, Path(run_dir), settings))
 
@@ -83,13 +85,3 @@ class Trackers:
                 f"tracker {name} {what} and is left out from now on ({type(error).__name__}: {reason}); "
                 "metrics.jsonl goes on, and the report is made from it"
             )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train": {"steps": 3}} -> {"train.steps": 3}; what is no number, text or bool becomes text."""
-    if not isinstance(tree, Mapping):
-        return {prefix: tree if isinstance(tree, bool | int | float | str) else str(tree)}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat

@@ -13,7 +13,6 @@ from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
-_RECENT_ROWS = RECENT  # a non-finite number counts against a run for this many steps
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row] | History
@@ -74,7 +73,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.rows: deque[Row] = deque(maxlen=_RECENT_ROWS)
+        self.rows: deque[Row] = deque(maxlen=RECENT)
         self.varied: set[str] = set()
 
     def recall(self, rows: Iterable[Row]) -> None:
@@ -162,23 +161,16 @@ def _range_rule(metric: Metric, rows: Rows) -> Finding | None:
 
 
 def _nonfinite_rule(rows: Rows) -> list[Finding]:
-    last = rows.recent if isinstance(rows, History) else rows[-_RECENT_ROWS:]
+    last = rows.recent if isinstance(rows, History) else rows[-RECENT:]
     recent = [row for row in last if row.get("nonfinite")]
     if not recent:
         return []
     level: Level = "Broken" if recent[-1] is last[-1] else "Warning"
     names = ", ".join(sorted({str(name) for row in recent for name in row["nonfinite"]}))
     first = str(recent[0]["nonfinite"][0])
+    text = f"{names} not finite in {len(recent)} of the last {len(last)} steps"
     hint = "lower optimizer.lr; try model.dtype=fp32; check rewards for infinite scores"
-    return [
-        Finding(
-            level,
-            first,
-            recent[0]["step"],
-            f"{names} not finite in {len(recent)} of the last {len(last)} steps",
-            hint,
-        )
-    ]
+    return [Finding(level, first, recent[0]["step"], text, hint)]
 
 
 def _heldout_rule(evaluations: Sequence[Row]) -> list[Finding]:

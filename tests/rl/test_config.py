@@ -9,7 +9,7 @@ import pytest
 from rl.config import Config, check_processes
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
-from rl.config.read import dump_config, load_config, read_config
+from rl.config.read import dump_config, flatten, load_config, read_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -73,6 +73,12 @@ def test_a_config_of_another_command_is_recognised():
     with pytest.raises(ValueError, match="unknown key; did you mean max_prompt_length") as caught:
         load_config(CONFIGS[0].parent / "quickstart.yaml", ["data.max_length=8"])
     assert "another command" not in str(caught.value)
+
+
+def test_a_tree_is_flattened_to_the_names_that_overrides_use():
+    tree = {"train": {"steps": 3, "more": {"deep": [1, {"a": 2}]}}, "options": {}, 7: None}
+    flat = {"train.steps": 3, "train.more.deep": [1, {"a": 2}], "options": {}, "7": None}
+    assert flatten(tree) == flat and flatten({}) == {}
 
 
 def test_scientific_notation_is_a_number():

@@ -1,11 +1,13 @@
-"""The rules of `data` and `evaluation.data`: a key that would do nothing with this source is refused."""
+"""Where prompts come from, held-out ones too. A key that would do nothing with its source is refused."""
 
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal
 
-from rl.config.sections import DataConfig, HeldoutConfig
+from pydantic import Field
+
+from rl.config.sections import HOME, SamplingConfig, Section
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".gz", ".zst", ".xlsx")
 RESERVED = frozenset(
@@ -31,21 +33,72 @@ RESERVED = frozenset(
 """Arguments of `apply_chat_template` that `rollout.chat` gives, or that change what it returns."""
 
 
-class SourceKeys(Protocol):
-    @property
-    def source(self) -> str: ...
+class SourceConfig(Section):
+    """Where rows come from."""
 
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
-
-    @property
-    def options(self) -> dict[str, Any]: ...
+    source: Annotated[str, HOME]
+    split: str = Field(default="train", description="of the dataset")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
+    size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of the generator, hub loader or callable"
+    )
 
 
-def check_source(keys: SourceKeys, section: str, *, is_local: bool | None = None) -> None:
+class DataConfig(SourceConfig):
+    """Where prompts come from: `reasoning_gym:NAME`, a hub name, a file or folder that `datasets` reads, or
+    `module:callable`.
+    """
+
+    source: Annotated[str, HOME] = "reasoning_gym:chain_sum"
+    prompt_column: str = Field(default="prompt", description="text or messages")
+    rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
+    columns: list[str] = Field(default=[], description="kept for graders; empty = all")
+    system_prompt: str | None = None
+    chat: bool = Field(
+        default=True, description="a text prompt becomes a user message; false: it stays plain text"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="completions go on with the last message where the assistant began it"
+    )
+    template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
+    max_prompt_length: int = Field(
+        default=1024, ge=1, description="tokens, the chat template included; see too_long"
+    )
+    too_long: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="rows above max_prompt_length: end the run before it starts, or go without",
+    )
+    shuffle: bool = True
+
+
+class HeldoutConfig(DataConfig):
+    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
+
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
+    )
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy before, every `every` steps and after, on its own prompts and sampling; never touches
+    the training stream.
+    """
+
+    data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
+    every: int = Field(default=0, ge=0, description="0: only before and after")
+    metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
+    num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+
+
+def check_source(keys: SourceConfig, section: str, *, is_local: bool | None = None) -> None:
     """Refuses `split`, `revision` and `options` where the source takes none.
 
     Args:

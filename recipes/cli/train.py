@@ -1,0 +1,51 @@
+"""`cohort train`: GRPO from a config, in this process or in several of this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from rewards.score import take_flags_anywhere
+from rl.config.read import load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train.steps=20 model.dtype=fp32"
+    )
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="default: one per GPU, one on a CPU machine",
+    )
+    take_flags_anywhere(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks the config before torch is loaded, then trains; the exit code of the run."""
+    load_config(arguments.config, arguments.overrides)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    processes = arguments.processes or max(1, gpus)
+    if 0 < gpus < processes:
+        raise ValueError(f"--processes {processes}, and there are {gpus} GPUs; one process needs one GPU")
+    recipe = [arguments.config, *arguments.overrides]
+    if processes == 1:
+        from recipes.grpo import main as grpo
+
+        return grpo(recipe)
+    from recipes.launch import launch
+
+    return launch(recipe, processes)
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "number of processes"
