@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rl.types import Call, Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
 from rollout.stop_strings import cut_at_stop
 
 WEIGHTS_UNKNOWN = -1
+Sample = Callable[[Call, float], tuple[list[Group], dict[int, str]]]
 
 
 class EngineError(RuntimeError):
@@ -24,35 +24,26 @@ class Named(Protocol):
     version: int
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one `Engine.submit` or `Engine.generate`."""
-
-    prompts: tuple[Prompt, ...]
-    num_completions: int
-    sampling: SamplingParams
-    seeds: tuple[int, ...]
-    with_logprobs: bool
+class Timed(Named, Protocol):
+    timeout_s: float
 
 
 def completion(
-    token_ids: list[int],
-    logprobs: list[float],
-    reason: FinishReason,
-    versions: Sequence[int],
-    ends: Sequence[int] = (),
+    token_ids: list[int], logprobs: list[float], reason: FinishReason, spans: list[VersionSpan]
 ) -> Completion:
-    """A completion without its text. `versions[k]` sampled the tokens up to number `ends[k]`, the last of the
-    versions the rest.
-    """
-    bounds = [0, *ends, len(token_ids)]
+    """A completion without its text."""
+    return Completion(token_ids, logprobs, [True] * len(token_ids), reason, spans)
+
+
+def version_spans(versions: Sequence[int], ends: Sequence[int]) -> list[VersionSpan]:
+    """`versions[k]` sampled the tokens up to number `ends[k]`."""
     spans: list[VersionSpan] = []
-    for version, (first, last) in zip(versions, pairwise(bounds), strict=True):
+    for version, (first, last) in zip(versions, pairwise([0, *ends]), strict=True):
         if spans and spans[-1].policy_version == version:
             spans[-1] = VersionSpan(version, spans[-1].num_tokens + last - first)
         elif last > first:
             spans.append(VersionSpan(version, last - first))
-    return Completion(token_ids, logprobs, [True] * len(token_ids), reason, spans)
+    return spans
 
 
 def aborted() -> Completion:
@@ -97,9 +88,7 @@ def _without_ends(c: Completion, ends: Set[int | None], special: Set[int]) -> li
     return c.token_ids[:length]
 
 
-def check_call(engine: Named, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+def check_weights(engine: Named) -> None:
     if engine.version == WEIGHTS_UNKNOWN:
         raise EngineError(
             f"the weights of engine {engine.name} are unknown, since an update broke off; update them again"
@@ -138,61 +127,47 @@ def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: 
     raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")
 
 
-class OneCallAtATime(ABC):
-    """`submit`, `collect` and `generate` of an engine that works off whole calls, with the weights of that
-    moment.
+class CallQueue:
+    """`submit`, `collect`, `generate` and `abort` of an engine that works off whole calls, with the weights
+    of that moment.
+
+    Args:
+        sample: (call, deadline of time.monotonic() that aborts the rest) -> (one group per prompt, why
+            prompts failed, by index).
     """
 
-    name: str
-    version: int
-
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self._submitted: list[Call] = []
-
-    @abstractmethod
-    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
-        """(one group per prompt, why prompts failed); `deadline`, of time.monotonic(), aborts the rest."""
-
-    def hold(self) -> None:
-        return  # it samples only while it is called
+    def __init__(self, engine: Timed, sample: Sample) -> None:
+        self.engine, self.sample = engine, sample
+        self._calls: list[Call] = []
 
     @property
     def in_flight(self) -> int:
-        return sum(len(call.prompts) * call.num_completions for call in self._submitted)
+        return sum(len(call.prompts) * call.num_completions for call in self._calls)
 
-    def submit(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> None:
+    def submit(self, call: Call) -> None:
         """Only notes the call: `collect` samples it."""
-        check_call(self, prompts, seeds)
-        self._submitted.append(Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs))
+        check_weights(self.engine)
+        self._calls.append(call)
 
     def collect(self, *, timeout_s: float) -> list[Group]:
         """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
-        if self._submitted:
-            check_call(self, (), ())
-        calls, self._submitted = self._submitted, []
-        return [g for call in calls for g in self._groups(call, time.monotonic() + self.timeout_s)[0]]
+        if self._calls:
+            check_weights(self.engine)
+        calls, self._calls = self._calls, []
+        return [g for call in calls for g in self.sample(call, time.monotonic() + self.engine.timeout_s)[0]]
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> list[Group]:
-        check_call(self, prompts, seeds)
-        deadline = time.monotonic() + self.timeout_s
-        call = Call(tuple(prompts), num_completions, sampling, tuple(seeds), with_logprobs)
-        groups, faults = self._groups(call, deadline)
-        check_groups(groups, faults, self.timeout_s, late=time.monotonic() > deadline)
+    def generate(self, call: Call) -> list[Group]:
+        check_weights(self.engine)
+        deadline = time.monotonic() + self.engine.timeout_s
+        groups, faults = self.sample(call, deadline)
+        check_groups(groups, faults, self.engine.timeout_s, late=time.monotonic() > deadline)
         return groups
+
+    def abort(self, prompts: Collection[Prompt]) -> None:
+        given_up = {prompt.id for prompt in prompts}
+        calls, self._calls = self._calls, []
+        for call in calls:
+            pairs = zip(call.prompts, call.seeds, strict=True)
+            if left := [(prompt, seed) for prompt, seed in pairs if prompt.id not in given_up]:
+                kept, seeds = zip(*left, strict=True)
+                self._calls.append(replace(call, prompts=kept, seeds=seeds))

@@ -35,7 +35,7 @@ def render_prompts(
     """Rows of a dataset as Prompts with ids `prefix/000000`, ...
 
     A prompt column of text becomes one user message (`chat`) or stays plain text; a list of messages is
-    rendered as it is, with the row's `tools`. All other columns, or those named, are kept for graders.
+    rendered as it is, with the row's `tools`. Other columns, or those named, are kept for graders.
 
     Args:
         template_file: where the chat template was read from, for errors; None: the tokenizer's own.
@@ -47,42 +47,51 @@ def render_prompts(
             of messages, or longer than `max_prompt_length`; a column holds what is no JSON value.
     """
     rows, texts, chats = list(rows), {}, {}
+    if not rows:
+        raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
     for index, row in enumerate(rows):
         where = f"{prefix} row {index}"
-        _check_columns(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
-        value = row[prompt_column]
+        value = _prompt_of(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
         if not chat and isinstance(value, str):
             _refuse_idle(where, system_prompt, chat_template_kwargs)
             texts[index] = template.replace("{prompt}", check_text(value, where))
             continue
         messages = chat_messages(value, system_prompt, template, where)
-        is_continued = check_last(messages, continue_final_message, where)
-        chats[index] = Chat(where, messages, read_tools(row.get("tools"), where), is_continued)
-    if not rows:
-        raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
-    variables = dict(chat_template_kwargs or {})
-    rendered = render_chats(tokenizer, list(chats.values()), variables, file=template_file)
+        goes_on = check_last(messages, continue_final_message, where)
+        chats[index] = Chat(where, messages, read_tools(row.get("tools"), where), goes_on)
+    rendered = render_chats(tokenizer, list(chats.values()), chat_template_kwargs or {}, file=template_file)
     texts |= zip(chats, rendered, strict=True)
     prompts, lengths = [], {}
-    for index, row in enumerate(rows):
-        where, text, found = f"{prefix} row {index}", texts[index], chats.get(index)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if found else plain_ids(tokenizer, text)
-        if not ids:
-            raise ValueError(f"{where}: column {prompt_column!r} has no tokens; remove the row")
+    for i, row in enumerate(rows):
+        where, found = f"{prefix} row {i}", chats.get(i)
+        ids = _ids(tokenizer, texts[i], f"{where}: column {prompt_column!r}", is_plain=found is None)
         if len(ids) > max_prompt_length:
-            lengths[index] = len(ids)
+            lengths[i] = len(ids)
             continue
-        kept = kept_columns(row, prompt_column, columns)
-        _check_json(kept, where)
+        kept = _checked(kept_columns(row, prompt_column, columns), where)
         messages = found.messages if found else ()
-        prompts.append(Prompt(f"{prefix}/{index:06d}", text, tuple(ids), messages, kept))
+        prompts.append(Prompt(f"{prefix}/{i:06d}", texts[i], tuple(ids), messages, kept))
     if lengths:
         sentence = _too_long(lengths, len(rows), prefix, max_prompt_length)
-        if too_long == "refuse" or not prompts:
-            other = ", or leave such rows out with data.too_long=drop" if prompts else ""
-            raise ValueError(f"{sentence}; raise data.max_prompt_length to {max(lengths.values())}{other}")
-        note(f"{sentence}; they are left out (data.too_long=drop)")
+        _leave_out(sentence, max(lengths.values()), bool(prompts) and too_long == "drop", bool(prompts), note)
     return prompts
+
+
+def _ids(tokenizer: Any, text: str, where: str, *, is_plain: bool) -> list[int]:
+    ids = plain_ids(tokenizer, text) if is_plain else tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"{where} has no tokens; remove the row")
+    return ids
+
+
+def _leave_out(
+    sentence: str, longest: int, may_drop: bool, some_are_left: bool, note: Callable[[str], None]
+) -> None:
+    """Notes that prompts are left out as too long, or raises ValueError."""
+    if not may_drop:
+        other = ", or leave such rows out with data.too_long=drop" if some_are_left else ""
+        raise ValueError(f"{sentence}; raise data.max_prompt_length to {longest}{other}")
+    note(f"{sentence}; they are left out (data.too_long=drop)")
 
 
 def _refuse_idle(where: str, system_prompt: str | None, variables: Mapping[str, Any] | None) -> None:
@@ -131,7 +140,8 @@ def end_token_ids(
     return tuple(sorted(found))
 
 
-def _check_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str], where: str) -> None:
+def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str], where: str) -> Any:
+    """The prompt of a row that has it and the named columns."""
     for name in (prompt_column, *columns):
         if name not in row:
             near = difflib.get_close_matches(name, list(row), n=1)
@@ -140,10 +150,11 @@ def _check_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence
                 f"{where}{key}: the dataset has no column {name!r}; it has {', '.join(map(repr, row))}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
+    return row[prompt_column]
 
 
-def _check_json(columns: Mapping[str, Any], where: str) -> None:
-    """Columns go to grader processes and into the ledger, both as JSON."""
+def _checked(columns: dict[str, Any], where: str) -> dict[str, Any]:
+    """The columns, which go to grader processes and into the ledger, both as JSON."""
     try:
         json.dumps(columns, allow_nan=False)
     except (TypeError, ValueError):
@@ -153,6 +164,7 @@ def _check_json(columns: Mapping[str, Any], where: str) -> None:
             "columns must be JSON values (text, finite numbers, booleans, lists, dicts); convert it, or name "
             "only the columns that graders need in data.columns"
         ) from None
+    return columns
 
 
 def _is_json(value: Any) -> bool:

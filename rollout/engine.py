@@ -1,37 +1,17 @@
-"""The Engine protocol, and the transformers engine: slow, exact, always there."""
+"""The Engine protocol: prompts in, groups of completions out, and the policy's weights."""
 
 from __future__ import annotations
 
-import math
-import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams
-from rollout.calls import (
-    WEIGHTS_UNKNOWN,
-    Call,
-    EngineError,
-    OneCallAtATime,
-    aborted,
-    completion,
-    decode_texts,
-    prompt_faults,
-)
+from rl.types import Call, Group, Prompt
+from rollout.calls import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
-from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
-from rollout.sampler import SeededSampler, completion_seed
-from rollout.uncached import cache_fault, sample_uncached
 
-__all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError", "TransformersEngine"]
+__all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError"]
 
 
 class Engine(Protocol):
@@ -56,16 +36,8 @@ class Engine(Protocol):
         """Completions that were submitted and not collected yet."""
         ...
 
-    def submit(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> None:
-        """Begins to sample; `collect` hands the groups out. The arguments are those of `generate`.
+    def submit(self, call: Call) -> None:
+        """Begins to sample; `collect` hands the groups out.
 
         Raises:
             EngineError: the weights are unknown, or the engine is dead.
@@ -83,21 +55,19 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        num_completions: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        with_logprobs: bool = True,
-    ) -> list[Group]:
+    def abort(self, prompts: Collection[Prompt]) -> None:
+        """Gives up what was submitted for prompts of these ids and not collected: nothing of it is handed
+        out, and it is in flight no longer.
+        """
+        ...
+
+    def generate(self, call: Call) -> list[Group]:
         """One Group per prompt, in order. Completions end at `sampling.stop_token_ids`, the id included, or
         behind the token that completes one of `sampling.stop`.
 
-        `seeds` holds one number per prompt. Completion g draws from a seed made of that number and g, so it
-        does not depend on what else is sampled, up to the rounding of the kernels. With temperature 0 the
-        log-probs are those of the distribution at temperature 1. What was submitted stays in flight.
+        A completion does not depend on what else is sampled, up to the rounding of the kernels. With
+        temperature 0 the log-probs are those of the distribution at temperature 1. What was submitted stays
+        in flight.
 
         Raises:
             EngineError: every completion failed, or nothing was finished within the time limit. One that
@@ -117,6 +87,10 @@ class Engine(Protocol):
         """
         ...
 
+    def adopt(self, version: int) -> None:
+        """Another process has given the engine that both use the weights of this version."""
+        ...
+
     def fingerprints(self) -> Mapping[str, int]:
         """Hashes of what the engine really holds, one for each of `tensors` (`rollout.fingerprint`)."""
         ...
@@ -128,196 +102,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees the model; safe to call twice."""
         ...
-
-
-class TransformersEngine(OneCallAtATime):
-    """`generate` of transformers on its own copy of the model; equal seeds, equal results (bitwise on a CPU).
-
-    Args:
-        model: folder or hub name.
-        tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
-        max_num_seqs: completions that are sampled together.
-        timeout_s: longest wait for one `generate` call.
-        version: policy version of the weights in `model`.
-        attention: how transformers computes attention. Eager honours every config; what the policy settled on
-            is as exact and may be faster.
-    """
-
-    name = "transformers"
-    runs_alone = held_while_training = False
-
-    def __init__(
-        self,
-        model: str | Path,
-        tokenizer: Any,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        max_num_seqs: int = 256,
-        timeout_s: float = 600.0,
-        revision: str | None = None,
-        version: int = 0,
-        attention: str = "eager",
-    ) -> None:
-        super().__init__(timeout_s)
-        self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
-        self.device = torch.device(device)
-        with torch.random.fork_rng():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(model),
-                revision=revision,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=False,
-            )
-        self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
-        # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
-        self.model.generation_config = GenerationConfig()
-        self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
-        self.cache = self._usable_cache()
-
-    def _usable_cache(self) -> str:
-        """ "shared": rows with one prompt share its keys and values. "own": each row computes its own.
-        "none": the model's cache does not reproduce its logits.
-        """
-        config = self.model.config.get_text_config()
-        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
-        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
-        fault = None
-        for self.cache in ("shared", "own"):
-            fault = cache_fault(
-                lambda prompts, seeds, sampling: self._sample(prompts, seeds, sampling, True, math.inf),
-                self.prompt_logprobs,
-                vocab_size=config.vocab_size,
-                window=window,
-                coarse=self.model.dtype != torch.float32,
-            )
-            if fault is None:
-                return self.cache
-        warnings.warn(
-            f"{type(self.model).__name__} is sampled without a cache, which is slow: {fault}", stacklevel=3
-        )
-        return "none"
-
-    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
-        """(one group per prompt, why prompts failed)."""
-        prompts, sampling = call.prompts, call.sampling
-        config = self.model.config.get_text_config()
-        room = getattr(config, "max_position_embeddings", None)
-        faults = prompt_faults(prompts, sampling, vocab_size=config.vocab_size, room=room)
-        by_length = sorted(set(range(len(prompts))) - faults.keys(), key=lambda i: len(prompts[i].token_ids))
-        rows = [(i, g) for i in by_length for g in range(call.num_completions)]
-        done: dict[tuple[int, int], Completion] = {}
-        for start in range(0, len(rows), self.max_num_seqs):
-            chunk = rows[start : start + self.max_num_seqs]
-            row_seeds = [completion_seed(call.seeds[i], g) for i, g in chunk]
-            row_ids = [prompts[i].token_ids for i, _ in chunk]
-            try:
-                sampled = self._sample(row_ids, row_seeds, sampling, call.with_logprobs, deadline)
-            except RuntimeError as error:
-                faults |= {i: str(error) for i, _ in chunk}
-                continue
-            done |= zip(chunk, sampled, strict=True)
-        groups = [
-            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
-            for i, prompt in enumerate(prompts)
-        ]
-        return groups, faults
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.version = WEIGHTS_UNKNOWN
-        copy_weights(self.model, weights)
-        self.version = version
-
-    def fingerprints(self) -> dict[str, int]:
-        return own_fingerprints(self.model, self.tensors, self.version)
-
-    @torch.no_grad()
-    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
-        ids = torch.tensor([token_ids], device=self.device)
-        logprobs = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        return logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
-
-    def close(self) -> None:
-        self.model = None
-
-    @torch.no_grad()
-    def _sample(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        seeds: Sequence[int],
-        sampling: SamplingParams,
-        with_logprobs: bool,
-        deadline: float,
-    ) -> list[Completion]:
-        """One completion per row. Rows with the same prompt share its prefill."""
-        sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
-        if self.cache == "none":
-            tokens = sample_uncached(self.model, prompts, sampler, sampling, deadline)
-            return self._completions(tokens, sampler, sampling)
-        unique = list(dict.fromkeys(prompts))
-        rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
-        width = max(map(len, unique))
-        ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in unique], device=self.device)
-        mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=self.device)
-        stop_ids = list(sampling.stop_token_ids)
-        output = self.model.generate(
-            ids_UT[rows_B],
-            attention_mask=mask_UT[rows_B],
-            past_key_values=self._prefill(ids_UT, mask_UT, rows_B),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=sampling.max_completion_length,
-                eos_token_id=stop_ids or None,
-                pad_token_id=stop_ids[0] if stop_ids else 0,
-                disable_compile=True,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_Deadline(deadline)]),
-        )
-        return self._completions(output[:, width:].tolist(), sampler, sampling)
-
-    def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
-        """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
-        if ids_UT.shape[1] < 2 or self.cache == "own" or getattr(self.model, "_is_stateful", False):
-            return None
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask_UT.cumsum(-1) - 1).clamp(min=0)
-        self.model(
-            input_ids=ids_UT[:, :-1],
-            attention_mask=mask_UT[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_select_indices(rows_B)
-        return cache
-
-    def _completions(
-        self, tokens: list[list[int]], sampler: SeededSampler, sampling: SamplingParams
-    ) -> list[Completion]:
-        completions = []
-        faults = sampler.failed_at_B.tolist()
-        for row, logprobs, failed_at in zip(tokens, sampler.chosen_logprobs(), faults, strict=True):
-            end = next((t + 1 for t, token in enumerate(row) if token in sampling.stop_token_ids), None)
-            length = min(end or len(row), failed_at)
-            reason: FinishReason = "abort"
-            if end == length:
-                reason = "stop"
-            elif length == sampling.max_completion_length:
-                reason = "length"
-            completions.append(completion(row[:length], logprobs[:length], reason, [self.version]))
-        decode_texts(self.tokenizer, completions, sampling.stop)
-        return completions
-
-
-class _Deadline:
-    """A stopping criterion that ends all rows at a point of `time.monotonic()`."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        late = time.monotonic() > self.deadline
-        return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from rl.types import Prompt, SamplingParams, ScoredGroup, Scorer
+from rl.types import Call, Group, Prompt, SamplingParams, ScoredGroup, Scorer
+from rollout.calls import aborted
 from rollout.engine import Engine, EngineError
-from rollout.source import sampling_seed
+from rollout.prompts import sampling_seed
 
 WAVES = 4
 POLL_S = 1.0
 OVERLAP_POLL_S = 0.02  # also the longest that `end_overlap` waits for its thread, when all is well
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSampling:
+    """What an engine is asked for, per prompt. The prompt's own seed comes from `seed` and its number."""
+
+    params: SamplingParams
+    group_size: int
+    seed: int
+    with_logprobs: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +48,6 @@ class Request:
     ordinal: int
     prompt: Prompt
     attempt: int = 0
-    is_submitted: bool = False
     scored: Future[ScoredGroup] | None = None
 
     @property
@@ -63,18 +74,15 @@ class InFlight:
         self,
         engine: Engine,
         scorer: Scorer,
-        sampling: SamplingParams,
+        sampling: GroupSampling,
         *,
-        group_size: int,
-        seed: int,
-        with_logprobs: bool,
         limit: int | None,
         timeout_s: float,
     ) -> None:
         self.engine, self.scorer, self.sampling = engine, scorer, sampling
-        self.group_size, self.seed, self.with_logprobs = group_size, seed, with_logprobs
         self.limit, self.timeout_s = limit, timeout_s
         self._queue: deque[Request] = deque()
+        self._waiting: list[Request] = []  # for the engine, oldest first
         self._at_engine: dict[str, Request] = {}
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -88,12 +96,21 @@ class InFlight:
         return [request.ordinal for request in self._queue]
 
     def append(self, requests: Iterable[Request]) -> None:
-        self._queue += requests
+        started = list(requests)
+        self._queue += started
+        self._waiting += started
 
     def clear(self) -> None:
-        """Forgets all requests; what the engine still finishes of them is dropped."""
+        """Forgets all requests, and ends what the engine still samples of them."""
         self._queue.clear()
-        self._at_engine.clear()
+        self._waiting.clear()
+        self._abort(list(self._at_engine.values()))
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        if requests:
+            self.engine.abort(self.call(requests).prompts)
+        for request in requests:
+            del self._at_engine[request.id]
 
     def heads(self, count: int) -> list[Request]:
         return list(islice(self._queue, count))
@@ -102,37 +119,38 @@ class InFlight:
         for _ in range(count):
             self._queue.popleft()
 
+    def call(self, requests: Sequence[Request]) -> Call:
+        asked = self.sampling
+        return Call(
+            tuple(replace(request.prompt, id=request.id) for request in requests),
+            asked.group_size,
+            asked.params,
+            tuple(request.seed(asked.seed) for request in requests),
+            asked.with_logprobs,
+        )
+
     def refill(self) -> None:
         """Submits waiting requests, oldest first."""
-        waiting = [request for request in self._queue if not request.is_submitted]
-        wave = len(waiting)
+        wave = len(self._waiting)
         if self.limit is not None:
-            room = max(0, self.limit - self.engine.in_flight) // self.group_size
-            smallest = max(1, self.limit // self.group_size // WAVES)
+            size = self.sampling.group_size
+            room = max(0, self.limit - self.engine.in_flight) // size
+            smallest = max(1, self.limit // size // WAVES)
             wave = min(room, wave) if room >= min(smallest, wave) else 0
         if not wave:
             return
-        chosen = waiting[:wave]
-        self.engine.submit(
-            [replace(request.prompt, id=request.id) for request in chosen],
-            num_completions=self.group_size,
-            sampling=self.sampling,
-            seeds=[request.seed(self.seed) for request in chosen],
-            with_logprobs=self.with_logprobs,
-        )
-        for request in chosen:
-            request.is_submitted = True
-            self._at_engine[request.id] = request
+        chosen, self._waiting = self._waiting[:wave], self._waiting[wave:]
+        self.engine.submit(self.call(chosen))
+        self._at_engine |= {request.id: request for request in chosen}
 
     def pump(self, timeout_s: float = 0.0) -> bool:
         """Refills the engine and sends what it finishes within `timeout_s` to the graders; whether it did."""
         self.refill()
         finished = self.engine.collect(timeout_s=timeout_s)
         for group in finished:
-            request = self._at_engine.pop(group.prompt.id, None)
-            if request is not None:  # else it was forgotten
-                group.prompt = request.prompt
-                request.scored = self.scorer.submit(group)
+            request = self._at_engine.pop(group.prompt.id)
+            group.prompt = request.prompt
+            request.scored = self.scorer.submit(group)
         return bool(finished)
 
     def begin_overlap(self) -> None:
@@ -170,7 +188,7 @@ class InFlight:
             raise fault
 
     def _has_work(self) -> bool:
-        return bool(self._at_engine) or any(not request.is_submitted for request in self._queue)
+        return bool(self._at_engine or self._waiting)
 
     def _overlap(self) -> None:
         try:
@@ -182,22 +200,33 @@ class InFlight:
     def wait_for_engine(self, requests: Sequence[Request]) -> None:
         """Returns when all of `requests` are sampled; what else is finished by then is graded as well.
 
+        Where no group was finished for `timeout_s`, those that lack are given up: their completions count as
+        aborted.
+
         Raises:
-            EngineError: no group at all was finished for `timeout_s`.
+            EngineError: all of them lack.
         """
-        last = time.monotonic()
+        last, missing = time.monotonic(), deque(requests)
         while True:
-            missing = [request for request in requests if request.scored is None]
+            while missing and missing[0].scored is not None:
+                missing.popleft()
             if self.pump(min(POLL_S, self.timeout_s) if missing else 0.0):
                 last = time.monotonic()
             if not missing:
                 return
-            if time.monotonic() - last > self.timeout_s:
+            if time.monotonic() - last <= self.timeout_s:
+                continue
+            late = [request for request in requests if request.scored is None]
+            if len(late) == len(requests):
                 raise EngineError(
                     f"engine {self.engine.name} finished no group for {self.timeout_s:g} s, with "
                     f"{self.engine.in_flight} completions in flight, while the run waited for prompt "
                     f"{missing[0].prompt.id}; read the engine's log, or raise engine.timeout_s"
                 )
+            self._abort(late)
+            for request in late:
+                nothing = [aborted() for _ in range(self.sampling.group_size)]
+                request.scored = self.scorer.submit(Group(request.prompt, nothing))
 
     def wait_for_graders(self, requests: Sequence[Request]) -> list[ScoredGroup]:
         """The scored groups of sampled requests.
@@ -207,17 +236,22 @@ class InFlight:
         """
         futures = [request.scored for request in requests if request.scored is not None]
         assert len(futures) == len(requests)
-        while any(not future.done() for future in futures):
-            graded = [r.scored for r in self._queue if r.scored is not None and not r.scored.done()]
-            if graded and not wait(graded, self.timeout_s, FIRST_COMPLETED).done:
-                slow = [r.prompt.id for r in requests if r.scored is not None and not r.scored.done()]
-                raise RuntimeError(
-                    f"the graders finished no group for {self.timeout_s:g} s, while the run waited for "
-                    f"prompts {', '.join(slow[:3])}; lower rewards.deadline_s, or raise rewards.workers"
-                )
+        last = -1
+        while (graded := self._num_graded()) > last and wait(futures, self.timeout_s).not_done:
+            last = graded
+        slow = [r.prompt.id for r, future in zip(requests, futures, strict=True) if not future.done()]
+        if slow:
+            raise RuntimeError(
+                f"the graders finished no group for {self.timeout_s:g} s, while the run waited for "
+                f"prompts {', '.join(slow[:3])}; lower rewards.deadline_s, or raise rewards.workers"
+            )
         return [future.result() for future in futures]
+
+    def _num_graded(self) -> int:
+        return sum(request.scored is not None and request.scored.done() for request in self._queue)
 
     def sample_again(self, request: Request) -> None:
         """In its old place in the queue, so that the order of prompts stays, with other random numbers."""
         request.attempt += 1
-        request.is_submitted, request.scored = False, None
+        request.scored = None
+        insort(self._waiting, request, key=lambda waiting: waiting.ordinal)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from rl.model.messages import messages_of, without_none
 from rl.types import Message
 
 
@@ -19,14 +20,12 @@ def check_text(value: str, where: str) -> str:
 def chat_messages(value: Any, system_prompt: str | None, template: str, where: str) -> tuple[Message, ...]:
     """The messages of a prompt, which is a user's text (set into `template`) or messages as they are.
 
-    Keys without a value, which a table gives to every message, are left out.
-
     Raises:
-        ValueError: it is neither; content is not text; or a template is given and the prompt has messages.
+        ValueError: it is neither; a message is malformed; or a template is given and the prompt has messages.
     """
     if isinstance(value, str):
         messages = [{"role": "user", "content": template.replace("{prompt}", check_text(value, where))}]
-    elif not isinstance(value, list) or not value or not all(map(_is_message, value)):
+    elif not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: a prompt must be text or a non-empty list of messages with role and content, not "
             f"{type(value).__name__} {value!r:.60}"
@@ -37,39 +36,18 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
             "data.template out and put its words into the messages or data.system_prompt"
         )
     else:
-        messages = [_with_text(_without_none(message), i, where) for i, message in enumerate(value)]
+        messages = messages_of(value, where)
+        if (empty := next((i for i, message in enumerate(messages) if _is_empty(message)), None)) is not None:
+            raise ValueError(
+                f"{where}: message {empty} of the assistant says nothing and calls no tool; remove it"
+            )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return tuple(messages)
 
 
-def _is_message(value: Any) -> bool:
-    """A role, and something said or a tool called."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
-        return False
-    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
-
-
-def _with_text(message: Mapping[str, Any], number: int, where: str) -> Message:
-    """The message with its parts joined, a line each, as vLLM's server does for templates that take text.
-
-    Raises:
-        ValueError: a part is an image or anything else that is not text.
-    """
-    if not isinstance(parts := message.get("content", ""), list):
-        return {**message, "content": parts}
-    texts = []
-    for part in parts:
-        is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
-        text = part.get("text") if is_text else part
-        if not isinstance(text, str):
-            kind = part.get("type", "none") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(
-                f"{where}: message {number} has a part of type {kind!r}, and prompts are text; leave the row "
-                "out, or describe in text what the part shows"
-            )
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}
+def _is_empty(message: Message) -> bool:
+    return message["role"] == "assistant" and message["content"] == "" and not message.get("tool_calls")
 
 
 def check_last(messages: tuple[Message, ...], may_continue: bool, where: str) -> bool:
@@ -113,10 +91,4 @@ def read_tools(value: Any, where: str) -> list[Any] | None:
             f"such a list as JSON text, not {type(value).__name__} {value!r:.60}; mend it, or give the "
             "column another name with data.rename={tools: ...}"
         )
-    return [_without_none(tool) for tool in tools]
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+    return [without_none(tool) for tool in tools]

@@ -1,83 +1,80 @@
-"""Where scored groups come from. `OnPolicySource` samples with the current weights, grades, and hands groups
-to the trainer.
+"""Where scored groups come from: prompts in a seeded order, sampled, graded, and handed to the trainer.
 
-A source owns the order in which prompts are consumed: a cursor into a seeded, endless shuffle of the dataset,
-so that a resumed run goes on exactly where it stopped, with any number of processes.
+Sampling may go on across training steps, and no token is older than `max_staleness`. With `max_staleness=0`
+every group is sampled with the newest weights, and no thread is started.
+
+Training consumes prompts strictly in the order in which they were started. A group that finishes early waits
+in the queue for its turn, so which groups are trained does not depend on how long they took: the lengths that
+are trained are those that were sampled. Taking whatever finishes first would prefer short completions.
+
+Age is bounded by admission, not by throwing work away. With version v in the engine the step to come is step
+v, and at most (1 + max_staleness) steps' worth of prompts are started and not consumed. A step consumes at
+least its own size from the head of the queue, so what is started at version v is trained at step
+v + max_staleness at the latest, and none of its tokens is older than v. An over-age group can only mean that
+the engine sampled with weights it should have replaced: it is counted, and sampled again in its place.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
 
-from rl.types import Group, Prompt, SamplingParams, ScoredGroup, Scorer, WeightStream
-from rollout.engine import Engine
-from rollout.weight_sync import SyncReport, publish
+from rl.types import ALONE, Call, Prompt, SamplingParams, ScoredGroup, Scorer, Team, WeightStream
+from rollout.engine import Engine, EngineError
+from rollout.in_flight import GroupSampling, InFlight, Request
+from rollout.prompts import PromptStream, deal, sampling_seed, shortest_cursor
+from rollout.weight_sync import publish
 
-GatherInts = Callable[[int], list[int]]
-Phase = Callable[[str], AbstractContextManager[Any]]
+MAX_ATTEMPTS = 3
 
 
-class Source(Protocol):
-    """What the training loop needs from rollouts; asynchrony is a property of the source, not of the loop.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How far sampling may be ahead of training.
 
     Attributes:
-        cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. A source whose
-            cursor is set goes on from there, and forgets what it had started.
-        policy_version: version of the weights that the engine samples from.
         max_staleness: training step minus policy version never exceeds it.
-        last_counts: what the latest `next_groups` sampled and threw away, for the metrics.
-        last_rejected: the groups it threw away, for the ledger.
+        num_steps: steps of the run; no prompt is started that no step would train on. None: endless.
+        in_flight: most completions that are submitted and not collected; None: all that age allows.
+        timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
     """
 
-    cursor: Any
-    policy_version: int
-    max_staleness: int
-    last_counts: dict[str, float]
-    last_rejected: list[ScoredGroup]
-
-    def next_groups(self, num_groups: int) -> list[ScoredGroup]: ...
-
-    def publish(self, weights: WeightStream, *, version: int) -> SyncReport: ...
-
-    def close(self) -> None: ...
+    max_staleness: int = 0
+    num_steps: int | None = None
+    in_flight: int | None = None
+    timeout_s: float = 600.0
 
 
-class PromptStream:
-    """An endless seeded order of the prompts: every epoch holds each prompt once, shuffled anew."""
+@dataclass(frozen=True, slots=True)
+class DynamicSampling:
+    """Groups that fail `keep_fn` are replaced by the next of the queue (DAPO section 3.2, arXiv:2503.14476).
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
-        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
-        self._order: tuple[int, Sequence[int]] = (-1, ())
-
-    def at(self, ordinal: int) -> Prompt:
-        """The prompt that is consumed as number `ordinal`, counted from 0 over all epochs."""
-        epoch, index = divmod(ordinal, len(self.prompts))
-        if self._order[0] != epoch:
-            order = list(range(len(self.prompts)))
-            if self.shuffle:
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self.prompts[self._order[1][index]]
-
-
-def sampling_seed(run_seed: int, ordinal: int, purpose: str = "train") -> int:
-    """A 31-bit seed for the completions of one consumed prompt: the same on any number of processes and after
-    a restart.
+    A step goes round at most `max_rounds` times. What is missing then is filled with rejected groups, so that
+    a step has its size.
     """
-    digest = hashlib.blake2b(f"{purpose}/{run_seed}/{ordinal}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+    keep_fn: Callable[[ScoredGroup], bool] = lambda group: True
+    max_rounds: int = 1
 
 
-class OnPolicySource:
-    """Samples every group with the newest weights (staleness 0).
+@dataclass(frozen=True, slots=True)
+class WeightSync:
+    """How new weights reach the engine; see `rollout.weight_sync.publish`."""
 
-    With `keep_fn` groups that fail it are replaced by fresh ones, up to `max_rounds` sampling rounds a step
-    (dynamic sampling, DAPO section 3.2); what is still missing then is filled with rejected groups, so that a
-    step has its size.
+    tolerance: float | None = None
+    verify: bool = True
+    sends: bool = True
+
+
+class RolloutSource:
+    """The `Source` of a run: keeps completions in flight, and grades each group as it finishes.
+
+    Args:
+        sampling: what the engine is asked for, per prompt.
+        team: all its processes call `groups` and `publish` equally often.
+        phase: a context manager for what the run waits for: "sample", "score", "sync".
     """
 
     def __init__(
@@ -85,102 +82,170 @@ class OnPolicySource:
         engine: Engine,
         scorer: Scorer,
         stream: PromptStream,
-        sampling: SamplingParams,
+        sampling: GroupSampling,
         *,
-        group_size: int,
-        seed: int,
-        with_logprobs: bool = True,
-        keep_fn: Callable[[ScoredGroup], bool] | None = None,
-        max_rounds: int = 1,
-        process: tuple[int, int] = (0, 1),
-        gather_ints: GatherInts = lambda n: [n],
-        phase: Phase = lambda name: nullcontext(),
-        sync_tolerance: float | None = None,
-        verify_sync: bool = True,
+        admission: Admission = Admission(),
+        dynamic: DynamicSampling = DynamicSampling(),
+        sync: WeightSync = WeightSync(),
+        team: Team = ALONE,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.engine, self.scorer, self.stream, self.sampling = engine, scorer, stream, sampling
-        self.group_size, self.seed, self.with_logprobs = group_size, seed, with_logprobs
-        self.keep_fn, self.max_rounds = keep_fn, max_rounds
-        self.rank, self.num_processes = process
-        self.gather_ints, self.phase = gather_ints, phase
-        self.sync_tolerance, self.verify_sync = sync_tolerance, verify_sync
-        self.cursor, self.policy_version, self.max_staleness = 0, 0, 0
+        self.engine, self.scorer, self.stream = engine, scorer, stream
+        self.admission, self.dynamic, self.sync = admission, dynamic, sync
+        self.team, self.phase = team, phase
+        self.policy_version = 0
         self.last_counts: dict[str, float] = {}
         self.last_rejected: list[ScoredGroup] = []
+        self._in_flight = InFlight(
+            engine, scorer, sampling, limit=admission.in_flight, timeout_s=admission.timeout_s
+        )
+        self._share = 0
+        self._over_age: list[ScoredGroup] = []
+        self._next = 0
+        self._cursor: Any = 0
 
-    def next_groups(self, num_groups: int) -> list[ScoredGroup]:
-        """This process's share of `num_groups` groups (over all processes), sampled and graded.
+    @property
+    def cursor(self) -> Any:
+        """Prompts consumed so far over all processes.
+
+        What is in flight is not part of it: a restart samples that again, and every prompt is consumed once.
+        Uneven dynamic sampling of several processes leaves holes in the order: then it is
+        {"next": n, "pending": [...]}, with every number below n consumed but the pending ones.
+        """
+        return self._cursor
+
+    @cursor.setter
+    def cursor(self, value: Any) -> None:
+        self._cursor = value
+        self._next, pending = (value["next"], value["pending"]) if isinstance(value, dict) else (value, [])
+        self._in_flight.end_overlap()
+        self._in_flight.clear()
+        self._start(pending[self.team.rank :: self.team.size])
+
+    def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
+        """This process's share of the next `num_groups` groups over all processes, in the order of their
+        start; rejected ones that fill a step up come last.
+
+        `cursor`, `last_counts` and `last_rejected` hold once the iterator has ended. The first group comes
+        when all are there, since rounds are collective: what the caller does between two groups may be too.
 
         Raises:
-            RuntimeError: the engine failed for every prompt of the call, or did not answer within its time
-                limit.
+            RuntimeError: the engine failed for all of them, finished nothing within its time limit, or keeps
+                weights that were replaced; or the graders did not answer.
         """
-        share = num_groups // self.num_processes
+        self._in_flight.end_overlap()
+        self._share = num_groups // self.team.size
+        self._over_age = []
         kept: list[ScoredGroup] = []
         rejected: list[ScoredGroup] = []
         rounds = 0
         while True:
-            wanted = self.gather_ints(share - len(kept))
-            if not any(wanted) or rounds == self.max_rounds:
+            lacking = self._share - len(kept)
+            needs = self.team.gather((lacking, self._room(lacking)))
+            if not any(lacks for lacks, _ in needs) or rounds == self.dynamic.max_rounds:
                 break
             rounds += 1
-            scored = self._sample(wanted)
-            passing = [self.keep_fn is None or self.keep_fn(group) for group in scored]
-            kept += [group for group, passes in zip(scored, passing, strict=True) if passes]
-            rejected += [group for group, passes in zip(scored, passing, strict=True) if not passes]
-        missing = share - len(kept)
-        self.last_counts = {
-            "rounds": float(rounds),
-            "replaced": float(len(rejected) - missing),
-            "sampled_tokens": float(sum(len(c.token_ids) for g in kept + rejected for c in g.completions)),
-        }
-        self.last_rejected = rejected[missing:] if missing else rejected
-        return kept + rejected[:missing]
+            self._deal([room for _, room in needs])
+            for scored in self._take(lacking):
+                (kept if self.dynamic.keep_fn(scored) else rejected).append(scored)
+        missing = self._share - len(kept)
+        self.last_rejected = rejected[missing:] + self._over_age
+        self.last_counts = self._counts(kept + rejected, rounds=rounds, replaced=len(rejected) - missing)
+        pending = self.team.gather(self._in_flight.ordinals)
+        self._cursor = shortest_cursor(self._next, sorted(n for ordinals in pending for n in ordinals))
+        self._in_flight.begin_overlap()
+        yield from kept + rejected[:missing]
 
-    def _sample(self, wanted: Sequence[int]) -> list[ScoredGroup]:
-        """Consumes sum(wanted) prompts over all processes; this one takes every num_processes-th while shares
-        are equal.
-        """
-        ordinals = deal(self.cursor, wanted)[self.rank]
-        self.cursor += sum(wanted)
-        if not ordinals:
-            return []
-        with self.phase("sample"):
-            groups = self.engine.generate(
-                [self.stream.at(n) for n in ordinals],
-                num_completions=self.group_size,
-                sampling=self.sampling,
-                seeds=[sampling_seed(self.seed, n) for n in ordinals],
-                with_logprobs=self.with_logprobs,
-            )
-        with self.phase("score"):
-            return self.scorer.score(groups)
-
-    def publish(self, weights: WeightStream, *, version: int) -> SyncReport:
-        """Gives the engine the policy's weights and proves that they arrived."""
+    def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
+        """Gives the engine the policy's weights, under what is in flight, and starts what they admit."""
+        self._in_flight.end_overlap()
         with self.phase("sync"):
             report = publish(
-                self.engine, weights, version=version, tolerance=self.sync_tolerance, verify=self.verify_sync
+                self.engine,
+                weights,
+                version=version,
+                team=self.team,
+                sends=self.sync.sends,
+                tolerance=self.sync.tolerance,
+                verify=self.sync.verify,
             )
         self.policy_version = version
-        return report
+        # Until the first batch is asked for, a run may be replaying what its ledger holds. Without staleness,
+        # prompts would run beside an evaluation in one run and not in another, and round otherwise.
+        if self._share and self.admission.max_staleness:
+            self._deal(self.team.gather(self._room(self._share)))
+            self._in_flight.refill()
+        return report.metrics
 
     def close(self) -> None:
+        with suppress(EngineError):
+            self._in_flight.end_overlap()
         self.scorer.close()
         self.engine.close()
 
+    def _room(self, lacking: int) -> int:
+        """How many more prompts may be started while the step to come lacks `lacking` groups."""
+        ahead = self.admission.max_staleness
+        if self.admission.num_steps is not None:
+            ahead = min(ahead, self.admission.num_steps - 1 - self.policy_version)
+        return max(0, lacking + ahead * self._share - len(self._in_flight)) if ahead >= 0 else 0
 
-def deal(first: int, wanted: Sequence[int]) -> list[list[int]]:
-    """Ordinals from `first` on, dealt round to the processes until each has what it wants: [2, 1] -> [[0,
-    2], [1]].
-    """
-    hands: list[list[int]] = [[] for _ in wanted]
-    while any(len(hand) < n for hand, n in zip(hands, wanted, strict=True)):
-        for hand, n in zip(hands, wanted, strict=True):
-            if len(hand) < n:
-                hand.append(first)
-                first += 1
-    return hands
+    def _deal(self, wanted: Sequence[int]) -> None:
+        """Consumes sum(wanted) numbers over all processes and starts those of this one."""
+        self._start(deal(self._next, wanted)[self.team.rank])
+        self._next += sum(wanted)
+
+    def _start(self, ordinals: Sequence[int]) -> None:
+        self._in_flight.append(Request(n, self.stream.at(n)) for n in ordinals)
+
+    def _take(self, count: int) -> list[ScoredGroup]:
+        """The first `count` groups of the queue, sampled and graded, none of them over-age."""
+        heads = self._in_flight.heads(count)
+        if not heads:
+            return []
+        while True:
+            with self.phase("sample"):
+                self._in_flight.wait_for_engine(heads)
+            with self.phase("score"):
+                groups = self._in_flight.wait_for_graders(heads)
+            pairs = zip(heads, groups, strict=True)
+            late = [pair for pair in pairs if self._age(pair[1]) > self.admission.max_staleness]
+            if not late:
+                break
+            for request, group in late:
+                self._sample_again(request, group)
+        if all(c.finish_reason == "abort" for group in groups for c in group.completions):
+            # `collect` hands failures out as data. Asked once more, the engine itself says why.
+            self.engine.generate(self._in_flight.call(heads))
+            raise EngineError(f"engine {self.engine.name} failed for all completions of {count} prompts")
+        self._in_flight.drop(count)
+        return groups
+
+    def _sample_again(self, request: Request, group: ScoredGroup) -> None:
+        self._over_age.append(group)
+        if request.attempt + 1 == MAX_ATTEMPTS:
+            raise EngineError(
+                f"engine {self.engine.name} answered prompt {request.prompt.id} {MAX_ATTEMPTS} times, "
+                f"at last {self._age(group)} versions behind version {self.policy_version}, which it was "
+                f"given: more than train.max_staleness={self.admission.max_staleness}"
+            )
+        self._in_flight.sample_again(request)
+
+    def _age(self, group: ScoredGroup) -> int:
+        """Versions between the oldest token of a group and the step to come; 0 for a group without tokens."""
+        versions = [span.policy_version for c in group.completions for span in c.version_spans]
+        return self.policy_version - min(versions, default=self.policy_version)
+
+    def _counts(self, consumed: Sequence[ScoredGroup], *, rounds: int, replaced: int) -> dict[str, float]:
+        sampled = [*consumed, *self._over_age]
+        counts = {
+            "rounds": float(rounds),
+            "replaced": float(replaced),
+            "sampled_tokens": float(sum(len(c.token_ids) for g in sampled for c in g.completions)),
+        }
+        if self.admission.max_staleness:
+            counts |= {"over_age": float(len(self._over_age)), "in_flight": float(self.engine.in_flight)}
+        return counts
 
 
 def sample_and_score(
@@ -200,11 +265,6 @@ def sample_and_score(
     ordinals = range(first, len(prompts), stride)
     if not ordinals:
         return []
-    groups: list[Group] = engine.generate(
-        [prompts[n] for n in ordinals],
-        num_completions=num_samples,
-        sampling=sampling,
-        seeds=[sampling_seed(seed, n, "evaluate") for n in ordinals],
-        with_logprobs=False,
-    )
-    return scorer.score(groups)
+    asked = tuple(prompts[n] for n in ordinals)
+    seeds = tuple(sampling_seed(seed, n, "evaluate") for n in ordinals)
+    return scorer.score(engine.generate(Call(asked, num_samples, sampling, seeds, with_logprobs=False)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl.types import WeightStream
+from rl.types import ALONE, Team, WeightStream
 from rollout.engine import Engine
 from rollout.fingerprint import compared_part, covered_share, fingerprints, mismatches
 
@@ -54,7 +56,14 @@ class SyncReport:
 
 
 def publish(
-    engine: Engine, weights: WeightStream, *, version: int, tolerance: float | None, verify: bool = True
+    engine: Engine,
+    weights: WeightStream,
+    *,
+    version: int,
+    team: Team = ALONE,
+    sends: bool = True,
+    tolerance: float | None = None,
+    verify: bool = True,
 ) -> SyncReport:
     """Gives the engine the policy's weights of `version` and proves that it computes with them.
 
@@ -63,40 +72,117 @@ def publish(
     version, the fingerprint of every tensor that the engine holds, and log-probs of fixed tokens are
     compared.
 
+    The processes of `team` stay in step, since a stream may be collective: each iterates every pass to its
+    end, whatever breaks off meanwhile. A fault is kept, gathered behind the pass, and raised on all.
+
     Args:
         weights: iterated twice, so that a stream that changes between two passes is caught as well.
+        sends: False: this process iterates along, and its engine adopts the version that others have sent.
         tolerance: largest mean gap of the canary's log-probs, nats; None: 0.0025 if the engine is all
             float32, else 0.2. One token may be off by `WORST_TOKEN` times as much: a bf16 engine with the
             right weights has a mean of 0.03 to 0.1, and some tokens at 0.4.
-        verify: False only checks that everything is finite.
+        verify: False only checks that everything is finite. The same on all processes.
 
     Raises:
-        WeightSyncError: naming the tensors, the version or the gap.
+        WeightSyncError: naming the tensors, the version or the gap, and the process if there are several.
     """
     clock = _Clock()
-    sent = _inspect(engine, weights, version, verify)
+    with _verdict(team):
+        sent = _inspect(engine, weights, version, verify) if sends else _iterated(weights)
     clock.stop("inspect")
-    engine.update_weights(weights, version=version)
+    with _verdict(team):
+        if sends:
+            what = f"version {version} was not loaded: engine {engine.name}"
+            _iterated(weights, lambda stream: engine.update_weights(stream, version=version), what)
+        else:
+            _iterated(weights)
     clock.stop("send")
     gaps = [float("nan")]
     if verify:
-        _compare(engine, sent, version)
+        with _verdict(team):
+            if sends:
+                _compare(engine, sent, version)
         clock.stop("fingerprints")
-        gaps = _canary_gaps(engine, weights, version, tolerance)
+        with _verdict(team):
+            ids, expected = weights.canary()
+            if sends:
+                gaps = _canary_gaps(engine, ids, expected, version, tolerance)
         clock.stop("canary")
+    if not sends:
+        engine.adopt(version)
+    return _report(engine, gaps, clock.parts, is_proved=verify and sends)
+
+
+def _report(
+    engine: Engine, gaps: Sequence[float], parts: Mapping[str, float], *, is_proved: bool
+) -> SyncReport:
     sizes = {n: torch.Size(h.shape).numel() * h.dtype.itemsize for n, h in engine.tensors.items()}
     compared = sum(covered_share(h) * sizes[n] for n, h in engine.tensors.items()) / sum(sizes.values())
-    seconds = sum(clock.parts.values())
+    seconds = sum(parts.values())
     return SyncReport(
         seconds=seconds,
         num_tensors=len(sizes),
         num_bytes=sum(sizes.values()),
         canary_max_gap=max(gaps),
         canary_mean_gap=sum(gaps) / len(gaps),
-        verify_seconds=seconds - clock.parts["send"],
-        compared_share=compared if verify else 0.0,
-        parts=clock.parts,
+        verify_seconds=seconds - parts["send"],
+        compared_share=compared if is_proved else 0.0,
+        parts=parts,
     )
+
+
+@contextmanager
+def _verdict(team: Team) -> Iterator[None]:
+    """Keeps a fault of its block, and behind it raises the faults of all processes on each of them."""
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    said = str(fault) if isinstance(fault, WeightSyncError) else f"{type(fault).__name__}: {fault}"
+    told = team.gather(said if fault is not None else None)
+    if len(told) > 1:
+        told = [one and f"process {rank} of {len(told)}: {one}" for rank, one in enumerate(told)]
+    if faults := [one for one in told if one is not None]:
+        raise WeightSyncError("; ".join(faults[:MAX_NAMED])) from fault
+
+
+class _Pass:
+    """One pass through a stream; knows how far it came. An iterator that nobody else can close."""
+
+    def __init__(self, weights: WeightStream) -> None:
+        self._stream = iter(weights)
+        self.name: str | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        self.name, tensor = next(self._stream)
+        return self.name, tensor
+
+    @property
+    def place(self) -> str:
+        return f"at {self.name}" if self.name else "before the first tensor"
+
+    def finish(self) -> None:
+        for _ in self._stream:
+            pass
+
+
+def _iterated(
+    weights: WeightStream, work: Callable[[_Pass], Any] = lambda stream: {}, what: str = "the policy's stream"
+) -> Any:
+    """What `work` makes of a pass, which is iterated to its end even if `work` breaks off."""
+    stream = _Pass(weights)
+    try:
+        result = work(stream)
+        stream.finish()
+    except Exception as fault:
+        with suppress(Exception):  # of two faults the first one tells more
+            stream.finish()
+        raise WeightSyncError(f"{what} broke off {stream.place}: {type(fault).__name__}: {fault}") from fault
+    return result
 
 
 class _Clock:
@@ -117,15 +203,21 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
     copies: dict[str, list[str]] = {}
     for name, held in engine.tensors.items():
         copies.setdefault(held.source, []).append(name)
+    unexpected: list[str] = []
 
-    def parts() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            _check_shape(engine, name, tensor)
+    def parts(stream: _Pass) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream:
+            if (fault := _shape_fault(engine, name, tensor)) is not None:
+                unexpected.append(fault)
+                continue
             extremes[name] = torch.stack(torch.aminmax(tensor.detach())).float()
             for copy in copies[name] if verify else ():
                 yield copy, compared_part(tensor, engine.tensors[copy], version)
 
-    sent = fingerprints(parts())
+    what = f"version {version} is not sent: the policy's stream"
+    sent = _iterated(weights, lambda stream: fingerprints(parts(stream)), what)
+    if unexpected:
+        raise WeightSyncError(unexpected[0])
     finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist() if extremes else []
     broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
     if broken:
@@ -137,12 +229,12 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
     return sent
 
 
-def _check_shape(engine: Engine, name: str, tensor: Tensor) -> None:
+def _shape_fault(engine: Engine, name: str, tensor: Tensor) -> str | None:
     held = engine.tensors.get(name)
     if held is not None and held.shape == tuple(tensor.shape):
-        return
+        return None
     has = f"{name} {held.shape}" if held else f"{_listed(sorted(engine.tensors), 3)}, not this name"
-    raise WeightSyncError(
+    return (
         f"the policy sends {name} {tuple(tensor.shape)} and engine {engine.name} has {has}; start both "
         "from the same model (for a model family whose vLLM names differ, use engine.name=transformers)"
     )
@@ -160,11 +252,12 @@ def _compare(engine: Engine, sent: dict[str, int], version: int) -> None:
         )
 
 
-def _canary_gaps(engine: Engine, weights: WeightStream, version: int, tolerance: float | None) -> list[float]:
+def _canary_gaps(
+    engine: Engine, ids: list[int], expected: list[float], version: int, tolerance: float | None
+) -> list[float]:
     """Absolute gaps between the engine's log-probs of fixed tokens and the policy's, in nats."""
     if tolerance is None:
         tolerance = 0.0025 if all(h.dtype == torch.float32 for h in engine.tensors.values()) else 0.2
-    ids, expected = weights.canary()
     gaps = [abs(a - b) for a, b in zip(engine.prompt_logprobs(ids), expected, strict=True)]
     mean, worst = sum(gaps) / len(gaps), max(gaps)
     if not (mean <= tolerance and worst <= WORST_TOKEN * tolerance):

@@ -10,30 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.types import Completion, Group, SamplingParams, Trace
+from rl.types import Call, Completion, Group, SamplingParams
 from rollout.calls import (
     WEIGHTS_UNKNOWN,
-    Call,
-    OneCallAtATime,
+    CallQueue,
     aborted,
     completion,
     decode_texts,
     prompt_faults,
+    version_spans,
 )
 from rollout.diffusion.denoise import Denoised, denoise, prompt_canvas
 from rollout.diffusion.graph import GraphedDenoiser
-from rollout.diffusion.model import Attend, Denoiser, Layout, TransformersDenoiser
+from rollout.diffusion.model import Denoiser, Layout, TransformersDenoiser
 from rollout.diffusion.steps import DenoisingParams
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import completion_seed
 
 
-class DiffusionEngine(OneCallAtATime):
+class DiffusionEngine:
     """The sampler behind the Engine protocol, on a copy of the model of its own.
 
     A call's `max_completion_length`, temperature and end ids take the place of the settings' own; the steps
     of a block stay. `behavior_logprobs` are those of the tokens at the steps that committed them.
+
+    `facts["trace"]` of a completion says in which order its canvas was written: `steps`, of each column the
+    step (from 0) that committed its token, `num_steps` where none did; `num_steps`, the model calls of the
+    row; `tail_ids`, what stands behind the completion, the mask token where no token was committed; `pieces`,
+    the text of each token of the completion.
 
     Args:
         model: a diffusion model of transformers: its config names the mask token.
@@ -43,7 +48,6 @@ class DiffusionEngine(OneCallAtATime):
         timeout_s: longest wait for one `generate` call.
         version: policy version of the weights in `model`.
         graphs: capture CUDA graphs where the model is on a GPU.
-        attend: see `TransformersDenoiser`.
     """
 
     name = "diffusion"
@@ -59,17 +63,25 @@ class DiffusionEngine(OneCallAtATime):
         timeout_s: float = 600.0,
         version: int = 0,
         graphs: bool = True,
-        attend: Attend | None = None,
     ) -> None:
-        super().__init__(timeout_s)
+        self._queue = CallQueue(self, self._groups)
+        self.submit, self.collect = self._queue.submit, self._queue.collect
+        self.generate, self.abort = self._queue.generate, self._queue.abort
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.settings = tokenizer, settings
-        self.max_num_seqs, self.version = max_num_seqs, version
-        self.plain = TransformersDenoiser(model, attend=attend)
+        self.max_num_seqs, self.version, self.timeout_s = max_num_seqs, version, timeout_s
+        self.plain = TransformersDenoiser(model)
         on_gpu = self.plain.device.type == "cuda"
         self.denoiser: Denoiser = GraphedDenoiser(self.plain) if graphs and on_gpu else self.plain
         self.tensors: Mapping[str, HeldTensor] = held_tensors(model)
         self._piece = cache(lambda token: self.tokenizer.decode([token]))
+
+    @property
+    def in_flight(self) -> int:
+        return self._queue.in_flight
+
+    def hold(self) -> None:
+        return  # it samples only while it is called
 
     def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
         """(one group per prompt, why prompts failed)."""
@@ -103,6 +115,9 @@ class DiffusionEngine(OneCallAtATime):
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.version = WEIGHTS_UNKNOWN
         copy_weights(self.model, weights)
+        self.version = version
+
+    def adopt(self, version: int) -> None:
         self.version = version
 
     def fingerprints(self) -> dict[str, int]:
@@ -143,7 +158,15 @@ class DiffusionEngine(OneCallAtATime):
             return aborted()
         ids = row.token_ids[start : row.end]
         logprobs = row.logprobs[start : row.end] if with_logprobs else []
-        found = completion(ids, logprobs, "stop" if row.stopped else "length", [self.version])
+        spans = version_spans([self.version], [len(ids)])
+        found = completion(ids, logprobs, "stop" if row.stopped else "length", spans)
         pieces = [self._piece(token) for token in ids]
-        found.trace = Trace(row.commit_steps[start:], row.token_ids[row.end :], row.num_steps, pieces)
+        found.facts = {
+            "trace": {
+                "steps": row.commit_steps[start:],
+                "tail_ids": row.token_ids[row.end :],
+                "num_steps": row.num_steps,
+                "pieces": pieces,
+            }
+        }
         return found

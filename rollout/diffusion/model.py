@@ -7,7 +7,7 @@ function below does for whatever columns are computed. It is registered as `coho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,16 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-DENOISE = "cohort_denoise"
+from rl.model.bidirectional import attend_both_ways, check_plain
+from rl.model.head import head_logits
+from rl.model.varlen import run_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor | None]
-"""Attention within consecutive runs of packed columns, such as `rl.model.varlen.run_attention`: (query
-[1, Hq, N, D], key and value [1, Hk, N, D], `ends_S`, longest run, scale) -> [N, Hq, D], or None where it
-cannot serve these.
-"""
+DENOISE = "cohort_denoise"
 
 
 @dataclass
@@ -171,7 +168,6 @@ class TransformersDenoiser:
     Args:
         model: with `base_model` and a linear output head.
         mask_token_id, shift: default: what the model's config says (`mask_token_id`, `diffusion_shift`).
-        attend: a faster attention for passes that compute every column; None: plain torch.
 
     Raises:
         ValueError: no mask token is known, or it has no row in the embedding.
@@ -183,20 +179,15 @@ class TransformersDenoiser:
         mask_token_id: int | None = None,
         *,
         shift: bool | None = None,
-        attend: Attend | None = None,
     ) -> None:
         config = model.config.get_text_config()
-        self.model, self.attend = model, attend
+        self.model = model
         self.shift = bool(getattr(config, "diffusion_shift", False)) if shift is None else shift
         self.mask_token_id = checked_mask_token(
             mask_token_id if mask_token_id is not None else getattr(config, "mask_token_id", None),
             num_rows=model.get_input_embeddings().weight.shape[0],
         )
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.logit_scale = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
     def device(self) -> torch.device:
@@ -209,17 +200,11 @@ class TransformersDenoiser:
                 position_ids=layout.columns_N[None],
                 use_cache=False,
                 cohort_rows=layout,
-                cohort_attend=self.attend,
             )
         return states.last_hidden_state[0]
 
     def logits(self, hidden_LD: Float[Tensor, "L D"]) -> Float[Tensor, "L V"]:
-        logits_LV = self.model.get_output_embeddings()(hidden_LD)
-        if self.logit_scale != 1.0:
-            logits_LV = logits_LV * self.logit_scale
-        if self.softcap is not None:
-            logits_LV = self.softcap * torch.tanh(logits_LV / self.softcap)
-        return logits_LV
+        return head_logits(self.model, hidden_LD)
 
 
 def checked_mask_token(mask_token_id: int | None, *, num_rows: int) -> int:
@@ -262,12 +247,11 @@ def denoise_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cohort_rows: Layout | None = None,
-    cohort_attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
     """softmax(q k^T * scaling) v over all columns of a query's row, in transformers' attention signature.
 
-    Where every column is computed and `cohort_attend` serves, it is asked; else padded rows are attended to.
+    Where every column is computed and a flash kernel serves, it is asked; else padded rows are attended to.
 
     Raises:
         ValueError: the model does not hand the layout on, or its attention does more than this.
@@ -275,15 +259,10 @@ def denoise_attention(
     if cohort_rows is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
     layout = cohort_rows
-    windowed = sliding_window is not None and layout.width > sliding_window
-    if windowed or softcap is not None or s_aux is not None:
-        raise ValueError(
-            f"{type(module).__name__} has a sliding window, a soft cap or sinks in its attention, for which "
-            "the diffusion sampler has no bidirectional form; use a Llama, Qwen or SmolLM model"
-        )
-    if cohort_attend is not None and layout.kept is None:
+    check_plain(type(module).__name__, layout.width, sliding_window, softcap, s_aux)
+    if layout.kept is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        found = cohort_attend(query, key, value, layout.ends_S, layout.max_fresh, scale)
+        found = run_attention(query, key, value, layout.ends_S, layout.max_fresh, scale)
         if found is not None:
             return found[None], None
     q_NHD, k_NHD, v_NHD = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -295,11 +274,9 @@ def denoise_attention(
         k, v = (_rectangle(x, layout.key_slots_N, shape, layout.whole) for x in (k_NHD, v_NHD))
     q = _rectangle(q_NHD, layout.query_slots_N, (layout.num_rows, layout.max_fresh), layout.even)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # A mask keeps the fastest kernels away.
     mask = None if layout.unpadded else layout.visible_RT[:, None, None]
-    out = scaled_dot_product_attention(q, k, v, mask, scale=scaling).transpose(1, 2).flatten(0, 1)
+    out = attend_both_ways(q, k, v, mask, scale=scaling).transpose(1, 2).flatten(0, 1)
     return (out if layout.even else out[layout.query_slots_N])[None], None
 
 

@@ -9,7 +9,7 @@ What is left is Python per token (`python -m tests.bench.scheduling`), with 256 
 GPU's own work. Most of it answers questions that have one answer in the middle of a text. So a completion
 that goes on within its last block of the KV cache is not taken to the cache's manager, and its token is only
 appended. First tokens, ends, new blocks and all that is not plain text go through vLLM's own code. This knows
-what that code does for each token, so it holds for the versions in `KNOWN` and is left out for others.
+what that code does for each token, so it is left out where a request has none of `internals.NUM_VOID`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from packaging.version import Version
-
 from rollout.vllm.install import distribution
+from rollout.vllm.internals import NUM_VOID, counts_tokens_in_flight, num_void_attribute, reach, require
 
 LOGPROBS, MARKS = "cohort_logprobs", "cohort_marks"
-# vLLM's versions, and the attribute in which a request counts tokens that are on their way and void.
-KNOWN = {"0.25.1": "async_tokens_to_discard", "0.32.0": "num_stale_output_tokens"}
 
 logger = logging.getLogger(__name__)  # vLLM's own loggers show errors only (`rollout.vllm.start`)
 
@@ -59,19 +56,6 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     return final_only(stock)(vllm_config=vllm_config, **arguments)
 
 
-def known_version() -> str | None:
-    """The version of the vLLM that is installed, if it is one of `KNOWN`; else a warning."""
-    found = distribution()
-    version = Version(found[1]).public if found else "without a version"
-    if version in KNOWN:
-        return version
-    logger.warning(
-        "vLLM %s is none of %s: its own code counts tokens, which is slower with many completions",
-        *(version, ", ".join(KNOWN)),
-    )
-    return None
-
-
 def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
     """A subclass of one of vLLM's schedulers, whose outputs are finished requests with all their tokens.
 
@@ -79,7 +63,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
     connector is configured, so nothing else writes it.
 
     Args:
-        short_cuts: do less per token, if vLLM's version and its KV cache allow it.
+        short_cuts: do less per token, if vLLM's requests and its KV cache allow it.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -87,9 +71,16 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
 
     running = RequestStatus.RUNNING
     is_async = issubclass(stock, AsyncScheduler)
-    version = known_version() if short_cuts else None
-    num_void = attrgetter(KNOWN[version]) if version else None
-    counts_in_flight = version == "0.32.0"
+    void = num_void_attribute() if short_cuts else None
+    num_void = attrgetter(void) if void else None
+    if short_cuts and void is None:
+        found = distribution()
+        logger.warning(
+            "a request of vLLM %s has none of %s: its own code counts tokens, which is slower with many "
+            "completions",
+            *(found[1] if found else "without a version", ", ".join(NUM_VOID)),
+        )
+    counts_in_flight = counts_tokens_in_flight()
 
     class FinalOnlyScheduler(stock):
         def __init__(self, **arguments: Any) -> None:
@@ -97,7 +88,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
             self.tallies: dict[str, Tally] = {}
             self.num_updates = 0
             self.tokens_per_block = 0  # 0: no short cuts
-            caches = self.kv_cache_manager.coordinator.single_type_managers
+            require("scheduler", self)
+            caches = reach("scheduler", "caches", self)
             sizes = {cache.block_size for cache in caches}
             # A sliding window would keep blocks that it has left until the next one is filled.
             if num_void and len(sizes) == 1 and all(type(cache) is FullAttentionManager for cache in caches):

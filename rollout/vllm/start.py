@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from rollout.engine import EngineError
 from rollout.vllm.install import distribution, version_conflict
+from rollout.vllm.internals import reach, require_classes
 from rollout.vllm.sockets import sockets_of_one_start
 
 KILL_EVERY_S = 0.2
@@ -96,38 +97,6 @@ def process_state_kept() -> Iterator[None]:
         os.environ.update({n: v for n, v in environment.items() if not n.startswith("VLLM_")})
 
 
-def cpu_arguments(kv_cache_gib: float, *, max_model_len: int) -> dict[str, Any]:
-    return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-        "block_size": 32,  # tokens; completions share the full blocks of their prompt, 128 would share little
-        # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, max_model_len),
-    }
-
-
-def gpu_arguments(share: float, *, max_model_len: int, max_num_seqs: int, eager: bool) -> dict[str, Any]:
-    """A burst of prompts is prefilled in a step or two, and any number of running completions has a graph.
-
-    Raises:
-        ValueError: the GPU has less than `share` of its memory left beside the trainer.
-    """
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    if free < share * total:
-        fits = int(100 * max(0.0, free - 2**30) / total) / 100  # 1 GiB for another process's context
-        raise ValueError(
-            f"engine.gpu_memory_utilization={share:g} of {total / 2**30:.0f} GiB is more than the "
-            f"{free / 2**30:.1f} GiB that are free beside the trainer; use at most {fits:.2f}"
-        )
-    # vLLM's own choice of graphs ends at 512 completions.
-    graphs = {"max_cudagraph_capture_size": max(min(2 * max_num_seqs, 512), min(max_num_seqs, 1024))}
-    return {
-        "gpu_memory_utilization": share,
-        "max_num_batched_tokens": max(16384, max_model_len),
-    } | ({} if eager else graphs)
-
-
 # For every engine: tokens in, tokens out, no statistics, and our classes at two seams that vLLM offers.
 _ALWAYS = {
     "skip_tokenizer_init": True,
@@ -186,6 +155,7 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
             "policy (accelerate) before the vLLM engine"
         )
     with process_state_kept():
+        require_classes()
         if own:
             return _start_beside(arguments, timeout_s), False
         if grouped and dist.get_world_size() > 1:
@@ -228,7 +198,7 @@ def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
             fault = error
     if is_late.is_set():
         if engine is not None:
-            core = engine.engine_core.resources.engine_manager.processes[0]
+            core = reach("engine beside", "processes", engine)[0]
             stop_engine(engine, owns_group=False)
             core.join(STOP_S)  # killed by now; else it would stay as a zombie
         raise EngineError(
@@ -297,6 +267,6 @@ def stop_engine(engine: Any, *, owns_group: bool) -> None:
         if not owns_group:
             dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
         with process_state_kept():
-            engine.engine_core.shutdown(timeout=STOP_S)
+            reach("engine", "shutdown", engine)(timeout=STOP_S)
     finally:
         dist.destroy_process_group = destroy

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rollout.fingerprint import compared_part, fingerprints
 from rollout.vllm.bucket import Layout, open_bucket, received
+from rollout.vllm.internals import require
 from rollout.vllm.start import TRAINER_PID
 from rollout.vllm.weights import (
     Slot,
@@ -53,7 +54,7 @@ if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its worker; `VllmCore.call` reaches them by name.
+    """Methods that vLLM adds to its worker; `LocalCore.call` reaches them by name.
 
     Every name starts with `cohort_`, since vLLM refuses a name that its worker has already.
     """
@@ -73,10 +74,11 @@ class WeightReceiver:
     def cohort_describe(self, uncompiled: bool) -> list[list[Any]]:
         """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them.
 
-        `uncompiled`: this process compiles nothing from here on (see `VllmCore`).
+        `uncompiled`: this process compiles nothing from here on (see `LocalCore`).
         """
         if uncompiled:
             torch.compiler.set_stance("force_eager")
+        require("worker", self)
         self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
         self.cohort_writes = False
         held = {name: slot.held for name, slot in self.cohort_slots.items()}

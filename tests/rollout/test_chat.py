@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from rl.diffusion.messages import messages_of
+from rl.model.messages import messages_of
 from rollout.chat import end_token_ids, render_prompts
 
 
@@ -62,7 +62,7 @@ def test_system_prompt_template_and_plain_text(tokenizer):
             {},
             "train row 1: data.prompt_column: the dataset has no column",
         ),
-        ([{"prompt": [{"role": "user"}]}], {}, "messages with role and content, not list [{'role': 'user'}]"),
+        ([{"prompt": [{"role": "user"}]}], {}, "message 0 (user) has no content; give it a text"),
         ([{"prompt": "w1", "seen": {1, 2}}], {}, "column 'seen' holds set {1, 2}"),
         (
             [{"prompt": "w1", "x": float("nan")}],
@@ -139,18 +139,18 @@ def test_keys_that_a_table_fills_up_with_none_do_not_reach_the_template(tokenize
 
 
 @pytest.mark.parametrize(
-    ("part", "kind"),
+    ("part", "fault"),
     [
-        ({"type": "image", "image": "x.png"}, "image"),
-        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
-        ({"type": "text", "text": None}, "text"),
-        (7, "int"),
+        ({"type": "image", "image": "x.png"}, "has a part of type 'image'"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "has a part of type 'image_url'"),
+        ({"type": "text", "text": None}, r"is list, not text or parts of text \({'type': 'text'"),
+        (7, r"is list, not text or parts of text \(7\)"),
     ],
 )
-def test_a_part_that_is_not_text_is_refused_by_its_row(tokenizer, part, kind):
+def test_a_part_that_is_not_text_is_refused_by_its_row(tokenizer, part, fault):
     fine = [{"role": "user", "content": "w1"}]
     rows = [{"prompt": fine}, {"prompt": [*fine, {"role": "user", "content": [part, {"text": "w2"}]}]}]
-    with pytest.raises(ValueError, match=f"train row 1: message 1 has a part of type '{kind}'"):
+    with pytest.raises(ValueError, match=f"train row 1: message 1: the content {fault}"):
         render(tokenizer, rows)
 
 
@@ -233,3 +233,20 @@ def test_keys_of_a_chat_are_refused_for_plain_text(tokenizer, name):
         render(tokenizer, [{"prompt": "w1"}], chat=False, **option)
     chat = [{"role": "user", "content": "w1"}]
     assert len(render(tokenizer, [{"prompt": chat}], chat=False, **option)) == 1
+
+
+def test_a_role_that_is_misspelt_is_refused_as_in_fine_tuning(tokenizer):
+    with pytest.raises(ValueError, match="train row 0: message 0 has the role 'usr'; did you mean 'user'"):
+        render(tokenizer, [{"prompt": [{"role": "usr", "content": "w1"}]}])
+
+
+def test_an_assistants_message_without_words_or_calls_is_refused(tokenizer):
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant"}, {"role": "user", "content": "w2"}]
+    with pytest.raises(ValueError, match="train row 0: message 1 of the assistant says nothing and calls no"):
+        render(tokenizer, [{"prompt": chat}])
+
+
+def test_any_part_with_a_text_is_text(tokenizer):
+    parts = [{"type": "input_text", "text": "w1"}, {"type": "text", "text": "w2"}]
+    (prompt,) = render(tokenizer, [{"prompt": [{"role": "user", "content": parts}]}])
+    assert prompt.messages == ({"role": "user", "content": "w1\nw2"},)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from rewards.format import think_format
 from rl.types import Completion, Prompt, SamplingParams
 from rollout.calls import completion, decode_texts
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
+from tests.calling import call
 
 EOS, THINK, CLOSE = 1, 15, 16  # in the tiny vocabulary <pad> is 0 and w10, w11 are 15, 16
 
@@ -64,7 +65,7 @@ def test_an_engine_hands_special_tokens_on_to_its_readers(thinking_folder):
     engine = TransformersEngine(thinking_folder, tokenizer)
     prompts = [Prompt(str(i), "", (5 + i,)) for i in range(8)]
     sampling = SamplingParams(16, temperature=2.0, stop_token_ids=(EOS,))
-    groups = engine.generate(prompts, num_completions=8, sampling=sampling, seeds=range(8))
+    groups = engine.generate(call(prompts, num_completions=8, sampling=sampling, seeds=range(8)))
     found = [c for group in groups for c in group.completions]
     assert sum(THINK in c.token_ids for c in found) > 5
     for c in found:

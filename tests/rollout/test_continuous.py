@@ -6,15 +6,21 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from on_policy import OnPolicySource
 from tick_engine import AloneEngine, OneWeight, ThreadScorer, TickEngine, length_of
 
-from rl.types import Prompt, SamplingParams, ScoredGroup
-from rollout.continuous import ContinuousSource
+from rl.types import ALONE, Prompt, SamplingParams, ScoredGroup
 from rollout.engine import EngineError
-from rollout.source import OnPolicySource, PromptStream, sampling_seed
+from rollout.in_flight import GroupSampling
+from rollout.prompts import PromptStream, sampling_seed
+from rollout.source import Admission, DynamicSampling, RolloutSource, WeightSync
+from rollout.weight_sync import WeightSyncError
 from tests.waiting import wait_until
 
 PROMPTS = [Prompt(f"p{i}", "", (i,)) for i in range(30)]
@@ -22,10 +28,26 @@ SAMPLING = SamplingParams(max_completion_length=200)
 B, G, SEED = 6, 4, 3
 
 
-def make(kind=ContinuousSource, *, engine=None, prompts=PROMPTS, **options):
-    stream = PromptStream(prompts, seed=SEED)
-    options = {"group_size": G, "seed": SEED, "verify_sync": False} | options
-    return kind(engine or TickEngine(), ThreadScorer(), stream, SAMPLING, **options)
+def make(
+    kind=RolloutSource, *, engine=None, scorer=None, keep_fn=None, max_rounds=1, team=ALONE, **admission
+):
+    dynamic = DynamicSampling(keep_fn, max_rounds) if keep_fn else DynamicSampling()
+    return kind(
+        engine or TickEngine(),
+        scorer or ThreadScorer(),
+        PromptStream(PROMPTS, seed=SEED),
+        GroupSampling(SAMPLING, G, SEED),
+        admission=Admission(**admission),
+        dynamic=dynamic,
+        sync=WeightSync(verify=False),
+        team=team,
+    )
+
+
+def make_on_policy(keep_fn, max_rounds):
+    dynamic = DynamicSampling(keep_fn, max_rounds) if keep_fn else DynamicSampling()
+    stream, sampling = PromptStream(PROMPTS, seed=SEED), GroupSampling(SAMPLING, G, SEED)
+    return OnPolicySource(TickEngine(), ThreadScorer(), stream, sampling, dynamic=dynamic, verify=False)
 
 
 def train(source, steps: int, *, first: int = 0, training_ticks: int = 0) -> list[list[ScoredGroup]]:
@@ -33,7 +55,7 @@ def train(source, steps: int, *, first: int = 0, training_ticks: int = 0) -> lis
     batches = []
     source.publish(OneWeight(), version=first)
     for step in range(first, first + steps):
-        batches.append(source.next_groups(B))
+        batches.append(list(source.groups(B)))
         source.engine.run(training_ticks)
         source.publish(OneWeight(), version=step + 1)
     return batches
@@ -48,7 +70,7 @@ def sampled_lengths(num_groups: int) -> list[list[int]]:
     return [[length_of(sampling_seed(SEED, n), i) for i in range(G)] for n in range(num_groups)]
 
 
-class FirstFinishedSource(ContinuousSource):
+class FirstFinishedSource(RolloutSource):
     """The naive way: a step takes what finishes first, and what gets too old meanwhile is dropped."""
 
     def _take(self, count):
@@ -57,7 +79,7 @@ class FirstFinishedSource(ContinuousSource):
             self._in_flight.pump(1.0)
             for request in [r for r in queue if r.scored is not None]:
                 (group,) = self._in_flight.wait_for_graders([request])
-                if self._age(group) > self.max_staleness:
+                if self._age(group) > self.admission.max_staleness:
                     queue.remove(request)
                 elif len(taken) < count:
                     queue.remove(request)
@@ -94,7 +116,7 @@ def test_no_token_is_older_than_max_staleness_and_no_work_is_thrown_away(max_sta
     for step in range(15):
         ages = [
             step - span.policy_version
-            for group in source.next_groups(B)
+            for group in source.groups(B)
             for completion in group.completions
             for span in completion.version_spans
         ]
@@ -146,12 +168,12 @@ def has_spread(group):
 @pytest.mark.parametrize("keep_fn", [None, has_spread, lambda group: False])
 def test_without_staleness_it_is_the_on_policy_source(keep_fn):
     options = {"keep_fn": keep_fn, "max_rounds": 3}
-    sources = make(OnPolicySource, **options), make(max_staleness=0, **options)
+    sources = make_on_policy(**options), make(max_staleness=0, **options)
     for step in range(8):
         results = []
         for source in sources:
             source.publish(OneWeight(), version=step)
-            results.append((source.next_groups(B), source.last_rejected, source.last_counts, source.cursor))
+            results.append((list(source.groups(B)), source.last_rejected, source.last_counts, source.cursor))
         assert results[0] == results[1]
     assert sources[0].engine.seeds == [
         (prompt_id.split(" (")[0], seed) for prompt_id, seed in sources[1].engine.seeds
@@ -164,7 +186,7 @@ def test_dynamic_sampling_takes_replacements_from_the_queue(max_staleness):
     consumed = []
     source.publish(OneWeight(), version=0)
     for step in range(10):
-        groups = source.next_groups(B)
+        groups = list(source.groups(B))
         assert len(groups) == B and all(has_spread(group) for group in groups)
         assert all(step - c.policy_version <= max_staleness for g in groups for c in g.completions)
         assert not any(has_spread(group) for group in source.last_rejected)
@@ -181,12 +203,12 @@ def test_an_over_age_group_is_counted_recorded_and_sampled_again_in_its_place():
     source = make(engine=engine, max_staleness=1)
     source.publish(OneWeight(), version=0)
     for step in (1, 2):
-        source.next_groups(B)
+        list(source.groups(B))
         engine.lag = 1
         source.publish(OneWeight(), version=step)
         engine.run(500)
     engine.lag = 0
-    groups = source.next_groups(B)
+    groups = list(source.groups(B))
     assert [g.prompt.id for g in groups] == [source.stream.at(n).id for n in range(2 * B, 3 * B)]
     assert source.last_counts["over_age"] == B == len(source.last_rejected)
     assert {c.policy_version for g in source.last_rejected for c in g.completions} == {0}
@@ -199,7 +221,7 @@ def test_an_engine_that_keeps_old_weights_stops_the_run():
     source = make(engine=TickEngine(lag=2), max_staleness=1)
     source.publish(OneWeight(), version=2)
     with pytest.raises(EngineError, match="3 times, at last 2 versions behind version 2") as caught:
-        source.next_groups(B)
+        list(source.groups(B))
     assert "train.max_staleness=1" in str(caught.value)
 
 
@@ -209,7 +231,7 @@ def test_a_restart_at_any_step_consumes_every_prompt_once(max_staleness):
     source, cursor, consumed = make(**options), 0, []
     source.publish(OneWeight(), version=0)
     for step in range(12):
-        groups = source.next_groups(B)
+        groups = list(source.groups(B))
         consumed += [g.prompt.id for g in (*groups, *source.last_rejected)]
         cursor = source.cursor
         source.engine.run(step * 13 % 50)
@@ -239,6 +261,15 @@ class Exchange:
         return gather
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One of two processes."""
+
+    rank: int
+    gather: Callable[[Any], list[Any]]
+    size: int = 2
+
+
 def run_two(work) -> list:
     exchange, results = Exchange(), [None, None]
 
@@ -259,17 +290,17 @@ def test_two_processes_consume_every_prompt_once_across_a_restart(keep_fn):
     options = {"max_staleness": 2, "keep_fn": keep_fn, "max_rounds": 4}
 
     def work(rank, gather):
-        source = make(process=(rank, 2), gather=gather, **options)
+        source = make(team=Pair(rank, gather), **options)
         consumed, cursors = [], []
         source.publish(OneWeight(), version=0)
         for step in range(9):
-            groups = source.next_groups(B)
+            groups = list(source.groups(B))
             assert len(groups) == B // 2
             consumed += [g.prompt.id for g in (*groups, *source.last_rejected)]
             cursors.append(source.cursor)
             source.publish(OneWeight(), version=step + 1)
             if step == 4:
-                source = make(process=(rank, 2), gather=gather, **options)
+                source = make(team=Pair(rank, gather), **options)
                 source.cursor = cursors[-1]
                 source.publish(OneWeight(), version=step + 1)
         return consumed, cursors
@@ -289,7 +320,7 @@ def test_groups_are_graded_while_the_rest_is_still_sampled():
     source.publish(OneWeight(), version=0)
     in_flight = []
     source.scorer.on_submit = lambda: in_flight.append(source.engine.in_flight // G)
-    source.next_groups(B)
+    list(source.groups(B))
     assert len(in_flight) > B and in_flight[0] > B
     assert len(in_flight) == 2 * B - source.engine.in_flight // G
 
@@ -300,10 +331,10 @@ def test_sampling_and_grading_go_on_while_the_trainer_computes():
     source.scorer.on_submit = lambda: graded.append(1)
     try:
         source.publish(OneWeight(), version=0)
-        source.next_groups(B)
+        list(source.groups(B))
         for step in (1, 2, 3):
             source.publish(OneWeight(), version=step)
-            groups = source.next_groups(B)
+            groups = list(source.groups(B))
             assert {c.policy_version for g in groups for c in g.completions} == {step - 1}
             count, deadline = (step + 2) * B, time.monotonic() + 30
             while (engine.in_flight or len(graded) < count) and time.monotonic() < deadline:
@@ -320,7 +351,7 @@ def test_an_engine_that_was_drained_while_the_trainer_computes_is_filled_again()
     source.scorer.on_submit = lambda: graded.append(1)
     try:
         source.publish(OneWeight(), version=0)
-        source.next_groups(B)
+        list(source.groups(B))
         wait_until(lambda: len(graded) >= 2 * B, "all are graded")
         assert len(graded) == 2 * B
     finally:
@@ -331,10 +362,10 @@ def test_an_engine_that_dies_while_the_trainer_computes_stops_the_run_at_the_nex
     engine = AloneEngine()
     source = make(engine=engine, max_staleness=1)
     source.publish(OneWeight(), version=0)
-    source.next_groups(B)
+    list(source.groups(B))
     engine.is_broken = True
     time.sleep(0.1)
-    with pytest.raises(EngineError, match="process is dead"):
+    with pytest.raises((EngineError, WeightSyncError), match="process is dead"):
         source.publish(OneWeight(), version=1)
     source.close()
 
@@ -348,7 +379,7 @@ def test_a_wait_for_the_engine_is_bounded_and_names_what_it_waits_for():
     source = make(engine=Stuck(), max_staleness=1, timeout_s=0.2)
     source.publish(OneWeight(), version=0)
     with pytest.raises(EngineError, match=r"finished no group for 0.2 s, with 48 completions in flight") as e:
-        source.next_groups(B)
+        list(source.groups(B))
     assert source.stream.at(0).id in str(e.value) and "engine.timeout_s" in str(e.value)
 
 
@@ -358,13 +389,11 @@ class Hanging(ThreadScorer):
 
 
 def test_a_wait_for_the_graders_is_bounded_and_names_what_it_waits_for():
-    stream = PromptStream(PROMPTS, seed=SEED)
-    options = {"group_size": G, "seed": SEED, "verify_sync": False, "max_staleness": 1, "timeout_s": 0.2}
-    source = ContinuousSource(TickEngine(), Hanging(), stream, SAMPLING, **options)
+    source = make(scorer=Hanging(), max_staleness=1, timeout_s=0.2)
     source.publish(OneWeight(), version=0)
     with pytest.raises(RuntimeError, match=r"graders finished no group for 0\.2 s") as caught:
-        source.next_groups(B)
-    assert stream.at(0).id in str(caught.value) and "rewards.deadline_s" in str(caught.value)
+        list(source.groups(B))
+    assert source.stream.at(0).id in str(caught.value) and "rewards.deadline_s" in str(caught.value)
 
 
 def test_an_engine_that_fails_for_a_whole_batch_stops_the_run():
@@ -379,4 +408,35 @@ def test_an_engine_that_fails_for_a_whole_batch_stops_the_run():
     source = make(engine=Failing(), max_staleness=1)
     source.publish(OneWeight(), version=0)
     with pytest.raises(EngineError, match="failed for all completions of 6 prompts"):
-        source.next_groups(B)
+        list(source.groups(B))
+
+
+class OneNever(TickEngine):
+    """Never finishes the third prompt."""
+
+    def collect(self, *, timeout_s):
+        for running in (*self._running, *self._waiting):
+            if running.started.prompt.id.startswith(f"{self.never} "):
+                running.length = 10**9
+        return super().collect(timeout_s=0.0) or (self.run(200) or super().collect(timeout_s=0.0))
+
+
+def test_a_group_that_is_not_finished_in_time_counts_as_aborted_where_others_are():
+    engine = OneNever()
+    source = make(engine=engine, timeout_s=0.2)
+    engine.never = source.stream.at(2).id
+    source.publish(OneWeight(), version=0)
+    groups = list(source.groups(B))
+    aborted = [all(c.finish_reason == "abort" for c in group.completions) for group in groups]
+    assert aborted == [False, False, True, False, False, False]
+    assert engine.in_flight == 0 and source.cursor == B
+
+
+def test_a_cursor_that_is_set_ends_what_was_in_flight():
+    source = make(max_staleness=1)
+    source.publish(OneWeight(), version=0)
+    list(source.groups(B))
+    source.publish(OneWeight(), version=1)
+    assert source.engine.in_flight > 0
+    source.cursor = 3
+    assert source.engine.in_flight == 0

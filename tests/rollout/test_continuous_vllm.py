@@ -1,4 +1,4 @@
-"""`ContinuousSource` on real vLLM: on-policy at staleness 0, ages and spans beyond, and overlap."""
+"""`RolloutSource` on real vLLM: on-policy at staleness 0, ages and spans beyond, and overlap."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from on_policy import OnPolicySource
 from tick_engine import ThreadScorer
 from tiny_llama import (
     Stream,
@@ -18,11 +19,13 @@ from tiny_llama import (
 )
 
 from rl.types import SamplingParams
-from rollout.continuous import ContinuousSource
 from rollout.engine import EngineError
-from rollout.source import OnPolicySource, PromptStream
-from rollout.vllm.engine import VllmEngine
+from rollout.in_flight import GroupSampling
+from rollout.prompts import PromptStream
+from rollout.source import Admission, DynamicSampling, RolloutSource
 from rollout.vllm.start import vllm_available
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -43,7 +46,7 @@ def folder(models, tmp_path_factory):
 
 def start(folder, **options):
     options |= {"max_model_len": 128, "max_num_seqs": 6, "kv_cache_gib": 0.03}
-    return VllmEngine(folder, make_tokenizer(), dtype=torch.float32, **options)
+    return start_vllm(folder, make_tokenizer(), dtype=torch.float32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def engine(folder):
 
 def make(kind, engine, **options):
     stream = PromptStream(PROMPTS, seed=SEED)
-    return kind(engine, ThreadScorer(), stream, SAMPLING, group_size=G, seed=SEED, **options)
+    return kind(engine, ThreadScorer(), stream, GroupSampling(SAMPLING, G, SEED), **options)
 
 
 def has_spread(group):
@@ -66,19 +69,19 @@ def run(source, models, steps):
     batches = []
     for step in range(steps):
         source.publish(Stream(models[step % 2]), version=step)
-        batches.append(source.next_groups(B))
+        batches.append(list(source.groups(B)))
     return batches
 
 
 def test_without_staleness_it_is_the_on_policy_source(engine, models):
-    options = {"keep_fn": has_spread, "max_rounds": 2}
-    expected = run(make(OnPolicySource, engine, **options), models, 4)
-    assert run(make(ContinuousSource, engine, max_staleness=0, **options), models, 4) == expected
+    dynamic = DynamicSampling(has_spread, max_rounds=2)
+    expected = run(make(OnPolicySource, engine, dynamic=dynamic), models, 4)
+    assert run(make(RolloutSource, engine, dynamic=dynamic), models, 4) == expected
     assert engine.in_flight == 0
 
 
 def test_one_step_ahead_the_order_is_the_streams_and_every_token_knows_its_version(engine, models):
-    source = make(ContinuousSource, engine, max_staleness=1, num_steps=8)
+    source = make(RolloutSource, engine, admission=Admission(max_staleness=1, num_steps=8))
     batches = run(source, models, 8)
     ids = [g.prompt.id for batch in batches for g in batch]
     assert ids == [source.stream.at(n).id for n in range(8 * B)]
@@ -100,13 +103,13 @@ def test_one_step_ahead_the_order_is_the_streams_and_every_token_knows_its_versi
 
 
 def test_an_engine_of_its_own_process_goes_on_while_the_trainer_computes(folder, models):
-    source = make(ContinuousSource, start(folder, process="own"), max_staleness=1)
+    source = make(RolloutSource, start(folder, process="own"), admission=Admission(max_staleness=1))
     graded = []
     source.scorer.on_submit = lambda: graded.append(1)
     try:
         for step in range(3):
             source.publish(Stream(models[step % 2]), version=step)
-            source.next_groups(B)
+            list(source.groups(B))
             count, deadline = (step + 2) * B, time.monotonic() + 60
             while (source.engine.in_flight or len(graded) < count) and time.monotonic() < deadline:
                 time.sleep(0.01)  # the trainer computes, and does not call the source
@@ -118,12 +121,12 @@ def test_an_engine_of_its_own_process_goes_on_while_the_trainer_computes(folder,
 def test_an_engine_on_the_trainers_device_is_held_while_that_computes(folder, models):
     """Its completions stay where they are, go on after the update, and note which version sampled what."""
     engine = start(folder, process="own", sample_while_training=False)
-    source = make(ContinuousSource, engine, max_staleness=1, num_steps=6)
+    source = make(RolloutSource, engine, admission=Admission(max_staleness=1, num_steps=6))
     batches, waiting = [], []
     try:
         for step in range(6):
             source.publish(Stream(models[step % 2]), version=step)
-            batches.append(source.next_groups(B))
+            batches.append(list(source.groups(B)))
             time.sleep(0.3)  # the trainer computes; what is left would be sampled three times over
             waiting.append(engine.in_flight)
             assert engine._core.answers(timeout_s=0.2, waiting_for="anything") == []
@@ -141,8 +144,8 @@ def test_an_engine_on_the_trainers_device_is_held_while_that_computes(folder, mo
 def test_a_held_engine_goes_on_when_it_is_asked_for_more(folder, models):
     engine = start(folder, process="own", sample_while_training=False)
     try:
-        expected = engine.generate(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
-        engine.submit(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        expected = engine.generate(call(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2]))
+        engine.submit(call(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2]))
         engine.hold()
         engine.hold()
         assert engine.collect(timeout_s=0.0) == []
@@ -155,10 +158,10 @@ def test_a_held_engine_goes_on_when_it_is_asked_for_more(folder, models):
         assert ids == {g.prompt.id: [c.token_ids for c in g.completions] for g in expected}
         assert all(len(c.version_spans) == 1 for g in groups for c in g.completions)
         engine.hold()
-        again = engine.generate(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        again = engine.generate(call(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2]))
         assert [g.completions for g in again] == [g.completions for g in expected]
         assert largest_gap(before, engine.prompt_logprobs(list(range(5, 25)))) == 0
-        engine.submit(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2])
+        engine.submit(call(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2]))
         engine.prompt_logprobs([5, 6])  # answered behind the first tokens of these
         engine.hold()
         with pytest.raises(ValueError, match="has no weight nothing"):

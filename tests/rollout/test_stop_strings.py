@@ -11,7 +11,8 @@ from rl.config import SamplingConfig
 from rl.config.read import load_config
 from rl.types import Completion, Prompt, SamplingParams, VersionSpan
 from rollout.calls import decode_texts
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
+from tests.calling import call
 
 EOS = 1
 
@@ -59,7 +60,7 @@ def test_an_engine_samples_the_same_ids_and_cuts_them(tiny_model_dir, tokenizer)
 
     def sample(**options):
         sampling = SamplingParams(12, stop_token_ids=(EOS,), **options)
-        groups = engine.generate(prompts, num_completions=4, sampling=sampling, seeds=range(4))
+        groups = engine.generate(call(prompts, num_completions=4, sampling=sampling, seeds=range(4)))
         return [c for group in groups for c in group.completions]
 
     whole, cut = sample(), sample(stop=("w1", "w2"))

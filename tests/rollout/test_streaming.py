@@ -14,11 +14,13 @@ from tiny_llama import (
 )
 
 from rl.types import Prompt, SamplingParams, VersionSpan
-from rollout.calls import completion
-from rollout.engine import EngineError, TransformersEngine
-from rollout.vllm.engine import VllmEngine
+from rollout.calls import version_spans
+from rollout.engine import EngineError
+from rollout.transformers import TransformersEngine
 from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 needs_vllm = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -49,7 +51,7 @@ def vllm(folder, request):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(current_platform), "check_and_update_config", staticmethod(asynchronous))
-        engine = VllmEngine(
+        engine = start_vllm(
             folder,
             make_tokenizer(),
             dtype=torch.float32,
@@ -73,7 +75,7 @@ def engine(vllm, models, monkeypatch):
 
 def submit(engine, prompts, seeds, length=LONG, num_completions=2, **kwargs):
     engine.submit(
-        prompts, num_completions=num_completions, sampling=SamplingParams(length), seeds=seeds, **kwargs
+        call(prompts, num_completions=num_completions, sampling=SamplingParams(length), seeds=seeds, **kwargs)
     )
 
 
@@ -107,11 +109,11 @@ def mixed_logprobs(old, new, prompt, token_ids, num_old):
 def test_transformers_samples_at_collect_what_generate_samples(folder):
     engine = TransformersEngine(folder, make_tokenizer(), max_num_seqs=5)
     prompts, sampling = make_prompts(4, 9, 1), SamplingParams(12, stop_token_ids=(END,))
-    call = {"num_completions": 3, "sampling": sampling}
-    expected = engine.generate(prompts, seeds=[1, 2, 3], **call)
-    engine.submit(prompts, seeds=[1, 2, 3], **call)
+    options = {"num_completions": 3, "sampling": sampling}
+    expected = engine.generate(call(prompts, seeds=[1, 2, 3], **options))
+    engine.submit(call(prompts, seeds=[1, 2, 3], **options))
     assert engine.in_flight == 9
-    assert engine.generate(prompts, seeds=[1, 2, 3], **call) == expected
+    assert engine.generate(call(prompts, seeds=[1, 2, 3], **options)) == expected
     groups = engine.collect(timeout_s=0.0)
     assert groups == expected and all(g.prompt is p for g, p in zip(groups, prompts, strict=True))
     assert (engine.in_flight, engine.collect(timeout_s=0.0)) == (0, [])
@@ -132,21 +134,16 @@ def test_transformers_samples_with_the_weights_of_the_moment_of_collect(folder, 
 
 
 def test_spans_are_cut_where_the_weights_changed_and_equal_neighbours_are_one():
-    tokens = [7] * 9
-    assert completion(tokens, [], "stop", [3]).version_spans == [VersionSpan(3, 9)]
-    assert completion(tokens, [], "stop", [3, 4, 6], [2, 8]).version_spans == [
-        VersionSpan(3, 2),
-        VersionSpan(4, 6),
-        VersionSpan(6, 1),
-    ]
-    assert completion(tokens, [], "stop", [3, 4, 4, 5], [0, 2, 9]).version_spans == [VersionSpan(4, 9)]
-    assert completion([], [], "abort", [3, 4], [0]).version_spans == []
+    assert version_spans([3], [9]) == [VersionSpan(3, 9)]
+    assert version_spans([3, 4, 6], [2, 8, 9]) == [VersionSpan(3, 2), VersionSpan(4, 6), VersionSpan(6, 1)]
+    assert version_spans([3, 4, 4, 5], [0, 2, 9, 9]) == [VersionSpan(4, 9)]
+    assert version_spans([3, 4], [0, 0]) == []
 
 
 @needs_vllm
 def test_what_is_collected_is_what_generate_samples(engine):
     prompts = make_prompts(4, 9, 17)
-    expected = engine.generate(prompts, num_completions=2, sampling=SamplingParams(8), seeds=[1, 2, 3])
+    expected = engine.generate(call(prompts, num_completions=2, sampling=SamplingParams(8), seeds=[1, 2, 3]))
     submit(engine, prompts, [1, 2, 3], length=8)
     assert engine.in_flight == 6
     groups = collect_all(engine)
@@ -166,7 +163,7 @@ def test_groups_come_when_they_finish_and_others_stay_in_flight(engine):
     submit(engine, [short], [2], length=3)
     assert [g.prompt.id for g in engine.collect(timeout_s=60.0)] == [short.id]
     assert engine.in_flight == 2
-    between = engine.generate([short], num_completions=1, sampling=SamplingParams(3), seeds=[2])
+    between = engine.generate(call([short], num_completions=1, sampling=SamplingParams(3), seeds=[2]))
     assert between[0].completions[0].finish_reason == "length"
     assert [g.prompt.id for g in collect_all(engine)] == [long.id]
 
@@ -188,7 +185,7 @@ def test_an_update_under_running_completions_switches_where_the_spans_say(
     values if these are kept, else over new ones.
     """
     old, new = models
-    monkeypatch.setattr(engine, "recompute_kv", recompute_kv)
+    monkeypatch.setattr(engine._core, "recompute_kv", recompute_kv)
     prompt = make_prompts(40)[0]
     submit(engine, [prompt], [1], num_completions=3)
     steps(engine, 10)

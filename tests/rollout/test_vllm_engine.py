@@ -25,9 +25,10 @@ from tiny_llama import (
 from rl.types import Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
 from rollout.sampler import sampling_logprobs
-from rollout.vllm.engine import VllmEngine
 from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -71,7 +72,7 @@ class Engines:
         if self.dtype != dtype:
             self.close()
             before = trainer_state()
-            self.engine = VllmEngine(self.folder, make_tokenizer(), dtype=dtype, **TINY)
+            self.engine = start_vllm(self.folder, make_tokenizer(), dtype=dtype, **TINY)
             self.dtype, self.states = dtype, (before, trainer_state())
         return self.engine
 
@@ -111,7 +112,7 @@ def test_the_start_changes_nothing_that_the_trainer_relies_on(engines):
 
 def test_sampling_leaves_the_global_generators_alone(engine):
     before = torch.get_rng_state(), random.getstate()
-    engine.generate(make_prompts(4, 6), num_completions=3, sampling=SamplingParams(6), seeds=[1, 2])
+    engine.generate(call(make_prompts(4, 6), num_completions=3, sampling=SamplingParams(6), seeds=[1, 2]))
     engine.prompt_logprobs(CANARY)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
@@ -121,7 +122,7 @@ def test_logprobs_are_those_of_transformers(engine, model, temperature):
     """Bound 2e-5 nats: both compute in float32 and add in another order; measured 2.4e-6."""
     sampling = SamplingParams(16, temperature=temperature)
     prompts = make_prompts(4, 40, 1, 17)
-    groups = engine.generate(prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3, 4])
+    groups = engine.generate(call(prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3, 4]))
     for group in groups:
         prompt = list(group.prompt.token_ids)
         for c in group.completions:
@@ -133,7 +134,7 @@ def test_logprobs_are_those_of_transformers(engine, model, temperature):
 def test_cut_distributions_are_the_ones_that_the_transformers_engine_samples_from(engine, model):
     sampling = SamplingParams(12, temperature=0.8, top_k=20, top_p=0.7, min_p=0.05)
     prompt = make_prompts(9)[0]
-    for c in engine.generate([prompt], num_completions=4, sampling=sampling, seeds=[1])[0].completions:
+    for c in engine.generate(call([prompt], num_completions=4, sampling=sampling, seeds=[1]))[0].completions:
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt.token_ids, *c.token_ids]])).logits[0, 8:-1]
         logprobs = sampling_logprobs(logits, sampling)
@@ -146,7 +147,7 @@ def test_cut_distributions_are_the_ones_that_the_transformers_engine_samples_fro
 def test_temperature_zero_is_greedy_decoding_with_logprobs_at_temperature_one(engine, model):
     prompt = make_prompts(9)[0]
     sampling = SamplingParams(10, temperature=0.0)
-    c = engine.generate([prompt], num_completions=1, sampling=sampling, seeds=[1])[0].completions[0]
+    c = engine.generate(call([prompt], num_completions=1, sampling=sampling, seeds=[1]))[0].completions[0]
     ids = torch.tensor([prompt.token_ids])
     expected = model.generate(
         ids, do_sample=False, max_new_tokens=10, pad_token_id=0, attention_mask=ids.ne(-1)
@@ -157,37 +158,38 @@ def test_temperature_zero_is_greedy_decoding_with_logprobs_at_temperature_one(en
 
 
 def test_equal_seeds_repeat_and_completions_of_a_group_differ(engine):
-    call = {"num_completions": 4, "sampling": SamplingParams(12, stop_token_ids=(END,))}
+    options = {"num_completions": 4, "sampling": SamplingParams(12, stop_token_ids=(END,))}
     first, again, other = (
-        engine.generate(make_prompts(4, 9), seeds=seeds, **call) for seeds in ([1, 2], [1, 2], [3, 4])
+        engine.generate(call(make_prompts(4, 9), seeds=seeds, **options))
+        for seeds in ([1, 2], [1, 2], [3, 4])
     )
     assert [c.token_ids for c in completions(first)] == [c.token_ids for c in completions(again)]
     assert len({tuple(c.token_ids) for c in completions(first) + completions(other)}) == 16
-    alone = engine.generate(make_prompts(4), seeds=[1], **call)
+    alone = engine.generate(call(make_prompts(4), seeds=[1], **options))
     assert [c.token_ids for c in alone[0].completions] == [c.token_ids for c in first[0].completions]
 
 
 def test_neighbouring_seeds_of_one_prompt_share_no_completion(engine):
     """vLLM itself gives child g of a request the seed + g, so that 7 and 8 would share three of four."""
     prompt = make_prompts(4)[0]
-    groups = engine.generate([prompt] * 2, num_completions=4, sampling=SamplingParams(8), seeds=[7, 8])
+    groups = engine.generate(call([prompt] * 2, num_completions=4, sampling=SamplingParams(8), seeds=[7, 8]))
     assert len({tuple(c.token_ids) for c in completions(groups)}) == 8
 
 
 def test_without_request_seeds_every_call_samples_anew(engine, monkeypatch):
     monkeypatch.setattr(engine, "seed_requests", False)
-    call = {"num_completions": 4, "sampling": SamplingParams(8), "seeds": [1]}
-    groups = [engine.generate(make_prompts(4), **call)[0] for _ in range(2)]
+    options = {"num_completions": 4, "sampling": SamplingParams(8), "seeds": [1]}
+    groups = [engine.generate(call(make_prompts(4), **options))[0] for _ in range(2)]
     assert len({tuple(c.token_ids) for c in completions(groups)}) == 8
 
 
 def test_a_completion_ends_at_a_stop_id_or_at_the_length(engine):
     prompts = make_prompts(4, 6)
-    free = engine.generate(prompts, num_completions=4, sampling=SamplingParams(10), seeds=[1, 2])
+    free = engine.generate(call(prompts, num_completions=4, sampling=SamplingParams(10), seeds=[1, 2]))
     assert {(c.finish_reason, len(c.token_ids)) for c in completions(free)} == {("length", 10)}
     stop = free[0].completions[1].token_ids[3]
     sampling = SamplingParams(10, stop_token_ids=(END, stop))
-    ended = engine.generate(prompts, num_completions=4, sampling=sampling, seeds=[1, 2])
+    ended = engine.generate(call(prompts, num_completions=4, sampling=sampling, seeds=[1, 2]))
     for a, b in zip(completions(free), completions(ended), strict=True):
         length = next((t + 1 for t, token in enumerate(a.token_ids) if token in (END, stop)), 10)
         assert b.token_ids == a.token_ids[:length]
@@ -200,14 +202,14 @@ def test_a_completion_ends_at_a_stop_id_or_at_the_length(engine):
 
 def test_an_immediate_end_is_a_completion_of_one_token(engine):
     sampling = SamplingParams(10, stop_token_ids=tuple(range(300)))
-    group = engine.generate(make_prompts(4), num_completions=3, sampling=sampling, seeds=[1])[0]
+    group = engine.generate(call(make_prompts(4), num_completions=3, sampling=sampling, seeds=[1]))[0]
     assert [(len(c.token_ids), c.finish_reason) for c in group.completions] == [(1, "stop")] * 3
 
 
 def test_logprobs_can_be_left_out(engine):
-    call = {"num_completions": 2, "sampling": SamplingParams(6), "seeds": [3]}
-    without = engine.generate(make_prompts(5), with_logprobs=False, **call)[0]
-    with_them = engine.generate(make_prompts(5), **call)[0]
+    options = {"num_completions": 2, "sampling": SamplingParams(6), "seeds": [3]}
+    without = engine.generate(call(make_prompts(5), with_logprobs=False, **options))[0]
+    with_them = engine.generate(call(make_prompts(5), **options))[0]
     assert [c.token_ids for c in without.completions] == [c.token_ids for c in with_them.completions]
     assert [c.behavior_logprobs for c in without.completions] == [[], []]
 
@@ -215,31 +217,31 @@ def test_logprobs_can_be_left_out(engine):
 def test_prompts_that_cannot_be_sampled_abort_alone(engine):
     good, long = make_prompts(4, 130)
     prompts = [long, good, Prompt("empty", "", ())]
-    groups = engine.generate(prompts, num_completions=2, sampling=SamplingParams(4), seeds=[1, 2, 3])
+    groups = engine.generate(call(prompts, num_completions=2, sampling=SamplingParams(4), seeds=[1, 2, 3]))
     assert [{c.finish_reason for c in g.completions} for g in groups] == [{"abort"}, {"length"}, {"abort"}]
     with pytest.raises(EngineError, match=r"all completions of 1 prompts failed.*130 tokens.*128 positions"):
-        engine.generate([long], num_completions=2, sampling=SamplingParams(4), seeds=[1])
+        engine.generate(call([long], num_completions=2, sampling=SamplingParams(4), seeds=[1]))
 
 
 def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, monkeypatch):
-    call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
-    expected = engine.generate(make_prompts(4, 5), **call)
+    options = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
+    expected = engine.generate(call(make_prompts(4, 5), **options))
     monkeypatch.setattr(engine, "timeout_s", 0.0)
     with pytest.raises(EngineError, match=r"no completion of 2 prompts was finished within timeout_s=0;"):
-        engine.generate(make_prompts(4, 5), **call)
+        engine.generate(call(make_prompts(4, 5), **options))
     with pytest.raises(EngineError, match=r"log-probs of 24 tokens took longer than timeout_s=0"):
         engine.prompt_logprobs(CANARY)
     monkeypatch.undo()
-    again = engine.generate(make_prompts(4, 5), **call)
+    again = engine.generate(call(make_prompts(4, 5), **options))
     assert [c.token_ids for c in completions(again)] == [c.token_ids for c in completions(expected)]
 
 
 def test_sampling_works_under_deterministic_algorithms(engine):
-    call = {"num_completions": 2, "sampling": SamplingParams(6), "seeds": [1]}
-    expected = engine.generate(make_prompts(5), **call)
+    options = {"num_completions": 2, "sampling": SamplingParams(6), "seeds": [1]}
+    expected = engine.generate(call(make_prompts(5), **options))
     torch.use_deterministic_algorithms(True)
     try:
-        assert engine.generate(make_prompts(5), **call) == expected
+        assert engine.generate(call(make_prompts(5), **options)) == expected
         publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -252,7 +254,7 @@ def test_after_a_sync_the_engine_computes_as_the_policy_does(engine):
     report = publish(engine, Stream(policy), version=7, tolerance=1e-4)
     assert (engine.version, report.num_tensors) == (7, 2 * 9 + 2 + 1)
     prompt = make_prompts(11)[0]
-    for c in engine.generate([prompt], num_completions=3, sampling=SamplingParams(12), seeds=[1])[
+    for c in engine.generate(call([prompt], num_completions=3, sampling=SamplingParams(12), seeds=[1]))[
         0
     ].completions:
         expected = token_logprobs(policy, [*prompt.token_ids, *c.token_ids])[10:]
@@ -263,10 +265,10 @@ def test_after_a_sync_the_engine_computes_as_the_policy_does(engine):
 def test_a_prompt_that_was_cached_before_a_sync_is_computed_anew(engine):
     """64 tokens fill two blocks of 32, which vLLM keeps for the next request with the same prompt."""
     prompt, policy = make_prompts(70)[0], make_model(1)
-    call = {"num_completions": 2, "sampling": SamplingParams(4), "seeds": [1]}
-    engine.generate([prompt], **call)
+    options = {"num_completions": 2, "sampling": SamplingParams(4), "seeds": [1]}
+    engine.generate(call([prompt], **options))
     engine.update_weights(Stream(policy), version=1)
-    for c in engine.generate([prompt], **call)[0].completions:
+    for c in engine.generate(call([prompt], **options))[0].completions:
         expected = token_logprobs(policy, [*prompt.token_ids, *c.token_ids])[69:]
         assert largest_gap(c.behavior_logprobs, expected) < 2e-5
 
@@ -308,7 +310,7 @@ def test_weights_of_another_model_are_refused(engine):
     with pytest.raises(ValueError, match=r"vLLM's model has no weight model\.norm\.bias"):
         engine.update_weights([("model.norm.bias", torch.zeros(64))], version=1)
     with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
-        engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1])
+        engine.generate(call(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1]))
 
 
 def test_bfloat16_agrees_with_transformers_in_bfloat16_and_a_float32_policy_syncs(engines):
@@ -319,7 +321,7 @@ def test_bfloat16_agrees_with_transformers_in_bfloat16_and_a_float32_policy_sync
     rounded = make_model(1).bfloat16()
     gaps = []
     for group in engine.generate(
-        make_prompts(4, 40, 17), num_completions=4, sampling=SamplingParams(16), seeds=[1, 2, 3]
+        call(make_prompts(4, 40, 17), num_completions=4, sampling=SamplingParams(16), seeds=[1, 2, 3])
     ):
         prompt = list(group.prompt.token_ids)
         for c in group.completions:
@@ -333,5 +335,5 @@ def test_more_prompt_tokens_than_one_batch_holds_are_sampled_with_their_seeds(en
     engine = engines.get(torch.float32)
     prompts = [Prompt(f"long{i}", "", tuple(5 + (i + j) % 200 for j in range(100))) for i in range(80)]
     sampling = SamplingParams(max_completion_length=2, stop_token_ids=(END,))
-    groups = engine.generate(prompts, num_completions=1, sampling=sampling, seeds=list(range(80)))
+    groups = engine.generate(call(prompts, num_completions=1, sampling=sampling, seeds=list(range(80))))
     assert all(g.completions[0].finish_reason != "abort" for g in groups)

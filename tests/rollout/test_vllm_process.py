@@ -36,10 +36,11 @@ from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm import bucket as vllm_bucket
 from rollout.vllm import start as vllm_start
-from rollout.vllm.engine import VllmEngine
 from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import call
 from tests.rl.families import save_tiny, tiny_config
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -79,7 +80,7 @@ def started(folder):
             patch.setenv(name, value)
         patch.setattr(BaseProcess, "start", start)
         before = surroundings()
-        engine = VllmEngine(folder, make_tokenizer(), process="own", **TINY)
+        engine = start_vllm(folder, make_tokenizer(), process="own", **TINY)
         after = surroundings()
     yield engine, before, after, given[-1]
     engine.close()
@@ -115,15 +116,15 @@ def test_the_sockets_of_trainer_and_core_leave_no_file(started):
 
 
 def test_samples_are_those_of_an_engine_inside_this_process(engine, folder):
-    inside = VllmEngine(folder, make_tokenizer(), process="inside", **TINY)
+    inside = start_vllm(folder, make_tokenizer(), process="inside", **TINY)
     try:
-        call = {
+        options = {
             "num_completions": 4,
             "sampling": SamplingParams(24, temperature=0.8, top_k=50, stop_token_ids=(END,)),
             "seeds": [1, 2, 3],
         }
-        expected = inside.generate(make_prompts(4, 40, 17), **call)
-        found = engine.generate(make_prompts(4, 40, 17), **call)
+        expected = inside.generate(call(make_prompts(4, 40, 17), **options))
+        found = engine.generate(call(make_prompts(4, 40, 17), **options))
         for a, b in zip(expected, found, strict=True):
             for x, y in zip(a.completions, b.completions, strict=True):
                 assert (x.token_ids, x.text, x.finish_reason) == (y.token_ids, y.text, y.finish_reason)
@@ -156,7 +157,7 @@ def test_weights_of_another_model_are_refused_and_the_next_update_heals(engine):
     with pytest.raises(ValueError, match=r"vLLM's model has no weight model\.norm\.bias"):
         engine.update_weights([("model.norm.bias", torch.zeros(64))], version=1)
     with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
-        engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1])
+        engine.generate(call(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1]))
     publish(engine, Stream(make_model(1)), version=2, tolerance=1e-4)
 
 
@@ -164,10 +165,10 @@ def test_weights_of_another_model_are_refused_and_the_next_update_heals(engine):
 def test_an_update_under_running_completions_switches_where_the_spans_say(engine, monkeypatch, recompute_kv):
     """When the short completions are there, the long ones have 4 tokens or more, and up to 100 to go."""
     old, new = make_model(0), make_model(1)
-    monkeypatch.setattr(engine, "recompute_kv", recompute_kv)
+    monkeypatch.setattr(engine._core, "recompute_kv", recompute_kv)
     long, short = make_prompts(20, 6)
-    engine.submit([long], num_completions=8, sampling=SamplingParams(104), seeds=[1])
-    engine.submit([short], num_completions=2, sampling=SamplingParams(4), seeds=[2])
+    engine.submit(call([long], num_completions=8, sampling=SamplingParams(104), seeds=[1]))
+    engine.submit(call([short], num_completions=2, sampling=SamplingParams(4), seeds=[2]))
     assert [g.prompt.id for g in engine.collect(timeout_s=60.0)] == [short.id]
     publish(engine, Stream(new), version=1, tolerance=1e-4)
     for c in collect_all(engine)[0].completions:
@@ -183,20 +184,20 @@ def test_an_update_under_running_completions_switches_where_the_spans_say(engine
 def test_a_sync_goes_before_the_completions_that_are_queued(engine):
     """Five groups of 32 completions on 32 seats: the canary gets a seat when the first one is free."""
     prompts = make_prompts(5, 5, 5, 5, 5)
-    engine.submit(prompts, num_completions=32, sampling=SamplingParams(100), seeds=list(range(5)))
+    engine.submit(call(prompts, num_completions=32, sampling=SamplingParams(100), seeds=list(range(5))))
     publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
     assert len(engine.collect(timeout_s=0.0)) <= 1
     assert len(collect_all(engine)) >= 4
 
 
 def test_a_call_that_runs_out_of_time_says_so_and_leaves_nothing_behind(engine, monkeypatch):
-    call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
-    expected = engine.generate(make_prompts(4, 5), **call)
+    options = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
+    expected = engine.generate(call(make_prompts(4, 5), **options))
     monkeypatch.setattr(engine, "timeout_s", 0.0)
     with pytest.raises(EngineError, match=r"no completion of 2 prompts was finished within timeout_s=0;"):
-        engine.generate(make_prompts(4, 5), **call)
+        engine.generate(call(make_prompts(4, 5), **options))
     monkeypatch.undo()
-    again = engine.generate(make_prompts(4, 5), **call)
+    again = engine.generate(call(make_prompts(4, 5), **options))
     assert [c.token_ids for g in again for c in g.completions] == [
         c.token_ids for g in expected for c in g.completions
     ]
@@ -209,7 +210,7 @@ def test_a_core_that_does_not_answer_in_time_is_named(engine, monkeypatch):
     try:
         with pytest.raises(EngineError, match=r"cohort_fingerprints.*no answer within timeout_s=0\.2"):
             engine.fingerprints()
-        engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1])
+        engine.submit(call(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1]))
         began = time.monotonic()
         assert engine.collect(timeout_s=0.3) == [] and time.monotonic() - began < 2
     finally:
@@ -251,7 +252,7 @@ def test_a_core_that_does_not_start_in_time_is_named_and_killed(folder, started,
     with pytest.raises(
         EngineError, match=rf"engine core did not start within timeout_s={timeout_s:g}; raise engine\.t"
     ) as caught:
-        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=timeout_s, **TINY)
+        start_vllm(folder, make_tokenizer(), process="own", timeout_s=timeout_s, **TINY)
     assert "initialization failed" in str(caught.value.__cause__)
     assert set(multiprocessing.active_children()) == set(before)
 
@@ -261,36 +262,36 @@ def test_a_core_that_starts_after_all_is_stopped_and_named(folder, started, monk
     before = multiprocessing.active_children()
     monkeypatch.setattr(vllm_start, "KILL_EVERY_S", 120.0)
     with pytest.raises(EngineError, match=r"engine core did not start within timeout_s=0; raise") as caught:
-        VllmEngine(folder, make_tokenizer(), process="own", timeout_s=0.0, **TINY)
+        start_vllm(folder, make_tokenizer(), process="own", timeout_s=0.0, **TINY)
     assert caught.value.__cause__ is None
     assert set(multiprocessing.active_children()) == set(before)
 
 
 def test_closing_ends_the_process_in_the_middle_of_its_work(engine):
     process = psutil.Process(engine._core.pid)
-    engine.submit(make_prompts(4), num_completions=8, sampling=SamplingParams(100), seeds=[1])
+    engine.submit(call(make_prompts(4), num_completions=8, sampling=SamplingParams(100), seeds=[1]))
     began = time.monotonic()
     engine.close()
     engine.close()
     assert time.monotonic() - began < 5
     assert not psutil.pid_exists(process.pid) and engine.in_flight == 0
     with pytest.raises(EngineError, match="the engine is closed"):
-        engine.submit(make_prompts(4), num_completions=1, sampling=SamplingParams(1), seeds=[1])
+        engine.submit(call(make_prompts(4), num_completions=1, sampling=SamplingParams(1), seeds=[1]))
 
 
 def test_a_core_that_dies_is_an_error_within_seconds_and_leaves_no_process(folder):
-    engine = VllmEngine(folder, make_tokenizer(), process="own", **TINY)
+    engine = start_vllm(folder, make_tokenizer(), process="own", **TINY)
     pid = engine._core.pid
-    engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(100), seeds=[1])
+    engine.submit(call(make_prompts(4), num_completions=2, sampling=SamplingParams(100), seeds=[1]))
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"failed while sampling 2 submitted completions: .*"):
         while True:
             engine.collect(timeout_s=60.0)
-    with pytest.raises(EngineError, match="engine core failed"):
+    with pytest.raises(WeightSyncError, match="engine core failed"):
         publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
     with pytest.raises(EngineError, match=r"engine core failed|weights of engine vllm are unknown"):
-        engine.submit(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1])
+        engine.submit(call(make_prompts(4), num_completions=2, sampling=SamplingParams(4), seeds=[1]))
     engine.close()
     assert time.monotonic() - began < 10
     assert not psutil.pid_exists(pid) and not multiprocessing.active_children()
@@ -304,8 +305,8 @@ def test_a_class_that_vllm_would_change_is_left_to_a_process_of_its_own(tmp_path
     with pytest.raises(
         ValueError, match=r"engine\.process=inside: vLLM computes .* with transformers' own class"
     ):
-        VllmEngine(folder, make_tokenizer(), **TINY, process="inside")
-    engine = VllmEngine(folder, make_tokenizer(), **TINY)
+        start_vllm(folder, make_tokenizer(), **TINY, process="inside")
+    engine = start_vllm(folder, make_tokenizer(), **TINY)
     try:
         assert engine.runs_alone
         logits = model(input_ids=torch.tensor([CANARY])).logits[0, :-1]

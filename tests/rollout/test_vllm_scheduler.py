@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny_llama import make_model, save
 
-from rollout.vllm.scheduler import KNOWN, LOGPROBS, MARKS, known_version
+from rollout.vllm.internals import NUM_VOID, num_void_attribute
+from rollout.vllm.scheduler import LOGPROBS, MARKS
 from rollout.vllm.start import vllm_available
 from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
 
@@ -176,8 +177,8 @@ def state(scheduler):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_short_cuts_schedule_and_answer_as_vllm_does(folder, seed):
-    if known_version() is None:
-        pytest.skip(f"this vLLM is none of {', '.join(KNOWN)}")
+    if num_void_attribute() is None:
+        pytest.skip(f"a request of this vLLM has none of {', '.join(NUM_VOID)}")
     draw = random.Random(seed)
     is_async, num_seqs = seed % 3 != 0, draw.choice([8, 24])
     settings = settings_for(
@@ -235,8 +236,8 @@ def test_a_sliding_window_is_left_to_vllm(folder):
 
 def test_an_unknown_vllm_is_left_alone_and_said(folder, monkeypatch, caplog):
     settings = settings_for(folder, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64)
-    monkeypatch.setattr("rollout.vllm.scheduler.KNOWN", {"0.1": "x"})
+    monkeypatch.setattr("rollout.vllm.internals.NUM_VOID", ("num_lost",))
     with caplog.at_level("WARNING", logger="rollout.vllm.scheduler"):
         scheduler = make_scheduler(settings, is_async=True, short_cuts=True, num_blocks=100)
     assert not scheduler.tokens_per_block
-    assert "is none of 0.1: its own code counts tokens" in caplog.text
+    assert "has none of num_stale_output_tokens, async_tokens_to_discard: its own code counts" in caplog.text

@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer, save
 
-from rollout.vllm.engine import VllmEngine
 from rollout.vllm.install import version_conflict
-from rollout.vllm.start import gpu_arguments, vllm_available
+from rollout.vllm.settings import CoreSettings, _on_gpu
+from rollout.vllm.start import vllm_available
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -21,6 +23,11 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(make_model(0), tmp_path_factory.mktemp("model"))
+
+
+def on_gpu(share, max_model_len, max_num_seqs, *, eager):
+    settings = CoreSettings("m", torch.bfloat16, max_model_len, max_num_seqs=max_num_seqs)
+    return _on_gpu(replace(settings, gpu_memory_utilization=share), eager)
 
 
 @pytest.mark.parametrize(
@@ -47,11 +54,11 @@ def test_a_share_of_the_gpu_that_is_not_free_is_refused_with_one_that_fits(monke
     """30.4 of 80 GiB are free; 1 GiB of them goes to a process's own context: 29.4 / 80 = 0.3675."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(30.4 * 2**30), 80 << 30))
     with pytest.raises(ValueError, match=r"=0\.5 of 80 GiB is more than the 30\.4 GiB .* use at most 0\.36"):
-        gpu_arguments(0.5, max_model_len=1224, max_num_seqs=256, eager=False)
+        on_gpu(0.5, 1224, 256, eager=False)
     for number, graphs in ((64, 128), (256, 512), (700, 700), (3000, 1024)):
-        arguments = gpu_arguments(0.3, max_model_len=1224, max_num_seqs=number, eager=False)
+        arguments = on_gpu(0.3, 1224, number, eager=False)
         assert arguments["max_cudagraph_capture_size"] == graphs
-    eager = gpu_arguments(0.3, max_model_len=20000, max_num_seqs=64, eager=True)
+    eager = on_gpu(0.3, 20000, 64, eager=True)
     assert eager == {"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 20000}
 
 
@@ -59,18 +66,18 @@ RANK_PROGRAM = """
     import sys
     import torch, torch.distributed as dist
     from tiny_llama import Stream, make_model, make_prompts, make_tokenizer
-    from rl.types import SamplingParams
-    from rollout.vllm.engine import VllmEngine
+    from rl.types import Call, SamplingParams
+    from tests.vllm_engines import start_vllm
     from rollout.weight_sync import publish
 
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=rank, world_size=2)
-    engine = VllmEngine(sys.argv[3], make_tokenizer(), dtype=torch.float32, max_model_len=128, max_num_seqs=8,
+    engine = start_vllm(sys.argv[3], make_tokenizer(), dtype=torch.float32, max_model_len=128, max_num_seqs=8,
                         kv_cache_gib=0.03, timeout_s=90)
     publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
     # Ranks sample different amounts: no step of one engine may wait for the other.
     for _ in range(1 + 2 * rank):
-        engine.generate(make_prompts(4), num_completions=2, sampling=SamplingParams(4 + rank), seeds=[1])
+        engine.generate(Call(tuple(make_prompts(4)), 2, SamplingParams(4 + rank), (1,)))
     engine.close()
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
@@ -136,4 +143,4 @@ def test_a_distributed_run_without_a_process_group_is_told_the_order(folder, mon
     with pytest.raises(
         ValueError, match=r"WORLD_SIZE=2 .* make the policy \(accelerate\) before the vLLM engine"
     ):
-        VllmEngine(folder, make_tokenizer(), dtype=torch.float32, max_model_len=128)
+        start_vllm(folder, make_tokenizer(), dtype=torch.float32, max_model_len=128)

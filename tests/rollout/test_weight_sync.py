@@ -16,7 +16,6 @@ from tiny_llama import (
 )
 
 from rl.types import SamplingParams
-from rollout.engine import TransformersEngine
 from rollout.fingerprint import (
     HeldTensor,
     compared_part,
@@ -26,7 +25,9 @@ from rollout.fingerprint import (
     mismatches,
     sampled_columns,
 )
+from rollout.transformers import TransformersEngine
 from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import call
 
 Q0, Q1 = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1))
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -206,8 +207,8 @@ def test_an_unverified_sync_sends_once_and_proves_nothing(engine, policy):
 def test_samples_follow_the_published_weights(engine, policy, folder, tmp_path):
     publish(engine, Stream(policy), version=1, tolerance=1e-4)
     fresh = TransformersEngine(save(policy, tmp_path), make_tokenizer(), version=1)
-    call = {"num_completions": 2, "sampling": SamplingParams(8), "seeds": [1, 2]}
-    assert engine.generate(make_prompts(4, 7), **call) == fresh.generate(make_prompts(4, 7), **call)
+    asked = call(make_prompts(4, 7), num_completions=2, sampling=SamplingParams(8), seeds=[1, 2])
+    assert engine.generate(asked) == fresh.generate(asked)
 
 
 def words(tensor):

@@ -17,9 +17,10 @@ from tiny_llama import (
 from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm.bucket import Bucket
-from rollout.vllm.engine import VllmEngine
 from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -47,7 +48,7 @@ def started(patch, tmp_path_factory):
         patch.setattr(kind, "process_weights_after_loading", leave)
     folder = save(policy(0), tmp_path_factory.mktemp("model"))
     options = {"max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
-    engine = VllmEngine(folder, make_tokenizer(), dtype=torch.float32, process="inside", **options)
+    engine = start_vllm(folder, make_tokenizer(), dtype=torch.float32, process="inside", **options)
     assert not any(held.sampled for held in engine.tensors.values())
     assert engine.name == "vllm" and "lm_head.weight" in engine.tensors
     publish(engine, Stream(policy(0)), version=0, tolerance=1e-4)  # by vLLM's reload: this is no GPU
@@ -66,8 +67,8 @@ def engine(request, started, worker, monkeypatch):
     monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     if request.param == "through a bucket":
         monkeypatch.setattr("rollout.vllm.bucket.BUCKET_BYTES", 1)
-        monkeypatch.setattr(started, "_bucket", Bucket(started.tensors, torch.device("cpu")))
-        monkeypatch.setattr(started, "_handle_sent", False)
+        monkeypatch.setattr(started._core, "_bucket", Bucket(started.tensors, torch.device("cpu")))
+        monkeypatch.setattr(started._core, "_handle_sent", False)
     loads = []
     model = worker.get_model()
     started.update_weights(Stream(policy(3)), version=3)  # the first of them by vLLM's reload
@@ -83,7 +84,9 @@ def test_the_engine_computes_as_the_policy_does(engine):
         assert report.num_tensors == len(engine.tensors) and report.compared_share == 1.0
         assert largest_gap(engine.prompt_logprobs(CANARY), token_logprobs(policy(version), CANARY)) < 2e-5
         prompt = make_prompts(11)[0]
-        group = engine.generate([prompt], num_completions=2, sampling=SamplingParams(12), seeds=[version])[0]
+        group = engine.generate(
+            call([prompt], num_completions=2, sampling=SamplingParams(12), seeds=[version])
+        )[0]
         for c in group.completions:
             expected = token_logprobs(policy(version), [*prompt.token_ids, *c.token_ids])[10:]
             assert largest_gap(c.behavior_logprobs, expected) < 2e-5
@@ -102,13 +105,13 @@ def test_an_update_that_breaks_off_leaves_nothing_that_samples(engine):
         weights = [*Stream(policy(1)), ("model.norm.bias", torch.zeros(64))]
         engine.update_weights(weights, version=1)
     with pytest.raises(EngineError, match="weights of engine vllm are unknown"):
-        engine.generate(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1])
+        engine.generate(call(make_prompts(4), num_completions=1, sampling=SamplingParams(2), seeds=[1]))
     publish(engine, Stream(policy(2)), version=2, tolerance=1e-4)
 
 
 def test_completions_go_on_under_new_weights(engine):
     prompt = make_prompts(20)[0]
-    engine.submit([prompt], num_completions=3, sampling=SamplingParams(60), seeds=[1])
+    engine.submit(call([prompt], num_completions=3, sampling=SamplingParams(60), seeds=[1]))
     for _ in range(9):
         engine._advance(0.0, "a step")
     publish(engine, Stream(policy(4)), version=4, tolerance=1e-4)

@@ -79,9 +79,10 @@ class TickEngine:
     def in_flight(self) -> int:
         return sum(started.size for started in self._open)
 
-    def submit(self, prompts, *, num_completions, sampling, seeds, with_logprobs=True):
-        self.waves.append(len(prompts))
-        for prompt, seed in zip(prompts, seeds, strict=True):
+    def submit(self, call):
+        self.waves.append(len(call.prompts))
+        num_completions = call.num_completions
+        for prompt, seed in zip(call.prompts, call.seeds, strict=True):
             self.seeds.append((prompt.id, seed))
             self._open.append(started := Started(prompt, seed, num_completions))
             self._waiting += [Running(started, i, length_of(seed, i)) for i in range(num_completions)]
@@ -95,13 +96,20 @@ class TickEngine:
         self._open = [started for started in self._open if started not in finished]
         return [started.group for started in finished]
 
-    def generate(self, prompts, *, num_completions, sampling, seeds, with_logprobs=True):
-        assert not self._open
-        self.submit(prompts, num_completions=num_completions, sampling=sampling, seeds=seeds)
-        while self._waiting or self._running:
+    def abort(self, prompts):
+        names = {prompt.id for prompt in prompts}
+        gone = [started for started in self._open if started.prompt.id in names]
+        self._open = [started for started in self._open if started not in gone]
+        self._waiting = deque(r for r in self._waiting if r.started not in gone)
+        self._running = [r for r in self._running if r.started not in gone]
+
+    def generate(self, call):
+        others, self._open = self._open, []
+        self.submit(call)
+        asked, self._open = self._open, others
+        while any(len(started.done) < started.size for started in asked):
             self.run(1)
-        finished, self._open = self._open, []
-        return [started.group for started in finished]
+        return [started.group for started in asked]
 
     def _finished(self) -> list[Started]:
         return [started for started in self._open if len(started.done) == started.size]
@@ -159,9 +167,9 @@ class AloneEngine(TickEngine):
         finally:
             self.caller.release()
 
-    def submit(self, prompts, **options):
+    def submit(self, call):
         with self._called(), self.lock:
-            super().submit(prompts, **options)
+            super().submit(call)
 
     def collect(self, *, timeout_s):
         with self._called():
@@ -207,5 +215,8 @@ class ThreadScorer:
         self.pool.shutdown()
 
     def _grade(self, group: Group) -> ScoredGroup:
-        scores = [float(i == 0 and c.token_ids[0] % 2 == 0) for i, c in enumerate(group.completions)]
+        scores = [
+            float(i == 0 and c.token_ids[:1] != [] and c.token_ids[0] % 2 == 0)
+            for i, c in enumerate(group.completions)
+        ]
         return ScoredGroup(group, [Reward(score) for score in scores])

@@ -1,0 +1,56 @@
+"""In which order prompts are consumed, and from which seeds: the same on any number of processes and after a
+restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rl.types import Prompt
+
+
+class PromptStream:
+    """An endless seeded order of the prompts: every epoch holds each prompt once, shuffled anew."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True) -> None:
+        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
+        self._order: tuple[int, Sequence[int]] = (-1, ())
+
+    def at(self, ordinal: int) -> Prompt:
+        """The prompt that is consumed as number `ordinal`, counted from 0 over all epochs."""
+        epoch, index = divmod(ordinal, len(self.prompts))
+        if self._order[0] != epoch:
+            order = list(range(len(self.prompts)))
+            if self.shuffle:
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self.prompts[self._order[1][index]]
+
+
+def sampling_seed(run_seed: int, ordinal: int, purpose: str = "train") -> int:
+    """A 31-bit seed for the completions of one consumed prompt."""
+    digest = hashlib.blake2b(f"{purpose}/{run_seed}/{ordinal}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+def deal(first: int, wanted: Sequence[int]) -> list[list[int]]:
+    """Ordinals from `first` on, dealt round to the processes until each has what it wants: [2, 1] -> [[0,
+    2], [1]].
+    """
+    hands: list[list[int]] = [[] for _ in wanted]
+    while any(len(hand) < n for hand, n in zip(hands, wanted, strict=True)):
+        for hand, n in zip(hands, wanted, strict=True):
+            if len(hand) < n:
+                hand.append(first)
+                first += 1
+    return hands
+
+
+def shortest_cursor(next_ordinal: int, pending: list[int]) -> Any:
+    """Pending numbers at the end of the order count as not dealt yet; `pending` ascends."""
+    while pending and pending[-1] == next_ordinal - 1:
+        next_ordinal = pending.pop()
+    return {"next": next_ordinal, "pending": pending} if pending else next_ordinal

@@ -1,0 +1,238 @@
+"""The transformers engine: slow, exact, always there."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from rl.types import Call, Completion, FinishReason, Group, SamplingParams
+from rollout.calls import (
+    WEIGHTS_UNKNOWN,
+    CallQueue,
+    aborted,
+    completion,
+    decode_texts,
+    prompt_faults,
+    version_spans,
+)
+from rollout.fingerprint import HeldTensor
+from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
+from rollout.sampler import SeededSampler, completion_seed
+from rollout.uncached import cache_fault, sample_uncached
+
+
+class TransformersEngine:
+    """`generate` of transformers on its own copy of the model; equal seeds, equal results (bitwise on a CPU).
+
+    Args:
+        model: folder or hub name.
+        tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
+        max_num_seqs: completions that are sampled together.
+        timeout_s: longest wait for one `generate` call.
+        version: policy version of the weights in `model`.
+        attention: how transformers computes attention. Eager honours every config; what the policy settled on
+            is as exact and may be faster.
+    """
+
+    name = "transformers"
+    runs_alone = held_while_training = False
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        max_num_seqs: int = 256,
+        timeout_s: float = 600.0,
+        revision: str | None = None,
+        version: int = 0,
+        attention: str = "eager",
+    ) -> None:
+        self._queue = CallQueue(self, self._groups)
+        self.submit, self.collect = self._queue.submit, self._queue.collect
+        self.generate, self.abort = self._queue.generate, self._queue.abort
+        self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
+        self.timeout_s = timeout_s
+        self.device = torch.device(device)
+        with torch.random.fork_rng():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(model),
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+            )
+        self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
+        # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
+        self.model.generation_config = GenerationConfig()
+        self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
+        self.cache = self._usable_cache()
+
+    @property
+    def in_flight(self) -> int:
+        return self._queue.in_flight
+
+    def hold(self) -> None:
+        return  # it samples only while it is called
+
+    def _usable_cache(self) -> str:
+        """ "shared": rows with one prompt share its keys and values. "own": each row computes its own.
+        "none": the model's cache does not reproduce its logits.
+        """
+        config = self.model.config.get_text_config()
+        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
+        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
+        fault = None
+        for self.cache in ("shared", "own"):
+            fault = cache_fault(
+                lambda prompts, seeds, sampling: self._sample(prompts, seeds, sampling, True, math.inf),
+                self.prompt_logprobs,
+                vocab_size=config.vocab_size,
+                window=window,
+                coarse=self.model.dtype != torch.float32,
+            )
+            if fault is None:
+                return self.cache
+        warnings.warn(
+            f"{type(self.model).__name__} is sampled without a cache, which is slow: {fault}", stacklevel=3
+        )
+        return "none"
+
+    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
+        """(one group per prompt, why prompts failed)."""
+        prompts, sampling = call.prompts, call.sampling
+        config = self.model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", None)
+        faults = prompt_faults(prompts, sampling, vocab_size=config.vocab_size, room=room)
+        by_length = sorted(set(range(len(prompts))) - faults.keys(), key=lambda i: len(prompts[i].token_ids))
+        rows = [(i, g) for i in by_length for g in range(call.num_completions)]
+        done: dict[tuple[int, int], Completion] = {}
+        for start in range(0, len(rows), self.max_num_seqs):
+            chunk = rows[start : start + self.max_num_seqs]
+            row_seeds = [completion_seed(call.seeds[i], g) for i, g in chunk]
+            row_ids = [prompts[i].token_ids for i, _ in chunk]
+            try:
+                sampled = self._sample(row_ids, row_seeds, sampling, call.with_logprobs, deadline)
+            except RuntimeError as error:
+                faults |= {i: str(error) for i, _ in chunk}
+                continue
+            done |= zip(chunk, sampled, strict=True)
+        groups = [
+            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
+            for i, prompt in enumerate(prompts)
+        ]
+        return groups, faults
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        self.version = WEIGHTS_UNKNOWN
+        copy_weights(self.model, weights)
+        self.version = version
+
+    def adopt(self, version: int) -> None:
+        self.version = version
+
+    def fingerprints(self) -> dict[str, int]:
+        return own_fingerprints(self.model, self.tensors, self.version)
+
+    @torch.no_grad()
+    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        ids = torch.tensor([token_ids], device=self.device)
+        logprobs = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
+
+    def close(self) -> None:
+        self.model = None
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        with_logprobs: bool,
+        deadline: float,
+    ) -> list[Completion]:
+        """One completion per row. Rows with the same prompt share its prefill."""
+        sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
+        if self.cache == "none":
+            tokens = sample_uncached(self.model, prompts, sampler, sampling, deadline)
+            return self._completions(tokens, sampler, sampling)
+        unique = list(dict.fromkeys(prompts))
+        rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
+        width = max(map(len, unique))
+        ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in unique], device=self.device)
+        mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=self.device)
+        stop_ids = list(sampling.stop_token_ids)
+        output = self.model.generate(
+            ids_UT[rows_B],
+            attention_mask=mask_UT[rows_B],
+            past_key_values=self._prefill(ids_UT, mask_UT, rows_B),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_completion_length,
+                eos_token_id=stop_ids or None,
+                pad_token_id=stop_ids[0] if stop_ids else 0,
+                disable_compile=True,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([_Deadline(deadline)]),
+        )
+        return self._completions(output[:, width:].tolist(), sampler, sampling)
+
+    def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
+        """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
+        if ids_UT.shape[1] < 2 or self.cache == "own" or getattr(self.model, "_is_stateful", False):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask_UT.cumsum(-1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids_UT[:, :-1],
+            attention_mask=mask_UT[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(rows_B)
+        return cache
+
+    def _completions(
+        self, tokens: list[list[int]], sampler: SeededSampler, sampling: SamplingParams
+    ) -> list[Completion]:
+        completions = []
+        faults = sampler.failed_at_B.tolist()
+        for row, logprobs, failed_at in zip(tokens, sampler.chosen_logprobs(), faults, strict=True):
+            end = next((t + 1 for t, token in enumerate(row) if token in sampling.stop_token_ids), None)
+            length = min(end or len(row), failed_at)
+            reason: FinishReason = "abort"
+            if end == length:
+                reason = "stop"
+            elif length == sampling.max_completion_length:
+                reason = "length"
+            spans = version_spans([self.version], [length])
+            completions.append(completion(row[:length], logprobs[:length], reason, spans))
+        decode_texts(self.tokenizer, completions, sampling.stop)
+        return completions
+
+
+class _Deadline:
+    """A stopping criterion that ends all rows at a point of `time.monotonic()`."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        late = time.monotonic() > self.deadline
+        return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)

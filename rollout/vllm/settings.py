@@ -1,0 +1,97 @@
+"""How vLLM is started on this machine's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Process = Literal["auto", "own", "inside"]
+
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """How vLLM is started.
+
+    Attributes:
+        model: folder or hub name.
+        max_model_len: longest prompt plus completion, in tokens.
+        process: "own" gives vLLM's engine core a process of its own, which samples while this one trains;
+            "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit,
+            and "inside" on a CPU, where both would share the same cores, unless vLLM would change the class
+            of the trainer's model.
+        gpu_memory_utilization: share of the GPU for weights, activations and KV cache.
+        kv_cache_gib: KV cache on a CPU.
+        enforce_eager: no CUDA graphs; default: eager on a CPU only.
+        recompute_kv: an update computes the keys and values of running completions anew with the new weights;
+            default: they stay those of the weights that sampled them.
+        timeout_s: longest wait for the start, and for one answer of the core.
+        version: policy version of the weights in `model`.
+    """
+
+    model: str | Path
+    dtype: torch.dtype
+    max_model_len: int
+    process: Process = "auto"
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.35
+    kv_cache_gib: float = 2.0
+    enforce_eager: bool | None = None
+    recompute_kv: bool = False
+    timeout_s: float = 600.0
+    revision: str | None = None
+    version: int = 0
+
+
+def runs_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def engine_arguments(s: CoreSettings) -> dict[str, Any]:
+    """What vLLM is started with, beside what every engine gets (`rollout.vllm.start`).
+
+    Raises:
+        ValueError: the GPU has less than its share of memory left beside the trainer.
+    """
+    on_cpu = runs_on_cpu()
+    eager = on_cpu if s.enforce_eager is None else s.enforce_eager
+    return (_on_cpu(s) if on_cpu else _on_gpu(s, eager)) | {
+        "model": str(s.model),
+        "revision": s.revision,
+        "dtype": str(s.dtype).removeprefix("torch."),
+        "max_model_len": s.max_model_len,
+        "max_num_seqs": s.max_num_seqs,
+        "enforce_eager": eager,
+    }
+
+
+def _on_cpu(s: CoreSettings) -> dict[str, Any]:
+    return {
+        "kv_cache_memory_bytes": int(s.kv_cache_gib * 2**30),
+        "block_size": 32,  # tokens; completions share the full blocks of their prompt, 128 would share little
+        # vLLM rewinds the generator of a prompt cut in two, which a CPU generator cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, s.max_model_len),
+    }
+
+
+def _on_gpu(s: CoreSettings, eager: bool) -> dict[str, Any]:
+    """A burst of prompts is prefilled in a step or two, and any number of running completions has a graph."""
+    torch.cuda.empty_cache()
+    (free, total), share = torch.cuda.mem_get_info(), s.gpu_memory_utilization
+    if free < share * total:
+        fits = int(100 * max(0.0, free - 2**30) / total) / 100  # 1 GiB for another process's context
+        raise ValueError(
+            f"engine.gpu_memory_utilization={share:g} of {total / 2**30:.0f} GiB is more than the "
+            f"{free / 2**30:.1f} GiB that are free beside the trainer; use at most {fits:.2f}"
+        )
+    # vLLM's own choice of graphs ends at 512 completions.
+    graphs = {"max_cudagraph_capture_size": max(min(2 * s.max_num_seqs, 512), min(s.max_num_seqs, 1024))}
+    return {
+        "gpu_memory_utilization": share,
+        "max_num_batched_tokens": max(16384, s.max_model_len),
+    } | ({} if eager else graphs)
