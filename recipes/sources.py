@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rl.advantages import group_outcome
 from rl.config import Config, SamplingConfig
 from rl.phases import Phases
-from rl.types import SamplingParams, Scorer
+from rl.types import SamplingParams, Scorer, Source
 from rl.world import World
-from rollout.continuous import ContinuousSource
 from rollout.engine import Engine
-from rollout.source import OnPolicySource, PromptStream, Source
+from rollout.in_flight import GroupSampling
+from rollout.prompts import PromptStream
+from rollout.source import Admission, DynamicSampling, RolloutSource, WeightSync
 
 
 def make_source(
@@ -25,50 +25,24 @@ def make_source(
     phases: Phases,
 ) -> Source:
     """On-policy, or sampling ahead by `train.max_staleness` steps."""
-    if config.train.max_staleness:
-        return continuous_source(config, world, engine, scorer, stream, ends, phases)
-    options = _options(config, world, phases)
-    sampling = sampling_params(config.sampling, ends)
-    return OnPolicySource(engine, scorer, stream, sampling, gather_ints=world.gather_ints, **options)
-
-
-def continuous_source(
-    config: Config,
-    world: World,
-    engine: Engine,
-    scorer: Scorer,
-    stream: PromptStream,
-    ends: Sequence[int],
-    phases: Phases,
-) -> ContinuousSource:
     t = config.train
-    return ContinuousSource(
+    return RolloutSource(
         engine,
         scorer,
         stream,
-        sampling_params(config.sampling, ends),
-        max_staleness=t.max_staleness,
-        in_flight=t.in_flight,
-        num_steps=t.steps,
-        gather=world.gather_objects,
-        timeout_s=config.engine.timeout_s,
-        **_options(config, world, phases),
+        group_sampling(config, ends),
+        admission=Admission(t.max_staleness, t.steps, t.in_flight, config.engine.timeout_s),
+        dynamic=dynamic_sampling(config),
+        sync=WeightSync(config.canary_tolerance, config.engine.verify_sync),
+        team=world,
+        phase=phases,
     )
 
 
-def _options(config: Config, world: World, phases: Phases) -> dict[str, Any]:
-    dynamic = config.advantage.dynamic_sampling
-    return {
-        "group_size": config.train.group_size,
-        "seed": config.train.seed,
-        "with_logprobs": config.loss.sampler_correction is not None,
-        "keep_fn": _keep_fn(config),
-        "max_rounds": dynamic.max_rounds if dynamic else 1,
-        "process": (world.rank, world.size),
-        "phase": phases,
-        "sync_tolerance": config.canary_tolerance,
-        "verify_sync": config.engine.verify_sync,
-    }
+def group_sampling(config: Config, ends: Sequence[int]) -> GroupSampling:
+    params = sampling_params(config.sampling, ends)
+    with_logprobs = config.loss.sampler_correction is not None
+    return GroupSampling(params, config.train.group_size, config.train.seed, with_logprobs)
 
 
 def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingParams:
@@ -83,8 +57,12 @@ def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingPa
     )
 
 
-def _keep_fn(config: Config) -> Any:
-    if config.advantage.dynamic_sampling is None:
-        return None
+def dynamic_sampling(config: Config) -> DynamicSampling:
+    dynamic = config.advantage.dynamic_sampling
+    if dynamic is None:
+        return DynamicSampling()
     weights = {spec.name: spec.weight for spec in config.rewards.functions}
-    return lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed"
+    return DynamicSampling(
+        lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed",
+        dynamic.max_rounds,
+    )

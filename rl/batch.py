@@ -3,7 +3,7 @@ nothing padded.
 
 A token's column is the token itself. `predecessors_L` says which column a causal policy predicts it from (the
 last prompt token for the first token of every completion), so the shift happens once, here, and a
-bidirectional policy ignores it.
+bidirectional policy ignores it. Nothing writes to a batch once it is packed.
 
 Weights are global: every token carries its share of the loss of the whole optimizer step, all processes
 included, so that summing over micro-batches and processes is exact however the work is cut.
@@ -11,38 +11,44 @@ included, so that summing over micro-batches and processes is exact however the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rl.model.packed import Block, Layout
-from rl.types import Completion, Prompt, ScoredGroup
+from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to train on: its prompt's index, ids, advantage, and the weight of each of its loss
-    tokens. `repeat` counts the equal completions of its group before it.
+    """One completion to train on: its group, its index in it, advantage, and the weight of each of its loss
+    tokens. Its episode is the pair of group and index.
     """
 
     prompt: Prompt
     completion: Completion
     group_index: int
-    advantage: float
+    index: int
+    advantage: Advantage
     weight: float = 0.0
     in_loss: bool = True
-    repeat: int = 0
 
     @property
     def num_loss_tokens(self) -> int:
         return sum(self.completion.loss_mask) if self.in_loss else 0
+
+    @property
+    def loss_advantages(self) -> list[float]:
+        """One per loss token."""
+        a, mask = self.advantage, self.completion.loss_mask
+        if isinstance(a, float | int):
+            return [float(a)] * sum(mask)
+        return [value for value, counts in zip(a, mask, strict=True) if counts]
 
 
 @dataclass
@@ -58,10 +64,6 @@ class MicroBatch:
         weights_L: share of the step's loss.
         behavior_logprobs_L: the engine's log-probs, or None if it was asked for none.
         rows: the S sequences, for a policy that needs more of them than a packed row.
-        old_logprobs_L: the policy's own before the first update of this step; None while no update has
-            happened.
-        draw: which pass over the batch this is, for a policy that draws masks.
-        plan: masks that a diffusion policy drew for this batch; every model that scores it sees the same.
     """
 
     token_ids_N: Int[Tensor, " N"]
@@ -75,9 +77,6 @@ class MicroBatch:
     behavior_logprobs_L: Float[Tensor, " L"] | None
     num_sequences: int
     rows: tuple[Row, ...] = field(default=(), repr=False)
-    old_logprobs_L: Float[Tensor, " L"] | None = None
-    draw: int = 0
-    plan: Any = field(default=None, repr=False)
     _layout: Layout | None = field(default=None, repr=False)
 
     @property
@@ -110,11 +109,6 @@ class Batch:
     num_loss_tokens: float
     num_skipped_rows: int = 0
 
-    def drawn_again(self, draw: int) -> Batch:
-        """The same rows, for which a diffusion policy draws other masks."""
-        again = [replace(m, draw=draw, plan=None, old_logprobs_L=None) for m in self.micro_batches]
-        return replace(self, micro_batches=again)
-
     @property
     def num_packed_tokens(self) -> int:
         return sum(len(m.token_ids_N) for m in self.micro_batches)
@@ -141,9 +135,15 @@ class PackRules:
     share_prompts: bool = True
 
 
+def idle_micro_batch(token_id: int = 0) -> MicroBatch:
+    """One token of weight 0 behind a prompt of one token: a forward pass that changes nothing."""
+    row = Row(Prompt("idle", "", (token_id,)), Completion([token_id], [0.0], [True], "stop", []), 0, 0, 0.0)
+    return _micro_batch([[row]])
+
+
 def pack(
     groups: Sequence[ScoredGroup],
-    advantages: Sequence[Sequence[float]],
+    advantages: Sequence[Sequence[Advantage]],
     rules: PackRules,
     *,
     sum_over_processes: SumOverProcesses = list,
@@ -176,19 +176,32 @@ def pack(
 
 
 def _rows(
-    groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]], indices: range, rules: PackRules
+    groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[Advantage]], indices: range, rules: PackRules
 ) -> list[Row]:
     rows = []
     for i in indices:
-        seen: Counter[tuple[int, ...]] = Counter()
-        for completion, advantage in zip(groups[i].completions, advantages[i], strict=True):
+        of_group = zip(groups[i].completions, advantages[i], strict=True)
+        for g, (completion, advantage) in enumerate(of_group):
             if completion.finish_reason == "abort" or not completion.token_ids:
                 continue
+            _check_row(groups[i].prompt, completion, advantage)
             in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
-            ids = tuple(completion.token_ids)
-            rows.append(Row(groups[i].prompt, completion, i, advantage, in_loss=in_loss, repeat=seen[ids]))
-            seen[ids] += 1
+            rows.append(Row(groups[i].prompt, completion, i, g, advantage, in_loss=in_loss))
     return rows
+
+
+def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> None:
+    if completion.continuations:
+        raise ValueError(
+            f"a completion of prompt {prompt.id} goes on in {len(completion.continuations)} further rows, "
+            "and several rows of an episode cannot be trained on yet; keep the prefix of an episode as it was"
+        )
+    number = len(completion.token_ids)
+    if not isinstance(advantage, float | int) and len(advantage) != number:
+        raise ValueError(
+            f"a completion of prompt {prompt.id} has {number} tokens and {len(advantage)} advantages; give "
+            "one for the completion, or one for each of its tokens"
+        )
 
 
 def _batch(
@@ -197,7 +210,7 @@ def _batch(
     kept = [
         replace(row, weight=rules.row_weight(row.num_loss_tokens, num_sequences, num_tokens, tokens_per_step))
         for row in rows
-        if row.num_loss_tokens and not (rules.skip_without_signal and row.advantage == 0)
+        if row.num_loss_tokens and not (rules.skip_without_signal and not any(row.loss_advantages))
     ]
     blocks = _blocks(kept, rules.token_budget) if rules.share_prompts else [[row] for row in kept]
     micro_batches = [_micro_batch(bin_) for bin_ in _bins(blocks, rules.token_budget)]
@@ -228,31 +241,30 @@ def _bins(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
     Even bins have a lower peak of memory than full ones and a small rest. Where the even filling does not
     stay within the budget, the first-fit one stands.
     """
-    ordered = sorted(blocks, key=_block_size, reverse=True)
-    bins = _first_fit(ordered, token_budget)
-    even: list[list[list[Row]]] = [[] for _ in bins]
-    sizes = [0] * len(bins)
-    for block in ordered:
-        index = sizes.index(min(sizes))
-        even[index].append(block)
-        sizes[index] += _block_size(block)
-    limit = max((sum(map(_block_size, bin_)) for bin_ in bins), default=0)
-    return even if max(sizes, default=0) <= limit else bins
+    sizes = [_block_size(block) for block in blocks]
+    bins = first_fit(sizes, token_budget)
+    even: list[list[int]] = [[] for _ in bins]
+    filled = [0] * len(bins)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        emptiest = filled.index(min(filled))
+        even[emptiest].append(i)
+        filled[emptiest] += sizes[i]
+    limit = max((sum(sizes[i] for i in bin_) for bin_ in bins), default=0)
+    return [[blocks[i] for i in bin_] for bin_ in (even if max(filled, default=0) <= limit else bins)]
 
 
-def _first_fit(ordered: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
-    """Each block into the first bin with room."""
-    bins: list[list[list[Row]]] = []
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: indices by bin, the largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
     room: list[int] = []
-    for block in ordered:
-        size = _block_size(block)
-        index = next((i for i, free in enumerate(room) if size <= free), None)
-        if index is None:
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
+        if found is None:
+            found = len(bins)
             bins.append([])
-            room.append(token_budget)
-            index = len(bins) - 1
-        bins[index].append(block)
-        room[index] -= size
+            room.append(budget)
+        bins[found].append(index)
+        room[found] -= sizes[index]
     return bins
 
 
@@ -278,7 +290,7 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
             columns += [start + t for t in scored]
             predecessors += [start + t - 1 if t else last_prompt_column for t in scored]
             sequence_ids += [num_sequences] * len(scored)
-            per_token += [(row.advantage, row.weight)] * len(scored)
+            per_token += [(advantage, row.weight) for advantage in row.loss_advantages]
             if row.completion.behavior_logprobs:
                 behavior += [row.completion.behavior_logprobs[t] for t in scored]
             token_ids += ids

@@ -5,13 +5,12 @@ faults.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 from rl.advantages import group_outcome
 from rl.config import AdvantageConfig
-from rl.run import Run
 from rl.types import Completion, Reason, Reward, ScoredGroup
-from rl.update import UpdateResult
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
@@ -21,6 +20,10 @@ COUNTS = {
     "over_age": "staleness/over_age",
 }
 Sum = Callable[[list[float]], list[float]]
+Ratios = dict[str, tuple[float, float]]
+"""Metric -> (sum, count) on this process; names that begin with _ are no metrics."""
+Tops = dict[str, float]
+"""Metric -> greatest value on this process; of -NAME the negated least value of NAME."""
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:
@@ -51,57 +54,70 @@ def group_metrics(
     of graders and the sampled tokens, and in nothing else.
     `counts` is what the source of this process counted; all processes count the same things.
     """
-    pairs = _pairs(groups)
-    live = [c for c, _ in pairs if c.finish_reason != "abort"]
-    scores = [r.score for c, r in pairs if r.score is not None and c.finish_reason != "abort"]
-    sampled = [*groups, *rejected]
+    pairs, sampled = _pairs(groups), [*groups, *rejected]
+    live = [(c, r) for c, r in pairs if c.finish_reason != "abort"]
     outcomes = [group_outcome(g, config=config, weights=weights) for g in sampled]
     faults, num_graded = grader_faults(sampled)
-    lengths = [len(c.token_ids) for c in live]
-    ages = [(step - span.policy_version, span.num_tokens) for c in live for span in c.version_spans]
-    scored = {"reward": scores}
-    scored |= {
+    scored = {"reward": [r.score for _, r in live if r.score is not None]} | {
         f"reward/{name}": [p for _, r in pairs if (p := r.parts.get(name)) is not None] for name in weights
     }
-    ratios: dict[str, tuple[float, float]] = {
+    lengths = [len(c.token_ids) for c, _ in live]
+    ages = [(step - span.policy_version, span.num_tokens) for c, _ in live for span in c.version_spans]
+    ratios, tops = _scores(scored)
+    ratios |= {
         "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
         "graders/faults": (len(faults), num_graded),
         "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
         "groups/all_wrong": (outcomes.count("all_wrong"), len(outcomes)),
         "groups/without_spread": (len(outcomes) - outcomes.count("mixed"), len(outcomes)),
         "completion/length_mean": (sum(lengths), len(lengths)),
-        "completion/truncated_share": (sum(c.finish_reason == "length" for c in live), len(live)),
+        "completion/truncated_share": (sum(c.finish_reason == "length" for c, _ in live), len(live)),
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
         "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
-        "_tokens": (sum(len(c.token_ids) for c, _ in _pairs(sampled)), 1),
     }
-    for name, numbers in scored.items():
-        ratios[f"{name}/mean"] = (math.fsum(numbers), len(numbers))
-        ratios[f"_{name}/squares"] = (math.fsum(x * x for x in numbers), len(numbers))
-    flat = world.sum([float(x) for pair in ratios.values() for x in pair])
-    totals = dict(zip(ratios, zip(flat[::2], flat[1::2], strict=True), strict=True))
-    values = {name: t / count for name, (t, count) in totals.items() if count and not name.startswith("_")}
-    longest, shortest, oldest, *ends = world.max(
-        [
-            float(max(lengths, default=0)),
-            -float(min(lengths, default=0)),
-            float(max((age for age, _ in ages), default=0)),
-            *(end for x in scored.values() for end in (max(x, default=-math.inf), -min(x, default=math.inf))),
-        ]
-    )
-    for name, high, low in zip(scored, ends[::2], ends[1::2], strict=True):
-        square, count = totals[f"_{name}/squares"]
-        if count:  # equal scores have a spread of 0 to the last bit, which the squares do not give
-            spread = max(0.0, square / count - values[f"{name}/mean"] ** 2) if high > -low else 0.0
-            values[f"{name}/std"] = math.sqrt(spread)
-    values |= {
-        "completion/length_max": longest,
-        "completion/length_min": -shortest,
-        "staleness/max": oldest,
-        "tokens/completion": totals["_tokens"][0],
+    tops |= {
+        "completion/length_max": max(lengths, default=0),
+        "-completion/length_min": -min(lengths, default=0),
+        "staleness/max": max((age for age, _ in ages), default=0),
     }
     counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
-    return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
+    counted["tokens/completion"] = sum(len(c.token_ids) for c, _ in _pairs(sampled))
+    values = _over_processes(ratios, tops, counted, world)
+    values |= _spreads(scored, values)
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def _over_processes(
+    ratios: Ratios, tops: Tops, counts: Mapping[str, float], world: World
+) -> dict[str, float]:
+    flat = iter(world.sum([float(x) for x in (*chain(*ratios.values()), *counts.values())]))
+    totals = {name: (next(flat), next(flat)) for name in ratios}
+    values = {name: total / count for name, (total, count) in totals.items() if count}
+    ends = zip(tops, world.max([float(x) for x in tops.values()]), strict=True)
+    values |= {name.removeprefix("-"): -x if name.startswith("-") else x for name, x in ends}
+    return values | dict(zip(counts, flat, strict=True))
+
+
+def _scores(scored: Mapping[str, Sequence[float]]) -> tuple[Ratios, Tops]:
+    """Means of the reward and its parts, and what `_spreads` needs."""
+    ratios, tops = {}, {}
+    for name, numbers in scored.items():
+        ratios[f"{name}/mean"] = (math.fsum(numbers), len(numbers))
+        ratios[f"_{name}/square"] = (math.fsum(x * x for x in numbers), len(numbers))
+        tops[f"_{name}/high"] = max(numbers, default=-math.inf)
+        tops[f"-_{name}/low"] = -min(numbers, default=math.inf)
+    return ratios, tops
+
+
+def _spreads(names: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
+    """Standard deviations; equal scores have one of 0 to the last bit, which the squares do not give."""
+    spreads = {}
+    for name in names:
+        if (square := values.get(f"_{name}/square")) is not None:
+            is_spread = values[f"_{name}/high"] > values[f"_{name}/low"]
+            spread = max(0.0, square - values[f"{name}/mean"] ** 2) if is_spread else 0.0
+            spreads[f"{name}/std"] = math.sqrt(spread)
+    return spreads
 
 
 def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: Sum) -> str:
@@ -125,22 +141,3 @@ def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_proce
         "step; mend the reward function (`cohort score` runs it on saved rows) and start again: the run "
         "resumes"
     )
-
-
-def check_update(run: Run, step: int, update: UpdateResult) -> None:
-    """Counts skipped optimizer steps. The ledger of the step holds the batch.
-
-    Raises:
-        RuntimeError: `train.max_bad_steps` steps in a row were skipped.
-    """
-    run.skipped_steps += update.bad_steps
-    run.bad_steps_in_row = run.bad_steps_in_row + 1 if update.bad_steps else 0
-    if update.bad_steps:
-        where = f"the batch is in {run.ledger.folder}/step-{step:06d}-rank*.jsonl.gz"
-        run.observer.warn(f"step {step + 1}: loss or gradient not finite, update skipped; {where}")
-        if run.bad_steps_in_row >= run.config.train.max_bad_steps:
-            raise RuntimeError(
-                f"{run.bad_steps_in_row} steps in a row had a non-finite loss or gradient; {where}. Nothing "
-                "non-finite was saved. Lower optimizer.lr or optimizer.max_grad_norm, or use "
-                "model.dtype=fp32, and start again from the newest checkpoint in a new run_dir"
-            )

@@ -1,54 +1,41 @@
-"""The collaborators of a run, as the loop sees them."""
+"""The collaborators of a run of `rl.train`, as its loop sees them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from rl.config import Config
+from rl.driver import Log, Progress
 from rl.phases import Phases, StopSignal
-from rl.policy import Policy
+from rl.policy import Policy, Reference
 from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import Evaluation, EvaluationLog
-from rl.store.ledger import Ledger
+from rl.store.ledger import Ledger, LedgerStep
 from rl.store.metrics import MetricsLog
-from rl.types import Observer, ScoredGroup, WeightStream
+from rl.types import Observer, Source
 from rl.world import World
-
-
-class GroupSource(Protocol):
-    """Where scored groups come from; `rollout.source` has the real ones."""
-
-    cursor: Any
-    policy_version: int
-    last_counts: dict[str, float]
-    last_rejected: list[ScoredGroup]
-
-    def next_groups(self, num_groups: int) -> list[ScoredGroup]: ...
-    def publish(self, weights: WeightStream, *, version: int) -> Any: ...
 
 
 @dataclass
 class Run:
-    """The collaborators of a run, and where it stands: `start_step` steps are done already.
+    """The collaborators of a run, and where it stands.
 
     Attributes:
-        began: `time.monotonic()` when this process was started.
-        seconds_before: what earlier processes of this run took, up to the checkpoint that it goes on from.
-        saved_step: step of the newest checkpoint; 0 if there is none.
+        measure: held-out accuracy of the weights after so many steps; None: there are no held-out prompts.
         num_recorded: steps that an earlier process of this run recorded in the ledger.
     """
 
     config: Config
     world: World
     policy: Policy
+    reference: Reference | None
     optimizer: torch.optim.Optimizer
-    source: GroupSource
-    evaluate: Callable[[int], Evaluation] | None
+    source: Source
+    measure: Callable[[int], Evaluation] | None
     store: CheckpointStore
     ledger: Ledger
     log: MetricsLog
@@ -56,26 +43,48 @@ class Run:
     observer: Observer
     phases: Phases
     stop: StopSignal
-    began: float
-    start_step: int = 0
-    saved_step: int = 0
+    progress: Progress = field(default_factory=Progress)
     num_recorded: int = 0
-    seconds_before: float = 0.0
-    bad_steps_in_row: int = 0
-    skipped_steps: int = 0
-    told: set[str] = field(default_factory=set)
 
     @property
     def reward_weights(self) -> dict[str, float]:
         return {spec.name: spec.weight for spec in self.config.rewards.functions}
 
     @property
-    def seconds(self) -> float:
-        """Seconds that the run has taken so far, earlier processes included."""
-        return self.seconds_before + time.monotonic() - self.began
+    def logs(self) -> tuple[Log, ...]:
+        return (self.evaluations,)
 
-    def warn_once(self, topic: str, text: str) -> None:
-        """Shows a warning, unless there was one of this topic already."""
-        if topic not in self.told:
-            self.told.add(topic)
-            self.observer.warn(text)
+    def evaluate(self, step: int) -> None:
+        """Held-out accuracy, unless it is known; never moves the training stream."""
+        if self.measure is None or self.evaluations.at(step) is not None:
+            return
+        with self.phases("eval"):
+            found = self.measure(step)
+        if self.world.is_main:
+            self.evaluations.write(found)
+            self.observer.heldout(step, found.accuracy, found.low, found.high)
+        self.world.wait()
+
+    def counters(self) -> dict[str, Any]:
+        return {"cursor": self.source.cursor}
+
+    def put_back(self, counters: Mapping[str, Any]) -> None:
+        self.source.cursor = counters["cursor"]
+
+    def recorded(self, step: int) -> LedgerStep | None:
+        """What this process trained on in a step of a run that was stopped; None: the step has to be sampled.
+
+        Where such a record is lost or damaged on any process, all sample the step again, and the file is
+        named. With train.max_staleness > 0 what was in flight is sampled again too, by newer weights: every
+        prompt is still consumed once and in order, and no step is trained on two different batches.
+        """
+        found = self.ledger.read(step)
+        if self.world.all(found is not None and found.cursor_before == self.source.cursor):
+            return found
+        if step < self.num_recorded:
+            fault = self.ledger.fault(step) if found is None else ""
+            if faults := [text for text in self.world.gather(fault) if text]:
+                self.observer.warn(
+                    f"step {step + 1} is sampled again, perhaps otherwise than before: {'; '.join(faults)}"
+                )
+        return None

@@ -1,30 +1,28 @@
 """READ FIRST: the loop. Sample groups, grade them, turn rewards into advantages, update the policy, send the
 weights back.
 
-Everything else in the library is called from here. `recipes/grpo.py` builds a `Run` and calls `train`.
+Everything else in the library is called from here. `recipes/grpo.py` builds a `Run` and calls `train`;
+`rl.driver.steps` stops, logs, saves and evaluates between two steps.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rl.advantages import compute_advantages
 from rl.batch import pack
-from rl.record import check_faults, check_update, group_metrics
-from rl.resume import recorded_step, training_state
+from rl.driver import count_bad_steps, every, steps
+from rl.optimizer import set_learning_rate
+from rl.record import check_faults, group_metrics
 from rl.run import Run
-from rl.store.checkpoint import CheckpointWriteError
-from rl.store.trainer_state import NonFiniteError
 from rl.types import ScoredGroup
-from rl.update import UpdateResult, pack_rules, set_learning_rate, update_policy
+from rl.update import UpdateResult, pack_rules, update_policy
 
 Advantages = list[list[float]]
 
 
 def train(run: Run) -> int:
-    """Does steps `run.start_step` to `config.train.steps`; returns how many are done when it stops.
+    """Does steps up to `config.train.steps`; returns how many are done when it stops.
 
     Raises:
         RuntimeError: `train.max_bad_steps` non-finite steps in a row, graders that fail too often, or weights
@@ -32,13 +30,8 @@ def train(run: Run) -> int:
     """
     config, source, policy, phases = run.config, run.source, run.policy, run.phases
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
-    source.publish(policy.weights(), version=run.start_step)
-    step = run.start_step
-    if step == 0 or step >= config.train.steps or _every(step, config.evaluation.every):
-        evaluate(run, step)
-    phases.take()  # what came before is no part of a step
-    while step < config.train.steps and not run.stop.requested():
-        began = time.monotonic()
+    source.publish(policy.weights(), version=run.progress.step)
+    for step in steps(run):
         groups, advantages = collect(run, step)
         with phases("pack"):
             batches = pack(groups, advantages, rules, sum_over_processes=run.world.sum)
@@ -49,37 +42,33 @@ def train(run: Run) -> int:
                 run.optimizer,
                 batches,
                 config.loss,
+                world=run.world,
+                reference=run.reference,
                 num_epochs=config.train.num_epochs,
                 max_grad_norm=config.optimizer.max_grad_norm,
             )
-        check_update(run, step, update)
-        step += 1
-        follow_reference(run, step)
-        report = source.publish(policy.weights(), version=step)
-        record(run, step, groups, update, report, time.monotonic() - began)
-        last = step == config.train.steps
-        if last or _every(step, config.checkpoint.every) or run.stop.requested():
-            save(run, step)
-        if last or _every(step, config.evaluation.every):
-            evaluate(run, step)
-    if run.saved_step != step:
-        save(run, step, must=True)
-    return step
+        record = f"{run.ledger.folder}/step-{step:06d}-rank*.jsonl.gz"
+        count_bad_steps(run, update.bad_steps, where=f"; the batch is in {record}")
+        if run.reference is not None and every(step + 1, config.model.reference.update_every):
+            run.reference.follow(policy, config.model.reference.mixup)
+        sync = source.publish(policy.weights(), version=step + 1)
+        run.progress.values |= metrics(run, step, groups, update, sync)
+    return run.progress.step
 
 
 def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     """The groups of a step: from the ledger if a killed run sampled them already, else fresh ones, which are
     recorded.
     """
-    source, recorded, cursor = run.source, recorded_step(run, step), run.source.cursor
+    source, recorded, cursor = run.source, run.recorded(step), run.source.cursor
     if recorded is not None:
         groups, source.last_rejected = recorded.groups, recorded.rejected
         source.cursor, source.last_counts = recorded.cursor_after, recorded.counts
     else:
-        groups = source.next_groups(run.config.train.prompts_per_step)
+        groups = list(source.groups(run.config.train.prompts_per_step))
     sampled = [*groups, *source.last_rejected]
     if fault := check_faults(sampled, run.config.rewards.max_fault_share, run.world.sum):
-        run.warn_once("graders", f"step {step + 1}: {fault}")
+        run.observer.warn(f"step {step + 1}: {fault}", topic="graders")
     advantages = compute_advantages(
         groups, config=run.config.advantage, weights=run.reward_weights, reduce_moments=run.world.sum
     )
@@ -97,76 +86,20 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     return groups, advantages
 
 
-def follow_reference(run: Run, step: int) -> None:
-    reference = run.config.model.reference
-    if run.policy.reference is not None and _every(step, reference.update_every):
-        run.policy.move_reference(reference.mixup)
-
-
-def evaluate(run: Run, step: int) -> None:
-    """Held-out accuracy of the weights after `step` steps, unless it is known; never moves the training
-    stream.
-    """
-    if run.evaluate is None or run.evaluations.at(step) is not None:
-        return
-    with run.phases("eval"):
-        evaluation = run.evaluate(step)
-    if run.world.is_main:
-        run.evaluations.write(evaluation)
-        run.observer.heldout(step, evaluation.accuracy, evaluation.low, evaluation.high)
-    run.world.wait()
-
-
-def record(
-    run: Run, step: int, groups: Sequence[ScoredGroup], update: UpdateResult, report: Any, seconds: float
-) -> None:
-    """One row of metrics for the step that just ended (rows count from 1: the number of steps done)."""
+def metrics(
+    run: Run, step: int, groups: Sequence[ScoredGroup], update: UpdateResult, sync: Mapping[str, float]
+) -> dict[str, float]:
+    """The numbers of a step, over all processes."""
     values = group_metrics(
         groups,
         rejected=run.source.last_rejected,
-        step=step - 1,
+        step=step,
         config=run.config.advantage,
         weights=run.reward_weights,
         world=run.world,
         counts=run.source.last_counts,
     )
-    values |= update.metrics | report.metrics | run.phases.take()
-    values |= {
-        "policy/lr": run.optimizer.param_groups[0]["lr"],
-        "steps/skipped": float(run.skipped_steps),
-        "tokens/trained": run.world.sum([float(update.num_trained_tokens)])[0],
-        "tokens/per_second": values["tokens/completion"] / seconds,
-        "time/step": seconds,
-    }
-    if run.world.is_main:
-        run.log.write(step, values)
-        run.observer.step(step, values)
-
-
-def save(run: Run, step: int, *, must: bool = False) -> None:
-    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched.
-
-    Raises:
-        RuntimeError: a tensor is not finite; or the disk fails and `must`, because the run is about to end.
-    """
-    with run.phases("save"):
-        state = training_state(run, step)
-        fault, is_fatal = "", False
-        if run.world.is_main:
-            try:
-                run.store.save(step, write_model=run.policy.write_model, trainer_state=state)
-            except CheckpointWriteError as error:
-                fault, is_fatal = f"{error}; started again, the run repeats what follows them", must
-            except NonFiniteError as error:
-                fault, is_fatal = str(error), True
-        fault, is_fatal = run.world.gather_objects((fault, is_fatal))[0]
-    if is_fatal:
-        raise RuntimeError(fault)
-    if fault:
-        run.observer.warn(fault)
-    else:
-        run.saved_step = step
-
-
-def _every(step: int, period: int) -> bool:
-    return period > 0 and step % period == 0
+    values |= {**update.metrics, **sync}
+    values["tokens/trained"] = run.world.sum([float(update.num_trained_tokens)])[0]
+    values["tokens/per_second"] = values["tokens/completion"] / run.progress.step_seconds
+    return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -68,27 +69,32 @@ class VersionSpan:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """In which order a masked diffusion sampler wrote a canvas: a completion and the tail behind its end.
+Origin = Literal["sampled", "scaffold", "tool", "user"]
 
-    Attributes:
-        steps: of each column of the canvas, the step (from 0) that committed its token; `num_steps` where
-            none did.
-        tail_ids: what stands behind the completion; the mask token where no token was committed.
-        num_steps: model calls of the row.
-        pieces: the text of each token of the completion, for readers.
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`num_tokens` consecutive completion tokens of one origin: what the policy sampled, what a template put
+    around a turn, what a tool answered, or what a user said.
     """
 
-    steps: list[int]
-    tail_ids: list[int]
-    num_steps: int
-    pieces: list[str]
+    origin: Origin
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A further row of an episode: turns before which the prefix was not that of the row before, so that they
+    are computed behind a prompt of their own.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    completion: Completion
 
 
 @dataclass(slots=True)
 class Completion:
-    """What the behavior policy answered to one prompt.
+    """What the behavior policy answered to one prompt: one turn, or the turns of an episode in one row.
 
     Attributes:
         token_ids: sampled ids, the end-of-turn id included when `finish_reason` is "stop".
@@ -101,7 +107,9 @@ class Completion:
         text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
         special tokens, such as <think> in some vocabularies, stay.
         routes: experts chosen per token and layer (mixture-of-experts replay), or None.
-        trace: the order in which a masked diffusion sampler committed the tokens, or None.
+        segments: in order, they add up to len(token_ids); empty: the policy sampled all of it.
+        facts: what graders, policies and the report may know of how it came about; JSON values by name.
+        continuations: further rows of the same episode, in order.
     """
 
     token_ids: list[int]
@@ -111,7 +119,9 @@ class Completion:
     version_spans: list[VersionSpan]
     text: str = ""
     routes: Any = None
-    trace: Trace | None = None
+    segments: list[Segment] = field(default_factory=list)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    continuations: list[Continuation] = field(default_factory=list)
 
     @property
     def policy_version(self) -> int:
@@ -142,6 +152,7 @@ class Reward:
         elapsed_ms: grading time in milliseconds.
         parts: name -> score of each reward that was composed into this one, before weights; None where it
             abstained.
+        turns: reward of each turn of an episode, None where it has none; empty for a single turn.
     """
 
     score: float | None
@@ -150,6 +161,11 @@ class Reward:
     extracted: str | None = None
     elapsed_ms: float = 0.0
     parts: Mapping[str, float | None] = field(default_factory=dict)
+    turns: tuple[float | None, ...] = ()
+
+
+Advantage = float | Sequence[float]
+"""Of a completion: one number for all of its tokens, or one for each."""
 
 
 @dataclass(slots=True)
@@ -186,6 +202,56 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to an engine: `num_completions` completions of each prompt.
+
+    Attributes:
+        seeds: one number per prompt. Completion g draws from a seed made of that number and g.
+        with_logprobs: completions carry `behavior_logprobs`.
+    """
+
+    prompts: tuple[Prompt, ...]
+    num_completions: int
+    sampling: SamplingParams
+    seeds: tuple[int, ...]
+    with_logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) != len(self.prompts):
+            raise ValueError(
+                f"{len(self.seeds)} seeds for {len(self.prompts)} prompts; give one seed per prompt"
+            )
+
+
+class Team(Protocol):
+    """The processes that work on one run. All call `gather` equally often."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every process gives, in rank order: JSON values and tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneProcess:
+    """The team of a run in a single process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [mine]
+
+
+ALONE = OneProcess()
+
+
 class WeightStream(Protocol):
     """The policy's weights on their way to an engine, under their Hugging Face names, LoRA merged."""
 
@@ -216,12 +282,55 @@ class Observer(Protocol):
         """Held-out accuracy of the weights after `step` steps, with its 95 % interval."""
         ...
 
-    def warn(self, text: str) -> None:
-        """A sentence that the user should read."""
+    def warn(self, text: str, *, topic: str = "") -> None:
+        """A sentence that the user should read; of a topic that is named the first one only."""
         ...
 
     def note(self, text: str) -> None:
         """A sentence that the user may read."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """What the run waits for inside the `with` block."""
+        ...
+
+
+class Source(Protocol):
+    """Where scored groups come from. Asynchrony is a property of the source, not of the loop.
+
+    Attributes:
+        cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. A source whose
+            cursor is set goes on from there, and forgets what it had started.
+        policy_version: version of the weights that the engine samples from.
+        last_counts: what the latest `groups` sampled and threw away, for the metrics.
+        last_rejected: the groups it threw away, for the ledger.
+    """
+
+    cursor: Any
+    policy_version: int
+    last_counts: dict[str, float]
+    last_rejected: list[ScoredGroup]
+
+    def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
+        """This process's share of `num_groups` groups over all processes, in the order of the queue.
+
+        `cursor`, `last_counts` and `last_rejected` hold once the iterator has ended.
+
+        Raises:
+            RuntimeError: the engine failed for all of them, or did not answer in time; or the graders.
+        """
+        ...
+
+    def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
+        """Gives the engine the policy's weights, proves that they arrived, and returns metrics of it.
+
+        Raises:
+            RuntimeError: they did not arrive, on any process.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends engine and graders; safe to call twice."""
         ...
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rl.batch import Batch, MicroBatch, PackRules
-from rl.config import Config, LossConfig, OptimizerConfig
+from rl.batch import Batch, PackRules
+from rl.config import Config, LossConfig
 from rl.losses import LOSSES, LossInputs, LossOutput, aggregation_weight, policy_loss
-from rl.policy import Policy
+from rl.policy import Policy, Prepared, Reference, Scores
 from rl.world import World
 
 
@@ -53,12 +53,26 @@ def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
     )
 
 
+@dataclass
+class Part:
+    """A batch that is ready for an optimizer step, and what other models, or the policy itself before its
+    first update, say about it; None where nothing does.
+    """
+
+    batch: Batch
+    prepared: list[Prepared]
+    old: list[Tensor | None]
+    reference: list[Tensor | None]
+
+
 def update_policy(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     loss: LossConfig,
     *,
+    world: World,
+    reference: Reference | None = None,
     num_epochs: int = 1,
     max_grad_norm: float = 1.0,
 ) -> UpdateResult:
@@ -66,33 +80,30 @@ def update_policy(
 
     A step of one update needs no forward pass for old log-probs: the ratio is 1. Otherwise they are those
     before the first update: kept from the first pass over the first batch, and computed beforehand for the
-    others, and for the passes on other masks of a policy that `redraws`. An update without any signal on any
+    others, and for the passes on other draws of a policy that `redraws`. An update without any signal on any
     process changes nothing, moments included; one whose gradient is not finite is skipped and counted.
     """
-    tally, result, world = Tally(), UpdateResult({}), World(policy.accelerator)
-    for batch in batches:
-        batch.micro_batches[:] = [m.to(policy.device) for m in batch.micro_batches]
-    drawn = list(batches)
-    if policy.redraws:
-        drawn += [batch.drawn_again(draw) for draw in range(1, num_epochs) for batch in batches]
-    for batch in drawn[1:]:
-        for micro_batch in batch.micro_batches:
-            with torch.no_grad():
-                micro_batch.old_logprobs_L = policy.logprobs(micro_batch)[0]
-    references = _reference_logprobs(policy, drawn) if loss.kl_coef > 0 else {}
-    keep_old = num_epochs > 1
-    for batch in drawn if policy.redraws else drawn * num_epochs:
-        if not world.any(bool(batch.micro_batches)):
+    tally, result = Tally(), UpdateResult({})
+    draws = range(num_epochs if policy.redraws else 1)
+    parts = [_part(policy, batch, reference, draw) for draw in draws for batch in batches]
+    for part in parts[1:]:
+        with torch.no_grad():
+            part.old = [policy.score(p).logprobs_L for p in part.prepared]
+    for part in parts * (1 if policy.redraws else num_epochs):
+        if not world.any(any(not p.is_idle for p in part.prepared)):
             continue
-        for micro_batch in batch.micro_batches:
-            logprobs_L, entropy_L = policy.logprobs(micro_batch)
-            output = _loss(loss, batch, micro_batch, logprobs_L, entropy_L, references.get(id(micro_batch)))
-            output.loss.backward()
-            tally.add(output)
-            result.num_trained_tokens += len(micro_batch.columns_L)
-            if keep_old and micro_batch.old_logprobs_L is None:
-                micro_batch.old_logprobs_L = logprobs_L.detach()
-        norm = _finish_gradients(policy, max_grad_norm)
+        for i, prepared in enumerate(part.prepared):
+            scores = policy.score(prepared)
+            output = _loss(loss, part, i, scores)
+            extra = scores.extra_loss
+            policy.backward(
+                output.loss if extra is None else output.loss + extra, last=i + 1 == len(part.prepared)
+            )
+            tally.add(output, scores.metrics)
+            result.num_trained_tokens += 0 if prepared.is_idle else len(prepared.batch.columns_L)
+            if num_epochs > 1 and part.old[i] is None:
+                part.old[i] = scores.logprobs_L.detach()
+        norm = policy.finish_gradients(max_grad_norm)
         if math.isfinite(norm):
             optimizer.step()
             result.num_updates += 1
@@ -112,63 +123,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _loss(
-    config: LossConfig,
-    batch: Batch,
-    micro_batch: MicroBatch,
-    logprobs_L: Tensor,
-    entropy_L: Tensor,
-    reference_L: Tensor | None,
-) -> LossOutput:
+def _part(policy: Policy, batch: Batch, reference: Reference | None, draw: int) -> Part:
+    prepared = policy.prepare(batch, draw=draw)
+    nothing: list[Tensor | None] = [None] * len(prepared)
+    theirs = nothing if reference is None else [reference.logprobs(p) for p in prepared]
+    return Part(batch, prepared, list(nothing), list(theirs))
+
+
+def _loss(config: LossConfig, part: Part, index: int, scores: Scores) -> LossOutput:
+    prepared, micro_batch = part.prepared[index], part.prepared[index].batch
     inputs = LossInputs(
-        logprobs_N=logprobs_L,
+        logprobs_N=scores.logprobs_L,
         advantages_N=micro_batch.advantages_L,
-        mask_N=torch.ones_like(micro_batch.columns_L, dtype=torch.bool),
+        mask_N=torch.full_like(micro_batch.columns_L, not prepared.is_idle, dtype=torch.bool),
         sequence_ids_N=micro_batch.sequence_ids_L,
         num_sequences=micro_batch.num_sequences,
         weights_N=micro_batch.weights_L,
-        token_mean_weight=1.0 / max(batch.num_loss_tokens, 1.0),
-        old_logprobs_N=micro_batch.old_logprobs_L,
+        token_mean_weight=1.0 / max(part.batch.num_loss_tokens, 1.0),
+        old_logprobs_N=part.old[index],
         behavior_logprobs_N=micro_batch.behavior_logprobs_L,
-        reference_logprobs_N=reference_L,
-        entropy_N=entropy_L if config.entropy_coef > 0 else entropy_L.detach(),
+        reference_logprobs_N=part.reference[index],
+        entropy_N=scores.entropy_L if config.entropy_coef > 0 else scores.entropy_L.detach(),
     )
     return policy_loss(inputs, config=config)
-
-
-def _reference_logprobs(policy: Policy, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    return {id(m): policy.reference_logprobs(m) for batch in batches for m in batch.micro_batches}
-
-
-def _finish_gradients(policy: Policy, max_grad_norm: float) -> float:
-    """Sums the gradients over processes (never averages: weights are global shares), clips, and returns the
-    norm before.
-    """
-    parameters = [p for _, p in policy.trainable()]
-    if policy.accelerator.num_processes > 1:
-        sum_gradients(parameters)
-    return nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """grad <- sum of grad over all processes, in flat buckets; a process without a gradient contributes
-    zeros.
-    """
-    buckets: list[list[nn.Parameter]] = [[]]
-    size = 0
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        if buckets[-1] and (size + num_bytes > bucket_bytes or parameter.dtype != buckets[-1][0].dtype):
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter)
-        size += num_bytes
-    for bucket in filter(None, buckets):
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        torch.distributed.all_reduce(flat)
-        for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = piece.view_as(parameter).clone()
 
 
 @dataclass
@@ -182,9 +159,10 @@ class Tally:
     minima: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
 
-    def add(self, output: LossOutput) -> None:
+    def add(self, output: LossOutput, of_policy: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Adds a micro-batch: of the loss, and what the policy reports of itself."""
         self.loss = output.loss.detach() + (0 if self.loss is None else self.loss)
-        for name, (total, count) in output.metrics.items():
+        for name, (total, count) in (*output.metrics.items(), *of_policy.items()):
             old = self.sums.get(name)
             self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
         for name, value in output.maxima.items():
@@ -203,7 +181,7 @@ class Tally:
             "loss": {"policy/loss": [self.loss.item()]} if self.loss is not None else {},
         }
         merged: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in ours}
-        for theirs in world.gather_objects(ours):
+        for theirs in world.gather(ours):
             for kind, numbers in theirs.items():
                 for name, values in numbers.items():
                     merged[kind].setdefault(name, []).append(values)
@@ -214,35 +192,3 @@ class Tally:
         values |= {name: max(x[0] for x in rows) for name, rows in merged["max"].items()}
         values |= {name: min(x[0] for x in rows) for name, rows in merged["min"].items()}
         return {name: value for name, value in values.items() if abs(value) != math.inf}
-
-
-def weight_decay_groups(policy: Policy, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; norms and biases (one axis) do not."""
-    named = policy.trainable()
-    return [
-        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak rate at optimizer step `step`: linear warm-up, then constant, linear or cosine to 0
-    at the end.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int
-) -> None:
-    """A pure function of the step, so that a resumed run needs no scheduler state."""
-    factor = learning_rate_factor(
-        step, schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=total_steps
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor

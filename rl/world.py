@@ -77,7 +77,7 @@ class World:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
         """The numbers of every process, in rank order; exact for integers up to 2^53."""
         if self.size == 1:
             return [list(values)]
@@ -85,10 +85,10 @@ class World:
         return cast(Tensor, self.accelerator.gather(mine)).tolist()
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        return [sum(column) for column in zip(*self.gather(values), strict=True)]
+        return [sum(column) for column in zip(*self.gather_numbers(values), strict=True)]
 
     def max(self, values: Sequence[float]) -> list[float]:
-        return [max(column) for column in zip(*self.gather(values), strict=True)]
+        return [max(column) for column in zip(*self.gather_numbers(values), strict=True)]
 
     def any(self, wish: bool) -> bool:
         return self.sum([float(wish)])[0] > 0
@@ -97,9 +97,9 @@ class World:
         return self.sum([float(wish)])[0] == self.size
 
     def gather_ints(self, value: int) -> list[int]:
-        return [int(row[0]) for row in self.gather([float(value)])]
+        return [int(row[0]) for row in self.gather_numbers([float(value)])]
 
-    def gather_objects(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Any) -> list[Any]:
         """An object of every process, in rank order: JSON values with string keys, and tensors among them.
 
         It travels as JSON and safetensors, never as a pickle: whoever could join the group would run code in

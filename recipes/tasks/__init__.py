@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes.tasks.tables import read_table
 from rl.config import DataConfig
-from rl.config.data_rules import check_source
+from rl.config.data import check_source
 
 Row = dict[str, Any]
 

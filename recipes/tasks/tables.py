@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import DataConfig
-from rl.config.data_rules import DATA_SUFFIXES, check_source
+from rl.config.data import DATA_SUFFIXES, check_source
 
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

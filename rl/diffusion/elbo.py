@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rl.batch import first_fit
 from rl.diffusion.objectives import Noised
 from rl.model.bidirectional import Documents
 
@@ -68,21 +69,6 @@ def masked_elbo(
         weighted_L = row.weights_L * logprobs_L.double()  # thousands of terms add up
         estimates.append(weighted_L.new_zeros(num_examples).index_add(0, row.examples_L, weighted_L))
     return torch.stack(estimates).sum(0), torch.cat(scored)
-
-
-def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices by bin, the largest first, each into the first bin with room."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        found = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
-        if found is None:
-            found = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[found].append(index)
-        room[found] -= sizes[index]
-    return bins
 
 
 def _row(copies: Sequence[Noised]) -> PlanRow:

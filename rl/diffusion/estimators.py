@@ -22,7 +22,8 @@ they were.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,9 +59,19 @@ class Scored:
 
 
 def draw_plan(
-    batch: MicroBatch, config: EstimatorConfig, *, mask_token_id: int, seed: int, token_budget: int
+    batch: MicroBatch,
+    config: EstimatorConfig,
+    *,
+    draw: int,
+    mask_token_id: int,
+    seed: int,
+    token_budget: int,
+    repeats: Mapping[tuple[int, int], int] | None = None,
 ) -> Plan:
-    """Masks for every sequence of a micro-batch, a function of the seed, the sequence and `batch.draw` alone.
+    """Masks for every sequence of a micro-batch, a function of the seed, the sequence and `draw` alone.
+
+    Args:
+        repeats: of the whole step (`count_repeats`); default: of this micro-batch.
 
     Raises:
         ValueError: `trace` without the sampler's trace, or a sequence with the mask token in it.
@@ -68,8 +79,10 @@ def draw_plan(
     copies: list[Noised] = []
     tables: list[Tensor] = []
     first = 0
+    repeats = count_repeats(batch.rows) if repeats is None else repeats
     for index, row in enumerate(batch.rows):
-        generator = step_generator(seed, _fingerprint(row, batch.draw))
+        repeat = repeats[row.group_index, row.index]
+        generator = step_generator(seed, _fingerprint(row, repeat, draw))
         drawn = COPIES[config.name](row, config, mask_token_id, generator)
         copies += [replace(copy, example=index) for copy in drawn]
         counts = torch.tensor(row.completion.loss_mask)
@@ -81,6 +94,16 @@ def draw_plan(
     slots = [table[starts[p.examples_L] + p.documents.positions_N[p.columns_L]] for p in packed]
     device = batch.token_ids_N.device
     return Plan([p.to(device) for p in packed], [s.to(device) for s in slots])
+
+
+def count_repeats(rows: Iterable[Row]) -> dict[tuple[int, int], int]:
+    """(group, index in it) -> how many equal completions of the group come before it."""
+    seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    found = {}
+    for row in sorted(rows, key=lambda row: (row.group_index, row.index)):
+        key = (row.group_index, tuple(row.completion.token_ids))
+        found[row.group_index, row.index], seen[key] = seen[key], seen[key] + 1
+    return found
 
 
 def score(
@@ -138,14 +161,14 @@ def trace_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.
 
     Of more than `max_canvases` that many are drawn; their gradients weigh what they stand for.
     """
-    trace, prompt = row.completion.trace, list(row.prompt.token_ids)
+    trace, prompt = row.completion.facts.get("trace"), list(row.prompt.token_ids)
     if trace is None:
         raise ValueError(
             f"diffusion.estimator.name=trace needs the sampler's commit steps, and a completion of prompt "
             f"{row.prompt.id} has none; sample with the diffusion engine"
         )
-    ids = torch.tensor([*prompt, *row.completion.token_ids, *trace.tail_ids])
-    turns = torch.cat([torch.full((len(prompt),), -1), torch.tensor(trace.steps) // config.merge])
+    ids = torch.tensor([*prompt, *row.completion.token_ids, *trace["tail_ids"]])
+    turns = torch.cat([torch.full((len(prompt),), -1), torch.tensor(trace["steps"]) // config.merge])
     scored = _scored_columns(row)
     canvases = turns[scored].unique()
     weight = 1.0
@@ -237,8 +260,8 @@ def _mean_entropies(scored: Scored, num_tokens: int) -> Float[Tensor, " L"]:
 
 def _canvas(row: Row, mask: int) -> Int[Tensor, " T"]:
     """Prompt, completion, and masks where the sampler's canvas went on."""
-    trace = row.completion.trace
-    rest = len(trace.tail_ids) if trace is not None else 0
+    trace = row.completion.facts.get("trace")
+    rest = len(trace["tail_ids"]) if trace is not None else 0
     return torch.tensor([*row.prompt.token_ids, *row.completion.token_ids, *[mask] * rest])
 
 
@@ -255,11 +278,11 @@ def _masked_prompt(
     return ids_T.masked_fill(pad(hit, (0, len(ids_T) - len(hit))), mask)
 
 
-def _fingerprint(row: Row, draw: int) -> int:
+def _fingerprint(row: Row, repeat: int, draw: int) -> int:
     """62 bits of the sequence and the policy that wrote it: its masks do not depend on what it is packed
     with, or on which process. Equal completions of a group have masks of their own.
     """
-    numbers = [row.completion.policy_version, row.repeat, draw]
+    numbers = [row.completion.policy_version, repeat, draw]
     words = [numbers, list(row.prompt.token_ids), list(row.completion.token_ids)]
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

@@ -28,7 +28,7 @@ from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_te
 from rl.diffusion.saved_config import model_config, raw_config, refuse_code
 from rl.model.bidirectional import BIDIRECTIONAL, Documents
 from rl.model.exactness import quiet
-from rl.model.head import head_logprobs, head_settings
+from rl.model.head import head_logits, head_logprobs
 from rl.model.loading import use_fused_layers
 
 SPARE_NAMES = ("mask", "reserved", "unused", "placeholder")
@@ -255,13 +255,7 @@ def logits_at(
     documents: Documents,
 ) -> Float[Tensor, "L V"]:
     """Logits of the tokens at `columns_L`, in the model's dtype. L x V numbers: mind the memory."""
-    head = cast(Any, model.get_output_embeddings())
-    logits = head(hidden_ND[predicting_columns(model, columns_L, documents)])
-    settings = head_settings(model)
-    logits = logits * settings["logit_scale"]
-    if (softcap := settings["softcap"]) is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits
+    return head_logits(model, hidden_ND[predicting_columns(model, columns_L, documents)])
 
 
 class DiffusionScorer(nn.Module):

@@ -28,9 +28,12 @@ from rl.diffusion.model import (
 )
 from rl.diffusion.saved_config import model_config
 from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.model.adapters import add_lora
+from rl.model.adapters import add_lora, load_adapter
 from rl.model.loading import check_vocabulary, context_length, storage_dtype
 from rl.model.saving import save_model
+from rl.optimizer import finish_gradients
+from rl.policy import Writer
+from rl.store.optimizer_state import load_optimizer, optimizer_writer
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -94,13 +97,35 @@ class DiffusionPolicy:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # FSDP averages gradients over processes, and weights are global shares: they add up.
+        (loss * self.accelerator.num_processes if self.sharded else loss).backward()
+
+    def finish_gradients(self, max_norm: float) -> float:
+        if not self.sharded:
+            number = self.accelerator.num_processes
+            return finish_gradients(self.trainable(), max_norm, num_processes=number)
+        norm: Any = nn.utils.clip_grad_norm_([p for _, p in self.trainable()], max_norm)
+        return norm.full_tensor().item()
+
+    def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
+        weights, write_optimizer = self.whole_weights(), optimizer_writer(optimizer, self.trainable())
+
+        def write(folder: Path) -> None:
+            if self.accelerator.is_main_process:
+                self.write_model(folder, weights)
+            write_optimizer(folder)
+
+        return write
+
+    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        self.load_weights(folder)
+        load_optimizer(folder, optimizer, self.trainable())
+
     def load_weights(self, folder: Path) -> None:
         """Weights (or the adapter) that `write_model` wrote, bit for bit."""
         if self.peft_model is not None:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            saved = load_peft_weights(str(folder), device=str(self.device))
-            set_peft_model_state_dict(self.peft_model, saved)
+            load_adapter(self.peft_model, folder, self.device)
             return
         saved = load_diffusion_model(str(folder), dtype=self.dtype)
         if not self.sharded:

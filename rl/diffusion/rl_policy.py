@@ -1,45 +1,40 @@
-"""A masked diffusion model behind the surface of `rl.policy.Policy`: same loop, losses and checkpoints."""
+"""A masked diffusion model as a policy of `rl.policy`: same loop, losses and checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl.batch import MicroBatch
+from rl.batch import Batch, MicroBatch
 from rl.config.diffusion import DiffusionModelConfig
 from rl.config.diffusion_rl import MaskedRunConfig
-from rl.diffusion.estimators import draw_plan, score
+from rl.diffusion.estimators import count_repeats, draw_plan, score
 from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.model.bidirectional import Documents
+from rl.policy import Prepared, Scores
 from rl.types import WeightStream
 
 
 class MaskedPolicy:
-    """The model being trained, and the reference of the KL term.
-
-    `logprobs` are the estimates of `diffusion.estimator`, on masks that a micro-batch keeps: whichever of
-    old, current and reference policy comes first draws them, the others see the same. Each pass of
-    `train.num_epochs` has masks of its own, as d1 and ESPO have.
+    """The model being trained. Its log-probs are the estimates of `diffusion.estimator`, on masks that are
+    drawn in `prepare`: old, current and reference policy see the same. Each pass of `train.num_epochs` has
+    masks of its own, as d1 and ESPO have.
 
     Args:
         name: folder or hub name; `config.model.name` with built-in names resolved.
     """
 
     shares_prompts = True  # its estimator counts the copies it makes in a budget of its own
+    in_step = False
 
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
-        self.config, self.accelerator = config.model, accelerator
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed
         self.token_budget = config.train.token_budget
         self.is_coarse = config.is_coarse
@@ -52,10 +47,11 @@ class MaskedPolicy:
             raise ValueError(said) from error
         self.scorer.random_in_training = False
         self.scorer.train()
-        self.reference: DiffusionScorer | None = None
-        self.with_reference = config.loss.kl_coef > 0
-        if self.with_reference and not config.model.lora:
-            self.reference = copy.deepcopy(self.scorer).requires_grad_(False).eval()
+        t = self.trained
+        self.peft_model, self.tokenizer, self.device = t.peft_model, t.tokenizer, t.device
+        self.trainable, self.autocast, self.write_model = t.trainable, t.autocast, t.write_model
+        self.backward, self.finish_gradients = t.backward, t.finish_gradients
+        self.snapshot, self.load, self.load_weights = t.snapshot, t.load, t.load_weights
 
     @property
     def redraws(self) -> bool:
@@ -73,63 +69,40 @@ class MaskedPolicy:
     def model(self) -> PreTrainedModel:
         return self.trained.model
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.trained.tokenizer
+    def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
+        repeats = count_repeats(row for micro_batch in batch.micro_batches for row in micro_batch.rows)
+        return [self._drawn(m.to(self.device), draw, repeats) for m in batch.micro_batches]
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    def _drawn(self, micro_batch: MicroBatch, draw: int, repeats: dict[tuple[int, int], int]) -> Prepared:
+        plan = draw_plan(
+            micro_batch,
+            self.estimator,
+            draw=draw,
+            mask_token_id=self.trained.mask_token_id,
+            seed=self.seed,
+            token_budget=self.token_budget,
+            repeats=repeats,
+        )
+        return Prepared(micro_batch, plan)
 
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return self.trained.trainable()
+    def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
+        """The estimate for each loss token, and the entropy of what it was scored under.
 
-    def settle_attention(self, longest: int | None = None) -> str | None:
-        """Nothing to settle: loading proved that attention is bidirectional and documents do not mix."""
-        return None
+        Raises:
+            ValueError: other ids are asked for; an estimate is made of what was sampled alone.
+        """
+        if ids_LK is not None:
+            raise ValueError("a masked diffusion policy estimates the sampled tokens alone, not other ids")
+        return self.score_by(self.scorer, prepared)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return self.trained.autocast()
-
-    def logprobs(self, batch: MicroBatch) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
-        """The estimate for each loss token, and the entropy of what it was scored under."""
-        return self._score(self.scorer, batch)
-
-    @torch.no_grad()
-    def reference_logprobs(self, batch: MicroBatch) -> Float[Tensor, " L"]:
-        """The same under the reference: a frozen copy, or the base model below the LoRA adapter."""
-        if self.reference is not None:
-            return self._score(self.reference, batch)[0]
-        with self.trained.peft_model.disable_adapter():
-            return self._score(self.scorer, batch)[0]
-
-    @torch.no_grad()
-    def move_reference(self, mixup: float) -> None:
-        """reference <- mixup * policy + (1 - mixup) * reference."""
-        assert self.reference is not None
-        for theirs, ours in zip(self.reference.parameters(), self.scorer.parameters(), strict=True):
-            theirs.lerp_(ours.to(theirs.dtype), mixup)
-
-    def load_weights(self, folder: Path) -> None:
-        self.trained.load_weights(folder)
-
-    def write_model(self, folder: Path) -> None:
-        self.trained.write_model(folder)
+    def score_by(self, scorer: nn.Module, prepared: Prepared) -> Scores:
+        with self.autocast():
+            return Scores(
+                *score(scorer, prepared.drawn, prepared.batch, self.estimator, temperature=self.temperature)
+            )
 
     def weights(self) -> WeightStream:
         return MaskedWeights(self)
-
-    def _score(self, scorer: DiffusionScorer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        if batch.plan is None:
-            batch.plan = draw_plan(
-                batch,
-                self.estimator,
-                mask_token_id=self.trained.mask_token_id,
-                seed=self.seed,
-                token_budget=self.token_budget,
-            )
-        with self.autocast():
-            return score(scorer, batch.plan, batch, self.estimator, temperature=self.temperature)
 
 
 class MaskedWeights:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from rl.config.diffusion import EosConfig, TextConfig
-from rl.diffusion.messages import Messages, messages_of, refuse_lost_calls, rendered
 from rl.diffusion.objectives import Example
+from rl.model.messages import Messages, messages_of, refuse_lost_calls, rendered
 
 Row = Mapping[str, Any]
 PROBE = "COHORTANSWER"  # an answer that no template changes

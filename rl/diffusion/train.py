@@ -8,28 +8,24 @@ run that was killed goes on bit by bit from its checkpoint.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from rl.config.diffusion import DiffusionConfig
 from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
-from rl.diffusion.likelihood import Bound, BoundLog, bound
+from rl.diffusion.likelihood import BoundLog, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, padded_examples
+from rl.driver import Log, Progress, count_bad_steps, steps
+from rl.optimizer import set_learning_rate
 from rl.phases import Phases, StopSignal
-from rl.store.checkpoint import CheckpointStore, CheckpointWriteError
+from rl.store.checkpoint import CheckpointStore
 from rl.store.metrics import MetricsLog
-from rl.store.optimizer_state import load_optimizer_state, optimizer_state_by_name
-from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, restore_rng
 from rl.types import Observer
-from rl.update import set_learning_rate, sum_gradients
 from rl.world import World
 
 ORDER, MASKS, HELD_OUT = range(3)  # streams of random numbers
@@ -37,7 +33,7 @@ ORDER, MASKS, HELD_OUT = range(3)  # streams of random numbers
 
 @dataclass
 class DiffusionRun:
-    """The collaborators of a run, and where it stands: `start_step` steps are done already.
+    """The collaborators of a run, and where it stands.
 
     Attributes:
         padding: the cycle of ids that follows an answer's end.
@@ -56,36 +52,53 @@ class DiffusionRun:
     observer: Observer
     phases: Phases
     stop: StopSignal
-    start_step: int = 0
-    bad_steps_in_row: int = 0
-    skipped_steps: int = 0
+    progress: Progress = field(default_factory=Progress)
+    reference: None = None
+
+    @property
+    def logs(self) -> tuple[Log, ...]:
+        return (self.bounds,)
+
+    def evaluate(self, step: int) -> None:
+        """The bound on held-out text after `step` steps, unless it is known."""
+        if not self.heldout or self.bounds.at(step) is not None:
+            return
+        config, policy = self.config, self.policy
+        with self.phases("eval"), policy.autocast():
+            found = bound(
+                policy.scorer,
+                self.heldout,
+                step_generator(config.train.seed, HELD_OUT),
+                mask_token_id=policy.mask_token_id,
+                num_draws=config.evaluation.num_draws,
+                token_budget=config.train.token_budget,
+                world=self.world,
+                in_step=policy.sharded,
+            )
+        if self.world.is_main:
+            self.bounds.write(step, found)
+            self.observer.note(f"held-out text after step {step}: {found}")
+        self.world.wait()
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def put_back(self, counters: Mapping[str, Any]) -> None:
+        return
 
 
 def train(run: DiffusionRun) -> int:
-    """Does steps `run.start_step` to `config.train.steps`; returns how many are done when it stops.
+    """Does steps up to `config.train.steps`; returns how many are done when it stops.
 
     Raises:
         RuntimeError: `train.max_bad_steps` non-finite steps in a row. The newest checkpoint stays valid.
     """
-    config, step = run.config, run.start_step
-    if step == 0 or step >= config.train.steps:
-        evaluate(run, step)
-    run.phases.take()  # what came before is no part of a step
-    while step < config.train.steps and not run.stop.requested():
-        began = time.monotonic()
+    for step in steps(run):
         values = train_step(run, step)
-        step += 1
-        values |= run.phases.take() | {"time/step": time.monotonic() - began}
-        values["diffusion/tokens_per_second"] = values["diffusion/packed_tokens"] / values["time/step"]
-        if run.world.is_main:
-            run.log.write(step, values)
-            run.observer.step(step, values)
-        last = step == config.train.steps
-        if last or _every(step, config.checkpoint.every) or run.stop.requested():
-            save(run, step)
-        if last or _every(step, config.evaluation.every):
-            evaluate(run, step)
-    return step
+        seconds = run.progress.step_seconds
+        values["diffusion/tokens_per_second"] = values["diffusion/packed_tokens"] / seconds
+        run.progress.values |= values
+    return run.progress.step
 
 
 def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
@@ -117,14 +130,17 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
         set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
         weights_E = torch.tensor(normalisers(examples, objective.normaliser), device=policy.device)
         totals = torch.zeros(2, dtype=torch.float64, device=policy.device)
-        for row in rows:
+        for i, row in enumerate(rows):
             with policy.autocast():
                 elbos_E, _ = masked_elbo(policy.scorer, [row], len(examples))
             loss = -(elbos_E * weights_E).sum()
-            # FSDP averages gradients over processes, and weights are global shares: they add up.
-            (loss * world.size if policy.sharded else loss).backward()
+            policy.backward(loss, last=i + 1 == len(rows))
             totals += torch.stack([loss.detach(), -elbos_E.detach().sum()])
-        norm = _finish(run, step)
+        norm = policy.finish_gradients(config.optimizer.max_grad_norm)
+        if math.isfinite(norm):
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        count_bad_steps(run, int(not math.isfinite(norm)), where="")
     loss, nats, packed, scored = world.sum(
         [
             *totals.tolist(),
@@ -138,8 +154,6 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
         "diffusion/scored_share": scored / max(packed, 1.0),
         "policy/grad_norm": norm,
         "policy/loss": loss,
-        "policy/lr": run.optimizer.param_groups[0]["lr"],
-        "steps/skipped": float(run.skipped_steps),
         "tokens/trained": scored,
     }
 
@@ -157,91 +171,3 @@ def step_examples(run: DiffusionRun, step: int) -> list[Example]:
             orders[epoch] = torch.randperm(n, generator=generator).tolist()
         chosen.append(run.examples[orders[epoch][place]])
     return padded_examples(chosen, config.eos, run.padding)
-
-
-def evaluate(run: DiffusionRun, step: int) -> None:
-    """The bound on held-out text after `step` steps, unless it is known."""
-    if not run.heldout or run.bounds.at(step) is not None:
-        return
-    config, policy = run.config, run.policy
-    with run.phases("eval"), policy.autocast():
-        found = bound(
-            policy.scorer,
-            run.heldout,
-            step_generator(config.train.seed, HELD_OUT),
-            mask_token_id=policy.mask_token_id,
-            num_draws=config.evaluation.num_draws,
-            token_budget=config.train.token_budget,
-            world=run.world,
-            in_step=policy.sharded,
-        )
-    if run.world.is_main:
-        run.bounds.write(step, found)
-        run.observer.note(f"held-out text after step {step}: {found}")
-    run.world.wait()
-
-
-def _finish(run: DiffusionRun, step: int) -> float:
-    """Sums gradients over processes, clips, steps if all is finite; the norm before clipping."""
-    parameters = [p for _, p in run.policy.trainable()]
-    if run.world.size > 1 and not run.policy.sharded:
-        sum_gradients(parameters)
-    total: Any = nn.utils.clip_grad_norm_(parameters, run.config.optimizer.max_grad_norm)
-    norm = (total.full_tensor() if run.policy.sharded else total).item()
-    if math.isfinite(norm):
-        run.optimizer.step()
-        run.bad_steps_in_row = 0
-    else:
-        run.skipped_steps += 1
-        run.bad_steps_in_row += 1
-        run.observer.warn(f"step {step}: loss or gradient not finite, update skipped")
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.bad_steps_in_row >= run.config.train.max_bad_steps:
-        raise RuntimeError(
-            f"{run.bad_steps_in_row} steps in a row had a non-finite loss or gradient; nothing non-finite "
-            "was saved. Lower optimizer.lr or optimizer.max_grad_norm, or use model.dtype=fp32, and start "
-            "again from the newest checkpoint in a new run_dir"
-        )
-    return norm
-
-
-def save(run: DiffusionRun, step: int) -> None:
-    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched."""
-    with run.phases("save"):
-        world, fault = run.world, ""
-        state = TrainerState(
-            step=step,
-            optimizer=optimizer_state_by_name(run.optimizer, run.policy.trainable()),
-            scheduler={"lr": run.optimizer.param_groups[0]["lr"], "step": step},
-            rng={f"rank{rank}": state for rank, state in enumerate(world.gather_objects(capture_rng()))},
-            counters={"bad_steps_in_row": run.bad_steps_in_row, "skipped_steps": run.skipped_steps},
-        )
-        weights = run.policy.whole_weights()
-        if world.is_main:
-            try:
-                write_model = partial(run.policy.write_model, weights=weights)
-                run.store.save(step, write_model=write_model, trainer_state=state)
-            except CheckpointWriteError as error:
-                run.observer.warn(str(error))
-            except NonFiniteError as error:
-                fault = str(error)
-        if fault := world.gather_objects(fault)[0]:
-            raise RuntimeError(fault)
-
-
-def resume(run: DiffusionRun, state: TrainerState) -> None:
-    """Puts a run whose policy was loaded from the checkpoint's folder back to `state`."""
-    load_optimizer_state(run.optimizer, run.policy.trainable(), state.optimizer)
-    mine: Any = state.rng.get(f"rank{run.world.rank}")
-    if mine is not None:
-        restore_rng(mine)
-    run.start_step = state.step
-    run.bad_steps_in_row = state.counters["bad_steps_in_row"]
-    run.skipped_steps = state.counters["skipped_steps"]
-
-
-def _every(step: int, period: int) -> bool:
-    return period > 0 and step % period == 0
-
-
-__all__ = ["Bound", "DiffusionRun", "evaluate", "resume", "save", "train", "train_step"]

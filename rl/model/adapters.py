@@ -109,6 +109,13 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
     return adapted
 
 
+def load_adapter(peft_model: Any, folder: Path, device: torch.device) -> None:
+    """Puts the adapter that was saved in `folder` into peft's wrapper, bit for bit."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device=str(device)))
+
+
 def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
     """Checks that the model computes with its adapters.
 

@@ -90,9 +90,7 @@ def bidirectional_attention(
     if not dropout and flash_serves(query, value):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_prompt_attention(q, k, v, documents.varlen, scale=scale)[None], None
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    attend = functools.partial(scaled_dot_product_attention, dropout_p=dropout, is_causal=False, scale=scale)
+    attend = functools.partial(attend_both_ways, dropout=dropout, scale=scale)
     if len(set(documents.lengths)) == 1:
         q, k, v = (_rows(x, len(documents.lengths)) for x in (query, key, value))
         return attend(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
@@ -119,16 +117,38 @@ def _check(
         raise ValueError(
             f"{name} got {query.shape[0]} rows; pack the sequences into one, Documents.of(lengths)"
         )
+    check_plain(name, max(documents.lengths), sliding_window, softcap, s_aux)
+
+
+def check_plain(
+    name: str, longest: int, sliding_window: int | None, softcap: float | None, s_aux: Tensor | None
+) -> None:
+    """Raises ValueError for a kind of attention that has no bidirectional form at this length."""
     if softcap is not None or s_aux is not None:
         raise ValueError(
-            f"{name} caps its attention logits or has sinks; there is no bidirectional form of it"
+            f"{name} caps its attention logits or has sinks; there is no bidirectional form of it: use a "
+            "Llama, Qwen or SmolLM model"
         )
-    longest = max(documents.lengths)
     if sliding_window is not None and longest > sliding_window:
         raise ValueError(
             f"{name} attends within a window of {sliding_window} tokens and a document has {longest}; a "
             "diffusion model sees its whole document: use a model without a window, or shorter sequences"
         )
+
+
+def attend_both_ways(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hk S D"],
+    v: Float[Tensor, "B Hk S Dv"],
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Float[Tensor, "B Hq T Dv"]:
+    """softmax(q k^T * scale) v over all positions, or those that the mask shows; key heads may be shared."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=False, scale=scale)
 
 
 def _rows(x: Float[Tensor, "1 H N D"], num_rows: int) -> Float[Tensor, "B H T D"]:

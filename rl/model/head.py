@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rl.model.self_check import reproduces
 
@@ -61,6 +62,37 @@ def head_logprobs(
     )
 
 
+def asked_logprobs(
+    model: Any,
+    hidden_LD: Float[Tensor, "L D"],
+    ids_LK: Int[Tensor, "L K"],
+    targets_L: Int[Tensor, " L"],
+    logprobs_L: Float[Tensor, " L"],
+    *,
+    temperature: float,
+) -> Float[Tensor, "L K"]:
+    """log p(id) = logit(id) - logit(target) + log p(target), for K ids of each token.
+
+    `logprobs_L` is what `head_logprobs` says of `targets_L`, so that no second pass over the vocabulary is
+    needed. Rows of the head are gathered for a chunk of tokens at a time, and again for the backward pass.
+    """
+    head, settings = model.get_output_embeddings(), head_settings(model)
+    ids_LJ = torch.cat([ids_LK, targets_L[:, None]], 1)
+    bias = getattr(head, "bias", None)
+
+    def gaps(hidden: Tensor, ids: Tensor) -> Tensor:
+        logits = torch.einsum("ld,ljd->lj", hidden, head.weight[ids].to(hidden.dtype)).float()
+        logits = logits if bias is None else logits + bias[ids]
+        logits = scaled_and_capped(logits, **settings) / temperature
+        return logits[:, :-1] - logits[:, -1:]
+
+    row_bytes = ids_LJ.shape[1] * hidden_LD.shape[1] * hidden_LD.element_size()
+    rows = max(1, CHUNK_BYTES.get(hidden_LD.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
+    pieces = zip(hidden_LD.split(rows), ids_LJ.split(rows), strict=True)
+    found = [checkpoint(gaps, h, i, use_reentrant=False) for h, i in pieces]
+    return torch.cat(cast(list[Tensor], found)) + logprobs_L[:, None]
+
+
 def head_settings(model: Any) -> dict[str, Any]:
     """What stands between the head's product and the logits (Cohere, Granite, Inkling; Gemma, xLSTM)."""
     config = model.config.get_text_config()
@@ -71,6 +103,17 @@ def head_settings(model: Any) -> dict[str, Any]:
         "logit_scale": scale,
         "softcap": next(filter(None, (getattr(config, k, None) for k in caps)), None),
     }
+
+
+def head_logits(model: Any, hidden_LD: Float[Tensor, "L D"]) -> Float[Tensor, "L V"]:
+    """Logits of a transformers model from its last hidden states, in the model's dtype. L x V numbers."""
+    return scaled_and_capped(model.get_output_embeddings()(hidden_LD), **head_settings(model))
+
+
+def scaled_and_capped(logits: Tensor, *, logit_scale: float, softcap: float | None) -> Tensor:
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:

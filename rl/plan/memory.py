@@ -19,10 +19,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rl.batch import PackRules, pack
+from rl.causal import CausalPolicy
 from rl.config import Config, LoraConfig
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
-from rl.policy import Policy
+from rl.policy import Reference
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 GIB = 2**30
@@ -225,7 +226,7 @@ def plan_memory(
     return MemoryPlan(parts, capacity, room, row, budget, share)
 
 
-def probe(policy: Policy, config: Config, rules: PackRules) -> float:
+def probe(policy: CausalPolicy, config: Config, rules: PackRules, reference: Reference | None) -> float:
     """Two passes over a full micro-batch of the longest completions, the second on top of the first one's
     gradients; returns the most bytes that the process held. No weight, moment or generator is changed.
 
@@ -235,15 +236,16 @@ def probe(policy: Policy, config: Config, rules: PackRules) -> float:
     device, budget = policy.device, config.train.token_budget
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    micro_batch = pack(*_longest_groups(policy, config, rules), rules)[0].micro_batches[0].to(device)
+    (prepared,) = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
     try:
         moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
-        if config.loss.kl_coef > 0:
-            policy.reference_logprobs(micro_batch)
+        if reference is not None:
+            reference.logprobs(prepared)
         for _ in range(2):
-            logprobs, entropy = policy.logprobs(micro_batch)
-            (logprobs.sum() + config.loss.entropy_coef * entropy.sum()).backward()
-            del logprobs, entropy
+            scores = policy.score(prepared)
+            loss = scores.logprobs_L.sum() + config.loss.entropy_coef * scores.entropy_L.sum()
+            policy.backward(loss, last=True)
+            del scores, loss
         held = torch.cuda.max_memory_allocated(device)
         del moments
     except torch.OutOfMemoryError:
@@ -261,7 +263,7 @@ def probe(policy: Policy, config: Config, rules: PackRules) -> float:
 
 
 def _longest_groups(
-    policy: Policy, config: Config, rules: PackRules
+    policy: CausalPolicy, config: Config, rules: PackRules
 ) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
     """One micro-batch of one group: the longest prompt, and as many of the longest completions as fit."""
     draw, vocabulary = random.Random(0), policy.model.config.get_text_config().vocab_size

@@ -1,4 +1,4 @@
-"""Chats of a dataset's rows, checked, in the form that chat templates take."""
+"""Chats of a dataset's rows, checked, in the form that chat templates take; of prompts and examples alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """The messages of a chat, content in parts as one text, a line each (as `rollout.messages` has them).
+    """The messages of a chat, content in parts as one text, a line each, as vLLM's server joins them.
 
     Keys without a value are left out, in tool calls too: in a table every row has the keys of all.
 
@@ -70,7 +70,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no role (it has {keys}); give it one of {', '.join(ROLES)}")
     if role not in ROLES and (near := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
         raise ValueError(f"{where} has the role {role!r}; did you mean {near[0]!r}?")
-    message = {key: kept for key, item in value.items() if (kept := _without_none(item)) is not None}
+    message = {key: kept for key, item in value.items() if (kept := without_none(item)) is not None}
     calls = message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = _calls(calls, where)
@@ -95,6 +95,11 @@ def _text(content: Any, whose: str) -> str:
         if all(isinstance(text, str) for text in texts):
             return "\n".join(texts)
         odd = next(part for part, text in zip(content, texts, strict=True) if not isinstance(text, str))
+        if isinstance(odd, Mapping) and odd.get("type", "text") != "text":
+            raise ValueError(
+                f"{whose} has a part of type {odd['type']!r}, and a model of text reads text; leave the row "
+                "out, or describe in text what the part shows"
+            )
     raise ValueError(
         f"{whose} is {type(content).__name__}, not text or parts of text ({odd!r:.60}); make it text, or "
         "leave the row out"
@@ -112,9 +117,9 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return list(calls)
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: kept for key, item in value.items() if (kept := _without_none(item)) is not None}
+        return {key: kept for key, item in value.items() if (kept := without_none(item)) is not None}
     if isinstance(value, list | tuple):
-        return [_without_none(item) for item in value]
+        return [without_none(item) for item in value]
     return value

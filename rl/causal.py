@@ -1,0 +1,340 @@
+"""The causal policy: a transformers model that every process holds whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rl.batch import Batch, MicroBatch
+from rl.config import ModelConfig
+from rl.model.adapters import add_lora, check_adapted, load_adapter
+from rl.model.exactness import (
+    EAGER_LIMIT,
+    backbone,
+    honouring_attention,
+    moving_rope,
+    quiet,
+    take_long_factors,
+)
+from rl.model.head import asked_logprobs, head_logprobs
+from rl.model.loading import (
+    check_vocabulary,
+    context_length,
+    load_model,
+    load_tokenizer,
+    nonfinite_parameters,
+    storage_dtype,
+    use_fused_layers,
+)
+from rl.model.packed import PACKED
+from rl.model.saving import save_model
+from rl.optimizer import finish_gradients
+from rl.packed_check import plain_logprobs, probe_batch
+from rl.policy import Prepared, Scores, Writer
+from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.types import WeightStream
+from rl.weights import PolicyWeights
+
+CANARY_TEXT = (
+    "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
+    "A farmer has 12 cows and buys 8 more, so that she has 12 + 8 = 20 cows. If each of them gives 15 liters "
+    "of milk a day, then all of them together give 20 * 15 = 300 liters a day, which is 2100 a week."
+)
+CANARY_LENGTH = 64  # tokens: more than a block of the engine's cache
+
+
+class CausalScorer(nn.Module):
+    """A causal language model that answers with log-probs of given tokens instead of logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = False
+        self.longest = sys.maxsize
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError beyond the length from which on dynamic rotary frequencies depend on the longest
+        sequence so far, so that a log-prob has no value of its own.
+        """
+        if num_tokens > self.longest:
+            raise ValueError(
+                f"a sequence of {num_tokens} tokens exceeds the {self.longest} from which on the dynamic "
+                "rotary frequencies of this model depend on what was computed before; lower "
+                "sampling.max_completion_length and leave out long prompts"
+            )
+
+    def train(self, mode: bool = True) -> CausalScorer:
+        """In both modes nothing random is active; only gradient checkpointing follows `mode`."""
+        super().train(mode)
+        quiet(self.model, checkpointing=mode)
+        return self
+
+    def forward(
+        self, batch: MicroBatch, temperature: float, ids_LK: Int[Tensor, "L K"] | None = None
+    ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"], Float[Tensor, "L K"] | None]:
+        """Log-prob of each loss token, entropy of its distribution, and log-probs of the asked ids, in nats,
+        at the sampling temperature.
+        """
+        hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
+        found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
+        if ids_LK is None:
+            return *found, None
+        asked_LK = asked_logprobs(
+            self.model, hidden_LD, ids_LK, batch.targets_L, found[0], temperature=temperature
+        )
+        return *found, asked_LK
+
+    def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
+        hidden_1ND = backbone(self.model)(
+            input_ids=batch.token_ids_N[None],
+            position_ids=batch.positions_N[None],
+            use_cache=False,
+            cohort_layout=batch.layout,
+        ).last_hidden_state
+        return hidden_1ND[0, batch.predecessors_L]
+
+    def _row_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
+        """One sequence at a time through the model's own attention: slow, exact, for models that packing
+        cannot serve.
+        """
+        pieces: list[Tensor] = []
+        sequence = 0
+        for block in batch.blocks:
+            prompt = batch.token_ids_N[block.start : block.completion_start]
+            start = block.completion_start
+            for length in block.completion_lengths:
+                row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
+                self.check_length(len(row))
+                hidden_TD = backbone(self.model)(input_ids=row[None], use_cache=False).last_hidden_state[0]
+                # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
+                columns = batch.columns_L[batch.sequence_ids_L == sequence]
+                pieces.append(hidden_TD[columns - start + block.prompt_length - 1])
+                start, sequence = start + length, sequence + 1
+        return torch.cat(pieces)
+
+
+class CausalPolicy:
+    """The model being trained and its tokenizer. Its log-probs are exact, and the same in each pass."""
+
+    redraws = in_step = False
+
+    def __init__(self, config: ModelConfig, accelerator: Accelerator, *, temperature: float) -> None:
+        self.config, self.accelerator, self.temperature = config, accelerator, temperature
+        self.tokenizer = load_tokenizer(config)
+        model = load_model(config)
+        check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
+        if accelerator.device.type == "cuda":
+            use_fused_layers(model.to(accelerator.device), config)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.own_attention = honouring_attention(model)
+        self.peft_model: Any = add_lora(model, config) if config.lora else None
+        if config.lora:
+            check_adapted(model, config)
+        self.long_factors = False
+        self.packing_fault: str | None = None
+        self.scorer = CausalScorer(model).to(accelerator.device)
+        self.scorer.train()
+        context = context_length(model.config) or sys.maxsize
+        text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
+        self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.scorer.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its completions in a micro-batch."""
+        return self.scorer.packed
+
+    def set_packed(self, packed: bool) -> None:
+        """Chooses between packed rows and one sequence at a time, to which it keeps where packed rows were
+        found to be wrong. A copy of the scorer, as a reference has it, stays as it was.
+        """
+        self.scorer.packed = packed and self.packing_fault is None
+        self.model.set_attn_implementation(PACKED if self.scorer.packed else self.own_attention)
+
+    def settle_attention(self, longest: int | None = None) -> str | None:
+        """Turns packed rows on where they reproduce one-sequence-at-a-time log-probs, checked on this model;
+        else says why not.
+
+        Args:
+            longest: tokens of the longest sequence that will be trained on.
+
+        Raises:
+            ValueError: the head is not a plain linear layer, so that log-probs from hidden states would be
+                wrong; or attention=packed was asked for and is not exact; or `longest` is beyond what dynamic
+                rotary frequencies can do.
+        """
+        rope = moving_rope(self.model)
+        if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
+            take_long_factors(self.model)
+            self.long_factors, rope = True, None
+        if rope and "dynamic" in rope[0]:
+            self.scorer.longest = rope[1]
+            self.scorer.check_length(longest or 0)
+        batch = probe_batch(self.model, longest).to(self.device)
+        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.15
+        self.scorer.eval()
+        with torch.no_grad():
+            expected = self._settle_rows(batch, tolerance)
+            reason = None if self.config.attention != "rows" else "model.attention=rows"
+            if reason is None and rope and (longest is None or longest > rope[1]):
+                reason = (
+                    f"the rotary frequencies ({rope[0]}) of a whole row change when one of its sequences "
+                    f"exceeds {rope[1]} tokens"
+                )
+            if reason is None:
+                try:
+                    reason = self._compare_packed(batch, expected, tolerance)
+                except ValueError as error:
+                    reason = str(error).splitlines()[0]
+                except (TypeError, AttributeError, RuntimeError):
+                    reason = (
+                        f"the layers of {type(self.model).__name__} need an attention mask, or a shape that "
+                        "a packed row does not have"
+                    )
+        self.scorer.train()
+        if reason is not None:
+            if self.config.attention == "packed":
+                raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
+            self.packing_fault = reason
+            self.set_packed(False)
+        return reason
+
+    def _settle_rows(self, batch: MicroBatch, tolerance: float) -> Float[Tensor, " L"]:
+        """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
+        every config. Where they differ because of the model's own attention, eager takes its place.
+        """
+        own = self.own_attention
+        if batch.layout.longest <= EAGER_LIMIT:
+            self.model.set_attn_implementation("eager")
+        plain = plain_logprobs(self.model, batch)
+        gap = math.inf
+        for self.own_attention in dict.fromkeys((own, "eager")):
+            self.set_packed(False)
+            expected = self.scorer(batch, 1.0)[0]
+            gap = self._gap(expected, plain)
+            if gap <= tolerance:
+                return expected
+        if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
+            raise ValueError(
+                f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
+                "take an earlier checkpoint, or download the model again"
+            )
+        raise ValueError(
+            f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats from its "
+            "own logits; its output head does more than a linear layer, a scale and a soft cap, and is not "
+            "supported"
+        )
+
+    def _compare_packed(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
+        """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
+        more than rounding moves one sequence at a time (fused kernels take 16 bits only).
+        """
+        with self.autocast():
+            rounded = self._gap(self.scorer(batch, 1.0)[0], expected_L)
+        self.set_packed(True)
+        gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
+        if not gap <= tolerance:
+            return (
+                f"packed log-probs differ by {gap:.2g} nats: something beside attention looks along the row, "
+                "or attention takes distances or a window from elsewhere"
+            )
+        with self.autocast():
+            gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
+        if not gap <= 4 * rounded + tolerance:
+            return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
+        return None
+
+    def _gap(self, ours_L: Tensor, theirs_L: Tensor) -> float:
+        """The greatest gap in nats; of weights in bf16 the mean, as rounding has single tokens at 0.3."""
+        gaps_L = (ours_L - theirs_L).abs()
+        return (gaps_L.max() if storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.dtype == "bf16-mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
+        return [Prepared(micro_batch.to(self.device)) for micro_batch in batch.micro_batches]
+
+    def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
+        """Under the sampling distribution: temperature applied."""
+        return self.score_by(self.scorer, prepared, ids_LK=ids_LK)
+
+    def score_by(
+        self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None
+    ) -> Scores:
+        with self.autocast():
+            return Scores(*scorer(prepared.batch, self.temperature, ids_LK))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def finish_gradients(self, max_norm: float) -> float:
+        return finish_gradients(self.trainable(), max_norm, num_processes=self.accelerator.num_processes)
+
+    def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
+        write_optimizer = optimizer_writer(optimizer, self.trainable())
+
+        def write(folder: Path) -> None:
+            if self.accelerator.is_main_process:
+                self.write_model(folder)
+            write_optimizer(folder)
+
+        return write
+
+    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        self.load_weights(folder)
+        load_optimizer(folder, optimizer, self.trainable())
+
+    def load_weights(self, folder: Path) -> None:
+        """Weights (or the adapter) that `write_model` wrote, bit for bit."""
+        if self.peft_model is not None:
+            load_adapter(self.peft_model, folder, self.device)
+            return
+        saved = load_model(self.config.model_copy(update={"name": str(folder), "revision": None}))
+        self.model.load_state_dict(saved.state_dict())
+
+    def weights(self) -> WeightStream:
+        return PolicyWeights(self)
+
+    def write_model(self, folder: Path) -> None:
+        """Plain Hugging Face form: a model folder, or the adapter's folder with LoRA; the tokenizer beside
+        it.
+
+        Weights keep their storage dtype; config.json names the compute dtype, so that `from_pretrained` and
+        vLLM load it as trained.
+        """
+        target = self.peft_model or self.model
+        compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
+        packed = self.scorer.packed
+        self.set_packed(False)
+        save_model(target, self.model, folder)
+        self.set_packed(packed)
+        self.tokenizer.save_pretrained(folder)
+        config_file = folder / "config.json"
+        if config_file.exists():
+            config_file.write_text(
+                json.dumps(json.loads(config_file.read_text()) | {"dtype": compute}, indent=2) + "\n"
+            )

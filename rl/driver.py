@@ -1,0 +1,264 @@
+"""What every training loop shares: when to stop, log, save and evaluate, and how a run goes on from a stop.
+
+A loop is `for step in steps(run): ...`; `rl.train.train` is the one of reinforcement learning.
+
+A run that was killed goes on exactly, since every random number is a function of the seed and of what it is
+for, not of a stream's state; and since logs are cut back to the checkpoint, metrics have neither gaps nor
+doubles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rl.phases import Phases, StopSignal
+from rl.policy import Reference, Trained, Writer
+from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, LoadedCheckpoint
+from rl.store.metrics import MetricsLog
+from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
+from rl.types import Observer
+from rl.world import World
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: how many are done.
+        start_step: how many were done when this process began.
+        saved_step: step of the newest checkpoint; 0 if there is none.
+        bad_steps_in_row, skipped_steps: optimizer steps left out, as something was not finite.
+        began: `time.monotonic()` when this process was started.
+        seconds_before: what earlier processes of this run took, up to the checkpoint that it goes on from.
+        values: the metrics of the step under way; the loop's body fills it.
+    """
+
+    step: int = 0
+    start_step: int = 0
+    saved_step: int = 0
+    bad_steps_in_row: int = 0
+    skipped_steps: int = 0
+    began: float = field(default_factory=time.monotonic)
+    seconds_before: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    step_began: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken so far, earlier processes included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds since the step under way began."""
+        return time.monotonic() - self.step_began
+
+
+class Log(Protocol):
+    """A file with a row per step."""
+
+    def truncate_after(self, step: int, /) -> Any: ...
+
+
+class Loop(Protocol):
+    """A run, whatever it trains.
+
+    Attributes:
+        config: has `train.steps`, `train.max_bad_steps`, `checkpoint.every` and `evaluation.every`.
+        reference: the model of a KL term, or None.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def policy(self) -> Trained: ...
+    @property
+    def reference(self) -> Reference | None: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+    @property
+    def store(self) -> CheckpointStore: ...
+    @property
+    def log(self) -> MetricsLog: ...
+    @property
+    def observer(self) -> Observer: ...
+    @property
+    def phases(self) -> Phases: ...
+    @property
+    def stop(self) -> StopSignal: ...
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def logs(self) -> Sequence[Log]:
+        """What is cut back to the checkpoint besides the metrics."""
+        ...
+
+    def evaluate(self, step: int) -> None:
+        """Measures the weights after `step` steps on held-out data, unless that is known or there is none."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """JSON values that a checkpoint keeps besides the driver's own."""
+        ...
+
+    def put_back(self, counters: Mapping[str, Any]) -> None:
+        """Puts the run back to what `counters` gave."""
+        ...
+
+
+def steps(run: Loop) -> Iterator[int]:
+    """The numbers of the steps to do, from 0. Between two of them it logs, evaluates, saves, and looks
+    whether somebody asked to stop.
+
+    The body of the loop does the step, and puts its metrics into `run.progress.values`.
+
+    Raises:
+        RuntimeError: a tensor is not finite; or the disk fails and the run is about to end.
+    """
+    at, total = run.progress, run.config.train.steps
+    if at.step == 0 or at.step >= total or every(at.step, run.config.evaluation.every):
+        run.evaluate(at.step)
+    run.phases.take()  # what came before is no part of a step
+    while at.step < total and not run.stop.requested():
+        at.values, at.step_began = {}, time.monotonic()
+        yield at.step
+        at.step += 1
+        _log(run)
+        is_last = at.step == total
+        if is_last or every(at.step, run.config.checkpoint.every) or run.stop.requested():
+            save(run)
+        if is_last or every(at.step, run.config.evaluation.every):
+            run.evaluate(at.step)
+    if at.saved_step != at.step:
+        save(run, must=True)
+
+
+def every(step: int, period: int) -> bool:
+    """Whether something that is due each `period` steps (0: never) is due after `step` of them."""
+    return period > 0 and step % period == 0
+
+
+def _log(run: Loop) -> None:
+    """One row of metrics for the step that just ended (rows count from 1: the number of steps done)."""
+    at = run.progress
+    values = at.values | run.phases.take()
+    values |= {
+        "policy/lr": run.optimizer.param_groups[0]["lr"],
+        "steps/skipped": float(at.skipped_steps),
+        "time/step": at.step_seconds,
+    }
+    if run.world.is_main:
+        run.log.write(at.step, values)
+        run.observer.step(at.step, values)
+
+
+def count_bad_steps(run: Loop, bad_steps: int, *, where: str) -> None:
+    """Notes how many optimizer steps the last update left out, as loss or gradient were not finite.
+
+    Args:
+        where: what a reader may look at, in words.
+
+    Raises:
+        RuntimeError: that was so `train.max_bad_steps` times in a row.
+    """
+    at = run.progress
+    at.skipped_steps += bad_steps
+    at.bad_steps_in_row = at.bad_steps_in_row + 1 if bad_steps else 0
+    if not bad_steps:
+        return
+    run.observer.warn(f"step {at.step + 1}: loss or gradient not finite, update skipped{where}")
+    if at.bad_steps_in_row >= run.config.train.max_bad_steps:
+        raise RuntimeError(
+            f"{at.bad_steps_in_row} steps in a row had a non-finite loss or gradient{where}. Nothing "
+            "non-finite was saved. Lower optimizer.lr or optimizer.max_grad_norm, or use model.dtype=fp32, "
+            "and start again from the newest checkpoint in a new run_dir"
+        )
+
+
+def save(run: Loop, *, must: bool = False) -> None:
+    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched.
+
+    Raises:
+        RuntimeError: a tensor is not finite; or the disk fails and `must`, because the run is about to end.
+    """
+    at = run.progress
+    with run.phases("save"):
+        writers: list[Writer | None] = [run.policy.snapshot(run.optimizer)]
+        writers += [run.reference.snapshot()] if run.reference is not None else []
+
+        def write(folder: Path) -> None:
+            for writer in filter(None, writers):
+                writer(folder)
+
+        own = {
+            "bad_steps_in_row": at.bad_steps_in_row,
+            "skipped_steps": at.skipped_steps,
+            "seconds": at.seconds,
+        }
+        rng = {f"rank{rank}": state for rank, state in enumerate(run.world.gather(capture_rng()))}
+        state = TrainerState(step=at.step, rng=rng, counters=own | run.counters())
+        try:
+            run.store.save(at.step, write=write, state=state, team=run.world)
+        except CheckpointWriteError as error:
+            sentence = f"{error}; started again, the run repeats what follows them"
+            if must:
+                raise RuntimeError(sentence) from error
+            run.observer.warn(sentence)
+        else:
+            at.saved_step = at.step
+
+
+def go_on(run: Loop) -> LoadedCheckpoint | None:
+    """Puts a run back to its newest valid checkpoint, and says what was skipped; None if there is none."""
+    newest = run.store.load_newest() if run.world.is_main else None
+    folder = run.world.gather(str(newest.path) if newest else None)[0]
+    loaded = newest or (run.store.load(Path(folder)) if folder else None)
+    if loaded is not None:
+        for sentence in (*loaded.skipped, *loaded.version_changes):
+            run.observer.warn(sentence)
+        _put_back(run, loaded)
+    if run.world.is_main:
+        step = loaded.step if loaded else 0
+        for log in (run.log, *run.logs):
+            log.truncate_after(step)
+        if lost := sorted(set(range(1, step + 1)) - {row["step"] for row in run.log.read()}):
+            run.observer.warn(f"metrics.jsonl has no rows of steps {_spans(lost)}: lost, or damaged")
+    run.world.wait()
+    return loaded
+
+
+def _put_back(run: Loop, loaded: LoadedCheckpoint) -> None:
+    at, state = run.progress, loaded.trainer_state
+    run.policy.load(loaded.path, run.optimizer)
+    if run.reference is not None:
+        run.reference.load(loaded.path)
+    mine = state.rng.get(f"rank{run.world.rank}")
+    if mine is not None:
+        restore_rng(mine)
+    at.step = at.start_step = at.saved_step = state.step
+    at.seconds_before = state.counters.get("seconds", 0.0)
+    at.bad_steps_in_row = state.counters["bad_steps_in_row"]
+    at.skipped_steps = state.counters["skipped_steps"]
+    run.put_back(state.counters)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: 1, 4 to 9, 12; at most ten spans."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in spans]
+    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")

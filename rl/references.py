@@ -1,0 +1,89 @@
+"""References of the KL term: a copy of the policy, frozen or following it, and the base below an adapter.
+
+They score through their policy, so that whatever it drew, and however it computes, holds for them too.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rl.policy import Prepared, Reference, Scores, Writer
+from rl.store.tensors import read_tensors, write_tensors
+
+KIND = "reference"
+
+
+class Scoring(Protocol):
+    """What references need of a policy.
+
+    Attributes:
+        peft_model: peft's wrapper, or None without an adapter.
+    """
+
+    peft_model: Any
+
+    @property
+    def scorer(self) -> nn.Module: ...
+
+    def score_by(self, scorer: nn.Module, prepared: Prepared) -> Scores:
+        """What `score` computes, with the weights of `scorer`."""
+        ...
+
+
+def make_reference(policy: Scoring, *, moves: bool) -> Reference:
+    """The policy as it is now. It `moves` if it will `follow`: then it is part of a checkpoint."""
+    return Copy(policy, moves=moves) if policy.peft_model is None else BaseModel(policy)
+
+
+class Copy:
+    """A copy of the policy's model."""
+
+    def __init__(self, policy: Scoring, *, moves: bool) -> None:
+        self.policy, self.moves = policy, moves
+        self.scorer = copy.deepcopy(policy.scorer).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
+        return self.policy.score_by(self.scorer, prepared).logprobs_L
+
+    @torch.no_grad()
+    def follow(self, policy: Scoring, mixup: float) -> None:
+        for theirs, ours in zip(self.scorer.parameters(), policy.scorer.parameters(), strict=True):
+            theirs.lerp_(ours.to(theirs.dtype), mixup)
+
+    def snapshot(self) -> Writer | None:
+        tensors = self.scorer.state_dict()
+        return (lambda folder: write_tensors(folder, KIND, tensors)) if self.moves else None
+
+    def load(self, folder: Path) -> None:
+        if self.moves:
+            read_tensors(folder, KIND, self.scorer.state_dict())
+
+
+class BaseModel:
+    """The model below the policy's adapter, which trains nothing else."""
+
+    def __init__(self, policy: Scoring) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
+        off: AbstractContextManager[Any] = self.policy.peft_model.disable_adapter()
+        with off:
+            return self.policy.score_by(self.policy.scorer, prepared).logprobs_L
+
+    def follow(self, policy: Scoring, mixup: float) -> None:
+        raise ValueError("the base model below an adapter cannot follow: it is not a copy")
+
+    def snapshot(self) -> Writer | None:
+        return None
+
+    def load(self, folder: Path) -> None:
+        return
