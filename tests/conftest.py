@@ -130,6 +130,7 @@ def gradients() -> Callable[..., dict[str, torch.Tensor]]:
     """The gradient that one update would step along, by parameter name (the optimizer only records it)."""
     from rl.batch import pack
     from rl.update import pack_rules, update_policy
+    from tests.scoring import alone
 
     class Recorder(torch.optim.SGD):
         recorded: dict[int, torch.Tensor]
@@ -139,12 +140,22 @@ def gradients() -> Callable[..., dict[str, torch.Tensor]]:
                 id(p): p.grad.clone() for g in self.param_groups for p in g["params"] if p.grad is not None
             }
 
-    def compute(policy, config, groups: Sequence, advantages: Sequence) -> dict[str, torch.Tensor]:
+    def compute(
+        policy, config, groups: Sequence, advantages: Sequence, reference=None
+    ) -> dict[str, torch.Tensor]:
         named = policy.trainable()
         optimizer = Recorder([p for _, p in named], lr=0.0)
         rules = pack_rules(config, share_prompts=policy.shares_prompts)
         batches = pack(groups, advantages, rules)
-        update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+        update_policy(
+            policy,
+            optimizer,
+            batches,
+            config.loss,
+            world=alone(policy),
+            reference=reference,
+            max_grad_norm=1e9,
+        )
         return {name: optimizer.recorded[id(p)] for name, p in named if id(p) in optimizer.recorded}
 
     return compute

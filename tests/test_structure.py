@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -22,29 +23,33 @@ LAW: dict[str, set[str]] = {
     "rl.plan": {"rl.types", "rl.config", "rl.model", "rl"},  # the probe runs the policy
     "rl.diffusion": {"rl.types", "rl.config", "rl.model", "rl.store", "rl"},
     "rl.report": {"rl.types", "rl.config", "rl.store"},
-    "rollout": {"rl.types"},
-    "rollout.vllm": {"rl.types", "rollout"},
-    "rollout.diffusion": {"rl.types", "rollout"},
+    "rollout": {"rl.types", "rl.model"},
+    "rollout.vllm": {"rl.types", "rl.model", "rollout"},
+    "rollout.diffusion": {"rl.types", "rl.model", "rollout"},
     "rewards.sandbox": set(),
     "rewards.code": {"rl.types", "rewards.sandbox", "rewards"},
     "rewards.math": {"rl.types", "rewards"},
     "rewards.pool": {"rl.types", "rewards"},
     "rewards": {"rl.types", "rewards.math", "rewards.code", "rewards.pool"},
     "recipes": {"recipes.tasks"},
+    "recipes.cli": {"recipes", "recipes.tasks"},
     "recipes.tasks": set(),
 }
-TOP_OF_ALL = {"recipes", "recipes.tasks"}  # they may import everything of ours
-BUDGETS = {  # lines; what there was when this test came, to go down and not up
-    "core": (10_800, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
-    "report": (2_070, ["rl/report/*.py"]),
+TOP_OF_ALL = {"recipes", "recipes.cli", "recipes.tasks"}  # they may import everything of ours
+BUDGETS = {  # lines; what there is, to go down and not up
+    "core": (11_520, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
+    "report": (2_040, ["rl/report/*.py"]),
     "templates of the report": (700, ["rl/report/*.j2"]),
-    "diffusion": (4_070, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
-    "vllm": (1_800, ["rollout/vllm/*.py"]),
-    "math": (5_410, ["rewards/math/*.py"]),
-    "code and sandbox": (4_220, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
-    "other rewards": (3_300, ["rewards/*.py", "rewards/pool/*.py"]),
-    "recipes": (2_320, ["recipes/*.py", "recipes/tasks/*.py"]),
+    "diffusion": (3_870, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
+    "vllm": (1_890, ["rollout/vllm/*.py"]),
+    "math": (5_400, ["rewards/math/*.py"]),
+    "code and sandbox": (3_870, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
+    "other rewards": (3_210, ["rewards/*.py", "rewards/pool/*.py"]),
+    "recipes": (2_190, ["recipes/*.py", "recipes/tasks/*.py"]),
+    "cli": (900, ["recipes/cli/*.py"]),
 }
+# What the core may not speak of: a kind of model is a policy, a config and an engine of its own.
+WORDS = ("diffusion", "canvas", "denois", "drawn_again")
 
 
 def imports(path: Path) -> set[str]:
@@ -107,14 +112,8 @@ def test_imports_go_in_the_allowed_direction():
 
 
 def test_no_module_imports_itself_by_a_circle():
-    """Imports for types alone count, but for two pairs of the math grammar, which name each other's types."""
+    """Imports for types alone count, too."""
     needs = {module: our_imports(module) for module in MODULES}
-    for types, users in {
-        "rewards.math.parse": ("atoms", "constructs", "measure"),
-        "rewards.math.value": ("functions",),
-    }.items():
-        for user in users:
-            needs[f"rewards.math.{user}"].discard(types)
     while free := [module for module in needs if not needs[module] & needs.keys()]:
         for module in free:
             del needs[module]
@@ -145,15 +144,49 @@ def test_a_folder_can_be_taken_in_at_a_glance():
             assert number <= (26 if folder == ROOT / "rewards" / "math" else 20), folder
 
 
-def test_the_nouns_and_the_graders_cost_no_torch():
-    code = "import sys, rl.types, rewards.pool, rewards.format; print('torch' in sys.modules)"
+def test_the_nouns_the_configs_and_the_graders_cost_no_torch():
+    cheap = "rl.types rl.config.read rl.store.metrics rl.report.report recipes.cli rollout.chat rewards.math "
+    cheap += "rewards.code rewards.sandbox rewards.format rewards.pool.pool rewards.doctor rewards.score"
+    code = f"import sys, {', '.join(cheap.split())}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False\n"
+
+
+def test_every_package_is_installed():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(packages) == sorted(m for m, path in MODULES.items() if path.name == "__init__.py")
 
 
 def test_files_keep_their_proportion():
     too_long = {str(p.relative_to(ROOT)): n for q in OURS for p in files(q) if (n := lines(p)) > 350}
     assert not too_long
     assert lines(ROOT / "rl" / "train.py") <= 180
+
+
+def test_functions_fit_a_screen():
+    too_long = {
+        f"{path.relative_to(ROOT)}:{node.name}": size
+        for package in OURS
+        for path in files(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (size := own_lines(node)) > 60
+    }
+    assert not too_long
+
+
+def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, without those of a class that it makes: its methods count for themselves."""
+    span = lambda node: node.end_lineno - node.lineno + 1  # noqa: E731
+    return span(function) - sum(span(part) for part in function.body if isinstance(part, ast.ClassDef))
+
+
+def test_the_core_speaks_of_no_kind_of_model():
+    found = [
+        f"{path.name}: {word}"
+        for path in sorted((ROOT / "rl").glob("*.py"))
+        for word in WORDS
+        if word in path.read_text().lower()
+    ]
+    assert not found
 
 
 def lines(path: Path) -> int:
@@ -171,7 +204,9 @@ def runs_code_on_purpose(path: Path) -> bool:
 
 
 def test_nothing_evaluates_untrusted_text():
-    """Calls of eval, exec, pickle.load(s), sympify and parse_expr, shell=True and trust_remote_code=True."""
+    """Calls of eval, exec, pickle.load(s), sympify and parse_expr, YAML read elsewhere than by
+    `rl.config.bounded_yaml`, shell=True and trust_remote_code=True.
+    """
     banned = {"eval", "exec", "sympify", "parse_expr"}
     for package in OURS:
         for path in files(package):
@@ -184,6 +219,7 @@ def test_nothing_evaluates_untrusted_text():
                 if isinstance(node.func, ast.Name) or owner in ("sympy", "builtins"):
                     assert name not in banned or runs_code_on_purpose(path), where
                 assert not (owner == "pickle" and name in ("load", "loads")), where
+                assert owner != "yaml" or name == "safe_dump" or path.stem == "bounded_yaml", where
                 for keyword in node.keywords:
                     value = getattr(keyword.value, "value", None)
                     assert not (keyword.arg in ("shell", "trust_remote_code") and value is True), where

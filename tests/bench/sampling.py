@@ -28,6 +28,8 @@ from rollout.vllm.engine import VllmEngine
 from rollout.weight_sync import publish
 from tests.bench.clock import synchronize
 from tests.bench.workload import SHAPES, Workload, write_model
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 WAVES = 4
 
@@ -101,7 +103,7 @@ def start(arguments: argparse.Namespace) -> VllmEngine:
     from transformers import PreTrainedTokenizerFast
 
     began = time.perf_counter()
-    engine = VllmEngine(
+    engine = start_vllm(
         arguments.model,
         PreTrainedTokenizerFast.from_pretrained(arguments.model),
         dtype=torch.bfloat16 if arguments.device == "cuda" else torch.float32,
@@ -143,11 +145,13 @@ class Load:
         length, draw = self.arguments.prompt_length, self.draw
         ids = [tuple(draw.choices(range(self.num_stops, self.vocabulary), k=length)) for _ in range(count)]
         self.engine.submit(
-            [Prompt("p", "", row) for row in ids],
-            num_completions=self.arguments.group,
-            sampling=SamplingParams(self.arguments.max_new, stop_token_ids=tuple(range(self.num_stops))),
-            seeds=[draw.randrange(1 << 30) for _ in ids],
-            with_logprobs=bool(self.arguments.logprobs),
+            call(
+                [Prompt("p", "", row) for row in ids],
+                num_completions=self.arguments.group,
+                sampling=SamplingParams(self.arguments.max_new, stop_token_ids=tuple(range(self.num_stops))),
+                seeds=[draw.randrange(1 << 30) for _ in ids],
+                with_logprobs=bool(self.arguments.logprobs),
+            )
         )
 
     def collect_all(self) -> list[Group]:

@@ -25,14 +25,16 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes.engines import make_engine
-from recipes.grpo import make_optimizer
 from rl.advantages import compute_advantages
 from rl.batch import pack
+from rl.causal import CausalPolicy
 from rl.config import EngineConfig
 from rl.config.read import load_config
-from rl.policy import Policy
+from rl.optimizer import make_optimizer
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
+from rl.world import World
+from tests.calling import call
 from tests.conftest import make_tiny_tokenizer
 
 NUM_PROMPTS, GROUP_SIZE, PROMPT_LENGTH, MAX_LENGTH = 8, 8, 60, 128
@@ -111,15 +113,15 @@ def our_training(folder: Path, groups: list[ScoredGroup], steps: int) -> dict[st
             "train.token_budget=4096",
         ],
     )
-    policy = Policy(config.model, Accelerator(cpu=True), temperature=1.0, with_reference=False)
+    policy = CausalPolicy(config.model, Accelerator(cpu=True), temperature=1.0)
     assert policy.settle_attention() is None
-    optimizer = make_optimizer(config, policy)
+    optimizer = make_optimizer(policy.trainable(), config.optimizer)
     seconds: list[float] = []
     for _ in range(steps + 1):
         began = time.perf_counter()
         advantages = compute_advantages(groups, config=config.advantage, weights={})
         batches = pack(groups, advantages, pack_rules(config))
-        update_policy(policy, optimizer, batches, config.loss)
+        update_policy(policy, optimizer, batches, config.loss, world=World(policy.accelerator))
         seconds.append(time.perf_counter() - began)
     return {"train": statistics.median(seconds[1:])}
 
@@ -201,10 +203,12 @@ def our_sampling(folder: Path, groups: list[ScoredGroup], length: int = 32) -> f
     for seed in range(3):
         began = time.perf_counter()
         sampled = engine.generate(
-            [g.prompt for g in groups],
-            num_completions=GROUP_SIZE,
-            sampling=SamplingParams(max_completion_length=length),
-            seeds=list(range(seed, seed + len(groups))),
+            call(
+                [g.prompt for g in groups],
+                num_completions=GROUP_SIZE,
+                sampling=SamplingParams(max_completion_length=length),
+                seeds=list(range(seed, seed + len(groups))),
+            )
         )
         seconds.append(time.perf_counter() - began)
         assert all(len(c.token_ids) == length for g in sampled for c in g.completions)

@@ -22,13 +22,15 @@ import torch
 from accelerate import Accelerator
 
 from rl.batch import pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.model import head as logprobs
 from rl.model import varlen as shared_prompt
+from rl.optimizer import weight_decay_groups
 from rl.plan.memory import GIB, ModelSize, probe, training_bytes
-from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
-from rl.update import pack_rules, update_policy, weight_decay_groups
+from rl.update import pack_rules, update_policy
+from rl.world import World
 from tests.bench.flops import peak_flops, training_flops
 from tests.bench.workload import STOP_SHARE, Workload, now, write_model
 
@@ -83,15 +85,15 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
     base += [f"sampling.max_completion_length={workload.max_length}"]
     config = load_config(None, [*base, *overrides])
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    policy = Policy(config.model, accelerator, temperature=1.0, with_reference=False)
+    policy = CausalPolicy(config.model, accelerator, temperature=1.0)
     note = policy.settle_attention()
-    optimizer = torch.optim.AdamW(weight_decay_groups(policy, 0.0), lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(weight_decay_groups(policy.trainable(), 0.0), lr=1e-6, fused=True)
     advantages = [[r.score - 0.5 for r in g.rewards] for g in groups]  # type: ignore[operator]
     on_gpu = policy.device.type == "cuda"
     if on_gpu:
         size = ModelSize.of(policy.model.config, fused_layers=config.model.fused_layers)
         predicted = sum(training_bytes(size, config, config.train.token_budget).values())
-        held = probe(policy, config, pack_rules(config))
+        held = probe(policy, config, pack_rules(config), None)
         print(f"memory: predicted {predicted / GIB:.1f} GiB, probe {held / GIB:.1f} GiB", flush=True)
         torch.cuda.reset_peak_memory_stats()
 
@@ -99,7 +101,7 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
         began = now()
         batches = pack(groups, advantages, pack_rules(config))
         packed = now()
-        update_policy(policy, optimizer, batches, config.loss)
+        update_policy(policy, optimizer, batches, config.loss, world=World(accelerator))
         return packed - began, now() - packed
 
     times = [step() for _ in range(WARM_UP + MEASURED)][WARM_UP:]

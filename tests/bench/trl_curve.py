@@ -26,8 +26,8 @@ from recipes.tasks.prompts import make_prompts, without
 from rewards.adapters import as_trl
 from rl.config import Config
 from rl.config.read import load_config
-from rl.update import learning_rate_factor
-from rollout.source import PromptStream
+from rl.optimizer import learning_rate_factor
+from rollout.prompts import PromptStream
 
 MICRO_BATCH = 16
 OURS_ALONE = (

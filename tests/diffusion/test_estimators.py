@@ -15,9 +15,10 @@ from rl.diffusion.estimators import Scored, draw_plan, sandwiched, score, summed
 from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at, to_diffusion
 from rl.diffusion.objectives import Example
 from rl.model.bidirectional import Documents
-from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, Trace, VersionSpan
+from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rollout.diffusion.engine import DiffusionEngine
 from rollout.diffusion.steps import DenoisingParams
+from tests.calling import call, trace_of
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
 from tests.diffusion.exact_bound import by_size, logprob_table
 
@@ -35,9 +36,9 @@ def scorer() -> DiffusionScorer:
 
 
 def completion(ids, *, version=0, steps=None, tail=(), logprobs=()) -> Completion:
-    trace = None if steps is None else Trace(list(steps), list(tail), max(steps) + 1, [])
+    facts = {} if steps is None else {"trace": trace_of(list(steps), list(tail), max(steps) + 1)}
     spans = [VersionSpan(version, len(ids))]
-    return Completion(list(ids), list(logprobs), [True] * len(ids), "stop", spans, trace=trace)
+    return Completion(list(ids), list(logprobs), [True] * len(ids), "stop", spans, facts=facts)
 
 
 def batch_of(completions, advantages=None, prompt=PROMPT) -> MicroBatch:
@@ -50,8 +51,8 @@ def batch_of(completions, advantages=None, prompt=PROMPT) -> MicroBatch:
     return micro_batch
 
 
-def estimate(scorer, batch, config, *, seed=0, token_budget=1 << 20, temperature=1.0):
-    plan = draw_plan(batch, config, mask_token_id=MASK, seed=seed, token_budget=token_budget)
+def estimate(scorer, batch, config, *, draw=0, seed=0, token_budget=1 << 20, temperature=1.0):
+    plan = draw_plan(batch, config, draw=draw, mask_token_id=MASK, seed=seed, token_budget=token_budget)
     return score(scorer, plan, batch, config, temperature=temperature)[0]
 
 
@@ -98,7 +99,7 @@ def test_one_step_is_the_fully_masked_canvas_and_no_bound(scorer):
 def test_prompt_masks_hit_the_share_that_was_asked_for():
     batch = batch_of([completion(IDS, version=v) for v in range(2000)])
     config = EstimatorConfig(name="one_step", prompt_mask=0.15)
-    plan = draw_plan(batch, config, mask_token_id=MASK, seed=0, token_budget=1 << 20)
+    plan = draw_plan(batch, config, draw=0, mask_token_id=MASK, seed=0, token_budget=1 << 20)
     rows = plan.rows[0].token_ids_N.view(2000, 8)
     assert ((rows[:, :3] == MASK).double().mean() - 0.15).abs() < 4 * (0.15 * 0.85 / 6000) ** 0.5
     assert (rows[:, 3:] == MASK).all()
@@ -154,7 +155,7 @@ def test_trace_scores_each_token_on_the_canvas_of_its_step(scorer):
 def test_merged_steps_share_the_canvas_of_the_first(scorer):
     batch = batch_of([completion(IDS, steps=STEPS, tail=TAIL)])
     config = EstimatorConfig(name="trace", merge=2)
-    plan = draw_plan(batch, config, mask_token_id=MASK, seed=0, token_budget=1 << 20)
+    plan = draw_plan(batch, config, draw=0, mask_token_id=MASK, seed=0, token_budget=1 << 20)
     assert plan.rows[0].documents.lengths == (10, 10)
     found = score(scorer, plan, batch, config)[0].tolist()
     first = direct_logprobs(scorer, [*PROMPT, *[MASK] * 7], [4, 5, 6], [21, 22, 23])
@@ -191,7 +192,7 @@ def test_trace_is_what_the_engine_drew_from():
     engine = DiffusionEngine(scorer.model, Words(), DenoisingParams(12, block_length=6, steps=6))
     prompts = [Prompt(f"p{i}", "", tuple(range(10, 13 + i))) for i in range(3)]
     sampling = SamplingParams(12, temperature=0.7, stop_token_ids=(40, 41, 42))
-    groups = engine.generate(prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3])
+    groups = engine.generate(call(prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3]))
     assert {c.finish_reason for g in groups for c in g.completions} == {"stop", "length"}
     for group in groups:
         batch = batch_of(group.completions, prompt=group.prompt.token_ids)
@@ -237,7 +238,9 @@ def test_tokens_that_the_policy_did_not_choose_are_seen_and_not_scored():
     c.loss_mask = [True, False, True, True, False]
     for name in ("one_step", "elbo", "trace"):
         batch = batch_of([c])
-        plan = draw_plan(batch, EstimatorConfig(name=name), mask_token_id=MASK, seed=0, token_budget=1 << 20)
+        plan = draw_plan(
+            batch, EstimatorConfig(name=name), draw=0, mask_token_id=MASK, seed=0, token_budget=1 << 20
+        )
         row = plan.rows[0]
         assert sorted(plan.slots[0].unique().tolist()) == [0, 1, 2]
         assert set(row.targets_L.tolist()) == {20, 22, 23}
@@ -267,8 +270,7 @@ def test_equal_completions_and_other_draws_have_masks_of_their_own(scorer):
     batch = batch_of([completion(IDS), completion(IDS)])
     with torch.no_grad():
         first, second = estimate(scorer, batch, config).view(2, 5)[:, 0].tolist()
-        batch.draw = 1
-        others = estimate(scorer, batch, config).view(2, 5)[:, 0].tolist()
+        others = estimate(scorer, batch, config, draw=1).view(2, 5)[:, 0].tolist()
         alone = estimate(scorer, batch_of([completion(IDS)]), config)[0].item()
     assert len({first, second, *others}) == 4
     assert alone == pytest.approx(first, abs=1e-9)
@@ -302,7 +304,7 @@ def test_many_rows_have_the_gradient_of_one(scorer):
     batch = batch_of([completion([20 + i, 30, 31], version=i) for i in range(4)])
     found = []
     for budget in (1 << 20, 10):
-        plan = draw_plan(batch, config, mask_token_id=MASK, seed=0, token_budget=budget)
+        plan = draw_plan(batch, config, draw=0, mask_token_id=MASK, seed=0, token_budget=budget)
         values = score(scorer, plan, batch, config)[0]
         found.append(torch.autograd.grad(values.square().sum(), weight)[0])
     assert len(plan.rows) > 4

@@ -4,7 +4,6 @@ current and reference policy see the same masks, the engine is proved to hold th
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 
@@ -19,12 +18,15 @@ from rl.config.read import load_config
 from rl.diffusion.model import hidden_states, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.rl_policy import MaskedPolicy, diffusion_model_config
+from rl.losses import policy_loss
 from rl.model.bidirectional import Documents
-from rl.types import Trace
+from rl.references import BaseModel, Copy
 from rl.update import pack_rules, update_policy
 from rollout.diffusion.engine import DiffusionEngine
 from rollout.diffusion.steps import DenoisingParams
 from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import trace_of
+from tests.scoring import alone, logprobs, prepared
 
 METHODS = {
     "diffu-GRPO": ["estimator.name=one_step", "estimator.prompt_mask=0.15"],
@@ -62,18 +64,24 @@ def traced_groups(ragged_groups):
             n = len(c.token_ids)
             steps = [(n - 1 - i) // 2 for i in range(n)]
             end = max(steps) + 1
-            c.trace = Trace([*steps, *[end] * (20 - n)], [2] * (20 - n), end, [])
+            c.facts = {"trace": trace_of([*steps, *[end] * (20 - n)], [2] * (20 - n), end)}
     return groups, advantages
 
 
 def make_policy(config) -> MaskedPolicy:
-    policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(config.model.name))
-    if policy.reference is not None:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in policy.reference.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return policy
+    return MaskedPolicy(config, Accelerator(cpu=True), name=str(config.model.name))
+
+
+def make_reference(policy, config) -> Copy | None:
+    """Near the policy, as after some steps; None without a KL term."""
+    if not config.loss.kl_coef:
+        return None
+    reference = Copy(policy, moves=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in reference.scorer.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return reference
 
 
 def relative_error(a: dict, b: dict) -> float:
@@ -89,12 +97,13 @@ def test_gradient_does_not_depend_on_budget_or_order(tiny_model_dir, traced_grou
     groups, advantages = traced_groups
     one = settings(tiny_model_dir, method, "train.token_budget=100000")
     policy = make_policy(one)
-    whole = gradients(policy, one, groups, advantages)
+    reference = make_reference(policy, one)
+    whole = gradients(policy, one, groups, advantages, reference)
     many = settings(tiny_model_dir, method, "train.token_budget=40")
     assert len(pack(groups, advantages, pack_rules(many))[0].micro_batches) > 5
     policy.token_budget = 40
-    assert relative_error(whole, gradients(policy, many, groups, advantages)) <= 1e-5
-    assert relative_error(whole, gradients(policy, many, groups[::-1], advantages[::-1])) <= 1e-5
+    assert relative_error(whole, gradients(policy, many, groups, advantages, reference)) <= 1e-5
+    assert relative_error(whole, gradients(policy, many, groups[::-1], advantages[::-1], reference)) <= 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,7 +112,8 @@ def test_gradients_of_two_processes_add_up(tiny_model_dir, traced_groups, gradie
     groups, advantages = traced_groups
     config = settings(tiny_model_dir, method)
     policy = make_policy(config)
-    whole = gradients(policy, config, groups, advantages)
+    reference = make_reference(policy, config)
+    whole = gradients(policy, config, groups, advantages, reference)
     halves = [(groups[a:b], advantages[a:b]) for a, b in ((0, 2), (2, 6))]
     counts: list[list[float]] = []
     for part in halves:
@@ -122,7 +132,15 @@ def test_gradients_of_two_processes_add_up(tiny_model_dir, traced_groups, gradie
                     found[name] = found.get(name, 0) + p.grad
 
         optimizer.step = record
-        update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+        update_policy(
+            policy,
+            optimizer,
+            batches,
+            config.loss,
+            world=alone(),
+            reference=reference,
+            max_grad_norm=1e9,
+        )
     assert relative_error(whole, found) <= 1e-5
 
 
@@ -135,13 +153,12 @@ def test_old_and_reference_policy_see_the_masks_of_the_policy(tiny_model_dir, tr
     config = settings(tiny_model_dir, method, *keys)
     policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
     batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
-    again = copy.deepcopy(batch)
-    reference = policy.reference_logprobs(batch)
-    plan = batch.plan
-    ours = policy.logprobs(batch)[0].detach()
-    assert batch.plan is plan and torch.equal(ours, reference)
+    drawn = prepared(policy, batch)
+    reference = Copy(policy, moves=False).logprobs(drawn)
+    ours = policy.score(drawn).logprobs_L.detach()
+    assert torch.equal(ours, reference)
     policy.seed += 1
-    others = policy.logprobs(again)[0].detach()
+    others = logprobs(policy, batch).detach()
     assert torch.equal(others, ours) == (config.diffusion.estimator.name == "trace")
 
 
@@ -150,13 +167,14 @@ def test_lora_reference_is_the_base_model_on_the_same_masks(tiny_model_dir, trac
     config = settings(tiny_model_dir, "ESPO", "model.lora={r: 4, alpha: 8}")
     policy = MaskedPolicy(config, Accelerator(cpu=True), name=str(tiny_model_dir))
     batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
-    before = policy.logprobs(batch)[0].detach()
+    drawn, reference = prepared(policy, batch), BaseModel(policy)
+    before = policy.score(drawn).logprobs_L.detach()
     with torch.no_grad():
         for name, p in policy.trainable():
             assert "lora_" in name
             p.add_(0.1)
-    assert torch.equal(policy.reference_logprobs(batch), before)
-    assert not torch.equal(policy.logprobs(batch)[0].detach(), before)
+    assert torch.equal(reference.logprobs(drawn), before)
+    assert not torch.equal(policy.score(drawn).logprobs_L.detach(), before)
 
 
 def test_espo_has_the_ratio_of_the_sequence(tiny_model_dir, traced_groups):
@@ -169,34 +187,43 @@ def test_espo_has_the_ratio_of_the_sequence(tiny_model_dir, traced_groups):
         policy = make_policy(config)
         optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.5)
         batches = pack(groups, advantages, pack_rules(config))
-        result = update_policy(policy, optimizer, batches, config.loss, num_epochs=2, max_grad_norm=1.0)
+        result = update_policy(
+            policy, optimizer, batches, config.loss, world=alone(), num_epochs=2, max_grad_norm=1.0
+        )
         losses.append({name: value for name, value in result.metrics.items() if name != "memory/peak"})
     assert losses[0]["policy/ratio_max"] > 1.001
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_pass_has_masks_of_its_own_and_old_log_probs_on_them(tiny_model_dir, traced_groups, method):
+def test_each_pass_has_masks_of_its_own_and_old_log_probs_on_them(
+    tiny_model_dir, traced_groups, method, monkeypatch
+):
     groups, advantages = traced_groups
     config = settings(tiny_model_dir, method, "train.num_epochs=3")
     policy, before = make_policy(config), make_policy(config)
     seen, compared = [], []
 
-    def noted(batch, logprobs=policy.logprobs):
-        values = logprobs(batch)
+    def noted(drawn, score=policy.score):
         if torch.is_grad_enabled():
-            old = before.logprobs(batch)[0].detach()
-            seen.append(old.sum().item())
-            if len(seen) > 1:
-                compared.append(torch.equal(old, batch.old_logprobs_L))
-        return values
+            seen.append(before.score(drawn).logprobs_L.detach())
+        return score(drawn)
 
-    policy.logprobs = noted
+    def compared_loss(inputs, *, config):
+        if inputs.old_logprobs_N is not None:
+            compared.append(torch.equal(seen[-1], inputs.old_logprobs_N))
+        return policy_loss(inputs, config=config)
+
+    monkeypatch.setattr(policy, "score", noted)
+    monkeypatch.setattr("rl.update.policy_loss", compared_loss)
     (batch,) = pack(groups, advantages, pack_rules(config))
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.1)
-    result = update_policy(policy, optimizer, [batch], config.loss, num_epochs=3)
+    reference = make_reference(policy, config)
+    result = update_policy(
+        policy, optimizer, [batch], config.loss, world=alone(), reference=reference, num_epochs=3
+    )
     assert result.num_updates == 3 and len(batch.micro_batches) == 1
-    assert len(set(seen)) == (3 if policy.redraws else 1)
+    assert len({values.sum().item() for values in seen}) == (3 if policy.redraws else 1)
     assert compared == [True, True]
 
 
@@ -292,8 +319,9 @@ def test_dropout_of_the_checkpoint_is_off_where_log_probs_are_compared(
     groups, advantages = ragged_groups()
     batch = pack(groups, advantages, pack_rules(config))[0].micro_batches[0]
     policy.weights().canary()
-    ours = policy.logprobs(batch)[0]
-    torch.testing.assert_close(policy.logprobs(batch)[0], ours, rtol=0, atol=0)
-    torch.testing.assert_close(policy.reference_logprobs(batch), ours.detach())
+    drawn = prepared(policy, batch)
+    ours = policy.score(drawn).logprobs_L
+    torch.testing.assert_close(policy.score(drawn).logprobs_L, ours, rtol=0, atol=0)
+    torch.testing.assert_close(Copy(policy, moves=False).logprobs(drawn), ours.detach())
     tuned = DiffusionPolicy(diffusion_model_config(config), Accelerator(cpu=True), name=str(folder))
     assert all(module.training for module in tuned.model.modules())

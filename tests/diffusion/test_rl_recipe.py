@@ -89,7 +89,7 @@ def test_a_run_leaves_what_every_run_leaves(config_file, capsys):
     step = Ledger(run).read(1)
     assert step is not None
     completion = step.groups[0].completions[0]
-    assert completion.trace is not None and len(completion.trace.steps) == 8
+    assert len(completion.facts["trace"]["steps"]) == 8
     assert completion.behavior_logprobs == []
     assert "held-out after:" in capsys.readouterr().out
     assert '<figure class="denoising"' in (run / "report.html").read_text()

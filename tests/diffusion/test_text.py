@@ -305,7 +305,7 @@ ASSISTANT = {"role": "assistant", "content": "w2"}
         ({"messages": [{"role": "user"}, ASSISTANT]}, r"message 0 \(user\) has no content; give it a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ASSISTANT]},
-            r"is list, not text or parts of text \({'type': 'image', 'image': 'x.png'}\); make",
+            r"content has a part of type 'image', and a model of text reads text; leave the row",
         ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": None}]}]},

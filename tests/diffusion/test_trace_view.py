@@ -12,15 +12,16 @@ from recipes.cli import main as cohort
 from rl.report.report import build_report
 from rl.report.traces import denoising_frames, denoising_html
 from rl.store.ledger import Ledger
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, Trace, VersionSpan
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from tests.calling import trace_of
 
 
 def completion(pieces=("The ", "answer ", "is ", "42"), steps=(1, 3, 0, 2), tail=2, logprobs=()):
     n, end = len(pieces), max(steps) + 1
-    trace = Trace([*steps, *[end] * tail], [9] * tail, end, list(pieces))
+    trace = trace_of([*steps, *[end] * tail], [9] * tail, end, list(pieces))
     spans = [VersionSpan(0, n)]
     text = "".join(pieces)
-    return Completion(list(range(n)), list(logprobs), [True] * n, "stop", spans, text, trace=trace)
+    return Completion(list(range(n)), list(logprobs), [True] * n, "stop", spans, text, facts={"trace": trace})
 
 
 def terminal(found) -> str:
@@ -81,7 +82,7 @@ def test_report_and_command_show_the_first_and_the_last_step(tmp_path, capsys):
 
 def test_runs_without_traces_say_so(tmp_path, capsys):
     plain = completion()
-    plain.trace = None
+    plain.facts = {}
     with pytest.raises(ValueError, match="not sampled by a masked diffusion model"):
         denoising_html(plain)
     scored = ScoredGroup(Group(Prompt("p", "", (1,)), [plain]), [Reward(1.0)])

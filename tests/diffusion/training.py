@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def make_run(model_dir: str, data: str, run_dir: str, *overrides: str) -> Diffus
     config = read_config(DiffusionConfig, None, [*base, *overrides])
     config.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(Accelerator(cpu=True))
-    run, _ = build(config, world, StopSignal(), Display(1, is_main=False))
+    run, _ = build(config, world, StopSignal(), Display(1, is_main=False), time.monotonic())
     return run
 
 

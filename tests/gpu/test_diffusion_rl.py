@@ -14,6 +14,8 @@ from rl.types import Prompt, Reward, SamplingParams, ScoredGroup
 from rl.update import pack_rules
 from rollout.weight_sync import publish
 from tests.bench.workload import Workload, write_model
+from tests.calling import call
+from tests.scoring import logprobs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,12 +42,12 @@ def test_the_sampler_holds_what_the_policy_learns_and_scores_alike(tmp_path, lor
     prompts = [Prompt(f"p{n}", "", tuple(range(1000, 1000 + n))) for n in (5, 17, 9)]
     sampling = SamplingParams(16, stop_token_ids=tuple(range(100)))
     groups = engine.generate(
-        prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3], with_logprobs=True
+        call(prompts, num_completions=4, sampling=sampling, seeds=[1, 2, 3], with_logprobs=True)
     )
     scored = [ScoredGroup(g, [Reward(float(i)) for i in range(4)]) for g in groups]
     batches = pack(scored, [[1.0, -1.0, 1.0, -1.0]] * 3, pack_rules(config))
     for micro_batch in batches[0].micro_batches:
-        micro_batch = micro_batch.to(policy.device)
         with torch.no_grad():
-            gaps = policy.logprobs(micro_batch)[0] - micro_batch.behavior_logprobs_L
+            ours = logprobs(policy, micro_batch).cpu()
+        gaps = ours - micro_batch.behavior_logprobs_L
         assert gaps.abs().mean() < 0.02 and gaps.abs().max() < 0.5

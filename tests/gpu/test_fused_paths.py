@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rl.causal import CausalPolicy
 from rl.config import ModelConfig
 from rl.config.read import load_config
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.model.bidirectional import Documents, bidirectional_attention
 from rl.model.head import kernels_work
 from rl.model.varlen import flash_works
-from rl.policy import Policy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def dtype(request):
 @pytest.fixture(scope="module")
 def plain(tiny_model_dir):
     config = _settings(tiny_model_dir, "fp32", "model.fused_layers=false")
-    policy = Policy(config.model, _alone_on("cuda:0"), temperature=0.9, with_reference=False)
+    policy = CausalPolicy(config.model, _alone_on("cuda:0"), temperature=0.9)
     policy.set_packed(False)
     return policy
 
@@ -53,7 +53,7 @@ def plain(tiny_model_dir):
 @pytest.fixture(scope="module")
 def ours(tiny_model_dir, dtype):
     config = _settings(tiny_model_dir, dtype)
-    policy = Policy(config.model, _alone_on("cuda:0"), temperature=0.9, with_reference=False)
+    policy = CausalPolicy(config.model, _alone_on("cuda:0"), temperature=0.9)
     assert policy.settle_attention() is None
     return policy
 

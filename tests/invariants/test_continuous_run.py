@@ -1,4 +1,4 @@
-"""Whole runs of the recipe with `ContinuousSource`: on-policy at staleness 0, and two processes."""
+"""Whole runs of the recipe with `RolloutSource`: on-policy at staleness 0, and two processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import yaml
 from safetensors.torch import load_file
 
 import recipes.grpo
-from recipes.sources import continuous_source
+from recipes.kinds import KINDS
+from recipes.sources import dynamic_sampling, group_sampling
+from rl.config import Config
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
+from tests.rollout.on_policy import OnPolicySource
+from tests.rollout.protocol_engine import ProtocolEngine
 
 HERE = Path(__file__).parent
 STEPS = 4
@@ -58,15 +62,34 @@ def records(run_dir: Path) -> list:
 
 
 def test_without_staleness_a_run_is_the_on_policy_run_bit_for_bit(config_file, monkeypatch):
-    folders = [config_file.parent / name for name in ("on_policy", "continuous")]
-    assert recipes.grpo.main([str(config_file), f"run_dir={folders[0]}"]) == 0
-    monkeypatch.setattr(recipes.grpo, "make_source", continuous_source)
+    def on_policy_source(config, world, engine, scorer, stream, ends, phases):
+        sampling = group_sampling(config, ends)
+        return OnPolicySource(engine, scorer, stream, sampling, dynamic=dynamic_sampling(config), team=world)
+
+    folders = [config_file.parent / name for name in ("on_policy", "rollout")]
     assert recipes.grpo.main([str(config_file), f"run_dir={folders[1]}"]) == 0
+    monkeypatch.setattr(recipes.grpo, "make_source", on_policy_source)
+    assert recipes.grpo.main([str(config_file), f"run_dir={folders[0]}"]) == 0
     assert records(folders[0]) == records(folders[1])
     assert sum(record.counts["replaced"] for record in records(folders[1])) > 0
     for file in ("model.safetensors", "trainer/optimizer.safetensors"):
         a, b = (load_file(folder / "checkpoints" / f"step-{STEPS:06d}" / file) for folder in folders)
         assert all(bool((a[name] == b[name]).all()) for name in a), file
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_asks_no_more_of_its_engine_than_the_protocol_names(config_file, monkeypatch, max_staleness):
+    """Another class around the same engine: the same groups and the same weights, bit for bit."""
+    folders = [config_file.parent / name for name in ("own", "theirs")]
+    causal = KINDS[Config]
+    wrapped = replace(causal, engine=lambda *given: ProtocolEngine(causal.engine(*given)))
+    arguments = [str(config_file), f"train.max_staleness={max_staleness}"]
+    assert recipes.grpo.main([*arguments, f"run_dir={folders[0]}"]) == 0
+    monkeypatch.setitem(KINDS, Config, wrapped)
+    assert recipes.grpo.main([*arguments, f"run_dir={folders[1]}"]) == 0
+    assert records(folders[0]) == records(folders[1])
+    weights = [load_file(f / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors") for f in folders]
+    assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
 def test_two_processes_sample_ahead_together(config_file):

@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from rl.batch import pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
-from rl.policy import Policy
+from rl.references import Copy
 from rl.update import pack_rules
 
 LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"]
@@ -25,15 +26,22 @@ def settings(folder, *overrides: str):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model_dir) -> Policy:
+def policy(tiny_model_dir) -> CausalPolicy:
     config = settings(tiny_model_dir)
-    policy = Policy(config.model, Accelerator(cpu=True), temperature=0.9, with_reference=True)
+    policy = CausalPolicy(config.model, Accelerator(cpu=True), temperature=0.9)
     assert policy.settle_attention() is None
+    return policy
+
+
+@pytest.fixture(scope="module")
+def reference(policy) -> Copy:
+    """Near the policy, as after some steps."""
+    reference = Copy(policy, moves=False)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
-        for parameter in policy.reference.parameters():
+        for parameter in reference.scorer.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return policy
+    return reference
 
 
 def relative_error(a: dict, b: dict) -> float:
@@ -45,46 +53,50 @@ def relative_error(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_does_not_depend_on_the_token_budget(policy, tiny_model_dir, ragged_groups, gradients, loss):
+def test_gradient_does_not_depend_on_the_token_budget(
+    policy, reference, tiny_model_dir, ragged_groups, gradients, loss
+):
     groups, advantages = ragged_groups()
     one = settings(tiny_model_dir, f"loss.name={loss}", "train.token_budget=100000")
     many = settings(tiny_model_dir, f"loss.name={loss}", "train.token_budget=40")
     assert len(pack(groups, advantages, pack_rules(one))[0].micro_batches) == 1
     assert len(pack(groups, advantages, pack_rules(many))[0].micro_batches) > 5
-    a, b = (gradients(policy, c, groups, advantages) for c in (one, many))
+    a, b = (gradients(policy, c, groups, advantages, reference) for c in (one, many))
     assert relative_error(a, b) <= 1e-5
 
 
-def test_gradient_does_not_depend_on_the_order_of_groups(policy, tiny_model_dir, ragged_groups, gradients):
+def test_gradient_does_not_depend_on_the_order_of_groups(
+    policy, reference, tiny_model_dir, ragged_groups, gradients
+):
     groups, advantages = ragged_groups()
     config = settings(tiny_model_dir)
-    a = gradients(policy, config, groups, advantages)
-    b = gradients(policy, config, groups[::-1], advantages[::-1])
+    a = gradients(policy, config, groups, advantages, reference)
+    b = gradients(policy, config, groups[::-1], advantages[::-1], reference)
     assert relative_error(a, b) <= 1e-5
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
 def test_shared_prompts_give_the_gradient_of_one_sequence_at_a_time(
-    policy, tiny_model_dir, ragged_groups, gradients, loss
+    policy, reference, tiny_model_dir, ragged_groups, gradients, loss
 ):
     groups, advantages = ragged_groups()
     config = settings(tiny_model_dir, f"loss.name={loss}")
-    a = gradients(policy, config, groups, advantages)
+    a = gradients(policy, config, groups, advantages, reference)
     policy.set_packed(False)
-    b = gradients(policy, config, groups, advantages)
+    b = gradients(policy, config, groups, advantages, reference)
     policy.set_packed(True)
     assert relative_error(a, b) <= 1e-5
 
 
 def test_packed_gradient_equals_transformers_own_padded_forward(
-    policy, tiny_model_dir, ragged_groups, gradients
+    policy, reference, tiny_model_dir, ragged_groups, gradients
 ):
     """The plain formula written out with `model(...).logits` on padded rows, REINFORCE with a global token
     mean.
     """
     groups, advantages = ragged_groups()
     config = settings(tiny_model_dir, "loss.name=reinforce", "loss.kl_coef=0", "loss.sampler_correction=null")
-    packed = gradients(policy, config, groups, advantages)
+    packed = gradients(policy, config, groups, advantages, reference)
     rows = [
         (g.prompt.token_ids, c.token_ids, a)
         for g, row in zip(groups, advantages, strict=True)
@@ -110,7 +122,7 @@ def test_packed_gradient_equals_transformers_own_padded_forward(
 
 
 def test_rows_without_signal_are_skipped_and_stay_in_the_denominators(
-    policy, tiny_model_dir, ragged_groups, gradients
+    policy, reference, tiny_model_dir, ragged_groups, gradients
 ):
     groups, advantages = ragged_groups()
     num_zero = sum(a == 0 for row in advantages for a in row)
@@ -122,7 +134,7 @@ def test_rows_without_signal_are_skipped_and_stay_in_the_denominators(
     # A KL term of weight 1e-30 changes no gradient and forbids skipping.
     eager = settings(tiny_model_dir, "loss.kl_coef=1e-30")
     assert pack(groups, advantages, pack_rules(eager))[0].num_skipped_rows == 0
-    a, b = (gradients(policy, c, groups, advantages) for c in (lazy, eager))
+    a, b = (gradients(policy, c, groups, advantages, reference) for c in (lazy, eager))
     assert relative_error(a, b) <= 1e-5
 
 
@@ -151,11 +163,13 @@ def test_minibatch_gradients_of_the_global_token_mean_add_up_to_the_whole(
 
 
 @pytest.mark.parametrize("mode", ["gradient_checkpointing=true", "attention=rows"])
-def test_memory_options_do_not_change_the_gradient(policy, tiny_model_dir, ragged_groups, gradients, mode):
+def test_memory_options_do_not_change_the_gradient(
+    policy, reference, tiny_model_dir, ragged_groups, gradients, mode
+):
     groups, advantages = ragged_groups()
     config = settings(tiny_model_dir, f"model.{mode}", "loss.kl_coef=0")
-    other = Policy(config.model, Accelerator(cpu=True), temperature=0.9, with_reference=False)
+    other = CausalPolicy(config.model, Accelerator(cpu=True), temperature=0.9)
     other.settle_attention()
-    a = gradients(policy, config, groups, advantages)
-    b = gradients(other, config, groups, advantages)
+    a = gradients(policy, config, groups, advantages, reference)
+    b = gradients(other, config, groups, advantages, reference)
     assert relative_error(a, b) <= 1e-5

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
 from rl.types import Prompt
-from rollout.source import PromptStream
+from rollout.prompts import PromptStream
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.timeout(600)

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from rl.batch import pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
-from rl.policy import Policy
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
@@ -46,7 +46,7 @@ def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> No
             "loss.kl_coef=0",
         ],
     )
-    policy = Policy(config.model, world.accelerator, temperature=1.0, with_reference=False)
+    policy = CausalPolicy(config.model, world.accelerator, temperature=1.0)
     policy.settle_attention()
     rows = json.loads(Path(data).read_text())[world.rank :: world.size]
     groups, advantages = [], []
@@ -59,7 +59,7 @@ def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> No
         advantages.append(advantage)
     optimizer = Recorder([p for _, p in policy.trainable()], lr=0.0)
     batches = pack(groups, advantages, pack_rules(config), sum_over_processes=world.sum)
-    result = update_policy(policy, optimizer, batches, config.loss, max_grad_norm=1e9)
+    result = update_policy(policy, optimizer, batches, config.loss, world=world, max_grad_norm=1e9)
     gradients = {n: p.grad for n, p in policy.trainable() if p.grad is not None}
     name = f"{out}/{loss}-rank{world.rank}of{world.size}"
     save_file(gradients, f"{name}.safetensors")

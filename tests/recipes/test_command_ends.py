@@ -104,7 +104,7 @@ def test_an_unexpected_fault_has_its_traceback_without_secrets_either(config_fil
     def broken(*_):
         raise KeyError("\x1b[31mverysecretvalue")
 
-    monkeypatch.setattr(recipes.grpo, "check_canvas", broken)
+    monkeypatch.setattr(recipes.grpo, "kind_of", broken)
     assert main([str(config_file)]) == 1
     error = capsys.readouterr().err
     assert "KeyError" in error and "Traceback" in error

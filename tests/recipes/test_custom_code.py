@@ -10,7 +10,7 @@ import pytest
 
 from recipes.cli import main as cohort
 from recipes.grpo import main
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
 
 
 def with_code(folder: Path, target: Path, *parts: str) -> Path:

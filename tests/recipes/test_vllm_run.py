@@ -10,8 +10,9 @@ from recipes.grpo import main
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
 from rl.types import Prompt, SamplingParams
-from rollout.vllm.engine import VllmEngine
 from rollout.vllm.start import vllm_available
+from tests.calling import call
+from tests.vllm_engines import start_vllm
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +47,7 @@ def test_a_run_on_vllm_learns_from_its_own_logprobs_and_vllm_reads_the_checkpoin
     before = AutoModelForCausalLM.from_pretrained(wide_model_dir, dtype=torch.float32)
     assert any((a != b).any() for a, b in zip(trained.parameters(), before.parameters(), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(newest)
-    engine = VllmEngine(newest, tokenizer, dtype=torch.float32, max_model_len=64, kv_cache_gib=0.1)
+    engine = start_vllm(newest, tokenizer, dtype=torch.float32, max_model_len=64, kv_cache_gib=0.1)
     try:
         ids = list(range(5, 25))
         logits = trained(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
@@ -54,7 +55,7 @@ def test_a_run_on_vllm_learns_from_its_own_logprobs_and_vllm_reads_the_checkpoin
         assert engine.prompt_logprobs(ids) == pytest.approx(expected, abs=1e-3)
         prompt = Prompt("p", "", tuple(ids))
         sampling = SamplingParams(max_completion_length=4)
-        (group,) = engine.generate([prompt], num_completions=2, sampling=sampling, seeds=[1])
+        (group,) = engine.generate(call([prompt], num_completions=2, sampling=sampling, seeds=[1]))
         assert all(len(c.token_ids) == 4 for c in group.completions)
     finally:
         engine.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rl.batch import PackRules, pack
+from rl.batch import PackRules, idle_micro_batch, pack
 from rl.model.packed import Block
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
 def completion(ids, reason="stop", mask=None) -> Completion:
@@ -107,3 +107,37 @@ def test_prompts_that_are_not_shared_count_in_the_budget(ragged_groups):
     assert sum(sizes) == sum(
         len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions
     )
+
+
+def test_advantages_may_stand_per_token_and_reach_the_loss_tokens():
+    """The second token is a tool's: its advantage counts nowhere."""
+    group = scored([9], completion([1, 2, 3], mask=[True, False, True]), completion([4]))
+    (batch,) = pack([group], [[[0.5, 9.0, -1.5], 2.0]], rules())
+    assert batch.micro_batches[0].advantages_L.tolist() == [0.5, -1.5, 2.0]
+    (batch,) = pack([group], [[[0.0, 9.0, 0.0], 2.0]], rules())  # no signal where the policy chose
+    assert batch.num_skipped_rows == 1
+    with pytest.raises(ValueError, match=r"of prompt p has 3 tokens and 2 advantages; give one for"):
+        pack([group], [[[0.5, 1.0], 2.0]], rules())
+
+
+def test_further_rows_of_an_episode_are_refused_and_not_dropped():
+    first = completion([1, 2])
+    first.continuations = [Continuation((7, 8), completion([3]))]
+    with pytest.raises(ValueError, match="of prompt p goes on in 1 further rows, and several rows"):
+        pack([scored([9], first)], [[1.0]], rules())
+
+
+def test_a_row_knows_its_group_and_its_index_in_it():
+    groups = [
+        scored([9], completion([1]), completion([], "abort"), completion([2])),
+        scored([8], completion([3])),
+    ]
+    (batch,) = pack(groups, [[1.0, 0.0, 1.0], [1.0]], rules())
+    found = {(r.group_index, r.index) for m in batch.micro_batches for r in m.rows}
+    assert found == {(0, 0), (0, 2), (1, 0)}
+
+
+def test_an_idle_micro_batch_has_one_token_of_weight_0():
+    m = idle_micro_batch()
+    assert (m.columns_L.tolist(), m.predecessors_L.tolist()) == ([1], [0])
+    assert m.weights_L.tolist() == m.advantages_L.tolist() == [0.0]

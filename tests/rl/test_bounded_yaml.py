@@ -45,6 +45,14 @@ def test_a_key_given_twice_is_refused_by_name_and_line(tmp_path, text, message):
     assert message in refusal(tmp_path / "c.yaml", text)
 
 
+@pytest.mark.parametrize("tag", ["object/apply:os.getcwd []", "name:os.getcwd ''", "module:os ''"])
+def test_no_tag_makes_an_object_of_python(tmp_path, tag):
+    said = refusal(tmp_path / "c.yaml", f"run_dir: !!python/{tag}\n")
+    assert (
+        "is not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/" in said
+    )
+
+
 def test_a_key_given_twice_in_an_override_is_refused():
     with pytest.raises(ValueError, match="'lr' is given twice"):
         load_config(None, ["optimizer={lr: 1e-5, eps: 1e-8, lr: 1e-6}"])

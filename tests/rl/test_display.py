@@ -235,3 +235,12 @@ class Lines(io.StringIO):
             if wanted in self.getvalue():
                 event.set()
         return count
+
+
+def test_notes_and_warnings_hide_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "verysecretvalue")
+    stream = io.StringIO()
+    with Display(1, stream) as display:
+        display.note("read from https://me:hunter2@host/x")
+        display.warn("refused: verysecretvalue\nstep 1/1")
+    assert stream.getvalue() == "read from https://***@host/x\nwarning: refused: ***\n    step 1/1\n"

@@ -11,14 +11,17 @@ from accelerate import Accelerator
 
 from rl.advantages import compute_advantages
 from rl.batch import PackRules, pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.model.exactness import moving_rope
 from rl.packed_check import probe_batch
-from rl.policy import Policy
+from rl.references import make_reference
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
+from tests.calling import call
 from tests.rl.families import save_tiny, tiny_config
+from tests.scoring import alone, logprobs, prepared
 
 SHORT, LONG = [1.0, 1.0, 1.1, 1.2], [1.1, 1.5, 3.0, 4.0]
 LONGROPE = {
@@ -43,9 +46,9 @@ def family(tiny_model_dir, tmp_path):
     return make
 
 
-def load(folder, *overrides: str, with_reference: bool = False) -> tuple[Policy, object]:
+def load(folder, *overrides: str) -> tuple[CausalPolicy, object]:
     config = load_config(None, [f"model.name={folder}", "model.dtype=fp32", *overrides])
-    return Policy(config.model, Accelerator(cpu=True), temperature=1.0, with_reference=with_reference), config
+    return CausalPolicy(config.model, Accelerator(cpu=True), temperature=1.0), config
 
 
 def eager(folder):
@@ -77,7 +80,7 @@ def far_from(model, policy, batch) -> float:
         prompt = list(row.prompt.token_ids)
         expected += whole(model, [*prompt, *row.completion.token_ids])[len(prompt) - 1 :]
     with torch.no_grad():
-        return float((policy.logprobs(batch)[0] - torch.tensor(expected)).abs().max())
+        return float((logprobs(policy, batch) - torch.tensor(expected)).abs().max())
 
 
 @pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
@@ -119,7 +122,7 @@ def test_an_unchanged_policy_has_ratio_one_and_no_kl(family, ragged_groups, name
     """The config of a checkpoint drops a tenth of everything, as GPT-2's does: the ratio went up to 13."""
     overrides = ["loss.kl_coef=0.1", "loss.sampler_correction=null", "train.num_epochs=2"]
     overrides += [f"model.gradient_checkpointing={checkpointing}"]
-    policy, config = load(family(name, **changes), *overrides, with_reference=True)
+    policy, config = load(family(name, **changes), *overrides)
     policy.settle_attention()
     groups, _ = ragged_groups(num_groups=2, group_size=3)
     advantages = compute_advantages(groups, config=config.advantage, weights={"math": 1.0})
@@ -127,7 +130,10 @@ def test_an_unchanged_policy_has_ratio_one_and_no_kl(family, ragged_groups, name
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
     batches = pack(groups, advantages, rules)
     policy.weights().canary()
-    metrics = update_policy(policy, optimizer, batches, config.loss, num_epochs=2).metrics
+    reference = make_reference(policy, moves=False)
+    metrics = update_policy(
+        policy, optimizer, batches, config.loss, world=alone(), reference=reference, num_epochs=2
+    ).metrics
     assert metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["policy/kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["policy/grad_norm"] > 0
@@ -142,7 +148,7 @@ def test_gradient_checkpointing_stays_on_without_dropout(family, name, changes):
     calls: list[bool] = []
     layers = [m for m in policy.model.modules() if type(m).__name__ in ("GPT2Block", "OPTDecoderLayer")]
     layers[0].register_forward_pre_hook(lambda layer, _: calls.append(layer.training))
-    policy.logprobs(row_of([3, 4]))[0].sum().backward()
+    logprobs(policy, row_of([3, 4])).sum().backward()
     assert calls == [False, False]
 
 
@@ -165,7 +171,7 @@ def test_packed_rows_are_off_where_one_long_sequence_moves_the_others(family):
 def test_a_run_beyond_the_original_length_has_the_long_factors_everywhere(family):
     """As vLLM has them for every sequence of an engine that may exceed it."""
     folder = family("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64)
-    policy, _ = load(folder, with_reference=True)
+    policy, _ = load(folder)
     assert policy.settle_attention(90) is None and policy.long_factors
     assert moving_rope(policy.model) is None
     long = eager(
@@ -173,7 +179,9 @@ def test_a_run_beyond_the_original_length_has_the_long_factors_everywhere(family
     )
     batch = row_of([30, 70, 20])
     assert far_from(long, policy, batch) < 1e-5
-    torch.testing.assert_close(policy.reference_logprobs(batch), policy.logprobs(batch)[0].detach())
+    reference = make_reference(policy, moves=False)
+    theirs = reference.logprobs(prepared(policy, batch))
+    torch.testing.assert_close(theirs, logprobs(policy, batch).detach())
 
 
 def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family):
@@ -184,7 +192,7 @@ def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family)
     assert "(dynamic) of a whole row change" in (policy.settle_attention() or "")
     assert far_from(eager(folder), policy, row_of([54, 20])) < 1e-5
     with pytest.raises(ValueError, match="a sequence of 65 tokens exceeds the 64 from which on the dynamic"):
-        policy.logprobs(row_of([20, 55]))
+        logprobs(policy, row_of([20, 55]))
     with pytest.raises(ValueError, match="a sequence of 90 tokens exceeds the 64"):
         load(folder)[0].settle_attention(90)
     assert load(folder)[0].settle_attention(64) is None
@@ -222,7 +230,7 @@ def test_a_cache_that_loses_the_prompt_is_not_sampled_with(family, name, recwarn
     prompts = [Prompt("a", "", (5, 6, 7)), Prompt("b", "", tuple(range(8, 24)))]
     sampling = SamplingParams(temperature=1.0, max_completion_length=6)
     plain = eager(folder)
-    for group in engine.generate(prompts, num_completions=2, sampling=sampling, seeds=[0, 1]):
+    for group in engine.generate(call(prompts, num_completions=2, sampling=sampling, seeds=[0, 1])):
         for completion in group.completions:
             ids = [*group.prompt.token_ids, *completion.token_ids]
             expected = whole(plain, ids)[len(group.prompt.token_ids) - 1 :]

@@ -18,17 +18,19 @@ from rl.report.traces import denoising_frames, denoising_html, sampled_traces
 from rl.store.folder import write_atomically
 from rl.store.ledger import Ledger
 from rl.store.metrics import METRICS, MetricsLog
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, Trace, VersionSpan
+from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
+from tests.calling import trace_of
 
 ROOT = Path(__file__).parents[2]
 LEDGER = "ledger/step-000000-rank0.jsonl.gz"
 
 
 def scored(name="good", **columns):
-    trace = Trace([0, 1, 2], [], 2, ["a", "b", "c"])
+    trace = trace_of([0, 1, 2], [], 2, ["a", "b", "c"])
     spans = [VersionSpan(0, 3)]
     completions = [
-        Completion([1, 2, 3], [-0.5] * 3, [True] * 3, "stop", spans, name + end, trace=trace) for end in "ab"
+        Completion([1, 2, 3], [-0.5] * 3, [True] * 3, "stop", spans, name + end, facts={"trace": trace})
+        for end in "ab"
     ]
     rewards = [Reward(score, Reason.SCORED, parts={"math": score}) for score in (0.0, 1.0)]
     return ScoredGroup(Group(Prompt(name, "q", (1,), ({"role": "user"},), columns), completions), rewards)

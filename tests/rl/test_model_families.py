@@ -15,13 +15,15 @@ import transformers
 from accelerate import Accelerator
 
 from rl.batch import MicroBatch, pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
-from rl.policy import Policy
 from rl.types import Prompt, SamplingParams
 from rl.update import pack_rules
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
 from rollout.weight_sync import publish
+from tests.calling import call
 from tests.rl.families import FAMILIES, save_tiny, words
+from tests.scoring import logprobs
 
 # One at a time: state runs along the row, positions are those of columns, attention takes no layout, or a
 # window or an index acts on a mask alone.
@@ -66,7 +68,7 @@ def load(name: str, folder, tokenizer_folder, *overrides: str) -> tuple[Policy, 
     transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     settings = [f"model.name={folder}", "model.dtype=fp32", "loss.kl_coef=0", "loss.sampler_correction=null"]
     config = load_config(None, [*settings, "sampling.temperature=0.8", *overrides])
-    return Policy(config.model, Accelerator(cpu=True), temperature=0.8, with_reference=False), config
+    return CausalPolicy(config.model, Accelerator(cpu=True), temperature=0.8), config
 
 
 PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.rotation]) for n in FAMILIES]
@@ -89,7 +91,7 @@ def test_a_family_is_exact_or_refused_in_words(name, ragged_groups, gradients, t
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
     for batch in pack(groups, advantages, rules)[0].micro_batches:
         expected = plain_logprobs(plain, batch, 0.8)
-        torch.testing.assert_close(policy.logprobs(batch)[0], expected, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(logprobs(policy, batch), expected, rtol=1e-4, atol=2e-4)
         # At ratio 1 the loss has the gradient of -weight * advantage * log-prob.
         (-(batch.weights_L * batch.advantages_L * expected).sum()).backward()
     theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
@@ -111,7 +113,7 @@ def test_adapters_reach_the_engine_or_are_refused_by_name(name, tiny_model_dir, 
     every_trained_weight_reaches_the_engine(policy, tmp_path)
 
 
-def every_trained_weight_reaches_the_engine(policy: Policy, folder) -> None:
+def every_trained_weight_reaches_the_engine(policy: CausalPolicy, folder) -> None:
     engine = TransformersEngine(folder, policy.tokenizer, attention=policy.own_attention)
     before = engine.fingerprints()
     streamed = {n: v.clone() for n, v in policy.weights()}
@@ -129,7 +131,7 @@ def every_trained_weight_reaches_the_engine(policy: Policy, folder) -> None:
     assert len(moved) >= sum("lora_B" in n or "lora_" not in n for n, _ in policy.trainable())
     prompts = [Prompt("a", "", (5, 6, 7)), Prompt("b", "", tuple(range(8, 24)))]
     sampling = SamplingParams(temperature=0.8, max_completion_length=6)
-    for group in engine.generate(prompts, num_completions=2, sampling=sampling, seeds=[0, 1]):
+    for group in engine.generate(call(prompts, num_completions=2, sampling=sampling, seeds=[0, 1])):
         for completion in group.completions:
             ids = [*group.prompt.token_ids, *completion.token_ids]
             with torch.no_grad():

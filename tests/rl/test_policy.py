@@ -11,15 +11,17 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.batch import pack
+from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.packed_check import probe_batch
-from rl.policy import Policy
+from rl.references import Copy, make_reference
 from rl.update import pack_rules, update_policy
+from tests.scoring import alone, prepared
 
 
-def make(folder, *overrides, with_reference=False) -> tuple[Policy, object]:
+def make(folder, *overrides) -> tuple[CausalPolicy, object]:
     config = load_config(None, [f"model.name={folder}", "model.dtype=fp32", *overrides])
-    policy = Policy(config.model, Accelerator(cpu=True), temperature=1.0, with_reference=with_reference)
+    policy = CausalPolicy(config.model, Accelerator(cpu=True), temperature=1.0)
     policy.settle_attention()
     return policy, config
 
@@ -27,9 +29,10 @@ def make(folder, *overrides, with_reference=False) -> tuple[Policy, object]:
 def step(policy, config, ragged_groups, lr=0.5, **options):
     groups, advantages = ragged_groups()
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=lr)
-    return update_policy(
-        policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss, **options
-    )
+    batches = pack(groups, advantages, pack_rules(config))
+    if config.loss.kl_coef and "reference" not in options:
+        options["reference"] = make_reference(policy, moves=False)
+    return update_policy(policy, optimizer, batches, config.loss, world=alone(), **options)
 
 
 def test_the_weight_stream_of_an_adapter_is_the_merged_model(tiny_model_dir, ragged_groups, tmp_path):
@@ -50,15 +53,16 @@ def test_the_weight_stream_of_an_adapter_is_the_merged_model(tiny_model_dir, rag
 
 
 def test_with_an_adapter_the_reference_is_the_base_model(tiny_model_dir, ragged_groups):
-    policy, config = make(tiny_model_dir, "model.lora={r: 4}", with_reference=True)
+    policy, config = make(tiny_model_dir, "model.lora={r: 4}")
     base, _ = make(tiny_model_dir)
     step(policy, config, ragged_groups)
-    batch = probe_batch(policy.model)
+    batch = prepared(policy, probe_batch(policy.model))
     with torch.no_grad():
-        expected = base.logprobs(batch)[0]
-        assert not torch.allclose(policy.logprobs(batch)[0], expected, atol=1e-3)
-    torch.testing.assert_close(policy.reference_logprobs(batch), expected)
-    assert policy.reference is None
+        expected = base.score(batch).logprobs_L
+        assert not torch.allclose(policy.score(batch).logprobs_L, expected, atol=1e-3)
+    reference = make_reference(policy, moves=False)
+    torch.testing.assert_close(reference.logprobs(batch), expected)
+    assert reference.snapshot() is None
 
 
 def test_an_adapter_is_fp32_beside_a_bf16_base_and_is_added_before_rounding(tiny_model_dir, ragged_groups):
@@ -76,12 +80,13 @@ def test_an_adapter_is_fp32_beside_a_bf16_base_and_is_added_before_rounding(tiny
 
 
 def test_the_reference_follows_by_its_mixup(tiny_model_dir, ragged_groups):
-    policy, config = make(tiny_model_dir, with_reference=True)
-    start = [p.clone() for p in policy.reference.parameters()]
-    step(policy, config, ragged_groups)
-    policy.move_reference(0.25)
+    policy, config = make(tiny_model_dir)
+    reference = Copy(policy, moves=True)
+    start = [p.clone() for p in reference.scorer.parameters()]
+    step(policy, config, ragged_groups, reference=reference)
+    reference.follow(policy, 0.25)
     for theirs, ours, old in zip(
-        policy.reference.parameters(), policy.scorer.parameters(), start, strict=True
+        reference.scorer.parameters(), policy.scorer.parameters(), start, strict=True
     ):
         torch.testing.assert_close(theirs, 0.75 * old + 0.25 * ours)
 
@@ -131,9 +136,7 @@ def test_a_second_epoch_has_the_ratio_of_the_first_update(tiny_model_dir, ragged
 def test_the_loss_of_several_epochs_is_their_mean(tiny_model_dir, ragged_groups):
     losses = []
     for epochs in (1, 3):
-        policy, config = make(
-            tiny_model_dir, "loss.kl_coef=0.1", f"train.num_epochs={epochs}", with_reference=True
-        )
+        policy, config = make(tiny_model_dir, "loss.kl_coef=0.1", f"train.num_epochs={epochs}")
         result = step(policy, config, ragged_groups, lr=0.0, num_epochs=epochs)
         losses.append(result.metrics["policy/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and abs(losses[0]) > 1e-3
@@ -143,11 +146,13 @@ def test_a_batch_without_signal_changes_nothing_not_even_moments(tiny_model_dir,
     policy, config = make(tiny_model_dir, "loss.kl_coef=0")
     groups, advantages = ragged_groups()
     optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.1, weight_decay=0.1)
-    update_policy(policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss)
+    update_policy(policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss, world=alone())
     weights = [p.clone() for _, p in policy.trainable()]
     moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
     zeros = [[0.0] * len(row) for row in advantages]
-    result = update_policy(policy, optimizer, pack(groups, zeros, pack_rules(config)), config.loss)
+    result = update_policy(
+        policy, optimizer, pack(groups, zeros, pack_rules(config)), config.loss, world=alone()
+    )
     assert result.num_updates == 0
     assert all(torch.equal(a, b) for a, (_, b) in zip(weights, policy.trainable(), strict=True))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
@@ -159,7 +164,9 @@ def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model_dir, ragged_gro
     advantages[0][0] = float("nan")
     before = [p.clone() for _, p in policy.trainable()]
     optimizer = torch.optim.AdamW([p for _, p in policy.trainable()], lr=0.1)
-    result = update_policy(policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss)
+    result = update_policy(
+        policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss, world=alone()
+    )
     assert (result.num_updates, result.bad_steps) == (0, 1)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.trainable(), strict=True))
     assert all(p.grad is None for _, p in policy.trainable())
@@ -186,7 +193,7 @@ def test_weights_that_are_not_finite_are_named(tiny_model_dir, tmp_path):
 
 def test_a_moving_reference_and_an_adapter_exclude_each_other(tiny_model_dir):
     with pytest.raises(ValueError, match=r"model.reference.update_every=0"):
-        make(tiny_model_dir, "model.lora={r: 4}", "model.reference.update_every=2", with_reference=True)
+        make(tiny_model_dir, "model.lora={r: 4}", "model.reference.update_every=2")
 
 
 def test_adapters_on_the_output_head_are_refused(tiny_model_dir, tmp_path):
@@ -246,3 +253,29 @@ def test_an_adapter_names_its_base_from_the_root_and_with_its_revision(tiny_mode
     policy.write_model(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == (str(tiny_model_dir), "v1.0")
+
+
+def test_other_ids_can_be_asked_for_at_every_loss_token(tiny_model_dir):
+    """Against the model's own log-softmax, values and gradients."""
+    policy, _ = make(tiny_model_dir, "model.attention=rows")
+    drawn = prepared(policy, probe_batch(policy.model))
+    generator = torch.Generator().manual_seed(3)
+    ids_LK = torch.randint(0, 105, (len(drawn.batch.columns_L), 4), generator=generator)
+    found = policy.score(drawn, ids_LK=ids_LK).logprobs_LK
+    slopes = torch.randn(ids_LK.shape, generator=generator)
+    (found * slopes).sum().backward()
+    ours = {name: p.grad.clone() for name, p in policy.trainable() if p.grad is not None}
+    policy.scorer.zero_grad()
+    rows = []
+    for block in drawn.batch.blocks:
+        start = block.completion_start
+        for length in block.completion_lengths:
+            prompt = drawn.batch.token_ids_N[block.start : block.completion_start]
+            ids = torch.cat([prompt, drawn.batch.token_ids_N[start : start + length]])
+            rows.append(policy.model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
+            start += length
+    expected = torch.cat(rows).log_softmax(-1).gather(-1, ids_LK)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (expected * slopes).sum().backward()
+    for name, p in policy.trainable():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-5)

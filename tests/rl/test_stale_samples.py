@@ -11,13 +11,14 @@ from loss_cases import F64, column, config_of, loss_and_gradient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.advantages import compute_advantages
+from rl.causal import CausalPolicy
 from rl.config import SamplerCorrectionConfig
 from rl.config.read import load_config
 from rl.losses import LossInputs, policy_loss
-from rl.policy import Policy
 from rl.types import Prompt, Reward, SamplingParams, ScoredGroup
 from rl.world import World
-from rollout.engine import TransformersEngine
+from rollout.transformers import TransformersEngine
+from tests.calling import call
 
 
 def one_token(now: float, then: float, advantage: float, **changes) -> LossInputs:
@@ -99,11 +100,11 @@ def test_a_batch_of_an_older_policy_gets_that_gradient(tiny_model_dir, gradients
     engine = TransformersEngine(tiny_model_dir, AutoTokenizer.from_pretrained(tiny_model_dir))
     prompts = [Prompt(f"p{i}", "", (7 + i, 9, 11)[: 1 + i % 3]) for i in range(4)]
     sampling = SamplingParams(max_completion_length=12, stop_token_ids=(1,))
-    sampled = engine.generate(prompts, num_completions=3, sampling=sampling, seeds=[5, 6, 7, 8])
+    sampled = engine.generate(call(prompts, num_completions=3, sampling=sampling, seeds=[5, 6, 7, 8]))
     groups = [ScoredGroup(g, [Reward(0.0), Reward(1.0), Reward(0.25)]) for g in sampled]
     advantages = compute_advantages(groups, config=config.advantage, weights={"math": 1.0})
 
-    policy = Policy(config.model, world.accelerator, temperature=1.0, with_reference=False)
+    policy = CausalPolicy(config.model, world.accelerator, temperature=1.0)
     policy.settle_attention()
     torch.manual_seed(0)
     with torch.no_grad():  # the step that made the samples stale
