@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,19 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from rl.store.durable import fsync_path
 from rl.store.manifest import files_below, find_fault, read_manifest, version_changes, write_manifest
-from rl.store.trainer_state import (
-    TRAINER_FILES,
-    NonFiniteError,
-    TrainerState,
-    check_finite,
-    read_trainer_state,
-    write_trainer_state,
-)
+from rl.store.tensors import NonFiniteError, check_finite
+from rl.store.trainer_state import TRAINER_FILES, TrainerState, read_trainer_state, write_trainer_state
 from rl.types import Team
 
-_REQUIRED = {f"trainer/{name}": meaning for name, meaning in TRAINER_FILES.items()}
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+LEFTOVERS = ".*-step-*"  # .staging-, .removed- and .replaced-
 
 
 class CheckpointWriteError(RuntimeError):
@@ -44,11 +38,7 @@ class CheckpointReadError(ValueError):
     """There are checkpoints, and none that was asked for is whole."""
 
 
-_FAULTS: dict[str, type[Exception]] = {
-    "write": CheckpointWriteError,
-    "not finite": NonFiniteError,
-    "other": RuntimeError,
-}
+_FAULTS = {kind.__name__: kind for kind in (CheckpointWriteError, NonFiniteError, RuntimeError)}
 
 
 @dataclass(slots=True)
@@ -81,29 +71,39 @@ class CheckpointStore:
         self.keep = keep
         self._damaged: set[Path] = set()
         self._lock = FileLock(self.root / ".lock", timeout=0, thread_local=False)
-        if self._leftovers():
+        if any(self.root.glob(LEFTOVERS)):
             with suppress(Timeout), self._lock:
                 self._clear_leftovers()
 
-    def save(self, step: int, *, write: Callable[[Path], None], state: TrainerState, team: Team) -> Path:
+    def path(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}"
+
+    def save(
+        self, step: int, *, write: Callable[[Path], None], state: TrainerState, team: Team, num_bytes: int = 0
+    ) -> Path:
         """Publishes the checkpoint of `step`, in place of one of that step, and prunes to the newest `keep`.
 
-        Collective: a fault of any process is raised on all of them, and none waits for one that failed.
+        Collective: where any process fails, all raise the error of the first one by rank, and none waits for
+        one that failed. A wish to end (KeyboardInterrupt, SystemExit) goes on in its own process.
 
         Args:
             write: called on every process; writes what it holds of model and tokenizer, or of an adapter, and
                 of the optimizer's state, as safetensors and JSON.
+            num_bytes: what all processes together will write, about; of the first checkpoint nothing else is
+                known.
 
         Raises:
             NonFiniteError: a tensor of model or optimizer holds NaN or infinity; nothing is published.
             CheckpointWriteError: the disk is full or fails; nothing is published.
+            RuntimeError: another error of one of several processes; nothing is published.
         """
-        final, staging = self.root / f"step-{step:06d}", self.root / f".staging-step-{step:06d}"
+        final, staging = self.path(step), self.root / f".staging-step-{step:06d}"
+        on_main = team.rank == 0
         try:
             self._together(team, step, lambda: _check_state(step, state))
-            self._together(team, step, lambda: self._begin(step, staging) if team.rank == 0 else None)
+            self._together(team, step, lambda: self._begin(step, staging, num_bytes) if on_main else None)
             self._together(team, step, lambda: write(staging))
-            self._together(team, step, lambda: self._end(staging, final, state) if team.rank == 0 else None)
+            self._together(team, step, lambda: self._end(staging, final, state) if on_main else None)
         finally:
             if self._lock.is_locked:
                 with suppress(OSError):  # the next start clears them too
@@ -112,34 +112,43 @@ class CheckpointStore:
         return final
 
     def _together(self, team: Team, step: int, work: Callable[[], None]) -> None:
-        """Does the work of this process, and raises the first fault of any."""
-        own, fault = None, ["", ""]
+        """Does the work of this process, and raises the same error on all if any failed."""
+        own, fault = None, None
         try:
             work()
-        except Timeout:
-            fault = ["write", f"another process is saving into {self.root}; give each run its own run_dir"]
-        except (OSError, SafetensorError) as error:
-            remedy = "free some space" if _is_disk_full(error) else "check the file system"
-            fault = [
-                "write",
-                f"checkpoint of step {step} could not be written to {self.root}: {error}; {remedy}; "
-                "the earlier checkpoints are untouched",
-            ]
-        except CheckpointWriteError as error:
-            fault = ["write", str(error)]
-        except NonFiniteError as error:
-            fault = ["not finite", str(error)]
-        except Exception as error:
-            own, fault = error, ["other", f"{type(error).__name__}: {error}"]
-        first = next((found for found in team.gather(fault) if found[0]), None)
-        if own is not None:
+        except BaseException as error:  # of any kind: the others wait for this process's word
+            own, fault = error, self._named(error, step)
+        told = team.gather(fault and [type(fault).__name__, str(fault)])
+        first = next((rank for rank, one in enumerate(told) if one), None)
+        if first is None:
+            return
+        kind, text = told[first]
+        first_error = _FAULTS[kind](text if team.size == 1 else f"process {first} of {team.size}: {text}")
+        if own is not None and team.size == 1 and kind == RuntimeError.__name__:
             raise own
-        if first is not None:
-            raise _FAULTS[first[0]](first[1])
+        if own is None or isinstance(own, Exception):
+            raise first_error from own
+        own.add_note(str(first_error))
+        raise own
 
-    def _begin(self, step: int, staging: Path) -> None:
+    def _named(self, error: BaseException, step: int) -> Exception:
+        """An error of this process as one of `_FAULTS`."""
+        if isinstance(error, Timeout):
+            return CheckpointWriteError(
+                f"another process is saving into {self.root}; give each run its own run_dir"
+            )
+        if isinstance(error, OSError | SafetensorError):
+            remedy = "free some space" if _is_disk_full(error) else "check the file system"
+            return CheckpointWriteError(
+                f"checkpoint of step {step} could not be written to {self.root}: {error}; {remedy}; "
+                "the earlier checkpoints are untouched"
+            )
+        is_named = isinstance(error, CheckpointWriteError | NonFiniteError)
+        return error if is_named else RuntimeError(f"{type(error).__name__}: {error}")
+
+    def _begin(self, step: int, staging: Path, num_bytes: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        self._require_space(step)
+        self._require_space(step, num_bytes)
         self._lock.acquire()
         self._clear_leftovers()
         staging.mkdir()
@@ -147,8 +156,7 @@ class CheckpointStore:
     def _end(self, staging: Path, final: Path, state: TrainerState) -> None:
         """Checks what was written, adds what the main process keeps, and publishes it."""
         _check_model(staging, state.step)
-        (staging / "trainer").mkdir(exist_ok=True)
-        write_trainer_state(staging / "trainer", state)
+        write_trainer_state(staging, state)
         # safetensors makes files that only their owner can read, whatever the umask says.
         mode = (staging / "trainer" / "state.json").stat().st_mode
         for path in files_below(staging):
@@ -168,13 +176,10 @@ class CheckpointStore:
         skipped: list[str] = []
         for folder in self._newest_first():
             try:
-                loaded = self.load(folder)
+                return replace(self.load(folder), skipped=skipped)
             except CheckpointReadError as error:
                 self._damaged.add(folder)
                 skipped.append(str(error))
-            else:
-                loaded.skipped = skipped
-                return loaded
         if not skipped:
             return None
         reasons = "\n  ".join(skipped)
@@ -190,13 +195,13 @@ class CheckpointStore:
             CheckpointReadError: it is damaged.
         """
         folder = Path(folder)
-        if fault := find_fault(folder, _REQUIRED):
+        if fault := find_fault(folder, TRAINER_FILES):
             raise CheckpointReadError(f"{folder.name}: {fault}")
         manifest = read_manifest(folder)
         return LoadedCheckpoint(
             step=manifest["step"],
             path=folder,
-            trainer_state=read_trainer_state(folder / "trainer"),
+            trainer_state=read_trainer_state(folder),
             version_changes=version_changes(manifest["versions"]),
         )
 
@@ -217,7 +222,7 @@ class CheckpointStore:
     def _prune(self, published: Path) -> None:
         """Removes whole checkpoints beyond the newest `keep`, `published` among them; leaves damaged ones."""
         others = [folder for folder in self._newest_first() if folder not in self._damaged | {published}]
-        whole = [folder for folder in others if find_fault(folder, _REQUIRED, quick=True) is None]
+        whole = [folder for folder in others if find_fault(folder, TRAINER_FILES, quick=True) is None]
         for folder in whole[self.keep - 1 :]:
             removed = self.root / f".removed-{folder.name}"
             with suppress(OSError):
@@ -225,20 +230,17 @@ class CheckpointStore:
                 os.rename(folder, removed)
                 shutil.rmtree(removed, ignore_errors=True)
 
-    def _leftovers(self) -> list[Path]:
-        kinds = ("staging", "removed", "replaced")
-        return [path for kind in kinds for path in self.root.glob(f".{kind}-step-*")]
-
     def _clear_leftovers(self) -> None:
-        for path in self._leftovers():
+        for path in list(self.root.glob(LEFTOVERS)):
             final = self.root / path.name.removeprefix(".replaced-")
             if path.name.startswith(".replaced-") and not final.exists():
                 os.rename(path, final)
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _require_space(self, step: int) -> None:
-        needed = 0
+    def _require_space(self, step: int, num_bytes: int) -> None:
+        """What the newest checkpoint takes, or `num_bytes` where there is none to go by, must be free."""
+        needed = num_bytes
         for folder in self._newest_first():
             with suppress(ValueError, OSError):
                 needed = sum(entry["size"] for entry in read_manifest(folder)["files"].values())
@@ -246,8 +248,8 @@ class CheckpointStore:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise CheckpointWriteError(
-                f"checkpoint of step {step} needs about {needed / 1e6:,.0f} MB and {self.root} has "
-                f"{free / 1e6:,.0f} MB free; free some space; the earlier checkpoints are untouched"
+                f"checkpoint of step {step} needs about {needed / 2**30:,.3f} GiB and {self.root} has "
+                f"{free / 2**30:,.3f} GiB free; free some space; the earlier checkpoints are untouched"
             )
 
 
@@ -284,8 +286,6 @@ def _step_of(folder: Path) -> int:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
     # safetensors tells the system's error number in its text only.
-    number = re.search(r"os error (\d+)", str(error))
-    return number is not None and int(number[1]) in _DISK_FULL
+    number = error.errno if isinstance(error, OSError) else re.search(r"os error (\d+)", str(error))
+    return (int(number[1]) if isinstance(number, re.Match) else number) in _DISK_FULL

@@ -21,22 +21,17 @@ from filelock import FileLock, Timeout
 
 # Some network and user-space file systems refuse to fsync a folder; they order names by themselves.
 _FOLDER_FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
-
-
 _REMEDIES = {
-    errno.ENOSPC: "free some space and start again: a run goes on where it stopped",
-    errno.EDQUOT: "free some space and start again: a run goes on where it stopped",
-    errno.EROFS: "set run_dir to a folder that can be written",
-    errno.EACCES: "set run_dir to a folder that can be written",
-    errno.EEXIST: "set run_dir to a folder, or to a name that is free",
-    errno.ENOTDIR: "set run_dir to a folder, or to a name that is free",
+    (errno.ENOSPC, errno.EDQUOT): "free some space and start again: a run goes on where it stopped",
+    (errno.EROFS, errno.EACCES): "set run_dir to a folder that can be written",
+    (errno.EEXIST, errno.ENOTDIR): "set run_dir to a folder, or to a name that is free",
 }
 
 
 def with_remedy(error: Exception) -> str:
     """The error as a sentence, with a remedy where it is the operating system's and has none."""
-    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
-    return f"{error}; {remedy}" if remedy else str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    return "; ".join([str(error), *(remedy for numbers, remedy in _REMEDIES.items() if number in numbers)])
 
 
 def gone(path: Path) -> RuntimeError:
@@ -82,19 +77,20 @@ def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not _is_at(partial, ours):
+        if not is_at(partial, ours):
             raise FileExistsError(errno.EEXIST, "another process writes the same file", str(path))
         os.replace(partial, path)
     except BaseException:
-        if _is_at(partial, ours):
+        if is_at(partial, ours):
             partial.unlink()
         raise
     fsync_path(path.parent)
 
 
-def _is_at(path: Path, status: os.stat_result) -> bool:
+def is_at(path: Path, status: os.stat_result, *, follow: bool = False) -> bool:
+    """Whether the file of that status is at the path, or behind a link there that may be followed."""
     try:
-        return os.path.samestat(os.lstat(path), status)
+        return os.path.samestat(os.stat(path, follow_symlinks=follow), status)
     except FileNotFoundError:
         return False
 
@@ -140,11 +136,8 @@ class RunLock:
                 f"run_dir={self.run_dir} is being written by {self._holder()}; two writers would mix their "
                 "records. Wait for it to end, stop it, or use another run_dir"
             ) from None
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
         with written_whole(self._holder_file) as file:
             file.write(json.dumps(holder).encode())
         return self

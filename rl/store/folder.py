@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,37 +13,15 @@ from typing import Any, TypeVar
 from rl.config import Config
 from rl.config.diffusion import DiffusionConfig
 from rl.config.read import dump_config, flatten, read_config
+from rl.config.resume import FREE, ON_REQUEST, PLACES
 from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.store.metrics import wilson_interval
-from rl.store.redact import redact
+from rl.store.redact import redact, strip_controls
 from rl.store.rows import RowLog, read_rows, record_of
 
 E = TypeVar("E")
-MAY_CHANGE = {
-    "run_dir",
-    "trackers",
-    "train.steps",
-    "train.max_bad_steps",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "evaluation.every",
-    "engine.timeout_s",
-    "engine.max_num_seqs",
-    "engine.gpu_memory_utilization",
-    "rewards.workers",
-    "rewards.deadline_s",
-}
-PLACES = {
-    f"{section}.{key}"
-    for section, keys in (
-        ("model", ("name", "revision", "chat_template")),
-        ("data", ("source", "revision")),
-        ("evaluation.data", ("source", "revision")),
-    )
-    for key in keys
-}
-"""Keys that say where something is: they may change if what is there is the same (`inputs.json`)."""
+CHANGES = "changes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -91,30 +69,47 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
         file.write(text.encode())
 
 
-def claim_config(config: Config | DiffusionConfig) -> None:
+def claim_config(
+    config: Config | DiffusionConfig, *, planned: Collection[str] = (), change: bool = False
+) -> None:
     """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
 
     A folder whose run did no step yet, because a fault was found first, takes any config. Where a model or a
-    dataset is now said to be is left to `claim_inputs`, which knows the content.
+    dataset is now said to be is left to `claim_inputs`, which knows the content. What changes is recorded in
+    `changes.jsonl`, with the step from which on.
+
+    Args:
+        planned: keys whose values were chosen for this machine: they may differ.
+        change: keys of `ON_REQUEST` may change.
 
     Raises:
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
-    path, has_steps = config.run_dir / "config.yaml", _has_steps(config.run_dir)
-    if path.is_file() and (changed := _changes(read_config(type(config), path), config)):
-        may_move = PLACES if (config.run_dir / "inputs.json").is_file() else set()
-        if has_steps and changed.keys() <= may_move:
-            return
-        if has_steps:
-            lines = "\n  ".join(changed.values())
-            raise ValueError(
-                f"{config.run_dir} holds a run with other settings:\n  {lines}\n"
-                "use another run_dir, or the settings that are there (only steps, saving, logging and engine "
-                "limits may change)"
-            )
+    is_begun, changed = has_steps(config.run_dir), _changes(config)
+    if is_begun and changed:
+        _refuse(config.run_dir, changed, change=change, planned=planned)
+        if changed.keys() & PLACES:
+            return  # to `claim_inputs`
+    elif changed:
         (config.run_dir / "evaluation.jsonl").unlink(missing_ok=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config)
+
+
+def _refuse(
+    run_dir: Path, changed: Mapping[str, tuple[Any, Any]], *, change: bool, planned: Collection[str]
+) -> None:
+    places = PLACES if (run_dir / "inputs.json").is_file() else set()
+    allowed = FREE.union(planned, places, ON_REQUEST if change else set())
+    if refused := {key: both for key, both in changed.items() if key not in allowed}:
+        lines = "\n  ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in refused.items())
+        remedy = (
+            "use another run_dir, or the settings that are there (only steps, saving, logging and engine "
+            f"limits may change, and with --change {', '.join(sorted(ON_REQUEST))})"
+        )
+        if refused.keys() <= ON_REQUEST:
+            remedy = f"add --change (change=True in Python) to go on with them, recorded in {CHANGES}"
+        raise ValueError(f"{run_dir} holds a run with other settings:\n  {lines}\n{remedy}")
 
 
 def claim_inputs(
@@ -125,41 +120,50 @@ def claim_inputs(
     Raises:
         ValueError: model, tokenizer, chat template or rows are not those that the run began with.
     """
-    path = config.run_dir / "inputs.json"
-    try:
-        before = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        before = None
-    if _has_steps(config.run_dir):
-        if not isinstance(before, dict):
-            warn(
-                f"{path} is missing or damaged: nobody can tell whether model and data are those that the "
-                "run began with; from now on it holds the present ones"
-            )
-        else:
-            _compare(config.run_dir, before, found, warn)
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
-    write_config(config)
-
-
-def _compare(run_dir: Path, before: Fingerprints, found: Fingerprints, warn: Callable[[str], None]) -> None:
-    changed = changes(before, found)
+    path, is_begun = config.run_dir / "inputs.json", has_steps(config.run_dir)
+    before = _read_object(path)
+    if is_begun and before is None:
+        warn(
+            f"{path} is missing or damaged: nobody can tell whether model and data are those that the run "
+            "began with; from now on it holds the present ones"
+        )
+    changed = changes(before or {}, found) if is_begun else {}
     for what in changed.keys() & MAY_DIFFER:
         warn(f"{changed.pop(what)} since the run began")
     if changed:
         lines = "\n  ".join(changed.values())
         raise ValueError(
-            f"{run_dir} holds a run that began with another model or other data:\n  {lines}\n"
-            "put back what was there, or use another run_dir; to go on all the same, remove "
-            f"{run_dir / 'inputs.json'}"
+            f"{config.run_dir} holds a run that began with another model or other data:\n  {lines}\n"
+            f"put back what was there, or use another run_dir; to go on all the same, remove {path}"
         )
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    write_config(config)
 
 
 def write_config(config: Config | DiffusionConfig) -> None:
-    """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it."""
-    text = dump_config(config)
+    """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it.
+
+    What differs from the config under which the run did its steps is recorded in `changes.jsonl` by rows
+    {"step", "key", "old", "new"}, and named at the head of `config.yaml`. The step is that of the newest
+    checkpoint.
+    """
+    path, log = config.run_dir / "config.yaml", config.run_dir / CHANGES
+    if has_steps(config.run_dir) and (changed := _changes(config)):
+        names = [
+            found.name.removeprefix("step-") for found in (config.run_dir / "checkpoints").glob("step-*")
+        ]
+        step = max((int(name) for name in names if name.isdecimal()), default=0)
+        with log.open("a", encoding="utf-8") as file:
+            for key in changed.keys() - PLACES - {"run_dir"}:
+                row = {"step": step, "key": key, "old": changed[key][0], "new": changed[key][1]}
+                file.write(json.dumps(row, default=str) + "\n")
+    head = [
+        f"# after step {r['step']}: {r.get('key')} {r.get('old')!r} -> {r.get('new')!r}"
+        for r in read_rows(log)
+    ]
+    text = "".join(f"{strip_controls(line)}\n" for line in head) + dump_config(config)
     is_secret = redact(config.model_dump(mode="json")) != config.model_dump(mode="json")
-    write_atomically(config.run_dir / "config.yaml", text, mode=0o600 if is_secret else 0o666)
+    write_atomically(path, text, mode=0o600 if is_secret else 0o666)
 
 
 def check_whole(run_dir: Path, *, first: int, last: int) -> None:
@@ -177,22 +181,31 @@ def check_whole(run_dir: Path, *, first: int, last: int) -> None:
         )
 
 
-def _changes(before: Config | DiffusionConfig, now: Config | DiffusionConfig) -> dict[str, str]:
-    """Key -> what it was and is, without secrets."""
-    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    keys = sorted(k for k in (old.keys() | new.keys()) - MAY_CHANGE if old.get(k) != new.get(k))
-    shown = [(k, redact(old.get(k), k), redact(new.get(k), k)) for k in keys]
-    return {k: f"{k}: {was!r} there, {now!r} now" for k, was, now in shown}
+def _changes(config: Config | DiffusionConfig) -> dict[str, tuple[Any, Any]]:
+    """Key -> what the run folder's config has and what this one has, without secrets."""
+    path = config.run_dir / "config.yaml"
+    before = read_config(type(config), path) if path.is_file() else config
+    old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return {k: (redact(old.get(k), k), redact(new.get(k), k)) for k in keys}
 
 
-def _has_steps(run_dir: Path) -> bool:
+def has_steps(run_dir: Path) -> bool:
+    """Whether a run of this folder has sampled or saved something."""
     return any(any(run_dir.glob(pattern)) for pattern in ("ledger/step-*", "checkpoints/step-*"))
 
 
 def write_result(
-    config: Config, evaluations: Sequence[Evaluation], *, steps: int, seconds: float
+    config: Config,
+    evaluations: Sequence[Evaluation],
+    *,
+    steps: int,
+    seconds: float,
+    verdict: str,
+    checkpoint: Path,
 ) -> dict[str, Any]:
-    """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps.
+    """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps, the verdict in one
+    line, and the newest checkpoint.
 
     `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`: one that
     is missing is null, never a number of another step, and `heldout_before_missing` says why.
@@ -204,6 +217,7 @@ def write_result(
             result[name] = found and found.accuracy
             result[f"{name}_interval"] = found and [found.low, found.high]
         result |= missing | {"n": next((found.n for found in ends.values() if found), None)}
+    result |= {"verdict": verdict, "checkpoint": str(checkpoint.resolve())}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -221,8 +235,13 @@ def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[st
 
 def read_result(run_dir: Path) -> dict[str, Any]:
     """What `write_result` wrote; empty if there is none, or a damaged one."""
+    return _read_object(run_dir / "result.json") or {}
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none, or a damaged one."""
     try:
-        result = json.loads((run_dir / "result.json").read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,7 @@ TOKENIZER_FILES = re.compile(
 )
 WHOLE_BYTES = 1 << 30  # of larger files, blocks are hashed: training changes every part of a model
 BLOCKS, BLOCK_BYTES = 256, 1 << 16
-_WRITERS = (
-    "transformers_version",
-    "_name_or_path",
-)  # of a config.json: who saved it and where, not what it is
+_WRITERS = ("transformers_version", "_name_or_path")  # who saved a config.json and where, not what it is
 
 
 def fingerprints(
@@ -62,7 +60,8 @@ def fingerprints(
     found["chat template"] = {"text": _digest([json.dumps(template, sort_keys=True)])}
     for section, some in rows.items():
         if some is not None:
-            found[section] = {"rows": _digest(_row_text(row) for row in some)}
+            texts = (json.dumps(dict(row), default=_plain, ensure_ascii=False) for row in some)
+            found[section] = {"rows": _digest(texts)}
     files = {name: _source_file(name) for name in rewards if ":" in name}
     found["rewards"] = {name: _file(path) for name, path in files.items() if path is not None}
     return found
@@ -71,12 +70,12 @@ def fingerprints(
 def changes(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
     """What it is -> a sentence, for each that is not what it was; what one side alone has is no change."""
     said = {}
-    for what in before.keys() & now.keys():
+    for what in sorted(before.keys() & now.keys()):
         old, new = before[what], now[what]
-        if names := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
-            parts = [f"{n} ({_how(old.get(n), new.get(n))})" for n in names]
+        names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if parts := [f"{n} ({_how(old.get(n), new.get(n))})" for n in names]:
             said[what] = f"{what}: {', '.join(parts)}"
-    return dict(sorted(said.items()))
+    return said
 
 
 def _how(old: str | None, new: str | None) -> str:
@@ -95,12 +94,10 @@ def _file(path: Path) -> str:
     """Size and hash; of a `config.json` without who saved it, of a very large file from spread blocks."""
     size = path.stat().st_size
     if path.name == "config.json":
-        try:
+        with suppress(ValueError, AttributeError):
             tree = json.loads(path.read_bytes())
             kept = {key: value for key, value in tree.items() if key not in _WRITERS}
             return f"config {_digest([json.dumps(kept, sort_keys=True)])}"
-        except (ValueError, AttributeError):
-            return f"{size:,}-bytes {hash_file(path)}"
     if size <= WHOLE_BYTES:
         return f"{size:,}-bytes {hash_file(path)}"
     digest = xxhash.xxh3_128()
@@ -124,7 +121,7 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
 def _source_file(name: str) -> Path | None:
     """The file of `module:callable`, found without importing anything."""
     parts = name.partition(":")[0].split(".")
-    paths = [Path(folder, *parts).with_suffix(".py") for folder in (*sys.path, os.getcwd())]
+    paths = [Path(folder, *parts).with_suffix(".py") for folder in (os.getcwd(), *sys.path)]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -137,7 +134,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _row_text(row: Mapping[str, Any]) -> str:
-    return json.dumps(dict(row), default=_plain, ensure_ascii=False)
+    return _encode(dict(row))
 
 
 def _plain(value: Any) -> Any:
@@ -149,7 +146,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     for name in ("isoformat", "tolist", "tobytes"):
-        method: Callable[[], Any] | None = getattr(value, name, None)
-        if callable(method):
+        if callable(method := getattr(value, name, None)):
             return method()
     return type(value).__name__
+
+
+_encode = json.JSONEncoder(default=_plain, ensure_ascii=False).encode

@@ -1,27 +1,65 @@
 """The record of every completion: one file per step and process, there whole or not at all.
 
-`RUN/ledger/step-000012-rank0.jsonl.gz` holds a header line and one line per group, in UTF-8 JSON (a lone
-surrogate is written as its three bytes, so that any Python string comes back). Behavior log-probs are base64
-of little-endian float32, or float64 where one is no float32: exact, at half the time and size of decimals.
-
+`RUN/ledger/step-000012-rank0.jsonl.gz` holds a header line and one line per group (`rl.store.ledger_lines`).
 A run that was killed replays the steps recorded after its newest checkpoint instead of sampling them again.
+
+A file may come from somebody else, so what is read of it is bounded before it is decompressed: a kilobyte of
+gzip can hold a megabyte.
 """
 
 from __future__ import annotations
 
-import gzip
+import json
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from gzip import BadGzipFile, GzipFile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rl.store.durable import fsync_path, gone, written_whole
-from rl.store.ledger_lines import encode_group, encode_line
-from rl.store.ledger_parse import DAMAGE, SCHEMA, LedgerStep, brief, glance, read_record
+from rl.store.durable import gone, written_whole
+from rl.store.ledger_lines import checked, decode_advantages, decode_group, encode_group, encode_line
+from rl.store.safe_read import bounded_lines, open_regular
 from rl.types import Advantage, ScoredGroup
 
-_NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
+SCHEMA = 2  # 1, which is read too, has neither segments, facts, continuations nor rewards per turn
+MAX_RECORD_BYTES = 4 << 30  # of a record that is read whole, decompressed
+MAX_GLANCE_BYTES = 16 << 20  # of a record of which some groups are shown
+MAX_GROUP_BYTES = 16 << 20  # of a group that is shown: a million tokens
+MAX_PARTS = 1_000_000  # lists and dicts of a group that is shown: the smallest takes 72 bytes and two in JSON
+MAX_BAD = 24  # damaged groups of a file, after which the rest is left out
 MAX_RANKS = 16
+DAMAGE = (BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
+_HEADER = dict.fromkeys(("step", "rank", "world_size", "policy_version"), int) | {"counts": dict}
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerStep:
+    """What one process consumed in one step.
+
+    Attributes:
+        cursor_before, cursor_after: the source's cursor around the step, as it was given.
+        policy_version: of the weights the step began with; a completion's own versions are in its spans.
+        groups: what was trained on.
+        rejected: what the source sampled and threw away.
+        advantages: per group of `groups`, one per completion; None if they were not recorded.
+        counts: what the source counted while it sampled.
+    """
+
+    step: int
+    rank: int
+    world_size: int
+    policy_version: int
+    cursor_before: Any
+    cursor_after: Any
+    groups: list[ScoredGroup]
+    rejected: list[ScoredGroup] = field(default_factory=list)
+    advantages: list[list[Advantage]] | None = None
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 class Ledger:
@@ -34,12 +72,14 @@ class Ledger:
         num_expected: steps of which an earlier process of this run left a record (`expect`).
     """
 
-    def __init__(self, run_dir: str | Path, rank: int = 0, world_size: int = 1) -> None:
-        self.folder = Path(run_dir) / "ledger"
+    def __init__(
+        self, run_dir: str | Path, rank: int = 0, world_size: int = 1, *, folder: str = "ledger"
+    ) -> None:
+        self.folder = Path(run_dir) / folder
         self.rank, self.world_size = rank, world_size
         self.damaged: list[str] = []
         self.num_expected = 0
-        self._shares_gone: dict[int, list[int]] | None = None
+        self._ranks_gone: set[int] | None = None
 
     def expect(self, num_done: int = 0) -> int:
         """Finds out how many steps are recorded: by the files, and at least `num_done`, known otherwise."""
@@ -90,17 +130,17 @@ class Ledger:
         }
         per_group = [None] * len(groups) if advantages is None else [list(row) for row in advantages]
         path = self._path(step, self.rank)
-        if self._shares_gone is None:
-            self._shares_gone = self._shares_of_ranks_gone()
+        if self._ranks_gone is None:
+            self._ranks_gone = {rank for _, rank in self._present() if rank >= self.world_size}
         elif not self.folder.is_dir():
             raise gone(self.folder)
-        with written_whole(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as lines:
+        with written_whole(path) as file, GzipFile("", "wb", 1, file, mtime=0) as lines:
             lines.write(encode_line(header, f"step {step}"))
             for group, row in zip(groups, per_group, strict=True):
                 lines.write(encode_group(group, step, {"kept": True, "advantages": row}))
             for group in rejected:
                 lines.write(encode_group(group, step, {"kept": False, "advantages": None}))
-        for rank in self._shares_gone.pop(step, ()):
+        for rank in self._ranks_gone if self.rank == 0 else ():
             self._path(step, rank).unlink(missing_ok=True)
         return path
 
@@ -129,57 +169,29 @@ class Ledger:
         """Steps that this process has a record of, ascending; the files are not opened."""
         return sorted(step for step, rank in self._present() if rank == self.rank)
 
-    def sampled_steps(self, max_steps: int) -> list[int]:
-        """Up to `max_steps` of the recorded steps, of any process; evenly spread, first and last included."""
-        steps = sorted({step for step, _ in self._present()})
-        if len(steps) <= max_steps:
-            return steps
-        gaps = max(max_steps - 1, 1)
-        return [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
-
     def sample(self, max_steps: int, max_groups: int | None = None) -> Iterator[LedgerStep]:
-        """Records of all processes for the `sampled_steps`, one in memory at a time.
+        """Records of all processes for up to `max_steps` of the recorded steps, evenly spread, first and last
+        included; one in memory at a time.
 
         Args:
             max_groups: of each step, for a reader of a run that may be somebody else's: no more than these
                 are read, of at most `MAX_RANKS` processes, and one that is damaged or larger than
-                `rl.store.ledger_parse` takes is left out by itself. Default: whole records only.
+                `rl.store.ledger` takes is left out by itself. Default: whole records only.
         """
-        present, chosen = self._present(), self.sampled_steps(max_steps)
-        ranks = {step: sorted(rank for s, rank in present if s == step) for step in chosen}
-        for step in chosen:
-            some = ranks[step] if max_groups is None else ranks[step][:MAX_RANKS]
+        present = self._present()
+        steps, gaps = sorted({step for step, _ in present}), max(max_steps - 1, 1)
+        if len(steps) > max_steps:
+            steps = [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
+        for step in steps:
+            ranks = sorted(rank for s, rank in present if s == step)
+            some = ranks if max_groups is None else ranks[:MAX_RANKS]
             each = None if max_groups is None else -(-max_groups // len(some))
             for rank in some:
                 if (record := self._read(step, rank, each)) is not None:
                     yield record
 
-    def truncate_after(self, step: int) -> list[int]:
-        """Removes this process's records of later steps and returns those steps.
-
-        Rank 0 also removes those of ranks that this run no longer has.
-        """
-        doomed = [
-            (later, rank)
-            for later, rank in self._present()
-            if later > step and (rank == self.rank or (self.rank == 0 and rank >= self.world_size))
-        ]
-        for later, rank in doomed:
-            self._path(later, rank).unlink(missing_ok=True)
-        if doomed:
-            fsync_path(self.folder)
-        return sorted({later for later, _ in doomed})
-
     def _path(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step:06d}-rank{rank}.jsonl.gz"
-
-    def _shares_of_ranks_gone(self) -> dict[int, list[int]]:
-        """Step -> ranks that this run no longer has; rank 0 alone removes what they left."""
-        found: dict[int, list[int]] = {}
-        for step, rank in self._present() if self.rank == 0 else ():
-            if rank >= self.world_size:
-                found.setdefault(step, []).append(rank)
-        return found
 
     def _present(self) -> list[tuple[int, int]]:
         matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
@@ -188,7 +200,7 @@ class Ledger:
     def _read(self, step: int, rank: int, max_groups: int | None = None) -> LedgerStep | None:
         path = self._path(step, rank)
         try:
-            record, faults = read_record(path) if max_groups is None else glance(path, max_groups)
+            record, faults = (_whole(path), []) if max_groups is None else _glance(path, max_groups)
             if record.step != step or record.rank != rank:
                 raise ValueError(f"it says step {record.step!r} and rank {record.rank!r}")
         except FileNotFoundError:
@@ -196,7 +208,7 @@ class Ledger:
         except (*DAMAGE, OSError) as error:
             if max_groups is None and not isinstance(error, DAMAGE):
                 raise
-            self._report(f"{path.name}: damaged ({type(error).__name__}: {brief(error)})")
+            self._report(f"{path.name}: damaged ({brief(error)})")
             return None
         for fault in faults:
             self._report(f"{path.name}: {fault}")
@@ -205,3 +217,107 @@ class Ledger:
     def _report(self, sentence: str) -> None:
         if sentence not in self.damaged:
             self.damaged.append(sentence)
+
+
+def _whole(path: Path) -> LedgerStep:
+    """The whole record.
+
+    Raises:
+        one of DAMAGE: a part of it is missing, has another type or is too large.
+    """
+    with open_regular(path) as raw, GzipFile(fileobj=raw) as file:
+        data = file.read(MAX_RECORD_BYTES + 1)
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(f"more than {MAX_RECORD_BYTES >> 30} GiB when decompressed")
+    first, *lines = data.removesuffix(b"\n").split(b"\n")
+    record, num_rows = _header(first)
+    if num_rows != len(lines):
+        raise ValueError(f"{len(lines)} rows, the header says {num_rows}")
+    for row in map(json.loads, lines):
+        if _is_kept(row):
+            _add(record, row)
+        else:
+            record.rejected.append(decode_group(row))
+    return record
+
+
+def _glance(path: Path, max_groups: int) -> tuple[LedgerStep, list[str]]:
+    """The first groups that were trained on, without their expert routes, and what was left out of them.
+
+    Raises:
+        one of DAMAGE: not even the header can be read.
+    """
+    faults: list[str] = []
+    record, *parts = islice(each_group(path, faults, max_bytes=MAX_GLANCE_BYTES), max_groups + 1)
+    for part in parts:
+        record.groups.extend(part.groups)
+        if record.advantages is not None:
+            record.advantages.extend(part.advantages or [])
+    return record, faults
+
+
+def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[LedgerStep]:
+    """The record without groups, then with one group that was trained on at a time, without its expert
+    routes; `faults` gets what was left out. No more than about `max_bytes` are decompressed.
+
+    Raises:
+        one of DAMAGE: not even the header can be read.
+    """
+    bad: Counter[str] = Counter()
+    room, num = max_bytes, 0
+    with open_regular(path) as raw, GzipFile(fileobj=raw) as file:
+        lines = bounded_lines(file, MAX_GROUP_BYTES)
+        record, num_rows = _header(_bounded(next(lines, b"")))
+        yield record
+        try:
+            while room > 0 and bad.total() < MAX_BAD and (line := _bounded(next(lines, b""))):
+                room -= len(line)
+                part = replace(record, groups=[], advantages=None if record.advantages is None else [])
+                try:
+                    if line.count(b"[") + line.count(b"{") > MAX_PARTS:
+                        raise ValueError(f"more than {MAX_PARTS:,} lists and objects")
+                    if not _is_kept(row := json.loads(line)):
+                        break  # those that the source threw away are the last
+                    _add(part, row, with_routes=False)
+                except DAMAGE as error:
+                    bad[brief(error)] += 1
+                    continue
+                num += 1
+                yield part
+        except DAMAGE as error:
+            faults.append(f"damaged after {num} groups ({brief(error)})")
+    faults += [f"{n} of its groups left out ({why})" for why, n in bad.most_common(3)]
+    if room <= 0 and num + bad.total() < num_rows:
+        faults.append(f"groups after the first {num} left out (more than {max_bytes >> 20} MiB)")
+
+
+def brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _bounded(line: bytes | None) -> bytes:
+    if line is None:
+        raise ValueError(f"a line of more than {MAX_GROUP_BYTES >> 20} MiB")
+    return line
+
+
+def _header(line: bytes) -> tuple[LedgerStep, int]:
+    """A record without its groups, and how many rows it has."""
+    header = json.loads(line)
+    if header["schema"] not in (1, SCHEMA):
+        raise ValueError(f"schema {header['schema']!r}, this version of cohort reads 1 and {SCHEMA}")
+    advantages = [] if header["has_advantages"] else None
+    cursors = {name: header[name] for name in ("cursor_before", "cursor_after")}
+    record = LedgerStep(**checked(header, _HEADER), **cursors, groups=[], advantages=advantages)
+    return record, checked(header, {"rows": int})["rows"]
+
+
+def _is_kept(row: dict[str, Any]) -> bool:
+    return checked(row, {"kept": bool})["kept"]
+
+
+def _add(record: LedgerStep, row: dict[str, Any], *, with_routes: bool = True) -> None:
+    group = decode_group(row, with_routes=with_routes)
+    if record.advantages is not None:
+        record.advantages.append(decode_advantages(row))
+    record.groups.append(group)

@@ -135,12 +135,8 @@ def unsupported_versions() -> list[str]:
 def version_changes(saved: Mapping[str, str]) -> list[str]:
     """One sentence for each library whose version is not the saved one."""
     now = library_versions()
-    names = sorted(saved.keys() | now.keys())
-    return [
-        f"{name} was {saved.get(name, 'absent')} and is {now.get(name, 'absent')}"
-        for name in names
-        if saved.get(name) != now.get(name)
-    ]
+    pairs = [(n, saved.get(n, "absent"), now.get(n, "absent")) for n in sorted(saved.keys() | now.keys())]
+    return [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -52,18 +52,15 @@ class Metric:
     told_at_once: bool = False
 
     def is_healthy(self, value: float) -> bool:
-        return not (
-            math.isnan(value)
-            or (self.low is not None and value < self.low)
-            or (self.high is not None and value > self.high)
-        )
+        return _lies_within(value, self.low, self.high)
 
     def is_broken(self, value: float) -> bool:
-        return (
-            math.isnan(value)
-            or (self.broken_below is not None and value < self.broken_below)
-            or (self.broken_above is not None and value > self.broken_above)
-        )
+        return not _lies_within(value, self.broken_below, self.broken_above)
+
+
+def _lies_within(value: float, low: float | None, high: float | None) -> bool:
+    """Bounds are inclusive, None is no bound, and NaN lies nowhere."""
+    return (-math.inf if low is None else low) <= value <= (math.inf if high is None else high)
 
 
 # Bounds: entropy, KL, clip fraction, truncation and log-prob gap follow the tables of axolotl's
@@ -178,8 +175,6 @@ _ALL = (
 # fmt: on
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 assert len(METRICS) == len(_ALL), "a metric is defined twice"
-
-
 OWN_NAME = re.compile(r"[\w.-]+(/[\w.-]+)+", re.ASCII)
 
 
@@ -264,16 +259,11 @@ class MetricsLog:
             ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
             RuntimeError: the file was taken away during the run.
         """
-        row: dict[str, Any] = {"step": int(step)}
-        nonfinite = []
-        for name, value in values.items():
+        for name in values:
             metric_of(name, self._own)
-            number = float(value)
-            row[name] = number if math.isfinite(number) else None
-            if not math.isfinite(number):
-                nonfinite.append(name)
-        if nonfinite:
-            row["nonfinite"] = nonfinite
+        row: dict[str, Any] = {"step": int(step), **{name: float(value) for name, value in values.items()}}
+        nonfinite = [name for name in values if not math.isfinite(row[name])]
+        row |= dict.fromkeys(nonfinite) | ({"nonfinite": nonfinite} if nonfinite else {})
         self._rows.append(row)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rl.store.tensors import TensorFiles, write_tensors
-from rl.store.trainer_state import join_tree, read_json, split_tree, write_json
+from rl.store.tensors import TensorFiles, join_tree, read_json, write_tree
 
 KIND = "optimizer"
 
@@ -30,30 +29,27 @@ def optimizer_writer(
     Raises:
         ValueError: the optimizer holds a parameter that `named_parameters` lacks.
     """
-    groups, state, shapes = [], {}, {}
-    for group, members in zip(
-        optimizer.param_groups, _members_by_group(optimizer, named_parameters), strict=True
-    ):
-        for name, parameter in members.items():
-            state[name] = optimizer.state.get(parameter, {})
-            shapes[name] = list(parameter.shape)
-        hyperparameters = {key: value for key, value in group.items() if key != "params"}
-        groups.append({**hyperparameters, "params": list(members)})
-    tensors: dict[str, Tensor] = {}
-    tree = split_tree({"state": state, "param_groups": groups, "shapes": shapes}, KIND, tensors)
+    members = _members_by_group(optimizer, named_parameters)
+    own = {name: parameter for group in members for name, parameter in group.items()}
+    groups = [{**g, "params": list(named)} for g, named in zip(optimizer.param_groups, members, strict=True)]
+    state = {name: optimizer.state.get(parameter, {}) for name, parameter in own.items()}
+    shapes = {name: list(parameter.shape) for name, parameter in own.items()}
+    tree = {"state": state, "param_groups": groups, "shapes": shapes}
+    return lambda folder: write_tree(folder, KIND, tree)
 
-    def write(folder: Path) -> None:
-        write_tensors(folder, KIND, tensors)
-        if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            write_json(folder / "trainer" / f"{KIND}.json", tree)
 
-    return write
+def state_bytes(optimizer: torch.optim.Optimizer, *, copies: int = 1) -> int:
+    """Bytes of the optimizer's state, and of so many copies of the parameters that it moves.
+
+    Of a sharded tensor the whole counts: it is what all processes write together.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [value for p in parameters for value in optimizer.state.get(p, {}).values()]
+    return copies * sum(p.nbytes for p in parameters) + sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
 def load_optimizer(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    folder: Path, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> None:
     """Puts what `optimizer_writer` wrote into `optimizer`, bit for bit and in the saved dtypes.
 
@@ -75,11 +71,9 @@ def load_optimizer(
         options.append({key: _like(join_tree(given[key], files.read), group.get(key)) for key in keys})
         step_on_device = bool(group.get("capturable") or group.get("fused"))
         for name, parameter in members.items():
+            place = partial(_placed, files, parameter=parameter)
             states[parameter] = {
-                key: join_tree(
-                    value,
-                    partial(_placed, files, parameter=parameter, on_device=step_on_device or key != "step"),
-                )
+                key: join_tree(value, partial(place, on_device=step_on_device or key != "step"))
                 for key, value in saved["state"][name].items()
             }
     for group, values in zip(optimizer.param_groups, options, strict=True):
@@ -91,16 +85,13 @@ def _members_by_group(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> list[dict[str, torch.nn.Parameter]]:
     names = {id(parameter): name for name, parameter in named_parameters}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in names:
-                raise ValueError(
-                    f"the optimizer trains a parameter of shape {list(parameter.shape)} that is none of the "
-                    f"{len(names)} named ones; pass named_parameters() of the model it was made for"
-                )
-    return [
-        {names[id(parameter)]: parameter for parameter in group["params"]} for group in optimizer.param_groups
-    ]
+    members = [group["params"] for group in optimizer.param_groups]
+    if strangers := [p for parameters in members for p in parameters if id(p) not in names]:
+        raise ValueError(
+            f"the optimizer trains a parameter of shape {list(strangers[0].shape)} that is none of the "
+            f"{len(names)} named ones; pass named_parameters() of the model it was made for"
+        )
+    return [{names[id(p)]: p for p in parameters} for parameters in members]
 
 
 def _like(value: Any, live: Any) -> Any:
@@ -116,34 +107,26 @@ def _placed(files: TensorFiles, name: str, *, parameter: torch.nn.Parameter, on_
     if not on_device:
         return tensor
     tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and files.shapes[name] == list(parameter.shape):
-        return DTensor.from_local(
-            tensor,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    return tensor
+    if not isinstance(parameter, DTensor) or files.shapes[name] != list(parameter.shape):
+        return tensor
+    whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, **whole)
 
 
 def _describe_mismatch(live: list[dict[str, list[int]]], wanted: list[dict[str, list[int]]]) -> str:
     here, there = ({n: s for group in groups for n, s in group.items()} for groups in (live, wanted))
-    missing, extra = sorted(there.keys() - here.keys()), sorted(here.keys() - there.keys())
-    reshaped = [
-        f"{n} is {here[n]}, was {there[n]}" for n in sorted(here.keys() & there.keys()) if here[n] != there[n]
-    ]
-    parts = [
-        f"{len(names)} {label} such as {', '.join(names[:3])}"
-        for names, label in (
-            (missing, "saved parameters are gone"),
-            (extra, "parameters are new"),
-            (reshaped, "shapes differ"),
-        )
-        if names
-    ] or [f"{len(wanted)} parameter groups were saved, there are {len(live)}, or their members moved"]
+    found = {
+        "saved parameters are gone": sorted(there.keys() - here.keys()),
+        "parameters are new": sorted(here.keys() - there.keys()),
+        "shapes differ": [
+            f"{n} is {here[n]}, was {there[n]}"
+            for n in sorted(here.keys() & there.keys())
+            if here[n] != there[n]
+        ],
+    }
+    parts = [f"{len(some)} {what} such as {', '.join(some[:3])}" for what, some in found.items() if some]
+    moved = f"{len(wanted)} parameter groups were saved, there are {len(live)}, or their members moved"
     return (
-        f"the saved optimizer state does not fit this optimizer: {'; '.join(parts)}. "
+        f"the saved optimizer state does not fit this optimizer: {'; '.join(parts or [moved])}. "
         "Resume with the model and lora settings of the checkpoint, or start another run_dir from its weights"
     )

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 HIDDEN = "***"
@@ -17,10 +18,13 @@ _SECRET_KEY = re.compile(
     r"encryption|signing|hf|openai|anthropic|wandb)[_\-]?keys?|credentials?|authorization|bearer)$",
     re.IGNORECASE,
 )
+_names_secret = lru_cache(1024)(_SECRET_KEY.search)
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
     r"|((?<=://)|(?<=:/))[^/\s:@]*:[^/\s]+(?=@)"  # user:password@host, of a URL that passed for a path too
 )
+_SUSPECT = re.compile(r"[^ -~\n\t]")
+_MARKS = ("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "AKIA", "@")  # of what _SECRET_TEXT finds
 # CSI, then the strings (OSC, DCS, SOS, PM, APC) with their terminators, then two-character escapes.
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
@@ -45,10 +49,10 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def _redact_text(text: str) -> str:
-    for name, secret in os.environ.items():
-        if len(secret) >= 8 and secret in text and _SECRET_KEY.search(name):
+    for name in filter(_names_secret, os.environ):
+        if len(secret := os.environ.get(name, "")) >= 8:
             text = text.replace(secret, HIDDEN)
-    return _SECRET_TEXT.sub(HIDDEN, text)
+    return _SECRET_TEXT.sub(HIDDEN, text) if any(mark in text for mark in _MARKS) else text
 
 
 def safe_text(text: str) -> str:
@@ -69,7 +73,7 @@ def show_controls(text: str) -> str:
 
     Line feeds and tabs stay.
     """
-    return "".join(c if c in "\n\t" or not _misleads(c) else f"⟨U+{ord(c):04X}⟩" for c in text)
+    return _SUSPECT.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩" if _misleads(m[0]) else m[0], text)
 
 
 def _misleads(character: str) -> bool:

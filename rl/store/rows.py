@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from rl.store.durable import gone, written_whole
+from rl.store.durable import gone, is_at, written_whole
 from rl.store.safe_read import open_regular
 
 R = TypeVar("R")
@@ -41,12 +41,11 @@ class RowLog:
             RuntimeError: the file was removed, moved or replaced since this process opened it.
         """
         file, step = self._open(), row["step"]
-        if self._last_step is not None and step <= self._last_step:
+        if step <= (last := self._last()):
             raise ValueError(
-                f"rows of step {step} come after those of step {self._last_step} in {self.path}; resume with "
+                f"rows of step {step} come after those of step {last} in {self.path}; resume with "
                 f"truncate_after({step - 1}), or use a new run_dir"
             )
-        self.check()
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
         if self._durable:
@@ -58,17 +57,6 @@ class RowLog:
         if self._last() >= row["step"]:
             self.truncate_after(row["step"] - 1)
         self.append(row)
-
-    def check(self) -> None:
-        """Raises RuntimeError if what this process writes to is not, or no longer, the file at `path`."""
-        if self._file is None:
-            return
-        try:
-            is_there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            is_there = False
-        if not is_there:
-            raise gone(self.path)
 
     def find(self, step: int) -> dict[str, Any] | None:
         """The row of a step; the file is read only if it may hold it."""
@@ -100,18 +88,19 @@ class RowLog:
         return last
 
     def _open(self) -> TextIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._last_step, torn = None, False
-            for row in iter_rows(self.path):
-                self._last_step = row["step"]
-            if self.path.is_file() and self.path.stat().st_size:
-                with open_regular(self.path) as file:
-                    file.seek(-1, os.SEEK_END)
-                    torn = file.read() != b"\n"
-            if torn:
-                self._replace(iter_rows(self.path))  # else the first new row would be glued to a torn one
-            self._file = self.path.open("a", encoding="utf-8")
+        if self._file is not None:
+            if not is_at(self.path, os.fstat(self._file.fileno()), follow=True):
+                raise gone(self.path)
+            return self._file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = False
+        if self.path.is_file() and self.path.stat().st_size:
+            with open_regular(self.path) as file:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read() != b"\n"
+        if torn:
+            self._replace(iter_rows(self.path))  # else the first new row would be glued to a torn one
+        self._file = self.path.open("a", encoding="utf-8")
         return self._file
 
     def _replace(self, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -6,17 +6,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 
-class Lines(Protocol):
-    """What `bounded_lines` reads from: a file, or a decompressor of one."""
-
-    def readline(self, size: int, /) -> bytes: ...
-
-
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading; never waits for a pipe, and never reads a device.
 
     Raises:
@@ -46,7 +41,7 @@ def read_at_most(path: str | Path, max_bytes: int) -> bytes:
     return data
 
 
-def bounded_lines(file: Lines, max_bytes: int) -> Iterator[bytes | None]:
+def bounded_lines(file: BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
     """The lines of a file without their ends; None in place of one that is longer than `max_bytes`.
 
     The rest of such a line is read only if another one is asked for.
@@ -93,9 +88,8 @@ def plain_tree(value: Any, max_depth: int = 32, max_values: int = 20_000) -> Any
             return {str(name): copy(item, depth - 1) for name, item in part.items()}
         if isinstance(part, list | tuple | set):
             return [copy(item, depth - 1) for item in part]
-        is_plain = part is None or isinstance(part, str | float)
-        if is_plain or (isinstance(part, int) and abs(part) < 1 << 63):
-            return part
-        return (hex(part) if isinstance(part, int) else str(part))[:100]
+        if isinstance(part, int):
+            return part if abs(part) < 1 << 63 else hex(part)[:100]
+        return part if part is None or isinstance(part, str | float) else str(part)[:100]
 
     return copy(value, max_depth)

@@ -1,4 +1,7 @@
-"""Tensors of a training state on disk: a safetensors file for each process that holds some.
+"""Trees of tensors on disk: their form as JSON, their tensors as safetensors. No pickles.
+
+In memory they are dicts and lists with tensors and JSON values as leaves; in `trainer/NAME.json`
+`{"$tensor": NAME}` stands for a tensor.
 
 `trainer/NAME.safetensors` is the main process's, `trainer/NAME-rank3.safetensors` that of process 3. A whole
 tensor is written by the main process. Of a sharded one (DTensor) each process writes its slice, and the
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from rl.store.trainer_state import check_finite, unshared
-
+_TENSOR = "$tensor"
 PLACES = "places"  # in a file's metadata: name of a slice -> [its offset, shape of the whole]
+
+
+class NonFiniteError(ValueError):
+    """A tensor that was about to be saved holds NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +42,50 @@ class Piece:
     shape: tuple[int, ...]
 
 
+def check_finite(named_tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Raises NonFiniteError, with the names, if a floating-point tensor holds NaN or infinity.
+
+    A sum is finite only if every term is, so one pass decides the usual case; overflows get the exact test.
+    """
+    bad = []
+    for name, tensor in named_tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        values = tensor.detach()
+        if values.element_size() == 1:  # float8 has no sum
+            values = values.float()
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        if not math.isfinite(values.sum(dtype=wide).item()) and not values.isfinite().all():
+            bad.append(f"{name} ({int((~values.isfinite()).sum())} of {values.numel()} values)")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteError(
+            f"{what}: NaN or infinity in {', '.join(bad[:3])}{more}; nothing was saved. "
+            "Resume from the last checkpoint; lower optimizer.lr or optimizer.max_grad_norm if it recurs"
+        )
+
+
+def write_tree(folder: Path, kind: str, tree: Any) -> None:
+    """Writes what this process holds of a tree into `folder/trainer`; the main process writes its form.
+
+    Raises:
+        NonFiniteError: a number in it is NaN or infinity.
+        ValueError: a leaf is neither a tensor nor a JSON value.
+    """
+    tensors: dict[str, Tensor] = {}
+    form = split_tree(tree, kind, tensors)
+    write_tensors(folder, kind, tensors)
+    if own_rank() == 0:
+        write_json(folder / "trainer" / f"{kind}.json", form)
+
+
 def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes what this process holds of the tensors into `folder/trainer`; not fsynced, not collective.
 
     Raises:
         NonFiniteError: one holds NaN or infinity; nothing is written.
     """
-    rank, mine, places = _rank(), {}, {}
+    rank, mine, places = own_rank(), {}, {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             if (offset := _own_offset(tensor)) is None:
@@ -102,10 +145,8 @@ def read_tensors(folder: Path, kind: str, into: Mapping[str, Tensor]) -> None:
     files = TensorFiles(folder, kind)
     for name, tensor in into.items():
         if (shape := files.shapes.get(prefix + name)) != list(tensor.shape):
-            raise ValueError(
-                f"{folder}: the {kind} state holds {name} of shape {shape}, and it is "
-                f"{list(tensor.shape)} now"
-            )
+            now = list(tensor.shape)
+            raise ValueError(f"{folder}: the {kind} state holds {name} of shape {shape}, and it is {now} now")
         saved = files.read(prefix + name, tensor)
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(saved)
 
@@ -124,7 +165,59 @@ def _overlap(
     return tuple(slice(s - a, e - a) for (s, e), a in zip(spans, first, strict=True)), part
 
 
-def _rank() -> int:
+def split_tree(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
+    """The tree as JSON values; its tensors go into `tensors` under their path (None: tensors are refused)."""
+    if isinstance(tree, Tensor) and tensors is not None:
+        assert path not in tensors, f"two tensors at {path}"
+        tensors[path] = tree
+        return {_TENSOR: path}
+    if isinstance(tree, Mapping):
+        for key in tree:
+            if not isinstance(key, str) or key == _TENSOR:
+                raise ValueError(f"{path} has the key {key!r}; keys must be strings other than {_TENSOR!r}")
+        return {key: split_tree(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [split_tree(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        raise NonFiniteError(f"{path} is {tree}; only finite numbers are saved")
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    allowed = "JSON values" if tensors is None else "tensors and JSON values"
+    raise ValueError(
+        f"{path} is a {type(tree).__name__}; only {allowed} are saved (numbers, strings, lists, dicts, None)"
+    )
+
+
+def join_tree(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
+    """The tree that `split_tree` took apart."""
+    if isinstance(tree, dict):
+        if _TENSOR in tree:
+            return tensor_of(tree[_TENSOR])
+        return {key: join_tree(value, tensor_of) for key, value in tree.items()}
+    return [join_tree(value, tensor_of) for value in tree] if isinstance(tree, list) else tree
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants (flat optimizers hand out views)."""
+    seen: set[tuple[torch.device, int]] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        own = tensor.clone() if storage in seen else tensor
+        result[name] = own.contiguous()
+        seen.add(storage)
+    return result
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, allow_nan=False), encoding="ascii")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def own_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 

@@ -305,7 +305,7 @@ def test_too_little_free_space_is_noticed_before_anything_is_written(tmp_path, m
         if f.name != "manifest.json" and f.is_file()
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size - 1))
-    with pytest.raises(CheckpointWriteError, match=r"needs about .* MB free; free some space"):
+    with pytest.raises(CheckpointWriteError, match=r"needs about .* GiB free; free some space"):
         store.save(2, write=lambda folder: pytest.fail("wrote"), state=state_of(2), team=ALONE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size))
     save(store, 2)

@@ -195,7 +195,7 @@ def test_each_line_is_json_that_other_programs_can_read(tmp_path):
 def test_an_absent_step_is_none_and_no_fault(tmp_path):
     ledger = Ledger(tmp_path)
     assert (ledger.read(1), ledger.steps(), ledger.read_all(1), ledger.damaged) == (None, [], None, [])
-    assert ledger.truncate_after(0) == [] and list(ledger.sample(5)) == []
+    assert list(ledger.sample(5)) == []
 
 
 def test_a_step_written_again_is_replaced(tmp_path):
@@ -308,15 +308,6 @@ def test_all_ranks_of_a_step_are_read_together_or_not_at_all(tmp_path):
     assert alone.read(3) is None
     assert alone.damaged == ["step-000003-rank0.jsonl.gz: recorded by 2 processes, this run has 1"]
     assert ranks[1].steps() == [3] and Ledger(tmp_path, 2, 3).steps() == []
-
-
-def test_truncating_removes_later_steps_of_this_rank_and_of_ranks_that_are_gone(tmp_path):
-    for rank in range(3):
-        for step in range(4):
-            write(Ledger(tmp_path, rank, 3), step)
-    assert Ledger(tmp_path, 0, 2).truncate_after(1) == [2, 3]
-    left = {rank: Ledger(tmp_path, rank, 3).steps() for rank in range(3)}
-    assert left == {0: [0, 1], 1: [0, 1, 2, 3], 2: [0, 1]}
 
 
 def test_a_sample_of_steps_is_even_and_has_both_ends(tmp_path):

@@ -16,8 +16,8 @@ from torch import nn
 
 from rl.store.checkpoint import CheckpointStore
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
-from rl.store.tensors import TensorFiles, read_tensors, write_tensors
-from rl.store.trainer_state import NonFiniteError, TrainerState, capture_rng, check_finite, restore_rng
+from rl.store.tensors import NonFiniteError, TensorFiles, check_finite, read_tensors, write_tensors
+from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
 from rl.types import ALONE
 
 OPTIMIZERS = {
