@@ -9,22 +9,14 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from rl.types import Call, Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rollout.engine import WEIGHTS_UNKNOWN, Engine, EngineError
 from rollout.stop_strings import cut_at_stop
 
-WEIGHTS_UNKNOWN = -1
-Sample = Callable[[Call, float], tuple[list[Group], dict[int, str]]]
+Sampled = tuple[dict[tuple[int, int], Completion], dict[int, str]]
+"""(index of the prompt, of the completion) -> completion, and index of the prompt -> why it failed."""
 
 
-class EngineError(RuntimeError):
-    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
-
-
-class Named(Protocol):
-    name: str
-    version: int
-
-
-class Timed(Named, Protocol):
+class Timed(Engine, Protocol):
     timeout_s: float
 
 
@@ -88,7 +80,7 @@ def _without_ends(c: Completion, ends: Set[int | None], special: Set[int]) -> li
     return c.token_ids[:length]
 
 
-def check_weights(engine: Named) -> None:
+def check_weights(engine: Engine) -> None:
     if engine.version == WEIGHTS_UNKNOWN:
         raise EngineError(
             f"the weights of engine {engine.name} are unknown, since an update broke off; update them again"
@@ -132,11 +124,10 @@ class CallQueue:
     of that moment.
 
     Args:
-        sample: (call, deadline of time.monotonic() that aborts the rest) -> (one group per prompt, why
-            prompts failed, by index).
+        sample: (call, deadline of time.monotonic()) -> what was sampled by then; the rest is aborted.
     """
 
-    def __init__(self, engine: Timed, sample: Sample) -> None:
+    def __init__(self, engine: Timed, sample: Callable[[Call, float], Sampled]) -> None:
         self.engine, self.sample = engine, sample
         self._calls: list[Call] = []
 
@@ -154,14 +145,22 @@ class CallQueue:
         if self._calls:
             check_weights(self.engine)
         calls, self._calls = self._calls, []
-        return [g for call in calls for g in self.sample(call, time.monotonic() + self.engine.timeout_s)[0]]
+        return [group for call in calls for group in self._groups(call)[0]]
 
     def generate(self, call: Call) -> list[Group]:
         check_weights(self.engine)
-        deadline = time.monotonic() + self.engine.timeout_s
-        groups, faults = self.sample(call, deadline)
-        check_groups(groups, faults, self.engine.timeout_s, late=time.monotonic() > deadline)
+        groups, faults, is_late = self._groups(call)
+        check_groups(groups, faults, self.engine.timeout_s, late=is_late)
         return groups
+
+    def _groups(self, call: Call) -> tuple[list[Group], dict[int, str], bool]:
+        deadline = time.monotonic() + self.engine.timeout_s
+        done, faults = self.sample(call, deadline)
+        groups = [
+            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
+            for i, prompt in enumerate(call.prompts)
+        ]
+        return groups, faults, time.monotonic() > deadline
 
     def abort(self, prompts: Collection[Prompt]) -> None:
         given_up = {prompt.id for prompt in prompts}

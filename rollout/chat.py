@@ -16,9 +16,10 @@ from rollout.template import Chat, render_chats
 
 
 def render_prompts(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]],
     tokenizer: Any,
     *,
+    num_rows: int | None = None,
     prefix: str,
     prompt_column: str,
     columns: Sequence[str] = (),
@@ -38,6 +39,7 @@ def render_prompts(
     rendered as it is, with the row's `tools`. Other columns, or those named, are kept for graders.
 
     Args:
+        rows: all, or some by their numbers; then there are `num_rows`, and the others are not too long.
         template_file: where the chat template was read from, for errors; None: the tokenizer's own.
         note: is told how many rows were left out as too long.
 
@@ -46,10 +48,11 @@ def render_prompts(
             tokenizer has no chat template, or the template refuses a chat; a prompt is empty, no text or list
             of messages, or longer than `max_prompt_length`; a column holds what is no JSON value.
     """
-    rows, texts, chats = list(rows), {}, {}
-    if not rows:
+    numbered = dict(rows) if isinstance(rows, Mapping) else dict(enumerate(rows))
+    texts, chats, prompts, lengths = {}, {}, [], {}
+    if not numbered:
         raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
-    for index, row in enumerate(rows):
+    for index, row in numbered.items():
         where = f"{prefix} row {index}"
         value = _prompt_of(row, prompt_column, columns, "" if index == 0 else f"{where}: ")
         if not chat and isinstance(value, str):
@@ -61,19 +64,16 @@ def render_prompts(
         chats[index] = Chat(where, messages, read_tools(row.get("tools"), where), goes_on)
     rendered = render_chats(tokenizer, list(chats.values()), chat_template_kwargs or {}, file=template_file)
     texts |= zip(chats, rendered, strict=True)
-    prompts, lengths = [], {}
-    for i, row in enumerate(rows):
-        where, found = f"{prefix} row {i}", chats.get(i)
-        ids = _ids(tokenizer, texts[i], f"{where}: column {prompt_column!r}", is_plain=found is None)
+    for i, row in numbered.items():
+        where, said = f"{prefix} row {i}", chats[i].messages if i in chats else ()
+        ids = _ids(tokenizer, texts[i], f"{where}: column {prompt_column!r}", is_plain=i not in chats)
         if len(ids) > max_prompt_length:
             lengths[i] = len(ids)
             continue
         kept = _checked(kept_columns(row, prompt_column, columns), where)
-        messages = found.messages if found else ()
-        prompts.append(Prompt(f"{prefix}/{i:06d}", texts[i], tuple(ids), messages, kept))
+        prompts.append(Prompt(f"{prefix}/{i:06d}", texts[i], tuple(ids), said, kept))
     if lengths:
-        sentence = _too_long(lengths, len(rows), prefix, max_prompt_length)
-        _leave_out(sentence, max(lengths.values()), bool(prompts) and too_long == "drop", bool(prompts), note)
+        _leave_out(lengths, num_rows or len(numbered), prefix, max_prompt_length, too_long, note)
     return prompts
 
 
@@ -85,12 +85,24 @@ def _ids(tokenizer: Any, text: str, where: str, *, is_plain: bool) -> list[int]:
 
 
 def _leave_out(
-    sentence: str, longest: int, may_drop: bool, some_are_left: bool, note: Callable[[str], None]
+    lengths: dict[int, int],
+    num_rows: int,
+    prefix: str,
+    limit: int,
+    too_long: str,
+    note: Callable[[str], None],
 ) -> None:
     """Notes that prompts are left out as too long, or raises ValueError."""
-    if not may_drop:
+    first = ", ".join(f"{index} ({length})" for index, length in islice(lengths.items(), 10))
+    more = f" and {len(lengths) - 10} more" if len(lengths) > 10 else ""
+    sentence = (
+        f"{len(lengths)} of {num_rows} rows of {prefix} have more than data.max_prompt_length={limit} "
+        f"tokens: row {first}{more}"
+    )
+    some_are_left = len(lengths) < num_rows
+    if not (some_are_left and too_long == "drop"):
         other = ", or leave such rows out with data.too_long=drop" if some_are_left else ""
-        raise ValueError(f"{sentence}; raise data.max_prompt_length to {longest}{other}")
+        raise ValueError(f"{sentence}; raise data.max_prompt_length to {max(lengths.values())}{other}")
     note(f"{sentence}; they are left out (data.too_long=drop)")
 
 
@@ -116,15 +128,6 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     if len(ids) > len(bare) and begin is not None and ids[:2] == [begin, begin]:
         ids = ids[1:]
     return ids
-
-
-def _too_long(lengths: Mapping[int, int], num_rows: int, prefix: str, limit: int) -> str:
-    first = ", ".join(f"{index} ({length})" for index, length in islice(lengths.items(), 10))
-    more = f" and {len(lengths) - 10} more" if len(lengths) > 10 else ""
-    head = (
-        f"{len(lengths)} of {num_rows} rows of {prefix} have more than data.max_prompt_length={limit} tokens"
-    )
-    return f"{head}: row {first}{more}"
 
 
 def end_token_ids(
@@ -155,24 +158,16 @@ def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str
 
 def _checked(columns: dict[str, Any], where: str) -> dict[str, Any]:
     """The columns, which go to grader processes and into the ledger, both as JSON."""
-    try:
-        json.dumps(columns, allow_nan=False)
-    except (TypeError, ValueError):
-        name = next(name for name, value in columns.items() if not _is_json(value))
-        raise ValueError(
-            f"{where}: column {name!r} holds {type(columns[name]).__name__} {columns[name]!r:.60}, and "
-            "columns must be JSON values (text, finite numbers, booleans, lists, dicts); convert it, or name "
-            "only the columns that graders need in data.columns"
-        ) from None
+    for name, value in columns.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{where}: column {name!r} holds {type(value).__name__} {value!r:.60}, and columns must be "
+                "JSON values (text, finite numbers, booleans, lists, dicts); convert it, or name only the "
+                "columns that graders need in data.columns"
+            ) from None
     return columns
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def kept_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str] = ()) -> dict[str, Any]:

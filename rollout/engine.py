@@ -8,10 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 from rl.types import Call, Group, Prompt
-from rollout.calls import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 
-__all__ = ["WEIGHTS_UNKNOWN", "Engine", "EngineError"]
+WEIGHTS_UNKNOWN = -1
+
+
+class EngineError(RuntimeError):
+    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
 
 
 class Engine(Protocol):

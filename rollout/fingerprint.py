@@ -6,10 +6,10 @@ an adversary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,10 @@ class HeldTensor:
     device: torch.device
     source: str
     sampled: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def sampled_columns(num_columns: int, version: int) -> list[int]:
@@ -118,7 +122,7 @@ def hash_words(flats: Iterable[Tensor]) -> list[int]:
     size = 0
     for flat in flats:
         for k, piece in enumerate(flat.split(_BATCH_ROWS * _ROW_BYTES)):
-            rows = _num_rows(piece)
+            rows = -(-len(piece) // _ROW_BYTES)
             if batch and size + rows > _BATCH_ROWS:
                 sums.append(_row_sums(batch))
                 batch, size = [], 0
@@ -139,17 +143,11 @@ def hash_words(flats: Iterable[Tensor]) -> list[int]:
 
 def _row_sums(pieces: Sequence[Tensor]) -> Tensor:
     """The inner sum of `hash_words`, for every row of every piece; int64 [R]."""
-    starts = [0, *accumulate(map(_num_rows, pieces))]
-    bytes_B = torch.zeros(starts[-1] * _ROW_BYTES, dtype=torch.uint8, device=pieces[0].device)
-    for start, piece in zip(starts, pieces, strict=False):
-        bytes_B[start * _ROW_BYTES :][: len(piece)].copy_(piece)
+    zeros = pieces[0].new_zeros(_ROW_BYTES)
+    bytes_B = torch.cat([part for piece in pieces for part in (piece, zeros[: -len(piece) % _ROW_BYTES])])
     words_RC = bytes_B.view(torch.int64).view(-1, _ROW_WORDS)
     mixed_RC = (words_RC >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(words_RC)
     return mixed_RC.mul_(_column_weights(bytes_B.device)).sum(-1)
-
-
-def _num_rows(piece: Tensor) -> int:
-    return -(-len(piece) // _ROW_BYTES)
 
 
 @cache

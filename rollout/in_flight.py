@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import insort
-from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from rl.types import Call, Group, Prompt, SamplingParams, ScoredGroup, Scorer
 from rollout.calls import aborted
@@ -42,12 +39,14 @@ class Request:
 
     Attributes:
         attempt: 0; higher if it was sampled again because it was over-age. Part of its sampling seed.
+        submitted: the engine has been asked for it.
         scored: there once it is sampled; ends when it is graded.
     """
 
     ordinal: int
     prompt: Prompt
     attempt: int = 0
+    submitted: bool = False
     scored: Future[ScoredGroup] | None = None
 
     @property
@@ -81,9 +80,7 @@ class InFlight:
     ) -> None:
         self.engine, self.scorer, self.sampling = engine, scorer, sampling
         self.limit, self.timeout_s = limit, timeout_s
-        self._queue: deque[Request] = deque()
-        self._waiting: list[Request] = []  # for the engine, oldest first
-        self._at_engine: dict[str, Request] = {}
+        self._queue: list[Request] = []
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._fault: Exception | None = None
@@ -96,28 +93,22 @@ class InFlight:
         return [request.ordinal for request in self._queue]
 
     def append(self, requests: Iterable[Request]) -> None:
-        started = list(requests)
-        self._queue += started
-        self._waiting += started
+        self._queue += requests
 
     def clear(self) -> None:
         """Forgets all requests, and ends what the engine still samples of them."""
-        self._queue.clear()
-        self._waiting.clear()
-        self._abort(list(self._at_engine.values()))
+        self._abort(self._queue)
+        self._queue = []
 
-    def _abort(self, requests: Sequence[Request]) -> None:
-        if requests:
-            self.engine.abort(self.call(requests).prompts)
-        for request in requests:
-            del self._at_engine[request.id]
+    def _abort(self, requests: Iterable[Request]) -> None:
+        if sampled := [r for r in requests if r.submitted and r.scored is None]:
+            self.engine.abort(self.call(sampled).prompts)
 
     def heads(self, count: int) -> list[Request]:
-        return list(islice(self._queue, count))
+        return self._queue[:count]
 
     def drop(self, count: int) -> None:
-        for _ in range(count):
-            self._queue.popleft()
+        del self._queue[:count]
 
     def call(self, requests: Sequence[Request]) -> Call:
         asked = self.sampling
@@ -131,7 +122,8 @@ class InFlight:
 
     def refill(self) -> None:
         """Submits waiting requests, oldest first."""
-        wave = len(self._waiting)
+        waiting = [r for r in self._queue if not r.submitted and r.scored is None]
+        wave = len(waiting)
         if self.limit is not None:
             size = self.sampling.group_size
             room = max(0, self.limit - self.engine.in_flight) // size
@@ -139,16 +131,17 @@ class InFlight:
             wave = min(room, wave) if room >= min(smallest, wave) else 0
         if not wave:
             return
-        chosen, self._waiting = self._waiting[:wave], self._waiting[wave:]
-        self.engine.submit(self.call(chosen))
-        self._at_engine |= {request.id: request for request in chosen}
+        self.engine.submit(self.call(waiting[:wave]))
+        for request in waiting[:wave]:
+            request.submitted = True
 
     def pump(self, timeout_s: float = 0.0) -> bool:
         """Refills the engine and sends what it finishes within `timeout_s` to the graders; whether it did."""
         self.refill()
         finished = self.engine.collect(timeout_s=timeout_s)
+        asked = {request.id: request for request in self._queue} if finished else {}
         for group in finished:
-            request = self._at_engine.pop(group.prompt.id)
+            request = asked[group.prompt.id]
             group.prompt = request.prompt
             request.scored = self.scorer.submit(group)
         return bool(finished)
@@ -188,7 +181,7 @@ class InFlight:
             raise fault
 
     def _has_work(self) -> bool:
-        return bool(self._at_engine or self._waiting)
+        return any(request.scored is None for request in self._queue)
 
     def _overlap(self) -> None:
         try:
@@ -206,22 +199,20 @@ class InFlight:
         Raises:
             EngineError: all of them lack.
         """
-        last, missing = time.monotonic(), deque(requests)
+        last = time.monotonic()
         while True:
-            while missing and missing[0].scored is not None:
-                missing.popleft()
-            if self.pump(min(POLL_S, self.timeout_s) if missing else 0.0):
+            late = [request for request in requests if request.scored is None]
+            if self.pump(min(POLL_S, self.timeout_s) if late else 0.0):
                 last = time.monotonic()
-            if not missing:
+            if not late:
                 return
             if time.monotonic() - last <= self.timeout_s:
                 continue
-            late = [request for request in requests if request.scored is None]
             if len(late) == len(requests):
                 raise EngineError(
                     f"engine {self.engine.name} finished no group for {self.timeout_s:g} s, with "
                     f"{self.engine.in_flight} completions in flight, while the run waited for prompt "
-                    f"{missing[0].prompt.id}; read the engine's log, or raise engine.timeout_s"
+                    f"{late[0].prompt.id}; read the engine's log, or raise engine.timeout_s"
                 )
             self._abort(late)
             for request in late:
@@ -253,5 +244,4 @@ class InFlight:
     def sample_again(self, request: Request) -> None:
         """In its old place in the queue, so that the order of prompts stays, with other random numbers."""
         request.attempt += 1
-        request.scored = None
-        insort(self._waiting, request, key=lambda waiting: waiting.ordinal)
+        request.submitted, request.scored = False, None

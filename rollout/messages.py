@@ -37,17 +37,14 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
         )
     else:
         messages = messages_of(value, where)
-        if (empty := next((i for i, message in enumerate(messages) if _is_empty(message)), None)) is not None:
-            raise ValueError(
-                f"{where}: message {empty} of the assistant says nothing and calls no tool; remove it"
-            )
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and not (message["content"] or message.get("tool_calls")):
+                raise ValueError(
+                    f"{where}: message {index} of the assistant says nothing and calls no tool; remove it"
+                )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return tuple(messages)
-
-
-def _is_empty(message: Message) -> bool:
-    return message["role"] == "assistant" and message["content"] == "" and not message.get("tool_calls")
 
 
 def check_last(messages: tuple[Message, ...], may_continue: bool, where: str) -> bool:

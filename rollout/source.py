@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rl.types import ALONE, Call, Prompt, SamplingParams, ScoredGroup, Scorer, Team, WeightStream
@@ -37,8 +37,7 @@ class Admission:
     Attributes:
         max_staleness: training step minus policy version never exceeds it.
         num_steps: steps of the run; no prompt is started that no step would train on. None: endless.
-        in_flight: most completions that are submitted and not collected; None: all that age allows.
-        timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
+        in_flight, timeout_s: `InFlight`'s limit (None: all that age allows) and longest wait.
     """
 
     max_staleness: int = 0
@@ -106,11 +105,9 @@ class RolloutSource:
 
     @property
     def cursor(self) -> Any:
-        """Prompts consumed so far over all processes.
-
-        What is in flight is not part of it: a restart samples that again, and every prompt is consumed once.
-        Uneven dynamic sampling of several processes leaves holes in the order: then it is
-        {"next": n, "pending": [...]}, with every number below n consumed but the pending ones.
+        """Without what is in flight: a restart samples that again, and every prompt is consumed once. Uneven
+        dynamic sampling of several processes leaves holes in the order: then it is {"next": n,
+        "pending": [...]}, with every number below n consumed but the pending ones.
         """
         return self._cursor
 
@@ -123,15 +120,10 @@ class RolloutSource:
         self._start(pending[self.team.rank :: self.team.size])
 
     def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
-        """This process's share of the next `num_groups` groups over all processes, in the order of their
-        start; rejected ones that fill a step up come last.
+        """As `Source.groups`, in the order of their start; rejected ones that fill a step up come last.
 
-        `cursor`, `last_counts` and `last_rejected` hold once the iterator has ended. The first group comes
-        when all are there, since rounds are collective: what the caller does between two groups may be too.
-
-        Raises:
-            RuntimeError: the engine failed for all of them, finished nothing within its time limit, or keeps
-                weights that were replaced; or the graders did not answer.
+        The first group comes when all are there, since rounds are collective: what the caller does between
+        two groups may be too. An engine that keeps weights that were replaced raises RuntimeError, too.
         """
         self._in_flight.end_overlap()
         self._share = num_groups // self.team.size
@@ -160,15 +152,7 @@ class RolloutSource:
         """Gives the engine the policy's weights, under what is in flight, and starts what they admit."""
         self._in_flight.end_overlap()
         with self.phase("sync"):
-            report = publish(
-                self.engine,
-                weights,
-                version=version,
-                team=self.team,
-                sends=self.sync.sends,
-                tolerance=self.sync.tolerance,
-                verify=self.sync.verify,
-            )
+            report = publish(self.engine, weights, version=version, team=self.team, **asdict(self.sync))
         self.policy_version = version
         # Until the first batch is asked for, a run may be replaying what its ledger holds. Without staleness,
         # prompts would run beside an evaluation in one run and not in another, and round otherwise.
@@ -238,14 +222,11 @@ class RolloutSource:
 
     def _counts(self, consumed: Sequence[ScoredGroup], *, rounds: int, replaced: int) -> dict[str, float]:
         sampled = [*consumed, *self._over_age]
-        counts = {
-            "rounds": float(rounds),
-            "replaced": float(replaced),
-            "sampled_tokens": float(sum(len(c.token_ids) for g in sampled for c in g.completions)),
-        }
+        num_tokens = sum(len(c.token_ids) for g in sampled for c in g.completions)
+        counts = {"rounds": rounds, "replaced": replaced, "sampled_tokens": num_tokens}
         if self.admission.max_staleness:
-            counts |= {"over_age": float(len(self._over_age)), "in_flight": float(self.engine.in_flight)}
-        return counts
+            counts |= {"over_age": len(self._over_age), "in_flight": self.engine.in_flight}
+        return {name: float(number) for name, number in counts.items()}
 
 
 def sample_and_score(

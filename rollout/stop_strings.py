@@ -6,6 +6,7 @@ the sampler computes depends on text.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,28 +18,18 @@ def cut_at_stop(tokenizer: Any, completions: Sequence[Completion], stop: Sequenc
 
     The string and the rest of that token stay in it. What the engine failed to sample stays as it is.
     """
-    return [bool(stop) and _cut(c, _num_until(c, tokenizer, stop)) for c in completions]
+    return [_cut(c, tokenizer, stop) for c in completions]
 
 
-def _num_until(c: Completion, tokenizer: Any, stop: Sequence[str]) -> int | None:
-    """The fewest tokens whose text holds one of the strings, by bisection; None if the whole has none."""
-
+def _cut(c: Completion, tokenizer: Any, stop: Sequence[str]) -> bool:
     def holds(num: int) -> bool:
         text = tokenizer.decode(c.token_ids[:num], skip_special_tokens=False)
         return any(string in text for string in stop)
 
-    none, some = 0, len(c.token_ids)
-    if c.finish_reason == "abort" or not holds(some):
-        return None
-    while some - none > 1:
-        middle = (none + some) // 2
-        none, some = (none, middle) if holds(middle) else (middle, some)
-    return some
-
-
-def _cut(c: Completion, num_kept: int | None) -> bool:
-    if num_kept is None:
+    if not stop or c.finish_reason == "abort" or not holds(len(c.token_ids)):
         return False
+    # The fewest tokens whose text holds one of the strings.
+    num_kept = bisect_left(range(len(c.token_ids)), True, lo=1, key=holds)
     spans, room = [], num_kept
     for span in c.version_spans:
         if room > 0:

@@ -116,10 +116,8 @@ def _check_variables(tokenizer: Any, variables: Mapping[str, Any], *, has_tools:
 
 def _said(tokenizer: Any, answer: Answer, file: str | None) -> str:
     own = Path(str(tokenizer.name_or_path))
-    found = next(
-        (own / n for n in ("chat_template.jinja", "tokenizer_config.json") if (own / n).is_file()), own
-    )
-    origin = f"read from {file or found}"
+    files = [own / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    origin = f"read from {file or next((path for path in files if path.is_file()), own)}"
     if answer.is_bomb:
         return (
             f"the chat template, {origin}, {answer.fault}; take another, by model.chat_template, or a model "
@@ -169,10 +167,10 @@ def _answers(tokenizer: Any, chats: Sequence[Chat], variables: Mapping[str, Any]
 
 
 def _death(status: int) -> str:
-    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    if number == signal.SIGPROF:
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGPROF:
         return f"computes for more than {CPU_S:g} s"
-    ended = signal.Signals(number).name if number else f"exit code {os.waitstatus_to_exitcode(status)}"
+    ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return f"takes more than its process may ({ended})"
 
 
@@ -195,22 +193,20 @@ def _render_and_exit(render: Callable[[Chat], str], chats: Sequence[Chat], writi
 def _answer(render: Callable[[Chat], str], chat: Chat) -> dict[str, Any]:
     try:
         text = render(chat)
-    except TemplateError as error:
-        return {"fault": " ".join(str(error).split()) or type(error).__name__}
-    except (MemoryError, RecursionError, OverflowError) as error:
-        return {"fault": f"takes too much: {type(error).__name__} {error}".strip(), "is_bomb": True}
     except Exception as error:  # a template may do anything to its messages
-        return {"fault": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        kind, said = type(error).__name__, " ".join(str(error).split())
+        if isinstance(error, MemoryError | RecursionError | OverflowError):
+            return {"fault": f"takes too much: {kind} {said}".strip(), "is_bomb": True}
+        return {"fault": (said or kind) if isinstance(error, TemplateError) else f"{kind}: {said}"}
     if len(text) > MAX_CHARACTERS:
         return {"fault": f"writes {len(text):,} characters for one chat", "is_bomb": True}
     return {"text": text}
 
 
 def _limit_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if not pages:
+    if not (statm := Path("/proc/self/statm")).exists():
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    limit = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -13,22 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from rl.types import Call, Completion, FinishReason, Group, SamplingParams
-from rollout.calls import (
-    WEIGHTS_UNKNOWN,
-    CallQueue,
-    aborted,
-    completion,
-    decode_texts,
-    prompt_faults,
-    version_spans,
-)
+from rl.types import Call, Completion, FinishReason, SamplingParams
+from rollout.calls import CallQueue, Sampled, completion, decode_texts, prompt_faults, version_spans
+from rollout.engine import WEIGHTS_UNKNOWN
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import SeededSampler, completion_seed
-from rollout.uncached import cache_fault, sample_uncached
 
 
 class TransformersEngine:
@@ -60,7 +51,7 @@ class TransformersEngine:
         version: int = 0,
         attention: str = "eager",
     ) -> None:
-        self._queue = CallQueue(self, self._groups)
+        self._queue = CallQueue(self, self._sampled)
         self.submit, self.collect = self._queue.submit, self._queue.collect
         self.generate, self.abort = self._queue.generate, self._queue.abort
         self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
@@ -91,18 +82,9 @@ class TransformersEngine:
         """ "shared": rows with one prompt share its keys and values. "own": each row computes its own.
         "none": the model's cache does not reproduce its logits.
         """
-        config = self.model.config.get_text_config()
-        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
-        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
         fault = None
         for self.cache in ("shared", "own"):
-            fault = cache_fault(
-                lambda prompts, seeds, sampling: self._sample(prompts, seeds, sampling, True, math.inf),
-                self.prompt_logprobs,
-                vocab_size=config.vocab_size,
-                window=window,
-                coarse=self.model.dtype != torch.float32,
-            )
+            fault = self._cache_fault()
             if fault is None:
                 return self.cache
         warnings.warn(
@@ -110,8 +92,32 @@ class TransformersEngine:
         )
         return "none"
 
-    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
-        """(one group per prompt, why prompts failed)."""
+    def _cache_fault(self) -> str | None:
+        """Why `self.cache` may not be used: sampling with it raises, or does not give the log-probs of whole
+        sequences. The longest prompt exceeds what the model's window remembers.
+        """
+        config = self.model.config.get_text_config()
+        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
+        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
+        generator = torch.Generator().manual_seed(0)
+        long, short = (
+            tuple(torch.randint(0, config.vocab_size, (n,), generator=generator).tolist())
+            for n in (9 + window, 3)
+        )
+        prompts, gaps = [short, long, short], []
+        try:
+            sampled = self._sample(prompts, [0, 1, 2], SamplingParams(4), True, math.inf)
+            for prompt, found in zip(prompts, sampled, strict=True):
+                whole = self.prompt_logprobs([*prompt, *found.token_ids])[len(prompt) - 1 :]
+                gaps += [abs(a - b) for a, b in zip(whole, found.behavior_logprobs, strict=True)]
+        except Exception as error:  # each family has a cache of its own, and its own ways to fail
+            return f"it raises {type(error).__name__} ({(str(error).splitlines() or [''])[0]})"
+        # In 16 bits single tokens are off by much, and the mean by 0.1 nats.
+        coarse = self.model.dtype != torch.float32
+        gap, allowed = (sum(gaps) / len(gaps), 0.3) if coarse else (max(gaps), 0.0025)
+        return None if gap <= allowed else f"log-probs with it differ by {gap:.2g} nats from those without"
+
+    def _sampled(self, call: Call, deadline: float) -> Sampled:
         prompts, sampling = call.prompts, call.sampling
         config = self.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None)
@@ -129,11 +135,7 @@ class TransformersEngine:
                 faults |= {i: str(error) for i, _ in chunk}
                 continue
             done |= zip(chunk, sampled, strict=True)
-        groups = [
-            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
-            for i, prompt in enumerate(prompts)
-        ]
-        return groups, faults
+        return done, faults
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.version = WEIGHTS_UNKNOWN
@@ -164,11 +166,13 @@ class TransformersEngine:
         with_logprobs: bool,
         deadline: float,
     ) -> list[Completion]:
-        """One completion per row. Rows with the same prompt share its prefill."""
+        """One completion per row. Rows with the same prompt share its prefill; without a cache each row is
+        sampled by itself.
+        """
+        if self.cache == "none" and len(prompts) > 1:
+            rows = zip(prompts, seeds, strict=True)
+            return [self._sample([p], [s], sampling, with_logprobs, deadline)[0] for p, s in rows]
         sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
-        if self.cache == "none":
-            tokens = sample_uncached(self.model, prompts, sampler, sampling, deadline)
-            return self._completions(tokens, sampler, sampling)
         unique = list(dict.fromkeys(prompts))
         rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
         width = max(map(len, unique))
@@ -182,18 +186,19 @@ class TransformersEngine:
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=sampling.max_completion_length,
+                max_time=deadline - time.monotonic(),
                 eos_token_id=stop_ids or None,
                 pad_token_id=stop_ids[0] if stop_ids else 0,
                 disable_compile=True,
+                use_cache=self.cache != "none",
             ),
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([_Deadline(deadline)]),
         )
         return self._completions(output[:, width:].tolist(), sampler, sampling)
 
     def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
         """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
-        if ids_UT.shape[1] < 2 or self.cache == "own" or getattr(self.model, "_is_stateful", False):
+        if ids_UT.shape[1] < 2 or self.cache != "shared" or getattr(self.model, "_is_stateful", False):
             return None
         cache = DynamicCache(config=self.model.config)
         positions = (mask_UT.cumsum(-1) - 1).clamp(min=0)
@@ -225,14 +230,3 @@ class TransformersEngine:
             completions.append(completion(row[:length], logprobs[:length], reason, spans))
         decode_texts(self.tokenizer, completions, sampling.stop)
         return completions
-
-
-class _Deadline:
-    """A stopping criterion that ends all rows at a point of `time.monotonic()`."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        late = time.monotonic() > self.deadline
-        return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ class SyncReport:
     """One weight sync. `canary_*` are absolute differences in nats, NaN if it was not verified.
 
     Attributes:
-        seconds: of the whole sync, `verify_seconds` of it for the proof.
         parts: seconds to "inspect" what is sent, to "send" it (until the engine has loaded it), to compare
             "fingerprints" and the "canary".
         num_bytes: as the engine stores them.
@@ -37,14 +37,21 @@ class SyncReport:
             version.
     """
 
-    seconds: float
     num_tensors: int
     num_bytes: int
     canary_max_gap: float
     canary_mean_gap: float
-    verify_seconds: float = 0.0
-    compared_share: float = 0.0
-    parts: Mapping[str, float] = field(default_factory=dict)
+    compared_share: float
+    parts: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def verify_seconds(self) -> float:
+        """Of the whole sync, for the proof."""
+        return self.seconds - self.parts["send"]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -86,54 +93,49 @@ def publish(
     Raises:
         WeightSyncError: naming the tensors, the version or the gap, and the process if there are several.
     """
-    clock = _Clock()
-    with _verdict(team):
+    parts: dict[str, float] = {}
+    gaps = [float("nan")]
+    with _part("inspect", parts, team):
         sent = _inspect(engine, weights, version, verify) if sends else _iterated(weights)
-    clock.stop("inspect")
-    with _verdict(team):
+    with _part("send", parts, team):
         if sends:
             what = f"version {version} was not loaded: engine {engine.name}"
             _iterated(weights, lambda stream: engine.update_weights(stream, version=version), what)
         else:
             _iterated(weights)
-    clock.stop("send")
-    gaps = [float("nan")]
     if verify:
-        with _verdict(team):
+        with _part("fingerprints", parts, team):
             if sends:
                 _compare(engine, sent, version)
-        clock.stop("fingerprints")
-        with _verdict(team):
+        with _part("canary", parts, team):
             ids, expected = weights.canary()
             if sends:
                 gaps = _canary_gaps(engine, ids, expected, version, tolerance)
-        clock.stop("canary")
     if not sends:
         engine.adopt(version)
-    return _report(engine, gaps, clock.parts, is_proved=verify and sends)
+    return _report(engine, gaps, parts, is_proved=verify and sends)
 
 
 def _report(
     engine: Engine, gaps: Sequence[float], parts: Mapping[str, float], *, is_proved: bool
 ) -> SyncReport:
-    sizes = {n: torch.Size(h.shape).numel() * h.dtype.itemsize for n, h in engine.tensors.items()}
-    compared = sum(covered_share(h) * sizes[n] for n, h in engine.tensors.items()) / sum(sizes.values())
-    seconds = sum(parts.values())
+    held = engine.tensors.values()
+    size = sum(h.num_bytes for h in held)
+    compared = sum(covered_share(h) * h.num_bytes for h in held) / size
     return SyncReport(
-        seconds=seconds,
-        num_tensors=len(sizes),
-        num_bytes=sum(sizes.values()),
+        num_tensors=len(held),
+        num_bytes=size,
         canary_max_gap=max(gaps),
         canary_mean_gap=sum(gaps) / len(gaps),
-        verify_seconds=seconds - parts["send"],
         compared_share=compared if is_proved else 0.0,
         parts=parts,
     )
 
 
 @contextmanager
-def _verdict(team: Team) -> Iterator[None]:
-    """Keeps a fault of its block, and behind it raises the faults of all processes on each of them."""
+def _part(name: str, parts: dict[str, float], team: Team) -> Iterator[None]:
+    """Notes the seconds of a block and keeps its fault; then raises the faults of all processes on each."""
+    began = time.perf_counter()
     fault: Exception | None = None
     try:
         yield
@@ -141,60 +143,35 @@ def _verdict(team: Team) -> Iterator[None]:
         fault = error
     said = str(fault) if isinstance(fault, WeightSyncError) else f"{type(fault).__name__}: {fault}"
     told = team.gather(said if fault is not None else None)
+    parts[name] = time.perf_counter() - began
     if len(told) > 1:
         told = [one and f"process {rank} of {len(told)}: {one}" for rank, one in enumerate(told)]
     if faults := [one for one in told if one is not None]:
         raise WeightSyncError("; ".join(faults[:MAX_NAMED])) from fault
 
 
-class _Pass:
-    """One pass through a stream; knows how far it came. An iterator that nobody else can close."""
-
-    def __init__(self, weights: WeightStream) -> None:
-        self._stream = iter(weights)
-        self.name: str | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[str, Tensor]:
-        self.name, tensor = next(self._stream)
-        return self.name, tensor
-
-    @property
-    def place(self) -> str:
-        return f"at {self.name}" if self.name else "before the first tensor"
-
-    def finish(self) -> None:
-        for _ in self._stream:
-            pass
-
-
 def _iterated(
-    weights: WeightStream, work: Callable[[_Pass], Any] = lambda stream: {}, what: str = "the policy's stream"
+    weights: WeightStream,
+    work: Callable[[Iterator[tuple[str, Tensor]]], Any] = lambda stream: {},
+    what: str = "the policy's stream",
 ) -> Any:
     """What `work` makes of a pass, which is iterated to its end even if `work` breaks off."""
-    stream = _Pass(weights)
+    stream, place = iter(weights), "before the first tensor"
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        nonlocal place
+        for name, tensor in stream:
+            place = f"at {name}"
+            yield name, tensor
+
     try:
-        result = work(stream)
-        stream.finish()
+        result = work(noted())
+        deque(stream, maxlen=0)
     except Exception as fault:
         with suppress(Exception):  # of two faults the first one tells more
-            stream.finish()
-        raise WeightSyncError(f"{what} broke off {stream.place}: {type(fault).__name__}: {fault}") from fault
+            deque(stream, maxlen=0)
+        raise WeightSyncError(f"{what} broke off {place}: {type(fault).__name__}: {fault}") from fault
     return result
-
-
-class _Clock:
-    """Seconds since the last stop, by name."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        now = time.perf_counter()
-        self.parts[name], self._last = now - self._last, now
 
 
 def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) -> dict[str, int]:
@@ -205,7 +182,7 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
         copies.setdefault(held.source, []).append(name)
     unexpected: list[str] = []
 
-    def parts(stream: _Pass) -> Iterator[tuple[str, Tensor]]:
+    def parts(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stream:
             if (fault := _shape_fault(engine, name, tensor)) is not None:
                 unexpected.append(fault)

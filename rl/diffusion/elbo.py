@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -73,16 +72,12 @@ def masked_elbo(
 
 def _row(copies: Sequence[Noised]) -> PlanRow:
     lengths = [len(copy.token_ids_T) for copy in copies]
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
-
-    def joined(part: Callable[[Noised, int], Any]) -> Tensor:
-        return torch.cat([part(copy, start) for copy, start in zip(copies, starts, strict=True)])
-
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     return PlanRow(
-        token_ids_N=joined(lambda copy, _: copy.token_ids_T),
+        token_ids_N=torch.cat([copy.token_ids_T for copy in copies]),
         documents=Documents.of(lengths),
-        columns_L=joined(lambda copy, start: copy.columns_K + start),
-        targets_L=joined(lambda copy, _: copy.targets_K),
-        weights_L=joined(lambda copy, _: copy.weights_K),
-        examples_L=joined(lambda copy, _: torch.full_like(copy.columns_K, copy.example)),
+        columns_L=torch.cat([copy.columns_K + start for copy, start in zip(copies, starts, strict=True)]),
+        targets_L=torch.cat([copy.targets_K for copy in copies]),
+        weights_L=torch.cat([copy.weights_K for copy in copies]),
+        examples_L=torch.cat([torch.full_like(copy.columns_K, copy.example) for copy in copies]),
     )

@@ -197,17 +197,15 @@ COPIES: dict[str, Copies] = {
 
 def summed(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
     """sum of weight * log p over the copies that score a token."""
-    values_K = scored.weights_K * scored.logprobs_K
-    return values_K.new_zeros(len(batch.columns_L)).index_add(0, scored.slots_K, values_K)
+    return _sums(scored.weights_K * scored.logprobs_K, scored.slots_K, len(batch.columns_L))
 
 
 def sequence_mean(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
     """ELBO / length of a token's sequence."""
     shares_L = summed(scored, batch, config)
-    zeros_S = shares_L.new_zeros(batch.num_sequences)
-    totals_S = zeros_S.index_add(0, batch.sequence_ids_L, shares_L)
-    counts_S = zeros_S.index_add(0, batch.sequence_ids_L, torch.ones_like(shares_L))
-    return (totals_S / counts_S.clamp(min=1))[batch.sequence_ids_L]
+    ids_L, num_sequences = batch.sequence_ids_L, batch.num_sequences
+    totals_S = _sums(shares_L, ids_L, num_sequences)
+    return (totals_S / ids_L.bincount(minlength=num_sequences).clamp(min=1))[ids_L]
 
 
 def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
@@ -222,7 +220,7 @@ def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Fl
         0, scored.slots_K, scored.logprobs_K.detach(), "amax"
     )
     powers_K = scored.weights_K * (config.beta * (scored.logprobs_K - greatest_L[scored.slots_K])).exp()
-    sums_L = torch.zeros_like(lower_L).index_add(0, scored.slots_K, powers_K)
+    sums_L = _sums(powers_K, scored.slots_K, len(lower_L))
     upper_L = greatest_L + sums_L.log() / config.beta
     return torch.where(batch.advantages_L < 0, torch.lerp(lower_L, upper_L, config.mix), lower_L)
 
@@ -250,11 +248,14 @@ COMBINE: dict[str, Combine] = {
 }
 
 
+def _sums(values_K: Tensor, owners_K: Tensor, size: int) -> Tensor:
+    return values_K.new_zeros(size).index_add(0, owners_K, values_K)
+
+
 def _mean_entropies(scored: Scored, num_tokens: int) -> Float[Tensor, " L"]:
     """Tokens that were not scored get the mean of the others."""
-    zeros_L = scored.entropies_K.new_zeros(num_tokens)
-    sums_L = zeros_L.index_add(0, scored.slots_K, scored.entropies_K)
-    counts_L = zeros_L.index_add(0, scored.slots_K, torch.ones_like(scored.entropies_K))
+    sums_L = _sums(scored.entropies_K, scored.slots_K, num_tokens)
+    counts_L = scored.slots_K.bincount(minlength=num_tokens)
     return torch.where(counts_L > 0, sums_L / counts_L.clamp(min=1), scored.entropies_K.detach().mean())
 
 

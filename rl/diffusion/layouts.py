@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,13 +130,6 @@ def read_llada_tensors(folder: Path, raw: Mapping[str, Any], name: str) -> dict[
     return tensors
 
 
-def checkpoint_folder(name: str, revision: str | None) -> Path:
-    """The folder itself, or a hub repository's safetensors and JSON files in the local cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
 def export_llada(model: PreTrainedModel, folder: Path, *, max_shard_size: str | int = "5GB") -> None:
     """Writes a model that was loaded from a LLaDA checkpoint back in LLaDA's layout: its own config.json and
     its keys and dtype, so that the hub's remote code, or a conversion of anybody, reads it.
@@ -154,9 +147,8 @@ def export_llada(model: PreTrainedModel, folder: Path, *, max_shard_size: str | 
         )
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model holds LoRA adapters; merge them first (peft: merge_and_unload)")
-    dtype = getattr(
-        torch, str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch.")
-    )
+    saved_as = str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16")
+    dtype = getattr(torch, saved_as.removeprefix("torch."))
     tied = bool(raw.get("weight_tying"))
     tensors = {
         llada_key(key): value.detach().to("cpu", dtype).contiguous()
@@ -169,9 +161,8 @@ def export_llada(model: PreTrainedModel, folder: Path, *, max_shard_size: str | 
         save_file({key: tensors[key] for key in keys}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n"
-        )
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,24 +68,12 @@ def log_likelihoods(
         plan: list[Noised] = []
         chunk = examples[first : first + EXAMPLES_AT_ONCE]
         for index, example in enumerate(chunk):
-            generator = step_generator(seed, first + index)
-            if reference_batch is not None and example.num_maskable > 1:
-                copies = reference_likelihood_plan(
-                    example,
-                    generator,
-                    mask_token_id=mask_token_id,
-                    num_draws=num_draws,
-                    batch_size=reference_batch,
-                )
+            generator, one = step_generator(seed, first + index), example.num_maskable == 1
+            draws: dict[str, Any] = {"mask_token_id": mask_token_id, "num_draws": 1 if one else num_draws}
+            if reference_batch is not None and not one:
+                copies = reference_likelihood_plan(example, generator, batch_size=reference_batch, **draws)
             else:
-                one = example.num_maskable == 1
-                copies = make_plan(
-                    [example],
-                    generator,
-                    mask_token_id=mask_token_id,
-                    scheme="subset" if one else scheme,
-                    num_draws=1 if one else num_draws,
-                )
+                copies = make_plan([example], generator, scheme="subset" if one else scheme, **draws)
             plan += [replace(copy, example=index) for copy in copies]
         for row in pack_plan(plan, token_budget):
             found_E[first : first + len(chunk)] += masked_elbo(scorer, [row.to(device)], len(chunk))[0]

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from rl.config import ModelConfig
-from rl.diffusion.adapters import find_adapter, merge
-from rl.diffusion.layouts import checkpoint_folder, native_config, read_llada_tensors
+from rl.diffusion.adapters import recorded
+from rl.diffusion.layouts import native_config, read_llada_tensors
 from rl.diffusion.saved_config import model_config, raw_config, refuse_code
+from rl.model.adapter_folder import checkpoint_folder, find_adapter, merge
 from rl.model.bidirectional import BIDIRECTIONAL, Documents
 from rl.model.exactness import quiet
 from rl.model.head import head_logits, head_logprobs
@@ -56,14 +57,11 @@ def load_diffusion_model(
     """
     raw = raw_config(name, revision)
     if (adapter := find_adapter(name, revision)) is not None:
-        says = adapter.recorded
-        model = load_diffusion_model(
-            adapter.base,
-            revision=adapter.revision,
-            dtype=dtype,
-            mask_token_id=says.get("mask_token_id") if mask_token_id is None else mask_token_id,
-            shift=says.get("diffusion_shift") if shift is None else shift,
-        )
+        says = recorded(adapter)
+        mask_token_id = says.get("mask_token_id") if mask_token_id is None else mask_token_id
+        shift = says.get("diffusion_shift") if shift is None else shift
+        settings: dict[str, Any] = {"dtype": dtype, "mask_token_id": mask_token_id, "shift": shift}
+        model = load_diffusion_model(adapter.base, revision=adapter.revision, **settings)
         merge(model, adapter)
         return model
     native = native_config(raw, name)
@@ -179,14 +177,10 @@ def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int 
     special = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()))
     shown = ", ".join(special[:30])
     vocabulary = tokenizer.get_vocab()
-    if isinstance(wanted, str):
-        if wanted not in vocabulary:
-            raise ValueError(
-                f"model.mask_token={wanted!r} is not in the vocabulary; special tokens are: {shown}"
-            )
-        return vocabulary[wanted]
+    if isinstance(wanted, str) and wanted not in vocabulary:
+        raise ValueError(f"model.mask_token={wanted!r} is not in the vocabulary; special tokens are: {shown}")
     own = getattr(config, "mask_token_id", None)
-    for found in (wanted, own, tokenizer.mask_token_id):
+    for found in (vocabulary.get(wanted, wanted), own, tokenizer.mask_token_id):
         if found is not None:
             return int(found)
     num_rows = config.get_text_config().vocab_size
@@ -204,9 +198,7 @@ def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int 
 
 
 def hidden_states(
-    model: PreTrainedModel,
-    token_ids_N: Int[Tensor, " N"],
-    documents: Documents,
+    model: PreTrainedModel, token_ids_N: Int[Tensor, " N"], documents: Documents
 ) -> Float[Tensor, "N D"]:
     """Hidden state of every token of a packed row after the last norm; each token sees its whole document.
 

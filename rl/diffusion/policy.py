@@ -26,8 +26,7 @@ from rl.diffusion.model import (
     random_diffusion_model,
     use_fused_diffusion_layers,
 )
-from rl.diffusion.saved_config import model_config
-from rl.diffusion.tokenizer import load_diffusion_tokenizer
+from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config
 from rl.model.adapters import add_lora, load_adapter
 from rl.model.loading import check_vocabulary, context_length, storage_dtype
 from rl.model.saving import save_model
@@ -53,9 +52,8 @@ class DiffusionPolicy:
         self.mask_token_id = find_mask_token(
             self.tokenizer, model_config(name, config.revision), config.mask_token
         )
-        if config.from_scratch is None:
-            load = load_diffusion_model
-        else:
+        load = load_diffusion_model
+        if config.from_scratch is not None:
             load = partial(random_diffusion_model, changes=config.from_scratch)
         model = load(
             name,
@@ -67,7 +65,7 @@ class DiffusionPolicy:
         if accelerator.device.type == "cuda":
             use_fused_diffusion_layers(model.to(accelerator.device), plain)
         check_vocabulary(model.get_input_embeddings().weight.shape[0], self.tokenizer)  # type: ignore[union-attr]
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing is True:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.peft_model: Any = add_lora(model, plain) if config.lora else None
         self.scorer = DiffusionScorer(model).to(accelerator.device)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl.batch import Batch, MicroBatch
+from rl.batch import Batch
 from rl.config.diffusion import DiffusionModelConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.diffusion.estimators import count_repeats, draw_plan, score
@@ -36,7 +36,7 @@ class MaskedPolicy:
 
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed
-        self.token_budget = config.train.token_budget
+        self.token_budget = config.token_budget
         self.is_coarse = config.is_coarse
         # Only a trace is scored under the distribution that was sampled from.
         self.temperature = config.sampling.temperature if self.estimator.name == "trace" else 1.0
@@ -71,19 +71,19 @@ class MaskedPolicy:
 
     def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
         repeats = count_repeats(row for micro_batch in batch.micro_batches for row in micro_batch.rows)
-        return [self._drawn(m.to(self.device), draw, repeats) for m in batch.micro_batches]
-
-    def _drawn(self, micro_batch: MicroBatch, draw: int, repeats: dict[tuple[int, int], int]) -> Prepared:
-        plan = draw_plan(
-            micro_batch,
-            self.estimator,
-            draw=draw,
-            mask_token_id=self.trained.mask_token_id,
-            seed=self.seed,
-            token_budget=self.token_budget,
-            repeats=repeats,
-        )
-        return Prepared(micro_batch, plan)
+        prepared = []
+        for micro_batch in (m.to(self.device) for m in batch.micro_batches):
+            plan = draw_plan(
+                micro_batch,
+                self.estimator,
+                draw=draw,
+                mask_token_id=self.trained.mask_token_id,
+                seed=self.seed,
+                token_budget=self.token_budget,
+                repeats=repeats,
+            )
+            prepared.append(Prepared(micro_batch, plan))
+        return prepared
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
         """The estimate for each loss token, and the entropy of what it was scored under.
@@ -146,15 +146,9 @@ class MaskedWeights:
 
 def diffusion_model_config(config: MaskedRunConfig) -> DiffusionModelConfig:
     """What loading needs of a run's config."""
-    model = config.model
+    shared = ("name", "revision", "dtype", "fused_layers", "gradient_checkpointing", "lora", "chat_template")
     return DiffusionModelConfig(
-        name=model.name,
-        revision=model.revision,
-        dtype=model.dtype,
         mask_token=config.diffusion.mask_token,
         shift=config.diffusion.shift,
-        fused_layers=model.fused_layers,
-        gradient_checkpointing=model.gradient_checkpointing,
-        lora=model.lora,
-        chat_template=model.chat_template,
+        **{name: getattr(config.model, name) for name in shared},
     )

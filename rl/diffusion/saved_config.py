@@ -1,13 +1,29 @@
-"""What a checkpoint says of itself, before anything is loaded and without code of its folder."""
+"""What a checkpoint says of itself, and its tokenizer: never by its weights, nor by code of its folder."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers.utils import cached_file
 
-from rl.diffusion.adapters import find_adapter
+from rl.config import ModelConfig
+from rl.diffusion.adapters import recorded
 from rl.diffusion.layouts import native_config
+from rl.model.adapter_folder import find_adapter
+from rl.model.loading import load_tokenizer
+
+SAME_FILES: dict[str, Any] = {"DreamTokenizer": Qwen2Tokenizer}
+"""Classes of others that read the files of one in transformers in the same way."""
 
 
 def raw_config(name: str, revision: str | None) -> dict[str, Any]:
@@ -18,7 +34,7 @@ def raw_config(name: str, revision: str | None) -> dict[str, Any]:
     """
     if (adapter := find_adapter(name, revision)) is not None:
         try:
-            return raw_config(adapter.base, adapter.revision) | adapter.recorded
+            return raw_config(adapter.base, adapter.revision) | recorded(adapter)
         except ValueError as error:
             raise ValueError(
                 f"{name} holds an adapter, and its base cannot be read: {error}; base_model_name_or_path in "
@@ -43,7 +59,7 @@ def model_config(name: str, revision: str | None) -> PreTrainedConfig:
     raw = raw_config(name, revision)
     if (adapter := find_adapter(name, revision)) is not None:
         config = model_config(adapter.base, adapter.revision)
-        for key, value in adapter.recorded.items():
+        for key, value in recorded(adapter).items():
             setattr(config, key, value)
         return config
     if (native := native_config(raw, name)) is not None:
@@ -75,3 +91,42 @@ def refuse_masked(name: str, revision: str | None) -> None:
             f"model.name={name!r}: this is a masked diffusion model; add a `diffusion:` section to the "
             "config, such as diffusion={block_length: 32}, or use recipes.llada to train it without rewards"
         )
+
+
+def load_diffusion_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """`rl.model.loading.load_tokenizer` of a LLaDA, Dream or causal checkpoint; of an adapter its own, else
+    its base's.
+
+    Raises:
+        ValueError: there is none, or nothing but code of its folder reads it.
+    """
+    try:
+        settings = get_tokenizer_config(config.name, revision=config.revision)
+    except OSError:  # `load_tokenizer` says that there is none
+        settings = {}
+    adapter = find_adapter(config.name, config.revision)
+    if adapter is not None and not settings:
+        base = {"name": adapter.base, "revision": adapter.revision}
+        return load_diffusion_tokenizer(config.model_copy(update=base))
+    return load_tokenizer(config, reader=_reader(config, settings))
+
+
+def _reader(config: ModelConfig, settings: dict[str, Any]) -> Any:
+    name = settings.get("tokenizer_class") or ""
+    if not settings.get("auto_map") or tokenizer_class_from_name(name) is not None:
+        return AutoTokenizer
+    whole = cached_file(
+        config.name,
+        "tokenizer.json",
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if whole is not None:
+        return PreTrainedTokenizerFast
+    if name in SAME_FILES:
+        return SAME_FILES[name]
+    raise ValueError(
+        f"model.name={config.name!r}: its tokenizer {name} is code of its own folder, which is never run; "
+        "put a tokenizer.json beside it, or use a checkpoint whose tokenizer transformers knows"
+    )

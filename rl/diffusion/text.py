@@ -74,8 +74,8 @@ def _examples(
         for prompt, answer in _pairs(row, config, kind, f"row {index}"):
             encoded = _encode(prompt, answer, tokenizer, f"row {index}")
             if len(encoded) <= config.max_length:
-                _refuse_mask(encoded.prompt, mask_token_id, f"row {index} of {config.source}")
-                _refuse_mask(encoded.answer, mask_token_id, f"row {index} of {config.source}")
+                ids = np.concatenate([encoded.prompt, encoded.answer])
+                _refuse_mask(ids, mask_token_id, f"row {index} of {config.source}")
                 kept.append(encoded)
                 continue
             if config.too_long == "error":
@@ -174,7 +174,7 @@ def _pairs(
             raise ValueError(f"{where}: the answer is empty; leave the row out")
         if {type(prompt), type(answer)} not in ({str}, {list}):
             raise ValueError(
-                f"{where} of {config.source}: {config.prompt_column!r} is {type(prompt).__name__} and "
+                f"{named}: {config.prompt_column!r} is {type(prompt).__name__} and "
                 f"{config.completion_column!r} is {type(answer).__name__}; make both text, or both lists of "
                 "messages"
             )
@@ -188,24 +188,19 @@ def _pairs(
             return [(_with_system(messages_of(prompt, f"{named}: {config.prompt_column!r}"), config), turns)]
         if not config.chat:
             return [(prompt, answer)]
-        return [(_with_system(_message("user", prompt), config), _message("assistant", answer))]
+        asked = [{"role": "user", "content": prompt}]
+        return [(_with_system(asked, config), [{"role": "assistant", "content": answer}])]
     messages = messages_of(row.get("messages") or [], f"{named}: 'messages'")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise ValueError(
-            f"{where} of {config.source}: no message has the role 'assistant', so nothing to learn"
-        )
+        raise ValueError(f"{named}: no message has the role 'assistant', so nothing to learn")
     return [(_with_system(messages[:i], config), [messages[i]]) for i in turns]
-
-
-def _message(role: str, content: str) -> Messages:
-    return [{"role": role, "content": content}]
 
 
 def _with_system(messages: Messages, config: TextConfig) -> Messages:
     if config.system_prompt is None or (messages and messages[0]["role"] == "system"):
         return messages
-    return [*_message("system", config.system_prompt), *messages]
+    return [{"role": "system", "content": config.system_prompt}, *messages]
 
 
 def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, where: str) -> Encoded:

@@ -141,13 +141,9 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         count_bad_steps(run, int(not math.isfinite(norm)), where="")
-    loss, nats, packed, scored = world.sum(
-        [
-            *totals.tolist(),
-            float(sum(row.documents.num_tokens for row in rows)),
-            float(sum(len(row.columns_L) for row in rows)),
-        ]
-    )
+    num_packed = float(sum(row.documents.num_tokens for row in rows))
+    num_scored = float(sum(len(row.columns_L) for row in rows))
+    loss, nats, packed, scored = world.sum([*totals.tolist(), num_packed, num_scored])
     return {
         "diffusion/bound": nats / sum(e.num_maskable for e in examples),
         "diffusion/packed_tokens": packed,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rollout.diffusion.model import Denoiser, KeyValues, Layout, upload
 from rollout.diffusion.steps import (
@@ -142,9 +143,8 @@ class State:
         """These rows, then the new ones, all as wide as the new ones."""
 
         def joined(old: Tensor, more: Tensor) -> Tensor:
-            if more.ndim == 2:
-                old = old[:, : more.shape[1]]
-                old = torch.cat([old, old.new_zeros(len(old), more.shape[1] - old.shape[1])], dim=1)
+            if more.ndim == 2:  # negative padding cuts
+                old = pad(old, (0, more.shape[1] - old.shape[1]))
             return torch.cat([old, more])
 
         return State(*(joined(getattr(self, f.name), getattr(new, f.name)) for f in fields(self)))
@@ -180,14 +180,10 @@ class Batch:
         layout = self._layout()
         hidden_ND = self.model.hidden(self._inputs()[layout.rows_N, layout.columns_N], layout)
         left = self._commit(hidden_ND, layout)
-        ended = [
-            row for row, num_left in zip(self.rows, left, strict=True) if row.advance(num_left, self.params)
-        ]
-        finished = [
-            row for row, stopped in zip(ended, self._stopped(ended), strict=True) if stopped or not row.blocks
-        ]
-        gone = {row.slot for row in finished}
-        self.rows = [row for row in self.rows if row.slot not in gone]
+        ended = [row for row, n in zip(self.rows, left, strict=True) if row.advance(n, self.params)]
+        stopped = self._stopped(ended)
+        finished = [row for row, stops in zip(ended, stopped, strict=True) if stops or not row.blocks]
+        self.rows = [row for row in self.rows if row not in finished]
         return finished
 
     def _settle(self) -> None:
@@ -202,12 +198,9 @@ class Batch:
         self.state = self.state.only(staying).with_rows(joining) if staying else joining
         if self.kept is not None:
             copies = self.copies
-            self.kept.select(
-                [slot * copies + copy for slot in staying for copy in range(copies)],
-                num_rows=len(self.rows) * copies,
-                old=(old_shape[0] * copies, old_shape[1]),
-                width=width,
-            )
+            kept = [slot * copies + copy for slot in staying for copy in range(copies)]
+            old = (old_shape[0] * copies, old_shape[1])
+            self.kept.select(kept, num_rows=len(self.rows) * copies, old=old, width=width)
         for slot, row in enumerate(self.rows):
             row.slot = slot
         self.held, self.layout = list(self.rows), None
@@ -293,15 +286,8 @@ class Batch:
                 blind_LV = self.model.logits(hidden_ND[blind_L[part]])
                 logits_LV = guided(logits_LV, blind_LV, self.params.cfg_scale)
             logits_LV = logits_LV.index_fill(1, self.barred, -torch.inf)
-            pieces.append(
-                candidates(
-                    logits_LV,
-                    self.params,
-                    seeds_L=seeds_L[part],
-                    steps_L=steps_L[part],
-                    columns_L=columns_L[part],
-                )
-            )
+            drawn_by = {"seeds_L": seeds_L[part], "steps_L": steps_L[part], "columns_L": columns_L[part]}
+            pieces.append(candidates(logits_LV, self.params, **drawn_by))
             start += self.chunk
             self.chunk = max(1, CHUNK_BYTES.get(self.device.type, 512 << 20) // (8 * logits_LV.shape[1]))
         return Candidates(*(torch.cat([getattr(p, f.name) for p in pieces]) for f in fields(Candidates)))

@@ -103,8 +103,7 @@ def _result(
     finite: bool,
     stop_token_ids: Sequence[int],
 ) -> Denoised:
-    ends = (c + 1 for c in range(row.tail, row.length) if token_ids[c] in stop_token_ids)
-    end = next(ends, None)
+    end = next((c + 1 for c in range(row.tail, row.length) if token_ids[c] in stop_token_ids), None)
     return Denoised(
         token_ids=token_ids[: row.length],
         commit_steps=[row.num_steps if step == UNWRITTEN else step for step in steps[: row.length]],

@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.types import Call, Completion, Group, SamplingParams
-from rollout.calls import (
-    WEIGHTS_UNKNOWN,
-    CallQueue,
-    aborted,
-    completion,
-    decode_texts,
-    prompt_faults,
-    version_spans,
-)
+from rl.types import Call, Completion, SamplingParams
+from rollout.calls import CallQueue, Sampled, aborted, completion, decode_texts, prompt_faults, version_spans
 from rollout.diffusion.denoise import Denoised, denoise, prompt_canvas
 from rollout.diffusion.graph import GraphedDenoiser
 from rollout.diffusion.model import Denoiser, Layout, TransformersDenoiser
 from rollout.diffusion.steps import DenoisingParams
+from rollout.engine import WEIGHTS_UNKNOWN
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import completion_seed
@@ -64,7 +57,7 @@ class DiffusionEngine:
         version: int = 0,
         graphs: bool = True,
     ) -> None:
-        self._queue = CallQueue(self, self._groups)
+        self._queue = CallQueue(self, self._sampled)
         self.submit, self.collect = self._queue.submit, self._queue.collect
         self.generate, self.abort = self._queue.generate, self._queue.abort
         self.model: Any = model.eval().requires_grad_(False)
@@ -83,8 +76,7 @@ class DiffusionEngine:
     def hold(self) -> None:
         return  # it samples only while it is called
 
-    def _groups(self, call: Call, deadline: float) -> tuple[list[Group], dict[int, str]]:
-        """(one group per prompt, why prompts failed)."""
+    def _sampled(self, call: Call, deadline: float) -> Sampled:
         prompts, params = call.prompts, self._params(call.sampling)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         room, mask = self.denoiser.context_length, self.denoiser.mask_token_id
@@ -106,11 +98,7 @@ class DiffusionEngine:
             for (i, g), row in zip(rows, found, strict=True)
         }
         decode_texts(self.tokenizer, list(done.values()))
-        groups = [
-            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
-            for i, prompt in enumerate(prompts)
-        ]
-        return groups, faults
+        return done, faults
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.version = WEIGHTS_UNKNOWN
@@ -160,13 +148,11 @@ class DiffusionEngine:
         logprobs = row.logprobs[start : row.end] if with_logprobs else []
         spans = version_spans([self.version], [len(ids)])
         found = completion(ids, logprobs, "stop" if row.stopped else "length", spans)
-        pieces = [self._piece(token) for token in ids]
-        found.facts = {
-            "trace": {
-                "steps": row.commit_steps[start:],
-                "tail_ids": row.token_ids[row.end :],
-                "num_steps": row.num_steps,
-                "pieces": pieces,
-            }
+        trace = {
+            "steps": row.commit_steps[start:],
+            "tail_ids": row.token_ids[row.end :],
+            "num_steps": row.num_steps,
+            "pieces": [self._piece(token) for token in ids],
         }
+        found.facts = {"trace": trace}
         return found

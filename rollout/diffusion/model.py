@@ -65,9 +65,6 @@ class Layout:
         width: T, columns of the rectangle of keys; `max_fresh` is Q, of the rectangle of queries.
         key_slots_N, query_slots_N: where a packed column lies in the flattened rectangles.
         ends_S: cumulative numbers of computed columns, from 0, int32: S = R + 1.
-        lengths_R: columns of each row.
-        even: every row computes Q columns, so that queries need no moving.
-        whole: every row computes all T columns, so that keys need none either.
         unpadded: every row has T columns, so that all keys are visible.
         kept: keys and values of the columns that are not computed now; None: everything is.
     """
@@ -75,7 +72,6 @@ class Layout:
     rows_N: Int[Tensor, " N"]
     columns_N: Int[Tensor, " N"]
     offsets_R: Int[Tensor, " R"]
-    lengths_R: Int[Tensor, " R"]
     key_slots_N: Int[Tensor, " N"]
     query_slots_N: Int[Tensor, " N"]
     ends_S: Int[Tensor, " S"]
@@ -83,8 +79,6 @@ class Layout:
     num_rows: int
     width: int
     max_fresh: int
-    even: bool
-    whole: bool
     unpadded: bool
     kept: KeyValues | None = None
 
@@ -94,7 +88,6 @@ class Layout:
         lengths: Sequence[int],
         *,
         device: torch.device,
-        width: int | None = None,
         kept: KeyValues | None = None,
     ) -> Layout:
         """Computes columns [low, high) of each row."""
@@ -104,9 +97,7 @@ class Layout:
         rows = np.repeat(np.arange(len(sizes)), sizes)
         slots = np.arange(sizes.sum()) - starts[rows]
         columns = slots + low[rows]
-        num_columns = max(max(lengths), width or 0)
-        max_fresh = int(sizes.max())
-        even = bool((sizes == max_fresh).all())
+        num_columns, max_fresh = max(lengths), int(sizes.max())
         packed = [rows, columns, rows * num_columns + columns, rows * max_fresh + slots]
         rows_N, columns_N, keys_N, queries_N = upload(np.stack(packed), device).unbind()
         offsets_R, lengths_R = upload(np.stack([starts - low, np.array(lengths)]), device).unbind()
@@ -114,7 +105,6 @@ class Layout:
             rows_N=rows_N,
             columns_N=columns_N,
             offsets_R=offsets_R,
-            lengths_R=lengths_R,
             key_slots_N=keys_N,
             query_slots_N=queries_N,
             ends_S=upload(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), device),
@@ -122,8 +112,6 @@ class Layout:
             num_rows=len(sizes),
             width=num_columns,
             max_fresh=max_fresh,
-            even=even,
-            whole=even and max_fresh == num_columns,
             unpadded=min(lengths) == num_columns,
             kept=kept,
         )
@@ -271,21 +259,21 @@ def denoise_attention(
         layer: Any = module.layer_idx
         k, v = (x.unflatten(0, shape) for x in layout.kept.write(layer, layout, k_NHD, v_NHD))
     else:
-        k, v = (_rectangle(x, layout.key_slots_N, shape, layout.whole) for x in (k_NHD, v_NHD))
-    q = _rectangle(q_NHD, layout.query_slots_N, (layout.num_rows, layout.max_fresh), layout.even)
+        k, v = (_rectangle(x, layout.key_slots_N, shape) for x in (k_NHD, v_NHD))
+    q = _rectangle(q_NHD, layout.query_slots_N, (layout.num_rows, layout.max_fresh))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # A mask keeps the fastest kernels away.
     mask = None if layout.unpadded else layout.visible_RT[:, None, None]
     out = attend_both_ways(q, k, v, mask, scale=scaling).transpose(1, 2).flatten(0, 1)
-    return (out if layout.even else out[layout.query_slots_N])[None], None
+    return (out if len(out) == len(q_NHD) else out[layout.query_slots_N])[None], None
 
 
-def _rectangle(x_NHD: Tensor, slots_N: Tensor, shape: tuple[int, int], fills: bool) -> Tensor:
+def _rectangle(x_NHD: Tensor, slots_N: Tensor, shape: tuple[int, int]) -> Tensor:
     """Packed columns of all rows side by side, zeros behind the shorter ones."""
-    if fills:
-        return x_NHD.unflatten(0, shape)
     size = shape[0] * shape[1]
-    return x_NHD.new_zeros(size, *x_NHD.shape[1:]).index_copy(0, slots_N, x_NHD).unflatten(0, shape)
+    if len(x_NHD) < size:
+        x_NHD = x_NHD.new_zeros(size, *x_NHD.shape[1:]).index_copy(0, slots_N, x_NHD)
+    return x_NHD.unflatten(0, shape)
 
 
 AttentionInterface.register(DENOISE, denoise_attention)

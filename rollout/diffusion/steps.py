@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +15,8 @@ from torch import Tensor
 from rollout.sampler import draw
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
-REMASKING: tuple[str, ...] = ("low_confidence", "random", "margin", "entropy")
-CACHES = ("none", "prefix", "dual")
+Cache = Literal["none", "prefix", "dual"]
+REMASKING, CACHES = get_args(Remasking), get_args(Cache)
 TOKEN_STREAM, ORDER_STREAM = 0, 1
 
 
@@ -49,7 +49,7 @@ class DenoisingParams:
     remasking: Remasking = "low_confidence"
     threshold: float | None = None
     cfg_scale: float = 0.0
-    cache: Literal["none", "prefix", "dual"] = "none"
+    cache: Cache = "none"
     refresh_every: int = 0
     stop_token_ids: tuple[int, ...] = ()
     suppress_token_ids: tuple[int, ...] = ()

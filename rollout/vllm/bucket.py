@@ -20,6 +20,7 @@ from rollout.fingerprint import HeldTensor
 BUCKET_BYTES = 256 << 20
 _ALIGNMENT = 256
 Layout = list[list[Any]]  # [name, first byte] of every tensor in a filled bucket
+Deliver = Callable[[Layout, list[Any] | None], Any]
 
 
 class Bucket:
@@ -27,11 +28,12 @@ class Bucket:
 
     Attributes:
         bytes_B: the shared memory.
-        handle: plain data (numbers and bytes) with which the other process opens it.
+        handle: plain data (numbers and bytes) with which the other process opens it; `deliver` gets it with
+            the first filling, and then None.
     """
 
     def __init__(self, tensors: Mapping[str, HeldTensor], device: torch.device) -> None:
-        sizes = [_aligned(_num_bytes(held)) for held in tensors.values()]
+        sizes = [_aligned(held.num_bytes) for held in tensors.values()]
         size = max(*sizes, min(BUCKET_BYTES, sum(sizes)))
         if device.type == "cuda":
             self.bytes_B = torch.empty(size, dtype=torch.uint8, device=device)
@@ -43,33 +45,48 @@ class Bucket:
             os.ftruncate(self._file, size)
             self.bytes_B = _mapped(self._file, size)
             self.handle = ["cpu", size, f"/proc/{os.getpid()}/fd/{self._file}"]
-        self.tensors = tensors
+        self.tensors, self.is_known = tensors, False
 
-    def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Callable[[Layout], None]) -> None:
+    def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Deliver) -> None:
         """Rounds every tensor to what the engine holds, into the bucket; `deliver` loads each filling."""
         layout: Layout = []
         end = 0
         for name, tensor in weights:
             held = self.tensors[name]
-            if layout and end + _num_bytes(held) > len(self.bytes_B):
+            if layout and end + held.num_bytes > len(self.bytes_B):
                 self._deliver(layout, deliver)
                 layout, end = [], 0
             view(self.bytes_B, end, held).copy_(tensor.detach())
             layout.append([name, end])
-            end = _aligned(end + _num_bytes(held))
+            end = _aligned(end + held.num_bytes)
         if layout:
             self._deliver(layout, deliver)
 
-    def _deliver(self, layout: Layout, deliver: Callable[[Layout], None]) -> None:
+    def _deliver(self, layout: Layout, deliver: Deliver) -> None:
         if self.bytes_B.is_cuda:
             torch.cuda.current_stream(self.bytes_B.device).synchronize()
-        deliver(layout)
+        deliver(layout, None if self.is_known else self.handle)
+        self.is_known = True
 
-    def close(self) -> None:
-        """Gives the memory back once the other process has let go of it too."""
-        if self.handle[0] == "cpu" and len(self.bytes_B):
+    def close(self, *, is_released: bool) -> None:
+        """Gives the memory back.
+
+        torch counts in shared memory who still holds what it sent. Memory whose count is not 0 when this
+        process ends is freed after CUDA is gone, which is a SIGSEGV at exit.
+
+        Args:
+            is_released: the other process has let go of it; else nobody will: it never opened it, or died.
+        """
+        if not len(self.bytes_B):
+            return
+        if self.handle[0] == "cpu":
             os.close(self._file)
-        self.bytes_B = torch.empty(0, dtype=torch.uint8)
+        elif not is_released:
+            *_, counter, offset, _, _ = self.handle
+            torch.UntypedStorage._release_ipc_counter(counter, offset, device=self.bytes_B.device)
+        is_cuda, self.bytes_B = self.bytes_B.is_cuda, torch.empty(0, dtype=torch.uint8)
+        if is_cuda:
+            torch.cuda.ipc_collect()
 
 
 def open_bucket(handle: list[Any]) -> Tensor:
@@ -101,15 +118,11 @@ def received(
 
 
 def view(bytes_B: Tensor, start: int, held: HeldTensor) -> Tensor:
-    return bytes_B[start : start + _num_bytes(held)].view(held.dtype).view(held.shape)
+    return bytes_B[start : start + held.num_bytes].view(held.dtype).view(held.shape)
 
 
 def _mapped(file: int, size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
-
-
-def _num_bytes(held: HeldTensor) -> int:
-    return torch.Size(held.shape).numel() * held.dtype.itemsize
 
 
 def _aligned(size: int) -> int:

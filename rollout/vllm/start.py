@@ -7,10 +7,14 @@ import importlib.util
 import multiprocessing
 import os
 import random
+import re
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,11 @@ import torch
 import torch.distributed as dist
 
 from rollout.engine import EngineError
-from rollout.vllm.install import distribution, version_conflict
-from rollout.vllm.internals import reach, require_classes
-from rollout.vllm.sockets import sockets_of_one_start
+from rollout.vllm.internals import distribution, reach, require_classes, version_conflict
 
 KILL_EVERY_S = 0.2
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
+MAX_FOLDER = 107 - len("/cohort-12345678/") - 36  # the kernel's limit for a socket's path; vLLM adds a UUID
 TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
 
 # Read by vLLM at import; a user's own values win.
@@ -72,19 +75,17 @@ def process_state_kept() -> Iterator[None]:
     Variables named VLLM_ stay: vLLM reads them.
     """
     environment = dict(os.environ)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     accelerator = torch.accelerator.synchronize, torch.accelerator.empty_cache
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
@@ -176,13 +177,54 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
         raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
 
 
+_PARTS = {
+    "weights": r"Model loading took .*? and ([\d.]+) seconds",
+    "compilation": r"torch\.compile took ([\d.]+) s",
+    "graphs": r"Graph capturing finished in ([\d.]+) secs",
+}
+CORE_LOG_LEVEL = "COHORT_CORE_LOG_LEVEL"
+"""Variable: how much the core's own process writes, where somebody keeps it."""
+
+
+def start_parts(log: str) -> dict[str, float]:
+    """Seconds of a start by part, as far as vLLM's log says them; what is left is imports and set-up."""
+    found = {name: re.findall(pattern, log) for name, pattern in _PARTS.items()}
+    return {name: float(seconds[-1]) for name, seconds in found.items() if seconds}
+
+
 def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
     for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ[TRAINER_PID] = str(os.getpid())
-    with sockets_of_one_start():
-        return _start_core(arguments, timeout_s)
+    if os.environ["VLLM_LOGGING_LEVEL"] == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+        os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get(CORE_LOG_LEVEL, "ERROR")
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:  # a child would import a script again, which trains, or look for the file of a notebook
+        with _sockets_of_one_start():
+            return _start_core(arguments, timeout_s)
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def _sockets_of_one_start() -> Iterator[None]:
+    """A folder for the sockets where trainer and core meet; it goes once they have met, or did not.
+
+    vLLM leaves them in the temporary folder for good. A connected socket needs no name, so that whatever is
+    killed later leaves nothing behind.
+    """
+    before = os.environ.get("VLLM_RPC_BASE_PATH")
+    parents = [before or tempfile.gettempdir(), "/tmp"]
+    parent = next((p for p in parents if len(p) <= MAX_FOLDER and os.access(p, os.W_OK)), parents[0])
+    with tempfile.TemporaryDirectory(prefix="cohort-", dir=parent, ignore_cleanup_errors=True) as folder:
+        os.environ["VLLM_RPC_BASE_PATH"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["VLLM_RPC_BASE_PATH"]
+            if before is not None:
+                os.environ["VLLM_RPC_BASE_PATH"] = before
 
 
 def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
+from rollout.vllm.internals import reach, reach_or, require
 
 # vLLM's parameter of all experts of a layer -> transformers' name; both [E, rows, columns], gate before up.
 _EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
@@ -37,6 +38,9 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
     parts in order. Embeddings are padded to a multiple of 64 rows. On a CPU vLLM moves the weight of a linear
     layer into a packed copy of the kernel and keeps an empty parameter: such a slot is sampled. A tied head
     has a packed copy of its own.
+
+    Raises:
+        ValueError: vLLM's layers lack what a sync reads or calls.
     """
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     owners: dict[int, str] = {}
@@ -47,10 +51,12 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
         for parameter, value in module.named_parameters(recurse=False):
             own_name = f"{path}.{parameter}"
             moved = value.numel() == 0
+            if moved:
+                require("emptied layer", module)
             owner = own_name if moved else owners.setdefault(id(value), own_name)
-            if owner != own_name and not hasattr(module, "cpu_linear"):
+            if owner != own_name and reach_or("emptied layer", "cpu_linear", module, None) is None:
                 continue  # the same bytes as the owner's
-            width = (module.input_size,) if moved else value.shape[1:]
+            width = (reach("emptied layer", "input_size", module),) if moved else value.shape[1:]
             dtype = module.weight.dtype if hasattr(module, "weight") else value.dtype
             for name, first, last in _parts(module, value, packed.get(leaf, [leaf])):
                 full = ".".join(filter(None, (parent, name, parameter)))
@@ -60,17 +66,20 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
                 sampled = moved or source != full
                 held = HeldTensor((last - first, *width), dtype, value.device, source, sampled)
                 slots[full] = Slot(module, parameter, first, last, held)
+                if sampled or packs_experts(slots[full]):
+                    require("packed weight" if sampled else "packed experts", module)
     return slots
 
 
 def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, int, int]]:
     """(name, first row, last row) of each Hugging Face tensor that is stacked in one parameter."""
     if len(names) > 1:
-        ends = list(accumulate(module.output_sizes))
+        require("stacked layer", module)
+        ends = list(accumulate(reach("stacked layer", "output_sizes", module)))
         yield from zip(names, [0, *ends], ends, strict=False)
         return
-    padded = len(value) if value.numel() else module.output_size
-    yield names[0], 0, getattr(module, "org_vocab_size", padded)
+    padded = len(value) if value.numel() else reach("emptied layer", "output_size", module)
+    yield names[0], 0, reach_or("embedding", "org_vocab_size", module, padded)
 
 
 def complete_layers(slots: Mapping[str, Slot]) -> dict[str, frozenset[str]]:
@@ -117,7 +126,7 @@ def _columns(slot: Slot, version: int) -> Tensor:
     columns = sampled_columns(width, version)
     units = torch.zeros(len(columns), width, dtype=slot.held.dtype, device=slot.held.device)
     units[torch.arange(len(columns)), torch.tensor(columns)] = 1.0
-    return slot.module.quant_method.apply(slot.module, units, None) + 0.0
+    return reach("packed weight", "apply", slot.module)(slot.module, units, None) + 0.0
 
 
 def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
@@ -125,7 +134,7 @@ def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
     return not any("MLA" in type(module).__name__ for module in model.modules()) and all(
         slot.held.device.type in _AS_THEY_ARE
         and not slot.held.sampled
-        and type(getattr(slot.module, "quant_method", None)).__name__ in _UNQUANTIZED
+        and type(reach_or("layer", "quant_method", slot.module, None)).__name__ in _UNQUANTIZED
         and not hasattr(slot.module, "process_weights_after_loading")
         for slot in slots.values()
     )
@@ -143,9 +152,9 @@ def repack(slots: Mapping[str, Slot]) -> None:
     loaded, but their kernel packs them on the first load only and would read plain weights as packed ones.
     """
     for module in {id(s.module): s.module for n, s in slots.items() if s.held.source != n}.values():
-        module.quant_method.process_weights_after_loading(module)
+        reach("packed weight", "pack", module)(module)
     for module in {id(s.module): s.module for s in slots.values() if packs_experts(s)}.values():
-        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+        reach("packed experts", "pack", module)(module)
 
 
 def packs_experts(slot: Slot) -> bool:

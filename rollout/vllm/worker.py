@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.fingerprint import compared_part, fingerprints
 from rollout.vllm.bucket import Layout, open_bucket, received
@@ -81,18 +83,14 @@ class WeightReceiver:
         require("worker", self)
         self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
         self.cohort_writes = False
-        held = {name: slot.held for name, slot in self.cohort_slots.items()}
         return [
             [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
-            for name, h in held.items()
+            for name, h in ((name, slot.held) for name, slot in self.cohort_slots.items())
         ]
 
     @torch.no_grad()
     def cohort_begin(self) -> None:
         """From here to `cohort_finish` the model holds no weights that could be used."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         if self.cohort_open:  # an update broke off; what it loaded would count towards this one
             self.cohort_close()
         if self.cohort_writes:  # each tensor by itself, whatever layer it is of
@@ -107,8 +105,6 @@ class WeightReceiver:
     @torch.no_grad()
     def cohort_receive(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Loads tensors under their Hugging Face names; they must stay as they are until `cohort_finish`."""
-        from vllm.config import set_current_vllm_config
-
         if self.cohort_writes:
             for name, tensor in tensors:
                 write_slot(self.cohort_slots[name], tensor)
@@ -134,6 +130,13 @@ class WeightReceiver:
         if self.cohort_bucket.is_cuda:
             torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
 
+    def cohort_release(self) -> None:
+        """Lets go of the bucket, while the process that shares it is still there."""
+        is_cuda = self.cohort_bucket.is_cuda
+        del self.cohort_bucket
+        if is_cuda:
+            torch.cuda.ipc_collect()
+
     @torch.no_grad()
     def cohort_finish(self, version: int) -> None:
         if self.cohort_writes:
@@ -147,9 +150,6 @@ class WeightReceiver:
 
     def cohort_close(self) -> None:
         """Gives every layer its parameters back, with what was loaded."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.get_model(), self.model_config)
         self.cohort_open = False

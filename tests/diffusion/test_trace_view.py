@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from recipes.cli import main as cohort
+from recipes.cli.denoising import denoising_frames
 from rl.report.report import build_report
-from rl.report.traces import denoising_frames, denoising_html
+from rl.report.traces import denoising_html
 from rl.store.ledger import Ledger
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from tests.calling import trace_of

@@ -432,6 +432,17 @@ def test_a_group_that_is_not_finished_in_time_counts_as_aborted_where_others_are
     assert engine.in_flight == 0 and source.cursor == B
 
 
+def test_groups_that_the_engine_has_no_room_for_are_given_up_with_the_one_that_takes_it():
+    engine = OneNever()
+    source = make(engine=engine, timeout_s=0.2, in_flight=G)
+    engine.never = source.stream.at(1).id
+    source.publish(OneWeight(), version=0)
+    groups = list(source.groups(B))
+    aborted = [all(c.finish_reason == "abort" for c in group.completions) for group in groups]
+    assert aborted == [False, True, True, True, True, True]
+    assert (engine.waves, engine.in_flight, source.cursor) == ([1, 1], 0, B)
+
+
 def test_a_cursor_that_is_set_ends_what_was_in_flight():
     source = make(max_staleness=1)
     source.publish(OneWeight(), version=0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer, save
 
-from rollout.vllm.install import version_conflict
+from rollout.vllm.internals import version_conflict
 from rollout.vllm.settings import CoreSettings, _on_gpu
-from rollout.vllm.start import vllm_available
+from rollout.vllm.start import start_parts, vllm_available
 from tests.vllm_engines import start_vllm
 
 REASON = vllm_available()
@@ -144,3 +144,12 @@ def test_a_distributed_run_without_a_process_group_is_told_the_order(folder, mon
         ValueError, match=r"WORLD_SIZE=2 .* make the policy \(accelerate\) before the vLLM engine"
     ):
         start_vllm(folder, make_tokenizer(), dtype=torch.float32, max_model_len=128)
+
+
+def test_the_parts_of_a_start_are_read_from_the_log_of_vllm():
+    log = """(EngineCore pid=1548) INFO 11-29 09:49:13 [model_runner.py:302] Model loading took 2.98 GiB and 1.950919 seconds
+(EngineCore pid=1548) INFO 11-29 09:49:34 [monitor.py:53] torch.compile took 20.38 s in total
+(EngineCore pid=1548) INFO 11-29 09:49:41 [model_runner.py:722] Graph capturing finished in 5 secs, took 0.42 GiB
+"""  # noqa: E501
+    assert start_parts(log) == {"weights": 1.950919, "compilation": 20.38, "graphs": 5.0}
+    assert start_parts("") == {}

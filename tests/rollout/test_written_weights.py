@@ -68,7 +68,6 @@ def engine(request, started, worker, monkeypatch):
     if request.param == "through a bucket":
         monkeypatch.setattr("rollout.vllm.bucket.BUCKET_BYTES", 1)
         monkeypatch.setattr(started._core, "_bucket", Bucket(started.tensors, torch.device("cpu")))
-        monkeypatch.setattr(started._core, "_handle_sent", False)
     loads = []
     model = worker.get_model()
     started.update_weights(Stream(policy(3)), version=3)  # the first of them by vLLM's reload
