@@ -10,10 +10,13 @@ from rewards.pool.pool import RewardPool
 from rl.config import Config
 from rl.record import check_faults
 from rl.store.folder import Evaluation
+from rl.store.ledger import Ledger
 from rl.types import Prompt, ScoredGroup
 from rl.world import World
 from rollout.engine import Engine
 from rollout.source import sample_and_score
+
+MAX_KEPT = 2048  # completions of an evaluation that a reader of the report finds, those of the first prompts
 
 
 def make_evaluator(
@@ -25,6 +28,7 @@ def make_evaluator(
     ends: Sequence[int],
 ) -> Any:
     e = config.evaluation
+    kept = Ledger(config.run_dir, world.rank, world.size, folder="evaluations")
 
     def evaluate(step: int) -> Evaluation:
         groups = sample_and_score(
@@ -39,6 +43,8 @@ def make_evaluator(
         )
         check_faults(groups, config.rewards.max_fault_share, world.sum)
         check_finished(groups, config, world)
+        some = groups[: max(1, MAX_KEPT // e.num_samples // world.size)]
+        kept.write(step, some, cursor_before=None, cursor_after=None, policy_version=step)
         (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
         return Evaluation.of(step, total, len(prompts))
 

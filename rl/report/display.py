@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rl.report.safe_stream import SafeStream, is_watched, sparkline
+from rl.report.safe_stream import SafeStream, is_watched, own_stdout, settle, sparkline
 from rl.store.metrics import show_seconds, show_value, shown_metric
 from rl.store.redact import safe_text, strip_controls
 
@@ -77,7 +76,8 @@ class Display:
         notice_s: float = 60.0,
     ) -> None:
         self._total = total_steps
-        self._stream = SafeStream(sys.stdout if stream is None else stream)
+        self._is_stdout = stream is None
+        self._stream = SafeStream(own_stdout() if stream is None else stream)
         self._is_main = os.environ.get("RANK", "0") == "0" if is_main is None else is_main
         self._is_live = self._is_main and is_watched(self._stream)
         self._notice_s = notice_s
@@ -93,17 +93,17 @@ class Display:
         self._done = threading.Event()
         self._watcher: threading.Thread | None = None
         self._live: Live | None = None
+        self._held: list[tuple[str, str]] | None = None
 
     def __enter__(self) -> Display:
         if self._is_live:
             file: Any = self._stream
-            is_stdout = self._stream.wraps(sys.stdout)
             self._live = Live(
                 console=Console(file=file, markup=False, emoji=False, highlight=False),
                 get_renderable=self._render,
                 refresh_per_second=4,
-                redirect_stdout=is_stdout,
-                redirect_stderr=is_stdout,
+                redirect_stdout=self._is_stdout,
+                redirect_stderr=self._is_stdout,
             )
             self._live.start()
         elif self._is_main:
@@ -119,6 +119,23 @@ class Display:
         if self._watcher is not None:
             self._watcher.join(timeout=5)
             self._watcher = None
+        self.head("")
+        if self._is_stdout:
+            settle(self._stream.inner)
+
+    def hold(self) -> None:
+        """Holds notes and warnings back until `head` has given a log its first line."""
+        self._held = []
+
+    def head(self, text: str) -> None:
+        """The first line, and behind it what was held back."""
+        held, self._held = self._held, None
+        for line, style in [(safe_text(text), "bold")] * bool(text) + (held or []):
+            self._print(line, style)
+
+    def say(self, text: str) -> None:
+        """A line that is not held back."""
+        self._print(safe_text(text), at_once=True)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -133,7 +150,7 @@ class Display:
             with self._lock:
                 self._phases.remove(phase)
             if phase.was_noticed:
-                self._print(f"{phase.name}: done after {show_seconds(phase.seconds)}")
+                self._print(f"{phase.name}: done after {show_seconds(phase.seconds)}", at_once=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the numbers of a step; `step` is how many of `total_steps` are done."""
@@ -178,8 +195,11 @@ class Display:
             left = (end - begin) / (last - first) * (self._total - self._step)
             return max(0.0, left - (time.monotonic() - end))
 
-    def _print(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "", *, at_once: bool = False) -> None:
         if not self._is_main:
+            return
+        if self._held is not None and not at_once:
+            self._held.append((text, style))
             return
         if self._live is not None:
             self._live.console.print(Text(text, style=style))
@@ -205,7 +225,7 @@ class Display:
                 continue
             phase.was_noticed = True
             where = f" (after step {self._step})" if self._step is not None else ""
-            self._print(f"waiting for {phase.name}: {show_seconds(phase.seconds)}{where}")
+            self._print(f"waiting for {phase.name}: {show_seconds(phase.seconds)}{where}", at_once=True)
             while phase.next_notice <= phase.seconds:
                 phase.next_notice *= 2
 

@@ -16,10 +16,10 @@ from rl.store.safe_read import bounded_lines, is_number, open_regular
 MAX_ROWS = 200_000  # of a longer file, the last
 MAX_BYTES = 1 << 30
 MAX_ROW_BYTES = 1 << 20
-MAX_POINTS = 2000  # of a curve
+MAX_POINTS = 500  # of a curve
 MAX_PARTS = 64
 RECENT = 20  # rows for which a non-finite number counts against a run
-Extremes = list[dict[str, tuple[float, float]]]
+Curve = list[list[float]]
 
 
 class History:
@@ -92,22 +92,21 @@ class History:
         values = self.columns.get(name, ())
         return [(step, value) for step, value in zip(self.steps, values, strict=False) if value == value]
 
-    def thinned(self, limit: int = MAX_POINTS) -> tuple[list[dict[str, Any]], Extremes]:
-        """At most `limit` rows, each the means of consecutive rows under the last one's step; and the least
-        and greatest value of each mean, or nothing where every row stands for itself.
+    def curves(self, limit: int = MAX_POINTS) -> dict[str, Curve]:
+        """Each metric as [steps, values], of at most `limit` points. In a long run a point is the mean of
+        consecutive rows, under the last one's step; then their least and greatest values follow.
         """
         size = math.ceil(len(self) / limit) or 1
-        rows: list[dict[str, Any]] = []
-        ends: Extremes = []
+        curves: dict[str, Curve] = {n: [[] for _ in range(2 if size == 1 else 4)] for n in self.columns}
         for begin in range(0, len(self), size):
-            rows.append({"step": self.steps[min(begin + size, len(self)) - 1]})
-            ends.append({})
+            step = self.steps[min(begin + size, len(self)) - 1]
             for name, column in self.columns.items():
-                values = [value for value in column[begin : begin + size] if value == value]
-                if values:
-                    rows[-1][name] = math.fsum(values) / len(values)
-                    ends[-1][name] = min(values), max(values)
-        return rows, ends if size > 1 else []
+                if values := [value for value in column[begin : begin + size] if value == value]:
+                    mean = math.fsum(values) / len(values)
+                    numbers = (float(f"{value:.6g}") for value in (mean, min(values), max(values)))
+                    for part, number in zip(curves[name], (step, *numbers), strict=False):
+                        part.append(number)
+        return {name: curve for name, curve in curves.items() if curve[0]}
 
 
 def read_history(path: Path, wanted: Callable[[str, int], bool] | None = None) -> History:

@@ -1,4 +1,4 @@
-"""The observer of a run: the terminal, the trackers, and a watchdog that says once what is broken."""
+"""The observer of a run: terminal, trackers, report, and a watchdog that says once what is broken."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl.report.display import Display
+from rl.report.live import LiveReport
 from rl.report.trackers import Trackers
 from rl.report.verdict import Watch
 
 
 class RunObserver:
-    """Tells `display` and the trackers of `config`; what `Watch` calls broken becomes a warning, once.
+    """Tells `display` and the trackers of `config`; what `Watch` calls broken becomes a warning, once, and
+    the verdict is said when it changes.
 
     Args:
         judged: whether the verdict's rules hold for this kind of run.
@@ -20,14 +22,21 @@ class RunObserver:
     def __init__(self, display: Display, config: Any, *, is_main: bool, judged: bool = True) -> None:
         self.display, self.note, self.phase = display, display.note, display.phase
         self.trackers = Trackers.of_run(config, is_main=is_main, warn=display.warn)
+        self.report = LiveReport(config.run_dir) if is_main else None
         self._watch = Watch() if judged else None
         self._told: set[str] = set()
+        self._level = "Healthy"
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self.trackers.log(step, values)
         self.display.step(step, values)
+        if self.report is not None:
+            self.report.tick()
         for finding in self._watch.broken(step, values) if self._watch else ():
             self.warn(str(finding), topic=finding.metric)
+        if self._watch and self._watch.verdict.level != self._level:
+            self._level = self._watch.verdict.level
+            self.note(f"verdict: {self._watch.verdict.headline}")
 
     def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
         self.display.heldout(step, accuracy, low, high)

@@ -13,15 +13,12 @@ class SafeStream:
     """A text stream whose writes never raise: a broken pipe silences it, unknown characters become "?"."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream = self.inner = stream
         self._is_broken = stream is None
 
     @property
     def encoding(self) -> str:
         return getattr(self._stream, "encoding", None) or "utf-8"
-
-    def wraps(self, stream: Any) -> bool:
-        return self._stream is stream
 
     def isatty(self) -> bool:
         try:
@@ -58,9 +55,23 @@ def say(text: str, stream: Any = None) -> None:
     safe.flush()
 
 
-def settle() -> None:
-    """Flushes the standard streams, and empties what cannot be."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+def own_stdout() -> Any:
+    """Standard output by a descriptor of its own, which stays while an engine's start has 1 and 2 elsewhere.
+
+    What a test or a notebook put in the place of `sys.stdout` stays what it is.
+    """
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:
+        return sys.stdout
+    try:
+        fd = os.dup(sys.stdout.fileno())
+    except (OSError, ValueError):
+        return sys.stdout
+    return os.fdopen(fd, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+
+
+def settle(*streams: Any) -> None:
+    """Flushes streams, by default the standard ones, and empties what cannot be."""
+    for stream in filter(None, streams or (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except (OSError, ValueError):

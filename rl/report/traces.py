@@ -1,4 +1,4 @@
-"""How a masked diffusion model wrote a completion: for a terminal, and as a fragment of a report.
+"""How a masked diffusion model wrote a completion, as a fragment of a report.
 
 A colour says when a token was committed, from the first steps (yellow) to the last (violet). Text of models
 is hostile: it is escaped, and loses or shows its control characters.
@@ -10,11 +10,9 @@ from html import escape
 from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from rich.console import Group
-from rich.text import Text
 
 from rl.store.ledger import Ledger
-from rl.store.redact import redact, show_controls, strip_controls
+from rl.store.redact import redact, show_controls
 from rl.types import Completion, ScoredGroup
 
 COLOURS = ("#f7d13d", "#fca50a", "#f1731d", "#dd513a", "#bc3754", "#932667", "#6a176e", "#7b5cd6")
@@ -44,40 +42,18 @@ class Trace(BaseModel, strict=True):
         return self
 
 
-def denoising_frames(completion: Completion, num_frames: int = 6) -> Group:
-    """The completion at evenly spread steps, first to last; what was still masked is shown as dots.
-
-    Raises:
-        ValueError: the completion has no trace.
-    """
-    trace = _trace(completion)
-    steps = dict.fromkeys(-(-trace.num_steps * k // num_frames) for k in range(1, num_frames + 1))
-    return Group(*(_frame(trace, step) for step in steps))
-
-
-def _frame(trace: Trace, step: int) -> Text:
-    text = Text(f"after step {step} of {trace.num_steps}\n", style="dim")
-    for piece, when in _tokens(trace):
-        shown = strip_controls(piece)
-        if when < step:
-            text.append(shown, style=COLOURS[_shade(when, trace)])
-        else:
-            text.append("".join(c if c.isspace() else "·" for c in shown) or "·", style="dim")
-    return text.append("\n")
-
-
 def denoising_html(completion: Completion, caption: str = "") -> str:
     """A `<figure>` that stands on its own: tokens tinted by their step, replayed while the pointer is on it.
 
     Raises:
         ValueError: the completion has no trace.
     """
-    trace, logprobs = _trace(completion), completion.behavior_logprobs
+    trace, logprobs = trace_of(completion), completion.behavior_logprobs
     spans = []
-    for i, (piece, when) in enumerate(_tokens(trace)):
+    for i, (piece, when) in enumerate(tokens_of(trace)):
         sure = f", log-prob {logprobs[i]:.2f}" if i < len(logprobs) else ""
         title = f"step {when + 1} of {trace.num_steps}{sure}"
-        colour = COLOURS[_shade(when, trace)]
+        colour = COLOURS[shade_of(when, trace)]
         text = escape(show_controls(piece))
         spans.append(f'<span style="--s:{when};--c:{colour}" title="{title}">{text}</span>')
     never = sum(step == trace.num_steps for step in trace.steps)
@@ -104,7 +80,7 @@ def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
     return found
 
 
-def _trace(completion: Completion) -> Trace:
+def trace_of(completion: Completion) -> Trace:
     given = completion.facts.get("trace")
     if given is None:
         raise ValueError("the completion has no trace: it was not sampled by a masked diffusion model")
@@ -116,12 +92,12 @@ def _trace(completion: Completion) -> Trace:
 
 def _has_trace(completion: Completion) -> bool:
     try:
-        return bool(_trace(completion))
+        return bool(trace_of(completion))
     except ValueError:
         return False
 
 
-def _tokens(trace: Trace) -> list[tuple[str, int]]:
+def tokens_of(trace: Trace) -> list[tuple[str, int]]:
     """Pieces and their steps; one piece if the text holds a secret, which may lie across pieces."""
     text = "".join(trace.pieces)
     if redact(text) != text:
@@ -130,5 +106,5 @@ def _tokens(trace: Trace) -> list[tuple[str, int]]:
     return tokens if len(tokens) <= _MAX_TOKENS else [*tokens[:_MAX_TOKENS], ("…", trace.num_steps)]
 
 
-def _shade(when: int, trace: Trace) -> int:
+def shade_of(when: int, trace: Trace) -> int:
     return min(when * len(COLOURS) // max(trace.num_steps, 1), len(COLOURS) - 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from rl.report.history import RECENT, History
+from rl.report.history import RECENT, History, read_history
+from rl.store.folder import EvaluationLog
 from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
@@ -65,16 +67,25 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
 
 
+def judge_run(run_dir: Path) -> Verdict:
+    """The verdict on the run of a folder, as its report has it."""
+    path = run_dir / "metrics.jsonl"
+    evaluations = [asdict(evaluation) for evaluation in EvaluationLog(run_dir).read()]
+    return judge(read_history(path) if path.is_file() else [], evaluations)
+
+
 class Watch:
     """Judges a run while it runs, by its latest rows.
 
     Attributes:
         varied: spreads of reward parts that were not 0 in some step, however long ago.
+        verdict: after the latest step.
     """
 
     def __init__(self) -> None:
         self.rows: deque[Row] = deque(maxlen=RECENT)
         self.varied: set[str] = set()
+        self.verdict = Verdict("Healthy")
 
     def recall(self, rows: Iterable[Row]) -> None:
         """Takes in the rows of a run that goes on."""
@@ -90,7 +101,9 @@ class Watch:
         self.recall([{"step": step, **values}])
         at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
         at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
-        return [f for f in judge(list(self.rows)).findings if f.level == "Broken" or f.metric in at_once]
+        found = tuple(f for f in judge(list(self.rows)).findings if f.metric not in self.varied)
+        self.verdict = Verdict(found[0].level if found else "Healthy", found)
+        return [finding for finding in found if finding.level == "Broken" or finding.metric in at_once]
 
 
 def series_of(rows: Rows, name: str) -> list[tuple[int, float]]:

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import main
-from rl.report.groups import json_for_html, sample_groups
+from recipes.cli.denoising import denoising_frames
 from rl.report.history import MAX_POINTS, read_history
 from rl.report.report import build_report
-from rl.report.traces import denoising_frames, denoising_html, sampled_traces
+from rl.report.traces import denoising_html, sampled_traces
 from rl.store.folder import write_atomically
 from rl.store.ledger import Ledger
 from rl.store.metrics import METRICS, MetricsLog
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
 from tests.calling import trace_of
+from tests.report_pages import Page, shelved
 
 ROOT = Path(__file__).parents[2]
 LEDGER = "ledger/step-000000-rank0.jsonl.gz"
@@ -164,8 +165,7 @@ def test_a_group_with_an_odd_field_is_left_out_or_shown_and_the_others_stand(tmp
         line = json.dumps(changed(first, place, mark)).replace('"MARK"', "[" * 5000 + "]" * 5000)
         lines = [json.dumps(header), line, json.dumps(second)]
         path.write_bytes(gzip.compress("\n".join(lines).encode()))
-        groups, damaged = sample_groups(tmp_path)
-        json_for_html(groups)
+        groups, damaged = shelved(tmp_path)
         assert "good" in [group["id"] for group in groups], place
         assert len(groups) + len(damaged) >= 2, place
         left_out += len(damaged)
@@ -177,7 +177,7 @@ def test_a_group_with_an_odd_field_is_left_out_or_shown_and_the_others_stand(tmp
     for place in places(header):
         line = json.dumps(changed(header, place, "x" if odd == "deep" else odd))
         path.write_bytes(gzip.compress("\n".join([line, json.dumps(first), json.dumps(second)]).encode()))
-        groups, damaged = sample_groups(tmp_path)
+        groups, damaged = shelved(tmp_path)
         assert groups or damaged, place
 
 
@@ -246,22 +246,21 @@ def test_each_row_is_parsed_once_and_kept_as_eight_bytes_a_number(tmp_path, monk
     assert sum(c.itemsize * len(c) for c in history.columns.values()) == 8 * 5000 * len(METRICS)
 
 
-def test_a_long_curve_has_2000_points_and_keeps_its_peak(tmp_path):
-    """50,000 rows: 25 to a point. A value of 9 among zeros is 9 / 25 on average and stays the greatest."""
+def test_a_long_curve_has_500_points_and_keeps_its_peak(tmp_path):
+    """50,000 rows: 100 to a point. A value of 9 among zeros is 0.09 on average and stays the greatest."""
     rows = ({"step": s, "policy/kl": 9.0 if s == 31_000 else 0.0} for s in range(1, 50_001))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    points, extremes = read_history(tmp_path / "metrics.jsonl").thinned()
-    assert len(points) == len(extremes) == MAX_POINTS == 2000
-    assert points[1239] == {"step": 31_000, "policy/kl": 9 / 25}
-    assert extremes[1239] == {"policy/kl": (0.0, 9.0)}
-    assert "KL: 0.02769 [0, 9]" in build_report(tmp_path).read_text()  # a column has 13 points: 9 / 325
+    steps, means, least, greatest = read_history(tmp_path / "metrics.jsonl").curves()["policy/kl"]
+    assert len(steps) == MAX_POINTS == 500
+    assert (steps[309], means[309], least[309], greatest[309]) == (31_000, 0.09, 0.0, 9.0)
+    assert Page(build_report(tmp_path).read_text()).curves["policy/kl"][3][309] == 9.0
 
 
-def test_only_the_groups_that_may_be_shown_are_read(tmp_path):
+def test_of_a_step_only_the_groups_that_are_asked_for_are_read(tmp_path):
     write_run(tmp_path, *[scored(f"p{i}") for i in range(500)])
     (record,) = Ledger(tmp_path).sample(20, 24)
     assert [group.prompt.id for group in record.groups] == [f"p{i}" for i in range(24)]
-    assert len(sample_groups(tmp_path)[0]) == 24
+    assert len(shelved(tmp_path)[0]) == 500
 
 
 def test_a_reader_may_be_told_of_damage_by_denoising_too(tmp_path, capsys):

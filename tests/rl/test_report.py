@@ -1,21 +1,21 @@
 """The report: one page from the files of a run folder, whatever state they are in and whatever they say."""
 
 import base64
+import gzip
 import hashlib
-import html.parser
 import json
 import re
-from itertools import pairwise
 
 import pytest
 
-from rl.report.figures import build_figures
-from rl.report.groups import MAX_GROUPS, json_for_html, sample_groups
-from rl.report.plots import Series, columns_of, line_plot, nice_ticks, smooth, sparkline, stacked_bars
+from rl.report.compare import compare_runs
+from rl.report.figures import build_figures, with_derived
+from rl.report.groups import json_for_html
 from rl.report.report import build_report
-from rl.store.ledger import Ledger
+from rl.report.shelf import Shelf
+from rl.report.shelf import _read as shelf_read
 from rl.store.metrics import METRICS, MetricsLog
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup, VersionSpan
+from tests.report_pages import Page, groups_in, scored_group, shelved, write_step
 
 HOSTILE = (
     "<script>alert('boo')</script>",
@@ -27,62 +27,6 @@ HOSTILE = (
     "{{7*7}}{% raw %}",
     "\u2028\u2029<!--",
 )
-
-
-def scored_group(
-    texts, scores, *, prompt_id="train/000001", prompt="What is 2 + 2?", finish="stop", **reward
-):
-    completions = [
-        Completion([1, 2, 3], [-0.5, -0.25, -3.0], [True] * 3, finish, [VersionSpan(0, 3)], text)
-        for text in texts
-    ]
-    rewards = [Reward(score, Reason.SCORED, **reward) for score in scores]
-    return ScoredGroup(Group(Prompt(prompt_id, prompt, (1,), columns={"answer": "4"}), completions), rewards)
-
-
-def write_step(run_dir, step, groups, advantages=None, **ledger):
-    Ledger(run_dir, **ledger).write(
-        step, groups, cursor_before=0, cursor_after=1, policy_version=0, advantages=advantages
-    )
-
-
-class Page(html.parser.HTMLParser):
-    """The elements, texts and scripts of a page, as a browser's parser sees them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.scripts, self.words = [], [], [], []
-        self.meta = {}
-        self._inside = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append([dict(attrs), ""])
-        if tag == "meta":
-            self.meta[dict(attrs).get("http-equiv")] = dict(attrs).get("content")
-
-    def handle_endtag(self, tag):
-        self._inside = None
-
-    def handle_data(self, data):
-        if self._inside == "script":
-            self.scripts[-1][1] += data
-        elif self._inside != "style":
-            self.words.append(data)
-
-    @property
-    def groups(self):
-        return json.loads(
-            next(body for attrs, body in self.scripts if attrs.get("type") == "application/json")
-        )
-
-    @property
-    def text(self):
-        return " ".join(self.words)
 
 
 @pytest.fixture
@@ -113,9 +57,10 @@ def hostile_run(tmp_path):
 def test_hostile_text_stays_text(hostile_run):
     source = build_report(hostile_run).read_text()
     page = Page(source)
-    # Two scripts, ours: the data and the browser. No image, no link, no handler came in with the text.
-    assert [attrs.get("type") for attrs, _ in page.scripts] == ["application/json", None]
-    assert {"img", "a", "iframe", "u"} & set(page.tags) == set()
+    # Ours are the data, in five elements, one script, and the link to the group that is open. No image, link
+    # or handler came in with the text.
+    assert [attrs.get("type") for attrs, _ in page.scripts] == ["application/json"] * 5 + [None]
+    assert {"img", "iframe", "u"} & set(page.tags) == set() and page.tags.count("a") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("href", "src")]
     assert "alert('boo')</script>" not in source
     for character in "\x1b\x07\u202e\u2028\u2029":
@@ -129,11 +74,11 @@ def test_hostile_text_stays_text(hostile_run):
 
 def test_the_policy_allows_exactly_the_script_of_the_page(hostile_run):
     page = Page(build_report(hostile_run).read_text())
-    script = page.scripts[1][1]
+    script = page.scripts[-1][1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert page.meta["Content-Security-Policy"] == (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}' 'strict-dynamic'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
     forbidden_words = (
         r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|fetch\(|https?://(?!www\.w3)"
@@ -179,8 +124,9 @@ def test_a_finished_run_says_so_and_shows_what_was_changed(tmp_path):
         log.write(step, dict.fromkeys(METRICS, 0.5))
     page = Page(build_report(tmp_path, tmp_path / "elsewhere.html").read_text())
     assert "2 of 2 steps · finished after 1 h 2 min" in page.text
-    assert "train.steps" in page.text and "default 100" in page.text
-    assert "default 1e-06" not in page.text  # optimizer.lr is the default
+    words = " ".join(page.text.split())
+    assert "train train.steps 2 100" in words
+    assert "optimizer.lr 1.0e-06" not in words  # it is the default
     assert not (tmp_path / "report.html").exists()
 
 
@@ -198,10 +144,11 @@ def test_completions_are_sorted_by_advantage_else_by_score(tmp_path):
     group = scored_group(["a", "b", "c"], [0.0, None, 1.0])
     write_step(tmp_path, 0, [group], [[2.0, 0.0, -1.0]])
     write_step(tmp_path, 1, [group])
-    with_advantages, without = sample_groups(tmp_path)[0]
+    with_advantages, without = shelved(tmp_path)[0]
     assert [c["text"] for c in with_advantages["completions"]] == ["a", "b", "c"]
     assert [c["text"] for c in without["completions"]] == ["c", "a", "b"]
-    assert without["tags"] == ["abstained"]
+    assert (with_advantages["tags"], without["tags"]) == (4, 4)  # abstained
+    assert (without["mean"], without["spread"]) == (0.5, 0.5)
 
 
 def test_groups_are_tagged_for_the_filters(tmp_path):
@@ -211,112 +158,150 @@ def test_groups_are_tagged_for_the_filters(tmp_path):
         scored_group(["a", "b"], [0.0, 1.0]),
     ]
     write_step(tmp_path, 0, groups)
-    assert sorted(group["tags"] for group in sample_groups(tmp_path)[0]) == [[], ["no spread"], ["truncated"]]
+    # no spread: 1, truncated: 2, abstained: 4
+    assert [group["tags"] for group in shelved(tmp_path)[0]] == [1, 2, 0]
 
 
-def test_the_sample_spreads_over_the_run_and_its_processes(tmp_path):
-    for step in range(100):
+def test_all_groups_are_listed_by_step_and_process(tmp_path):
+    for step in range(30):
         for rank in (0, 1):
             groups = [scored_group(["a", "b"], [0.0, 1.0], prompt_id=f"{step}/{rank}/{i}") for i in range(4)]
             write_step(tmp_path, step, groups, rank=rank, world_size=2)
-    groups, _ = sample_groups(tmp_path)
-    steps = sorted({group["step"] for group in groups})
-    assert len(groups) == MAX_GROUPS and len(steps) == 20
-    assert (steps[0], steps[-1]) == (1, 100)
-    assert max(b - a for a, b in pairwise(steps)) <= 6
+    expected = [f"{step}/{rank}/{i}" for step in range(30) for rank in (0, 1) for i in range(4)]
+    assert [group["id"] for group in Page(build_report(tmp_path).read_text()).groups] == expected
 
 
-def test_the_size_cap_holds_and_keeps_both_ends_of_the_run(tmp_path):
-    # Every "<" takes six bytes. 12 steps of 4 groups of 8 completions of 20,000 are 46 MB as they come.
+def side_file(path):
+    """The call that it is, taken apart."""
+    name, packed = re.fullmatch(
+        r'cohortGroups\("([\w-]+)","([A-Za-z0-9+/=]*)"\);\n', path.read_text()
+    ).groups()
+    return name, json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_texts_beyond_the_limit_go_to_side_files_the_oldest_first(tmp_path):
+    """12 steps of 40,000 characters in a page of 100,000: the last two stay, ten go."""
     for step in range(12):
-        groups = [scored_group(["<" * 20_000] * 8, [0.0, 1.0] * 4, prompt="&" * 20_000) for _ in range(4)]
-        write_step(tmp_path, step, groups)
-    path = build_report(tmp_path)
-    assert path.stat().st_size < 3_000_000
-    page = Page(path.read_text())
-    assert {1, 12} <= {group["step"] for group in page.groups}
-    assert "characters left out" in page.groups[0]["completions"][0]["text"]
+        write_step(tmp_path, step, [scored_group(["x" * 20_000] * 2, [0.0, 1.0], prompt_id=f"p{step}")])
+    page = Page(build_report(tmp_path, page_bytes=100_000).read_text())
+    assert [group["parts"] for group in page.groups] == [[1]] * 10 + [None] * 2
+    files = sorted((tmp_path / "report").iterdir(), key=lambda path: int(path.name.split("-")[1][1:]))
+    assert [path.name for path in files] == [f"groups-t{step}-0-0.js" for step in range(1, 11)]
+    name, texts = side_file(files[3])
+    assert name == "groups-t4-0-0" and texts[0]["completions"][0]["text"] == "x" * 20_000
+    build_report(tmp_path)
+    assert not (tmp_path / "report").exists()  # the page holds all of it
 
 
-def test_a_line_plot_puts_points_where_they_belong():
-    # 560 x 262 with margins 52 left, 10 right, 10 top, 24 bottom: 498 x 228. Steps 0..10 and values 0..1:
-    # (0, 0) -> (52, 238); (5, 0.5) -> (52 + 249, 238 - 114); (10, 1) -> (550, 10).
-    svg = line_plot(
-        [Series("a<b", [(0, 0.0), (5, 0.5), (10, 1.0)])],
-        x_range=(0, 10),
-        y_range=(0.0, 1.0),
-        show=lambda v: f"{v:g}",
+def test_side_files_have_a_limit_too_and_the_list_keeps_every_group(tmp_path):
+    for step in range(12):
+        texts = ["".join(map(chr, range(33 + step, 120))) * 50] * 2
+        write_step(tmp_path, step, [scored_group(texts, [0.0, 1.0])])
+    build_report(tmp_path, page_bytes=1)
+    sizes = [path.stat().st_size for path in (tmp_path / "report").iterdir()]
+    page = Page(build_report(tmp_path, page_bytes=1, side_bytes=sum(sizes) // 2).read_text())
+    parts = [group["parts"] for group in page.groups]
+    assert len(parts) == 12 and parts[0] == [] and parts[-1] == [1]
+    assert sum(path.stat().st_size for path in (tmp_path / "report").iterdir()) <= sum(sizes) // 2 + 12 * 40
+
+
+def test_a_side_file_is_never_written_through_a_link(tmp_path):
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "groups-t9-0-0.js").write_text("mine")
+    write_step(run, 0, [scored_group(["a", "b"], [0.0, 1.0])])
+    (run / "report").symlink_to(elsewhere)
+    build_report(run, page_bytes=1)
+    assert [path.name for path in elsewhere.iterdir()] == ["groups-t9-0-0.js"]
+    assert [path.name for path in (run / "report").iterdir()] == ["groups-t1-0-0.js"]
+
+
+def test_side_files_that_somebody_put_there_are_replaced_or_removed(tmp_path):
+    write_step(tmp_path, 0, [scored_group(["a", "b"], [0.0, 1.0])])
+    (tmp_path / "report").mkdir()
+    for name in ("groups-t1-0-0.js", "groups-t7-0-0.js"):
+        (tmp_path / "report" / name).write_text("alert('boo')")
+    build_report(tmp_path, page_bytes=1)
+    (path,) = (tmp_path / "report").iterdir()
+    assert side_file(path)[0] == "groups-t1-0-0"
+
+
+def test_hostile_text_cannot_leave_a_side_file(hostile_run):
+    build_report(hostile_run, page_bytes=1)
+    (path,) = (hostile_run / "report").iterdir()
+    _, (group,) = side_file(path)
+    assert {"<script>alert('boo')</script>"} <= {completion["text"] for completion in group["completions"]}
+
+
+def test_a_record_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    for step in range(3):
+        write_step(tmp_path, step, [scored_group(["a", "b"], [0.0, 1.0])])
+    shelf, opened = Shelf(tmp_path, tmp_path / "report"), []
+    monkeypatch.setattr(
+        "rl.report.shelf._read",
+        lambda path, *rest, real=shelf_read: opened.append(path.name) or real(path, *rest),
     )
-    assert '<polyline class="line c1" points="52,238 301,124 550,10"/>' in svg
-    assert "<title>step 5\na&lt;b: 0.5</title>" in svg
+    shelf.refresh()
+    assert opened == [f"step-00000{step}-rank0.jsonl.gz" for step in (2, 1, 0)]
+    shelf.refresh()
+    assert len(opened) == 3
+    write_step(tmp_path, 1, [scored_group(["other", "b"], [0.0, 1.0])])
+    shelf.refresh()
+    assert opened[3:] == ["step-000001-rank0.jsonl.gz"]
+    groups = groups_in(json.loads(shelf.records_json()), json.loads(shelf.texts_json()))
+    assert [group["completions"][0]["text"] for group in groups] == ["b"] * 3
+    assert "other" in shelf.texts_json()
+    (tmp_path / "ledger" / "step-000002-rank0.jsonl.gz").unlink()
+    shelf.refresh()
+    assert shelf.num_groups == 2
 
 
-def test_a_band_shows_the_interval():
-    svg = line_plot(
-        [Series("a", [(0, 0.5), (10, 0.5)], 2, low=[0.0, 0.25], high=[1.0, 0.75])],
-        x_range=(0, 10),
-        y_range=(0.0, 1.0),
-        show=str,
-    )
-    # There along the high ends, back along the low ones.
-    assert '<polygon class="band c2" points="52,10 550,67 550,181 52,238"/>' in svg
-    assert "a: 0.5 [0.0, 1.0]" in svg
+def test_a_refresh_that_is_out_of_time_says_what_is_left(tmp_path):
+    for step in range(3):
+        write_step(tmp_path, step, [scored_group(["a", "b"], [0.0, 1.0])])
+    shelf = Shelf(tmp_path, tmp_path / "report")
+    shelf.refresh(0.0)
+    assert (shelf.num_groups, shelf.num_unread) == (1, 2)
+    shelf.refresh()
+    assert (shelf.num_groups, shelf.num_unread) == (3, 0)
 
 
-def test_bars_stack():
-    # Steps 1 and 2 over 0..2: 249 pixels a step, bars 247 wide, the last cut at the frame; heights of 4.
-    svg = stacked_bars(
-        [Series("a", [(1, 1.0), (2, 1.0)], 1), Series("b", [(1, 3.0)], 2)],
-        x_range=(0, 2),
-        y_range=(0.0, 4.0),
-        show=str,
-    )
-    assert '<path class="fill c2" d="M177.5 238V10H424.5V238zM426.5 238V181H550V238z"/>' in svg
-    assert '<path class="fill c1" d="M177.5 238V181H424.5V238zM426.5 238V181H550V238z"/>' in svg
-    assert svg.index("fill c2") < svg.index("fill c1")
+def test_evaluations_are_listed_beside_the_groups_of_training(tmp_path):
+    write_step(tmp_path, 7, [scored_group(["a", "b"], [0.0, 1.0])])
+    write_step(tmp_path, 8, [scored_group(["held out"], [1.0])], folder="evaluations")
+    groups, _ = shelved(tmp_path)
+    assert [(group["kind"], group["step"]) for group in groups] == [("e", 8), ("t", 8)]
 
 
-def test_long_series_become_means_with_extremes():
-    columns = columns_of(Series("a", [(step, float(step % 2)) for step in range(1000)]), limit=100)
-    assert len(columns) == 100
-    assert (columns[0].first, columns[0].last, columns[0].mean, columns[0].low, columns[0].high) == (
-        0,
-        9,
-        0.5,
-        0.0,
-        1.0,
-    )
+def test_a_long_completion_keeps_both_of_its_ends(tmp_path):
+    write_step(tmp_path, 0, [scored_group(["<" + "x" * 30_000 + ">"] * 2, [0.0, 1.0])])
+    text = shelved(tmp_path)[0][0]["completions"][0]["text"]
+    assert text[0] == "<" and text[-1] == ">" and "[… 10,002 characters left out …]" in text
 
 
-def test_smoothing_keeps_the_step_of_a_jump():
-    points = [(step, 0.0 if step < 50 else 1.0) for step in range(100)]
-    assert smooth(points) == points
-
-
-@pytest.mark.parametrize(
-    "low, high, ticks",
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 120, [0, 20, 40, 60, 80, 100, 120]),
-        (3, 3, [3]),
-        (0.11, 0.19, [0.12, 0.14, 0.16, 0.18]),
-    ],
-)
-def test_ticks_are_round_numbers(low, high, ticks):
-    assert nice_ticks(low, high) == pytest.approx(ticks)
-
-
-def test_sparkline_marks_a_bound_that_is_in_view():
-    svg = sparkline([(0, 0.0), (1, 1.0)], high=0.5, low=-3.0)
-    assert '<polyline class="line c1" points="2,21 114,3"/>' in svg
-    assert svg.count('class="bound"') == 1 and 'd="M2,12 L114,12"' in svg
+def test_runs_are_compared_by_what_differs(tmp_path):
+    for name, rate, steps in (("a", "1.0e-06", 3), ("b", "2.0e-06", 2)):
+        log = MetricsLog(tmp_path / name)
+        for step in range(1, steps + 1):
+            log.write(step, {"reward/mean": step / 10, "groups/without_spread": 0.5})
+        settings = f"train: {{steps: {steps}, seed: 7}}\noptimizer: {{lr: {rate}}}\nrun_dir: {name}\n"
+        (tmp_path / name / "config.yaml").write_text(settings)
+    page = Page(compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html").read_text())
+    words = " ".join(page.text.split())
+    assert "optimizer.lr 1.0e-06 2.0e-06" in words and "train.steps 3 2" in words
+    assert "train.seed" not in words and "run_dir a b" not in words
+    assert [run["name"] for run in page.data["curves"]] == ["a", "b"]
+    assert page.data["curves"][1]["curves"]["reward/mean"] == [[1, 2], [0.1, 0.2]]
+    assert "'strict-dynamic'" not in page.meta["Content-Security-Policy"]
+    with pytest.raises(ValueError, match="no run folder"):
+        compare_runs([tmp_path / "a", tmp_path / "nowhere"], tmp_path / "both.html")
 
 
 def test_every_metric_with_data_has_a_curve():
-    rows = [{"step": step, **dict.fromkeys(METRICS, 0.5)} for step in (1, 2)]
+    curves = {name: [[1, 2], [0.5, 0.5]] for name in METRICS}
     evaluations = [{"step": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6}]
-    figures, more = build_figures(rows, evaluations)
-    assert [figure.title for figure in figures] == [
+    figures, more = build_figures(with_derived(curves, evaluations))
+    assert [figure["title"] for figure in figures] == [
         "Held-out accuracy",
         "Reward",
         "Bound on the training text",
@@ -331,18 +316,17 @@ def test_every_metric_with_data_has_a_curve():
         METRICS[name].description
         for name in ("reward/std", "policy/grad_norm", "staleness/max", "memory/peak")
     }
-    assert drawn <= {figure.title for figure in more}
-    assert build_figures([], []) == ([], [])
+    assert drawn <= {figure["title"] for figure in more}
+    assert build_figures({}) == ([], [])
 
 
 def test_the_groups_of_a_step_add_up_to_one():
-    rows = [{"step": 1, "groups/without_spread": 0.75, "groups/all_right": 0.5, "groups/all_wrong": 0.125}]
-    groups = build_figures(rows, [])[0][0]
-    assert [label for label, _ in groups.panels[0].legend] == [
-        "with spread",
-        "all right",
-        "all wrong",
-        "no verdict",
-    ]
-    for text in ("with spread: 25 %", "all right: 50 %", "all wrong: 12.5 %", "no verdict: 12.5 %"):
-        assert text in groups.panels[0].svg
+    shares = {"groups/without_spread": 0.75, "groups/all_right": 0.5, "groups/all_wrong": 0.125}
+    curves = with_derived({name: [[1], [share]] for name, share in shares.items()}, [])
+    (panel,) = build_figures(curves)[0][0]["panels"]
+    assert {label: curves[name][1] for label, name in panel["lines"]} == {
+        "with spread": [0.25],
+        "all wrong": [0.125],
+        "all right": [0.5],
+        "no verdict": [0.125],
+    }

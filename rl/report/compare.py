@@ -1,0 +1,56 @@
+"""Several runs on one page: verdicts, results, the settings that differ, and curves on top of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rl.config.read import flatten
+from rl.report.figures import overlays
+from rl.report.groups import json_for_html
+from rl.report.page import write_page
+from rl.report.report import shown_setting
+from rl.report.run_facts import gather_facts
+
+MAX_RUNS = 8  # there are as many colours
+
+
+def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Writes the page and returns its path.
+
+    Raises:
+        ValueError: one of `run_dirs` is no folder, or there are too many of them.
+    """
+    if len(run_dirs) > MAX_RUNS:
+        raise ValueError(f"{len(run_dirs)} runs; one page compares at most {MAX_RUNS}")
+    runs = [gather_facts(run_dir) for run_dir in run_dirs]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=f"{run.name} ({i})") for i, run in enumerate(runs, start=1)]
+    tiles = [{tile["label"]: f"{tile['value']}\n{tile['about']}" for tile in run.tiles} for run in runs]
+    results = [flatten(run.result) for run in runs]
+    settings = [flatten(run.config) for run in runs]
+    first, more = overlays([run.curves for run in runs])
+    values = {
+        "name": " · ".join(run.name for run in runs),
+        "runs": runs,
+        "results": _rows(tiles) + _rows(results),
+        "settings": [(key, row) for key, row in _rows(settings) if len(set(row)) > 1 and key != "run_dir"],
+        "num_more": len(more),
+        "notes": [f"{run.name}: {note}" for run in runs for note in run.notes],
+    }
+    data = {"page": json_for_html({"live": 0})}
+    if first or more:
+        data["curves"] = json_for_html([{"name": run.name, "curves": run.curves} for run in runs])
+        data["figure-list"] = json_for_html({"first": first, "more": more})
+    write_page(out, "compare.html.j2", values, data=data)
+    return out
+
+
+def _rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Key -> its value in each column, in the order of keys."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [
+        (shown_setting(key), [shown_setting(c[key]) if key in c else "–" for c in columns]) for key in keys
+    ]
