@@ -40,6 +40,10 @@ those that the engine aborted are left out. If such a call fails, each completio
 culprit. That one abstains, and the others are called together once more. A call has `rewards.deadline_s` for
 each of its completions. A function marked `@rewards.plugins.per_completion`, or by the option
 `per_completion: true`, gets one completion a call, as do the built-in rewards, except those that compare.
+One marked `@rewards.plugins.ignores_answer`, or by such an option, need not pass the doctor's questions about
+right and wrong answers: its scores must be the same beside any.
+
+What a reward prints goes into `graders.log` of the run folder.
 
 A reward that keeps a longer deadline of its own, and scores what misses it, says so by an attribute
 `time_limit_s`: seconds for one completion, or a function of the options that returns them.

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ class as_trl:
         self.__name__ = self.reward.name.rpartition(":")[2]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remade, self._made_of
+        reward, options = self._made_of
+        return functools.partial(as_trl, reward, **options), ()
 
     def __call__(
         self,
@@ -47,10 +49,6 @@ class as_trl:
             ValueError: the dataset lacks a column that the reward needs.
         """
         return _scores(self.reward, prompts, completions, completion_ids, columns)
-
-
-def _remade(reward: Any, options: dict[str, Any]) -> as_trl:
-    return as_trl(reward, **options)
 
 
 def as_verl(
@@ -194,7 +192,7 @@ def _scores(
 ) -> list[float | None]:
     """The scores of a batch; a group-wise reward gets one call per run of equal prompts."""
     extras = {name: columns[name] for name in EXTRAS if name in columns}
-    columns = {name: values for name, values in columns.items() if loaded.takes(name)}
+    columns = loaded.pick(columns)
     _check(loaded, columns)
     runs = [list(range(len(prompts)))]
     if loaded.groupwise:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class RewardSpec:
         options: arguments that are the same for every sample.
         clip: (low, high) bounds of the score before the weight; None: none. `parts` holds the score as it
             was.
+        origin: where a function is found that a program handed over under `name` (`rewards.functions`).
     """
 
     name: str
@@ -28,6 +29,15 @@ class RewardSpec:
     requires: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     clip: tuple[float, float] | None = None
+    origin: Mapping[str, Any] | None = None
+
+
+def reward_specs(
+    settings: Iterable[Any], origins: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[RewardSpec]:
+    """The rewards of a config, whose section `rewards.functions` has the same fields but the origin."""
+    found = origins or {}
+    return [RewardSpec(**dict(one), origin=found.get(one.name)) for one in settings]
 
 
 def check_specs(specs: Sequence[RewardSpec]) -> None:

@@ -1,4 +1,4 @@
-"""`cohort doctor rewards CONFIG`: does each reward do on this dataset what it is meant to?
+"""Does each reward do on a dataset what it is meant to (`cohort doctor rewards CONFIG`)?
 
 The dataset's own answers are graded as if they were completions: against themselves they must score 1,
 against each other's about 0. Nothing is sampled and no model is loaded.
@@ -6,20 +6,19 @@ against each other's about 0. Nothing is sampled and no model is loaded.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.compose import RewardSpec
 from rewards.pool.pool import Faults, RewardPool
-from rewards.score import add_deadline, quantile, take_flags_anywhere
+from rewards.score import quantile
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]
 Ask = Callable[[Row, str], Prompt]
-Load = Callable[[str, Sequence[str]], tuple[list[RewardSpec], list[dict[str, Any]], str]]
 GOLD_COLUMNS = ("answer", "solution", "ground_truth", "gold", "label", "canonical_solution", "target")
 TEMPLATES = {
     "the bare answer": "{gold}",
@@ -29,6 +28,8 @@ TEMPLATES = {
     "think, then <answer>": "<think>\nhm\n</think>\n<answer>\n{gold}\n</answer>",
     "a code fence": "```python\n{gold}\n```",
 }
+MARK = "@rewards.plugins.ignores_answer, or the option ignores_answer: true"
+BLIND = "the reward does not look at the answer: its signature names no column"
 NO_ANSWER = "I cannot tell."
 MANY_BAD_GOLDS, MUCH_FOR_OTHERS, NUM_SHOWN = 0.05, 0.1, 5
 
@@ -63,42 +64,33 @@ class Examination:
         return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Check the rewards of a config against its dataset, before a run."
-    parser.add_argument("what", choices=["rewards"])
-    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.size=100")
-    parser.add_argument("--rows", type=int, default=200, help="rows of the dataset that are tried")
-    parser.add_argument("--gold", help="the column that holds the right answer (default: found by its name)")
-    parser.add_argument("--workers", type=int, default=2)
-    add_deadline(parser)
-    take_flags_anywhere(parser)
-
-
-def run(args: argparse.Namespace, load: Load, ask: Ask | None = None) -> int:
+def examine_all(
+    specs: Sequence[RewardSpec],
+    rows: Sequence[Row],
+    *,
+    prompt_column: str = "prompt",
+    ask: Ask | None = None,
+    gold: str | None = None,
+    workers: int = 2,
+    deadline: float = 10.0,
+) -> int:
     """Prints what was found about each reward; 0 if all is well, else 1.
 
     Args:
-        load: (config path, overrides) -> rewards, rows of the dataset, name of its prompt column.
         ask: (row, id) -> the prompt that training makes of the row; default: a row's messages or text.
 
     Raises:
-        ValueError: the config, the dataset or a reward is wrong.
+        ValueError: the dataset or a reward is wrong.
     """
-    specs, rows, prompt_column = load(args.config, args.overrides)
     if not rows:
         raise ValueError("the dataset has no rows; nothing can be learnt from it")
     well = True
     for spec in specs:
         alone = RewardSpec(spec.name, options=spec.options)
-        pool = RewardPool([alone], workers=args.workers, deadline_s=args.deadline)
-        try:
+        with closing(RewardPool([alone], workers=workers, deadline_s=deadline)) as pool:
             columns = rows[0] if ask is None else ask(rows[0], "row 0").columns
             pool.check_columns(set(columns), columns)
-            tried = rows[: args.rows]
-            found = examine(pool, tried, prompt_column=prompt_column, gold_column=args.gold, ask=ask)
-        finally:
-            pool.close()
+            found = examine(pool, rows, prompt_column=prompt_column, gold_column=gold, ask=ask)
         print(found)
         well &= found.ok
     return 0 if well else 1
@@ -117,8 +109,11 @@ def examine(
     patient = Patient(pool, rows, prompt_column, ask)
     golds = find_golds(rows, pool.required_columns(), gold_column)
     checks: list[Check] = []
-    if golds is None:
-        checks.append(Check("gold", None, "the dataset holds no answer that could be graded as a completion"))
+    if ignores := pool.asks[0].ignores_answer:
+        checks.append(_ask_ignored(patient, gold_column))
+    elif golds is None:
+        without = "the dataset holds no answer that could be graded as a completion"
+        checks.append(Check("gold", None, without if pool.required_columns() else BLIND))
     else:
         template = patient.best_template(golds)
         checks += [
@@ -126,7 +121,7 @@ def examine(
             _ask_others_golds(patient, golds, template),
             _ask_swapped(patient, golds, template, gold_column),
         ]
-    checks += [_ask_prompt(patient, golds is not None), _ask_latency(patient)]
+    checks += [_ask_prompt(patient, golds is not None and not ignores), _ask_latency(patient)]
     checks.append(_ask_faults(pool.take_faults()))
     return Examination(name, checks)
 
@@ -163,7 +158,7 @@ class Patient:
         some = golds[:20]
 
         def total(name: str) -> float:
-            rewards = self.grade([filled(TEMPLATES[name], gold) for gold in some])
+            rewards = self.grade([written(gold, name) for gold in some])
             return sum(reward.score or 0.0 for reward in rewards)
 
         return max(TEMPLATES, key=total)
@@ -184,8 +179,8 @@ def find_golds(rows: Sequence[Row], required: set[str], column: str | None) -> l
     return None
 
 
-def filled(template: str, gold: str) -> str:
-    return template.replace("{gold}", gold)
+def written(gold: str, form: str) -> str:
+    return TEMPLATES[form].replace("{gold}", gold)
 
 
 def shown(text: str) -> str:
@@ -193,7 +188,7 @@ def shown(text: str) -> str:
 
 
 def _ask_golds(patient: Patient, golds: Sequence[str], template: str) -> Iterator[Check]:
-    rewards = patient.grade([filled(TEMPLATES[template], gold) for gold in golds])
+    rewards = patient.grade([written(gold, template) for gold in golds])
     unusable = [i for i, reward in enumerate(rewards) if reward.score is None]
     failing = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score < 1]
     usable = len(rewards) - len(unusable)
@@ -221,13 +216,25 @@ def _ask_others_golds(patient: Patient, golds: Sequence[str], template: str) -> 
     others = [_another(golds, index) for index in range(len(golds))]
     if None in others:
         return Check("gold of another row", None, "all rows have the same gold")
-    rewards = patient.grade([filled(TEMPLATES[template], other or "") for other in others])
+    rewards = patient.grade([written(other or "", template) for other in others])
     scores = [reward.score for reward in rewards if reward.score is not None]
     mean = sum(scores) / len(scores) if scores else 0.0
     paid = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score > 0]
     rows = [f"{_row(i, golds[i], rewards[i])}; the completion was {shown(others[i] or '')!r}" for i in paid]
-    finding = f"mean score {mean:.3f}, expected about 0"
+    hint = f"; if it is not to look at the answer, mark it: {MARK}" if mean > MUCH_FOR_OTHERS else ""
+    finding = f"mean score {mean:.3f}, expected about 0{hint}"
     return Check("gold of another row", mean <= MUCH_FOR_OTHERS, finding, rows)
+
+
+def _ask_ignored(patient: Patient, column: str | None) -> Check:
+    """A reward that is declared to ignore the answer scores the same texts alike beside other answers."""
+    rows, texts = patient.rows, [str(row.get(patient.prompt_column, "")) for row in patient.rows]
+    names = {column, *GOLD_COLUMNS} & rows[0].keys()
+    others = [{**row, **{n: rows[i - 1].get(n) for n in names}} for i, row in enumerate(rows)]
+    pairs = zip(patient.grade(texts), patient.grade(texts, others), strict=True)
+    changed = sum(own.score != other.score for own, other in pairs)
+    said = f"declared, and {changed} of {len(rows)} scores change with it" if changed else "as it is declared"
+    return Check("does not look at the answer", False if changed else None, said)
 
 
 def _another(golds: Sequence[str], index: int) -> str | None:
@@ -244,7 +251,7 @@ def _ask_swapped(patient: Patient, golds: Sequence[str], template: str, column: 
         return Check(title, None, "the reward names no gold column")
     rows, golds = patient.rows[:20], golds[:20]
     no_answer = patient.grade([NO_ANSWER] * len(rows))
-    right = [filled(TEMPLATES[template], gold) for gold in golds]
+    right = [written(gold, template) for gold in golds]
     no_gold = patient.grade(right, [{**row, name: NO_ANSWER} for row in rows])
     blamed = sum(reward.score is None for reward in no_answer)
     excused = sum(reward.score is None for reward in no_gold)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import ModuleType
 from typing import Any
 
 BUILT_IN: dict[str, str] = {
@@ -36,8 +40,13 @@ BUILT_IN: dict[str, str] = {
     "areal": "rewards.adapters:from_areal",
 }
 ENTRY_POINT_GROUP = "cohort.rewards"
+OURS = frozenset({"recipes", "rewards", "rl", "rollout"})
 MARKERS = ("prompts", "completions", "completion_ids")
 GIVEN = frozenset({*MARKERS, "trainer_state", "log_extra", "log_metric"})
+
+
+def _in_graders_only(**_: Any) -> Any:
+    raise AssertionError("a reward is called in a grader's process, and this one has its description")
 
 
 @dataclass(frozen=True)
@@ -56,20 +65,30 @@ class RewardFunction:
     """
 
     name: str
-    fn: Callable[..., Any]
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
+    required: Sequence[str]
+    optional: Sequence[str]
     takes_any: bool
     is_async: bool
     groupwise: bool
     options: Mapping[str, Any] = field(default_factory=dict)
-    given: frozenset[str] = GIVEN
+    given: Collection[str] = GIVEN
     needs_ids: bool = False
     time_limit_s: float = 0.0
+    ignores_answer: bool = False
+    fn: Callable[..., Any] = _in_graders_only
 
     def takes(self, column: str) -> bool:
         named = self.takes_any or column in self.required or column in self.optional
         return named and column not in self.options and column not in GIVEN
+
+    def pick(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns that it takes."""
+        return {name: value for name, value in columns.items() if self.takes(name)}
+
+    def described(self) -> dict[str, Any]:
+        """Its fields as JSON values, from which another process makes one: no function, names of options."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fn"}
+        return plain | {"given": sorted(self.given), "options": dict.fromkeys(self.options)}
 
 
 def groupwise(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +100,12 @@ def groupwise(fn: Callable[..., Any]) -> Callable[..., Any]:
 def per_completion(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a reward function, or a factory of one, that is called for each completion by itself."""
     fn.groupwise = False  # pyright: ignore[reportFunctionMemberAccess]
+    return fn
+
+
+def ignores_answer(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a reward that is not meant to look at the right answer, such as a length; for the doctor."""
+    fn.ignores_answer = True  # pyright: ignore[reportFunctionMemberAccess]
     return fn
 
 
@@ -102,23 +127,25 @@ def import_path(fn: Callable[..., Any]) -> str:
     )
 
 
-def load_reward(reward: str | Callable[..., Any], options: Mapping[str, Any] | None = None) -> RewardFunction:
-    """Imports the reward of that name, or takes the function, and binds its options.
+def load_reward(
+    reward: str | Callable[..., Any], options: Mapping[str, Any] | None = None, *, name: str = ""
+) -> RewardFunction:
+    """Imports the reward of that name, or takes the function (as `name`), and binds its options.
 
-    The reserved options `groupwise: true` and `per_completion: true` mark a function from outside.
+    The reserved options `groupwise`, `per_completion` and `ignores_answer: true` mark it from outside.
 
     Raises:
         ValueError: no such name, it cannot be imported, or an option is unknown or missing.
     """
     options = dict(options or {})
-    marked = _mark(options)
+    marked, ignores = _mark(options), options.pop("ignores_answer", False)
     if isinstance(reward, str):
         name, fn = reward, find(reward)
     else:
-        name, fn = getattr(reward, "__name__", type(reward).__name__), reward
+        name, fn = name or getattr(reward, "__name__", type(reward).__name__), reward
     if not callable(fn):
         raise ValueError(f"reward {name!r} is {type(fn).__name__}, not a function; name a callable")
-    usual = name not in BUILT_IN
+    usual, ignores = name not in BUILT_IN, ignores or getattr(fn, "ignores_answer", False)
     if _is_factory(fn):
         usual = getattr(fn, "groupwise", usual)
         _check_options(name, inspect.signature(fn), options, allowed=None)
@@ -129,7 +156,7 @@ def load_reward(reward: str | Callable[..., Any], options: Mapping[str, Any] | N
                 f"and returned {type(fn).__name__}, not a reward function (prompts, completions, **columns)"
             )
     whole = bool(getattr(fn, "groupwise", usual)) if marked is None else marked
-    return _describe(name, fn, options, whole)
+    return replace(_describe(name, fn, options, whole), ignores_answer=bool(ignores))
 
 
 def _mark(options: dict[str, Any]) -> bool | None:
@@ -255,7 +282,7 @@ def _entry_points() -> dict[str, Any]:
 
 def _import(name: str, module_name: str, attributes: str) -> Any:
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = import_module(module_name)
     except Exception as error:
         raise ValueError(
             f"reward {name!r}: importing {module_name} failed with {type(error).__name__}: {error}; it must "
@@ -268,3 +295,46 @@ def _import(name: str, module_name: str, attributes: str) -> Any:
             raise ValueError(f"reward {name!r}: {module_name} has no {attribute!r}{hint}")
         found = getattr(found, attribute)
     return found
+
+
+def import_module(name: str) -> ModuleType:
+    """The module of a name in a config. `./NAME.py` wins, also over an installed module or a package of ours:
+    that one keeps its name, and the file is loaded under a private one.
+
+    Raises:
+        ImportError: there is none, or it lies in a folder that one of our packages hides.
+    """
+    if (file := _file_of_user(name)) is None:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            hidden = name.replace(".", "/") + ".py"
+            if name.partition(".")[0] in OURS and os.path.exists(hidden):
+                raise ImportError(f"a package of Cohort hides ./{hidden}; rename its folder") from None
+            raise
+    private = f"_cohort_{name}"
+    if getattr(sys.modules.get(private), "__file__", None) == file:
+        return sys.modules[private]
+    spec = importlib.util.spec_from_file_location(private, file)
+    assert spec and spec.loader
+    sys.modules[private] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[private]
+        raise
+    return module
+
+
+def _file_of_user(name: str) -> str | None:
+    """`NAME.py` of the working directory; one that our package hides, of any folder of `sys.path`; None
+    where the import itself leads there.
+    """
+    folders = [os.getcwd(), *(sys.path if name in OURS else ())]
+    files = (os.path.join(os.path.abspath(folder), f"{name}.py") for folder in folders)
+    file = next(filter(os.path.isfile, files), None)
+    try:
+        spec = None if file is None else importlib.util.find_spec(name)
+    except ValueError:  # a module that was put into sys.modules by hand
+        spec = None
+    return None if spec and spec.origin and file and os.path.samefile(spec.origin, file) else file

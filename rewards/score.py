@@ -1,4 +1,4 @@
-"""`cohort score`: grades the rows of a JSON-lines file with one reward.
+"""Grades the rows of a JSON-lines file with one reward (`cohort score`).
 
 A row holds `completion` (text, or messages), the columns that the reward needs, and if it likes `id`,
 `prompt`, `group` and `completion_ids`. Where a reward gets a whole group, consecutive rows with the same
@@ -10,43 +10,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rewards.completion import completion_text
-from rewards.compose import RewardSpec
+from rewards.plugins import RewardFunction
 from rewards.pool.pool import RewardPool
-from rewards.pool.ticket import Asks
 from rewards.pool.worker import MAX_FRAME_BYTES
 from rl.types import Completion, Group, Prompt, Reward
 
 Row = Mapping[str, Any]
 AHEAD = 512
 PER_ROW = {"id", "completion", "completion_ids"}
-SWITCHES = ("--chat", "-h", "--help")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Grade the rows of a JSON-lines file: one result a row, in order, and a summary."
-    parser.add_argument("name", help="a reward: built-in name, entry point or module:callable")
-    parser.add_argument("file", type=Path, help="JSON lines with `completion` and the columns of the reward")
-    parser.add_argument(
-        "options", nargs="*", metavar="key=value", help="options of the reward, values as JSON"
-    )
-    parser.add_argument("--out", type=Path, help="where results go (default: stdout, the summary to stderr)")
-    parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)))
-    add_deadline(parser)
-    parser.add_argument("--memory-gib", type=float, default=2.0, help="address space of one grader")
-    parser.add_argument(
-        "--chat", action="store_true", help="pass completions as messages, as TRL's rewards want"
-    )
-    take_flags_anywhere(parser)
+SWITCHES = ("--chat", "--schema", "--change", "-h", "--help")
 
 
 def add_deadline(parser: argparse.ArgumentParser) -> None:
@@ -76,52 +55,6 @@ def flags_last(words: Iterable[str]) -> list[str]:
         if word not in SWITCHES and "=" not in word and rest:
             flags.append(rest.pop(0))
     return plain + flags
-
-
-def run(args: argparse.Namespace) -> int:
-    """Grades and prints; 0, or 1 if graders failed on more than a twentieth of the rows.
-
-    Raises:
-        ValueError: the file, a row, the reward or an option is wrong.
-    """
-    with ExitStack() as stack:
-        pool = RewardPool(
-            [RewardSpec(args.name, options=read_options(args.options))],
-            workers=args.workers,
-            deadline_s=args.deadline,
-            memory_bytes=int(args.memory_gib * (1 << 30)),
-        )
-        stack.callback(pool.close)
-        check_rows(pool, read_rows(args.file))
-        out = sys.stdout if args.out is None else stack.enter_context(args.out.open("w"))
-        rewards, start = [], time.monotonic()
-        for row_id, reward in score_rows(pool, read_rows(args.file), chat=args.chat):
-            rewards.append(reward)
-            out.write(json.dumps(result(row_id, reward)) + "\n")
-        seconds = time.monotonic() - start
-        if not rewards:
-            raise ValueError(f"{args.file} has no rows")
-        to = sys.stderr if args.out is None else sys.stdout
-        print(summary(rewards, seconds), pool.faults, sep="\n", file=to)
-        return int(pool.faults.share > 0.05)
-
-
-def read_options(words: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words; a value is JSON, or else a string.
-
-    Raises:
-        ValueError: a word has no "=".
-    """
-    options = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"option {word!r} must look like key=value, such as max_length=1024")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -211,7 +144,7 @@ def _groups(
         yield ids, to_group(str(ids[0]), [row for _, _, row in listed], chat=chat)
 
 
-def _key(asks: Sequence[Asks], index: int, row: Row) -> str:
+def _key(asks: Sequence[RewardFunction], index: int, row: Row) -> str:
     """The same for the rows of one group."""
     if not any(one.groupwise for one in asks) or not ("group" in row or row.get("prompt")):
         return json.dumps(index)
@@ -221,7 +154,7 @@ def _key(asks: Sequence[Asks], index: int, row: Row) -> str:
     return json.dumps([row["prompt"], given], sort_keys=True)
 
 
-def _columns(asks: Sequence[Asks], row: Row) -> dict[str, Any]:
+def _columns(asks: Sequence[RewardFunction], row: Row) -> dict[str, Any]:
     """The columns of a row that a reward names in its signature."""
     named = {column for one in asks for column in (*one.required, *one.optional)} - PER_ROW
     return {name: value for name, value in row.items() if name in named}

@@ -1,5 +1,6 @@
 """The code grader: completion and tests -> reward, by running the program in `rewards.sandbox`."""
 
+# ruff: noqa: F401  these names are handed on
 from rewards.code.grader import (
     CodeOptions,
     close_sandboxes,
@@ -9,13 +10,3 @@ from rewards.code.grader import (
     grade_all,
     shared_sandbox,
 )
-
-__all__ = [
-    "CodeOptions",
-    "close_sandboxes",
-    "code_reward",
-    "code_sandbox",
-    "grade",
-    "grade_all",
-    "shared_sandbox",
-]

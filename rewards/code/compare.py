@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,13 +14,9 @@ def same_output(actual: str, expected: str, tolerance: float = 0.0) -> bool:
         return True
     if tolerance <= 0 or len(lines[0]) != len(lines[1]):
         return False
-    return all(_same_line(a.split(), b.split(), tolerance) for a, b in zip(*lines, strict=True))
-
-
-def _same_line(actual: list[str], expected: list[str], tolerance: float) -> bool:
-    if len(actual) != len(expected):
-        return False
-    return all(a == b or _close_texts(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
+    words = [(a.split(), b.split()) for a, b in zip(*lines, strict=True)]
+    pairs = (pair for a, b in words for pair in itertools.zip_longest(a, b))
+    return all(a == b or (a and b and _close_texts(a, b, tolerance)) for a, b in pairs)
 
 
 def _close_texts(actual: str, expected: str, tolerance: float) -> bool:

@@ -18,14 +18,12 @@ FENCE = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$", re
 
 
 def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
-    """The last fenced block in `language`, else the last without a tag, else the whole text if it has no
-    fence.
+    """The last fenced block in `language`, else the last untagged one, else a text without any fence.
 
     Only what follows the last `</think>` counts. Without a block the reason says why: NO_ANSWER, or
     TRUNCATED inside `<think>`.
     """
-    text = text.replace("\r\n", "\n")
-    text = text.rpartition("</think>")[2]
+    text = text.replace("\r\n", "\n").rpartition("</think>")[2]
     if text.lstrip().startswith("<think>"):
         return None, Reason.TRUNCATED
     blocks = _blocks(text)

@@ -1,7 +1,6 @@
 """Grades programs by running them against tests, in a sandbox.
 
-    grade("def add(a, b): return a + b", {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3)
-    == 5"})
+    grade("def f(a): return a + 1", {"type": "asserts", "entry_point": "f", "code": "assert f(2) == 3"})
 
 The program never shares a process with a test or an expected output. A fault of ours or of the tests
 abstains (score None); whatever the program does, its time and memory included, is its own.
@@ -10,16 +9,17 @@ abstains (score None); whatever the program does, its time and memory included, 
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from rewards.code.extract import TAGS, extract_code
-from rewards.code.judge import JUDGES, SOLUTION, CodeOptions, Verdict, fault_of, judge_calls, judge_outputs
+from rewards.code.judge import JUDGES, SOLUTION, CodeOptions, Verdict, judge_calls, judge_outputs
 from rewards.code.languages import COMPILE_TIMEOUT_S, prepared
 from rewards.code.tests import STDIO, CodeTests, parse_tests
 from rewards.completion import last_message_text
@@ -33,41 +33,23 @@ ABSTAINING = (Reason.INFRA_ERROR, Reason.BAD_GOLD)
 
 
 def code_reward(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    tests: Sequence[Any],
-    *,
-    scoring: Literal["all", "fraction"] = "all",
-    timeout_s: float = 5.0,
-    total_timeout_s: float = 30.0,
-    memory_mib: int = 1024,
-    output_mib: int = 8,
-    float_tolerance: float = 0.0,
-    language: str = "python",
-    packages: Sequence[str] = ("numpy",),
-    **columns: Any,
+    prompts: Sequence[Any], completions: Sequence[Any], tests: Sequence[Any], **given: Any
 ) -> list[Reward]:
     """The reward of each completion, one program per core at a time. Options as in `CodeOptions`."""
-    options = CodeOptions(
-        scoring=scoring,
-        timeout_s=timeout_s,
-        total_timeout_s=total_timeout_s,
-        memory_mib=memory_mib,
-        output_mib=output_mib,
-        float_tolerance=float_tolerance,
-        language=language,
-        packages=tuple(packages),
-    )
-    return grade_all(completions, tests, options=options)
+    options = {name: given[name] for name in OPTIONS if name in given}
+    return grade_all(completions, tests, options=CodeOptions(**options))
 
 
 def _time_limit_s(options: Mapping[str, Any]) -> float:
     """What one completion may take with these options of `code_reward`, a compilation included."""
-    known = {name: value for name, value in options.items() if name in ("timeout_s", "total_timeout_s")}
-    limits = CodeOptions(**known)
+    limits = CodeOptions(**options)
     return max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S + LONGEST_START_S
 
 
+OPTIONS = inspect.signature(CodeOptions).parameters
+_columns = list(inspect.signature(code_reward).parameters.values())[:3]
+# For `rewards.plugins`, which reads columns and options from a signature.
+code_reward.__signature__ = inspect.Signature([*_columns, *OPTIONS.values()])  # pyright: ignore[reportFunctionMemberAccess]
 code_reward.time_limit_s = _time_limit_s  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -142,8 +124,7 @@ def shared_sandbox(
         if key not in _sandboxes:
             if not _sandboxes:
                 atexit.register(close_sandboxes)
-            limits = options.limits()
-            _sandboxes[key] = code_sandbox(packages=packages, limits=limits, commands=commands)
+            _sandboxes[key] = code_sandbox(packages=packages, limits=options.limits(), commands=commands)
         return _sandboxes[key]
 
 
@@ -183,10 +164,9 @@ def _judge_other(code: str, language: str, tests: CodeTests, options: CodeOption
     sandbox = shared_sandbox(options, commands=True)
     with prepared(code, language, options.limits(), sandbox) as command:
         if isinstance(command, RunResult):
-            found = fault_of(command)
             last_words = command.stderr.decode("utf-8", "replace").strip()[:200]
-            timed_out = found is not None and found.reason is Reason.TIMEOUT
-            return Verdict(Reason.TIMEOUT if timed_out else Reason.PARSE_ERROR, f"compiling: {last_words}")
+            reason = Reason.TIMEOUT if command.timed_out else Reason.PARSE_ERROR
+            return Verdict(reason, f"compiling: {last_words}")
         return judge_outputs(lambda stdin: replace(command, stdin=stdin), tests, options, sandbox)
 
 

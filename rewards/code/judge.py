@@ -21,7 +21,7 @@ JUDGES = (TESTER, *(f"rewards.code.{name}" for name in _BESIDE))
 REASONS = {"passed": Reason.CORRECT, "failed": Reason.WRONG_ANSWER, "missing": Reason.NO_ANSWER}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CodeOptions:
     """How programs are graded.
 
@@ -54,6 +54,7 @@ class CodeOptions:
             raise ValueError(f"language={self.language!r} is unknown; use one of {', '.join(TAGS)}")
         if not 0 <= self.float_tolerance < float("inf"):
             raise ValueError(f"float_tolerance={self.float_tolerance} must be >= 0 and finite, such as 1e-6")
+        object.__setattr__(self, "packages", tuple(self.packages))  # a config gives a list
         self.limits()
 
     def limits(self) -> Limits:
@@ -137,8 +138,7 @@ def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
     """What the tester's record means."""
     outcome, detail = record["outcome"], record.get("detail", "")
     if outcome == "gone":
-        found = fault_of(solution) or Verdict(Reason.CRASH, "the solution ended before it answered")
-        return Verdict(found.reason, found.detail)
+        return fault_of(solution) or Verdict(Reason.CRASH, "the solution ended before it answered")
     if outcome in ("passed", "failed", "test_error") and not record["num_calls"]:
         return Verdict(Reason.BAD_GOLD, f"the tests never call the solution {detail}")
     if outcome in ("raised", "fatal"):

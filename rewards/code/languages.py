@@ -49,8 +49,7 @@ LANGUAGES: dict[str, Language] = {
 
 @contextlib.contextmanager
 def prepared(code: str, language: str, limits: Limits, sandbox: Sandbox) -> Iterator[Command | RunResult]:
-    """The command that runs `code`, compiled; or what the compiler said, if it failed. Its folder goes at
-    the end.
+    """The command that runs `code`, compiled, or what a failing compiler said. The folder goes at the end.
 
     Raises:
         SandboxError: no compiler or interpreter of the language here.

@@ -1,5 +1,4 @@
-"""How the tester and the solution talk: length-prefixed JSON frames of plain values, with no type that
-could run code.
+"""How tester and solution talk: length-prefixed JSON frames of plain values; no type could run code.
 
 Both ends speak it, and neither trusts the other: a frame is capped, decoding makes only built-in values,
 `Remote` handles of objects that stay in the solution, and objects of classes that the decoding side itself

@@ -15,8 +15,7 @@ from typing import Any
 from rewards.code.objects import KINDS, Remote
 from rewards.code.protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
-# Exceptions that would end a loop of the tests as if it had finished, or end the tests; they arrive as
-# RuntimeError.
+# They would end a loop of the tests as if it had finished, or the tests; so they arrive as RuntimeError.
 CONTROL_FLOW = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 SEED = random.seed
@@ -146,10 +145,9 @@ class Link:
         decoder = Decoder(self._resolve, self._classes)
         try:
             same = type(value) is list and value[0] == "argument"
-            indices = [index for index, _ in changed]
             afters = [None if same else value, *[after for _, after in changed]]
             result, *updates = decoder.decode_message(afters, objects)
-            for index, update in zip(indices, updates, strict=True):
+            for (index, _), update in zip(changed, updates, strict=True):
                 _update(args[index], update)
             return args[value[1]] if same else result
         except (TypeError, ValueError, IndexError, AttributeError) as error:

@@ -55,9 +55,7 @@ class Sites:
             self.held[self.add(False)] = True
 
     def results(self, aborted: bool) -> list[bool | None]:
-        """One entry per test, then a failure for each crash. An assert that was not reached failed, unless an
-        `if` left it out of a complete run: None.
-        """
+        """One per test, then a failure per crash. Not reached: failed; None under an `if` of a whole run."""
         sites = zip(self.held, self.optional, strict=True)
         held = [None if h is None and optional and not aborted else h is True for h, optional in sites]
         return [*held, *[False] * (self.num_crashes + aborted)]

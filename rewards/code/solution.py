@@ -1,5 +1,4 @@
-"""Serves an untrusted solution to the tester: runs its source as a module, then answers calls. Runs inside
-the sandbox.
+"""Serves an untrusted solution to the tester, in the sandbox: runs its source as a module, answers calls.
 
 Nothing here is trusted: the solution shares this process and may answer in our place. It learns one call's
 arguments at a time and never an expected value, so all that it can forge is a return value. (Only tests that
@@ -194,7 +193,9 @@ class Server:
         encoder = Encoder(self._refer, self._is_shared)
         try:
             if type(result) is CoroutineType:
-                value = _awaited(encoder, result)
+                import asyncio
+
+                value = ["awaitable", encoder.encode(asyncio.run(result))]  # carried out here, awaited there
             else:
                 value = encoder.encode_plain(result) if as_plain else encoder.encode(result)
             changed = []
@@ -318,13 +319,6 @@ class Server:
 
     def _is_shared(self, kind: type) -> bool:
         return kind.__name__ in self.shared and kind.__module__ == "solution"
-
-
-def _awaited(encoder: Encoder, coroutine: Any) -> list[Any]:
-    """What an `async def` returns: carried out here, to be awaited there."""
-    import asyncio
-
-    return ["awaitable", encoder.encode(asyncio.run(coroutine))]
 
 
 class _Missing(Exception):

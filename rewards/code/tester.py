@@ -180,17 +180,15 @@ def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Ca
                 yield node.name, lambda function=function: function(namespace["candidate"])
             elif node.name.startswith("test") and not required:
                 yield node.name, function
-            elif node.name.startswith("test") and not _is_used(node.name, tree):
+            elif node.name.startswith("test") and not any(
+                isinstance(part, ast.Name) and part.id == node.name for part in ast.walk(tree)
+            ):
                 raise Misuse(f"{node.name} needs the fixtures of pytest {', '.join(required)}")
         if isinstance(node, ast.ClassDef) and "unittest" in sys.modules:
             found = namespace[node.name]
             if isinstance(found, type) and issubclass(found, sys.modules["unittest"].TestCase):
                 for case in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(found):
                     yield f"{node.name}.{case._testMethodName}", case.debug
-
-
-def _is_used(name: str, tree: ast.Module) -> bool:
-    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
 def _described(error: BaseException) -> str:

@@ -35,8 +35,7 @@ class CodeTests:
 
 
 def parse_tests(tests: Mapping[str, Any] | str) -> CodeTests:
-    """Reads {"type": "asserts" | "calls" | "stdio", ...}, JSON of it, or APPS-like {"inputs", "outputs",
-    "fn_name"}.
+    """Reads {"type": "asserts", "calls" or "stdio", ...}, JSON, or APPS's {"inputs", "outputs", "fn_name"}.
 
     Raises:
         ValueError: the tests cannot be used, and why.

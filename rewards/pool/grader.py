@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from rewards.environment import grader_environment
+from rewards.pool.log import GraderLog
 from rewards.pool.worker import HEADER, MAX_FRAME_BYTES, PING_ID, encode_frame
 
 MAX_BESIDE = 64  # async calls that run beside each other
@@ -54,10 +56,9 @@ class Call:
 
 
 def worker_path() -> list[str]:
-    """`sys.path` for graders: this process's, and the working directory at its end."""
-    here = os.getcwd()
-    path = [entry or here for entry in sys.path]
-    return path if here in path else [*path, here]
+    """`sys.path` for graders: this process's, and at its end our own folder and the working directory."""
+    here, ours = os.getcwd(), str(Path(__file__).parents[2])
+    return list(dict.fromkeys([*(entry or here for entry in sys.path), ours, here]))
 
 
 class Grader:
@@ -75,7 +76,13 @@ class Grader:
         met_alone: it answered the ping before a call that is tried alone, so it has got that call.
     """
 
-    def __init__(self, path: Sequence[str], hello: bytes, selector: selectors.BaseSelector) -> None:
+    def __init__(
+        self,
+        path: Sequence[str],
+        hello: bytes,
+        selector: selectors.BaseSelector,
+        log: GraderLog | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", BOOT, json.dumps(path), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -88,6 +95,7 @@ class Grader:
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr
         self.selector, self.born = selector, time.monotonic()
+        self.log, self.line = log, bytearray()
         self.outbox, self.inbox, self.tail = bytearray(), bytearray(), bytearray()
         self.calls: dict[int, Call] = {}
         self.ready = self.ended = self.is_writing = self.met_alone = False
@@ -149,6 +157,9 @@ class Grader:
             data = os.read(self.stderr.fileno(), 1 << 16)
             self.tail += data
             del self.tail[:-TAIL_BYTES]
+            if self.log is not None:
+                self.line += data
+                self.log.take(self.line, ended=not data)
             if not data:
                 self._forget(self.stderr)
 
@@ -189,6 +200,8 @@ class Grader:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
         self.read_stderr()
+        if self.log is not None:
+            self.log.take(self.line, ended=True)
         for stream in (self.stdin, self.stdout, self.stderr):
             self._forget(stream)
             with contextlib.suppress(OSError):

@@ -17,9 +17,11 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from rewards.pool.grader import Call, Grader, worker_path
+from rewards.pool.log import GraderLog
 from rewards.pool.worker import PING_ID, encode_frame
 
 START_S = 120.0
@@ -29,9 +31,13 @@ MAX_FAILED_STARTS = 3
 
 
 class Graders:
-    """`num_processes` processes that load the same rewards. They end with `close` or with the program."""
+    """`num_processes` processes that load the same rewards. They end with `close` or with the program.
 
-    def __init__(self, hello: Mapping[str, Any], num_processes: int) -> None:
+    What they print goes into the file `log`.
+    """
+
+    def __init__(self, hello: Mapping[str, Any], num_processes: int, log: Path | None = None) -> None:
+        self._log = None if log is None else GraderLog(log)
         self._hello, self._path, self._num_processes = encode_frame(hello), worker_path(), num_processes
         self._waiting: deque[Call] = deque()
         self._waiting_async: deque[Call] = deque()
@@ -146,7 +152,7 @@ class Graders:
     def _start_missing(self) -> None:
         while len(self._graders) < self._num_processes:
             try:
-                self._graders.append(Grader(self._path, self._hello, self._selector))
+                self._graders.append(Grader(self._path, self._hello, self._selector, self._log))
             except OSError as error:  # no memory, no process or descriptor left: it may pass
                 return self._count_failed_start(str(error))
 

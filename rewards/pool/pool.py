@@ -13,13 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rewards.answers import Fault
 from rewards.compose import RewardSpec, check_specs
-from rewards.plugins import import_path
+from rewards.plugins import RewardFunction, import_path
 from rewards.pool.graders import START_S, Graders
-from rewards.pool.ticket import Asks, Grading, Ticket, is_json
+from rewards.pool.ticket import Grading, Ticket, is_json
 from rl.types import Group, Prompt, ScoredGroup
 
 NUM_EXAMPLES = 5
@@ -67,6 +68,7 @@ class RewardPool:
         deadline_s: float = 10.0,
         memory_bytes: int = 2 << 30,
         num_steps: int = -1,
+        log: Path | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +78,7 @@ class RewardPool:
                 longer deadline of its own (`code`) gets that.
             memory_bytes: address space that one grader may take beyond what loading the rewards took.
             num_steps: of the run; -1: unknown. Functions of TRL's see it as `trainer_state.max_steps`.
+            log: file for what rewards print; it grows to 8 MiB at most.
 
         Raises:
             ValueError: a reward cannot be found, imported or configured, or the gates are wrong.
@@ -92,13 +95,16 @@ class RewardPool:
         self.faults = Faults()
         self._lock = threading.Lock()
         hello = {
-            "specs": [{"name": spec.name, "options": dict(spec.options)} for spec in self.specs],
+            "specs": [
+                {"name": spec.name, "options": dict(spec.options), "origin": spec.origin}
+                for spec in self.specs
+            ],
             "memory_bytes": memory_bytes,
             "num_steps": num_steps,
         }
-        self._graders = Graders(hello, workers)
+        self._graders = Graders(hello, workers, log)
         try:
-            self.asks = [Asks(**asks) for asks in self._graders.loaded()]
+            self.asks = [RewardFunction(**asks) for asks in self._graders.loaded()]
         except BaseException:
             self.close()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 from rewards.answers import Answer, Fault, explained, failed_call, read_answer
 from rewards.compose import RewardSpec, compose
-from rewards.plugins import GIVEN
+from rewards.plugins import RewardFunction
 from rewards.pool.graders import Graders
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup
 
@@ -20,33 +20,11 @@ ABORTED = Reward(None, Reason.INFRA_ERROR, "the engine aborted this completion; 
 
 
 @dataclass(frozen=True)
-class Asks:
-    """What the graders found in the signature of one reward; see `rewards.plugins.RewardFunction`."""
-
-    name: str
-    required: Sequence[str]
-    optional: Sequence[str]
-    takes_any: bool
-    is_async: bool
-    groupwise: bool
-    given: Collection[str]
-    options: Collection[str]
-    needs_ids: bool
-    time_limit_s: float
-
-    def pick(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that the reward takes."""
-        named = {*self.required, *self.optional}
-        barred = {*self.options, *GIVEN}
-        return {k: v for k, v in columns.items() if (self.takes_any or k in named) and k not in barred}
-
-
-@dataclass(frozen=True)
 class Grading:
     """What all groups of a pool share: the rewards and the processes that run them."""
 
     specs: Sequence[RewardSpec]
-    asks: Sequence[Asks]
+    asks: Sequence[RewardFunction]
     graders: Graders
     deadline_s: float
     count: Callable[[Prompt, Mapping[str, Fault]], None]

@@ -1,8 +1,8 @@
 """The grader process: reads calls, answers with scores. Only JSON frames cross, in both directions.
 
 It is killed from outside when a call passes its deadline, so nothing here needs a signal or a thread to stop
-a grader. What graders print goes to stderr. A call to an async function runs beside others on an event loop;
-all else runs in the main thread, one at a time.
+a grader. What graders print goes to stderr, and from there into `graders.log`. A call to an async function
+runs beside others on an event loop; all else runs in the main thread, one at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rewards.functions import find_function
 from rewards.plugins import RewardFunction, load_reward
 from rewards.pool.calling import BadValue, TrainerState, arguments, check_length, to_reward
 
@@ -43,6 +44,8 @@ def main(parent_pid: int) -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
+    # By lines: the process is killed, and would take a longer buffer along.
+    sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(parent_pid)
     faulthandler.enable()
@@ -51,14 +54,18 @@ def main(parent_pid: int) -> None:
         return
     server = Server(answers, hello["num_steps"])
     try:
-        server.rewards = [load_reward(spec["name"], spec["options"]) for spec in hello["specs"]]
+        server.rewards = [_loaded(**spec) for spec in hello["specs"]]
     except Exception as error:
         server.send({"id": 0, "error": str(error)})
         return
     _limit_memory(hello["memory_bytes"])
-    server.send({"id": 0, "rewards": [_columns(reward) for reward in server.rewards]})
+    server.send({"id": 0, "rewards": [reward.described() for reward in server.rewards]})
     while (call := _read(requests)) is not None:
         server.serve(call)
+
+
+def _loaded(name: str, options: Mapping[str, Any], origin: Mapping[str, Any] | None) -> RewardFunction:
+    return load_reward(name if origin is None else find_function(name, origin), options, name=name)
 
 
 class Server:
@@ -169,21 +176,6 @@ def _brief(error: BaseException) -> str:
         return str(error)[:500]
     except Exception:
         return "(its message cannot be shown)"
-
-
-def _columns(reward: RewardFunction) -> dict[str, Any]:
-    plain = (
-        "name",
-        "required",
-        "optional",
-        "takes_any",
-        "is_async",
-        "groupwise",
-        "needs_ids",
-        "time_limit_s",
-    )
-    lists = {"given": sorted(reward.given), "options": sorted(reward.options)}
-    return {name: getattr(reward, name) for name in plain} | lists
 
 
 def _read(requests: Any) -> dict[str, Any] | None:

@@ -55,20 +55,15 @@ def become_command(program: Mapping[str, Any]) -> NoReturn:
 
 
 def _rules(program: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    run = confine.LANDLOCK_EXECUTE | confine.LANDLOCK_READ
+    compiles, run = program["compiles"], confine.LANDLOCK_EXECUTE | confine.LANDLOCK_READ
     yield "/dev/null", confine.LANDLOCK_READ | confine.LANDLOCK_WRITE
-    yield program["command"][0], run
-    for path in (*LOADERS, *(f"/usr{loader}" for loader in LOADERS)):
+    yield program["folder"], confine.LANDLOCK_EVERYTHING if compiles else READ_FOLDER
+    for path in (program["command"][0], *LOADERS, *(f"/usr{loader}" for loader in LOADERS)):
         yield path, run
     for path in SMALL_FILES:
         yield path, confine.LANDLOCK_READ
-    rights = READ_FOLDER | (confine.LANDLOCK_EXECUTE if program["compiles"] else 0)
-    for path in _library_entries():
-        yield path, rights
-    if program["compiles"]:
-        for path in TOOLS:
-            yield path, rights
-    yield program["folder"], confine.LANDLOCK_EVERYTHING if program["compiles"] else READ_FOLDER
+    for path in (*_library_entries(), *(TOOLS if compiles else ())):
+        yield path, READ_FOLDER | (confine.LANDLOCK_EXECUTE if compiles else 0)
 
 
 def _library_entries() -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from rewards.sandbox.syscalls import ALLOWED, COMMANDS, COMPILERS, number
 
@@ -46,10 +47,7 @@ def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> 
     created; else Landlock judges. `commands=True` adds what compilers and other interpreters need, which is
     sound under Landlock only.
     """
-
-    def block(name: str, body: Sequence[Instruction]) -> list[Instruction]:
-        return _block(architecture, name, body)
-
+    block = partial(_block, architecture)
     program: list[Instruction] = [
         (LOAD, 0, 0, ARCHITECTURE_OFFSET),
         (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[architecture]),
@@ -84,21 +82,21 @@ def child_filter(architecture: int, *, commands: bool = False, compiles: bool = 
 
     `commands` as for the zygote; `compiles=True` leaves a command the right to fork and to change files.
     """
-    program: list[Instruction] = [(LOAD, 0, 0, NUMBER_OFFSET)]
+    program, block = [(LOAD, 0, 0, NUMBER_OFFSET)], partial(_block, architecture)
     if compiles:
-        program += _block(architecture, "clone", _argument_in(0, (0,), mask=CLONE_NEW_NAMESPACES))
-        program += _block(architecture, "setpgid", [_returns(ERRNO | errno.EPERM)])
+        program += block("clone", _argument_in(0, (0,), mask=CLONE_NEW_NAMESPACES))
+        program += block("setpgid", [_returns(ERRNO | errno.EPERM)])
     else:
-        program += _block(architecture, "clone", _argument_in(0, (CLONE_THREAD,), mask=CLONE_THREAD))
+        program += block("clone", _argument_in(0, (CLONE_THREAD,), mask=CLONE_THREAD))
         for name in COMPILERS if commands else ():
-            program += _block(architecture, name, [_returns(ERRNO | errno.EPERM)])
-        program += _block(architecture, "wait4", [_returns(ERRNO | errno.ECHILD)])
+            program += block(name, [_returns(ERRNO | errno.EPERM)])
+        program += block("wait4", [_returns(ERRNO | errno.ECHILD)])
     for name in ("kill", "tgkill"):
-        program += _block(architecture, name, _argument_in(0, (PID_SLOT,)))
-    program += _block(architecture, "prctl", _argument_in(0, (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)))
-    program += _block(architecture, "sendto", _argument_in(3, (0,), mask=MSG_OOB))
+        program += block(name, _argument_in(0, (PID_SLOT,)))
+    program += block("prctl", _argument_in(0, (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)))
+    program += block("sendto", _argument_in(3, (0,), mask=MSG_OOB))
     for name in ("sendmsg", "seccomp"):
-        program += _block(architecture, name, [_returns(ERRNO | errno.EPERM)])
+        program += block(name, [_returns(ERRNO | errno.EPERM)])
     return [*program, _returns(ALLOW)]
 
 

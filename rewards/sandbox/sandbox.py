@@ -24,8 +24,6 @@ from typing import Literal, Self, TypeVar
 
 from rewards.sandbox.process import Command, Limits, Program, RunResult, SandboxError, Zygote, ZygoteDied
 
-__all__ = ["Command", "Limits", "Program", "RunResult", "Sandbox", "SandboxError"]
-
 log = logging.getLogger(__name__)
 
 Tier = Literal["auto", "landlock+seccomp", "seccomp"]
@@ -132,8 +130,7 @@ class Sandbox:
     def run_programs(
         self, programs: Sequence[Program | Command], *, limits: Limits | None = None
     ) -> list[RunResult]:
-        """Runs programs at once: with two, a pipe each way joins them. All end with the first one, or at
-        the deadline.
+        """Runs programs at once, two joined by a pipe each way. All end with the first, or at the deadline.
 
         A zygote that dies on the way is replaced and the programs run again.
 

@@ -32,18 +32,6 @@ def module_named(name: str) -> types.ModuleType:
     return module
 
 
-def run_module(source: bytes, module: types.ModuleType) -> int:
-    """Runs `source` in `module`; 0, or 1 after an exception, or what `sys.exit` was given."""
-    try:
-        exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
-    except SystemExit as leaving:
-        return exit_status(leaving)
-    except BaseException:
-        report_exception()
-        return 1
-    return 0
-
-
 def exit_status(leaving: SystemExit) -> int:
     if leaving.code is None:
         return 0
@@ -60,9 +48,16 @@ def report_exception() -> None:
 
 
 def main(source: bytes) -> int:
+    """Runs `source`; 0, or 1 after an exception, or what `sys.exit` was given."""
     builtins.open = open_special
-    module = module_named("__main__")
-    status = run_module(source, module)
+    module, status = module_named("__main__"), 0
+    try:
+        exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
+    except SystemExit as leaving:
+        status = exit_status(leaving)
+    except BaseException:
+        report_exception()
+        status = 1
     try:
         if _thread._count():
             threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]

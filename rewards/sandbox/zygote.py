@@ -87,8 +87,7 @@ def main() -> None:
 def _die_with_parent(parent: int) -> None:
     """Ends this process when the process `parent` ends, also by kill -9.
 
-    The kernel signals when the *thread* that started us ends, so the handler asks whether the process is
-    gone.
+    The kernel signals when the *thread* that started us ends, so the handler looks for the process.
     """
     signal.signal(signal.SIGHUP, lambda *_: os._exit(0) if os.getppid() != parent else None)
     confine.prctl(filters.PR_SET_PDEATHSIG, signal.SIGHUP)

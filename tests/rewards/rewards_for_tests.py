@@ -9,7 +9,7 @@ import sys
 import time
 
 from rewards.completion import completion_text
-from rewards.plugins import groupwise, per_completion
+from rewards.plugins import groupwise, ignores_answer, per_completion
 from rl.types import Reason, Reward
 
 FAULTS = {
@@ -238,3 +238,14 @@ def reward_fn(prompt, completions, prompt_ids, completion_ids, answer, **kwargs)
 def exact_text(completions, answer):
     """1 if the text is the answer; completions may be chats."""
     return [float(completion_text(c) == a) for c, a in zip(completions, answer, strict=True)]
+
+
+@ignores_answer
+def blind(completions, answer):
+    return [0.5] * len(completions)
+
+
+def prints(completions, **columns):
+    for completion in completions:
+        print("saw", completion.strip(), "\x1b[31m")
+    return [0.0] * len(completions)

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from recipes.cli import doctor as command
 from rewards import doctor
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
@@ -75,6 +76,27 @@ def test_a_format_reward_has_no_gold_and_is_well(examine):
     assert checks["no work, no pay"].finding == "0 of 4 score"
 
 
+def test_a_reward_that_is_not_to_look_at_the_answer_says_so(examine):
+    """By the option, by the mark in its module, or by a signature without a column."""
+    for spec in (RewardSpec(HERE + "generous", options={"ignores_answer": True}), HERE + "blind"):
+        found, checks = examine(spec)
+        assert found.ok and "gold of another row" not in checks
+        assert "  -    does not look at the answer: as it is declared" in str(found)
+        assert checks["no work, no pay"].ok is None
+    found, checks = examine(HERE + "length")
+    assert found.ok
+    assert checks["gold"].finding == "the reward does not look at the answer: its signature names no column"
+    _, checks = examine(HERE + "generous")
+    assert checks["gold of another row"].finding.endswith("or the option ignores_answer: true")
+
+
+def test_a_reward_that_looks_at_the_answer_although_it_is_declared_not_to_is_noticed(examine):
+    rows = [{"prompt": str(i), "answer": str(i)} for i in range(4)]
+    found, checks = examine(RewardSpec(HERE + "exact", options={"ignores_answer": True}), rows)
+    assert not found.ok
+    assert checks["does not look at the answer"].finding == "declared, and 4 of 4 scores change with it"
+
+
 def test_faults_of_graders_are_shown(examine):
     found, checks = examine(HERE + "length", [{"prompt": "raise"}])
     assert not found.ok
@@ -91,24 +113,20 @@ def test_the_gold_column_can_be_named(examine):
 
 def test_the_command_examines_every_reward_of_a_config_and_exits_1_if_one_is_not_well(capsys):
     parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["rewards", "my.yaml", "--rows", "4", "a.b=1"])
-
-    def load(config, overrides):
-        assert (config, overrides) == ("my.yaml", ["a.b=1"])
-        return [RewardSpec(HERE + "exact"), RewardSpec(HERE + "generous")], ROWS, "prompt"
-
-    assert doctor.run(args, load) == 1
+    assert (args.config, args.overrides) == ("my.yaml", ["a.b=1"])
+    specs = [RewardSpec(HERE + "exact"), RewardSpec(HERE + "generous")]
+    assert doctor.examine_all(specs, ROWS[: args.rows]) == 1
     said = capsys.readouterr().out
     assert f"{HERE}exact: ok" in said and f"{HERE}generous: NOT OK" in said and "4 of 4 score 1" in said
 
 
 def test_a_missing_column_is_an_error():
-    args = argparse.Namespace(config="c", overrides=[], rows=4, gold=None, workers=1, deadline=5.0)
     with pytest.raises(ValueError, match="needs the column 'answer'"):
-        doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [{"prompt": "?"}], "prompt"))
+        doctor.examine_all([RewardSpec(HERE + "exact")], [{"prompt": "?"}])
     with pytest.raises(ValueError, match="has no rows"):
-        doctor.run(args, lambda *_: ([RewardSpec(HERE + "exact")], [], "prompt"))
+        doctor.examine_all([RewardSpec(HERE + "exact")], [])
 
 
 def test_tests_that_cannot_be_asked_are_named_with_the_reason(examine):

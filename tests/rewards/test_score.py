@@ -5,7 +5,10 @@ import json
 
 import pytest
 
+from recipes.cli import score as command
 from rewards import score
+from rl.store.ledger import Ledger
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 HERE = "rewards_for_tests:"
 
@@ -20,14 +23,14 @@ def run(tmp_path, capsys):
         )
         parser = argparse.ArgumentParser()
         commands = parser.add_subparsers(required=True)
-        score.add_arguments(commands.add_parser("score"))
+        command.add_arguments(commands.add_parser("score"))
         args = parser.parse_args(
             [
                 "score",
                 *(word.replace("FILE", str(file)).replace("OUT", str(tmp_path / "out")) for word in words),
             ]
         )
-        code = score.run(args)
+        code = command.run(args)
         said = capsys.readouterr()
         lines = (tmp_path / "out").read_text() if (tmp_path / "out").exists() else said.out
         return [json.loads(line) for line in lines.splitlines()], said.out, said.err, code
@@ -175,3 +178,54 @@ def test_quantiles_are_values_that_occur():
         4,
         4,
     ]
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """Two steps of a run that graded by `exact`, half of it by a rule of its own."""
+    ledger = Ledger(tmp_path / "run")
+    for step in range(2):
+        done = [
+            Completion([1], [], [True], "stop", [VersionSpan(step, 1)], text=text) for text in ("a", "b", "c")
+        ]
+        done[2].finish_reason = "abort"
+        prompt = Prompt(f"train/{step}", "?", (1,), (), {"answer": "a"})
+        parts = [{HERE + "exact": float(step), "other": 9.0}, {HERE + "exact": None, "other": 9.0}, {}]
+        rewards = [Reward(part.get("other"), parts=part) for part in parts]
+        groups = [ScoredGroup(Group(prompt, done), rewards)]
+        ledger.write(step, groups, cursor_before=step, cursor_after=step + 1, policy_version=step)
+    return tmp_path / "run"
+
+
+def test_the_completions_of_a_run_are_graded_again_and_compared(run, run_dir):
+    results, out, _, code = run([], HERE + "exact", str(run_dir), "--out", "OUT")
+    ids = [f"step {s}, train/{s - 1}, completion {i}" for s in (1, 2) for i in (0, 1)]
+    assert [(r["id"], r["score"], r["run"]) for r in results] == list(
+        zip(ids, [1.0, 0.0, 1.0, 0.0], [0.0, None, 1.0, None], strict=True)
+    )
+    assert out.splitlines()[3:7] == [
+        "1 of 4 score as in the run: mean 0.5000, then 0.5000; 3 differ",
+        "  step 1, train/0, completion 0: 0.0, now 1.0 (scored)",
+        "  step 1, train/0, completion 1: None, now 0.0 (scored)",
+        "  step 2, train/1, completion 1: None, now 0.0 (scored)",
+    ]
+    assert code == 0
+
+
+def test_a_reward_that_the_run_did_not_have_is_compared_with_its_whole(run, run_dir):
+    results, *_ = run([], HERE + "length", str(run_dir))
+    assert [(r["score"], r["run"]) for r in results] == [(1.0, 9.0)] * 4
+
+
+def test_the_options_of_the_run_are_used_unless_others_are_given(run, run_dir):
+    spec = "{name: 'rewards_for_tests:exact', options: {bonus: 0.5}}"
+    (run_dir / "config.yaml").write_text(f"rewards: {{functions: [{spec}]}}")
+    assert [r["score"] for r in run([], HERE + "exact", str(run_dir))[0]] == [1.5, 0.5, 1.5, 0.5]
+    assert [r["score"] for r in run([], HERE + "exact", str(run_dir), "bonus=2")[0]] == [3.0, 2.0, 3.0, 2.0]
+
+
+def test_a_folder_without_a_ledger_and_columns_that_a_run_lacks_are_named(run, run_dir, tmp_path):
+    with pytest.raises(ValueError, match="has no ledger"):
+        run([], HERE + "exact", str(tmp_path))
+    with pytest.raises(ValueError, match="needs the column 'tests'; the dataset has: answer"):
+        run([], "code", str(run_dir))

@@ -1,0 +1,34 @@
+"""`graders.log`: what graders print, in whole lines, without escape sequences, and never too much of it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+HALF_BYTES = 4 << 20
+MAX_LINE = 1 << 16  # bytes; of a longer line the rest is a line of its own
+
+
+class GraderLog:
+    """A file that several processes may append to. Beyond `HALF_BYTES` it becomes NAME.1 and begins anew."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def take(self, unfinished: bytearray, *, ended: bool = False) -> None:
+        """Writes the whole lines of `unfinished`, and takes them out of it; all of it once it has ended."""
+        whole = len(unfinished) if ended or len(unfinished) > MAX_LINE else unfinished.rfind(b"\n") + 1
+        if not whole:
+            return
+        text = bytes(unfinished[:whole]).decode("utf-8", "replace")
+        del unfinished[:whole]
+        lines = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+        with suppress(OSError):  # a full disk costs the line, not the run
+            if self.path.exists() and self.path.stat().st_size > HALF_BYTES:
+                os.replace(self.path, f"{self.path}.1")
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                os.write(fd, (lines if lines.endswith("\n") else lines + "\n").encode("utf-8", "replace"))
+            finally:
+                os.close(fd)
