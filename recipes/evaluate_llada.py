@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from recipes.cli.command import run_command
 from recipes.evaluate_options import arguments, denoising_params, in_options
 from recipes.models import resolve_model
 from recipes.tasks import load_rows
@@ -30,7 +31,6 @@ from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import model_config, raw_config
 from rl.diffusion.text import encode_rows, padded_examples
-from rl.report.command import run_command
 from rl.store.folder import Evaluation
 from rl.types import Call, Completion, Prompt, SamplingParams
 from rl.world import make_accelerator

@@ -8,25 +8,43 @@ run_dir it goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
+from recipes.engines import ENGINE_LOG, naming, said_of_start, size_of, start_into
+from recipes.finished import is_finished
+from recipes.fit import Fitted, fit_to_cards
 from recipes.heldout import make_evaluator
 from recipes.kinds import kind_of
-from recipes.models import resolve_model
-from recipes.program import make_deterministic, recipe_main, run_program, share_start
+from recipes.models import open_adapter, resolve_model
+from recipes.program import (
+    call_program,
+    first_line,
+    make_deterministic,
+    recipe_main,
+    refuse_reimport,
+    run_program,
+    share_start,
+    without_change,
+)
 from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
-from recipes.tasks.prompts import grader_columns, load_sets, make_prompts, without
-from rewards.pool.pool import RewardPool, RewardSpec
-from rl.config import Config, ModelConfig, check_processes
-from rl.config.read import load_config
+from recipes.tasks.many import SomePrompts, train_prompts
+from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
+from rewards.compose import reward_specs
+from rewards.functions import Origins, name_functions, origin_of, sources_of
+from rewards.pool.pool import RewardPool
+from rl.config import Config, ModelConfig
+from rl.config.read import load_config, run_tree, validated_run
 from rl.driver import Progress, go_on
+from rl.model.loading import base_of
 from rl.model.saving import check_saving
 from rl.optimizer import make_optimizer
 from rl.phases import Phases, StopSignal
@@ -34,6 +52,7 @@ from rl.references import make_reference
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
+from rl.report.verdict import judge_run
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import EvaluationLog, claim_inputs, heldout_ends, read_result, write_result
@@ -44,29 +63,76 @@ from rl.train import train
 from rl.types import Prompt
 from rl.world import World
 from rollout.chat import end_token_ids
+from rollout.engine import Engine
 from rollout.prompts import PromptStream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
-    def run(arguments: list[str], stop: StopSignal, began: float) -> int:
-        find_modules_beside(arguments[0])
-        config = load_config(arguments[0], arguments[1:])
-        # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
-        disable_progress_bar()
-        disable_progress_bars()
-        return run_program(
-            config,
-            stop,
-            check=lambda world: check_processes(config, world.size),
-            build=lambda world, display: build(config, world, stop, display, began),
-            train=train,
-            conclude=conclude,
-            engine_timeout_s=config.engine.timeout_s,
-        )
+    def work(arguments: list[str], stop: StopSignal, began: float) -> int:
+        (path, *overrides), change = without_change(arguments)
+        find_modules_beside(path)
+        return _train(load_config(path, overrides), stop, began, {}, change=change)
 
-    return recipe_main("recipes.grpo", argv, run)
+    return recipe_main("recipes.grpo", argv, work)
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | Config,
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
+    *,
+    change: bool = False,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Trains as `cohort train` does, from a script or a notebook; returns what `result.json` holds.
+
+    The same call again goes on where the run stopped. A script needs no `if __name__ == "__main__":`.
+
+    Args:
+        config: the path of a YAML file, a dict of its form, or a `Config`.
+        rewards: functions of this program by name, for the names in `rewards.functions` of the config; where
+            it names none, these are the rewards. A function of a script is imported again, of a notebook its
+            source is sent: graders are processes that can be killed (`rewards.functions`).
+        change: a run that goes on may have another learning rate and such (`rl.config.resume`).
+        overrides: sections, such as train={"steps": 20}, or keys, such as **{"optimizer.lr": 1e-5}.
+
+    Raises:
+        ValueError: what a user can mend, in the words of `cohort train`.
+        KeyboardInterrupt: Ctrl-C, once the step is saved; a second one comes at once.
+    """
+    refuse_reimport()
+    tree = run_tree(config, overrides)
+    origins = {name: origin_of(name, fn) for name, fn in (rewards or {}).items()}
+    name_functions(tree, origins)
+    is_file = isinstance(config, str | Path)
+    find_modules_beside(config if is_file else Path.cwd() / "config.yaml")
+    checked = validated_run(tree, config if is_file else None)
+    call_program(lambda stop, began: _train(checked, stop, began, origins, change=change))
+    return read_result(checked.run_dir)
+
+
+def _train(config: Config, stop: StopSignal, began: float, origins: Origins, *, change: bool) -> int:
+    # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
+    disable_progress_bar()
+    disable_progress_bars()
+    if is_finished(config):
+        return 0
+    return run_program(
+        stop,
+        settle=lambda world: fit_to_cards(config, world),
+        build=lambda fitted, world, display: build(fitted, world, stop, display, began, origins),
+        train=_train_steps,
+        conclude=conclude,
+        engine_timeout_s=config.engine.timeout_s,
+        change=change,
+        judged=True,
+    )
+
+
+def _train_steps(run: Run) -> int:
+    with naming(run.config.run_dir / ENGINE_LOG):
+        return train(run)
 
 
 def conclude(run: Run, steps: int) -> None:
@@ -74,7 +140,8 @@ def conclude(run: Run, steps: int) -> None:
     config, evaluations = run.config, run.evaluations.read()
     result = read_result(config.run_dir)
     if run.progress.start_step < steps or result.get("steps") != steps:
-        result = write_result(config, evaluations, steps=steps, seconds=run.progress.seconds)
+        ends = {"steps": steps, "seconds": run.progress.seconds, "checkpoint": run.store.path(steps)}
+        result = write_result(config, evaluations, verdict=judge_run(config.run_dir).headline, **ends)
     if config.evaluation.data is not None:
         ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
         for name, found in ends.items():
@@ -83,17 +150,21 @@ def conclude(run: Run, steps: int) -> None:
     say(f"{steps} steps in {result['seconds']:.0f} s; results in {run.config.run_dir}/result.json")
 
 
-def build(config: Config, world: World, stop: StopSignal, display: Display, began: float) -> tuple[Run, Any]:
+def build(
+    fitted: Fitted, world: World, stop: StopSignal, display: Display, began: float, origins: Origins
+) -> tuple[Run, Any]:
     """A Run from its config, put back to its newest checkpoint, and the function that ends engine, graders
     and trackers.
 
     Cheap checks come first: config, dataset columns and rewards are refused before any model is loaded.
     """
+    config: Config = fitted.config
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     kind, phases = kind_of(config), Phases(display.phase)
     kind.check(config)
+    display.hold()
     with ExitStack() as closing:
-        scorer = make_scorer(config)
+        scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
         inputs = read_inputs(config, scorer, world, display)
         model, longest = inputs.model, inputs.longest
@@ -102,14 +173,15 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         share_start(policy, world)
         moves = config.model.reference.update_every > 0
         reference = make_reference(policy, moves=moves) if config.loss.kl_coef > 0 else None
+        with display.phase("a full micro-batch to be tried"):
+            fitted.compare(kind.try_out(config, policy, reference), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
-        with display.phase(f"the engine to start ({config.engine.name})"):
-            engine = kind.engine(config, model, policy, longest, display.note)
+        engine = _started(config, lambda: kind.engine(config, model, policy, longest, display.note), display)
         closing.callback(engine.close)
+        display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
         source = make_source(config, world, engine, scorer, stream, ends, phases)
         closing.callback(source.close)
-        kind.try_out(config, policy, reference, display.note)
         observer = RunObserver(display, config, is_main=world.is_main)
         closing.callback(observer.close)
         heldout = inputs.heldout
@@ -134,8 +206,18 @@ def build(config: Config, world: World, stop: StopSignal, display: Display, bega
         closing.callback(run.evaluations.close)
         _go_on(run, observer)
         if world.is_main and run.progress.step < config.train.steps:
-            check_saving(policy, run.store.root, adapter=config.model.lora is not None)
+            _check_saving(run, policy)
         return run, closing.pop_all().close
+
+
+def _started(config: Config, start: Callable[[], Engine], display: Display) -> Engine:
+    waiting, log = display.phase(f"the engine to start ({config.engine.name})"), config.run_dir / ENGINE_LOG
+    began, begin = time.monotonic(), size_of(log)
+    with waiting, start_into(log):
+        engine = start()
+    if (sentence := said_of_start(log, begin, time.monotonic() - began)) is not None:
+        display.note(sentence)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -144,7 +226,7 @@ class Inputs:
 
     model: ModelConfig
     tokenizer: Any
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     heldout: list[Prompt]
     longest: int
 
@@ -158,16 +240,20 @@ def read_inputs(config: Config, scorer: RewardPool, world: World, display: Displ
     scorer.check_columns(*grader_columns(config.data, rows))
     if held:
         scorer.check_columns(*grader_columns(held, heldout_rows))
-    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)
     if world.is_main:
         sections = {"data": rows, "evaluation data": heldout_rows if held else None}
         names = [spec.name for spec in config.rewards.functions]
-        found = fingerprints(model.name, tokenizer, sections, revision=model.revision, rewards=names)
+        found = fingerprints(named.name, tokenizer, sections, revision=named.revision, rewards=names)
+        if (base := base_of(named)) is not named:
+            found["base model"] = fingerprints(base.name, None, {}, revision=base.revision).get("model", {})
+        found["rewards"] |= sources_of(scorer.specs)
         claim_inputs(config, found, display.warn)
     said = {"template_file": model.chat_template, "note": display.note}
     heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
-    prompts = without(make_prompts(config.data, rows, tokenizer, "train", **said), heldout, display.note)
+    prompts = train_prompts(config, rows, heldout, tokenizer, **said)
     return Inputs(model, tokenizer, prompts, heldout, _longest(config, prompts, heldout))
 
 
@@ -185,34 +271,40 @@ def _go_on(run: Run, observer: RunObserver) -> None:
     observer.note(f"going on from {loaded.path} (step {loaded.step})")
 
 
-def reward_specs(config: Config) -> list[RewardSpec]:
-    return [RewardSpec(s.name, s.weight, s.requires, s.options, s.clip) for s in config.rewards.functions]
+def _check_saving(run: Run, policy: Any) -> None:
+    config = run.config
+    check_saving(
+        policy.model,
+        policy.tokenizer,
+        root=run.store.root,
+        adapter=config.model.lora is not None,
+        keep=config.checkpoint.keep,
+        reference=config.model.reference.update_every > 0 and run.reference is not None,
+        warn=run.observer.warn,
+    )
 
 
-def make_scorer(config: Config) -> RewardPool:
+def make_scorer(config: Config, origins: Origins) -> RewardPool:
     r = config.rewards
-    specs = reward_specs(config)
     return RewardPool(
-        specs,
+        reward_specs(r.functions, origins),
         workers=r.workers,
         deadline_s=r.deadline_s,
         memory_bytes=int(r.memory_gib * 2**30),
         num_steps=config.train.steps,
+        log=config.run_dir / "graders.log",
     )
 
 
-def _longest(config: Config, prompts: list[Prompt], heldout: list[Prompt]) -> int:
-    """Tokens of the longest prompt with the completion that may follow it."""
-    sets = [(prompts, config.sampling), (heldout, config.evaluation.sampling)]
-    return max(len(p.token_ids) + sampling.max_completion_length for some, sampling in sets for p in some)
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt with the longest completion, of training and evaluation."""
-    sections = [(config.data, config.sampling)]
-    if config.heldout_data:
-        sections.append((config.heldout_data, config.evaluation.sampling))
-    return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
+def _longest(config: Config, prompts: Sequence[Prompt], heldout: list[Prompt]) -> int:
+    """Tokens of the longest prompt with the completion that may follow it. Of many prompts, of which some are
+    rendered, it is the longest that there may be: it may not depend on the number of steps.
+    """
+    is_some = isinstance(prompts, SomePrompts)
+    longest = config.data.max_prompt_length if is_some else max(len(p.token_ids) for p in prompts)
+    sampling, others = config.sampling, [len(p.token_ids) for p in heldout]
+    ends = [longest + sampling.max_completion_length]
+    return max(ends + [n + config.evaluation.sampling.max_completion_length for n in others])
 
 
 if __name__ == "__main__":

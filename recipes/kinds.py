@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from recipes.engines import make_engine
 from rl.causal import CausalPolicy
 from rl.config import Config, ModelConfig
 from rl.config.diffusion_rl import MaskedRunConfig
-from rl.diffusion.saved_config import refuse_masked
-from rl.diffusion.tokenizer import load_diffusion_tokenizer
-from rl.model.loading import check_config, load_tokenizer, read_config
-from rl.plan.memory import GIB, MemoryPlan, plan_memory, probe
+from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config, refuse_masked
+from rl.model.loading import base_of, check_config, load_tokenizer, read_config
+from rl.plan.probe import probe
+from rl.plan.sizes import ModelSize
 from rl.policy import Reference
 from rl.store.metrics import Metric
 from rl.update import pack_rules
@@ -35,10 +36,9 @@ class Kind:
         tokenizer: (config, model).
         policy: (config, model, accelerator, tokenizer, tokens of the longest sequence, note); ready to train.
         engine: (config, model, policy, tokens of the longest sequence, note), with the model's weights.
-        try_out: (config, policy, reference, note); a pass of the largest size, so that what does not fit
-            fails at once.
-        plan: (config, model, bytes of the GPU, tokens of the longest sequence); refuses what it cannot
-            predict.
+        try_out: (config, policy, reference); bytes that a pass of the largest size held, so that what does
+            not fit fails before the engine starts; None where it is not tried.
+        size: (config, model); what the planner counts with.
         metrics: what its policy reports besides `rl.store.metrics.METRICS`.
     """
 
@@ -46,8 +46,8 @@ class Kind:
     tokenizer: Callable[[Any, ModelConfig], Any]
     policy: Callable[[Any, ModelConfig, Accelerator, Any, int, Say], Any]
     engine: Callable[[Any, ModelConfig, Any, int, Say], Engine]
-    try_out: Callable[[Any, Any, Reference | None, Say], None]
-    plan: Callable[[Any, ModelConfig, int, int], MemoryPlan]
+    try_out: Callable[[Any, Any, Reference | None], int | None]
+    size: Callable[[Any, ModelConfig], ModelSize]
     metrics: tuple[Metric, ...] = ()
 
 
@@ -73,15 +73,16 @@ def causal_policy(
 def causal_engine(
     config: Config, model: ModelConfig, policy: CausalPolicy, longest: int, note: Say
 ) -> Engine:
+    base = base_of(model)  # the engine begins with it, and the policy's weights follow
     return make_engine(
         config.engine,
-        model.name,
+        base.name,
         tokenizer=policy.tokenizer,
         dtype=engine_dtype(config),
         device=policy.device,
         max_model_length=max(longest, len(policy.canary_ids) + 1),
         max_num_seqs=config.max_num_seqs,
-        revision=model.revision,
+        revision=base.revision,
         note=note,
         trained=policy.model,
         sample_while_training=config.train.sample_while_training,
@@ -90,16 +91,21 @@ def causal_engine(
     )
 
 
-def try_out_causal(config: Config, policy: CausalPolicy, reference: Reference | None, note: Say) -> None:
-    if policy.device.type == "cuda":
-        rules = pack_rules(config, share_prompts=policy.shares_prompts)
-        peak = probe(policy, config, rules, reference)
-        note(f"a full micro-batch of the longest completions holds {peak / GIB:.1f} GiB")
+def try_out_causal(config: Config, policy: CausalPolicy, reference: Reference | None) -> int | None:
+    if policy.device.type != "cuda":
+        return None
+    return probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts), reference)
 
 
-def plan_causal(config: Config, model: ModelConfig, capacity: int, longest: int) -> MemoryPlan:
+def has_fused_layers(model: ModelConfig) -> bool:
+    """As on this machine, or, where it has no GPU, as on one with all that is recommended."""
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    return model.fused_layers and (installed or not torch.cuda.is_available())
+
+
+def causal_size(config: Config, model: ModelConfig) -> ModelSize:
     refuse_masked(model.name, model.revision)
-    return plan_memory(read_config(model), config, capacity=capacity, max_length=longest)
+    return ModelSize.of(read_config(model), fused_layers=has_fused_layers(model))
 
 
 def masked_engine(
@@ -108,10 +114,16 @@ def masked_engine(
     return diffusion_rl.make_masked_engine(config, model, policy, dtype=engine_dtype(config))
 
 
-def plan_masked(config: MaskedRunConfig, model: ModelConfig, capacity: int, longest: int) -> MemoryPlan:
-    raise ValueError(
-        "this config trains a diffusion model, whose memory is not predicted; memory/peak in a run's "
-        "metrics.jsonl says what its training process took, after one step already"
+def masked_size(config: MaskedRunConfig, model: ModelConfig) -> ModelSize:
+    """Its sampler holds a layer's activations of every canvas, and the logits of a block twice."""
+    found = model_config(model.name, model.revision)
+    size = ModelSize.of(found, fused_layers=has_fused_layers(model))
+    kept = 0 if config.diffusion.cache == "none" else size.cache_per_token
+    return replace(
+        size,
+        sampled_per_token=size.saved_per_token + kept,
+        sampled_per_sequence=2 * 2 * config.diffusion.block_length * size.head // size.hidden,
+        has_own_sampler=True,
     )
 
 
@@ -128,14 +140,14 @@ KINDS: dict[type[Config], Kind] = {
         policy=causal_policy,
         engine=causal_engine,
         try_out=try_out_causal,
-        plan=plan_causal,
+        size=causal_size,
     ),
     MaskedRunConfig: Kind(
         check=diffusion_rl.check_canvas,
         tokenizer=lambda config, model: load_diffusion_tokenizer(model),
         policy=diffusion_rl.make_masked_policy,
         engine=masked_engine,
-        try_out=lambda config, policy, reference, note: None,
-        plan=plan_masked,
+        try_out=lambda config, policy, reference: None,
+        size=masked_size,
     ),
 }

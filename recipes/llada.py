@@ -14,8 +14,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from recipes.fit import Fitted, as_before, values_before
 from recipes.models import resolve_model
-from recipes.program import make_deterministic, recipe_main, run_program, share_start
+from recipes.program import (
+    first_line,
+    make_deterministic,
+    recipe_main,
+    run_program,
+    share_start,
+    without_change,
+)
 from recipes.tasks import find_modules_beside, load_rows
 from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.config.read import read_config
@@ -45,24 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code is `recipe_main`'s."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
-        find_modules_beside(arguments[0])
-        config = read_config(DiffusionConfig, arguments[0], arguments[1:])
+        (path, *overrides), change = without_change(arguments)
+        find_modules_beside(path)
+        config = read_config(DiffusionConfig, path, overrides)
         return run_program(
-            config,
             stop,
-            check=lambda world: check_shards(config, world.size),
-            build=lambda world, display: build(config, world, stop, display, began),
+            settle=lambda world: settle(config, world),
+            build=lambda fitted, world, display: build(fitted.config, world, stop, display, began),
             train=train,
             conclude=conclude,
+            change=change,
         )
 
     return recipe_main("recipes.llada", argv, run)
 
 
-def check_shards(config: DiffusionConfig, num_processes: int) -> None:
-    """Raises ValueError if the weights cannot be split over the processes."""
-    if config.train.shard and num_processes == 1:
+def settle(config: DiffusionConfig, world: World) -> Fitted:
+    """The config as this run has it; raises ValueError if weights cannot be split over the processes."""
+    if config.train.shard and world.size == 1:
         raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
+    return as_before(config, values_before(config, world))
 
 
 def conclude(run: DiffusionRun, steps: int) -> None:
@@ -77,6 +87,7 @@ def build(
 ) -> tuple[DiffusionRun, Any]:
     """A run from its config, put back to its newest checkpoint, and the function that ends what it opened."""
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
+    display.hold()
     rows, held = load_rows(config.data.rows()), config.evaluation.data
     heldout_rows = load_rows(held.rows()) if held else None
     share = config.objective.random_length_share
@@ -90,6 +101,7 @@ def build(
     share_start(policy, world)
     if config.train.shard:
         policy.shard()
+    display.head(first_line(config, policy, rows=len(examples), engine=""))
     observer = RunObserver(display, config, is_main=world.is_main, judged=False)
     run = DiffusionRun(
         config=config,
@@ -110,7 +122,9 @@ def build(
     if (loaded := go_on(run)) is not None:
         display.note(f"going on from {loaded.path} (step {loaded.step})")
     if world.is_main and run.progress.step < config.train.steps:
-        check_saving(policy, run.store.root, adapter=config.model.lora is not None)
+        keep, adapter = config.checkpoint.keep, config.model.lora is not None
+        own = {"adapter": adapter, "keep": keep, "warn": display.warn}
+        check_saving(policy.model, policy.tokenizer, root=run.store.root, **own)
     closing = ExitStack()
     closing.callback(run.log.close)
     closing.callback(run.bounds.close)
@@ -155,6 +169,7 @@ def _examples(
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
     """`result.json`: seconds, steps, and the bound on held-out text before and after."""
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
+    result["checkpoint"] = str(run.store.path(steps).resolve())
     if run.heldout:
         ends, missing = heldout_ends(dict(run.bounds.read()), steps, "likelihood.jsonl")
         for name, bound in ends.items():

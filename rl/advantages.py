@@ -116,9 +116,7 @@ def compute_advantages(
         scale = 1 / (_std_over_step(sums, reduce_moments) + STD_EPS)
         values = [_scaled(group_sums, scale) for group_sums in sums]
     else:
-        scores = [
-            [_finite(g, i, g.rewards[i].score) for i in ids] for g, ids in zip(groups, valid_ids, strict=True)
-        ]
+        scores = [list(_scores(g, ids).values()) for g, ids in zip(groups, valid_ids, strict=True)]
         batch_std = _std_over_step(scores, reduce_moments)
         values = [ADVANTAGES[config.name](group_scores, batch_std) for group_scores in scores]
     for row, ids, group_values in zip(advantages, valid_ids, values, strict=True):
@@ -131,21 +129,20 @@ def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapp
     """Whether a group can teach: "mixed" if some advantage can differ from 0, else why none does.
 
     "all_right": all valid scores are equal, positive and at least half of what the weights can pay (rewards
-    up to 1), so that a format bonus alone does not count; "all_wrong": equal and less; "unscored": none is
-    valid.
+    up to 1), so that a format bonus does not count; "all_wrong": equal and less; "unscored": none valid.
     Under gdpo a group with equal scores is mixed if a part that has a weight has spread.
     """
     ids = valid_completions(scored)
     if not ids:
         return "unscored"
-    scores = [_finite(scored, i, scored.rewards[i].score) for i in ids]
+    first, *_ = scores = list(_scores(scored, ids).values())
     series = [scores]
     if config.aggregate == "gdpo":
-        series = [_part_scores(scored, ids, name)[1] for name, weight in weights.items() if weight]
+        series = [list(_scores(scored, ids, name).values()) for name, weight in weights.items() if weight]
     if any(has_spread(values) for values in series):
         return "mixed"
     payable = math.fsum(weight for weight in weights.values() if weight > 0)
-    return "all_right" if scores[0] > 0 and scores[0] >= payable / 2 else "all_wrong"
+    return "all_right" if first > 0 and first >= payable / 2 else "all_wrong"
 
 
 def valid_completions(scored: ScoredGroup) -> list[int]:
@@ -187,26 +184,26 @@ def _sum_of_normalised(scored: ScoredGroup, ids: Sequence[int], weights: Mapping
         )
     sums = dict.fromkeys(ids, 0.0)
     for name, weight in weights.items():
-        part_ids, scores = _part_scores(scored, ids, name)
-        for i, value in zip(part_ids, grpo_advantages(scores), strict=True):
+        scores = _scores(scored, ids, name)
+        for i, value in zip(scores, grpo_advantages(list(scores.values())), strict=True):
             sums[i] += weight * value
     return list(sums.values())
 
 
-def _part_scores(scored: ScoredGroup, ids: Sequence[int], name: str) -> tuple[list[int], list[float]]:
-    """Which of the completions `ids` the reward `name` applies to, and its scores there."""
-    found = [(i, scored.rewards[i].parts.get(name)) for i in ids]
-    part_ids = [i for i, score in found if score is not None]
-    return part_ids, [_finite(scored, i, score) for i, score in found if score is not None]
-
-
-def _finite(scored: ScoredGroup, index: int, score: float | None) -> float:
-    if score is None or not math.isfinite(score):
-        raise ValueError(
-            f"completion {index} of prompt {scored.prompt.id} has reward {score}; a reward must be a finite "
-            "number, or None to abstain"
-        )
-    return float(score)
+def _scores(scored: ScoredGroup, ids: Sequence[int], part: str | None = None) -> dict[int, float]:
+    """Index -> score of the reward, or of one of its parts where that applies."""
+    scores: dict[int, float] = {}
+    for i in ids:
+        reward = scored.rewards[i]
+        score = reward.score if part is None else reward.parts.get(part)
+        if score is not None and not math.isfinite(score):
+            raise ValueError(
+                f"completion {i} of prompt {scored.prompt.id} has reward {score}; a reward must be a finite "
+                "number, or None to abstain"
+            )
+        if score is not None:
+            scores[i] = float(score)
+    return scores
 
 
 def _scaled(values: Sequence[float], factor: float) -> list[float]:

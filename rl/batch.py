@@ -1,5 +1,4 @@
-"""The packed batch: groups and their advantages become micro-batches under a token budget, prompts shared,
-nothing padded.
+"""The packed batch: groups and advantages become micro-batches of a token budget, prompts shared, no padding.
 
 A token's column is the token itself. `predecessors_L` says which column a causal policy predicts it from (the
 last prompt token for the first token of every completion), so the shift happens once, here, and a
@@ -11,8 +10,9 @@ included, so that summing over micro-batches and processes is exact however the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +26,7 @@ SumOverProcesses = Callable[[list[float]], list[float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to train on: its group, its index in it, advantage, and the weight of each of its loss
-    tokens. Its episode is the pair of group and index.
-    """
+    """One completion to train on, with the weight of each loss token. Its episode is its group and index."""
 
     prompt: Prompt
     completion: Completion
@@ -56,8 +54,7 @@ class MicroBatch:
     """One forward pass. N packed tokens, of which L are in the loss, from S sequences.
 
     Attributes:
-        token_ids_N, positions_N: the packed row; positions restart at each prompt and continue into its
-        completions.
+        token_ids_N, positions_N: the packed row; positions restart at a prompt, and go on in completions.
         blocks: prompts and their completions, in column order.
         columns_L, predecessors_L: column of each loss token, and of the token it is predicted from.
         sequence_ids_L: which of the S sequences a loss token belongs to, 0..S-1.
@@ -77,21 +74,27 @@ class MicroBatch:
     behavior_logprobs_L: Float[Tensor, " L"] | None
     num_sequences: int
     rows: tuple[Row, ...] = field(default=(), repr=False)
-    _layout: Layout | None = field(default=None, repr=False)
 
     @property
     def targets_L(self) -> Int[Tensor, " L"]:
         return self.token_ids_N[self.columns_L]
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
-        if self._layout is None:
-            self._layout = Layout(self.blocks, self.token_ids_N.device)
-        return self._layout
+        return Layout(self.blocks, self.token_ids_N.device)
+
+    def sequences(self) -> Iterator[tuple[Int[Tensor, " T"], int, int]]:
+        """Of each of the S sequences: its ids, the prompt's share of them, the completion's first column."""
+        for block in self.blocks:
+            prompt, *completions = self.token_ids_N[block.start : block.end].split(block.lengths)
+            start = block.completion_start
+            for completion in completions:
+                yield torch.cat([prompt, completion]), len(prompt), start
+                start += len(completion)
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors, _layout=None)
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -150,8 +153,7 @@ def pack(
 ) -> list[Batch]:
     """One Batch per optimizer step of a pass. Minibatch m takes the m-th contiguous share of the groups.
 
-    Aborted and empty completions are in no denominator. A sequence longer than the token budget gets a
-    micro-batch of its own.
+    Aborted and empty completions are in no denominator. A sequence above the budget has a micro-batch alone.
 
     Raises:
         ValueError: the groups do not split into `rules.num_minibatches` equal parts.
@@ -162,32 +164,25 @@ def pack(
             "choose a divisor of prompts_per_step / processes"
         )
     share = len(groups) // rules.num_minibatches
-    parts = [
-        _rows(groups, advantages, range(m * share, (m + 1) * share), rules)
-        for m in range(rules.num_minibatches)
-    ]
+    rows = list(_rows(groups, advantages, rules))
+    parts = [[r for r in rows if r.group_index // share == m] for m in range(rules.num_minibatches)]
     counts = sum_over_processes(
         [float(n) for rows in parts for n in (len(rows), sum(r.num_loss_tokens for r in rows))]
     )
     tokens_per_step = sum(counts[1::2]) / rules.num_minibatches
-    return [
-        _batch(rows, rules, counts[2 * m], counts[2 * m + 1], tokens_per_step) for m, rows in enumerate(parts)
-    ]
+    pairs = zip(counts[::2], counts[1::2], strict=True)
+    return [_batch(rows, rules, *pair, tokens_per_step) for rows, pair in zip(parts, pairs, strict=True)]
 
 
 def _rows(
-    groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[Advantage]], indices: range, rules: PackRules
-) -> list[Row]:
-    rows = []
-    for i in indices:
-        of_group = zip(groups[i].completions, advantages[i], strict=True)
-        for g, (completion, advantage) in enumerate(of_group):
-            if completion.finish_reason == "abort" or not completion.token_ids:
-                continue
-            _check_row(groups[i].prompt, completion, advantage)
-            in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
-            rows.append(Row(groups[i].prompt, completion, i, g, advantage, in_loss=in_loss))
-    return rows
+    groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[Advantage]], rules: PackRules
+) -> Iterator[Row]:
+    for i, (group, of_group) in enumerate(zip(groups, advantages, strict=True)):
+        for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True)):
+            if completion.finish_reason != "abort" and completion.token_ids:
+                _check_row(group.prompt, completion, advantage)
+                in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
+                yield Row(group.prompt, completion, i, g, advantage, in_loss=in_loss)
 
 
 def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> None:
@@ -231,17 +226,14 @@ def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
     return blocks
 
 
-def _block_size(block: list[Row]) -> int:
-    return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
-
-
 def _bins(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
     """As few bins as first-fit decreasing needs, filled evenly: the largest block into the emptiest bin.
 
     Even bins have a lower peak of memory than full ones and a small rest. Where the even filling does not
     stay within the budget, the first-fit one stands.
     """
-    sizes = [_block_size(block) for block in blocks]
+    lengths = [[len(row.completion.token_ids) for row in block] for block in blocks]
+    sizes = [len(block[0].prompt.token_ids) + sum(n) for block, n in zip(blocks, lengths, strict=True)]
     bins = first_fit(sizes, token_budget)
     even: list[list[int]] = [[] for _ in bins]
     filled = [0] * len(bins)
@@ -275,14 +267,15 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
     columns: list[int] = []
     predecessors: list[int] = []
     sequence_ids: list[int] = []
-    per_token: list[tuple[float, float]] = []
+    advantages: list[float] = []
+    weights: list[float] = []
     behavior: list[float] = []
     num_sequences = 0
     for rows in bin_:
         prompt = rows[0].prompt.token_ids
         blocks.append(Block(len(token_ids), len(prompt), tuple(len(r.completion.token_ids) for r in rows)))
-        last_prompt_column = len(token_ids) + len(prompt) - 1
         token_ids += prompt
+        last_prompt_column = len(token_ids) - 1
         positions += range(len(prompt))
         for row in rows:
             start, ids = len(token_ids), row.completion.token_ids
@@ -290,7 +283,8 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
             columns += [start + t for t in scored]
             predecessors += [start + t - 1 if t else last_prompt_column for t in scored]
             sequence_ids += [num_sequences] * len(scored)
-            per_token += [(advantage, row.weight) for advantage in row.loss_advantages]
+            advantages += row.loss_advantages
+            weights += [row.weight] * len(scored)
             if row.completion.behavior_logprobs:
                 behavior += [row.completion.behavior_logprobs[t] for t in scored]
             token_ids += ids
@@ -308,8 +302,8 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
         columns_L=torch.tensor(columns),
         predecessors_L=torch.tensor(predecessors),
         sequence_ids_L=torch.tensor(sequence_ids),
-        advantages_L=torch.tensor([a for a, _ in per_token]),
-        weights_L=torch.tensor([w for _, w in per_token]),
+        advantages_L=torch.tensor(advantages),
+        weights_L=torch.tensor(weights),
         behavior_logprobs_L=torch.tensor(behavior) if behavior else None,
         num_sequences=num_sequences,
         rows=tuple(row for rows in bin_ for row in rows),

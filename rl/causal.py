@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,29 +18,14 @@ from transformers import PreTrainedModel
 
 from rl.batch import Batch, MicroBatch
 from rl.config import ModelConfig
+from rl.model import exactness, loading
+from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import add_lora, check_adapted, load_adapter
-from rl.model.exactness import (
-    EAGER_LIMIT,
-    backbone,
-    honouring_attention,
-    moving_rope,
-    quiet,
-    take_long_factors,
-)
 from rl.model.head import asked_logprobs, head_logprobs
-from rl.model.loading import (
-    check_vocabulary,
-    context_length,
-    load_model,
-    load_tokenizer,
-    nonfinite_parameters,
-    storage_dtype,
-    use_fused_layers,
-)
 from rl.model.packed import PACKED
 from rl.model.saving import save_model
 from rl.optimizer import finish_gradients
-from rl.packed_check import plain_logprobs, probe_batch
+from rl.packed_check import own_logprobs, plain_logprobs, probe_batch
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.types import WeightStream
@@ -76,26 +62,22 @@ class CausalScorer(nn.Module):
     def train(self, mode: bool = True) -> CausalScorer:
         """In both modes nothing random is active; only gradient checkpointing follows `mode`."""
         super().train(mode)
-        quiet(self.model, checkpointing=mode)
+        exactness.quiet(self.model, checkpointing=mode)
         return self
 
     def forward(
         self, batch: MicroBatch, temperature: float, ids_LK: Int[Tensor, "L K"] | None = None
     ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"], Float[Tensor, "L K"] | None]:
-        """Log-prob of each loss token, entropy of its distribution, and log-probs of the asked ids, in nats,
-        at the sampling temperature.
-        """
+        """Log-prob of each loss token, entropy, and log-probs of the asked ids; nats, at the temperature."""
         hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
         found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
         if ids_LK is None:
             return *found, None
-        asked_LK = asked_logprobs(
-            self.model, hidden_LD, ids_LK, batch.targets_L, found[0], temperature=temperature
-        )
-        return *found, asked_LK
+        given = (self.model, hidden_LD, ids_LK, batch.targets_L, found[0])
+        return *found, asked_logprobs(*given, temperature=temperature)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        hidden_1ND = backbone(self.model)(
+        hidden_1ND = exactness.backbone(self.model)(
             input_ids=batch.token_ids_N[None],
             position_ids=batch.positions_N[None],
             use_cache=False,
@@ -104,22 +86,14 @@ class CausalScorer(nn.Module):
         return hidden_1ND[0, batch.predecessors_L]
 
     def _row_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        """One sequence at a time through the model's own attention: slow, exact, for models that packing
-        cannot serve.
-        """
-        pieces: list[Tensor] = []
-        sequence = 0
-        for block in batch.blocks:
-            prompt = batch.token_ids_N[block.start : block.completion_start]
-            start = block.completion_start
-            for length in block.completion_lengths:
-                row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-                self.check_length(len(row))
-                hidden_TD = backbone(self.model)(input_ids=row[None], use_cache=False).last_hidden_state[0]
-                # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
-                columns = batch.columns_L[batch.sequence_ids_L == sequence]
-                pieces.append(hidden_TD[columns - start + block.prompt_length - 1])
-                start, sequence = start + length, sequence + 1
+        """One sequence at a time through the model's own attention: slow, exact, for any model."""
+        pieces, below = [], exactness.backbone(self.model)
+        for sequence, (row, prompt_length, start) in enumerate(batch.sequences()):
+            self.check_length(len(row))
+            hidden_TD = below(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
+            columns = batch.columns_L[batch.sequence_ids_L == sequence]
+            pieces.append(hidden_TD[columns - start + prompt_length - 1])
         return torch.cat(pieces)
 
 
@@ -130,22 +104,26 @@ class CausalPolicy:
 
     def __init__(self, config: ModelConfig, accelerator: Accelerator, *, temperature: float) -> None:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
-        self.tokenizer = load_tokenizer(config)
-        model = load_model(config)
-        check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
+        self.tokenizer = loading.load_tokenizer(config)
+        model = loading.load_model(config)
+        loading.check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
         if accelerator.device.type == "cuda":
-            use_fused_layers(model.to(accelerator.device), config)
-        if config.gradient_checkpointing:
+            loading.use_fused_layers(model.to(accelerator.device), config)
+        if config.gradient_checkpointing is True:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.own_attention = honouring_attention(model)
-        self.peft_model: Any = add_lora(model, config) if config.lora else None
+        self.own_attention = exactness.honouring_attention(model)
+        adapter = find_adapter(config.name, config.revision) if config.lora else None
+        below = {} if adapter is None else {"name": adapter.base, "revision": adapter.revision}
+        self.peft_model: Any = add_lora(model, config.model_copy(update=below)) if config.lora else None
         if config.lora:
             check_adapted(model, config)
+        if adapter is not None:
+            load_adapter(self.peft_model, adapter.folder, model.device)
         self.long_factors = False
         self.packing_fault: str | None = None
         self.scorer = CausalScorer(model).to(accelerator.device)
         self.scorer.train()
-        context = context_length(model.config) or sys.maxsize
+        context = loading.context_length(model.config) or sys.maxsize
         text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
         self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
 
@@ -172,46 +150,46 @@ class CausalPolicy:
         self.scorer.packed = packed and self.packing_fault is None
         self.model.set_attn_implementation(PACKED if self.scorer.packed else self.own_attention)
 
+    @contextlib.contextmanager
+    def in_rows(self) -> Iterator[None]:
+        """One sequence at a time inside the `with` block."""
+        packed = self.scorer.packed
+        self.set_packed(False)
+        try:
+            yield
+        finally:
+            self.set_packed(packed)
+
     def settle_attention(self, longest: int | None = None) -> str | None:
-        """Turns packed rows on where they reproduce one-sequence-at-a-time log-probs, checked on this model;
-        else says why not.
+        """Turns packed rows on if they give this model's log-probs of single sequences; else says why not.
 
         Args:
             longest: tokens of the longest sequence that will be trained on.
 
         Raises:
             ValueError: the head is not a plain linear layer, so that log-probs from hidden states would be
-                wrong; or attention=packed was asked for and is not exact; or `longest` is beyond what dynamic
-                rotary frequencies can do.
+                wrong; or attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
         """
-        rope = moving_rope(self.model)
+        rope = exactness.moving_rope(self.model)
         if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
-            take_long_factors(self.model)
+            exactness.take_long_factors(self.model)
             self.long_factors, rope = True, None
         if rope and "dynamic" in rope[0]:
             self.scorer.longest = rope[1]
             self.scorer.check_length(longest or 0)
         batch = probe_batch(self.model, longest).to(self.device)
-        tolerance = 2e-4 if storage_dtype(self.config) == torch.float32 else 0.15
         self.scorer.eval()
         with torch.no_grad():
-            expected = self._settle_rows(batch, tolerance)
-            reason = None if self.config.attention != "rows" else "model.attention=rows"
-            if reason is None and rope and (longest is None or longest > rope[1]):
+            expected = self._settle_rows(batch)
+            if self.config.attention == "rows":
+                reason = "model.attention=rows"
+            elif rope and (longest is None or longest > rope[1]):
                 reason = (
                     f"the rotary frequencies ({rope[0]}) of a whole row change when one of its sequences "
                     f"exceeds {rope[1]} tokens"
                 )
-            if reason is None:
-                try:
-                    reason = self._compare_packed(batch, expected, tolerance)
-                except ValueError as error:
-                    reason = str(error).splitlines()[0]
-                except (TypeError, AttributeError, RuntimeError):
-                    reason = (
-                        f"the layers of {type(self.model).__name__} need an attention mask, or a shape that "
-                        "a packed row does not have"
-                    )
+            else:
+                reason = self._compare_packed(batch, expected)
         self.scorer.train()
         if reason is not None:
             if self.config.attention == "packed":
@@ -220,12 +198,12 @@ class CausalPolicy:
             self.set_packed(False)
         return reason
 
-    def _settle_rows(self, batch: MicroBatch, tolerance: float) -> Float[Tensor, " L"]:
+    def _settle_rows(self, batch: MicroBatch) -> Float[Tensor, " L"]:
         """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
         every config. Where they differ because of the model's own attention, eager takes its place.
         """
         own = self.own_attention
-        if batch.layout.longest <= EAGER_LIMIT:
+        if batch.layout.longest <= exactness.EAGER_LIMIT:
             self.model.set_attn_implementation("eager")
         plain = plain_logprobs(self.model, batch)
         gap = math.inf
@@ -233,9 +211,9 @@ class CausalPolicy:
             self.set_packed(False)
             expected = self.scorer(batch, 1.0)[0]
             gap = self._gap(expected, plain)
-            if gap <= tolerance:
+            if gap <= self.tolerance:
                 return expected
-        if broken := nonfinite_parameters(self.model) if math.isnan(gap) else []:
+        if broken := loading.nonfinite_parameters(self.model) if math.isnan(gap) else []:
             raise ValueError(
                 f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
                 "take an earlier checkpoint, or download the model again"
@@ -246,29 +224,40 @@ class CausalPolicy:
             "supported"
         )
 
-    def _compare_packed(self, batch: MicroBatch, expected_L: Tensor, tolerance: float) -> str | None:
+    def _compare_packed(self, batch: MicroBatch, expected_L: Tensor) -> str | None:
         """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
         more than rounding moves one sequence at a time (fused kernels take 16 bits only).
         """
-        with self.autocast():
-            rounded = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-        self.set_packed(True)
-        gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-        if not gap <= tolerance:
-            return (
-                f"packed log-probs differ by {gap:.2g} nats: something beside attention looks along the row, "
-                "or attention takes distances or a window from elsewhere"
-            )
-        with self.autocast():
+        try:
+            with self.autocast():
+                rounded = self._gap(self.scorer(batch, 1.0)[0], expected_L)
+            self.set_packed(True)
             gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-        if not gap <= 4 * rounded + tolerance:
+            if not gap <= self.tolerance:
+                return (
+                    f"packed log-probs differ by {gap:.2g} nats: something beside attention looks along the "
+                    "row, or attention takes distances or a window from elsewhere"
+                )
+            with self.autocast():
+                gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
+        except ValueError as error:
+            return str(error).splitlines()[0]
+        except (TypeError, AttributeError, RuntimeError):
+            name = type(self.model).__name__
+            return f"the layers of {name} need an attention mask, or a shape that a packed row does not have"
+        if not gap <= 4 * rounded + self.tolerance:
             return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
         return None
+
+    @property
+    def tolerance(self) -> float:
+        """Nats by which log-probs of the same weights may differ."""
+        return 2e-4 if loading.storage_dtype(self.config) == torch.float32 else 0.15
 
     def _gap(self, ours_L: Tensor, theirs_L: Tensor) -> float:
         """The greatest gap in nats; of weights in bf16 the mean, as rounding has single tokens at 0.3."""
         gaps_L = (ours_L - theirs_L).abs()
-        return (gaps_L.max() if storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
+        return (gaps_L.max() if loading.storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":
@@ -313,25 +302,31 @@ class CausalPolicy:
         if self.peft_model is not None:
             load_adapter(self.peft_model, folder, self.device)
             return
-        saved = load_model(self.config.model_copy(update={"name": str(folder), "revision": None}))
+        saved = loading.load_model(self.config.model_copy(update={"name": str(folder), "revision": None}))
         self.model.load_state_dict(saved.state_dict())
 
     def weights(self) -> WeightStream:
-        return PolicyWeights(self)
+        return PolicyWeights(self.model, self.canary)
+
+    @torch.no_grad()
+    def canary(self) -> tuple[list[int], list[float]]:
+        """Fixed ids, and their log-probs by the model's own logits and attention."""
+        ids, training = torch.tensor(self.canary_ids, device=self.device), self.scorer.training
+        self.scorer.eval()
+        with self.in_rows(), self.autocast():
+            logprobs = own_logprobs(self.model, ids)
+        self.scorer.train(training)
+        return ids.tolist(), logprobs.tolist()
 
     def write_model(self, folder: Path) -> None:
-        """Plain Hugging Face form: a model folder, or the adapter's folder with LoRA; the tokenizer beside
-        it.
+        """Plain Hugging Face form: the model's folder, or the adapter's with LoRA; the tokenizer beside it.
 
-        Weights keep their storage dtype; config.json names the compute dtype, so that `from_pretrained` and
-        vLLM load it as trained.
+        Weights keep their storage dtype; config.json names the compute dtype, by which others load it.
         """
         target = self.peft_model or self.model
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
-        packed = self.scorer.packed
-        self.set_packed(False)
-        save_model(target, self.model, folder)
-        self.set_packed(packed)
+        with self.in_rows():
+            save_model(target, self.model, folder)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():

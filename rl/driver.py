@@ -3,12 +3,12 @@
 A loop is `for step in steps(run): ...`; `rl.train.train` is the one of reinforcement learning.
 
 A run that was killed goes on exactly, since every random number is a function of the seed and of what it is
-for, not of a stream's state; and since logs are cut back to the checkpoint, metrics have neither gaps nor
-doubles.
+for, not of a stream's state. Logs are cut back to the checkpoint: metrics have neither gaps nor doubles.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from rl.phases import Phases, StopSignal
-from rl.policy import Reference, Trained, Writer
+from rl.policy import Reference, Trained
 from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, LoadedCheckpoint
 from rl.store.metrics import MetricsLog
+from rl.store.optimizer_state import state_bytes
 from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
 from rl.types import Observer
 from rl.world import World
@@ -73,35 +74,26 @@ class Loop(Protocol):
     Attributes:
         config: has `train.steps`, `train.max_bad_steps`, `checkpoint.every` and `evaluation.every`.
         reference: the model of a KL term, or None.
+        logs: what is cut back to the checkpoint besides the metrics.
     """
 
-    @property
-    def config(self) -> Any: ...
-    @property
-    def world(self) -> World: ...
+    config: Any
+    world: World
+    optimizer: torch.optim.Optimizer
+    store: CheckpointStore
+    log: MetricsLog
+    phases: Phases
+    stop: StopSignal
+    progress: Progress
+
     @property
     def policy(self) -> Trained: ...
     @property
     def reference(self) -> Reference | None: ...
     @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-    @property
-    def store(self) -> CheckpointStore: ...
-    @property
-    def log(self) -> MetricsLog: ...
-    @property
     def observer(self) -> Observer: ...
     @property
-    def phases(self) -> Phases: ...
-    @property
-    def stop(self) -> StopSignal: ...
-    @property
-    def progress(self) -> Progress: ...
-
-    @property
-    def logs(self) -> Sequence[Log]:
-        """What is cut back to the checkpoint besides the metrics."""
-        ...
+    def logs(self) -> Sequence[Log]: ...
 
     def evaluate(self, step: int) -> None:
         """Measures the weights after `step` steps on held-out data, unless that is known or there is none."""
@@ -117,8 +109,7 @@ class Loop(Protocol):
 
 
 def steps(run: Loop) -> Iterator[int]:
-    """The numbers of the steps to do, from 0. Between two of them it logs, evaluates, saves, and looks
-    whether somebody asked to stop.
+    """The numbers of the steps to do, from 0. Between two it logs, evaluates, saves, and looks for a stop.
 
     The body of the loop does the step, and puts its metrics into `run.progress.values`.
 
@@ -151,12 +142,9 @@ def every(step: int, period: int) -> bool:
 def _log(run: Loop) -> None:
     """One row of metrics for the step that just ended (rows count from 1: the number of steps done)."""
     at = run.progress
-    values = at.values | run.phases.take()
-    values |= {
-        "policy/lr": run.optimizer.param_groups[0]["lr"],
-        "steps/skipped": float(at.skipped_steps),
-        "time/step": at.step_seconds,
-    }
+    rate = run.optimizer.param_groups[0]["lr"]
+    values = {**at.values, **run.phases.take(), "policy/lr": rate, "steps/skipped": float(at.skipped_steps)}
+    values["time/step"] = at.step_seconds
     if run.world.is_main:
         run.log.write(at.step, values)
         run.observer.step(at.step, values)
@@ -193,22 +181,19 @@ def save(run: Loop, *, must: bool = False) -> None:
     """
     at = run.progress
     with run.phases("save"):
-        writers: list[Writer | None] = [run.policy.snapshot(run.optimizer)]
-        writers += [run.reference.snapshot()] if run.reference is not None else []
+        snapshots = [run.policy.snapshot(run.optimizer), run.reference and run.reference.snapshot()]
+        writers = [writer for writer in snapshots if writer is not None]
+        num_bytes = state_bytes(run.optimizer, copies=len(writers))
 
         def write(folder: Path) -> None:
-            for writer in filter(None, writers):
+            for writer in writers:
                 writer(folder)
 
-        own = {
-            "bad_steps_in_row": at.bad_steps_in_row,
-            "skipped_steps": at.skipped_steps,
-            "seconds": at.seconds,
-        }
+        own = {name: getattr(at, name) for name in ("bad_steps_in_row", "skipped_steps", "seconds")}
         rng = {f"rank{rank}": state for rank, state in enumerate(run.world.gather(capture_rng()))}
         state = TrainerState(step=at.step, rng=rng, counters=own | run.counters())
         try:
-            run.store.save(at.step, write=write, state=state, team=run.world)
+            run.store.save(at.step, write=write, state=state, team=run.world, num_bytes=num_bytes)
         except CheckpointWriteError as error:
             sentence = f"{error}; started again, the run repeats what follows them"
             if must:
@@ -242,8 +227,7 @@ def _put_back(run: Loop, loaded: LoadedCheckpoint) -> None:
     run.policy.load(loaded.path, run.optimizer)
     if run.reference is not None:
         run.reference.load(loaded.path)
-    mine = state.rng.get(f"rank{run.world.rank}")
-    if mine is not None:
+    if (mine := state.rng.get(f"rank{run.world.rank}")) is not None:
         restore_rng(mine)
     at.step = at.start_step = at.saved_step = state.step
     at.seconds_before = state.counters.get("seconds", 0.0)
@@ -254,11 +238,7 @@ def _put_back(run: Loop, loaded: LoadedCheckpoint) -> None:
 
 def _spans(numbers: Sequence[int]) -> str:
     """Ascending numbers as text: 1, 4 to 9, 12; at most ten spans."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    texts = [str(a) if a == b else f"{a} to {b}" for a, b in spans]
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    spans = [[number for _, number in run] for _, run in runs]
+    texts = [f"{span[0]} to {span[-1]}" if len(span) > 1 else str(span[0]) for span in spans]
     return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")

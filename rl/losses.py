@@ -17,6 +17,7 @@ from torch import Tensor
 from rl.config import LossConfig, SamplerCorrectionConfig
 
 Aggregation = Literal["sequence", "constant", "step_tokens", "batch_tokens"]
+Level = Literal["token", "sequence", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -159,19 +160,17 @@ class Loss:
 
     token_loss_fn: Callable[[Terms, LossConfig], Tensor]
     aggregation: Aggregation
-    ratio_level: Literal["token", "sequence"] = "token"
     clipped_fn: Callable[[Terms, LossConfig], tuple[Tensor, Tensor]] | None = None
+    ratio_level: Literal["token", "sequence"] = "token"
 
 
 LOSSES: dict[str, Loss] = {
-    "grpo": Loss(clipped_loss, "sequence", clipped_fn=clipped_tokens),  # arXiv:2501.12948 equation (1)
-    "dr_grpo": Loss(clipped_loss, "constant", clipped_fn=clipped_tokens),  # arXiv:2503.20783
-    "bnpo": Loss(clipped_loss, "step_tokens", clipped_fn=clipped_tokens),
-    "dapo": Loss(clipped_loss, "batch_tokens", clipped_fn=clipped_tokens),  # arXiv:2503.14476
-    "gspo": Loss(
-        clipped_loss, "sequence", ratio_level="sequence", clipped_fn=clipped_tokens
-    ),  # arXiv:2507.18071
-    "cispo": Loss(cispo_loss, "batch_tokens", clipped_fn=clipped_weights),
+    "grpo": Loss(clipped_loss, "sequence", clipped_tokens),  # arXiv:2501.12948 equation (1)
+    "dr_grpo": Loss(clipped_loss, "constant", clipped_tokens),  # arXiv:2503.20783
+    "bnpo": Loss(clipped_loss, "step_tokens", clipped_tokens),
+    "dapo": Loss(clipped_loss, "batch_tokens", clipped_tokens),  # arXiv:2503.14476
+    "gspo": Loss(clipped_loss, "sequence", clipped_tokens, ratio_level="sequence"),  # arXiv:2507.18071
+    "cispo": Loss(cispo_loss, "batch_tokens", clipped_weights),
     "sapo": Loss(sapo_loss, "sequence"),
     "reinforce": Loss(reinforce_loss, "step_tokens"),
 }
@@ -205,22 +204,20 @@ def aggregation_weight(
     return 1.0 / denominators[aggregation] if num_loss_tokens else 0.0
 
 
-def sampler_ratio(
-    log_ratio_N: Float[Tensor, " N"],
-    sequence_ids_N: Int[Tensor, " N"],
-    *,
-    mask_N: Bool[Tensor, " N"],
-    num_sequences: int,
-    level: Literal["token", "sequence", "geometric"],
-) -> Float[Tensor, " N"]:
-    """policy / sampler of the token, its product over the sequence, or its geometric mean over the sequence.
+def log_ratio_at(level: Level, log_ratio_N: Float[Tensor, " N"], x: LossInputs) -> Float[Tensor, " N"]:
+    """Of the token itself, or, for each token, the sum or the mean over the loss tokens of its sequence.
 
-    The product is the unbiased weight, and spreads with the length; the geometric mean does not.
+    exp of the sum ("sequence") is the unbiased weight of a sampler's token, and spreads with the length; exp
+    of the mean ("geometric") does not spread.
     """
-    if level != "token":
-        mean = level == "geometric"
-        log_ratio_N = _over_sequence(log_ratio_N, sequence_ids_N, mask_N, num_sequences, mean=mean)
-    return log_ratio_N.exp()
+    if level == "token":
+        return log_ratio_N
+    zeros_S = log_ratio_N.new_zeros(x.num_sequences)
+    totals_S = zeros_S.index_add(0, x.sequence_ids_N, torch.where(x.mask_N, log_ratio_N, 0.0))
+    if level == "geometric":
+        counts_S = zeros_S.index_add(0, x.sequence_ids_N, x.mask_N.to(log_ratio_N.dtype))
+        totals_S = totals_S / counts_S.clamp(min=1)
+    return totals_S[x.sequence_ids_N]
 
 
 def sampler_weights(ratio_N: Float[Tensor, " N"], correction: SamplerCorrectionConfig) -> Float[Tensor, " N"]:
@@ -241,18 +238,14 @@ def policy_loss(inputs: LossInputs, *, config: LossConfig) -> LossOutput:
     _check(inputs, config)
     loss, correction, x = LOSSES[config.name], config.sampler_correction, _masked(inputs)
     old_N = x.logprobs_N.detach() if x.old_logprobs_N is None else x.old_logprobs_N.detach()
-    log_ratio_N = x.logprobs_N - old_N
-    if loss.ratio_level == "sequence":
-        log_ratio_N = _over_sequence(log_ratio_N, x.sequence_ids_N, x.mask_N, x.num_sequences, mean=True)
-    terms = Terms(x.logprobs_N, log_ratio_N.exp(), x.advantages_N)
+    level = "geometric" if loss.ratio_level == "sequence" else "token"
+    ratio_N = log_ratio_at(level, x.logprobs_N - old_N, x).exp()
+    terms = Terms(x.logprobs_N, ratio_N, x.advantages_N)
     token_loss_N = loss.token_loss_fn(terms, config)
 
     behavior_N = old_N if x.behavior_logprobs_N is None else x.behavior_logprobs_N.detach()
     gap_N = torch.where(behavior_N.isnan(), 0.0, old_N - behavior_N)
-    level = correction.level if correction else "token"
-    sampler_ratio_N = sampler_ratio(
-        gap_N, x.sequence_ids_N, mask_N=x.mask_N, num_sequences=x.num_sequences, level=level
-    )
+    sampler_ratio_N = log_ratio_at(correction.level if correction else "token", gap_N, x).exp()
     if correction:
         token_loss_N = token_loss_N * sampler_weights(sampler_ratio_N, correction)
 
@@ -306,17 +299,6 @@ def _where(mask_N: Tensor, values_N: Tensor, fill: float) -> Float[Tensor, " N+1
     return torch.cat([torch.where(mask_N, values_N, fill), values_N.new_full((1,), fill)])
 
 
-def _over_sequence(
-    x_N: Tensor, sequence_ids_N: Tensor, mask_N: Tensor, num_sequences: int, *, mean: bool
-) -> Float[Tensor, " N"]:
-    """For each token the sum, or mean, of `x_N` over the loss tokens of its sequence."""
-    zeros_S = x_N.new_zeros(num_sequences)
-    totals_S = zeros_S.index_add(0, sequence_ids_N, torch.where(mask_N, x_N, 0.0))
-    if mean:
-        totals_S = totals_S / zeros_S.index_add(0, sequence_ids_N, mask_N.to(x_N.dtype)).clamp(min=1)
-    return totals_S[sequence_ids_N]
-
-
 def _beyond(ratio_N: Tensor, correction: SamplerCorrectionConfig) -> Bool[Tensor, " N"]:
     return (ratio_N < correction.low) | (ratio_N > correction.high)
 
@@ -332,16 +314,12 @@ def _masked(inputs: LossInputs) -> LossInputs:
     return replace(inputs, **columns)
 
 
-def _check(inputs: LossInputs, config: LossConfig) -> None:
-    needs = {
-        "kl_coef=0": (config.kl_coef > 0, inputs.reference_logprobs_N, "the log-probs of a reference model"),
-        "entropy_coef=0": (config.entropy_coef > 0, inputs.entropy_N, "the policy's entropies"),
-        "sampler_correction=null": (
-            config.sampler_correction is not None,
-            inputs.behavior_logprobs_N,
-            "the log-probs that the engine sampled with",
-        ),
-    }
-    for off, (is_on, column, what) in needs.items():
-        if is_on and column is None:
-            raise ValueError(f"loss.{off.split('=')[0]} is on but lacks {what}; give them, or set loss.{off}")
+def _check(x: LossInputs, config: LossConfig) -> None:
+    needs = (
+        ("kl_coef", 0, x.reference_logprobs_N, "the log-probs of a reference model"),
+        ("entropy_coef", 0, x.entropy_N, "the policy's entropies"),
+        ("sampler_correction", "null", x.behavior_logprobs_N, "the log-probs that the engine sampled with"),
+    )
+    for key, off, column, what in needs:
+        if getattr(config, key) and column is None:
+            raise ValueError(f"loss.{key} is on but lacks {what}; give them, or set loss.{key}={off}")

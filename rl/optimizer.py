@@ -27,9 +27,7 @@ def weight_decay_groups(named: Named, weight_decay: float) -> list[dict[str, obj
 
 
 def finish_gradients(named: Named, max_norm: float, *, num_processes: int) -> float:
-    """Sums the gradients over processes (never averages: weights are global shares), clips, and returns the
-    norm before.
-    """
+    """Sums gradients over processes (weights are global shares: no mean), clips, returns the norm before."""
     parameters = [p for _, p in named]
     if num_processes > 1:
         sum_gradients(parameters)
@@ -37,9 +35,7 @@ def finish_gradients(named: Named, max_norm: float, *, num_processes: int) -> fl
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """grad <- sum of grad over all processes, in flat buckets; a process without a gradient contributes
-    zeros.
-    """
+    """grad <- sum of grad over all processes, in flat buckets; a process without a gradient adds zeros."""
     buckets: list[list[nn.Parameter]] = [[]]
     size = 0
     for parameter in parameters:
@@ -58,9 +54,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 64 << 
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak rate at optimizer step `step`: linear warm-up, then constant, linear or cosine to 0
-    at the end.
-    """
+    """Share of the peak rate at a step: linear warm-up, then constant, linear or cosine to 0 at the end."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

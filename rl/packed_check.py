@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,8 +15,7 @@ from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
 def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
-    """Ragged groups with shared prompts, longer than every length at which the model switches and that a
-    sequence may exceed.
+    """Ragged groups with shared prompts, beyond every length at which the model switches, if any is reached.
 
     Args:
         longest: tokens of the longest sequence to come; None: `PROBE_LIMIT`.
@@ -38,17 +37,10 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
 
 def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
     """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
-    pieces = []
-    for block in batch.blocks:
-        start = block.completion_start
-        for length in block.completion_lengths:
-            prompt = batch.token_ids_N[block.start : block.completion_start]
-            row = torch.cat([prompt, batch.token_ids_N[start : start + length]])
-            logits = (
-                model(input_ids=row[None], use_cache=False).logits[0, block.prompt_length - 1 : -1].float()
-            )
-            pieces.append(
-                torch.log_softmax(logits, -1).gather(-1, row[block.prompt_length :, None]).squeeze(-1)
-            )
-            start += length
-    return torch.cat(pieces)
+    return torch.cat([own_logprobs(model, ids, given=given) for ids, given, _ in batch.sequences()])
+
+
+def own_logprobs(model: PreTrainedModel, ids_T: Int[Tensor, " T"], *, given: int = 1) -> Float[Tensor, " n"]:
+    """Log-probs of all but the first `given` ids, each after what precedes it, by the model's own logits."""
+    logits = model(input_ids=ids_T[None], use_cache=False).logits[0, given - 1 : -1].float()
+    return torch.log_softmax(logits, -1).gather(-1, ids_T[given:, None]).squeeze(-1)

@@ -17,6 +17,7 @@ ASKS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 REPEAT_S = 1.0
 SETTLE_S = 0.05
+PATIENCE_S = 5.0
 SHOWN = {
     "sample": "sampling",
     "score": "graders",
@@ -56,13 +57,20 @@ class StopSignal:
 
     A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is the same wish.
     So is the same signal twice in a moment: the kernel sends one for every thread of a launcher that dies.
-    Handlers run late, when torch returns from a long call, so a thread notes when signals arrive. In a run
-    of several processes all stop at the same step, because `any_process` combines their wishes.
+    Handlers run late, when torch returns from a long call, so a thread notes when signals arrive, and says
+    so by `say`. In a run of several processes all stop at the same step, because `any_process` combines their
+    wishes.
+
+    Args:
+        may_exit: where the second signal has not ended the program within `PATIENCE_S`, the thread does, as a
+            kill would: the run folder holds what the run goes on from.
     """
 
-    def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
+    def __init__(self, any_process: Callable[[bool], bool] = bool, *, may_exit: bool = False) -> None:
         self.received: int | None = None
-        self._received_at = 0.0
+        self.say: Callable[[str], None] = lambda text: None
+        self._may_exit = may_exit
+        self._received_at, self._is_again = 0.0, False
         self.any_process = any_process
         self._previous: dict[int, Any] = {}
         self._arrived: dict[int, float] = {}
@@ -79,13 +87,16 @@ class StopSignal:
         return self
 
     def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._restore_handlers()
         if self._sockets:
             signal.set_wakeup_fd(self._previous_fd)
             self._sockets[1].close()  # the thread reads the end of it
             self._sockets = ()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
 
     def requested(self) -> bool:
         """Whether any process was asked to stop; call it equally often on all of them."""
@@ -96,10 +107,13 @@ class StopSignal:
         return 0 if self.received is None else 128 + self.received
 
     def _handle(self, number: int, frame: Any) -> None:
+        is_again = self._is_again
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
-        elif self.received == number and self._last_arrival(number) - self._received_at >= REPEAT_S:
-            self.restore()
+        elif self.received == number and not is_again:
+            is_again = self._last_arrival(number) - self._received_at >= REPEAT_S
+        if is_again:  # or both came during one long call, which is one call of this handler
+            self._restore_handlers()
             signal.raise_signal(number)
 
     def _last_arrival(self, number: int) -> float:
@@ -107,9 +121,25 @@ class StopSignal:
         return self._arrived.get(number, time.monotonic())
 
     def _note_arrivals(self, reader: socket.socket) -> None:
+        first, since = 0, 0.0
         with reader:
-            while byte := reader.recv(1):
-                self._arrived[byte[0]] = time.monotonic()
+            while True:
+                try:
+                    byte = reader.recv(1)
+                except TimeoutError:
+                    self.say("stopped at once; the same command goes on from the newest checkpoint")
+                    os._exit(128 + first)
+                if not byte:
+                    return
+                number, now = byte[0], time.monotonic()
+                self._arrived[number] = now
+                if not first and number in ASKS_TO_STOP:
+                    first, since = number, now
+                    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                    self.say(f"stopping after this step; {name} again stops at once")
+                elif number == first and now - since >= REPEAT_S:
+                    self._is_again = True
+                    reader.settimeout(PATIENCE_S if self._may_exit else None)
 
 
 def stop_with_launcher() -> None:

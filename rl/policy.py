@@ -1,8 +1,7 @@
 """What the loop needs of a model that is trained, and of the one that it is compared with.
 
 `rl.causal.CausalPolicy` is a policy, and so is anything with these methods (`recipes/kinds.py` names others).
-A policy owns what is random or replayed in a forward pass: it draws in `prepare`, once, and every model that
-scores the result sees the same.
+A policy owns what is random or replayed in a forward pass: it draws once, in `prepare`, for every model.
 """
 
 from __future__ import annotations
@@ -90,8 +89,7 @@ class Policy(Trained, Protocol):
     Attributes:
         shares_prompts: a prompt is computed once for all its completions in a micro-batch.
         redraws: its log-probs are estimates on what it draws, anew for each pass over a batch.
-        in_step: its forward passes are collective, so that all processes need equally many. `prepare` pads
-            with idle ones.
+        in_step: its forward passes are collective; `prepare` pads with idle ones to equally many everywhere.
     """
 
     @property

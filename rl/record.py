@@ -1,12 +1,9 @@
-"""The numbers of a step, from its scored groups: rewards and their parts, group outcomes, lengths, staleness,
-faults.
-"""
+"""The numbers of a step, from its groups: rewards and their parts, outcomes, lengths, staleness, faults."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 
 from rl.advantages import group_outcome
 from rl.config import AdvantageConfig
@@ -14,16 +11,8 @@ from rl.types import Completion, Reason, Reward, ScoredGroup
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
-COUNTS = {
-    "replaced": "rollout/replaced",
-    "in_flight": "rollout/in_flight",
-    "over_age": "staleness/over_age",
-}
+COUNTS = {"replaced": "rollout/replaced", "in_flight": "rollout/in_flight", "over_age": "staleness/over_age"}
 Sum = Callable[[list[float]], list[float]]
-Ratios = dict[str, tuple[float, float]]
-"""Metric -> (sum, count) on this process; names that begin with _ are no metrics."""
-Tops = dict[str, float]
-"""Metric -> greatest value on this process; of -NAME the negated least value of NAME."""
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:
@@ -63,8 +52,7 @@ def group_metrics(
     }
     lengths = [len(c.token_ids) for c, _ in live]
     ages = [(step - span.policy_version, span.num_tokens) for c, _ in live for span in c.version_spans]
-    ratios, tops = _scores(scored)
-    ratios |= {
+    ratios = {
         "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
         "graders/faults": (len(faults), num_graded),
         "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
@@ -75,49 +63,27 @@ def group_metrics(
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
         "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
     }
-    tops |= {
+    maxima = {
         "completion/length_max": max(lengths, default=0),
-        "-completion/length_min": -min(lengths, default=0),
         "staleness/max": max((age for age, _ in ages), default=0),
     }
+    minima = {"completion/length_min": min(lengths, default=0)}
     counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
     counted["tokens/completion"] = sum(len(c.token_ids) for c, _ in _pairs(sampled))
-    values = _over_processes(ratios, tops, counted, world)
-    values |= _spreads(scored, values)
-    return {name: value for name, value in values.items() if not name.startswith("_")}
+    values = _moments(scored, world) | world.merged(ratios, maxima=maxima, minima=minima)
+    return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
 
 
-def _over_processes(
-    ratios: Ratios, tops: Tops, counts: Mapping[str, float], world: World
-) -> dict[str, float]:
-    flat = iter(world.sum([float(x) for x in (*chain(*ratios.values()), *counts.values())]))
-    totals = {name: (next(flat), next(flat)) for name in ratios}
-    values = {name: total / count for name, (total, count) in totals.items() if count}
-    ends = zip(tops, world.max([float(x) for x in tops.values()]), strict=True)
-    values |= {name.removeprefix("-"): -x if name.startswith("-") else x for name, x in ends}
-    return values | dict(zip(counts, flat, strict=True))
-
-
-def _scores(scored: Mapping[str, Sequence[float]]) -> tuple[Ratios, Tops]:
-    """Means of the reward and its parts, and what `_spreads` needs."""
-    ratios, tops = {}, {}
-    for name, numbers in scored.items():
-        ratios[f"{name}/mean"] = (math.fsum(numbers), len(numbers))
-        ratios[f"_{name}/square"] = (math.fsum(x * x for x in numbers), len(numbers))
-        tops[f"_{name}/high"] = max(numbers, default=-math.inf)
-        tops[f"-_{name}/low"] = -min(numbers, default=math.inf)
-    return ratios, tops
-
-
-def _spreads(names: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
-    """Standard deviations; equal scores have one of 0 to the last bit, which the squares do not give."""
-    spreads = {}
-    for name in names:
-        if (square := values.get(f"_{name}/square")) is not None:
-            is_spread = values[f"_{name}/high"] > values[f"_{name}/low"]
-            spread = max(0.0, square - values[f"{name}/mean"] ** 2) if is_spread else 0.0
-            spreads[f"{name}/std"] = math.sqrt(spread)
-    return spreads
+def _moments(scored: Mapping[str, Sequence[float]], world: World) -> dict[str, float]:
+    """Mean and standard deviation of scores by name; of equal ones it is 0 to the last bit."""
+    found, values = world.gather(scored), {}
+    for name in scored:
+        numbers = [x for of_process in found for x in of_process[name]]
+        if numbers:
+            mean = values[f"{name}/mean"] = math.fsum(numbers) / len(numbers)
+            squares = math.fsum((x - mean) ** 2 for x in numbers) if max(numbers) > min(numbers) else 0.0
+            values[f"{name}/std"] = math.sqrt(squares / len(numbers))
+    return values
 
 
 def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: Sum) -> str:

@@ -1,5 +1,4 @@
-"""READ FIRST: the loop. Sample groups, grade them, turn rewards into advantages, update the policy, send the
-weights back.
+"""READ FIRST: the loop. Sample groups, grade them, compute advantages, update the policy, send the weights.
 
 Everything else in the library is called from here. `recipes/grpo.py` builds a `Run` and calls `train`;
 `rl.driver.steps` stops, logs, saves and evaluates between two steps.
@@ -57,9 +56,7 @@ def train(run: Run) -> int:
 
 
 def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
-    """The groups of a step: from the ledger if a killed run sampled them already, else fresh ones, which are
-    recorded.
-    """
+    """The groups of a step: from the ledger if a killed run sampled them, else fresh ones, now recorded."""
     source, recorded, cursor = run.source, run.recorded(step), run.source.cursor
     if recorded is not None:
         groups, source.last_rejected = recorded.groups, recorded.rejected

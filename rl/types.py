@@ -18,9 +18,7 @@ Message = Mapping[str, str]
 
 
 class Reason(StrEnum):
-    """Why a reward has the score it has. `INFRA_ERROR`, `BAD_GOLD` and `NOT_APPLICABLE` abstain (score
-    None).
-    """
+    """Why a reward has its score. `INFRA_ERROR`, `BAD_GOLD` and `NOT_APPLICABLE` abstain (score None)."""
 
     CORRECT = "correct"
     WRONG_ANSWER = "wrong_answer"
@@ -74,9 +72,7 @@ Origin = Literal["sampled", "scaffold", "tool", "user"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`num_tokens` consecutive completion tokens of one origin: what the policy sampled, what a template put
-    around a turn, what a tool answered, or what a user said.
-    """
+    """Consecutive completion tokens of one origin: the policy, a template around a turn, a tool, a user."""
 
     origin: Origin
     num_tokens: int
@@ -84,9 +80,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A further row of an episode: turns before which the prefix was not that of the row before, so that they
-    are computed behind a prompt of their own.
-    """
+    """A further row of an episode: its prefix is not the row before, so that it has a prompt of its own."""
 
     prompt_token_ids: tuple[int, ...]
     completion: Completion
@@ -101,8 +95,7 @@ class Completion:
         behavior_logprobs: nats, one per token, of the distribution that was sampled from (temperature
             applied); empty if the engine was asked for none.
         loss_mask: one per token; False for tokens that the policy did not choose (tool output).
-        finish_reason: "stop", "length" (cut by max_completion_length) or "abort" (the engine failed; data,
-        never a reward of 0).
+        finish_reason: "stop", "length" (cut off) or "abort" (the engine failed: never a reward of 0).
         version_spans: in order, they add up to len(token_ids).
         text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
         special tokens, such as <think> in some vocabularies, stay.
@@ -131,9 +124,7 @@ class Completion:
 
 @dataclass(slots=True)
 class Group:
-    """A prompt and its G completions: what an engine returns. Groups may be ragged: an aborted completion
-    stays in.
-    """
+    """A prompt and its G completions, as an engine returns them: ragged, aborted ones included."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -144,14 +135,12 @@ class Reward:
     """A grader's verdict on one completion. `score` is never overwritten by an advantage.
 
     Attributes:
-        score: the number, or None when the grader abstains (its own fault, an unusable gold): left out of the
-        group's baseline.
+        score: None: the grader abstains (its fault, an unusable gold): left out of the group's baseline.
         reason: see `Reason`.
         detail: one sentence for a reader.
         extracted: the answer that was found in the completion, if any.
         elapsed_ms: grading time in milliseconds.
-        parts: name -> score of each reward that was composed into this one, before weights; None where it
-            abstained.
+        parts: name -> score of each reward composed into this one, before weights; None: it abstained.
         turns: reward of each turn of an episode, None where it has none; empty for a single turn.
     """
 
@@ -186,8 +175,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one call samples. `top_k=0`, `top_p=1.0`, `min_p=0.0` mean the whole distribution;
-    `temperature=0.0` means greedy.
+    """How one call samples: greedily at temperature 0; top_k=0, top_p=1, min_p=0 cut nothing off.
 
     Attributes:
         stop: a completion ends behind the token in which one of these strings is complete.
@@ -256,15 +244,11 @@ class WeightStream(Protocol):
     """The policy's weights on their way to an engine, under their Hugging Face names, LoRA merged."""
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """(name, torch.Tensor) pairs, every tensor of the model once, tied ones once. May be iterated several
-        times.
-        """
+        """(name, torch.Tensor): every tensor of the model once, tied ones once. Can be iterated again."""
         ...
 
     def canary(self) -> tuple[list[int], list[float]]:
-        """Fixed token ids and the policy's own log-probs (nats, temperature 1) of ids[1:] given what precedes
-        them.
-        """
+        """Fixed token ids, and the policy's log-probs (nats, temperature 1) of ids[1:] after the rest."""
         ...
 
 

@@ -6,6 +6,7 @@ import math
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,7 @@ from rl.world import World
 
 @dataclass
 class UpdateResult:
-    """What an update did. `metrics` are means over all processes; `bad_steps` counts optimizer steps skipped
-    as not finite.
-    """
+    """What an update did. `metrics`: means over all processes; `bad_steps`: steps skipped as not finite."""
 
     metrics: dict[str, float]
     num_updates: int = 0
@@ -31,21 +30,11 @@ class UpdateResult:
 
 def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
     """How the configured loss weighs tokens, and which rows it needs no forward pass for."""
-    loss, limit = config.loss, config.sampling.max_completion_length
-
-    def row_weight(tokens: float, sequences: float, step_tokens: float, mean_step_tokens: float) -> float:
-        return aggregation_weight(
-            tokens,
-            sequences,
-            step_tokens,
-            mean_step_tokens,
-            aggregation=LOSSES[loss.name].aggregation,
-            max_completion_length=limit,
-        )
-
+    loss = config.loss
+    weight = {"max_completion_length": config.sampling.max_completion_length}
     return PackRules(
-        token_budget=config.train.token_budget,
-        row_weight=row_weight,
+        token_budget=config.token_budget,
+        row_weight=partial(aggregation_weight, aggregation=LOSSES[loss.name].aggregation, **weight),
         num_minibatches=config.train.num_minibatches,
         skip_without_signal=loss.kl_coef == 0 and loss.entropy_coef == 0,
         mask_truncated=loss.mask_truncated,
@@ -150,9 +139,7 @@ def _loss(config: LossConfig, part: Part, index: int, scores: Scores) -> LossOut
 
 @dataclass
 class Tally:
-    """Loss metrics of a step as running sums on the device; read once, at the end, after one reduction per
-    kind.
-    """
+    """Loss metrics of a step as running sums on the device; read once, at the end, by one exchange."""
 
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
@@ -163,8 +150,8 @@ class Tally:
         """Adds a micro-batch: of the loss, and what the policy reports of itself."""
         self.loss = output.loss.detach() + (0 if self.loss is None else self.loss)
         for name, (total, count) in (*output.metrics.items(), *of_policy.items()):
-            old = self.sums.get(name)
-            self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+            old_total, old_count = self.sums.get(name, (0, 0))
+            self.sums[name] = (old_total + total, old_count + count)
         for name, value in output.maxima.items():
             self.maxima[name] = torch.maximum(value, self.maxima.get(name, value))
         for name, value in output.minima.items():
@@ -174,21 +161,9 @@ class Tally:
         """Name -> value over all processes; names without a token anywhere are left out. The loss is the mean
         of `num_losses`, one for each optimizer step.
         """
-        ours = {
-            "sum": {name: [t.item(), c.item()] for name, (t, c) in self.sums.items()},
-            "max": {name: [t.item()] for name, t in self.maxima.items()},
-            "min": {name: [t.item()] for name, t in self.minima.items()},
-            "loss": {"policy/loss": [self.loss.item()]} if self.loss is not None else {},
-        }
-        merged: dict[str, dict[str, list[list[float]]]] = {kind: {} for kind in ours}
-        for theirs in world.gather(ours):
-            for kind, numbers in theirs.items():
-                for name, values in numbers.items():
-                    merged[kind].setdefault(name, []).append(values)
-        values = {name: sum(x[0] for x in rows) / num_losses for name, rows in merged["loss"].items()}
-        for name, rows in merged["sum"].items():
-            if count := sum(row[1] for row in rows):
-                values[name] = sum(row[0] for row in rows) / count
-        values |= {name: max(x[0] for x in rows) for name, rows in merged["max"].items()}
-        values |= {name: min(x[0] for x in rows) for name, rows in merged["min"].items()}
+        ratios = {name: (total.item(), count.item()) for name, (total, count) in self.sums.items()}
+        loss = 0.0 if self.loss is None else self.loss.item()
+        ratios["policy/loss"] = (loss, num_losses * world.is_main)
+        maxima, minima = ({n: x.item() for n, x in found.items()} for found in (self.maxima, self.minima))
+        values = world.merged(ratios, maxima=maxima, minima=minima)
         return {name: value for name, value in values.items() if abs(value) != math.inf}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -96,9 +96,6 @@ class World:
     def all(self, wish: bool) -> bool:
         return self.sum([float(wish)])[0] == self.size
 
-    def gather_ints(self, value: int) -> list[int]:
-        return [int(row[0]) for row in self.gather_numbers([float(value)])]
-
     def gather(self, mine: Any) -> list[Any]:
         """An object of every process, in rank order: JSON values with string keys, and tensors among them.
 
@@ -108,11 +105,28 @@ class World:
         if self.size == 1:
             return [mine]
         payload = _encode(mine)
-        lengths = self.gather_ints(len(payload))
+        lengths = [int(n) for (n,) in self.gather_numbers([len(payload)])]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         rows = cast(Tensor, self.accelerator.gather(padded[None].to(self.accelerator.device))).cpu()
         return [_decode(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+    def merged(
+        self,
+        ratios: Mapping[str, tuple[float, float]],
+        *,
+        maxima: Mapping[str, float],
+        minima: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Numbers by name: sum / count of the (sum, count) of all processes, left out where nothing counts;
+        the greatest and the least of the others. A name may be missing on some processes.
+        """
+        tables = zip(*self.gather([dict(ratios), dict(maxima), dict(minima)]), strict=True)
+        pairs, highs, lows = map(_by_name, tables)
+        totals = {name: [sum(column) for column in zip(*found, strict=True)] for name, found in pairs.items()}
+        values = {name: total / count for name, (total, count) in totals.items() if count}
+        values |= {name: float(max(found)) for name, found in highs.items()}
+        return values | {name: float(min(found)) for name, found in lows.items()}
 
     def exposure(self) -> str | None:
         """Who else can reach the processes' meeting point; None: nobody outside this machine."""
@@ -133,6 +147,11 @@ class World:
         if self.size > 1:
             self.wait()
             torch.distributed.destroy_process_group()
+
+
+def _by_name(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: [table[name] for table in tables if name in table] for name in names}
 
 
 def _encode(value: Any) -> bytes:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 
-from rl.report.command import run_command
+from recipes.cli.command import run_command, say_fault
 
 COMMANDS = {
     "train": ("recipes.cli.train", "train with GRPO; started again, it goes on where it stopped"),
-    "report": ("recipes.cli.report", "rebuild report.html from a run folder, finished or not"),
+    "report": (
+        "recipes.cli.report",
+        "rebuild report.html from a run folder, finished or not; or compare runs",
+    ),
     "denoising": (
         "recipes.cli.denoising",
         "show in which order a diffusion model wrote completions of a run",
     ),
-    "config": ("recipes.cli.config", "check a config and print every key with its meaning"),
+    "init": ("recipes.cli.init", "write a config for a dataset of your own, from a look at it"),
+    "config": ("recipes.cli.config", "check a config, print or explain its keys, or print their JSON schema"),
     "plan": ("recipes.cli.plan", "predict a run's GPU memory, and the settings that fill the GPU"),
-    "score": ("rewards.score", "grade the rows of a file with a reward"),
+    "score": ("recipes.cli.score", "grade the rows of a file with a reward"),
     "doctor": ("recipes.cli.doctor", "check the rewards of a config against its dataset, before a run"),
 }
 """Command -> (module with `add_arguments` and `run`, what it does)."""
@@ -27,9 +33,18 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; a fault the user can mend is one sentence on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(f"cohort {version('cohort-rl')}")
+        return 0
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = get_close_matches(words[0], COMMANDS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(COMMANDS)}"
+        say_fault(f"no command {words[0]!r}; {hint}")
+        return 2
     parser = argparse.ArgumentParser(
         prog="cohort", description="Reinforcement-learning post-training for language models."
     )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
-from rl.report.traces import denoising_frames, sampled_traces
+from rl.report.traces import COLOURS, Trace, sampled_traces, shade_of, tokens_of, trace_of
 from rl.store.ledger import Ledger
 from rl.store.redact import strip_controls
+from rl.types import Completion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,3 +33,25 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"step {step}, prompt {scored.prompt.id!r}, reward {reward}", style="bold")
         console.print(denoising_frames(scored.completions[i], max(arguments.frames, 1)))
     return 0
+
+
+def denoising_frames(completion: Completion, num_frames: int = 6) -> Group:
+    """The completion at evenly spread steps, first to last; what was still masked is shown as dots.
+
+    Raises:
+        ValueError: the completion has no trace.
+    """
+    trace = trace_of(completion)
+    steps = dict.fromkeys(-(-trace.num_steps * k // num_frames) for k in range(1, num_frames + 1))
+    return Group(*(_frame(trace, step) for step in steps))
+
+
+def _frame(trace: Trace, step: int) -> Text:
+    text = Text(f"after step {step} of {trace.num_steps}\n", style="dim")
+    for piece, when in tokens_of(trace):
+        shown = strip_controls(piece)
+        if when < step:
+            text.append(shown, style=COLOURS[shade_of(when, trace)])
+        else:
+            text.append("".join(c if c.isspace() else "·" for c in shown) or "·", style="dim")
+    return text.append("\n")

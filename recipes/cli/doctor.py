@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 
 from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.prompts import unrendered_prompt
-from rewards import doctor
-from rewards.doctor import add_arguments as add_arguments
+from rewards.compose import reward_specs
+from rewards.doctor import examine_all
+from rewards.score import add_deadline, take_flags_anywhere
 from rl.config.read import load_config
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check the rewards of a config against its dataset, before a run."
+    parser.add_argument("what", choices=["rewards"])
+    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.size=100")
+    parser.add_argument("--rows", type=int, default=200, help="rows of the dataset that are tried")
+    parser.add_argument("--gold", help="the column that holds the right answer (default: found by its name)")
+    parser.add_argument("--workers", type=int, default=2)
+    add_deadline(parser)
+    take_flags_anywhere(parser)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    from recipes.grpo import reward_specs  # loads torch, which --help can do without
-
     find_modules_beside(arguments.config)
-    data = load_config(arguments.config, arguments.overrides).data
-
-    def load(path: str, overrides: Sequence[str]):
-        return reward_specs(load_config(path, overrides)), load_rows(data), data.prompt_column
-
-    return doctor.run(arguments, load, ask=partial(unrendered_prompt, data))
+    config = load_config(arguments.config, arguments.overrides)
+    specs, rows, ask = (
+        reward_specs(config.rewards.functions),
+        load_rows(config.data),
+        partial(unrendered_prompt, config.data),
+    )
+    options = {name: getattr(arguments, name) for name in ("gold", "workers", "deadline")}
+    tried = rows[: arguments.rows]
+    return examine_all(specs, tried, prompt_column=config.data.prompt_column, ask=ask, **options)

@@ -1,19 +1,40 @@
-"""`cohort report`: the page about a run, from the files of its folder."""
+"""`cohort report`: the page about a run, or about several side by side, from the files of their folders."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from rl.report.compare import compare_runs
 from rl.report.report import build_report
+from rl.report.shelf import PAGE_BYTES, SIDE_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("run_dir", type=Path, nargs="+", help="several: one page compares them")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: RUN/report.html, of several runs compare.html here"
+    )
+    parser.add_argument(
+        "--page-mb",
+        type=int,
+        default=PAGE_BYTES >> 20,
+        help="MiB of completions in the page itself; older ones go into a folder beside it (%(default)s)",
+    )
+    parser.add_argument(
+        "--side-mb",
+        type=int,
+        default=SIDE_BYTES >> 20,
+        help="MiB of that folder; the oldest completions beyond it are left to the ledger (%(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    out = arguments.out
-    print(build_report(arguments.run_dir.expanduser(), out and out.expanduser()))
+    out = arguments.out and arguments.out.expanduser()
+    run_dirs = [run_dir.expanduser() for run_dir in arguments.run_dir]
+    if len(run_dirs) > 1:
+        print(compare_runs(run_dirs, out or Path("compare.html")))
+        return 0
+    sizes = {"page_bytes": arguments.page_mb << 20, "side_bytes": arguments.side_mb << 20}
+    print(build_report(run_dirs[0], out, **sizes))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from recipes.finished import is_finished
 from rewards.score import take_flags_anywhere
 from rl.config.read import load_config
 
@@ -20,24 +21,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="default: one per GPU, one on a CPU machine",
     )
+    parser.add_argument(
+        "--change",
+        action="store_true",
+        help="go on with another learning rate and such; the run's changes.jsonl will name it",
+    )
     take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the config before torch is loaded, then trains; the exit code of the run."""
-    load_config(arguments.config, arguments.overrides)
+    if is_finished(load_config(arguments.config, arguments.overrides)):
+        return 0
     import torch
 
     gpus = torch.cuda.device_count()
     processes = arguments.processes or max(1, gpus)
     if 0 < gpus < processes:
         raise ValueError(f"--processes {processes}, and there are {gpus} GPUs; one process needs one GPU")
-    recipe = [arguments.config, *arguments.overrides]
+    recipe = [arguments.config, *arguments.overrides, *(["--change"] if arguments.change else [])]
     if processes == 1:
         from recipes.grpo import main as grpo
 
         return grpo(recipe)
-    from recipes.launch import launch
+    from recipes.cli.launch import launch
 
     return launch(recipe, processes)
 

@@ -5,7 +5,6 @@ yours.
 from __future__ import annotations
 
 import difflib
-import importlib
 import itertools
 import json
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.tasks.tables import read_table
+from rewards.plugins import import_module
 from rl.config import DataConfig
 from rl.config.data import check_source
 
@@ -102,7 +102,7 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
     module_name, _, attribute = path.partition(":")
     find_modules_beside(Path.cwd() / "config")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        function = getattr(import_module(module_name), attribute)
     except Exception as error:  # a module of the user's may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(

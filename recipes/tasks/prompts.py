@@ -45,8 +45,10 @@ def split_share(
         ValueError: there is one prompt, or none.
     """
 
+    encode = json.JSONEncoder(sort_keys=True, default=str).encode
+
     def mark(row: dict[str, Any]) -> str:
-        prompt = json.dumps(row.get(prompt_column, row), sort_keys=True, default=str)
+        prompt = encode(row.get(prompt_column, row))
         return hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()
 
     marks = [mark(row) for row in rows]
@@ -83,16 +85,18 @@ def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> P
 
 def make_prompts(
     data: DataConfig,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
     tokenizer: Any,
     prefix: str,
     *,
     template_file: str | None,
     note: Callable[[str], None],
+    num_rows: int | None = None,
 ) -> list[Prompt]:
     return render_prompts(
         rows,
         tokenizer,
+        num_rows=num_rows,
         prefix=prefix,
         prompt_column=data.prompt_column,
         columns=data.columns,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rl.config import DataConfig
 from rl.config.data import DATA_SUFFIXES, check_source
 
+ROWS_READ = 10_000  # at once: a row alone takes ten times as long
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -22,7 +24,7 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
     """
     source, path = config.source, Path(config.source)
     if not path.exists():
-        _refuse_missing(source)
+        refuse_missing(source)
     elif path.is_file():
         _check_file(path)
     if is_saved := path.is_dir() and any((path / n).exists() for n in ("dataset_dict.json", "state.json")):
@@ -32,7 +34,13 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
     except Exception as error:  # builders, readers and the hub raise whatever they like
         raise ValueError(_reading_fault(error, config)) from error
     size = len(loaded) if config.size is None else min(config.size, len(loaded))
-    return [dict(row) for row in loaded.select(range(size))]
+    try:
+        parts = (loaded[first : min(first + ROWS_READ, size)] for first in range(0, size, ROWS_READ))
+        return [
+            dict(zip(part, row, strict=True)) for part in parts for row in zip(*part.values(), strict=True)
+        ]
+    except UnicodeDecodeError as error:  # text is decoded here
+        raise ValueError(_reading_fault(error, config)) from error
 
 
 def _loaded(path: Path, config: DataConfig) -> Any:
@@ -58,7 +66,7 @@ def _saved(source: str, split: str) -> Any:
     )
 
 
-def _refuse_missing(source: str) -> None:
+def refuse_missing(source: str) -> None:
     """Raises ValueError for a name that only a file or folder can have: the hub would be asked in vain."""
     path = Path(source)
     is_path = (
@@ -97,9 +105,27 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
             + (f"; it has {has}" if has else "; a split is named as data.split=train")
             + ", of which a part is written as train[:90%] or train[1000:]"
         )
+    if Path(config.source).suffix == ".jsonl" and (line := _broken_line(Path(config.source))):
+        return f"data.source={config.source!r}, {line}"
     root = error
     while (deeper := root.__cause__ or root.__context__) is not None:
         root = deeper
     lines = [f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}" for e in (error, root)]
     asked = "" if Path(config.source).exists() else f" (revision {config.revision}, split {config.split!r})"
     return f"data.source={config.source!r}{asked} could not be read: {'; '.join(dict.fromkeys(lines))}"
+
+
+def _broken_line(path: Path) -> str:
+    """The number of the first line that is not a JSON object, and why; empty if all are."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.rstrip().decode() or "{}")
+            except UnicodeDecodeError as error:
+                return f"line {number}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+            except (ValueError, RecursionError) as error:
+                place = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                return f"line {number}: not JSON ({getattr(error, 'msg', error)}{place}); mend or remove it"
+            if not isinstance(row, dict):
+                return f'line {number}: a row is an object such as {{"prompt": "..."}}, not {row!r:.40}'
+    return ""

@@ -70,7 +70,13 @@ class Config(Section):
     @property
     def max_num_seqs(self) -> int:
         """Completions that an engine samples together; with several processes it may have slots to spare."""
-        return self.engine.max_num_seqs or max(256, min(self.in_flight, 512))
+        given = self.engine.max_num_seqs
+        return given if isinstance(given, int) else max(256, min(self.in_flight, 512))
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a forward pass; of a run that nothing was planned for, what suits a CPU."""
+        return 8192 if self.train.token_budget == "auto" else self.train.token_budget
 
     @model_validator(mode="after")
     def check_rules(self) -> Config:

@@ -26,7 +26,7 @@ def described(config: Section, values: Mapping[str, Any] | None = None) -> str:
 
 
 def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
-    defaults = _defaults(schema)
+    defaults = defaults_of(schema)
     for name, field in schema.model_fields.items():
         value, section = values[name], section_in(field.annotation)
         if section is not None and isinstance(value, Mapping):
@@ -34,11 +34,11 @@ def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
             yield from _indented(_lines(section, value), "  ")
             continue
         plain = yaml.safe_dump({name: value}, sort_keys=False, width=1000, allow_unicode=True).splitlines()
-        yield from _with_comment(plain, _meaning(field, value, defaults[name]))
+        yield from _with_comment(plain, meaning(field, value, defaults[name]))
         if section is not None:
             kind = "each of them has" if isinstance(value, list) else "null, or a section with"
             yield f"  # {kind}:"
-            yield from _indented(_lines(section, _defaults(section)), "  #   ")
+            yield from _indented(_lines(section, defaults_of(section)), "  #   ")
 
 
 def _indented(lines: Iterator[str], pad: str) -> Iterator[str]:
@@ -52,12 +52,12 @@ def _with_comment(lines: list[str], comment: str) -> list[str]:
     return [f"{lines[0]}  # {comment}"] if len(lines) == 1 else [f"# {comment}", *lines]
 
 
-def _meaning(field: FieldInfo, value: Any, default: Any) -> str:
+def meaning(field: FieldInfo, value: Any, default: Any) -> str:
     """Description, choices, range, and the default where it is another."""
     said = [field.description or ""]
     if choices := _choices(field.annotation):
         said.append(f"one of {', '.join(choices)}")
-    for rule in field.metadata:
+    for rule in [*field.metadata, *_rules(field.annotation)]:
         said += [f"{word} {getattr(rule, key)}" for key, word in BOUNDS.items() if hasattr(rule, key)]
     if field.is_required():
         said.append("required")
@@ -72,7 +72,13 @@ def _choices(annotation: Any) -> list[str]:
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
-def _defaults(section: type[BaseModel]) -> dict[str, Any]:
+def _rules(annotation: Any) -> list[Any]:
+    """Those of a number that may be a word instead: `Annotated[int, Field(ge=1)] | Literal["auto"]`."""
+    infos = [m for part in get_args(annotation) for m in getattr(part, "__metadata__", ())]
+    return [rule for info in infos for rule in getattr(info, "metadata", ())]
+
+
+def defaults_of(section: type[BaseModel]) -> dict[str, Any]:
     return dict.fromkeys(section.model_fields) | section.model_construct().model_dump(mode="json")
 
 

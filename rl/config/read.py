@@ -4,6 +4,7 @@ suggested.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,34 @@ COMMANDS: dict[str, tuple[type[Section], ...]] = {
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The config of an RL run: `MaskedRunConfig` where there is a section `diffusion`."""
-    tree = _read_tree(path, overrides)
+    return validated_run(_read_tree(path, overrides), path)
+
+
+def validated_run(tree: dict[str, Any], path: str | Path | None = None) -> Config:
+    """`load_config` of what a YAML file holds; `path` is for messages."""
     return _validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
+
+
+def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a YAML file of the config would hold, with `given` put over it: keys such as "optimizer.lr", and
+    sections as mappings of their keys.
+    """
+    if isinstance(config, Config):
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree |= {} if type(config) is Config else {"diffusion": tree.get("diffusion", {})}
+    elif isinstance(config, Mapping):
+        tree = copy.deepcopy(dict(config))
+    else:
+        tree = _read_tree(config, ())
+    for key, value in given.items():
+        inner = (
+            value.items()
+            if isinstance(value, Mapping) and key in MaskedRunConfig.model_fields
+            else [(None, value)]
+        )
+        for name, part in inner:
+            _put(tree, key if name is None else f"{key}.{name}", part)
+    return tree
 
 
 def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
@@ -71,20 +98,23 @@ def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, A
         key, eq, text = override.partition("=")
         if not eq:
             raise ValueError(f"override {override!r} must look like key.sub=value, such as train.steps=20")
-        node = tree
-        *parents, leaf = key.lstrip("-").split(".")
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                node[parent] = {}
-            node = node[parent]
         try:
-            node[leaf] = _read_scalar(text)
+            _put(tree, key.lstrip("-"), _read_scalar(text))
         except ValueError as error:
             raise ValueError(
                 f"override {override!r}: the value is not valid YAML ({error}); put text with "
                 f"special characters in quotes within quotes: '{key}=\"...\"'"
             ) from None
     return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[leaf] = value
 
 
 def _validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -> C:
@@ -102,6 +132,18 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         is_section = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
     return flat
+
+
+def replaced(config: C, values: Mapping[str, Any]) -> C:
+    """The config with other values at some dotted keys, validated again."""
+    tree = config.model_dump()
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return type(config).model_validate(tree)
 
 
 def dump_config(config: Section) -> str:

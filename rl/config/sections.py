@@ -24,6 +24,9 @@ def _from_home(path: Any) -> Any:
 HOME = BeforeValidator(_from_home)
 """Of a key that may hold the path of a file or folder."""
 
+Auto = Literal["auto"]
+"""Of a key that `rl.plan` chooses on a GPU, from the model's config, the card and the number of processes."""
+
 
 class TrainConfig(Section):
     """How much is sampled and how it is trained on. A step samples `prompts_per_step` groups and consumes
@@ -37,7 +40,9 @@ class TrainConfig(Section):
         default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
     )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
-    token_budget: int = Field(default=8192, ge=16, description="packed tokens of one forward pass")
+    token_budget: Annotated[int, Field(ge=16)] | Auto = Field(
+        default="auto", description="packed tokens of one forward pass; auto: what fits, 8192 on a CPU"
+    )
     max_staleness: int = Field(
         default=0,
         ge=0,
@@ -86,8 +91,8 @@ class TrainedModelConfig(Section):
     dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="recomputes activations: less memory, more time"
+    gradient_checkpointing: bool | Auto = Field(
+        default="auto", description="recomputes activations: less memory, more time; auto: where it must be"
     )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = Field(
@@ -125,10 +130,12 @@ class EngineConfig(Section):
 
     name: Literal["auto", "vllm", "transformers"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    max_num_seqs: int | None = Field(
-        default=None, ge=1, description="sampled together; default: all in flight, from 256 to 512"
+    max_num_seqs: Annotated[int, Field(ge=1)] | Auto | None = Field(
+        default="auto", description="sampled together; auto: all in flight, from 256 to 512, or what fits"
     )
-    gpu_memory_utilization: float = Field(default=0.35, gt=0, lt=1)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
+        default="auto", description="vLLM's share of the GPU; auto: its weights and the cache it can use"
+    )
     kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
     process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
@@ -139,6 +146,11 @@ class EngineConfig(Section):
         default=None, gt=0, description="nats, mean; 0.0025 fp32, 0.2 bf16"
     )
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
+
+    @property
+    def gpu_share(self) -> float:
+        """`gpu_memory_utilization`; of a run that nothing could be planned for, a third or so."""
+        return 0.35 if self.gpu_memory_utilization == "auto" else self.gpu_memory_utilization
 
 
 class RewardSpec(Section):

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl.config import ModelConfig
+from rl.model.adapter_folder import Adapter
 from rl.model.exactness import backbone
-from rl.model.loading import first_line
+from rl.model.loading import first_line, read_config
 
 BASE = ".base_layer."
+FORMS = (
+    *("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters"),
+    *("layers_to_transform", "trainable_token_indices", "lora_bias", "bias"),
+)
+"""Settings of peft beside rank and targets: with another one the same tensors are another adapter."""
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
@@ -28,24 +32,22 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     """
     if targets == "all-linear":
         return
+    given = [targets] if isinstance(targets, str) else targets
+    patterns = given if isinstance(targets, str) else [rf"(.*\.)?{re.escape(target)}" for target in targets]
     names = [name for name, _ in model.named_modules() if name]
-    if isinstance(targets, str):
-        try:
-            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-        except re.error as error:
-            raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
-    else:
-        missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if targets and not missing:
+    try:
+        found = [any(re.fullmatch(pattern, name) for name in names) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
+    if targets and all(found):
         return
+    missing = [target for target, is_there in zip(given, found, strict=True) if not is_there]
     head = model.get_output_embeddings()
-    known = list(
-        dict.fromkeys(
-            name.split(".")[-1]
-            for name, part in model.named_modules()
-            if part is not head and getattr(getattr(part, "weight", None), "ndim", 0) == 2
-        )
-    )
+    weights = {
+        name: getattr(part, "weight", None) for name, part in model.named_modules() if part is not head
+    }
+    matrices = [name for name, weight in weights.items() if getattr(weight, "ndim", 0) == 2]
+    known = list(dict.fromkeys(name.split(".")[-1] for name in matrices))
     near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ";"
     if isinstance(targets, str):
@@ -57,29 +59,57 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     )
 
 
-def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
-
-    Raises:
-        ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
-    """
-    from peft import LoraConfig, get_peft_model
+def peft_config_of(config: ModelConfig) -> Any:
+    from peft import LoraConfig
 
     lora = config.lora
     assert lora is not None
-    if config.reference.update_every:
-        raise ValueError(
-            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
-            "the base model "
-            "without a copy; use model.reference.update_every=0"
-        )
-    peft_config = LoraConfig(
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def difference(adapter: Adapter, config: ModelConfig) -> str:
+    """In what `model.lora` asks for another adapter than the one of a folder; "" where it is the same.
+
+    Targets are compared by the names and shapes of their tensors, on a model without weights.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
+
+    there, ours = adapter.settings, peft_config_of(config).to_dict()
+    for key in ("peft_type", "r", "lora_alpha", *FORMS):
+        if (there.get(key) or None) != (ours.get(key) or None):
+            return f"{key} is {there.get(key)} there and {ours.get(key)} in model.lora"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_config(config), trust_remote_code=False)
+        check_targets(model, ours["target_modules"])
+        adapted: Any = get_peft_model(model, peft_config_of(config))
+    wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
+    saved = load_peft_weights(str(adapter.folder), device="cpu")
+    return (
+        "" if wanted == {n: t.shape for n, t in saved.items()} else "it adapts other layers than model.lora"
+    )
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
+
+    Raises:
+        ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
+    """
+    from peft import get_peft_model
+
+    lora = config.lora
+    assert lora is not None
+    if config.reference.update_every:
+        raise ValueError(
+            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
+            "the base model without a copy; use model.reference.update_every=0"
+        )
     named = f"model.lora.target_modules={lora.target_modules!r}"
     check_targets(model, lora.target_modules)
     name = str(Path(config.name).absolute()) if Path(config.name).is_dir() else config.name
@@ -87,7 +117,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
     tied = head is not None and head.weight is embeddings.weight
     frozen = [head, embeddings] if tied else [head]
     try:
-        adapted = get_peft_model(model, peft_config, revision=config.revision)
+        adapted = get_peft_model(model, peft_config_of(config), revision=config.revision)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
     # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
@@ -113,7 +143,10 @@ def load_adapter(peft_model: Any, folder: Path, device: torch.device) -> None:
     """Puts the adapter that was saved in `folder` into peft's wrapper, bit for bit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device=str(device)))
+    where = (
+        "cpu" if device.type == "cpu" else str(device)
+    )  # safetensors refuses the cpu:0 of several processes
+    set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device=where))
 
 
 def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -128,11 +161,10 @@ def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
     names = {module: name for name, module in model.named_modules()}
     called: set[nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in names]
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     try:
         with torch.no_grad():
-            backbone(model)(
-                input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False
-            )
+            backbone(model)(input_ids=ids, use_cache=False)
     except Exception as error:  # whatever a family's layers raise when one of them is wrapped
         raise ValueError(
             f"{named}: {type(model).__name__} cannot compute with these adapters: {first_line(error)} Name "
@@ -142,9 +174,8 @@ def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
         for hook in hooks:
             hook.remove()
     for module, name in names.items():
-        parent = model.get_submodule(
-            name.rpartition(".")[0]
-        )  # an expert that got no token is not called either
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # An expert that got no token is not called either, nor is its parent.
         if hasattr(module, "base_layer") and module not in called and parent in called:
             raise ValueError(
                 f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
@@ -169,7 +200,8 @@ def unsent(model: PreTrainedModel) -> list[str]:
         for name, parameter in model.named_parameters():
             for layer in adapters_of(model, name):
                 if all(layer.get_delta_weight(a).shape == parameter.shape for a in layer.active_adapters):
-                    covered.update(map(id, _own(layer)))
+                    own = (p for part, p in layer.named_parameters() if not part.startswith("base_layer."))
+                    covered.update(map(id, own))
     return [
         name
         for name, p in model.named_parameters()
@@ -177,15 +209,8 @@ def unsent(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _own(layer: Any) -> Iterator[Tensor]:
-    """Parameters of an adapter, without those of what it adapts."""
-    return (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))
-
-
 def adapters_of(model: PreTrainedModel, name: str) -> Iterator[Any]:
-    """The adapters of one tensor: a chain of them stands before a module, and each adapts one of its
-    tensors.
-    """
+    """The adapters of one tensor: a chain stands before a module, and each adapts one of its tensors."""
     if BASE not in name:
         return
     path, leaf = name.split(BASE)[0], name.rsplit(BASE, 1)[1]

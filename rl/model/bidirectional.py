@@ -1,5 +1,4 @@
-"""Bidirectional attention within the documents of a packed row, registered with transformers under the name
-`cohort_bidirectional`.
+"""Bidirectional attention within the documents of a packed row: transformers' `cohort_bidirectional`.
 
 Every token sees its whole document and nothing else. The documents travel as the keyword argument
 `cohort_documents` through the model's forward, so they survive gradient checkpointing. The mask that
@@ -69,8 +68,7 @@ def bidirectional_attention(
     cohort_documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
-    """softmax(q k^T * scaling) v over the whole document of each query, in transformers' attention-function
-    signature.
+    """softmax(q k^T * scaling) v over the document of each query; an attention function of transformers.
 
     On CUDA with 16-bit inputs all documents go through one variable-length flash kernel, elsewhere through
     one scaled_dot_product_attention per document (one in all if their lengths are equal).
@@ -79,9 +77,16 @@ def bidirectional_attention(
         ValueError: no documents were passed, more than one row, or a kind of attention that has no
             bidirectional form here (soft cap, sinks, a window shorter than a document).
     """
-    documents = cohort_documents
-    _check(module, documents, query, sliding_window, softcap, s_aux)
-    assert documents is not None
+    name, documents = type(module).__name__, cohort_documents
+    if documents is None:
+        raise ValueError(
+            f"{name} got no cohort_documents, so nobody knows what a token may see: call the model through "
+            "rl.diffusion.model.hidden_states; if you did, it does not hand keyword arguments to its "
+            "attention and cannot be used as a diffusion model"
+        )
+    if len(query) != 1:
+        raise ValueError(f"{name} got {len(query)} rows; pack the sequences into one, Documents.of(lengths)")
+    check_plain(name, max(documents.lengths), sliding_window, softcap, s_aux)
     if torch.is_autocast_enabled(query.device.type):
         # Norms of query and key (Qwen 3) give fp32 under autocast, and only SDPA itself would cast them.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -92,32 +97,11 @@ def bidirectional_attention(
         return shared_prompt_attention(q, k, v, documents.varlen, scale=scale)[None], None
     attend = functools.partial(attend_both_ways, dropout=dropout, scale=scale)
     if len(set(documents.lengths)) == 1:
-        q, k, v = (_rows(x, len(documents.lengths)) for x in (query, key, value))
+        shape = (len(documents.lengths), -1)
+        q, k, v = (x[0].unflatten(1, shape).transpose(0, 1) for x in (query, key, value))
         return attend(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
     pieces = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=2).transpose(1, 2), None
-
-
-def _check(
-    module: nn.Module,
-    documents: Documents | None,
-    query: Tensor,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> None:
-    name = type(module).__name__
-    if documents is None:
-        raise ValueError(
-            f"{name} got no cohort_documents, so nobody knows what a token may see: call the model through "
-            "rl.diffusion.model.hidden_states; if you did, it does not hand keyword arguments to its "
-            "attention and cannot be used as a diffusion model"
-        )
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"{name} got {query.shape[0]} rows; pack the sequences into one, Documents.of(lengths)"
-        )
-    check_plain(name, max(documents.lengths), sliding_window, softcap, s_aux)
 
 
 def check_plain(
@@ -149,10 +133,6 @@ def attend_both_ways(
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=False, scale=scale)
-
-
-def _rows(x: Float[Tensor, "1 H N D"], num_rows: int) -> Float[Tensor, "B H T D"]:
-    return x[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
 
 
 AttentionInterface.register(BIDIRECTIONAL, bidirectional_attention)

@@ -93,13 +93,11 @@ def moving_rope(model: PreTrainedModel) -> tuple[str, int] | None:
     """(type, length) of rotary frequencies that depend on the longest position of a forward pass, and the
     length from which on they do; None: they are fixed.
     """
-    for module, types in _rotary(model):
-        for layer_type, name in types.items():
-            if name == "longrope" or "dynamic" in name:
-                parameters = module.config.rope_parameters
-                parameters = parameters if layer_type is None else parameters[layer_type]
-                switch = parameters.get("original_max_position_embeddings")
-                return name, int(switch if name == "longrope" else module.original_max_seq_len)
+    for module, layer_type, name in _rotary(model):
+        if name == "longrope":
+            return name, int(_parameters(module, layer_type)["original_max_position_embeddings"])
+        if "dynamic" in name:
+            return name, int(module.original_max_seq_len)
     return None
 
 
@@ -107,29 +105,26 @@ def take_long_factors(model: PreTrainedModel) -> None:
     """Fixes longrope at its long factors, as vLLM does for every sequence of an engine that may exceed the
     original length (`Phi3LongRoPEScaledRotaryEmbedding`).
     """
-    for module, types in _rotary(model):
-        for layer_type, name in types.items():
-            if name != "longrope":
-                continue
-            prefix = "" if layer_type is None else f"{layer_type}_"
-            parameters = module.config.rope_parameters
-            parameters = parameters if layer_type is None else parameters[layer_type]
-            beyond = parameters["original_max_position_embeddings"] + 1
+    for module, layer_type, name in _rotary(model):
+        if name == "longrope":
+            config, settled = module.config, "longrope at its long factors"
+            beyond = _parameters(module, layer_type)["original_max_position_embeddings"] + 1
             frequencies, _ = ROPE_INIT_FUNCTIONS[name](
-                module.config, model.device, seq_len=beyond, layer_type=layer_type
+                config, model.device, seq_len=beyond, layer_type=layer_type
             )
+            prefix = "" if layer_type is None else f"{layer_type}_"
             module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
-            types[layer_type] = "longrope at its long factors"
-        if None in types:
-            module.rope_type = types[None]
-        else:
-            module.rope_type = types
+            module.rope_type = settled if layer_type is None else {**module.rope_type, layer_type: settled}
 
 
-def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, dict[str | None, str]]]:
+def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, str | None, str]]:
+    """(module, type of layers, type of its frequencies); None: it has the same for all layers."""
     for module in model.modules():
         found = getattr(module, "rope_type", None)
-        if isinstance(found, str):
-            yield module, {None: found}
-        elif isinstance(found, dict):
-            yield module, dict(found)
+        types = found if isinstance(found, dict) else {None: found}
+        yield from ((module, layer_type, name) for layer_type, name in types.items() if isinstance(name, str))
+
+
+def _parameters(module: Any, layer_type: str | None) -> dict[str, Any]:
+    parameters = module.config.rope_parameters
+    return parameters if layer_type is None else parameters[layer_type]

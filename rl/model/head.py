@@ -1,5 +1,4 @@
-"""Token log-probs and entropies from hidden states, in chunks: no tensor of all tokens x vocabulary is ever
-held.
+"""Token log-probs and entropies from hidden states, in chunks: all tokens x vocabulary are never held.
 
 The backward pass recomputes a chunk's logits instead of keeping them, which costs one more matrix product of
 the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 inputs stay fp64).
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rl.model.self_check import reproduces
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"""Of a chunk's logits: small where they should stay near the cache, large where a product must fill a GPU."""
+"""Logits held at once: small on a CPU (they fit the cache), large on a GPU (one product fills it)."""
 
 
 def token_logprobs(
@@ -33,15 +32,13 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
-    """log softmax(softcap(hidden @ weight^T + bias) / temperature)[target] and the entropy of that
-    distribution, in nats.
+    """log softmax(softcap(hidden @ weight^T + bias) / temperature)[target], and the entropy, in nats.
 
     Both are differentiable. `logit_scale` multiplies the logits before the soft cap (Cohere, Granite),
     `softcap` is Gemma 2's final_logit_softcapping.
     """
-    logprobs, entropy = _TokenLogprobs.apply(
-        hidden_LD, weight_VD, bias_V, targets_L, temperature, logit_scale, softcap
-    )  # type: ignore[misc]
+    settings = (temperature, logit_scale, softcap)
+    logprobs, entropy = _TokenLogprobs.apply(hidden_LD, weight_VD, bias_V, targets_L, settings)  # type: ignore[misc]
     return logprobs, entropy
 
 
@@ -87,7 +84,7 @@ def asked_logprobs(
         return logits[:, :-1] - logits[:, -1:]
 
     row_bytes = ids_LJ.shape[1] * hidden_LD.shape[1] * hidden_LD.element_size()
-    rows = max(1, CHUNK_BYTES.get(hidden_LD.device.type, CHUNK_BYTES["cpu"]) // row_bytes)
+    rows = _chunk_rows(hidden_LD.device, row_bytes, 1)
     pieces = zip(hidden_LD.split(rows), ids_LJ.split(rows), strict=True)
     found = [checkpoint(gaps, h, i, use_reentrant=False) for h, i in pieces]
     return torch.cat(cast(list[Tensor], found)) + logprobs_L[:, None]
@@ -116,16 +113,17 @@ def scaled_and_capped(logits: Tensor, *, logit_scale: float, softcap: float | No
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _chunk_rows(weight_VD: Tensor, itemsize: int) -> int:
-    chunk = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
-    return max(16, chunk // (len(weight_VD) * itemsize))
+def _chunk_rows(device: torch.device, row_bytes: int, least: int) -> int:
+    return max(least, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes)
+
+
+Settings = tuple[float, float, float | None]
+"""Temperature, scale and soft cap of logits."""
 
 
 @dataclass(frozen=True)
 class _Head:
-    """From hidden states [R, D] to softmax(softcap(hidden @ weight^T + bias) * factor), a chunk of rows at a
-    time.
-    """
+    """softmax(softcap(hidden @ weight^T + bias) * factor) of a chunk of R rows of hidden states [R, D]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -164,20 +162,19 @@ class _Head:
         return lse, logprobs, entropy
 
     def gradient(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        grad_logprobs: Tensor | None,
-        grad_entropy: Tensor | None,
+        self, hidden: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor, *grads: Tensor | None
     ) -> Tensor:
-        """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H)."""
+        """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H).
+
+        Args:
+            grads: of the loss by log-prob and by entropy, one number per row; None: 0.
+        """
+        grad_logprobs, grad_entropy = grads
         factor = self.scale / self.temperature
         if self.fused:
             from rl.model.head_kernels import logit_gradient_
 
-            slopes = [torch.zeros_like(lse) if g is None else g for g in (grad_logprobs, grad_entropy)]
+            slopes = [torch.zeros_like(lse) if g is None else g for g in grads]
             logits = hidden @ self.weight.T
             return logit_gradient_(logits, targets, [lse, entropy, *slopes], factor=factor)
         logits, tanh = self.logits(hidden)
@@ -196,26 +193,18 @@ class _Head:
         return grad * factor if factor != 1.0 else grad
 
 
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
-) -> tuple[_Head, int]:
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> tuple[_Head, int]:
     """The head in the hidden states' dtype, and the rows of a chunk.
 
     Autocast does not reach inside a backward pass, so both passes cast by hand. The Triton kernels serve
     16-bit logits on a CUDA device with nothing between them and the softmax.
     """
     compute = hidden.dtype
-    narrow = compute in (torch.bfloat16, torch.float16)
-    fused = hidden.is_cuda and narrow and bias is None and softcap is None and kernels_work()
+    *_, softcap = settings
+    fused = hidden.is_cuda and compute.itemsize == 2 and bias is None and softcap is None and kernels_work()
     itemsize = compute.itemsize if fused else torch.promote_types(compute, torch.float32).itemsize
-    offset = None if bias is None else bias.to(compute)
-    head = _Head(weight.to(compute), offset, temperature, scale, softcap, fused)
-    return head, _chunk_rows(weight, itemsize)
+    head = _Head(weight.to(compute), None if bias is None else bias.to(compute), *settings, fused)
+    return head, _chunk_rows(weight.device, len(weight) * itemsize, 16)
 
 
 @cache
@@ -244,16 +233,9 @@ def _kernel_gap() -> float:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        scale: float,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        head, rows = _head(hidden, weight, bias, temperature, scale, softcap)
+        head, rows = _head(hidden, weight, bias, settings)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, lse = (hidden.new_empty(len(targets), dtype=wide) for _ in range(3))
         # Autocast would narrow the entropy's dot product to 16 bits.
@@ -262,18 +244,18 @@ class _TokenLogprobs(torch.autograd.Function):
                 part = slice(start, start + rows)
                 lse[part], logprobs[part], entropy[part] = head.statistics(hidden[part], targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.settings = (temperature, scale, softcap)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        head, rows = _head(hidden, weight, bias, *ctx.settings)
+        head, rows = _head(hidden, weight, bias, ctx.settings)
         grad_hidden = torch.empty_like(hidden)
-        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias and bias is not None else None
+        needed = zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        sums = [torch.zeros_like(x, dtype=lse.dtype) if needs else None for x, needs in needed]
+        grad_weight, grad_bias = sums
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             slopes = (None if g is None else g[part] for g in grads)
@@ -284,12 +266,5 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight += narrow.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        pairs = zip(sums, (weight, bias), strict=True)
+        return grad_hidden, *(None if g is None else g.to(x.dtype) for g, x in pairs), None, None

@@ -7,6 +7,7 @@ fp32. Imported only where Triton is installed; `rl.model.head` checks them again
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -46,22 +47,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    logits,
-    targets,
-    lse,
-    entropy,
-    grad_logprobs,
-    grad_entropy,
-    stride,
-    factor,
-    num_columns,
-    BLOCK: tl.constexpr,
+    logits, targets, lse, entropy, by_logprob, by_entropy, stride, factor, num_columns, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
     places = logits + row * stride + columns
-    g, h = tl.load(grad_logprobs + row), tl.load(grad_entropy + row)
+    g, h = tl.load(by_logprob + row), tl.load(by_entropy + row)
     x = tl.load(places, mask=inside, other=0.0).to(tl.float32) * factor - tl.load(lse + row)
     probs = tl.exp(x)
     slope = tl.where(columns == tl.load(targets + row), g, 0.0)
@@ -73,19 +65,11 @@ def logit_statistics(
     logits_RV: Float[Tensor, "R V"], targets_R: Int[Tensor, " R"], *, factor: float
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"], Float[Tensor, " R"]]:
     """log-sum-exp, log-prob of the target and entropy of softmax(logits * factor), fp32 nats."""
-    rows = [torch.empty(len(targets_R), device=logits_RV.device) for _ in range(3)]
+    num_rows, num_columns = logits_RV.shape
+    rows = [torch.empty(num_rows, device=logits_RV.device) for _ in range(3)]
+    given: Any = (logits_RV, targets_R, *rows, logits_RV.stride(0), factor, num_columns)
+    _forward_kernel[(num_rows,)](*given, BLOCK=BLOCK)  # pyright: ignore[reportArgumentType]
     lse, logprobs, entropy = rows
-    _forward_kernel[(len(targets_R),)](
-        logits_RV,
-        targets_R,
-        lse,
-        logprobs,
-        entropy,
-        logits_RV.stride(0),
-        factor,
-        logits_RV.shape[1],
-        BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
-    )
     return lse, logprobs, entropy
 
 
@@ -101,17 +85,7 @@ def logit_gradient_(
     `statistics` are, one number per row: log-sum-exp, entropy, and the loss's slopes by log-prob and entropy.
     """
     num_rows, num_columns = logits_RV.shape
-    lse, entropy, by_logprob, by_entropy = statistics
-    _backward_kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](
-        logits_RV,
-        targets_R,
-        lse.contiguous(),
-        entropy.contiguous(),
-        by_logprob.contiguous(),
-        by_entropy.contiguous(),
-        logits_RV.stride(0),
-        factor,
-        num_columns,
-        BLOCK=BLOCK,  # pyright: ignore[reportArgumentType]
-    )
+    rows = [x.contiguous() for x in statistics]
+    given: Any = (logits_RV, targets_R, *rows, logits_RV.stride(0), factor, num_columns)
+    _backward_kernel[(num_rows, triton.cdiv(num_columns, BLOCK))](*given, BLOCK=BLOCK)  # pyright: ignore[reportArgumentType]
     return logits_RV

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,9 +20,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rl.config import ModelConfig
+from rl.model.adapter_folder import find_adapter, merge
 from rl.model.exactness import backbone
+
+
+def base_of(config: ModelConfig) -> ModelConfig:
+    """The config with the name of the model that `name` stands on: of an adapter its base, else itself."""
+    if (adapter := find_adapter(config.name, config.revision)) is None:
+        return config
+    return base_of(config.model_copy(update={"name": adapter.base, "revision": adapter.revision}))
 
 
 def storage_dtype(config: ModelConfig) -> torch.dtype:
@@ -34,9 +43,13 @@ def storage_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32
 
 
+def _stored(config: ModelConfig) -> Literal["bf16", "fp32"]:
+    return "bf16" if storage_dtype(config) == torch.bfloat16 else "fp32"
+
+
 def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the configured chat template; a missing pad token becomes the end-of-text
-    token.
+    """The model's tokenizer (of an adapter its own, else its base's) with the configured chat template;
+    without a pad token it pads by end-of-text.
 
     Args:
         reader: a tokenizer class of transformers; default: the one that its files ask for.
@@ -45,6 +58,8 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
         ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
+        if not get_tokenizer_config(config.name, revision=config.revision):
+            config = base_of(config)
         tokenizer = reader.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
@@ -82,11 +97,19 @@ def refuse_custom_code(name: str, error: Exception) -> None:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model in its storage dtype.
+    """The model in its storage dtype. An adapter is merged into its base, or, with `lora`, left to whoever
+    goes on with it.
 
     Raises:
-        ValueError: its files cannot be read, or transformers does not know its architecture.
+        ValueError: its files cannot be read, or transformers does not know its architecture; or an adapter
+            does not fit its base.
     """
+    if (adapter := find_adapter(config.name, config.revision)) is not None:
+        base = {"name": adapter.base, "revision": adapter.revision}
+        model = load_model(config.model_copy(update=base | {"lora": None, "dtype": _stored(config)}))
+        if config.lora is None:
+            merge(model, adapter)
+        return model
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.name, revision=config.revision, dtype=storage_dtype(config), trust_remote_code=False
@@ -187,8 +210,7 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         longest: tokens of the longest prompt and the completion that may follow it.
 
     Raises:
-        ValueError: `read_config` refuses it, its vocabulary is smaller than the tokenizer's, or it has fewer
-            positions than `longest`.
+        ValueError: `read_config` refuses it, or its vocabulary or number of positions is too small.
     """
     found = read_config(config).get_text_config()
     positions = context_length(found)
@@ -205,13 +227,14 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
 def read_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's config of transformers; raises ValueError if it has none, or has quantised weights."""
     try:
-        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        base = base_of(config)
+        whole = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         refuse_custom_code(config.name, error)
-        said = f"its config cannot be read: {first_line(error)}"
+        named = f"model.name={config.name!r}"
         if Path(config.name, "adapter_config.json").is_file():
-            said = "this is an adapter without its model; merge it (peft: merge_and_unload), save the result"
-        raise ValueError(f"model.name={config.name!r}: {said}") from error
+            named += ", an adapter: its base (base_model_name_or_path in adapter_config.json)"
+        raise ValueError(f"{named}: its config cannot be read: {first_line(error)}") from error
     for part in (whole, whole.get_text_config()):
         check_not_quantised(getattr(part, "quantization_config", None), config.name)
     return whole

@@ -29,15 +29,10 @@ def messages_of(value: Any, where: str) -> Messages:
     return [_message(message, f"{where}: message {index}") for index, message in enumerate(value)]
 
 
-def called_functions(messages: Messages) -> list[str]:
-    """Names of the functions that messages call."""
-    calls = [call for message in messages for call in message.get("tool_calls", [])]
-    return [call.get("function", call)["name"] for call in calls]
-
-
 def refuse_lost_calls(messages: Messages, text: str, where: str) -> None:
     """Raises ValueError if what the chat template made of messages does not name the functions they call."""
-    if lost := [name for name in called_functions(messages) if name not in text]:
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    if lost := [name for call in calls if (name := call.get("function", call)["name"]) not in text]:
         raise ValueError(
             f"{where}: a message calls {lost[0]}, and the chat template does not write calls of tools; set "
             "model.chat_template to one that does, write the call into the content, or leave the row out"
@@ -70,20 +65,18 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no role (it has {keys}); give it one of {', '.join(ROLES)}")
     if role not in ROLES and (near := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
         raise ValueError(f"{where} has the role {role!r}; did you mean {near[0]!r}?")
-    message = {key: kept for key, item in value.items() if (kept := without_none(item)) is not None}
+    message: dict[str, Any] = without_none(value)
     calls = message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = _calls(calls, where)
     if "content" in message:
-        message["content"] = _text(value["content"], f"{where}: the {_WHOSE.get(role, '')}content")
+        whose = "answer's content" if role == "assistant" else "content"
+        message["content"] = _text(value["content"], f"{where}: the {whose}")
     elif role != "assistant":
         raise ValueError(f"{where} ({role}) has no content; give it a text, or leave the row out")
     else:
         message["content"] = ""
     return message
-
-
-_WHOSE = {"assistant": "answer's "}
 
 
 def _text(content: Any, whose: str) -> str:

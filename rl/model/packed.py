@@ -10,11 +10,11 @@ implementation) is never used: the layout is the mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -26,8 +26,7 @@ PACKED = "cohort_packed"
 
 @dataclass(frozen=True)
 class Block:
-    """One prompt and the completions that share it, contiguous in the row: [prompt | completion 0 |
-    completion 1 | ...].
+    """A prompt and the completions that share it, in one run of columns: [prompt | completion 0 | ...].
 
     Attributes:
         start: column of the prompt's first token.
@@ -44,14 +43,17 @@ class Block:
         return self.start + self.prompt_length
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        return (self.prompt_length, *self.completion_lengths)
+
+    @property
     def end(self) -> int:
-        return self.completion_start + sum(self.completion_lengths)
+        return self.start + sum(self.lengths)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the columns of a packed row attend to each other; computed once per micro-batch and reused by every
-    layer.
+    """How the columns of a packed row attend to each other; computed once, and used by every layer.
 
     Attributes:
         sizes: columns of prompt, completions, prompt, completions, ... in order.
@@ -98,12 +100,10 @@ def packed_attention(
     cohort_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
-    """softmax(q k^T * scaling) v within each block of the layout, in transformers' attention-function
-    signature.
+    """softmax(q k^T * scaling) v within each block of the layout; an attention function of transformers.
 
     Raises:
-        ValueError: no layout was passed: the model dropped the keyword argument, so packed rows cannot be
-            served.
+        ValueError: no layout was passed: the model dropped the keyword argument, and packed rows need it.
     """
     if cohort_layout is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
@@ -112,7 +112,8 @@ def packed_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_prompt_attention(q, k, v, cohort_layout.varlen, scale=scale)[None], None
-    attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
+    how = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+    attend = partial(_attend, **how, softcap=softcap, s_aux=s_aux)
     # Split, not slices: the backward of a slice writes zeros for the whole row.
     pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]
     outputs = []
@@ -122,13 +123,11 @@ def packed_attention(
         if not block.completion_lengths:
             continue
         num_completions, width = len(block.completion_lengths), max(block.completion_lengths)
-        own = [_rectangle(x[2 * i + 1], slots, num_completions, width) for x in pieces]
-        k, v = (
-            torch.cat([shared.expand(num_completions, -1, -1, -1), ours], dim=2)
-            for shared, ours in zip(prompt[1:], own[1:], strict=True)
-        )
+        q, *own = (_rectangle(x[2 * i + 1], slots, num_completions, width) for x in pieces)
+        shared = (x.expand(num_completions, -1, -1, -1) for x in prompt[1:])
+        k, v = (torch.cat(both, dim=2) for both in zip(shared, own, strict=True))
         # Right padding stays behind every real query, so causality alone hides it.
-        answer = attend(own[0], k, v).transpose(0, 1).flatten(1, 2)
+        answer = attend(q, k, v).transpose(0, 1).flatten(1, 2)
         outputs.append(answer.index_select(1, slots))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
@@ -142,56 +141,42 @@ def _rectangle(
     return flat.unflatten(1, (num_completions, width)).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class _Attend:
-    """Causal attention of the last T of S positions: the queries are aligned to the end of the keys."""
+def _attend(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hk S D"],
+    v: Float[Tensor, "B Hk S Dv"],
+    *,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Float[Tensor, "B Hq T Dv"]:
+    """Causal attention of the last T of S positions: the queries are aligned to the end of the keys.
 
-    scaling: float | None
-    dropout: float
-    sliding_window: int | None
-    softcap: float | None
-    s_aux: Tensor | None
-
-    def __call__(
-        self, q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B Hk S D"], v: Float[Tensor, "B Hk S Dv"]
-    ) -> Float[Tensor, "B Hq T Dv"]:
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        within = self.sliding_window is None or num_keys <= self.sliding_window
-        if within and self.softcap is None and self.s_aux is None:
-            if num_queries == num_keys:
-                return scaled_dot_product_attention(
-                    q, k, v, dropout_p=self.dropout, is_causal=True, scale=self.scaling
-                )
-            mask = self.mask(num_queries, num_keys, q.device)
-            return scaled_dot_product_attention(q, k, v, mask, self.dropout, scale=self.scaling)
-        return self.explicit(q, k, v, self.mask(num_queries, num_keys, q.device))
-
-    def mask(self, num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "T S"]:
-        distance = (
-            torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-            - torch.arange(num_keys, device=device)[None]
-        )
-        return (
-            (distance >= 0)
-            if self.sliding_window is None
-            else (distance >= 0) & (distance < self.sliding_window)
-        )
-
-    def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "T S"]) -> Tensor:
-        """The same with logit soft-capping (Gemma 2) and attention sinks (gpt-oss), which no fused kernel
-        takes.
-        """
-        scores = q @ k.transpose(2, 3) * (self.scaling if self.scaling is not None else q.shape[-1] ** -0.5)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.float().masked_fill(~mask, float("-inf"))
-        if self.s_aux is not None:
-            sinks = self.s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat([scores, sinks], dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].to(q.dtype)
-        return nn.functional.dropout(weights, self.dropout) @ v
+    Soft-capped logits (Gemma 2), attention sinks (gpt-oss) and windows are computed step by step.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    window = num_keys if sliding_window is None else sliding_window
+    is_plain = num_keys <= window and softcap is None and s_aux is None
+    if is_plain and num_queries == num_keys:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+    columns = torch.arange(num_keys, device=q.device)
+    distance = columns[num_keys - num_queries :, None] - columns
+    mask = (distance >= 0) & (distance < window)
+    if is_plain:
+        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+    scores = q @ k.transpose(2, 3) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :num_keys].to(q.dtype)
+    return nn.functional.dropout(weights, dropout) @ v
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,32 +1,15 @@
-"""A model in Hugging Face form, whatever its generation config holds, and the proof before a run that it can
-be written.
-"""
+"""A model in Hugging Face form, whatever its generation config holds; a proof that it can be written."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
-
-GENERATION_CONFIG = "generation_config.json"
-
-
-class Saved(Protocol):
-    """What a run trains and saves."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    def trainable(self) -> list[tuple[str, nn.Parameter]]: ...
 
 
 def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any) -> None:
@@ -43,34 +26,52 @@ def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any
     _write_generation_config(loaded, folder)
 
 
-def check_saving(saved: Saved, root: Path, *, adapter: bool) -> None:
+def check_saving(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    root: Path,
+    adapter: bool,
+    keep: int = 1,
+    reference: bool = False,
+    warn: Callable[[str], None] = print,
+) -> None:
     """Writes all of a checkpoint but its tensors into a temporary folder below `root`, and compares the size
     of its tensors with the free space there.
 
     Args:
         adapter: only the trained parameters are saved, not the whole model.
+        keep: checkpoints that stay, and beside them there is the next one while it is written.
+        reference: a moving copy of the model is part of a checkpoint.
 
     Raises:
         ValueError: something cannot be written, or the disk has no room for one checkpoint.
     """
     root.mkdir(parents=True, exist_ok=True)
-    trained = sum(p.nbytes for _, p in saved.trainable())
-    needed = 2 * trained + (trained if adapter else sum(p.nbytes for p in saved.model.parameters()))
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise ValueError(
-            f"one checkpoint needs about {needed / 1e6:,.0f} MB (weights and two moments of the optimizer), "
-            f"and {root} has {free / 1e6:,.0f} MB free; free some space, or set run_dir to another disk"
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    whole = sum(p.nbytes for p in model.parameters())
+    size = 2 * trained + (trained if adapter else whole) + whole * reference
+    free, more = shutil.disk_usage(root).free, max(1, keep + 1 - len(list(root.glob("step-*"))))
+    sentence = (
+        f"one checkpoint needs about {size / 1e6:,.0f} MB (weights and two moments of the optimizer), "
+        f"and {root} has {free / 1e6:,.0f} MB free"
+    )
+    if free < size:
+        raise ValueError(f"{sentence}; free some space, or set run_dir to another disk")
+    if free < more * size:
+        warn(
+            f"{sentence}, less than {more} of them will take (checkpoint.keep={keep}, and one that is being "
+            "written); free some space, or lower checkpoint.keep"
         )
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=root) as scratch:
         folder = Path(scratch)
         try:
-            with _default_generation_config(saved.model) as loaded:
-                saved.model.config.save_pretrained(folder)
-                if (stand_in := saved.model.generation_config) is not None:
+            with _default_generation_config(model) as loaded:
+                model.config.save_pretrained(folder)
+                if (stand_in := model.generation_config) is not None:
                     stand_in.save_pretrained(folder)
             _write_generation_config(loaded, folder)
-            saved.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -91,6 +92,6 @@ def _default_generation_config(model: Any) -> Iterator[Any]:
 
 
 def _write_generation_config(loaded: Any, folder: Path) -> None:
-    path = folder / GENERATION_CONFIG
+    path = folder / "generation_config.json"
     if path.exists():
         loaded.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])

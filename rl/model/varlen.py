@@ -10,7 +10,7 @@ those, and the prompt's keys and values are computed, kept and differentiated on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,8 +57,7 @@ class VarlenPlan:
     @staticmethod
     def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
         """Runs that see all of themselves and nothing else."""
-        nothing, none = torch.empty(0, dtype=torch.long, device=device), Segments.of([], device)
-        return VarlenPlan(Segments.of(lengths, device), nothing, nothing, none, none, causal=False)
+        return replace(VarlenPlan.of([(n, ()) for n in lengths], device), causal=False)
 
     @staticmethod
     def of(blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> VarlenPlan:
@@ -68,22 +67,28 @@ class VarlenPlan:
         prompts: list[Tensor] = []
         start = 0
         for prompt_length, completion_lengths in blocks:
-            length = prompt_length + sum(completion_lengths)
+            columns = torch.arange(start, start + prompt_length + sum(completion_lengths))
+            start += len(columns)
             if len(completion_lengths) < 2:
-                own.append(length)
+                own.append(len(columns))
             else:
                 own += [prompt_length, *completion_lengths]
-                prompts.append(torch.arange(start, start + prompt_length))
-                answers.append(torch.arange(start + prompt_length, start + length))
-            start += length
-        empty = [torch.empty(0, dtype=torch.long)]
+                prompts.append(columns[:prompt_length])
+                answers.append(columns[prompt_length:])
+        nothing = torch.empty(0, dtype=torch.long)
         return VarlenPlan(
             own=Segments.of(own, device),
-            answers_C=torch.cat(answers or empty).to(device),
-            prompts_P=torch.cat(prompts or empty).to(device),
+            answers_C=torch.cat([nothing, *answers]).to(device),
+            prompts_P=torch.cat([nothing, *prompts]).to(device),
             answer_groups=Segments.of([len(x) for x in answers], device),
             prompt_groups=Segments.of([len(x) for x in prompts], device),
         )
+
+    def answers(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "C H D"]:
+        return x.index_select(0, self.answers_C)
+
+    def prompts(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "P H D"]:
+        return x.index_select(0, self.prompts_P)
 
 
 class Kernels(NamedTuple):
@@ -98,55 +103,21 @@ class Kernels(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        queries.ends,
-        keys.ends,
-        queries.longest,
-        keys.longest,
-        0.0,
-        causal,
-        return_debug_mask=False,
-        scale=scale,
-    )
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    queries, keys, causal, scale = how
+    spans = (queries.ends, keys.ends, queries.longest, keys.longest)
+    flash = torch.ops.aten._flash_attention_forward
+    out, lse, *_ = flash(q, k, v, *spans, 0.0, causal, return_debug_mask=False, scale=scale)
     return out, lse
 
 
-def _flash_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Segments,
-    keys: Segments,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        queries.ends,
-        keys.ends,
-        queries.longest,
-        keys.longest,
-        0.0,
-        causal,
-        no_dropout,
-        torch.empty(0, device=q.device),
-        scale=scale,
-    )
+def _flash_backward(grad_out: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, queries, keys, causal, scale = how
+    spans = (queries.ends, keys.ends, queries.longest, keys.longest)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)
+    unused = torch.empty(0, device=grad_out.device)
+    flash = torch.ops.aten._flash_attention_backward
+    return flash(grad_out, *tensors, *spans, 0.0, causal, no_dropout, unused, scale=scale)
 
 
 FLASH = Kernels(_flash_forward, _flash_backward)
@@ -233,16 +204,9 @@ class _SharedPromptAttention(torch.autograd.Function):
     ) -> Tensor:
         out, lse = kernels.forward(q, k, v, plan.own, plan.own, plan.causal, scale)
         if len(plan.answers_C):
-            there, there_lse = kernels.forward(
-                q.index_select(0, plan.answers_C),
-                k.index_select(0, plan.prompts_P),
-                v.index_select(0, plan.prompts_P),
-                plan.answer_groups,
-                plan.prompt_groups,
-                False,
-                scale,
-            )
-            here, here_lse = out.index_select(0, plan.answers_C), lse.index_select(1, plan.answers_C)
+            second = (plan.answer_groups, plan.prompt_groups, False, scale)
+            there, there_lse = kernels.forward(plan.answers(q), plan.prompts(k), plan.prompts(v), *second)
+            here, here_lse = plan.answers(out), lse.index_select(1, plan.answers_C)
             merged_lse = torch.logaddexp(here_lse, there_lse)
             share = (there_lse - merged_lse).exp_().T.unsqueeze(-1)
             merged = torch.lerp(here.to(share.dtype), there.to(share.dtype), share)
@@ -257,21 +221,15 @@ class _SharedPromptAttention(torch.autograd.Function):
         (grad_out,) = grads
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, kernels = ctx.settings
-        dq, dk, dv = kernels.backward(grad_out, q, k, v, out, lse, plan.own, plan.own, plan.causal, scale)
+        own = (plan.own, plan.own, plan.causal, scale)
+        found = kernels.backward(grad_out, q, k, v, out, lse, *own)
         if len(plan.answers_C):
-            more_q, more_k, more_v = kernels.backward(
-                grad_out.index_select(0, plan.answers_C),
-                q.index_select(0, plan.answers_C),
-                k.index_select(0, plan.prompts_P),
-                v.index_select(0, plan.prompts_P),
-                out.index_select(0, plan.answers_C),
-                lse.index_select(1, plan.answers_C),
-                plan.answer_groups,
-                plan.prompt_groups,
-                False,
-                scale,
-            )
-            dq.index_add_(0, plan.answers_C, more_q)
-            dk.index_add_(0, plan.prompts_P, more_k)
-            dv.index_add_(0, plan.prompts_P, more_v)
-        return dq, dk, dv, None, None, None
+            second = (plan.answer_groups, plan.prompt_groups, False, scale)
+            sides = (plan.answers(q), plan.prompts(k), plan.prompts(v), plan.answers(out))
+            their_lse = lse.index_select(1, plan.answers_C)
+            more = kernels.backward(plan.answers(grad_out), *sides, their_lse, *second)
+            for grad, part, columns in zip(
+                found, more, (plan.answers_C, plan.prompts_P, plan.prompts_P), strict=True
+            ):
+                grad.index_add_(0, columns, part)
+        return *found, None, None, None

@@ -63,6 +63,12 @@ def slow(prompts, completions, **columns):
     return low_words(prompts, completions)
 
 
+def stuck(prompts, completions, stuck_s=60, **columns):
+    print("stuck")
+    time.sleep(stuck_s)
+    return low_words(prompts, completions)
+
+
 @per_completion
 def stops_the_trainer(prompts, completions, **columns):
     """Scores, and sends the trainer SIGTERM at the second evaluation, of w70 to w72."""

@@ -146,6 +146,22 @@ def test_a_missing_file_ends_at_once_with_a_sentence(tmp_path, monkeypatch, name
     assert time.monotonic() - began < 2  # the hub's retries take 28 s
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "b", "answer": }', r"line 3: not JSON \(Expecting value, column 27\)"),
+        (b'{"prompt": "b", "ans', r"line 3: not JSON \(Unterminated string starting at, column 17\)"),
+        (b'["b"]', r"line 3: a row is an object such as .* not \['b'\]"),
+        (b'{"prompt": "caf\xe9"}', r"line 3: not UTF-8 \(invalid continuation byte at byte 15\); save it"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(file, line, message):
+    first, second, *rest = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, second, line, *rest]))
+    with pytest.raises(ValueError, match=rf"data\.source='.*rows\.jsonl', {message}"):
+        load_rows(DataConfig(source=str(file)))
+
+
 def test_an_address_is_refused_as_one():
     with pytest.raises(ValueError, match=r"'https://host/a\.jsonl' is an address; download the file"):
         load_rows(DataConfig(source="https://host/a.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from rl.config.read import load_config
 from rl.store.rows import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
 from rl.world import World
+from tests.report_pages import Page
 from tests.rl.families import save_tiny
 
 
@@ -31,11 +33,19 @@ def test_a_run_leaves_everything_a_user_looks_for(config_file, heldout, capsys):
     assert (result["n"], result["steps"]) == (4, 2)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert (run / "checkpoints" / "step-000002" / "model.safetensors").is_file()
-    assert "<!doctype html>" in (run / "report.html").read_text().lower()
+    groups = Page((run / "report.html").read_text()).groups
+    assert [(group["kind"], group["step"]) for group in groups if group["kind"] == "e"] == [
+        *[("e", 0)] * 4,
+        *[("e", 2)] * 4,
+    ]
+    assert len(groups) == 8 + 2 * 2  # two evaluations of 4 prompts, two steps of 2
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["group_size"] == 4
     out = capsys.readouterr().out
     assert "1 of 8 training prompts are held out" in out
     assert "held-out before:" in out and "step 2/2" in out
+    checkpoint, verdict = result["checkpoint"], result["verdict"]
+    assert checkpoint == str((run / "checkpoints" / "step-000002").resolve())
+    assert f"verdict: {verdict}\n" in out and verdict.split(":")[0] in ("Healthy", "Warning", "Broken")
     assert cohort(["report", str(run), "--out", str(run / "again.html")]) == 0
     assert (run / "again.html").stat().st_size > 10_000
 
@@ -119,6 +129,35 @@ def test_what_is_broken_is_said_on_the_screen(config_file, capsys):
     assert (
         out.count("warning: reward part toy_rewards:constant gives all completions of a step the same") == 1
     )
+
+
+def test_a_log_begins_with_what_is_trained(config_file, heldout, capsys):
+    """The adapters of two layers have rank 2 between 32 and 64: 2 * 2 * (32 + 64) = 384 parameters."""
+    for lora in (
+        [],
+        ["model.lora={r: 2, target_modules: [q_proj]}", f"run_dir={config_file.parent / 'lora'}"],
+    ):
+        assert main([str(config_file), *heldout, "train.steps=1", *lora]) == 0
+        first, second = capsys.readouterr().out.splitlines()[:2]
+        folder = lora[1].partition("=")[2] if lora else config_file.parent / "run"
+        said = re.fullmatch(
+            r"(.*): ([\d,]+) of ([\d,]+) parameters trained on 7 rows, engine transformers, cpu, fp32, "
+            r"in (.*)",
+            first,
+        )
+        assert said, first
+        assert said[1].endswith("model") and said[4] == str(folder)
+        assert (said[2] == said[3]) == (not lora)
+        assert second == "1 of 8 training prompts are held out, and left out here"
+    assert said[2] == "384"
+
+
+def test_the_verdict_is_said_when_it_changes_and_at_the_end(config_file, capsys):
+    constant = ["rewards.functions=[{name: 'toy_rewards:constant'}]", "train.steps=6"]
+    assert main([str(config_file), *constant]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("verdict: ")]
+    assert len(lines) >= 2 and len(set(lines)) < 4
+    assert lines[-1].startswith(("verdict: Broken: ", "verdict: Warning: ")) and "since step" in lines[-1]
 
 
 def test_heldout_accuracy_reaches_the_trackers(config_file, heldout):

@@ -1,55 +1,73 @@
-"""`cohort plan` judges the config that it is given: what fits exits with 0, and its advice fits."""
+"""`cohort plan` judges the config that it is given, and a run chooses what it leaves open."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from recipes.cli import main as cohort
+from recipes.fit import as_before, fit_to, read_plan
+from rl.config.read import dump_config, load_config, replaced
+from rl.plan.memory import GIB
+from rl.plan.search import Card
 
-VLLM = ["engine.name=auto", "engine.gpu_memory_utilization=0.5"]
+OPEN = ["engine.name=auto", "train.token_budget=auto"]
 
 
-def test_a_config_that_fits_says_so_and_its_parts_are_what_it_takes(config_file, capsys):
-    assert cohort(["plan", str(config_file), "--gpu-gib", "24", *VLLM]) == 0
+def test_what_is_open_is_chosen_and_said(config_file, capsys):
+    words = ["plan", str(config_file), "--gpu-gib", "24", *OPEN]
+    assert cohort(words) == 0
+    out = capsys.readouterr().out
+    chosen = out.split("\nfits with ")[1].split()
+    assert [word.partition("=")[0] for word in chosen] == [
+        "model.gradient_checkpointing",
+        "engine.gpu_memory_utilization",
+        "engine.max_num_seqs",
+        "train.token_budget",
+    ]
+    assert cohort([*words, *chosen]) == 0
+    assert capsys.readouterr().out.endswith("\nfits\n")
+
+
+def test_parts_are_what_a_run_takes(config_file, capsys):
+    words = ["plan", str(config_file), "--gpu-gib", "24", *OPEN, "engine.gpu_memory_utilization=0.5"]
+    assert cohort(words) == 0
     out = capsys.readouterr().out
     # Half of 24 GiB is the engine's, whatever a tiny model needs; 3 GiB of it are its overhead.
-    assert gib(out, "engine reserve") == pytest.approx(12 - 3, abs=0.05)
+    assert gib(out, "engine cache") == pytest.approx(12 - 3, abs=0.05)
     assert gib(out, "predicted") == pytest.approx(12 + gib(out, "overhead") + 1.0, abs=0.1)
-    assert "\nfits: " in out
 
 
-def test_an_engine_that_reserves_the_gpu_does_not_fit_and_the_advice_does(config_file, capsys):
-    words = ["plan", str(config_file), "--gpu-gib", "24", *VLLM[:1], "engine.gpu_memory_utilization=0.9"]
+def test_what_is_given_and_does_not_fit_is_answered_with_words_to_copy(config_file, capsys):
+    words = ["plan", str(config_file), "--gpu-gib", "24", *OPEN, "engine.gpu_memory_utilization=0.95"]
     assert cohort(words) == 1
-    out = capsys.readouterr().out
-    assert "does not fit: 24.1 GiB, and 22.1 may be filled; fits: train.token_budget=" in out
-    assert cohort([*words, *out.split("fits: ")[-1].split()]) == 0
-    assert "\nfits: " in capsys.readouterr().out
+    said = capsys.readouterr()
+    (advice,) = re.findall("it does with: (.*)", said.out + said.err)
+    assert advice == "engine.gpu_memory_utilization=auto"
+    assert cohort([*words, *advice.split()]) == 0
 
 
 def test_the_transformers_engine_reserves_nothing(config_file, capsys):
     assert cohort(["plan", str(config_file), "--gpu-gib", "24", "engine.gpu_memory_utilization=0.9"]) == 0
-    out = capsys.readouterr().out
-    assert "engine reserve" not in out and "gpu_memory_utilization" not in out
+    assert gib(capsys.readouterr().out, "predicted") < 4
 
 
-def test_where_one_row_is_too_much_no_budget_is_advised(config_file, capsys):
-    assert (
-        cohort(["plan", str(config_file), "--gpu-gib", "5", *VLLM, "model.gradient_checkpointing=true"]) == 1
-    )
-    out = capsys.readouterr().out
-    assert "no train.token_budget fits, as a prompt and its completion may have 40 tokens" in out
-    assert "train.token_budget=" not in out
-    assert "use model.lora={r: 16}, a smaller sampling.max_completion_length or" in out
+def test_a_gpu_that_holds_nothing_of_it_is_named(config_file, capsys):
+    assert cohort(["plan", str(config_file), "--gpu-gib", "2", *OPEN]) == 1
+    err = capsys.readouterr().err
+    assert "does not fit a GPU of 2 GiB, and neither do adapters and short completions" in err
 
 
-def test_a_share_below_the_engines_parts_is_named(config_file, capsys):
-    words = ["plan", str(config_file), "--gpu-gib", "24", *VLLM[:1], "engine.gpu_memory_utilization=0.1"]
-    assert cohort(words) == 0
-    assert "engine.gpu_memory_utilization=0.1 is less than the engine's parts" in capsys.readouterr().out
+@pytest.mark.parametrize(("processes", "code"), [(2, 0), (3, 1), (0, 1)])
+def test_a_plan_is_for_a_number_of_processes(config_file, capsys, processes, code):
+    words = ["plan", str(config_file), "--gpu-gib", "24", *OPEN, "train.prompts_per_step=4"]
+    assert cohort([*words, "--processes", str(processes)]) == code
+    if code:
+        assert "3 processes; use prompts_per_step=" in (err := capsys.readouterr().err) or "at least 1" in err
 
 
 @pytest.mark.parametrize("size", ["0", "-3", "nan", "inf"])
@@ -58,10 +76,79 @@ def test_a_gpu_without_memory_is_refused(config_file, capsys, size):
     assert f"--gpu-gib {size} is no GPU's memory" in capsys.readouterr().err
 
 
-def test_a_diffusion_model_is_not_predicted(capsys):
+def test_a_diffusion_model_is_planned_without_a_share_of_vllm(tmp_path, capsys):
+    shape = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    shape.save_pretrained(tmp_path / "model")
     file = Path(__file__).parents[2] / "recipes" / "configs" / "llada_rl_chain_sum.yaml"
-    assert cohort(["plan", str(file), "--gpu-gib", "80"]) == 1
-    assert "a diffusion model, whose memory is not predicted" in capsys.readouterr().err
+    words = [f"model.name={tmp_path}/model", "train.token_budget=auto", "model.gradient_checkpointing=auto"]
+    assert cohort(["plan", str(file), "--gpu-gib", "24", *words]) == 0
+    out = capsys.readouterr().out
+    assert "train.token_budget=" in out.split("\nfits with ")[1]
+    assert "gpu_memory_utilization" not in out and "engine overhead" not in out
+
+
+CARDS = [Card("NVIDIA H100", 80 * GIB), Card("NVIDIA L4", 24 * GIB)]
+
+
+def test_a_run_that_goes_on_keeps_its_values_on_its_card_alone(config_file):
+    config = load_config(config_file, OPEN)
+    first = fit_to(config, CARDS[0])
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    before = {
+        "card": {"name": "NVIDIA H100", "capacity": 80 * GIB, "processes": 1},
+        "chosen": dict(first.chosen) | {"train.token_budget": 1234},
+    }
+    same, other = (fit_to(config, card, before) for card in CARDS)
+    assert same.config.train.token_budget == 1234 and len(same.notes) == 1
+    assert other.config.train.token_budget != 1234
+    assert "planned anew, as the run began on 1 x NVIDIA H100: " in other.notes[1]
+    assert "train.token_budget 1234 -> " in other.notes[1]
+
+
+def test_a_folder_from_before_the_planner_keeps_what_its_config_says(config_file, tmp_path):
+    config = load_config(config_file, [*OPEN, f"run_dir={tmp_path}/run"])
+    config.run_dir.mkdir()
+    stored = replaced(config, {"train.token_budget": 2048, "model.gradient_checkpointing": True})
+    (config.run_dir / "config.yaml").write_text(dump_config(stored))
+    on_a_gpu = fit_to(config, CARDS[0], read_plan(config))
+    for kept in (as_before(config, read_plan(config)), on_a_gpu):
+        assert (kept.config.train.token_budget, kept.config.model.gradient_checkpointing) == (2048, True)
+    assert len(on_a_gpu.notes) == 1 and isinstance(on_a_gpu.config.engine.max_num_seqs, int)
+
+
+def test_a_value_that_was_given_once_stays_when_it_is_not_given_again(config_file, tmp_path):
+    config = load_config(config_file, [*OPEN, f"run_dir={tmp_path}/run"])
+    config.run_dir.mkdir()
+    for place, card in ((None, Card("cpu", 0)), (CARDS[0], CARDS[0])):
+        given = replaced(config, {"train.token_budget": 512, "model.gradient_checkpointing": True})
+        fitted = as_before(given, None, card) if place is None else fit_to(given, place)
+        fitted.write()
+        (config.run_dir / "config.yaml").write_text(dump_config(fitted.config))
+        before = read_plan(config)
+        again = as_before(config, before, card) if place is None else fit_to(config, place, before)
+        assert (again.config.train.token_budget, again.config.model.gradient_checkpointing) == (512, True)
+
+
+def test_where_the_engine_takes_no_share_a_given_config_is_not_refused(config_file):
+    words = ["engine.name=transformers", "train.token_budget=512", "engine.max_num_seqs=8"]
+    config = load_config(config_file, [*words, "model.gradient_checkpointing=false"])
+    fitted = fit_to(config, Card("a GPU", 1 * GIB))
+    assert fitted.chosen == {} and "the probe will say" in fitted.notes[0]
+
+
+def test_what_was_planned_is_read_back_and_a_damaged_file_is_not(config_file, tmp_path):
+    config = load_config(config_file, [*OPEN, f"run_dir={tmp_path}/run"])
+    config.run_dir.mkdir()
+    fitted = fit_to(config, CARDS[0])
+    fitted.write()
+    (config.run_dir / "config.yaml").write_text(dump_config(fitted.config))
+    kept = read_plan(config)
+    assert kept is not None and kept["chosen"] == fitted.chosen
+    parts = json.loads((config.run_dir / "plan.json").read_text())["parts"]
+    assert sum(part["bytes"] for part in parts) == fitted.plan.total
+    (config.run_dir / "config.yaml").write_text(dump_config(fitted.config))
+    (config.run_dir / "plan.json").write_text("{")
+    assert read_plan(config) == {"card": None, "chosen": fitted.chosen}
 
 
 def gib(out: str, name: str) -> float:

@@ -34,18 +34,6 @@ def test_quantised_weights_are_refused_with_the_cause(config_file, tiny_model_di
     assert "holds quantised weights" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_an_adapter_is_refused_as_one(config_file, tmp_path, capsys):
-    keys = ["train.steps=1", "train.num_minibatches=1", "evaluation.data=null", "model.lora={r: 2}"]
-    assert main([str(config_file), *keys, f"run_dir={tmp_path}/lora"]) == 0
-    (checkpoint,) = (tmp_path / "lora" / "checkpoints").glob("step-*")
-    capsys.readouterr()
-    assert main([str(config_file), f"model.name={checkpoint}", f"run_dir={tmp_path}/next"]) == 1
-    assert (
-        f"model.name='{checkpoint}': this is an adapter without its model; merge it"
-        in capsys.readouterr().err
-    )
-
-
 def test_a_model_like_gpt2_is_refused_for_vllm_with_the_cause_and_not_chosen_for_it(tiny_model_dir, tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=105, n_positions=32, n_embd=16, n_layer=1, n_head=2))
     model.save_pretrained(tmp_path / "gpt2")

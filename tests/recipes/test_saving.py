@@ -43,26 +43,44 @@ def test_a_model_keeps_its_generation_config_while_it_is_saved(published, tmp_pa
     assert GenerationConfig.from_pretrained(tmp_path / "ours").top_p == 0.9
 
 
-def run_of(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    named = lambda: list(model.named_parameters())  # noqa: E731
-    return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), trainable=named)
+def parts_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(published, tmp_path):
-    saved = run_of(published)
-    check_saving(saved, tmp_path / "checkpoints", adapter=False)
+    model, tokenizer = parts_of(published)
+    check_saving(model, tokenizer, root=tmp_path / "checkpoints", adapter=False)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    saved.model.config.note = {1, 2}  # no JSON value
+    model.config.note = {1, 2}  # no JSON value
     with pytest.raises(ValueError, match=r"cannot be saved, so its first checkpoint would be lost: .*set"):
-        check_saving(saved, tmp_path / "checkpoints", adapter=False)
+        check_saving(model, tokenizer, root=tmp_path / "checkpoints", adapter=False)
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(published, tmp_path, monkeypatch):
-    saved = run_of(published)
-    size = 3 * sum(p.nbytes for p in saved.model.parameters())  # weights and two moments
+    model, tokenizer = parts_of(published)
+    size = 3 * sum(p.nbytes for p in model.parameters())  # weights and two moments
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
     with pytest.raises(ValueError, match=r"one checkpoint needs about .* free some space, or set run_dir"):
-        check_saving(saved, tmp_path, adapter=False)
+        check_saving(model, tokenizer, root=tmp_path, adapter=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
-    check_saving(saved, tmp_path, adapter=False)
+    check_saving(model, tokenizer, root=tmp_path, adapter=False)
+
+
+def test_a_moving_reference_counts_and_the_checkpoints_to_come_are_warned_about(
+    published, tmp_path, monkeypatch
+):
+    (model, tokenizer), said = parts_of(published), []
+    weights = sum(p.nbytes for p in model.parameters())
+    size = 4 * weights  # weights, two moments, a reference
+    options = {"root": tmp_path, "adapter": False, "reference": True, "keep": 2, "warn": said.append}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(ValueError, match="one checkpoint needs about"):
+        check_saving(model, tokenizer, **options)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size - 1))
+    check_saving(model, tokenizer, **options)
+    assert "less than 3 of them will take (checkpoint.keep=2, and one that is being written)" in said.pop()
+    (tmp_path / "step-000004").mkdir()  # one of the three is there
+    check_saving(model, tokenizer, **options)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size))
+    check_saving(model, tokenizer, **options)
+    assert not said

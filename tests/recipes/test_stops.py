@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-import recipes.launch
+import recipes.cli.launch
 from recipes.cli import main as cohort
+from recipes.cli.launch import _end, _wait
 from recipes.grpo import main
-from recipes.launch import _end, _wait
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
 
@@ -121,7 +121,7 @@ def test_two_processes_save_and_stop_together_at_a_signal(config_file, number, t
 
 
 def test_a_process_that_does_not_end_with_the_others_is_killed(monkeypatch):
-    monkeypatch.setattr(recipes.launch, "ENDING_S", 0.5)
+    monkeypatch.setattr(recipes.cli.launch, "ENDING_S", 0.5)
     children = [subprocess.Popen(["sleep", seconds]) for seconds in ("0", "60")]
     assert _wait(children) == -1
     assert [child.poll() for child in children] == [0, None]
@@ -157,6 +157,32 @@ def wait_until(condition, launcher: subprocess.Popen[str], limit_s: float = 120.
     while not condition():
         assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
         time.sleep(0.1)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_later(config_file):
+    """While a grader takes 60 s for a completion: the step would not end."""
+    run = config_file.parent / "run"
+    slow = ["rewards.functions=[{name: 'toy_rewards:stuck'}]", "rewards.deadline_s=60"]
+    command = [sys.executable, "-m", "recipes.cli", "train", str(config_file), *slow]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), preexec_fn=default_sigint, **pipes)
+    wait_until(lambda: (run / "graders.log").is_file(), process)
+    graders = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 40
+    assert "stopping after this step; Ctrl-C again stops at once" in out
+    assert "stopped at once; the same command goes on" in out + err and "Traceback" not in err
+    assert graders and not psutil.wait_procs(graders, timeout=10)[1]
+    ready = "rewards.functions=[{name: 'toy_rewards:stuck', options: {stuck_s: 0}}]"
+    assert main([str(config_file), ready]) == 0
+
+
+def default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 
 def test_two_processes_of_which_one_was_killed_end_as_if_none_had_been(config_file, monkeypatch):

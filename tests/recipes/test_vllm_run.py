@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -31,6 +36,44 @@ def wide_model_dir(tiny_model_dir, tmp_path):
         LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
     return folder
+
+
+SCRIPT = """
+import sys
+from recipes.grpo import run
+
+open("began.txt", "a").write("x")
+
+def length(completions, **columns):
+    print("graded")
+    return [float(len(str(c))) for c in completions]
+
+engine = {"name": "vllm", "process": "own", "kv_cache_gib": 0.1}
+model = {"name": sys.argv[2], "lora": {"r": 2}}
+names = {"rewards.functions": [{"name": "length"}]}
+run(sys.argv[1], {"length": length}, model=model, engine=engine, **names)
+"""
+
+
+def test_a_script_without_a_guard_and_vllm_in_its_own_process(config_file, wide_model_dir, tmp_path):
+    """A spawned core imports no script again; the second run goes on with the adapter of the first one."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{os.environ['PYTHONPATH']}"}
+    for source in (wide_model_dir, tmp_path / "first" / "checkpoints" / "step-000002"):
+        words = [sys.executable, "train.py", str(config_file), str(source)]
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+        assert len(rows) == 2 and max(row["sampler/logprob_gap_max"] for row in rows) < 1e-3
+        assert "graded" in (tmp_path / "run" / "graders.log").read_text()
+        (tmp_path / "run").rename(
+            tmp_path / ("second" if "goes on being trained" in done.stdout else "first")
+        )
+    assert (tmp_path / "second").is_dir()
+    assert (tmp_path / "began.txt").read_text() == "xxxx"  # twice the script and its grader
 
 
 def test_a_run_on_vllm_learns_from_its_own_logprobs_and_vllm_reads_the_checkpoint(

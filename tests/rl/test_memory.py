@@ -8,12 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
 
-from rl.config import ModelConfig
-from rl.config.read import load_config
+from rl.config import Config, ModelConfig
+from rl.config.read import load_config, replaced
 from rl.model.adapters import add_lora
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
-from rl.plan.memory import GIB, OVERHEAD_BYTES, ModelSize, engine_bytes, plan_memory, training_bytes
+from rl.plan.memory import (
+    GIB,
+    OVERHEAD_BYTES,
+    cache_bytes,
+    engine_weights,
+    plan_memory,
+    training_parts,
+)
+from rl.plan.search import Card, fit, remedy
+from rl.plan.sizes import ModelSize, NoPrediction
 
 SMALL = LlamaConfig(
     vocab_size=100,
@@ -32,6 +41,11 @@ PARAMETERS = LINEAR + 2 * 16 + 8 + 800
 SAVED = 4 * 8 + 2 * 16 + 2 * 8 + 3 * 20
 
 
+def bytes_by_name(model: LlamaConfig, config: Config, token_budget: int) -> dict[str, int]:
+    parts = training_parts(ModelSize.of(model, fused_layers=True), config, token_budget)
+    return {part.name: part.bytes for part in parts}
+
+
 def test_a_small_model_is_counted_as_by_hand():
     size = ModelSize.of(SMALL, fused_layers=True)
     assert (size.parameters, size.linear, size.head) == (PARAMETERS, LINEAR, 800)
@@ -40,7 +54,7 @@ def test_a_small_model_is_counted_as_by_hand():
 
 def test_parts_of_mixed_precision_training_are_those_by_hand():
     config = load_config(None, ["loss.kl_coef=0.1", "model.dtype=bf16-mixed"])
-    parts = training_bytes(ModelSize.of(SMALL, fused_layers=True), config, 1000)
+    parts = bytes_by_name(SMALL, config, 1000)
     assert parts == {
         "weights": 4 * PARAMETERS,
         "gradients": 4 * PARAMETERS,
@@ -53,20 +67,109 @@ def test_parts_of_mixed_precision_training_are_those_by_hand():
     }
 
 
-def test_the_planned_token_budget_fits_and_the_next_one_does_not():
-    config = load_config(None, ["loss.kl_coef=0", "train.token_budget=4096"])
-    model = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
-    capacity = 24 * GIB
-    plan = plan_memory(model, config, capacity=capacity, max_length=1000)
-    size = ModelSize.of(model, fused_layers=True)
-    engine = plan.engine_share * capacity
-    beside = [sum(training_bytes(size, config, plan.token_budget + n).values()) + engine for n in (0, 1024)]
-    assert 0 < plan.token_budget < 65536
-    assert beside[0] <= 0.92 * capacity < beside[1]
+def qwen(hidden, wide, layers, heads, keys, *, tied=True):
+    return LlamaConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        tie_word_embeddings=tied,
+    )
+
+
+QWEN = {
+    "0.5b": qwen(896, 4864, 24, 14, 2),
+    "1.5b": qwen(1536, 8960, 28, 12, 2),
+    "3b": qwen(2048, 11008, 36, 16, 2),
+    "7b": qwen(3584, 18944, 28, 28, 4, tied=False),
+}
+NOTHING_SET = ["loss.kl_coef=0.001", "data.max_prompt_length=1024", "sampling.max_completion_length=1024"]
+
+
+def plan_of(name: str, config: Config, gib: float, processes: int = 1):
+    size = ModelSize.of(QWEN[name], fused_layers=True)
+    return plan_memory(size, config, capacity=int(gib * GIB), max_length=2048, processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gib"),
+    [
+        ("1.5b", [], 80),
+        ("7b", ["model.lora={r: 16}"], 80),
+        ("1.5b", ["train.prompts_per_step=32", "train.group_size=16"], 80),
+        ("0.5b", [], 24),
+        ("3b", ["model.lora={r: 16}"], 24),
+        ("3b", [], 140),
+    ],
+)
+def test_a_run_with_nothing_set_but_the_model_fits(name, overrides, gib):
+    config = load_config(None, NOTHING_SET + overrides)
+    size, card = ModelSize.of(QWEN[name], fused_layers=True), Card("a GPU", int(gib * GIB))
+    values = fit(size, config, card, 2048)
+    assert values is not None and plan_of(name, replaced(config, values), gib).fits
+    assert values["train.token_budget"] >= 8192
+
+
+def test_the_planned_token_budget_fits_and_a_larger_one_does_not():
+    config = load_config(None, [*NOTHING_SET, "train.prompts_per_step=32", "train.group_size=16"])
+    size = ModelSize.of(QWEN["1.5b"], fused_layers=True)
+    values = fit(size, config, Card("a GPU", 80 * GIB), 2048)
+    assert values is not None and not values["model.gradient_checkpointing"]
+    more = values | {"train.token_budget": values["train.token_budget"] + 1024}
+    assert plan_of("1.5b", replaced(config, values), 80).fits
+    assert not plan_of("1.5b", replaced(config, more), 80).fits
+
+
+def test_given_values_are_not_changed():
+    given = {
+        "train.token_budget": 4096,
+        "engine.gpu_memory_utilization": 0.4,
+        "engine.max_num_seqs": 100,
+        "model.gradient_checkpointing": True,
+    }
+    config = replaced(load_config(None, NOTHING_SET), given)
+    size = ModelSize.of(QWEN["0.5b"], fused_layers=True)
+    assert fit(size, config, Card("a GPU", 80 * GIB), 2048) == {}
+    assert fit(size, config, Card("a GPU", 8 * GIB), 2048) is None
+
+
+def test_what_fits_in_place_of_what_does_not_is_found():
+    size, card = ModelSize.of(QWEN["7b"], fused_layers=True), Card("a GPU", 80 * GIB)
+    config = load_config(None, [*NOTHING_SET, "train.token_budget=4096"])
+    assert fit(size, config, card, 2048) is None
+    found = remedy(size, config, card, 2048)
+    assert found is not None
+    # 7.6e9 weights need 16 bytes each with Adam and fp32: only adapters fit.
+    assert found[0] == {"train.token_budget": "auto", "model.lora": {"r": 16}}
+    assert plan_of("7b", replaced(replaced(config, found[0]), found[1]), 80).fits
+
+
+def test_more_processes_need_less_cache_each():
+    config = load_config(None, [*NOTHING_SET, "train.prompts_per_step=32", "train.group_size=16"])
+    size = ModelSize.of(QWEN["1.5b"], fused_layers=True)
+    one, four = (fit(size, config, Card("a GPU", 140 * GIB, processes=n), 2048) for n in (1, 4))
+    assert one is not None and four is not None
+    share = "engine.gpu_memory_utilization"
+    assert four[share] < one[share]
+
+
+def test_a_share_that_holds_no_sequence_is_a_fault():
+    config = load_config(None, [*NOTHING_SET, "engine.gpu_memory_utilization=0.05"])
+    plan = plan_of("1.5b", config, 80)
+    # Weights of 2.9 GiB and 3 of overhead are more than 4 GiB; with a sequence they are 7.4 % of 80.
+    assert not plan.fits and plan.fault is not None and plan.fault.endswith("it needs 0.08")
+
+
+def test_what_others_hold_of_a_gpu_is_not_planned_with():
+    config = load_config(None, NOTHING_SET)
+    size = ModelSize.of(QWEN["1.5b"], fused_layers=True)
+    assert fit(size, config, Card("a GPU", 80 * GIB, free=30 * GIB), 2048) is None
 
 
 def test_a_mixture_of_experts_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="mixtures of experts"):
+    with pytest.raises(NoPrediction, match="mixtures of experts"):
         ModelSize.of(MixtralConfig(num_hidden_layers=1), fused_layers=True)
 
 
@@ -78,7 +181,7 @@ def test_a_mixture_of_experts_is_refused_with_the_reason():
     ],
 )
 def test_a_model_without_gated_mlps_is_refused_with_the_reason(config, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(NoPrediction, match=reason):
         ModelSize.of(config, fused_layers=True)
 
 
@@ -93,14 +196,14 @@ def test_a_model_without_gated_mlps_is_refused_with_the_reason(config, reason):
 )
 def test_the_engine_is_as_wide_as_its_dtype(overrides, width):
     config = load_config(None, ["train.prompts_per_step=2", "train.group_size=3", *overrides])
-    parts = engine_bytes(ModelSize.of(SMALL, fused_layers=True), config, 10)
-    assert parts["engine weights"] == width * PARAMETERS
-    assert parts["engine cache"] == width * 2 * 3 * 10 * (2 * 2 * 8)
+    size = ModelSize.of(SMALL, fused_layers=True)
+    assert engine_weights(size, config) == width * PARAMETERS
+    assert cache_bytes(size, config, 10) == width * 10 * (2 * 2 * 8)
 
 
 def test_parts_of_lora_are_those_by_hand():
     config = load_config(None, ["model.dtype=bf16-mixed", "model.lora={r: 3}", "loss.kl_coef=0.1"])
-    parts = training_bytes(ModelSize.of(SMALL, fused_layers=True), config, 1000)
+    parts = bytes_by_name(SMALL, config, 1000)
     # Inputs and outputs of q, k and v, o, gate and up, down.
     adapters = 2 * 3 * (24 + 2 * 16 + 24 + 2 * 28 + 28)
     # Inputs of norms, queries and attention output, keys and values, gate and up; inputs of products; ranks.
@@ -119,17 +222,8 @@ def test_parts_of_lora_are_those_by_hand():
 
 def test_lora_on_a_large_model_is_predicted_as_measured():
     """Workload W of tests/bench: 33.2 GiB on an H200 (recipes/README.md)."""
-    qwen = LlamaConfig(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
     config = load_config(None, ["model.lora={r: 16}", "train.token_budget=12288"])
-    parts = training_bytes(ModelSize.of(qwen, fused_layers=True), config, 12288)
+    parts = bytes_by_name(QWEN["1.5b"], config, 12288)
     assert sum(parts.values()) / GIB == pytest.approx(33.2, rel=0.05)
 
 
@@ -140,8 +234,7 @@ def test_an_adapter_costs_what_autograd_keeps_for_it(dtype):
         load_config(None, [f"model.dtype={dtype}", f"model.lora={{r: 3, target_modules: {targets}}}"])
         for targets in ("all-linear", "[q_proj]")
     )
-    size = ModelSize.of(SMALL, fused_layers=True)
-    a, b = (training_bytes(size, config, 1)["activations"] / size.layers for config in (everywhere, only_q))
+    a, b = (bytes_by_name(SMALL, config, 1)["activations"] / 2 for config in (everywhere, only_q))
     assert a - b == pytest.approx(saved_per_token(everywhere.model) - saved_per_token(only_q.model))
 
 

@@ -64,3 +64,40 @@ def test_the_same_signal_later_ends_at_once(stop, monkeypatch):
     assert stop.received == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_signal_is_answered_and_a_second_one_ends_a_call_that_takes_no_signals():
+    """A backward pass, or a library's own loop, lets no handler run; the process ends all the same."""
+    code = """
+import hashlib, os, signal, threading
+from rl import phases
+phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.3
+stop = phases.StopSignal(may_exit=True).install()
+stop.say = lambda text: print(text, flush=True)
+for after in (0.1, 0.2, 0.6):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000_000)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.returncode == 130, found.stderr
+    assert found.stdout.splitlines() == [
+        "stopping after this step; Ctrl-C again stops at once",
+        "stopped at once; the same command goes on from the newest checkpoint",
+    ]
+
+
+def test_in_a_notebook_a_second_signal_does_not_end_the_process():
+    code = """
+import hashlib, os, signal, threading
+from rl import phases
+phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.1
+stop = phases.StopSignal().install()
+for after in (0.1, 0.4):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 6_000_000)
+except KeyboardInterrupt:
+    print("caught")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "caught\n"), found.stderr

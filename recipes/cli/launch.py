@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,10 +24,15 @@ Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
 ENDING_S = 600.0
 POLL_S = 0.1
+# `python -m recipes.grpo` would take ./recipes.py of the working directory for ours.
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    "import recipes.grpo as grpo; sys.exit(grpo.main(sys.argv[1:]))"
+)
 
 
 def launch(recipe: Sequence[str], num_processes: int) -> int:
-    """Runs `python -m recipes.grpo RECIPE` in several processes and returns the exit code of the run.
+    """Runs `recipes.grpo RECIPE` in several processes and returns the exit code of the run.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on, and the run has the time its step takes to save and stop. When
     a process fails, the others, which wait for it, are killed after `PATIENCE_S`. Only the first one speaks;
@@ -76,7 +82,7 @@ def _start(
 ) -> Child:
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
     return subprocess.Popen(
-        [sys.executable, "-m", "recipes.grpo", *recipe],
+        [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path), *recipe],
         env=environment,
         stdout=log,
         stderr=log,

@@ -1,0 +1,40 @@
+"""Whether the run of a folder is done, before torch, model and engine cost their time."""
+
+from __future__ import annotations
+
+import os
+
+from rl.config import Config
+from rl.config.read import flatten, read_config
+from rl.config.resume import FREE
+from rl.report.safe_stream import say
+from rl.store.folder import read_result
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the folder's result is that of this config with all its steps; the main process says so.
+
+    One that lacks something, such as a held-out number or its checkpoint, is left to a start, which mends it;
+    so are several processes, which may not see the same files.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return False
+    run_dir, wanted, result = config.run_dir, config.train.steps, read_result(config.run_dir)
+    ends = ("heldout_before", "heldout_after") if config.evaluation.data is not None else ()
+    steps = result.get("steps")
+    if not isinstance(steps, int) or steps < wanted or any(result.get(end) is None for end in ends):
+        return False
+    if not (run_dir / "checkpoints" / f"step-{steps:06d}").is_dir():
+        return False
+    try:
+        trees = (read_config(type(config), run_dir / "config.yaml"), config)
+    except ValueError:
+        return False
+    before, now = (flatten(tree.model_dump(mode="json")) for tree in trees)
+    given = {key for key in before.keys() | now.keys() if now.get(key) != "auto"}
+    if any(before.get(key) != now.get(key) for key in given - FREE):
+        return False
+    done = f"{steps} of {wanted} steps" if steps == wanted else f"{steps} steps, of {wanted} asked for"
+    accuracy = f", held-out {result[ends[0]]:.1%} -> {result[ends[1]]:.1%}" if ends else ""
+    say(f"already finished: {done}{accuracy}; results in {run_dir}/result.json")
+    return True

@@ -1,0 +1,184 @@
+"""What `auto` becomes on this machine's GPUs, before anything is loaded, and the file that remembers it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from recipes.kinds import kind_of
+from recipes.models import resolve_model
+from rl.config import Config, check_processes
+from rl.config.read import read_config, replaced
+from rl.plan.memory import GIB, MemoryPlan, longest_sequence
+from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
+from rl.plan.sizes import NoPrediction
+from rl.store.folder import has_steps, write_atomically
+from rl.world import World
+
+FILE = "plan.json"
+UNPLANNED = {"train.token_budget": 8192, "model.gradient_checkpointing": False}
+"""Where nothing is planned: on a CPU, and for models whose memory is not predicted."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A config without `auto` where it could be planned, and what there is to say and to keep.
+
+    Attributes:
+        chosen: values of keys that were auto; an earlier run of this folder may have had others.
+        notes: sentences for the user.
+        plan: None on a CPU, and where nothing can be predicted.
+    """
+
+    config: Any
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    plan: MemoryPlan | None = None
+    card: Card | None = None
+
+    def compare(self, held: int | None, note: Callable[[str], None]) -> None:
+        """Says what a full micro-batch held, in bytes, and what was predicted."""
+        if held is None:
+            return
+        predicted = f" ({self.plan.training / GIB:.1f} were predicted)" if self.plan else ""
+        note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB{predicted}")
+
+    def write(self) -> None:
+        """`plan.json` of the run folder."""
+        if self.card is None:
+            return
+        parts = [asdict(part) for part in self.plan.parts] if self.plan else []
+        kept = {"card": _identity(self.card), "chosen": dict(self.chosen), "parts": parts}
+        write_atomically(self.config.run_dir / FILE, json.dumps(kept, indent=1) + "\n")
+
+
+def fit_to_cards(config: Config, world: World) -> Fitted:
+    """The config for this run's processes; a run that goes on where it began keeps the values that it had.
+
+    Raises:
+        ValueError: the groups of a step do not split over the processes; or nothing that is left open makes
+            the run fit, with overrides that do.
+    """
+    check_processes(config, world.size)
+    before = values_before(config, world)
+    if world.accelerator.device.type != "cuda":
+        return as_before(config, before, Card("cpu", 0, world.size))
+    free, total = torch.cuda.mem_get_info()
+    capacity, free = (-int(n) for n in world.max([-float(total), -float(free)]))
+    fitted, shared = Fitted(config), {"refusal": ""}
+    if world.is_main:  # others may have another name of the card, or other packages
+        try:
+            card = Card(torch.cuda.get_device_name(), capacity, world.size, free)
+            fitted = fit_to(config, card, before)
+            shared = {"chosen": dict(fitted.chosen), "notes": list(fitted.notes)}
+        except ValueError as error:
+            shared = {"refusal": str(error)}
+    shared = world.gather(shared)[0]
+    if "refusal" in shared:
+        raise ValueError(shared["refusal"])
+    if world.is_main:
+        return fitted
+    return Fitted(replaced(config, shared["chosen"]), shared["chosen"], tuple(shared["notes"]))
+
+
+def values_before(config: Any, world: World) -> dict[str, Any] | None:
+    """What `read_plan` finds on the main process, for all; None: the folder holds no run that goes on."""
+    goes_on = world.is_main and has_steps(config.run_dir)
+    return world.gather(read_plan(config) if goes_on else None)[0]
+
+
+def fit_to(config: Config, card: Card, before: Mapping[str, Any] | None = None) -> Fitted:
+    """The config for one kind of GPU. `before`: what `plan.json` holds."""
+    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    try:
+        size = kind_of(config).size(config, model)
+    except NoPrediction as error:
+        fitted = as_before(config, before, card)
+        return replace(fitted, notes=(f"nothing is planned: {error}",))
+    length, known = longest_sequence(config), before["chosen"] if before else {}
+    goes_on = before is not None and before["card"] in (None, _identity(card))
+    kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
+    left_open = replaced(config, kept)
+    found = fit(size, left_open, card, length)
+    if found is None and not kept and has_choice(size, config):
+        raise ValueError(refusal(config, card))
+    chosen = kept | (found or {})
+    settled = replaced(config, chosen)
+    plan = plan_for(size, settled, card, length)
+    return Fitted(settled, chosen, (_sentence(plan, card, chosen), *_moved(before, chosen)), plan, card)
+
+
+def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
+    """The config where nothing is planned: with the values that the run had, or those of `UNPLANNED`."""
+    known = UNPLANNED | (before["chosen"] if before else {})
+    chosen = {key: known[key] for key in UNPLANNED if is_auto(config, key)}
+    return Fitted(replaced(config, chosen), chosen, tuple(_moved(before, chosen)), None, card)
+
+
+def _moved(before: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> list[str]:
+    known = before["chosen"] if before else {}
+    moved = [
+        f"{key} {known[key]} -> {chosen[key]}" for key in chosen if known.get(key, chosen[key]) != chosen[key]
+    ]
+    if before is None or not moved:
+        return []
+    return [
+        f"planned anew, as the run began on {before['card']['processes']} x {before['card']['name']}: "
+        f"{', '.join(moved)}; sums are taken in another order, so weights are not bitwise those of a run "
+        "that stays"
+    ]
+
+
+def as_overrides(values: Mapping[str, Any]) -> str:
+    """`key=value ...`, to be copied behind a command."""
+    return " ".join(f"{key}={_word(value)}" for key, value in values.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{name}: {_word(v)}" for name, v in value.items()) + "}'"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _sentence(plan: MemoryPlan, card: Card, chosen: Mapping[str, Any]) -> str:
+    engine = plan.total - plan.training
+    said = f": {as_overrides(chosen)}" if chosen else ", every value is given"
+    judged = "" if plan.fits else f"; {plan.fault or 'more than fits'}, and the probe will say"
+    return (
+        f"planned for {card.name} of {card.capacity / GIB:.0f} GiB: {plan.total / GIB:.1f} GiB (training "
+        f"{plan.training / GIB:.1f}, engine {engine / GIB:.1f}){said}{judged}"
+    )
+
+
+def refusal(config: Config, card: Card) -> str:
+    """That a run does not fit, and the least change of its config that does, to be copied."""
+    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    found = remedy(kind_of(config).size(config, model), config, card, longest_sequence(config))
+    head = f"this run does not fit {card.name} of {card.capacity / GIB:.0f} GiB"
+    if found is None:
+        return f"{head}, and neither do adapters and short completions; use a smaller model or a larger GPU"
+    return f"{head}; it does with: {as_overrides(found[0])}"
+
+
+def _identity(card: Card) -> dict[str, Any]:
+    return {"name": card.name, "capacity": card.capacity, "processes": card.processes}
+
+
+def read_plan(config: Any) -> dict[str, Any] | None:
+    """Values that this folder's run has, given or chosen, and the card that it was planned for, or None."""
+    try:
+        stored = read_config(type(config), config.run_dir / "config.yaml")
+    except ValueError:
+        return None
+    values = {key: value_at(stored, key) for key in PLANNED if not is_auto(stored, key)}
+    try:
+        kept = json.loads((config.run_dir / FILE).read_bytes())
+        if kept["card"].keys() >= {"name", "capacity", "processes"} and isinstance(kept["chosen"], dict):
+            return {"card": kept["card"], "chosen": values | kept["chosen"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {"card": None, "chosen": values}

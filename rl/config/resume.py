@@ -1,0 +1,48 @@
+"""Which keys of a config may differ when a run goes on. What is in none of the sets never may."""
+
+from __future__ import annotations
+
+FREE = {
+    "run_dir",
+    "trackers",
+    "train.steps",
+    "train.max_bad_steps",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.every",
+    "engine.timeout_s",
+    "engine.max_num_seqs",
+    "engine.gpu_memory_utilization",
+    "rewards.workers",
+    "rewards.deadline_s",
+}
+"""Without a word: they change no number of a step."""
+
+ON_REQUEST = {
+    "train.token_budget",
+    "train.in_flight",
+    "train.sample_while_training",
+    "model.gradient_checkpointing",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.max_grad_norm",
+    "engine.kv_cache_gib",
+    "engine.enforce_eager",
+    "engine.verify_sync",
+    "engine.canary_tolerance",
+    "rewards.memory_gib",
+    "rewards.max_fault_share",
+}
+"""With `--change`: the run stays one run, and what came out of it is no longer the work of one config."""
+
+PLACES = {
+    f"{section}.{key}"
+    for section, keys in (
+        ("model", ("name", "revision", "chat_template")),
+        ("data", ("source", "revision")),
+        ("evaluation.data", ("source", "revision")),
+    )
+    for key in keys
+}
+"""Keys that say where something is: they may change if what is there is the same (`inputs.json`)."""

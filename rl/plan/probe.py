@@ -1,0 +1,85 @@
+"""A pass of the largest size before step 0, so that what does not fit fails at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from rl.batch import PackRules, pack
+from rl.causal import CausalPolicy
+from rl.config import Config
+from rl.plan.memory import GIB, OVERHEAD_BYTES, takes_share
+from rl.policy import Reference
+from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+
+
+def probe(policy: CausalPolicy, config: Config, rules: PackRules, reference: Reference | None) -> int:
+    """Two passes over a full micro-batch of the longest completions, the second on top of the first one's
+    gradients; returns the most bytes that the process held. No weight, moment or generator is changed.
+
+    Raises:
+        ValueError: it does not fit, alone or beside the engine that is to start; with settings to try.
+    """
+    device, budget = policy.device, config.token_budget
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    (prepared,) = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
+    try:
+        moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
+        if reference is not None:
+            reference.logprobs(prepared)
+        for _ in range(2):
+            scores = policy.score(prepared)
+            loss = scores.logprobs_L.sum() + config.loss.entropy_coef * scores.entropy_L.sum()
+            policy.backward(loss, last=True)
+            del scores, loss
+        held = torch.cuda.max_memory_allocated(device)
+        del moments
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"train.token_budget={budget} with completions of {config.sampling.max_completion_length} tokens "
+            f"does not fit into {_free_gib(device):.0f} GiB; use train.token_budget={budget // 2}, "
+            "model.gradient_checkpointing=true or model.lora (cohort plan CONFIG shows what fits)"
+        ) from None
+    finally:
+        for _, parameter in policy.trainable():
+            parameter.grad = None
+        torch.cuda.empty_cache()
+    _check_beside_engine(config, held, torch.cuda.mem_get_info(device)[1])
+    return held
+
+
+def _check_beside_engine(config: Config, held: int, total: int) -> None:
+    share = config.engine.gpu_share if takes_share(config) else 0.0
+    left = total - held - OVERHEAD_BYTES
+    if share * total > left:
+        raise ValueError(
+            f"a full micro-batch of train.token_budget={config.token_budget} holds {held / GIB:.1f} GiB, and "
+            f"with engine.gpu_memory_utilization={share:g} the engine takes {share * total / GIB:.1f} of "
+            f"{total / GIB:.0f}; use engine.gpu_memory_utilization={max(left, 0) / total:.2f} or less, a "
+            "smaller train.token_budget"
+        )
+
+
+def _longest_groups(
+    policy: CausalPolicy, config: Config, rules: PackRules
+) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
+    """One full micro-batch of one group: the longest prompt, as many of the longest completions as fit, and
+    a shorter one in what is left.
+    """
+    draw, vocabulary = random.Random(0), policy.model.config.get_text_config().vocab_size
+    length, prompt_length = config.sampling.max_completion_length, config.data.max_prompt_length
+    shared, copied = (prompt_length, 0) if rules.share_prompts else (0, prompt_length)
+    count, left = divmod(max(rules.token_budget - shared, 0), copied + length)
+    lengths = [length] * max(1, count) + ([left - copied] if count and left > copied else [])
+    ids = [draw.randrange(vocabulary) for _ in range(max(prompt_length, length))]
+    answers = [Completion(ids[:n], [0.0] * n, [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
+    group = Group(Prompt("probe", "", tuple(ids[:prompt_length])), answers)
+    return [ScoredGroup(group, [Reward(0.0)] * len(answers))], [[1.0] * len(answers)]
+
+
+def _free_gib(device: torch.device) -> float:
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device)) / GIB

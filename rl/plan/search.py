@@ -1,0 +1,158 @@
+"""Settings that fit: for keys that are `auto`, and in place of a config that fits no GPU of this size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rl.config import Config
+from rl.config.read import replaced
+from rl.plan.memory import MemoryPlan, engine_share, in_flight, longest_row, plan_memory, uses_vllm
+from rl.plan.sizes import ModelSize
+
+PLANNED = (
+    "train.token_budget",
+    "engine.gpu_memory_utilization",
+    "engine.max_num_seqs",
+    "model.gradient_checkpointing",
+)
+ENOUGH_TOKENS = 8192
+"""Of a micro-batch: fewer leave a GPU waiting for kernel launches."""
+MOST_TOKENS = 32768
+"""Of a micro-batch: more is not faster."""
+STEP = 1024
+CACHES = (1.0, 0.5, 0.25)
+"""Shares of the completions in flight that the cache holds at their longest; most end sooner."""
+SMALL_CACHES = (0.125, 0.0625, 0.03125, 0.015625, 0.0)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU of those that a run has, and the number of its processes.
+
+    Attributes:
+        capacity: bytes.
+        free: bytes that nobody else holds; None: all.
+    """
+
+    name: str
+    capacity: int
+    processes: int = 1
+    free: int | None = None
+
+
+def plan_for(size: ModelSize, config: Config, card: Card, max_length: int) -> MemoryPlan:
+    return plan_memory(
+        size,
+        config,
+        capacity=card.capacity,
+        max_length=max_length,
+        processes=card.processes,
+        free=card.free,
+    )
+
+
+def fit(size: ModelSize, config: Config, card: Card, max_length: int) -> dict[str, Any] | None:
+    """Values for those of `PLANNED` that are auto, the fastest that fit; None if none does.
+
+    A step without recomputation comes first, then a cache for more completions, then more tokens in a
+    micro-batch. Only where nothing fits that way, micro-batches become smaller than is fast.
+    """
+    for floor, caches in ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES)):
+        for values in _candidates(size, config, card, max_length, caches):
+            if (whole := _with_budget(size, config, values, card, max_length, floor)) is not None:
+                return whole
+    return None
+
+
+def remedy(
+    size: ModelSize, config: Config, card: Card, max_length: int
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The least change that fits: overrides of what the config gives, and values of what is auto then."""
+    for overrides in _changes(config):
+        changed = replaced(config, overrides)
+        cut = config.sampling.max_completion_length - changed.sampling.max_completion_length
+        if (values := fit(size, changed, card, max_length - cut)) is not None:
+            return overrides, values
+    return None
+
+
+def _candidates(
+    size: ModelSize, config: Config, card: Card, max_length: int, caches: tuple[float, ...]
+) -> Iterator[dict[str, Any]]:
+    """Values of all planned keys but the token budget, in the order of preference."""
+    engine, recompute = config.engine, config.model.gradient_checkpointing
+    has_share = engine.gpu_memory_utilization == "auto" and uses_vllm(size, config)
+    slots = min(config.max_num_seqs, in_flight(config, card.processes))
+    for checkpointing in (False, True) if recompute == "auto" else (recompute,):
+        for cache in caches if has_share or is_auto(config, "engine.max_num_seqs") else caches[:1]:
+            cached, values = max(1, int(cache * slots)), {}
+            if recompute == "auto":
+                values["model.gradient_checkpointing"] = checkpointing
+            if has_share:
+                share = engine_share(size, config, card.capacity, cached * max_length)
+                values["engine.gpu_memory_utilization"] = share
+            if is_auto(config, "engine.max_num_seqs"):
+                values["engine.max_num_seqs"] = min(config.max_num_seqs, max(8, 4 * cached))
+            yield values
+
+
+def _with_budget(
+    size: ModelSize, config: Config, values: dict[str, Any], card: Card, max_length: int, floor: int
+) -> dict[str, Any] | None:
+    """`values` with the largest token budget that fits beside them, if it is at least `floor`, or a whole
+    step; the given budget is not changed.
+    """
+    if values.get("engine.gpu_memory_utilization", 0.0) >= 1:
+        return None
+
+    def plan(budget: int | None) -> MemoryPlan:
+        chosen = values if budget is None else values | {"train.token_budget": budget}
+        return plan_for(size, replaced(config, chosen), card, max_length)
+
+    if config.train.token_budget != "auto":
+        return values if plan(None).fits else None
+    row = longest_row(config)
+    step = -(-in_flight(config, card.processes) * row // STEP) * STEP
+    most = max(row, min(MOST_TOKENS, step))
+    least = max(row, min(floor, most))
+    fewest = plan(least)
+    if not fewest.fits:
+        return None
+    per_token = (plan(least + STEP).total - fewest.total) // STEP
+    more = least + (fewest.room - fewest.total) // max(per_token, 1)
+    return values | {"train.token_budget": max(least, min(most, more // STEP * STEP))}
+
+
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
+    """Overrides to try, from what a user notices least to what changes the task."""
+    planned = {
+        key: "auto" for key in PLANNED if not is_auto(config, key) and key != "model.gradient_checkpointing"
+    }
+    recomputed = {"model.gradient_checkpointing": True}
+    steps: list[dict[str, Any]] = [planned, planned | recomputed]
+    adapters = {"model.lora": {"r": 16}}
+    if config.model.lora is None:
+        steps += [planned | adapters, planned | recomputed | adapters]
+    last, length = steps[-1], config.sampling.max_completion_length
+    while length > 256:
+        length //= 2
+        steps.append(last | {"sampling.max_completion_length": length})
+    yield from steps
+
+
+def has_choice(size: ModelSize, config: Config) -> bool:
+    """Whether the config leaves something open that would change what fits."""
+    unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
+    return any(is_auto(config, key) for key in PLANNED if key not in unused)
+
+
+def is_auto(config: Any, key: str) -> bool:
+    return value_at(config, key) in ("auto", None)
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value at a dotted key of PLANNED; None where this kind of config has none."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section, None), name, None)
