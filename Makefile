@@ -1,10 +1,12 @@
 # make train: the quickstart. make test: every test that needs no GPU. make check: lint, format, types. make bench: a step
-# of ours beside TRL's, printed and not judged.
+# of ours beside TRL's, printed and not judged. make newest: the quick tests with the newest releases of everything but
+# torch, in an environment of their own.
 PYTHON ?= python3
 BIN := .venv/bin
+QUICK := tests/rl tests/golden tests/invariants/test_gradient_laws.py tests/rollout/test_transformers_engine.py tests/recipes/test_grpo.py
 CONFIG ?= recipes/configs/quickstart.yaml
 
-.PHONY: venv train test bench check format clean
+.PHONY: venv train test bench newest check format clean
 venv: .venv/.ready
 
 .venv/.ready: pyproject.toml .ci/constraints.txt
@@ -23,6 +25,12 @@ test: venv
 bench: venv
 	$(BIN)/python -m tests.bench.step --steps 1 --threads 1
 
+newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q torch==2.13.0
+	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[dev,gguf,tensorboard]' torch==2.13.0
+	.venv-newest/bin/python -m pytest -q -p no:cacheprovider $(QUICK)
+
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +41,4 @@ format: venv
 	$(BIN)/ruff format -q .
 
 clean:
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-newest .cache build *.egg-info

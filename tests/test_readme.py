@@ -1,17 +1,24 @@
 """What README.md and the contract of `rewards` show is run as it stands there."""
 
+import importlib.util
+import json
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 import rewards
+from recipes.cli import COMMANDS
+from recipes.cli import main as cohort
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parents[1]
+REWARD = r"```python\n(# my_rewards\.py\n.*?)```"
 CHAT = ({"role": "user", "content": "Why?"},)
 TEXTS = ["x" * 199, "x" * 200]
 
@@ -37,9 +44,7 @@ def grade(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("messages", [CHAT, ()], ids=["chat", "text"])
 def test_the_reward_of_the_readme_tells_a_short_completion_from_a_long_one(grade, messages):
-    (source,) = re.findall(
-        r"```python\n(# my_rewards\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    (source,) = re.findall(REWARD, (ROOT / "README.md").read_text(), re.DOTALL)
     (name,) = re.findall(r'"my_rewards:(\w+)"', (ROOT / "README.md").read_text())
     assert grade(source, name, messages) == [1.0, 0.0]
 
@@ -49,3 +54,76 @@ def test_the_reward_of_the_contract_tells_a_short_completion_from_a_long_one(gra
     text = rewards.__doc__ or ""
     source = textwrap.dedent(text[text.index("    from rewards.completion") : text.index("    rewards:\n")])
     assert grade(source, "short_and_right", messages, max_chars=199) == [1.0, 0.0]
+
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LINES = [
+    words for block in BLOCKS for line in block.splitlines() if (words := shlex.split(line, comments=True))
+]
+SLOW = {"--processes", "denoising"}  # two processes; a run of a diffusion model
+
+
+@pytest.fixture
+def as_a_reader(tmp_path, tiny_model_dir, monkeypatch):
+    """Runs commands in a folder with what the README names: rows.jsonl, CONFIG.yaml and my_rewards.py. Models
+    are tiny, and what a config leaves open is small.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COHORT_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"What is w{i} ?", "answer": str(i), "completion": "w1"} for i in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (source,) = re.findall(REWARD, (ROOT / "README.md").read_text(), re.DOTALL)
+    Path("my_rewards.py").write_text(source)
+    small = {
+        "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
+        "data": {"source": "rows.jsonl", "max_prompt_length": 64},
+        "sampling": {"max_completion_length": 4},
+        "engine": {"name": "transformers"},
+        "train": {"steps": 1, "prompts_per_step": 2, "group_size": 2},
+        "loss": {"kl_coef": 0.0},
+    }
+
+    def run(words):
+        if words[1] == "init":
+            assert cohort(words[1:]) == 0
+            made = yaml.safe_load(Path("rows.yaml").read_text())
+            for section, values in small.items():
+                made[section] = made.get(section, {}) | values
+            made["evaluation"]["sampling"]["max_completion_length"] = 4
+            Path("rows.yaml").write_text(yaml.safe_dump(made))
+            return 0
+        others = {"train.max_staleness=1": "runs/ahead"} | {
+            w: "runs/reward" for w in words if "rewards." in w
+        }
+        run_dir = next((folder for word, folder in others.items() if word in words), "runs/config")
+        Path("CONFIG.yaml").write_text(yaml.safe_dump(small | {"run_dir": run_dir}))
+        words = [word for word in words if not word.startswith(("model.name=", "train.steps="))]
+        return cohort(words[1:])
+
+    return run
+
+
+def test_every_command_of_the_readme_exists():
+    assert len(LINES) > 15
+    for words in LINES:
+        if words[0] == "cohort":
+            assert words[1] in COMMANDS, words
+        elif words[0] == "accelerate":
+            assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None, words
+        else:
+            assert words[0] == "make" and f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
+
+
+def test_the_commands_of_the_readme_run_as_they_stand(as_a_reader, capsys):
+    ran = [words for words in LINES if words[0] == "cohort" and not SLOW & set(words)]
+    for words in ran:
+        assert as_a_reader(words) == 0, (words, capsys.readouterr())
+    assert {words[1] for words in ran} == COMMANDS.keys() - {"denoising"}
+    assert Path("runs/rows/report.html").exists() and Path("runs/config/changes.jsonl").exists()
+
+
+def test_the_readme_can_be_read_in_one_go():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    first = text.splitlines()[:24]
+    assert "make train" in "".join(first) and "| card |" in "".join(first)

@@ -6,7 +6,7 @@ Each run is a process of its own, Cohort's is `recipes.grpo`; seeds and sides ru
 last weights are evaluated by Cohort, on the config's held-out prompts if it has any. Both have the same
 prompts in every step and sample with random numbers of their own. A run that FOLDER holds already, with the
 same settings, is not run again; one of Cohort's that was ended on the way goes on, one of TRL's starts anew.
-Writes FOLDER/curves.html, one picture of both, and prints a table.
+Writes FOLDER/curves.html and, over seconds, FOLDER/curves-seconds.html, and prints a table.
 """
 
 from __future__ import annotations
@@ -18,34 +18,22 @@ import os
 import statistics
 from pathlib import Path
 
+import rl.report
 from rl.config.read import load_config
-from rl.report.plots import Series, line_plot
+from rl.report.groups import json_for_html
 from rl.store.rows import read_rows
 from tests.bench.launch import launch_or_exit, once
 
 SIDES = ("cohort", "trl")
-PAGE = """<!doctype html><meta charset="utf-8"><title>Learning curves</title><style>
-body { font: 14px system-ui, sans-serif; max-width: 900px; margin: 32px auto; color: #1d2430; }
-.c1 { color: #2f6fde; }
-.c2 { color: #d8533f; }
-svg { width: 100%; height: auto; overflow: visible; }
-svg text { fill: #667085; font-size: 11px; }
-.middle { text-anchor: middle; }
-.end { text-anchor: end; }
-.grid { stroke: #e4e7ec; }
-.axis { stroke: #98a2b3; }
-.line { fill: none; stroke: currentColor; stroke-width: 1.8; }
-.raw { opacity: 0.35; }
-.band { fill: currentColor; opacity: 0.12; }
-.dot { fill: currentColor; }
-.hit { fill: transparent; }
-</style>
-<h1>Learning curves</h1>
-<p>SUBTITLE. <b class="c1">Cohort</b>, <b class="c2">TRL</b>; lines: means over seeds, bands: least and
-greatest.</p>
-<h2>Mean reward over steps</h2>STEPS
-<h2>Mean reward over seconds</h2>SECONDS
-<p>TABLE</p>
+REPORT = Path(rl.report.__file__).parent
+PAGE = """<!doctype html><meta charset="utf-8"><title>Learning curves</title><style>STYLE</style>
+<main><h1>Learning curves</h1>
+<p>SUBTITLE. Lines: means over seeds, bands: least and greatest.</p>
+<div class="grid" id="figures"></div>
+<p>TABLE</p></main>
+<script type="application/json" id="curves">CURVES</script>
+<script type="application/json" id="figure-list">FIGURES</script>
+<script>SCRIPT</script>
 """
 
 
@@ -69,10 +57,14 @@ def main() -> None:
     lines = [f"{side}: {_describe(curves[side], accuracies[side])}" for side in SIDES]
     print("\n".join(lines))
     page = PAGE.replace("SUBTITLE", " ".join([Path(arguments.config).stem, *arguments.set]))
-    page = page.replace("TABLE", "<br>".join(lines))
-    for place, key in (("STEPS", "step"), ("SECONDS", "seconds")):
-        page = page.replace(place, picture(curves, key))
-    (arguments.out / "curves.html").write_text(page)
+    page = page.replace("TABLE", "<br>".join(lines)).replace("STYLE", (REPORT / "report.css").read_text())
+    page = page.replace("SCRIPT", (REPORT / "charts.js").read_text())
+    for name, key in (("curves", "step"), ("curves-seconds", "seconds")):
+        panel = {"lines": [["reward", key]], "kind": "lines", "unit": "score", "axis": key}
+        figure = {"title": f"Mean reward over {key}", "note": "", "panels": [panel]}
+        drawn = page.replace("CURVES", json_for_html(picture(curves, key)))
+        drawn = drawn.replace("FIGURES", json_for_html({"first": [figure], "more": []}))
+        (arguments.out / f"{name}.html").write_text(drawn)
 
 
 def seeds(text: str) -> list[str]:
@@ -131,20 +123,23 @@ def _spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f}{error}"
 
 
-def picture(curves: dict[str, list[list[dict]]], key: str) -> str:
-    """Mean, least and greatest reward over seeds, as SVG; over seconds, a step stands at its mean time."""
-    series = []
-    for color, side in enumerate(SIDES, start=1):
+def picture(curves: dict[str, list[list[dict]]], key: str) -> list[dict]:
+    """Mean, least and greatest reward over seeds, as curves of the report; over seconds, a step stands at its
+    mean time.
+    """
+    sides = []
+    for side in SIDES:
         steps = list(zip(*curves[side], strict=True))
         rewards = [[row["reward"] for row in rows] for rows in steps]
-        points = [
-            (statistics.mean(row[key] for row in rows), statistics.mean(r))
-            for rows, r in zip(steps, rewards, strict=True)
+        places = [statistics.mean(row[key] for row in rows) for rows in steps]
+        curve = [
+            places,
+            list(map(statistics.mean, rewards)),
+            list(map(min, rewards)),
+            list(map(max, rewards)),
         ]
-        low, high = [min(r) for r in rewards], [max(r) for r in rewards]
-        series.append(Series(side, points, color, low, high))
-    end = max(x for s in series for x, _ in s.points)
-    return str(line_plot(series, x_range=(0.0, end), show=lambda value: f"{value:.3g}"))
+        sides.append({"name": side, "curves": {key: curve}})
+    return sides
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def settings(out: Path, config: Config, on_gpu: bool) -> GRPOConfig:
         vllm_importance_sampling_correction=correction is not None,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=correction.high if correction else None,
-        vllm_gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        vllm_gpu_memory_utilization=config.engine.gpu_share,
         vllm_max_model_length=config.data.max_prompt_length + sampling.max_completion_length,
         save_strategy="no",
         logging_steps=1,

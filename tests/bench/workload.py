@@ -38,6 +38,12 @@ SHAPES = {
         "num_attention_heads": 16,
         "intermediate_size": 11008,
     },
+    "7b": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "intermediate_size": 18944,
+    },
 }
 
 

@@ -1,0 +1,111 @@
+"""Runs with nothing set but the model: does the plan fit, and is what it predicts what a run takes?
+
+    python -m tests.bench.fitting 0.5b 1.5b 7b:lora [--card-gib 80] [--set KEY=VALUE]
+
+`--card-gib` plays a smaller card: this process holds the rest of the GPU. For each shape: what was chosen,
+the training process's peak and the whole card's against the plan, seconds until step 1, and the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rl.store.rows import read_rows
+from tests.bench.workload import Workload, write_model
+
+GIB = 2**30
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", nargs="+")
+    parser.add_argument("--card-gib", type=float, default=None)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of Cohort's config")
+    parser.add_argument("--timeout-s", type=float, default=280.0, help="for each shape")
+    parser.add_argument("--logs", type=Path, default=Path("."))
+    a = parser.parse_args()
+    rows, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in a.shapes:
+            shape, _, lora = name.partition(":")
+            workload = Workload(shape=shape, steps=a.steps)
+            workload.export()
+            model = write_model(Path(scratch) / shape, workload)
+            ballast = hold_all_but(a.card_gib) if a.card_gib else None
+            found = one_run(Path(scratch) / name.replace(":", "-"), model, workload, bool(lora), a)
+            del ballast
+            torch.cuda.empty_cache()
+            failed |= found["rc"] != 0
+            rows.append({"shape": name} | found)
+            print(json.dumps(rows[-1]), flush=True)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return int(failed)
+
+
+def hold_all_but(gib: float) -> torch.Tensor:
+    free = torch.cuda.mem_get_info()[0]
+    return torch.empty(max(0, int(free - gib * GIB)), dtype=torch.uint8, device="cuda")
+
+
+def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -> dict[str, Any]:
+    config = {
+        "run_dir": str(folder),
+        "model": {"name": str(model)} | ({"lora": {"r": 16}} if lora else {}),
+        "data": {"source": "tests.bench.workload:rows", "max_prompt_length": workload.prompt_length},
+        "sampling": {"max_completion_length": workload.max_length, "stop_token_ids": workload.stop_ids},
+        "rewards": {"functions": [{"name": "tests.bench.workload:coin"}]},
+        "train": {"steps": a.steps, "prompts_per_step": workload.prompts, "group_size": workload.group},
+        "checkpoint": {"every": 0},
+    }
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "recipes.grpo", str(path), *a.set]
+    log, began, most = a.logs / f"{folder.name}.log", time.monotonic(), 0
+    held = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
+    first = None
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+        while process.poll() is None and time.monotonic() - began < a.timeout_s:
+            free, total = torch.cuda.mem_get_info()
+            most = max(most, total - free - held)
+            if first is None and (folder / "metrics.jsonl").exists():
+                first = time.monotonic() - began
+            time.sleep(0.2)
+        if process.poll() is None:
+            process.kill()
+        code = process.wait()
+    plan = json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").exists() else None
+    steps = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    parts = plan["parts"] if plan else []
+    training = sum(p["bytes"] for p in parts if p["phase"] != "sample") / GIB
+    peak = max((row.get("memory/peak", 0.0) for row in steps), default=0.0)
+    return {
+        "rc": code,
+        "training_predicted": round(training, 1),
+        "training_peak": round(peak, 1),
+        "ratio": round(training / peak, 3) if peak else None,
+        "card_predicted": round(sum(p["bytes"] for p in parts) / GIB, 1),
+        "card_peak": round(most / GIB, 1),
+        "first_step_s": first and round(first, 1),
+        "step_s": [round(row["time/step"], 2) for row in steps],
+        "chosen": plan and plan["chosen"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
