@@ -35,10 +35,32 @@ def quiet(model: nn.Module, *, checkpointing: bool) -> None:
             if _begin not in layer._forward_pre_hooks.values():
                 layer.register_forward_pre_hook(_begin)
                 layer.register_forward_hook(_end, always_call=True)
+                _compute_quietly(layer)
+
+
+def _compute_quietly(layer: Any) -> None:
+    """A layer that is recomputed looks as if in training to whatever decides that, and never while it
+    computes. transformers decides around the layer's hooks before 5.20, and behind them in 5.24.
+    """
+    checkpoint = layer._gradient_checkpointing_func
+
+    def checkpoint_quietly(compute: Any, *arguments: Any) -> Any:
+        def quietly(*again: Any) -> Any:
+            before, layer.training = layer.training, False
+            try:
+                return compute(*again)
+            finally:
+                layer.training = before
+
+        return checkpoint(quietly, *arguments)
+
+    layer._gradient_checkpointing_func = checkpoint_quietly
 
 
 def _begin(layer: Any, arguments: Any) -> None:
-    layer.checkpointing, layer.training = layer.training, False
+    layer.checkpointing = layer.training
+    if not torch.is_grad_enabled():  # nothing is recomputed
+        layer.training = False
 
 
 def _end(layer: Any, arguments: Any, output: Any) -> None:

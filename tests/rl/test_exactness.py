@@ -147,7 +147,8 @@ def test_gradient_checkpointing_stays_on_without_dropout(family, name, changes):
     policy.weights().canary()
     calls: list[bool] = []
     layers = [m for m in policy.model.modules() if type(m).__name__ in ("GPT2Block", "OPTDecoderLayer")]
-    layers[0].register_forward_pre_hook(lambda layer, _: calls.append(layer.training))
+    part = next(layers[0].children())  # hooks of the layer itself may stand outside of what is recomputed
+    part.register_forward_pre_hook(lambda *_: calls.append(layers[0].training))
     logprobs(policy, row_of([3, 4])).sum().backward()
     assert calls == [False, False]
 
