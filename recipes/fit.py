@@ -15,7 +15,7 @@ from rl.config import Config, check_processes
 from rl.config.read import read_config, replaced
 from rl.plan.memory import GIB, MemoryPlan, longest_sequence
 from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
-from rl.plan.sizes import NoPrediction
+from rl.plan.sizes import ModelSize, NoPrediction
 from rl.store.folder import has_steps, write_atomically
 from rl.world import World
 
@@ -31,7 +31,7 @@ class Fitted:
     Attributes:
         chosen: values of keys that were auto; an earlier run of this folder may have had others.
         notes: sentences for the user.
-        plan: None on a CPU, and where nothing can be predicted.
+        plan, size: None on a CPU, and where nothing can be predicted.
     """
 
     config: Any
@@ -39,6 +39,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
     plan: MemoryPlan | None = None
     card: Card | None = None
+    size: ModelSize | None = None
 
     def compare(self, held: int | None, note: Callable[[str], None]) -> None:
         """Says what a full micro-batch held, in bytes, and what was predicted."""
@@ -105,11 +106,12 @@ def fit_to(config: Config, card: Card, before: Mapping[str, Any] | None = None) 
     left_open = replaced(config, kept)
     found = fit(size, left_open, card, length)
     if found is None and not kept and has_choice(size, config):
-        raise ValueError(refusal(config, card))
+        raise ValueError(refusal(size, config, card))
     chosen = kept | (found or {})
     settled = replaced(config, chosen)
     plan = plan_for(size, settled, card, length)
-    return Fitted(settled, chosen, (_sentence(plan, card, chosen), *_moved(before, chosen)), plan, card)
+    notes = (_sentence(plan, card, chosen), *_moved(before, chosen))
+    return Fitted(settled, chosen, notes, plan, card, size)
 
 
 def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
@@ -154,10 +156,9 @@ def _sentence(plan: MemoryPlan, card: Card, chosen: Mapping[str, Any]) -> str:
     )
 
 
-def refusal(config: Config, card: Card) -> str:
+def refusal(size: ModelSize, config: Config, card: Card) -> str:
     """That a run does not fit, and the least change of its config that does, to be copied."""
-    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-    found = remedy(kind_of(config).size(config, model), config, card, longest_sequence(config))
+    found = remedy(size, config, card, longest_sequence(config))
     head = f"this run does not fit {card.name} of {card.capacity / GIB:.0f} GiB"
     if found is None:
         return f"{head}, and neither do adapters and short completions; use a smaller model or a larger GPU"

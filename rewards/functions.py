@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import linecache
 import os
@@ -26,7 +25,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from rewards.compose import RewardSpec
-from rewards.plugins import BUILT_IN
+from rewards.plugins import BUILT_IN, import_file
 
 Origin = dict[str, Any]
 """`function`, its `source`, and one of `module` (its name), `file` (with `package` and `argv`) and `text`."""
@@ -133,16 +132,11 @@ def find_function(name: str, origin: Mapping[str, Any]) -> Any:
     return found
 
 
-def import_file(name: str, path: str, loader: Loader | None = None) -> ModuleType:
+def _import_program(name: str, path: str, loader: Loader | None = None) -> ModuleType:
     """The module of a file under a private name; the import ends where the file calls `run`."""
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with _starter_ends_it():
-        spec.loader.exec_module(module)
-    return module
+    return import_file(name, path, loader=loader, within=_starter_ends_it())
 
 
 def _load(name: str, origin: Mapping[str, Any]) -> ModuleType:
@@ -150,9 +144,9 @@ def _load(name: str, origin: Mapping[str, Any]) -> ModuleType:
         return importlib.import_module(origin["module"])
     if "text" in origin:
         loader = _TextLoader(origin["text"])
-        return import_file(f"{PRIVATE}_{name}".replace(".", "_"), f"<{name}>", loader)
+        return _import_program(f"{PRIVATE}_{name}".replace(".", "_"), f"<{name}>", loader)
     sys.argv[:] = [origin["file"], *origin["argv"]]
-    return import_file(f"{origin['package']}.{PRIVATE}".lstrip("."), origin["file"])
+    return _import_program(f"{origin['package']}.{PRIVATE}".lstrip("."), origin["file"])
 
 
 @contextmanager

@@ -15,7 +15,9 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from importlib.abc import Loader
 from types import ModuleType
 from typing import Any
 
@@ -315,13 +317,21 @@ def import_module(name: str) -> ModuleType:
     private = f"_cohort_{name}"
     if getattr(sys.modules.get(private), "__file__", None) == file:
         return sys.modules[private]
-    spec = importlib.util.spec_from_file_location(private, file)
-    assert spec and spec.loader
-    sys.modules[private] = module = importlib.util.module_from_spec(spec)
+    return import_file(private, file)
+
+
+def import_file(
+    name: str, path: str, *, loader: Loader | None = None, within: AbstractContextManager[Any] | None = None
+) -> ModuleType:
+    """The module of a file, run anew under `name`, and inside `within`; one that fails leaves no module."""
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with within or nullcontext():
+            spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[private]
+        del sys.modules[name]
         raise
     return module
 

@@ -119,7 +119,7 @@ def steps(run: Loop) -> Iterator[int]:
     at, total = run.progress, run.config.train.steps
     if at.step == 0 or at.step >= total or every(at.step, run.config.evaluation.every):
         run.evaluate(at.step)
-    run.phases.take()  # what came before is no part of a step
+    run.phases.take()  # drops the seconds that came before the first step
     while at.step < total and not run.stop.requested():
         at.values, at.step_began = {}, time.monotonic()
         yield at.step

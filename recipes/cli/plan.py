@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
     card = Card(name, capacity, arguments.processes)
     fitted = fit_to(config, card)
-    if fitted.plan is None:
+    if fitted.plan is None or fitted.size is None:
         raise ValueError("; ".join(fitted.notes))
     plan = fitted.plan
     for part in plan.parts:
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     judged = f"of {capacity / GIB:.0f}, {plan.room / GIB:.1f} may be filled"
     print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB {judged}")
     if not plan.fits:
-        print(f"does not fit{f': {plan.fault}' if plan.fault else ''}; {refusal(config, card)}")
+        print(f"does not fit{f': {plan.fault}' if plan.fault else ''}; {refusal(fitted.size, config, card)}")
         return 1
     print(f"fits{f' with {as_overrides(fitted.chosen)}' if fitted.chosen else ''}")
     return 0

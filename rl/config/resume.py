@@ -34,7 +34,7 @@ ON_REQUEST = {
     "rewards.memory_gib",
     "rewards.max_fault_share",
 }
-"""With `--change`: the run stays one run, and what came out of it is no longer the work of one config."""
+"""With `--change`: the run goes on as one run, although its steps no longer share one config."""
 
 PLACES = {
     f"{section}.{key}"

@@ -21,7 +21,7 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     """Writes the page and returns its path.
 
     Raises:
-        ValueError: one of `run_dirs` is no folder, or there are too many of them.
+        ValueError: one of `run_dirs` is not a folder, or there are too many of them.
     """
     if len(run_dirs) > MAX_RUNS:
         raise ValueError(f"{len(run_dirs)} runs; one page compares at most {MAX_RUNS}")
