@@ -57,7 +57,7 @@ class Arithmetic:
         return value
 
     def checked(self, value: Number) -> Number:
-        """An mpmath result, refused if it is no number or too large, with its size taken down."""
+        """An mpmath result, refused if it is not a number or too large, with its size taken down."""
         self.charge(2 * self.charge_unit)
         if hasattr(value, "_mpc_"):
             if not self.mp.isfinite(value):

@@ -34,12 +34,11 @@ _VECTORS = (("seq", "scalar"), ("scalar", "seq"), ("matrix", "scalar"), ("scalar
 
 def is_multiple(item: Shape) -> bool:
     """Whether a shape offers more than one value, which is a hedge where the gold is one."""
-    if item[0] == "named":
-        return is_multiple(item[2])
-    if item[0] in ("measure", "given"):
-        return is_multiple(item[1])
-    if item[0] in ("many", "set", "assign"):
-        return len(item[-1]) > 1
+    match item:
+        case ("named", _, inner, _) | ("measure", inner, _) | ("given", inner, _, _):
+            return is_multiple(inner)
+        case ("many", _, items) | ("set" | "assign", items):
+            return len(items) > 1
     return item[0] in ("contradiction", "region", "setop")
 
 
@@ -93,24 +92,24 @@ def same(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
 
 
 def _same_kind(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
-    kind = gold[0]
-    if kind == "scalar":
-        again = functools.partial(same, options=options)
-        return _same_number(gold[1], prediction[1], options) or same_renamed(gold, prediction, again)
-    if kind == "seq":
-        return _brackets_agree(gold, prediction) and _same_each(gold[3], prediction[3], options)
-    if kind == "base":
-        return gold[2] == prediction[2] and gold[1].lstrip("0") == prediction[1].lstrip("0")
-    if kind == "pieces":
-        return _same_pieces(gold[1], prediction[1], options)
-    if kind == "inequality":
-        return same_inequality(gold, prediction)
-    if kind == "setop":
-        if gold[1] != prediction[1]:
-            return False
-        straight = same(gold[2], prediction[2], options) and same(gold[3], prediction[3], options)
-        crossed = gold[1] != "minus" and same(gold[2], prediction[3], options)
-        return straight or (crossed and same(gold[3], prediction[2], options))
+    match gold, prediction:
+        case ("scalar", left), (_, right):
+            again = functools.partial(same, options=options)
+            return _same_number(left, right, options) or same_renamed(gold, prediction, again)
+        case ("seq", _, _, left), (_, _, _, right):
+            return _brackets_agree(gold, prediction) and _same_each(left, right, options)
+        case ("base", digits, base), (_, other_digits, other_base):
+            return base == other_base and digits.lstrip("0") == other_digits.lstrip("0")
+        case ("pieces", left), (_, right):
+            return _same_pieces(left, right, options)
+        case ("inequality", *_), _:
+            return same_inequality(gold, prediction)
+        case ("setop", op, a, b), (_, other_op, c, d):
+            if op != other_op:
+                return False
+            straight = same(a, c, options) and same(b, d, options)
+            crossed = op != "minus" and same(a, d, options)
+            return straight or (crossed and same(b, c, options))
     return gold == prediction
 
 

@@ -126,21 +126,23 @@ _FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
 
 def as_equation(item: Shape) -> Node | None:
     """The tree that an equation says is zero; None for a shape that says no equation of variables."""
-    if item[0] == "equation":
-        return item[1]
-    if item[0] == "named" and item[2][0] == "scalar" and not item[1].endswith("()"):
-        return ("add", (("sym", item[1]), ("neg", item[2][1])))
+    match item:
+        case ("equation", node, _):
+            return node
+        case ("named", name, ("scalar", node), _) if not name.endswith("()"):
+            return ("add", (("sym", name), ("neg", node)))
     return None
 
 
 def same_inequality(gold: Shape, prediction: Shape) -> bool:
     """Whether two inequalities differ by a constant factor, and point the other way if it is negative."""
-    if _FLIPPED[gold[1]] != _FLIPPED[prediction[1]]:
+    (_, op, left), (_, other_op, right) = gold, prediction
+    if _FLIPPED[op] != _FLIPPED[other_op]:
         return False
-    factor = proportion(gold[2], prediction[2])
+    factor = proportion(left, right)
     if factor is None:
         return False
-    return gold[1] == "!=" or (factor > 0) == (gold[1][0] == prediction[1][0])
+    return op == "!=" or (factor > 0) == (op[0] == other_op[0])
 
 
 def proportion(left: Node, right: Node) -> Any:

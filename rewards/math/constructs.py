@@ -12,7 +12,7 @@ from rewards.math.words import split
 _MATRICES = split("matrix pmatrix bmatrix Bmatrix smallmatrix array pmatrix* bmatrix*")
 _LINES = split("cases aligned align align* split gathered gather* equation equation*")
 _PLAIN_ARGUMENT = frozenset(("num", "dec", "sym", "const", "cmd", "open"))
-_FUNCTION_NAMES = tuple(("sym", name) for name in "fgh")
+_INVERSE = ["{", "-", "1", "}", "("]
 _IF, _OTHERWISE = split("if when for where 当 若"), split("otherwise else 其他 其它")
 _ORDINALS = frozenset(f"{{{ending}}}" for ending in ("th", "st", "nd", "rd"))
 _TRANSPOSED = ("T", "\\top", "\\intercal", "t")
@@ -101,9 +101,12 @@ def _arguments(parser: Grammar, name: str) -> tuple[Node, ...]:
         parser.value() in ("(", "[", "{") or (parser.value() == "\\{" and name in _OF_SETS)
     ):
         opener = parser.take()[1]
-        node = parser.bracket(opener)
-        is_listed = node[0] in ("seq", "list") or (node[0] == "set" and opener in ("{", "\\{"))
-        return node[-1] if is_listed and node[-1] else (node,)
+        match node := parser.bracket(opener):
+            case ("seq", _, _, items) | ("list", _, items) if items:
+                return items
+            case ("set", items) if items and opener in ("{", "\\{"):
+                return items
+        return (node,)
     if parser.accept("-"):
         return (("neg", _arguments(parser, name)[0]),)
     node = parser.power()
@@ -123,14 +126,15 @@ def big(parser: Grammar, kind: str) -> Node:
             low = parser.atom()
         elif parser.accept("^"):
             high = digit_argument(parser)
-    if low is None or high is None or low[:2] != ("rel", ("=",)) or low[2][0][0] not in ("sym", "const"):
-        raise Unsupported(f"a {kind} without plain bounds")
-    parser.descend()
-    body = parser.product()
-    parser.depth -= 1
-    if low[2][0] == ("const", "i"):  # an index here, not the imaginary unit
-        body = replaced(body, ("const", "i"), ("sym", "i"))
-    return ("big", kind, low[2][0][1], low[2][1], high, body)
+    match low:
+        case ("rel", ("=",), (("sym" | "const", name) as index, first)) if high is not None:
+            parser.descend()
+            body = parser.product()
+            parser.depth -= 1
+            if index == ("const", "i"):  # an index here, not the imaginary unit
+                body = replaced(body, ("const", "i"), ("sym", "i"))
+            return ("big", kind, name, first, high, body)
+    raise Unsupported(f"a {kind} without plain bounds")
 
 
 def environment(parser: Grammar) -> Node:
@@ -187,28 +191,30 @@ def exponent(parser: Grammar, base: Node) -> Node:
         return _degrees(parser, base)
     if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
         primes = raw_argument(parser)
-        if base[0] in ("sym", "call"):
-            return (base[0], base[1] + "'" * max(1, primes.count("prime") or primes.count("'")), *base[2:])
+        match base:
+            case ("sym" | "call" as kind, name, *arguments):
+                return (kind, name + "'" * max(1, primes.count("prime") or primes.count("'")), *arguments)
         raise Unsupported("primes on a number")
-    if base[0] == "domain":
-        return _marked_domain(base[1], raw_argument(parser))
-    if base[0] == "num" and "".join(parser.peek(ahead)[2] for ahead in range(4)) in _ORDINALS:
-        raw_argument(parser)  # 5^{th}
-        return base
-    if base in _FUNCTION_NAMES and [parser.peek(ahead)[2] for ahead in range(5)] == ["{", "-", "1", "}", "("]:
-        parser.at += 4  # f^{-1}(x): the inverse of f
-        return parser.named(base[1] + "^{-1}")
-    if (
-        base[0] in ("matrix", "seq")
-        and (parser.peek(1)[2] if parser.value() == "{" else parser.peek()[2]) in _TRANSPOSED
-    ):
-        raw_argument(parser)
-        row = base[3] if base[0] == "seq" else ()
-        return ("transpose", base) if not row else ("matrix", tuple((entry,) for entry in row))
+    mark = parser.peek(1)[2] if parser.value() == "{" else parser.peek()[2]
+    match base:
+        case ("domain", name):
+            return _marked_domain(name, raw_argument(parser))
+        case ("num", _) if "".join(parser.peek(ahead)[2] for ahead in range(4)) in _ORDINALS:
+            raw_argument(parser)  # 5^{th}
+            return base
+        case ("sym", "f" | "g" | "h" as name) if [parser.peek(ahead)[2] for ahead in range(5)] == _INVERSE:
+            parser.at += 4  # f^{-1}(x): the inverse of f
+            return parser.named(name + "^{-1}")
+        case ("matrix", _) | ("seq", _, _, ()) if mark in _TRANSPOSED:
+            raw_argument(parser)
+            return ("transpose", base)
+        case ("seq", _, _, row) if mark in _TRANSPOSED:
+            raw_argument(parser)
+            return ("matrix", tuple((entry,) for entry in row))
+        case ("sym", name) if parser.kind() == "op" and parser.value() in ("*", "+"):
+            return ("sym", f"{name}^{raw_argument(parser)}")
     if parser.kind() == "op" and parser.value() in ("*", "+"):
-        if base[0] != "sym":
-            raise Unparsable("a mark on a value")
-        return ("sym", f"{base[1]}^{raw_argument(parser)}")
+        raise Unparsable("a mark on a value")
     parser.descend()
     power = ("neg", exponent_value(parser)) if parser.accept("-") else exponent_value(parser)
     parser.depth -= 1
@@ -220,9 +226,10 @@ def exponent(parser: Grammar, base: Node) -> Node:
 def _chosen(letter: str, total: str, picked: Node) -> Node | None:
     """C_8^3 and A_8^3: combinations and permutations of 3 out of 8, as they are written in China."""
     name = {"C": "binom", "A": "perm"}.get(letter)
-    if name is None or not (total.isascii() and total.isdigit()) or picked[0] != "num":
-        return None
-    return ("fn", name, (("num", Fraction(int(total[:9]))), picked)) if picked[1] <= int(total[:9]) else None
+    match picked:
+        case ("num", value) if name and total.isascii() and total.isdigit() and value <= int(total[:9]):
+            return ("fn", name, (("num", Fraction(int(total[:9]))), picked))
+    return None
 
 
 def _marked_domain(name: str, mark: str) -> Node:
@@ -257,45 +264,41 @@ def exponent_value(parser: Grammar) -> Node:
 
 def subscript(parser: Grammar, node: Node) -> Node:
     index = raw_argument(parser)
-    if node[0] == "num" and node[1] >= 0 and node[1].denominator == 1:  # (1101)_2
-        node = ("digits", str(int(node[1])), node[1])
-    if node[0] == "digits":
-        base = _BASES.get(index.strip(), int(index) if index.isdigit() and len(index) < 3 else 0)
-        if not 2 <= base <= 36:
-            raise Unparsable(f"the base {index[:20]!r}")
-        return ("base", node[1], base) if base != 10 else ("num", node[2])
-    if node[0] == "pow" and node[1][0] == "sym":  # x^2_i
-        if chosen := _chosen(node[1][1], index, node[2]):
-            return chosen
-        return ("pow", ("sym", f"{node[1][1]}_{index}"), node[2])
-    if node[0] == "domain":
-        return _marked_domain(node[1], index)
-    if node[0] in ("mul", "fn", "call", "sym", "text"):
-        return ("sym", f"{node[1]}_{index}")
+    match node:
+        case ("num", value) if value >= 0 and value.denominator == 1:  # (1101)_2
+            node = ("digits", str(int(value)), value)
+    match node:
+        case ("digits", raw, value):
+            base = _BASES.get(index.strip(), int(index) if index.isdigit() and len(index) < 3 else 0)
+            if not 2 <= base <= 36:
+                raise Unparsable(f"the base {index[:20]!r}")
+            return ("base", raw, base) if base != 10 else ("num", value)
+        case ("pow", ("sym", name), power):  # x^2_i
+            return _chosen(name, index, power) or ("pow", ("sym", f"{name}_{index}"), power)
+        case ("domain", name):
+            return _marked_domain(name, index)
+        case ("sym" | "text", name) | ("fn" | "call", name, _) | ("mul", name):
+            return ("sym", f"{name}_{index}")
     raise Unparsable("a subscript on a value")
 
 
 def read_mixed(parser: Grammar, factors: list[Node]) -> Node:
     """2 1/3, at its second number."""
-    whole, top, slash, bottom = factors[0], parser.peek(), parser.peek(1), parser.peek(2)
-    if (
-        len(factors) == 1
-        and slash[1] == "/"
-        and whole[0] == top[0] == bottom[0] == "num"
-        and 0 < top[1] < bottom[1]
-    ):
-        parser.at += 3
-        return ("num", whole[1] + top[1] / bottom[1])
+    match factors, parser.peek(), parser.peek(1), parser.peek(2):
+        case [("num", whole)], ("num", top, _), (_, "/", _), ("num", bottom, _) if 0 < top < bottom:
+            parser.at += 3
+            return ("num", whole + top / bottom)
     raise Unparsable("two numbers without an operator")
 
 
 def as_mixed(node: Node, right: Node) -> Node:
     """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
-    if right[0] in ("percent", "deg"):
-        return (right[0], as_mixed(node, right[1]))
-    if right[0] == "div" and right[1][0] == "num" and right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
-        whole = node[1][1] if node[0] == "neg" else node[1]
-        if isinstance(whole, Fraction) and whole.denominator == 1:
-            total: Node = ("num", whole + right[1][1] / right[2][1])
-            return ("neg", total) if node[0] == "neg" else total
+    match node, right:
+        case _, ("percent" | "deg" as mark, inner):
+            return (mark, as_mixed(node, inner))
+        case ("neg", ("num", _) as whole), _ if (mixed := as_mixed(whole, right))[0] == "num":
+            return ("neg", mixed)
+        case ("num", whole), ("div", ("num", above), ("num", below)) if 0 < above < below:
+            if whole.denominator == 1:
+                return ("num", whole + above / below)
     return ("mul", (node, right))

@@ -23,7 +23,7 @@ Where. The last box, else "the answer is", else the last formula or number; `ext
 Hedging. More than one value where the gold is one is a hedge, whatever the values; so are 8 = 7, and ±3 for
     3. A chain of equalities must agree with itself (`chains`). ±1 ± i has four values.
 Percent. 20% is 20 and 0.2; two percentages must be equal (`percent`).
-Units. One missing unit is no fault; two must agree: 5 cm is 50 mm, not 5 m; 2 hours 15 minutes are 135
+Units. One missing unit is not a fault; two must agree: 5 cm is 50 mm, not 5 m; 2 hours 15 minutes are 135
     minutes (`units`). "million" and "dozen" belong to the value: 5 million people are not 5 people. 7 a.m. is
     7:00, 5 pm is 17:00, and 2:15 is not 2/15. 90° is 90 and pi/2; a plain 45 is not pi/4 (`degrees`).
 Rounding. None: 3.14 is not pi, 0.333 is not 1/3. `decimal_rtol` passes float noise such as

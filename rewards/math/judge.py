@@ -66,7 +66,7 @@ _STYLE = re.compile(
 
 
 class _UnreadableGold(Exception):
-    """The gold broke the reader, which is no fault of the prediction."""
+    """The gold broke the reader, which is not a fault of the prediction."""
 
 
 @lru_cache(maxsize=8192)

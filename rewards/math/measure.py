@@ -77,23 +77,23 @@ def measure_of_letters(item: Shape) -> Shape | None:
 
 def _letters_behind(node: Node) -> tuple[tuple[Node, ...], str]:
     """The factors of a value and the letters behind them, as text: (5,), "m / s"."""
-    kind = node[0]
-    if kind == "sym":
-        return (), {"Omega": "Ω", "mu": "µ"}.get(str(node[1]), str(node[1]))
-    if kind == "pow" and node[1][0] == "sym" and node[2][0] == "num":
-        return (), f"{node[1][1]}^{node[2][1]}"
-    if kind == "neg":
-        values, letters = _letters_behind(node[1])
-        return ((("neg", ("mul", values)),) if values else ()), letters
-    if kind == "div":
-        (values, above), (below_values, below) = map(_letters_behind, node[1:])
-        if below and not below_values:
-            return values, f"{above} / {below}"
-    if kind == "mul":
-        found = [_letters_behind(part) for part in node[1]]
-        if not any(before[1] and after[0] for before, after in itertools.combinations(found, 2)):
-            letters = " ".join(text for _, text in found if text).replace("µ ", "µ")
-            return tuple(value for values, _ in found for value in values), letters
+    match node:
+        case ("sym", name):
+            return (), {"Omega": "Ω", "mu": "µ"}.get(str(name), str(name))
+        case ("pow", ("sym", name), ("num", exponent)):
+            return (), f"{name}^{exponent}"
+        case ("neg", inner):
+            values, letters = _letters_behind(inner)
+            return ((("neg", ("mul", values)),) if values else ()), letters
+        case ("div", *sides):
+            (values, above), (below_values, below) = map(_letters_behind, sides)
+            if below and not below_values:
+                return values, f"{above} / {below}"
+        case ("mul", factors):
+            found = [_letters_behind(part) for part in factors]
+            if not any(before[1] and after[0] for before, after in itertools.combinations(found, 2)):
+                letters = " ".join(text for _, text in found if text).replace("µ ", "µ")
+                return tuple(value for values, _ in found for value in values), letters
     return (node,), ""
 
 

@@ -19,28 +19,28 @@ _OF_AN_ANGLE = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 
 def name_of(node: Node) -> tuple[str, ...] | None:
     """The names that a left side gives values to; "f()" for the function f. None if it is a formula."""
-    kind = node[0]
-    if kind == "sym":
-        return (node[1].removeprefix("vector "),)
-    if kind == "setop":
-        return (repr(node),) if all(part[0] in ("sym", "setop") for part in node[2:]) else None
-    if kind == "call":
-        is_function = all(argument[0] == "sym" and not argument[1].isupper() for argument in node[2])
-        return (f"{node[1]}()",) if is_function else (repr(node),)
-    if kind == "fn":
-        return _name_of_function(node)
-    if kind == "big":
-        return (repr(node),)
-    if kind == "mul" and all(part[0] == "mul" or _is_point_or_vector(part) for part in node[1]):
-        inner = [name_of(part) for part in node[1]]
-        return ("".join(name[0] for name in inner if name),) if all(inner) else None
-    if kind == "div" and (all(map(_is_segment, node[1:])) or all(map(_is_differential, node[1:]))):
-        return (str(node[1:]),)  # NO/BO, dy/dx
-    if kind in ("seq", "ratio"):
-        names = [name_of(item) for item in node[-1]]
-        if all(name is not None and len(name) == 1 for name in names):
-            parts = tuple(name[0] for name in names if name)
-            return parts if kind == "seq" else (":".join(parts),)
+    match node:
+        case ("sym", name):
+            return (name.removeprefix("vector "),)
+        case ("setop", _, *sides):
+            return (repr(node),) if all(part[0] in ("sym", "setop") for part in sides) else None
+        case ("call", name, arguments):
+            is_function = all(argument[0] == "sym" and not argument[1].isupper() for argument in arguments)
+            return (f"{name}()",) if is_function else (repr(node),)
+        case ("fn", *_):
+            return _name_of_function(node)
+        case ("big", *_):
+            return (repr(node),)
+        case ("mul", factors) if all(part[0] == "mul" or _is_point_or_vector(part) for part in factors):
+            inner = [name_of(part) for part in factors]
+            return ("".join(name[0] for name in inner if name),) if all(inner) else None
+        case ("div", *sides) if all(map(_is_segment, sides)) or all(map(_is_differential, sides)):
+            return (str(tuple(sides)),)  # NO/BO, dy/dx
+        case ("seq", _, _, items) | ("ratio", items):
+            names = [name_of(item) for item in items]
+            if all(name is not None and len(name) == 1 for name in names):
+                parts = tuple(name[0] for name in names if name)
+                return parts if node[0] == "seq" else (":".join(parts),)
     return None
 
 
@@ -132,7 +132,7 @@ _ZERO, _ONE = ("num", Fraction(0)), ("num", Fraction(1))
 
 
 def basis_vector(node: Node) -> tuple[Node, ...] | None:
-    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is no such sum, such as 2i."""
+    """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is not such a sum, such as 2i."""
     if symbols(node).isdisjoint(("j", "k", "unit i", "unit j", "unit k")):
         return None
     for name, unit in zip((("const", "i"), ("sym", "j"), ("sym", "k")), _BASIS, strict=True):

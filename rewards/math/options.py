@@ -16,7 +16,7 @@ class MathOptions:
         extraction: where the answer is looked for. "any": the last box, else a stated answer, else the last
             formula or number; "stated": no last formula or number; "boxed": a box only.
         percent: 50% is worth "either" 50 or 0.5, or "hundredths" (0.5 only), or a percentage only ("sign").
-        units: "lenient": a missing unit is no fault, two written ones must agree (5 cm = 50 mm); "strict":
+        units: "lenient": a missing unit is not a fault, two written ones must agree (5 cm = 50 mm); "strict":
             both or neither; "ignore".
         degrees: "either": 90° is 90 and pi/2; "radians": pi/2 only.
         decimal_rtol: relative error allowed where a side is written as a decimal. The default passes float

@@ -69,13 +69,14 @@ def same_value(left: Node, right: Node) -> bool:
 
 def _quotient(node: Node) -> Fraction | None:
     """The value of a plain fraction, decimal or whole number; None for any other tree."""
-    if node[0] in ("num", "dec"):
-        return node[1]
-    if node[0] == "neg":
-        value = _quotient(node[1])
-        return None if value is None else -value
-    if node[0] == "div" and node[1][0] == node[2][0] == "num" and node[2][1]:
-        return node[1][1] / node[2][1]
+    match node:
+        case ("num" | "dec", value):
+            return value
+        case ("neg", inner):
+            value = _quotient(inner)
+            return None if value is None else -value
+        case ("div", ("num", above), ("num", below)) if below:
+            return above / below
     return None
 
 

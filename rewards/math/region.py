@@ -205,19 +205,20 @@ def listed_intervals(item: Shape, *, may_be_points: bool) -> Region | None:
 
 
 def _as_region(item: Shape) -> Region | None:
-    if item[0] == "region":
-        return item[1]
-    if item[0] == "named":
-        return _as_region(item[2])
-    if item[0] == "seq" and len(item[3]) == 2 and item[1] in "([" and item[2] in ")]":
-        low, high = (_end(end) for end in item[3])
-        return interval(low, item[1] == "[", high, item[2] == "]") if low < high else None
-    if item[0] == "set":
-        points = [_end(end) for end in item[1]]
-        return union(*(interval(point, True, point, True) for point in points))
-    if item[0] == "many" and item[1] == "or":
-        parts = [_as_region(part) for part in item[2]]
-        return None if None in parts else union(*filter(None, parts))
+    match item:
+        case ("region", region):
+            return region
+        case ("named", _, inner, _):
+            return _as_region(inner)
+        case ("seq", "(" | "[" as opening, ")" | "]" as closing, (left, right)):
+            low, high = _end(left), _end(right)
+            return interval(low, opening == "[", high, closing == "]") if low < high else None
+        case ("set", items):
+            points = [_end(end) for end in items]
+            return union(*(interval(point, True, point, True) for point in points))
+        case ("many", "or", items):
+            parts = [_as_region(part) for part in items]
+            return None if None in parts else union(*filter(None, parts))
     return None
 
 

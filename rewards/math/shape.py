@@ -39,38 +39,39 @@ def shape(node: Node) -> Shape:
     Raises:
         MathError: it has none, such as a matrix in a sum with a number.
     """
-    kind = node[0]
-    if kind == "unit":
-        return _measure(shape(node[1]), node[2])
-    if kind == "list":
-        return _several(node[1], [shape(item) for item in progression(node[2])])
-    if kind == "rel":
-        return _relation(node[1], node[2])
-    if kind == "set":
-        return ("set", _flat(shape(item) for item in progression(node[1])))
-    if kind in ("seq", "residue") and "pm" in tree.kinds(node):
-        return ("many", "pm", tuple(map(shape, tree.variants(node))))
-    if kind == "seq":
-        return _sequence(node)
-    if kind == "setop":
-        return _set_operation(node[1], shape(node[2]), shape(node[3]))
-    if kind == "builder":
-        return _builder(node)
-    if kind == "cases":
-        return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in node[1]]))
-    if kind == "text":
-        words = node[1]
-        if words in EMPTY_WORDS:
-            return ("set", ())
-        if words in NUMBER_WORDS:
+    match node:
+        case ("num" | "dec", _):
+            return ("scalar", node)
+        case ("unit", value, unit):
+            return _measure(shape(value), unit)
+        case ("list", how, items):
+            return _several(how, [shape(item) for item in progression(items)])
+        case ("rel", ops, sides):
+            return _relation(ops, sides)
+        case ("set", items):
+            return ("set", _flat(shape(item) for item in progression(items)))
+        case ("seq" | "residue", *_) if "pm" in tree.kinds(node):
+            return ("many", "pm", tuple(map(shape, tree.variants(node))))
+        case ("seq", *_):
+            return _sequence(node)
+        case ("setop", op, left, right):
+            return _set_operation(op, shape(left), shape(right))
+        case ("builder", *_):
+            return _builder(node)
+        case ("cases", pieces):
+            return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in pieces]))
+        case ("text", words) if words in NUMBER_WORDS:
             return ("scalar", ("num", Fraction(NUMBER_WORDS[words])))
-        return ("region", regions.REALS) if words in REAL_WORDS else node
-    if kind == "empty":
-        return ("set", ())
-    if kind == "domain":
-        return ("region", regions.DOMAINS[node[1]]) if node[1] in regions.DOMAINS else node
-    if kind in ("base", "dots", "ratio", "residue"):
-        return node
+        case ("text", words):
+            everything = ("region", regions.REALS) if words in REAL_WORDS else node
+            return ("set", ()) if words in EMPTY_WORDS else everything
+        case ("empty",):
+            return ("set", ())
+        case ("domain", name):
+            return ("region", regions.DOMAINS[name]) if name in regions.DOMAINS else node
+        case ("base" | "dots" | "ratio" | "residue", *_):
+            return node
+    kind = node[0]
     if (kind == "const" or kind == "neg") and (sign := regions.infinity(node)):
         return ("infinity", sign)
     if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
@@ -327,8 +328,9 @@ def _builder(node: Node) -> Shape:
     if members and head[0] == "sym" and len(others) == 1 and others[0][:2] == ("rel", ("=",)):
         return ("given", _unnamed(shape(others[0])), members, ())  # {x | x = 2k, k in Z}
     domain = "R"
-    if head[0] == "rel" and head[1] == ("in",) and head[2][1][0] == "domain":
-        domain, head = head[2][1][1], head[2][0]
+    match head:
+        case ("rel", ("in",), (inner, ("domain", name))):
+            domain, head = name, inner
     if head[0] == "sym" and domain in ("R", "C"):
         inner = _unnamed(shape(conditions))
         if inner[0] in ("region", "set", "scalar"):
@@ -340,6 +342,7 @@ def _builder(node: Node) -> Shape:
 
 def _membership(rule: Node) -> tuple[str, str] | None:
     """(k, Z) of k in Z."""
-    if rule[0] != "rel" or rule[1] != ("in",) or rule[2][0][0] != "sym" or rule[2][1][0] != "domain":
-        return None
-    return rule[2][0][1], rule[2][1][1]
+    match rule:
+        case ("rel", ("in",), (("sym", name), ("domain", domain))):
+            return name, domain
+    return None

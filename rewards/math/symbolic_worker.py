@@ -36,7 +36,7 @@ def limit_resources() -> None:
 
 
 def worked_out(gold: Any) -> Any:
-    """A gold with its integrals and limits carried out: its own slowness is no fault of a prediction."""
+    """A gold with its integrals and limits carried out: its own slowness is not a fault of a prediction."""
     import sympy
 
     return gold.doit() if isinstance(gold, sympy.Expr) else gold

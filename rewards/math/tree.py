@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
@@ -153,29 +154,22 @@ MAX_SIZE = 12
 
 def fold(node: Node) -> Node:
     """A tree with matrices -> one matrix, or a scalar tree if they cancel out of it."""
-    kind = node[0]
-    if kind in ("matrix", "fn"):
-        return node
-    if kind == "transpose":
-        inner = fold(node[1])
-        return ("matrix", tuple(zip(*inner[1], strict=True))) if inner[0] == "matrix" else inner
-    if not has(node, "matrix"):
-        return node
-    if kind == "neg":
-        return _scaled(("num", Fraction(-1)), fold(node[1]))
-    if kind in ("add", "mul"):
-        total = fold(node[1][0])
-        for part in node[1][1:]:
-            total = _sum(total, fold(part)) if kind == "add" else _product(total, fold(part))
-        return total
-    if kind == "div" and not has(node[2], "matrix"):
-        return _scaled(("div", ("num", Fraction(1)), node[2]), fold(node[1]))
-    if kind == "pow" and node[2][0] == "num" and node[2][1] in (2, 3, 4, 5):
-        base = fold(node[1])
-        total = base
-        for _ in range(int(node[2][1]) - 1):
-            total = _product(total, base)
-        return total
+    match node:
+        case ("matrix" | "fn", *_):
+            return node
+        case ("transpose", part):
+            inner = fold(part)
+            return ("matrix", tuple(zip(*inner[1], strict=True))) if inner[0] == "matrix" else inner
+        case _ if not has(node, "matrix"):
+            return node
+        case ("neg", part):
+            return _scaled(("num", Fraction(-1)), fold(part))
+        case ("add" | "mul" as kind, (first, *rest)):
+            return functools.reduce(_sum if kind == "add" else _product, map(fold, rest), fold(first))
+        case ("div", above, below) if not has(below, "matrix"):
+            return _scaled(("div", ("num", Fraction(1)), below), fold(above))
+        case ("pow", base, ("num", exponent)) if exponent in (2, 3, 4, 5):
+            return functools.reduce(_product, [fold(base)] * int(exponent))
     raise Unparsable("a formula of matrices that is not a sum or product")
 
 

@@ -8,9 +8,7 @@ much in size, and compared by relative error.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 from rewards.math.arithmetic import PRECISION_BITS, Arithmetic, Number, determinant, power
 from rewards.math.functions import FUNCTIONS, factorial
@@ -19,6 +17,7 @@ from rewards.math.tree import Node, TooComplex, Undefined, Unparsable, Unsupport
 MAX_TERMS = 2_000
 # Two numbers are equal when they agree to this many bits, and to more where their parts differ much in size.
 EQUAL_BITS = 130
+_INFINITY = ("const", "inf")
 
 
 class Evaluator:
@@ -35,18 +34,47 @@ class Evaluator:
         Raises:
             Undefined, TooComplex, Unparsable (not a number), Unsupported.
         """
-        kind = node[0]
         self.arithmetic.charge(1)
-        if kind == "num" or kind == "dec":
-            self.arithmetic.literal(node[1])
-            return node[1]
-        handler = _HANDLERS.get(kind)
-        if handler is None:
-            raise Unparsable(f"a {kind} is not a number")
+        match node:
+            case ("num" | "dec", number):
+                self.arithmetic.literal(number)
+                return number
         try:
-            return handler(self, node)
+            return self._formula(node)
         except (ValueError, ZeroDivisionError, OverflowError) as error:  # mpmath's words for a pole
             raise Undefined(str(error)) from None
+
+    def _formula(self, node: Node) -> Number:
+        arithmetic = self.arithmetic
+        match node:  # the frequent ones first
+            case ("sym", name):
+                return self.probe(name)
+            case ("mul", factors):
+                return _fold(self, factors, "*")
+            case ("add", terms):
+                return _fold(self, progression(terms) if ("dots",) in terms else terms, "+")
+            case ("pow", base, exponent):
+                return _power(self, base, exponent)
+            case ("div", above, below):
+                return arithmetic.combine(self.value(above), self.value(below), "/")
+            case ("neg", inner):
+                return -self.value(inner)
+            case ("fn", name, arguments):
+                return _function(self, name, arguments)
+            case ("const", name):
+                return _constant(arithmetic, name)
+            case ("deg", inner):
+                turned = arithmetic.combine(self.value(inner), +arithmetic.mp.pi, "*")
+                return arithmetic.combine(turned, Fraction(180), "/")
+            case ("percent", inner):
+                return arithmetic.combine(self.value(inner), Fraction(100), "/")
+            case ("fact", inner):
+                return factorial(arithmetic, self.value(inner))
+            case ("call", name, arguments):
+                return self.opaque(f"{name}({';'.join(map(self.key, arguments))})")
+            case ("big", kind, name, low, high, body):
+                return _big(self, (kind, name), low, high, body)
+        raise Unparsable(f"a {node[0]} is not a number")
 
     def probe(self, name: str) -> Fraction:
         """The value of a variable at this point: dyadic, fixed by its name."""
@@ -76,39 +104,32 @@ class Evaluator:
 
     def key(self, node: Node) -> str:
         """A number as a name: 15 digits of it."""
-        if node == ("const", "inf"):
+        if node == _INFINITY:
             return "inf"
         mp, value = self.arithmetic.mp, self.arithmetic.real(self.value(node))
         parts = [mp.re(value), mp.im(value)]
         return ",".join("0" if abs(part) < 1e-25 else str(mp.nstr(part, 15)) for part in parts)
 
 
-def _fold(evaluator: Evaluator, node: Node) -> Number:
-    op = "+" if node[0] == "add" else "*"
-    terms = progression(node[1]) if op == "+" and ("dots",) in node[1] else node[1]
-    total = evaluator.value(terms[0])
-    for term in terms[1:]:
-        total = evaluator.arithmetic.combine(total, evaluator.value(term), op)
+def _fold(evaluator: Evaluator, nodes: tuple[Node, ...], op: str) -> Number:
+    total = evaluator.value(nodes[0])
+    for node in nodes[1:]:
+        total = evaluator.arithmetic.combine(total, evaluator.value(node), op)
     return total
 
 
-def _constant(evaluator: Evaluator, node: Node) -> Number:
-    if node[1] == "inf":
+def _constant(arithmetic: Arithmetic, name: str) -> Number:
+    if name == "inf":
         raise Undefined("infinity in a formula")
-    mp = evaluator.arithmetic.mp
-    return mp.mpc(0, 1) if node[1] == "i" else +(mp.pi if node[1] == "pi" else mp.e)
+    mp = arithmetic.mp
+    return mp.mpc(0, 1) if name == "i" else +(mp.pi if name == "pi" else mp.e)
 
 
-def _degrees(evaluator: Evaluator, node: Node) -> Number:
-    turned = evaluator.arithmetic.combine(evaluator.value(node[1]), +evaluator.arithmetic.mp.pi, "*")
-    return evaluator.arithmetic.combine(turned, Fraction(180), "/")
-
-
-def _big(evaluator: Evaluator, node: Node) -> Number:
+def _big(evaluator: Evaluator, of: tuple[str, str], low: Node, high: Node, body: Node) -> Number:
     """A sum with whole bounds is carried out; any other is an undefined function of its bounds and body."""
-    _, kind, name, low, high, body = node
+    kind, name = of
     first = last = None
-    if low != ("const", "inf") and high != ("const", "inf"):
+    if low != _INFINITY and high != _INFINITY:
         first, last = evaluator.value(low), evaluator.value(high)
     outer = dict(evaluator.bound)
     try:
@@ -128,18 +149,13 @@ def _big(evaluator: Evaluator, node: Node) -> Number:
         evaluator.bound = outer
 
 
-def _call(evaluator: Evaluator, node: Node) -> Number:
-    return evaluator.opaque(f"{node[1]}({';'.join(evaluator.key(argument) for argument in node[2])})")
-
-
-def _function(evaluator: Evaluator, node: Node) -> Number:
-    _, name, arguments = node
+def _function(evaluator: Evaluator, name: str, arguments: tuple[Node, ...]) -> Number:
     if name == "det":
         rows = arguments[0][1] if arguments[0][0] == "matrix" else ()
         if not rows or len(rows) != len(rows[0]):
             raise Unparsable("a determinant of something that is not a square matrix")
         return determinant(evaluator.arithmetic, [[evaluator.value(entry) for entry in row] for row in rows])
-    if name in ("gcd", "lcm") and evaluator.point < 10 and symbols(node):
+    if name in ("gcd", "lcm") and evaluator.point < 10 and symbols(("fn", name, arguments)):
         raise Unsupported("a divisor of formulas", evaluates=True)
     function = FUNCTIONS.get(name)
     if function is None:
@@ -150,27 +166,10 @@ def _function(evaluator: Evaluator, node: Node) -> Number:
         raise Unparsable(f"{name} of {len(arguments)} arguments") from None
 
 
-def _power(evaluator: Evaluator, node: Node) -> Number:
-    if node[2] == ("neg", ("const", "inf")) or node[2] == ("const", "inf"):
+def _power(evaluator: Evaluator, base: Node, exponent: Node) -> Number:
+    if exponent == ("neg", _INFINITY) or exponent == _INFINITY:
         raise Undefined("an infinite power")
-    result = power(evaluator.arithmetic, evaluator.value(node[1]), evaluator.value(node[2]))
-    if isinstance(result, Fraction) and not symbols(node):
+    result = power(evaluator.arithmetic, evaluator.value(base), evaluator.value(exponent))
+    if isinstance(result, Fraction) and not symbols(("pow", base, exponent)):
         evaluator.arithmetic.literal(result)
     return result
-
-
-_HANDLERS: Mapping[str, Any] = {
-    "add": _fold,
-    "mul": _fold,
-    "div": lambda ev, node: ev.arithmetic.combine(ev.value(node[1]), ev.value(node[2]), "/"),
-    "neg": lambda ev, node: -ev.value(node[1]),
-    "pow": _power,
-    "sym": lambda ev, node: ev.probe(node[1]),
-    "const": _constant,
-    "fn": _function,
-    "call": _call,
-    "big": _big,
-    "fact": lambda ev, node: factorial(ev.arithmetic, ev.value(node[1])),
-    "deg": _degrees,
-    "percent": lambda ev, node: ev.arithmetic.combine(ev.value(node[1]), Fraction(100), "/"),
-}
