@@ -205,7 +205,7 @@ def task_manager(a: argparse.Namespace) -> Any:
         ValueError: lm-eval cannot be imported, or has no such task.
     """
     if a.lm_eval_path is not None and not a.lm_eval_path.is_dir():
-        raise ValueError(f"--lm-eval-path {a.lm_eval_path} is no folder; give one with YAML files of tasks")
+        raise ValueError(f"--lm-eval-path {a.lm_eval_path} is not a folder; give one with YAML task files")
     try:
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -294,7 +294,7 @@ def sample(
 
 def read(path: Path, limit: int | None) -> list[Row]:
     if not path.is_file():
-        raise ValueError(f"{path} is no file; give one of JSON lines (--help says with which columns)")
+        raise ValueError(f"{path} is not a file; give one of JSON lines (--help says with which columns)")
     return load_rows(DataConfig(source=str(path), size=limit))
 
 

@@ -142,7 +142,7 @@ def _check_boxed(text: str) -> str:
 
 
 def braced(text: str, start: int) -> str:
-    r"""What stands between the brace at `start` and its partner; `\{` and `\}` are no braces.
+    r"""What stands between the brace at `start` and its partner; `\{` and `\}` are not braces.
 
     Raises:
         ValueError: the brace is never closed.

@@ -25,7 +25,7 @@ from rl.types import Completion, Group, Prompt, Reward
 Row = Mapping[str, Any]
 AHEAD = 512
 PER_ROW = {"id", "completion", "completion_ids"}
-SWITCHES = ("--chat", "--schema", "--change", "-h", "--help")
+SWITCHES = ["--chat", "--schema", "--change", "-h", "--help", "--base", "--regrade", "--compare", "--force"]
 
 
 def add_deadline(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of each line that is not empty.
 
     Raises:
-        ValueError: there is no such file, or a line is no JSON object.
+        ValueError: there is no such file, or a line is not a JSON object.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}")

@@ -1,7 +1,7 @@
 """64-bit fingerprints of weights, equal on both sides of a sync exactly when the compared bytes are equal.
 
-A fault that shuffles, scales, truncates or forgets values changes a fingerprint; they are no defence against
-an adversary.
+A fault that shuffles, scales, truncates or forgets values changes a fingerprint; they are not a defence
+against an adversary.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ TAGS: dict[str, tuple[str, ...]] = {
     "cpp": ("cpp", "c++", "cc", "cxx"),
     "javascript": ("javascript", "js", "node"),
 }
-# Possessive, so that a long line that is no fence costs its length and not the cube of it.
+# Possessive, so that a long line that is not a fence costs its length and not the cube of it.
 FENCE = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$", re.MULTILINE)
 
 

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Asked as they are: what they get is no expected value, and what they give is a value like any other.
+# Asked as they are: what they get is not an expected value, and what they give is a value like any other.
 ASKED = """call getitem setitem delitem setattr delattr len bool str repr format hash enter reversed
     abs neg pos invert round trunc floor ceil int float complex index copy subclasscheck""".split()  # noqa: SIM905
 COMPARED = "eq lt le gt ge".split()  # noqa: SIM905

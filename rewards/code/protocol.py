@@ -36,7 +36,7 @@ dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def _no_mapping(pairs: list[Any]) -> Any:
-    raise ValueError("a JSON object is no value")
+    raise ValueError("a JSON object is not a value")
 
 
 loads = json.JSONDecoder(object_pairs_hook=_no_mapping).decode
@@ -285,7 +285,7 @@ class Decoder:
 
     def _list(self, values: list[Any]) -> list[Any]:
         if type(values) is not list:
-            raise BadValue("items are no list")
+            raise BadValue("items are not a list")
         decode = self.decode
         return [value if type(value) is not list else decode(value) for value in values]
 

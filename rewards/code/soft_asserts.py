@@ -14,7 +14,7 @@ class Sites:
 
     def __init__(self) -> None:
         self.held: list[bool | None] = []  # None: not reached
-        self.optional: list[bool] = []  # under an `if`, so that not reaching it is no failure
+        self.optional: list[bool] = []  # under an `if`, so that not reaching it is not a failure
         self.holders: set[str] = set()  # functions with asserts among these
         self.num_crashes = 0  # of test functions, outside of their asserts
         self.first_failure = ""

@@ -149,7 +149,7 @@ class Server:
                 exec(compile(given["prompt"], "<prompt>", "exec", dont_inherit=True), names)
             except Exception:
                 report_exception()  # a prompt may be prose or an unfinished function
-        for name in given["own"]:  # a stub or an import of the prompt, or of the prelude, is no solution
+        for name in given["own"]:  # a stub or an import of the prompt, or of the prelude, is not a solution
             names.pop(name, None)
         try:
             exec(compile(given["code"], "<solution>", "exec", dont_inherit=True), names)

@@ -29,7 +29,7 @@ from rewards.code.soft_asserts import Sites, soften
 
 VERDICT = 5
 MAX_DETAIL = 500
-# What may outlast a script of tests: attributes that it sets, but for its own `self`, and settings of the
+# What may outlast a script of tests: attributes that it sets, except for its own `self`, and settings of the
 # interpreter and the library.
 LEAVES_TRACES = re.compile(
     r"(?<!\bself)\.\w+(?:\[[^\]\n]*\])?\s*(?:[-+*/%|&^@]|//|\*\*|<<|>>)?=(?!=)|\bdel\s+\w+\.|__dict__"
@@ -142,7 +142,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
 
 
 def _run_prompt(prompt: str, entry_point: str, namespace: Namespace) -> None:
-    """Defines what the prompt defines, if it is code, but for its stub of the solution."""
+    """Defines what the prompt defines, if it is code, except for its stub of the solution."""
     try:
         tree = _without(ast.parse(prompt, "<prompt>"), entry_point)
         exec(compile(tree, "<prompt>", "exec", dont_inherit=True), namespace)

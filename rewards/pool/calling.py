@@ -67,7 +67,7 @@ def grade(reward: RewardFunction, arguments: Mapping[str, Any], num_completions:
     """Calls the function, also an async one, in this thread.
 
     Raises:
-        BadValue: what it returned is no list of `num_completions` finite numbers, Nones or Rewards.
+        BadValue: what it returned is not a list of `num_completions` finite numbers, Nones or Rewards.
     """
     values = reward.fn(**arguments)
     if inspect.isawaitable(values):

@@ -64,14 +64,14 @@ def worker_path() -> list[str]:
 class Grader:
     """A process, the bytes on their way, and the calls that it holds. One thread starts and uses it.
 
-    Calls are answered in the order in which they were sent, but for async ones, which run beside each other.
+    Calls are answered in the order in which they were sent, except async ones, which run beside each other.
     A few short ones are sent ahead, so that the process does not wait for each; the clock of a call starts
     when the one before it is answered.
 
     Attributes:
         calls: by id, in the order in which they were sent.
         ready: it has loaded its rewards.
-        ended: its output is closed, or is no protocol; nothing more will come.
+        ended: its output is closed, or breaks the protocol; nothing more will come.
         usual_s: how long a call took of late.
         met_alone: it answered the ping before a call that is tried alone, so it has got that call.
     """
@@ -174,7 +174,7 @@ class Grader:
             self.selector.unregister(stream)
 
     def messages(self) -> list[dict[str, Any]]:
-        """The whole frames that have arrived. What is no frame ends the process."""
+        """The whole frames that have arrived. What is not a frame ends the process."""
         found: list[dict[str, Any]] = []
         while len(self.inbox) >= HEADER.size:
             (size,) = HEADER.unpack_from(self.inbox)

@@ -118,7 +118,7 @@ class RewardPool:
         """Checks a dataset before anything is sampled from it; `row` is one example.
 
         Raises:
-            ValueError: a column that a reward needs is missing, or holds what is no JSON value.
+            ValueError: a column that a reward needs is missing, or holds what is not a JSON value.
         """
         for asks in self.asks:
             for column in asks.required:

@@ -122,7 +122,7 @@ def read_llada_tensors(folder: Path, raw: Mapping[str, Any], name: str) -> dict[
     if wanted != tensors.keys():
         missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
         raise ValueError(
-            f"{name} is no whole LLaDA checkpoint: {len(missing)} weights are missing"
+            f"{name} is not a whole LLaDA checkpoint: {len(missing)} weights are missing"
             + (f" such as {llada_key(missing[0])}" if missing else "")
             + (f", {len(extra)} are unexpected such as {llada_key(extra[0])}" if extra else "")
             + "; download it again, with every *.safetensors file"

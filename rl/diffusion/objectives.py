@@ -7,7 +7,7 @@ schemes estimate the same bound on the log-likelihood, the ELBO (LLaDA, arXiv:25
          = E_{l ~ U{1..m}} [ m/l  sum_{i in S} log p(x_i | x without S) ],  S one of all subsets of l tokens
          = E_{k ~ U{0..m}} [ (m+1)/k  sum_{i in S} log p(x_i | x without S) ],  S of k tokens
 
-The last is the first with 1/t averaged out: given that t masked k tokens, 1/t is (m+1)/k in the mean.
+The last is the first with 1/t averaged out: given that t masked k tokens, 1/t is (m+1)/k on average.
 
 A plan lists noised copies of examples with a weight for each scored token, such that the weighted sum of
 log-probs over all copies of an example is an estimate of its ELBO. It is drawn before any forward pass, from
@@ -246,7 +246,7 @@ def reference_likelihood_plan(
     of one half, even sizes are drawn more often (L = 4, batch 8: 1/8, 3/8, 1/8, 3/8), which is biased.
 
     Raises:
-        ValueError: `num_draws` is no positive multiple of `batch_size`.
+        ValueError: `num_draws` is not a positive multiple of `batch_size`.
     """
     _check(0, example, mask_token_id)
     if num_draws < 1 or num_draws % batch_size:

@@ -95,7 +95,7 @@ def padding_ids(config: EosConfig, tokenizer: Any, *, num_rows: int, mask_token_
         num_rows: of the model's vocabulary, which may have more than the tokenizer.
 
     Raises:
-        ValueError: a rainbow token is no row of the vocabulary, or is the mask token.
+        ValueError: a rainbow token is not a row of the vocabulary, or is the mask token.
     """
     if config.policy != "rainbow":
         return [tokenizer.eos_token_id]
@@ -223,7 +223,7 @@ def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, wher
 def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) -> tuple[str, str]:
     """The prompt with the header of its answer, and the answer up to its end-of-turn token.
 
-    What a template writes behind that token (a line break, with LLaDA-8B-Base another header) is no answer.
+    What a template writes behind that token (a line break, LLaDA-8B-Base: another header) is not an answer.
     Where an answer ends is learned from another in its place: its own text may occur in the template's.
     """
     if not tokenizer.chat_template:
@@ -249,8 +249,8 @@ def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) ->
     said = whole[:end].rstrip()
     if not kept or not (content in said[len(head) :] if calls else said.endswith(content)):
         raise ValueError(
-            f"{where}: the chat template changes what it is given (the prompt is no beginning of the whole "
-            "chat, or the answer is not in it), so prompt and answer cannot be told apart; set "
+            f"{where}: the chat template changes what it is given (the whole chat does not begin with the "
+            "prompt, or lacks the answer), so prompt and answer cannot be told apart; set "
             "model.chat_template to one that keeps them"
         )
     specials = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}

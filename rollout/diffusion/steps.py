@@ -157,7 +157,7 @@ def candidates(
     finite_L = own_L.isfinite()
     if params.stop_last and params.stop_token_ids:
         ends_L = torch.stack([tokens_L == stop for stop in params.stop_token_ids]).any(0)
-        # Still above -inf, which marks columns that are no candidates.
+        # Still above -inf, which marks columns that are not candidates.
         scores_L = scores_L.where(~ends_L, scores_L - 1e6)
     return Candidates(
         tokens_L=tokens_L,

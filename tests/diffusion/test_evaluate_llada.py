@@ -238,7 +238,7 @@ def test_rows_that_do_not_fit_are_named(tiny_model_dir, tmp_path, capsys, option
 
 def test_faults_of_the_command_line_are_sentences(tiny_model_dir, tmp_path, capsys):
     assert evaluate(tiny_model_dir, "--perplexity", tmp_path / "none.jsonl") == 1
-    assert "none.jsonl is no file; give one of JSON lines" in capsys.readouterr().err
+    assert "none.jsonl is not a file; give one of JSON lines" in capsys.readouterr().err
     assert main([str(tmp_path / "none"), "--perplexity", str(tmp_path)]) == 1
     assert "none" in capsys.readouterr().err
     for options in ([], ["--perplexity", "x", "--num-draws", "0"]):
@@ -264,9 +264,9 @@ def test_faults_of_the_command_line_are_sentences(tiny_model_dir, tmp_path, caps
         (["--temperature", "nan"], "--temperature=nan must be finite"),
         (["--cfg-scale", "-0.5"], "--cfg-scale=-0.5 must be finite and must not be negative"),
         (["--cfg-scale", "inf"], "--cfg-scale=inf must be finite"),
-        (["--choices", "none.jsonl"], "none.jsonl is no file; give one of JSON lines"),
-        (["--generate", "none.jsonl"], "none.jsonl is no file"),
-        (["--lm-eval", "x", "--lm-eval-path", "nowhere"], "--lm-eval-path nowhere is no folder"),
+        (["--choices", "none.jsonl"], "none.jsonl is not a file; give one of JSON lines"),
+        (["--generate", "none.jsonl"], "none.jsonl is not a file"),
+        (["--lm-eval", "x", "--lm-eval-path", "nowhere"], "--lm-eval-path nowhere is not a folder"),
     ],
 )
 def test_options_and_files_are_checked_before_the_model_is_loaded(tmp_path, capsys, options, said):

@@ -60,7 +60,7 @@ def test_clipping_against_the_sampler_would_give_no_gradient_to_what_moved_the_r
 
 
 def exact(now, then, advantages, *, high):
-    """Gradients by logits over all 4 tokens: ours in the mean over the sampler, by hand, and on-policy."""
+    """Gradients by logits over all 4 tokens: ours on average over the sampler, by hand, and on-policy."""
     logits = torch.log(column(*now)).requires_grad_()
     logprobs = torch.log_softmax(logits, 0)
     inputs = LossInputs(

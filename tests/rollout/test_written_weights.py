@@ -51,7 +51,7 @@ def started(patch, tmp_path_factory):
     engine = start_vllm(folder, make_tokenizer(), dtype=torch.float32, process="inside", **options)
     assert not any(held.sampled for held in engine.tensors.values())
     assert engine.name == "vllm" and "lm_head.weight" in engine.tensors
-    publish(engine, Stream(policy(0)), version=0, tolerance=1e-4)  # by vLLM's reload: this is no GPU
+    publish(engine, Stream(policy(0)), version=0, tolerance=1e-4)  # by vLLM's reload: there is no GPU
     yield engine
     engine.close()
 
@@ -123,7 +123,7 @@ def test_where_vllm_makes_more_of_its_weights_its_reload_is_used(started, worker
     """Quantised layers, experts and packed columns are such cases."""
     monkeypatch.setattr(worker, "cohort_writes", False)
     publish(started, Stream(policy(5)), version=5, tolerance=1e-4)
-    assert not worker.cohort_writes  # this is no GPU
+    assert not worker.cohort_writes  # there is no GPU
     monkeypatch.setattr("rollout.vllm.weights._AS_THEY_ARE", ("cuda", "cpu"))
     with monkeypatch.context() as patch:
         patch.setattr("rollout.vllm.weights._UNQUANTIZED", ("NoneType",))
