@@ -1,12 +1,12 @@
-# make train: the quickstart. make test: every test that needs no GPU. make check: lint, format, types. make bench: a step
-# of ours beside TRL's, printed and not judged. make newest: the quick tests with the newest releases of everything but
-# torch, in an environment of their own.
+# make train: the quickstart. make test: the tests that need no GPU and are not slow (tests/rotated.txt). make laws: the slow
+# ones too. make check: lint, format, types. make bench: a step of ours beside TRL's, printed and not judged. make newest:
+# the quick tests with the newest releases of everything but torch, in an environment of their own.
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := tests/rl tests/golden tests/invariants/test_gradient_laws.py tests/rollout/test_transformers_engine.py tests/recipes/test_grpo.py
 CONFIG ?= recipes/configs/quickstart.yaml
 
-.PHONY: venv train test bench newest check format clean
+.PHONY: venv train test laws bench newest check format clean
 venv: .venv/.ready
 
 .venv/.ready: pyproject.toml .ci/constraints.txt
@@ -21,6 +21,9 @@ train: venv
 
 test: venv
 	$(BIN)/python -m pytest -q
+
+laws: venv
+	COHORT_ROTATION=0/1 $(BIN)/python -m pytest -q --durations=40
 
 bench: venv
 	$(BIN)/python -m tests.bench.step --steps 1 --threads 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rl.config import LossConfig, SamplerCorrectionConfig
@@ -293,7 +293,7 @@ def _metrics(
     )
 
 
-def _where(mask_N: Tensor, values_N: Tensor, fill: float) -> Float[Tensor, " N+1"]:
+def _where(mask_N: Bool[Tensor, " N"], values_N: Shaped[Tensor, " N"], fill: float) -> Float[Tensor, " N+1"]:
     """Detached values with `fill` where masked, and one `fill` more: a maximum exists without any token."""
     values_N = values_N.detach().to(torch.promote_types(values_N.dtype, torch.float32))
     return torch.cat([torch.where(mask_N, values_N, fill), values_N.new_full((1,), fill)])

@@ -15,15 +15,39 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import shapes
+
+SHAPES = shapes.install()
+
+
+def pytest_report_header() -> str:
+    return SHAPES
+
+
+ROTATED = Path(__file__).with_name("rotated.txt")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked `rotation`, except the k-th part of n with COHORT_ROTATION=k/n (0/1: all)."""
+    """Leaves out slow tests, except part k of n with COHORT_ROTATION=k/n (0/1: all), and those given by name.
+
+    Those marked `rotation` are dealt one by one. Those of rotated.txt are dealt by file, since the tests
+    of a file share what they set up.
+    """
+    if any("::" in argument for argument in config.args):
+        return
+    named = tuple(
+        line for line in ROTATED.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")
+    )
+    part_of = {
+        item: item.nodeid if item.get_closest_marker("rotation") else item.nodeid.partition("::")[0]
+        for item in items
+        if item.get_closest_marker("rotation") or item.nodeid.startswith(named)
+    }
     k, _, n = os.environ.get("COHORT_ROTATION", "").partition("/")
-    rotated = [item for item in items if item.get_closest_marker("rotation")]
-    now = set(rotated[int(k) % int(n) :: int(n)]) if n else set()
-    later = [item for item in rotated if item not in now]
-    config.hook.pytest_deselected(items=later)
-    items[:] = [item for item in items if item not in set(later)]
+    now = set(list(dict.fromkeys(part_of.values()))[int(k) % int(n) :: int(n)]) if n else set()
+    later = {item for item, part in part_of.items() if part not in now}
+    config.hook.pytest_deselected(items=list(later))
+    items[:] = [item for item in items if item not in later]
 
 
 WORDS = [f"w{i}" for i in range(80)] + list("0123456789+-=.?") + ["\\boxed{", "}", "What", "is", "the"]

@@ -15,8 +15,8 @@ Only `elbo` and the `trace` of a left-to-right sampler estimate a bound, or the 
 without bias. One step ignores what the tokens of a completion say about each other: by design it is far off.
 
 Copies see the prompt, the completion and masks for the rest of the canvas, as the sampler did: tokens that
-it wrote behind the end are no part of the completion, and masked they are averaged out. `trace` shows them as
-they were.
+it wrote behind the end are not part of the completion, and masked they are averaged out. `trace` shows them
+as they were.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Plan:
     """
 
     rows: list[PlanRow]
-    slots: list[Int[Tensor, " K"]]
+    slots: list[Int[Tensor, " _"]]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Fl
     """sum w log p where the advantage is not negative; else 1 - mix of it and mix of 1/beta log sum w p^beta.
 
     Lowering the second lowers a bound from above (Jensen's inequality) in the limit of many draws; of few,
-    the log of a sum is too low in the mean, and of one it is log p itself, without beta. SPG masks in
+    the log of a sum is too low on average, and of one it is log p itself, without beta. SPG masks in
     blocks, this in all of the completion.
     """
     lower_L = summed(scored, batch, config)
