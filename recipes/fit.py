@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from recipes.kinds import kind_of
+from recipes.kinds import size_of
 from recipes.models import resolve_model
 from rl.config import Config, check_processes
 from rl.config.read import read_config, replaced
-from rl.plan.memory import GIB, MemoryPlan, longest_sequence
+from rl.config.sections import UNPLANNED_TOKENS
+from rl.plan.memory import GIB, MemoryPlan, Planned
 from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
 from rl.plan.sizes import ModelSize, NoPrediction
 from rl.store.folder import has_steps, write_atomically
 from rl.world import World
 
 FILE = "plan.json"
-UNPLANNED = {"train.token_budget": 8192, "model.gradient_checkpointing": False}
+UNPLANNED = {"train.token_budget": UNPLANNED_TOKENS, "model.gradient_checkpointing": False}
 """Where nothing is planned: on a CPU, and for models whose memory is not predicted."""
 
 
@@ -57,14 +58,15 @@ class Fitted:
         write_atomically(self.config.run_dir / FILE, json.dumps(kept, indent=1) + "\n")
 
 
-def fit_to_cards(config: Config, world: World) -> Fitted:
+def fit_to_cards(config: Planned, world: World) -> Fitted:
     """The config for this run's processes; a run that goes on where it began keeps the values that it had.
 
     Raises:
         ValueError: the groups of a step do not split over the processes; or nothing that is left open makes
             the run fit, with overrides that do.
     """
-    check_processes(config, world.size)
+    if isinstance(config, Config):
+        check_processes(config, world.size)
     before = values_before(config, world)
     if world.accelerator.device.type != "cuda":
         return as_before(config, before, Card("cpu", 0, world.size))
@@ -92,15 +94,15 @@ def values_before(config: Any, world: World) -> dict[str, Any] | None:
     return world.gather(read_plan(config) if goes_on else None)[0]
 
 
-def fit_to(config: Config, card: Card, before: Mapping[str, Any] | None = None) -> Fitted:
+def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None) -> Fitted:
     """The config for one kind of GPU. `before`: what `plan.json` holds."""
     model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     try:
-        size = kind_of(config).size(config, model)
+        size = size_of(config, model)
     except NoPrediction as error:
         fitted = as_before(config, before, card)
         return replace(fitted, notes=(f"nothing is planned: {error}",))
-    length, known = longest_sequence(config), before["chosen"] if before else {}
+    length, known = config.longest_sequence, before["chosen"] if before else {}
     goes_on = before is not None and before["card"] in (None, _identity(card))
     kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
     left_open = replaced(config, kept)
@@ -150,15 +152,16 @@ def _sentence(plan: MemoryPlan, card: Card, chosen: Mapping[str, Any]) -> str:
     engine = plan.total - plan.training
     said = f": {as_overrides(chosen)}" if chosen else ", every value is given"
     judged = "" if plan.fits else f"; {plan.fault or 'more than fits'}, and the probe will say"
+    parts = f" (training {plan.training / GIB:.1f}, engine {engine / GIB:.1f})" if engine else ""
     return (
-        f"planned for {card.name} of {card.capacity / GIB:.0f} GiB: {plan.total / GIB:.1f} GiB (training "
-        f"{plan.training / GIB:.1f}, engine {engine / GIB:.1f}){said}{judged}"
+        f"planned for {card.name} of {card.capacity / GIB:.0f} GiB: {plan.total / GIB:.1f} GiB{parts}"
+        f"{said}{judged if engine else judged.replace('the probe', 'the first step')}"
     )
 
 
-def refusal(size: ModelSize, config: Config, card: Card) -> str:
+def refusal(size: ModelSize, config: Planned, card: Card) -> str:
     """That a run does not fit, and the least change of its config that does, to be copied."""
-    found = remedy(size, config, card, longest_sequence(config))
+    found = remedy(size, config, card, config.longest_sequence)
     head = f"this run does not fit {card.name} of {card.capacity / GIB:.0f} GiB"
     if found is None:
         return f"{head}, and neither do adapters and short completions; use a smaller model or a larger GPU"

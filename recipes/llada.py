@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from recipes.fit import Fitted, as_before, values_before
+from recipes.fit import Fitted, fit_to_cards
 from recipes.models import resolve_model
 from recipes.program import (
     first_line,
@@ -72,7 +72,7 @@ def settle(config: DiffusionConfig, world: World) -> Fitted:
     """The config as this run has it; raises ValueError if weights cannot be split over the processes."""
     if config.train.shard and world.size == 1:
         raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
-    return as_before(config, values_before(config, world))
+    return fit_to_cards(config, world)
 
 
 def conclude(run: DiffusionRun, steps: int) -> None:

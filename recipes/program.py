@@ -23,7 +23,7 @@ from rl.report.display import Display
 from rl.report.safe_stream import say
 from rl.report.verdict import judge_run
 from rl.store.durable import RunLock
-from rl.store.folder import check_whole, claim_config
+from rl.store.folder import check_whole, claim_config, has_steps, write_config
 from rl.store.manifest import unsupported_versions
 from rl.world import World, make_accelerator
 
@@ -135,7 +135,8 @@ def run_program(
     with RunLock(config.run_dir) if world.is_main else nullcontext():
         if world.is_main:
             claim_config(config, planned=fitted.chosen, change=change)
-            fitted.write()
+            if not has_steps(config.run_dir):
+                fitted.write()
         world.wait()
         with Display(config.train.steps, is_main=world.is_main) as display:
             stop.say = display.say
@@ -146,7 +147,7 @@ def run_program(
             for sentence in fitted.notes:
                 display.note(sentence)
             run, close = build(fitted, world, display)
-            steps = _trained(run, train, close)
+            steps = _trained(run, train, close, fitted)
         is_stopped, total = steps < config.train.steps, config.train.steps
         if world.is_main:
             check_whole(config.run_dir, first=run.progress.start_step, last=steps)
@@ -161,8 +162,12 @@ def run_program(
     return stop.exit_code() if is_stopped else 0
 
 
-def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None]) -> int:
+def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None], fitted: Fitted) -> int:
+    """Records what changed in a run that goes on, now that its start has succeeded, and trains."""
     try:
+        if run.world.is_main:
+            write_config(fitted.config)
+            fitted.write()
         return train(run)
     except BaseException:
         if run.observer.report is not None:

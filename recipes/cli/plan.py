@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if gib is None and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU to plan for; name its memory, such as --gpu-gib 80")
     if gib is not None and not 0 < gib < math.inf:
-        raise ValueError(f"--gpu-gib {gib:g} is no GPU's memory; use a number above 0, such as --gpu-gib 80")
+        raise ValueError(f"--gpu-gib {gib:g} is not a GPU's memory; use more than 0, such as --gpu-gib 80")
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes} must be at least 1")
     check_processes(config, arguments.processes)

@@ -7,11 +7,12 @@ config is written to the run folder, so a run can be repeated from its folder al
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rl.config.data import DataConfig, EvaluationConfig, check_data, check_heldout
+from rl.config.moe import MoeConfig
 from rl.config.sections import (
     HOME,
     AdvantageConfig,
@@ -21,10 +22,35 @@ from rl.config.sections import (
     ModelConfig,
     OptimizerConfig,
     RewardsConfig,
+    RewardSpec,
     SamplingConfig,
     Section,
     TrainConfig,
+    tokens_of,
 )
+
+
+def check_bias(config: Any) -> None:
+    """Raises ValueError for biases that move beside adapters, in whose checkpoints they are not."""
+    if config.moe.bias_rate and config.model.lora:
+        raise ValueError(
+            f"moe.bias_rate={config.moe.bias_rate} moves biases of the base, and checkpoints of model.lora "
+            "hold adapters alone; use moe.bias_rate=0, or train all weights"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    if config.moe.trained_experts and (config.model.lora or config.optimizer.weight_decay):
+        raise ValueError(
+            "moe.trained_experts trains weights of some experts without adapters, and weight decay would "
+            "shrink the others; leave out model.lora, with optimizer.weight_decay=0"
+        )
+    check_bias(config)
+    if config.moe.router_fp32 and config.is_coarse:
+        raise ValueError(
+            "moe.router_fp32=true needs routers in fp32 in policy and engine, and engines compute them in "
+            "the model's dtype; use model.dtype=fp32 with engine.dtype=auto, or moe.router_fp32=false"
+        )
 
 
 class Config(Section):
@@ -41,6 +67,7 @@ class Config(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    moe: MoeConfig = MoeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -56,6 +83,23 @@ class Config(Section):
         """How held-out prompts are read and rendered; None: there is no evaluation."""
         held = self.evaluation.data
         return self.data if held is not None and held.share is not None else held
+
+    @property
+    def paid_rewards(self) -> list[RewardSpec]:
+        """What is paid: `rewards.functions`; of a control arm its own reward, and those with weight 0."""
+        given, arm = self.rewards.functions, self.rewards.control
+        if arm == "none":
+            return given
+        main = next((spec for spec in given if spec.name == self.evaluation.metric), given[0])
+        of_format = {"reward": main.name, "options": main.options}
+        options = {"seed": self.train.seed} if arm == "random" else of_format
+        logged = [spec.model_copy(update={"weight": 0.0, "requires": None}) for spec in given]
+        return [RewardSpec(name=f"{arm}_control", options=options), *logged]
+
+    @property
+    def trains_all_rows(self) -> bool:
+        """Whether completions without an advantage are computed too: a loss sums over what routers see."""
+        return self.moe.balance != "none" or self.moe.z_loss_coef > 0 or self.moe.bias_rate > 0
 
     @property
     def is_coarse(self) -> bool:
@@ -75,8 +119,25 @@ class Config(Section):
 
     @property
     def token_budget(self) -> int:
-        """Tokens of a forward pass; of a run that nothing was planned for, what suits a CPU."""
-        return 8192 if self.train.token_budget == "auto" else self.train.token_budget
+        """Tokens of a forward pass."""
+        return tokens_of(self.train.token_budget)
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the reference of the KL term is a copy of the model."""
+        return self.loss.kl_coef > 0 and self.model.lora is None
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with one completion; a micro-batch holds at least that."""
+        return self.data.max_prompt_length + self.sampling.max_completion_length
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest completion, of training and evaluation."""
+        held = self.heldout_data
+        heldout = held.max_prompt_length + self.evaluation.sampling.max_completion_length if held else 0
+        return max(self.longest_row, heldout)
 
     @model_validator(mode="after")
     def check_rules(self) -> Config:
@@ -107,6 +168,7 @@ def check_rules(config: Config) -> None:
             "unchanged policy is not 1, and the engine samples without dropout; use model.lora.dropout=0 "
             "(fine-tuning a diffusion model without rewards may have it)"
         )
+    _check_experts(config)
     if t.group_size < 2:
         raise ValueError(
             f"train.group_size={t.group_size} leaves no other completion to compare with; "

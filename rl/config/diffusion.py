@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, Section
 from rl.config.data import SourceConfig, check_source
-from rl.config.sections import HOME, TrainedModelConfig
+from rl.config.sections import HOME, TokenBudget, TrainedModelConfig, tokens_of
 
 
 class TrainConfig(Section):
     steps: int = Field(default=100, ge=1, description="optimizer steps of the whole run")
     examples_per_step: int = Field(default=32, ge=1, description="over all processes")
-    token_budget: int = Field(
-        default=8192, ge=16, description="packed tokens of one forward pass, per process"
-    )
+    token_budget: TokenBudget = "auto"
     seed: int = Field(default=0, ge=0, description="of masks, order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
@@ -160,6 +158,28 @@ class DiffusionConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2.5e-5, weight_decay=0.1, warmup_steps=50)
     evaluation: BoundConfig = BoundConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    copies_weights: ClassVar[bool] = False
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a forward pass."""
+        return tokens_of(self.train.token_budget)
+
+    @property
+    def in_flight(self) -> int:
+        """Noised copies of a step, over all processes."""
+        copies = 2 if self.objective.scheme == "coupled" else 1
+        return copies * self.objective.num_draws * self.train.examples_per_step
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest example with what pads it."""
+        unit = self.eos.multiple if self.eos.policy == "multiple" else 1
+        return -(-self.data.max_length // unit) * unit
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.longest_row
 
     @model_validator(mode="after")
     def check_sources(self) -> DiffusionConfig:

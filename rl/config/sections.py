@@ -27,6 +27,19 @@ HOME = BeforeValidator(_from_home)
 Auto = Literal["auto"]
 """Of a key that `rl.plan` chooses on a GPU, from the model's config, the card and the number of processes."""
 
+UNPLANNED_TOKENS = 8192
+"""Of a `train.token_budget: auto` where nothing is planned: on a CPU, and for models that are not counted."""
+
+TokenBudget = Annotated[
+    Annotated[int, Field(ge=16)] | Auto,
+    Field(description=f"packed tokens of one forward pass; auto: what fits, {UNPLANNED_TOKENS} on a CPU"),
+]
+
+
+def tokens_of(token_budget: int | Auto) -> int:
+    """Tokens of a forward pass; of a run that nothing was planned for, what suits a CPU."""
+    return UNPLANNED_TOKENS if token_budget == "auto" else token_budget
+
 
 class TrainConfig(Section):
     """How much is sampled and how it is trained on. A step samples `prompts_per_step` groups and consumes
@@ -40,9 +53,7 @@ class TrainConfig(Section):
         default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
     )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
-    token_budget: Annotated[int, Field(ge=16)] | Auto = Field(
-        default="auto", description="packed tokens of one forward pass; auto: what fits, 8192 on a CPU"
-    )
+    token_budget: TokenBudget = "auto"
     max_staleness: int = Field(
         default=0,
         ge=0,
@@ -171,6 +182,11 @@ class RewardsConfig(Section):
     max_fault_share: float = Field(
         default=0.05, ge=0, le=1, description="share of grader faults in a step that stops the run"
     )
+    control: Literal["none", "random", "format"] = Field(
+        default="none",
+        description="a control arm pays 0 or 1 at random, or that the reward of evaluation.metric finds an "
+        "answer, right or wrong; functions are logged with weight 0",
+    )
 
 
 class DynamicSamplingConfig(Section):
@@ -223,7 +239,7 @@ class LossConfig(Section):
     arXiv:2505.24298: the clipped ratio is policy / old, old being the policy before the step, and
     `sampler_correction` weighs it by old / sampler. With one update per batch old costs no forward pass, the
     ratio is 1, and the gradient of a token is min(old / sampler, high) A grad log p: the current policy's own
-    where nothing is truncated, but for the weight of the tokens before it (level "sequence" has that too, at
+    where nothing is truncated, except the weight of the tokens before it (level "sequence" has that too, at
     more variance). A clip of policy / sampler would give no gradient to a token that earlier steps moved by
     more than the clip range in the direction of its advantage. The KL term is not weighted.
     """

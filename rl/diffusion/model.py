@@ -111,7 +111,16 @@ def random_diffusion_model(
         raise ValueError(
             f"model.from_scratch takes its shape from a causal checkpoint, and {name} is a diffusion model"
         )
-    config = model_config(name, revision)
+    config = changed_config(model_config(name, revision), changes, name)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return to_diffusion(model, mask_token_id=mask_token_id, shift=bool(shift))
+    except Exception as error:  # each architecture has checks of its own
+        raise ValueError(f"model.from_scratch={changes} is not a shape of {name}: {error}") from error
+
+
+def changed_config(config: PreTrainedConfig, changes: dict[str, Any], name: str) -> PreTrainedConfig:
+    """The config of checkpoint `name` with other values of some fields; ValueError if they do not fit."""
     known = config.to_dict()
     if unknown := sorted(changes.keys() - known.keys()):
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -120,10 +129,9 @@ def random_diffusion_model(
     if "head_dim" not in changes and changes.keys() & {"hidden_size", "num_attention_heads"}:
         known.pop("head_dim", None)  # follows from the two
     try:
-        model = AutoModelForCausalLM.from_config(type(config)(**(known | changes)), dtype=dtype)
-        return to_diffusion(model, mask_token_id=mask_token_id, shift=bool(shift))
+        return type(config)(**(known | changes))
     except Exception as error:  # each architecture has checks of its own
-        raise ValueError(f"model.from_scratch={changes} is no shape of {name}: {error}") from error
+        raise ValueError(f"model.from_scratch={changes} is not a shape of {name}: {error}") from error
 
 
 def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = False) -> PreTrainedModel:
@@ -132,7 +140,7 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
     document.
 
     Raises:
-        ValueError: `mask_token_id` is no row of the vocabulary or ends text; or the model stays causal.
+        ValueError: `mask_token_id` is not a row of the vocabulary or ends text; or the model stays causal.
     """
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     config = model.config.get_text_config()

@@ -61,6 +61,9 @@ class MaskedPolicy:
             return e.max_canvases is not None
         return e.name != "one_step" or e.prompt_mask > 0
 
+    def step_metrics(self) -> dict[str, float]:
+        return {}
+
     @property
     def scorer(self) -> DiffusionScorer:
         return self.trained.scorer

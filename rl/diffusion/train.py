@@ -26,6 +26,7 @@ from rl.phases import Phases, StopSignal
 from rl.store.checkpoint import CheckpointStore
 from rl.store.metrics import MetricsLog
 from rl.types import Observer
+from rl.update import peak_memory_gib
 from rl.world import World
 
 ORDER, MASKS, HELD_OUT = range(3)  # streams of random numbers
@@ -71,7 +72,7 @@ class DiffusionRun:
                 step_generator(config.train.seed, HELD_OUT),
                 mask_token_id=policy.mask_token_id,
                 num_draws=config.evaluation.num_draws,
-                token_budget=config.train.token_budget,
+                token_budget=config.token_budget,
                 world=self.world,
                 in_step=policy.sharded,
             )
@@ -121,7 +122,7 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
             num_draws=objective.num_draws,
         )
         mine = [copy for copy in plan if copy.example % world.size == world.rank]
-        rows = pack_plan(mine, config.train.token_budget)
+        rows = pack_plan(mine, config.token_budget)
         if policy.sharded:  # its forward passes gather weights from all processes
             most = int(world.max([len(rows)])[0])
             rows += [idle_row(policy.mask_token_id)] * (most - len(rows))
@@ -148,6 +149,7 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
         "diffusion/bound": nats / sum(e.num_maskable for e in examples),
         "diffusion/packed_tokens": packed,
         "diffusion/scored_share": scored / max(packed, 1.0),
+        "memory/peak": world.max([peak_memory_gib(policy.device)])[0],
         "policy/grad_norm": norm,
         "policy/loss": loss,
         "tokens/trained": scored,

@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 
 from rl.config import Config
+from rl.config.diffusion import DiffusionConfig
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
-from rl.plan.sizes import ModelSize, adapted, lora_layer_bytes
+from rl.plan.sizes import Adapters, ModelSize, adapters_of, lora_layer_bytes
 
 GIB = 2**30
 OVERHEAD_BYTES = int(1.5 * GIB)
@@ -25,6 +26,8 @@ FILLED = 0.92
 """Share of a GPU that a plan may fill."""
 
 Phase = Literal["always", "train", "sample"]
+Planned = Config | DiffusionConfig
+"""Runs that a plan can be made for; those without an engine only train."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class MemoryPlan:
 
 def plan_memory(
     size: ModelSize,
-    config: Config,
+    config: Planned,
     *,
     capacity: int,
     max_length: int,
@@ -81,9 +84,11 @@ def plan_memory(
         max_length: tokens of the longest prompt with its completion, of training and evaluation.
         free: bytes of the GPU that nobody else holds; None: all.
     """
-    row = longest_row(config)
+    row = config.longest_row
     parts = training_parts(size, config, max(row, config.token_budget))
     room, fault = int(FILLED * min(capacity, free or capacity)), None
+    if not isinstance(config, Config):
+        return MemoryPlan(tuple(parts), capacity, room, row)
     weights = engine_weights(size, config)
     parts += [Part("engine weights", weights, "sample")]
     if not uses_vllm(size, config):  # what its sampler holds grows and shrinks with what it samples
@@ -102,57 +107,52 @@ def plan_memory(
     return MemoryPlan(tuple(parts), capacity, room, row, fault)
 
 
-def longest_row(config: Config) -> int:
-    return config.data.max_prompt_length + config.sampling.max_completion_length
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt with the longest completion, of training and evaluation."""
-    sections = [(config.data, config.sampling)]
-    if config.heldout_data:
-        sections.append((config.heldout_data, config.evaluation.sampling))
-    return max(data.max_prompt_length + sampling.max_completion_length for data, sampling in sections)
-
-
-def in_flight(config: Config, processes: int) -> int:
-    """Most completions that one of the processes has in flight."""
+def in_flight(config: Planned, processes: int) -> int:
+    """Most completions that one of the processes has in flight, or copies of texts that it trains on."""
     return max(1, -(-config.in_flight // processes))
 
 
-def training_parts(size: ModelSize, config: Config, token_budget: int) -> list[Part]:
+def training_parts(size: ModelSize, config: Planned, token_budget: int) -> list[Part]:
     """What the training process holds at the peak of a backward pass over a full micro-batch."""
     stored = storage_dtype(config.model).itemsize
-    compute = 4 if config.model.dtype == "fp32" else 2
+    compute, chunk = 4 if config.model.dtype == "fp32" else 2, CHUNK_BYTES["cuda"]
     lora, is_mixed = config.model.lora, config.model.dtype == "bf16-mixed"
     if lora is None:
-        trained, master, adapters = size.parameters, stored, 0
+        trained, master, added = size.parameters, stored, Adapters(0, ())
         narrowed, head = size.linear, size.head * (4 + compute + (compute if is_mixed else 0))
-        layer = size.saved_per_token * compute
+        layer, experts = size.saved_per_token * compute, size.experts
+        if experts:
+            narrowed += experts.weights
+            layer += experts.saved_per_token * compute + experts.bytes_per_token
     else:
-        trained = sum(lora.r * (inputs + outputs) for inputs, outputs in adapted(size, lora))
-        master, adapters = 4, trained
-        narrowed, head = trained, 0
+        added = adapters_of(size, lora)
+        trained, master, narrowed, head = added.weights, 4, added.weights, 0
         layer = lora_layer_bytes(size, lora, config.model.dtype)
+    narrow = narrowed * compute if is_mixed else 0
     if config.model.gradient_checkpointing is True:
-        saved = size.layers * size.hidden * compute + layer
+        saved, copies = size.layers * size.hidden * compute + layer, added.copied // size.layers
+        # All layers' are held until the forward pass ends, and a single one's when that is computed again.
+        narrow = max(narrow - token_budget * layer, narrow // size.layers)
     else:
-        saved = size.layers * layer
-    copied = config.loss.kl_coef > 0 and lora is None
-    return [
-        Part("weights", size.parameters * stored + adapters * master, "always"),
+        saved, copies = size.layers * layer, added.copied
+    parts = [
+        Part("weights", size.parameters * stored + added.weights * master, "always"),
         Part("optimizer", 2 * trained * master, "always"),
-        Part("reference", size.parameters * stored if copied else 0, "always"),
+        Part("reference", size.parameters * stored if config.copies_weights else 0, "always"),
         Part("overhead", OVERHEAD_BYTES, "always"),
         Part("gradients", trained * master, "train"),
-        Part("weights in the compute dtype", narrowed * compute if is_mixed else 0, "train"),
+        Part("weights in the compute dtype", narrow, "train"),
+        Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
-        Part("logits", CHUNK_BYTES["cuda"] + head, "train"),
+        # Plain fp32 logits are read in four passes, the 16-bit ones of a Triton kernel in one.
+        Part("logits", max(4 * chunk, chunk + head) if compute == 4 else chunk + head, "train"),
     ]
+    return [part for part in parts if part.bytes or part.name != "adapted experts"]
 
 
-def uses_vllm(size: ModelSize, config: Config) -> bool:
-    """Whether the engine takes a share of the GPU for itself."""
-    return takes_share(config) and not size.has_own_sampler
+def uses_vllm(size: ModelSize, config: Planned) -> bool:
+    """Whether an engine takes a share of the GPU for itself."""
+    return isinstance(config, Config) and takes_share(config) and not size.has_own_sampler
 
 
 def takes_share(config: Config) -> bool:

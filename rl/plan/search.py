@@ -8,7 +8,7 @@ from typing import Any
 
 from rl.config import Config
 from rl.config.read import replaced
-from rl.plan.memory import MemoryPlan, engine_share, in_flight, longest_row, plan_memory, uses_vllm
+from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, plan_memory, uses_vllm
 from rl.plan.sizes import ModelSize
 
 PLANNED = (
@@ -42,7 +42,7 @@ class Card:
     free: int | None = None
 
 
-def plan_for(size: ModelSize, config: Config, card: Card, max_length: int) -> MemoryPlan:
+def plan_for(size: ModelSize, config: Planned, card: Card, max_length: int) -> MemoryPlan:
     return plan_memory(
         size,
         config,
@@ -53,7 +53,7 @@ def plan_for(size: ModelSize, config: Config, card: Card, max_length: int) -> Me
     )
 
 
-def fit(size: ModelSize, config: Config, card: Card, max_length: int) -> dict[str, Any] | None:
+def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[str, Any] | None:
     """Values for those of `PLANNED` that are auto, the fastest that fit; None if none does.
 
     A step without recomputation comes first, then a cache for more completions, then more tokens in a
@@ -67,39 +67,41 @@ def fit(size: ModelSize, config: Config, card: Card, max_length: int) -> dict[st
 
 
 def remedy(
-    size: ModelSize, config: Config, card: Card, max_length: int
+    size: ModelSize, config: Planned, card: Card, max_length: int
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The least change that fits: overrides of what the config gives, and values of what is auto then."""
     for overrides in _changes(config):
         changed = replaced(config, overrides)
-        cut = config.sampling.max_completion_length - changed.sampling.max_completion_length
+        cut = config.longest_row - changed.longest_row
         if (values := fit(size, changed, card, max_length - cut)) is not None:
             return overrides, values
     return None
 
 
 def _candidates(
-    size: ModelSize, config: Config, card: Card, max_length: int, caches: tuple[float, ...]
+    size: ModelSize, config: Planned, card: Card, max_length: int, caches: tuple[float, ...]
 ) -> Iterator[dict[str, Any]]:
     """Values of all planned keys but the token budget, in the order of preference."""
-    engine, recompute = config.engine, config.model.gradient_checkpointing
-    has_share = engine.gpu_memory_utilization == "auto" and uses_vllm(size, config)
-    slots = min(config.max_num_seqs, in_flight(config, card.processes))
+    recompute, slots = config.model.gradient_checkpointing, in_flight(config, card.processes)
+    samples = isinstance(config, Config)
+    has_share = uses_vllm(size, config) and is_auto(config, "engine.gpu_memory_utilization")
+    has_slots = samples and is_auto(config, "engine.max_num_seqs")
+    slots = min(config.max_num_seqs, slots) if samples else slots
     for checkpointing in (False, True) if recompute == "auto" else (recompute,):
-        for cache in caches if has_share or is_auto(config, "engine.max_num_seqs") else caches[:1]:
+        for cache in caches if has_share or has_slots else caches[:1]:
             cached, values = max(1, int(cache * slots)), {}
             if recompute == "auto":
                 values["model.gradient_checkpointing"] = checkpointing
-            if has_share:
+            if has_share and isinstance(config, Config):
                 share = engine_share(size, config, card.capacity, cached * max_length)
                 values["engine.gpu_memory_utilization"] = share
-            if is_auto(config, "engine.max_num_seqs"):
+            if samples and has_slots:
                 values["engine.max_num_seqs"] = min(config.max_num_seqs, max(8, 4 * cached))
             yield values
 
 
 def _with_budget(
-    size: ModelSize, config: Config, values: dict[str, Any], card: Card, max_length: int, floor: int
+    size: ModelSize, config: Planned, values: dict[str, Any], card: Card, max_length: int, floor: int
 ) -> dict[str, Any] | None:
     """`values` with the largest token budget that fits beside them, if it is at least `floor`, or a whole
     step; the given budget is not changed.
@@ -113,7 +115,7 @@ def _with_budget(
 
     if config.train.token_budget != "auto":
         return values if plan(None).fits else None
-    row = longest_row(config)
+    row = config.longest_row
     step = -(-in_flight(config, card.processes) * row // STEP) * STEP
     most = max(row, min(MOST_TOKENS, step))
     least = max(row, min(floor, most))
@@ -125,7 +127,7 @@ def _with_budget(
     return values | {"train.token_budget": max(least, min(most, more // STEP * STEP))}
 
 
-def _changes(config: Config) -> Iterator[dict[str, Any]]:
+def _changes(config: Planned) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
     planned = {
         key: "auto" for key in PLANNED if not is_auto(config, key) and key != "model.gradient_checkpointing"
@@ -135,16 +137,19 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
     adapters = {"model.lora": {"r": 16}}
     if config.model.lora is None:
         steps += [planned | adapters, planned | recomputed | adapters]
-    last, length = steps[-1], config.sampling.max_completion_length
+    last, samples = steps[-1], isinstance(config, Config)
+    length = config.sampling.max_completion_length if isinstance(config, Config) else config.data.max_length
     while length > 256:
         length //= 2
-        steps.append(last | {"sampling.max_completion_length": length})
+        shorter = {"data.max_length": length, "data.too_long": "drop"}
+        steps.append(last | ({"sampling.max_completion_length": length} if samples else shorter))
     yield from steps
 
 
-def has_choice(size: ModelSize, config: Config) -> bool:
+def has_choice(size: ModelSize, config: Planned) -> bool:
     """Whether the config leaves something open that would change what fits."""
     unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
+    unused |= set() if isinstance(config, Config) else {"engine.max_num_seqs"}
     return any(is_auto(config, key) for key in PLANNED if key not in unused)
 
 

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rl.config import LoraConfig
+from rl.config import LoraConfig, ModelConfig
+from rl.model.adapters import add_lora
+
+NORMS = {"fused": (4, 2), "bf16-mixed": (11, 4), "bf16": (8, 4), "fp32": (6, 2)}
+"""What a layer's two norms keep of a token, in widths of the model, and how much of it only their own weights
+and those of the next matrices need: Liger's norms; else transformers' own, which widen to fp32 on the way.
+"""
+GATE = "_default_apply_gate"
+"""The one whose saved tensors are counted: gate, up, the activation of the gate, and the product."""
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class NoPrediction(ValueError):
     """Nothing can be said of a model's memory beforehand, with the reason."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts, computed by transformers' `grouped_mm`: a token is copied for `top_k` of them.
+
+    Attributes:
+        weights: of all experts of all layers, which no autocast narrows.
+        top_k, number: experts of a token, and of a layer.
+        saved_per_token: elements in the weights' own dtype that they keep for a token, on average over all
+            layers of the model; `kept_for_weights` of them for the gradients of their own weights alone.
+        bytes_per_token: of the router and the order of tokens, whatever the dtype.
+    """
+
+    weights: int
+    top_k: int
+    number: int
+    saved_per_token: int
+    kept_for_weights: int
+    bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -23,14 +54,17 @@ class ModelSize:
 
     Attributes:
         parameters: all weights, a tied head once.
-        matrices: name, inputs and outputs of the layers' matrix products, the head left out.
+        matrices: name, inputs and outputs of the layers' matrix products, the head and experts left out.
         head: vocabulary x hidden.
-        saved_per_token: elements that one layer's backward pass keeps for a token.
+        saved_per_token: elements that one layer's backward pass keeps for a token, experts left out; on
+            average, where layers differ.
         kept_for_weights: those of them that only the gradients of the layer's own weights need.
         cache_per_token: keys and values of all layers.
         sampled_per_token: what a sampler in this process holds for a token of each sequence that it samples.
         sampled_per_sequence: what it holds for each sequence besides.
         has_own_sampler: the model is sampled in this process, never by vLLM.
+        config: of transformers, for what is adapted in a mixture.
+        adapt: (model, config); puts the adapters of a run around a mixture without storage.
     """
 
     parameters: int
@@ -44,58 +78,126 @@ class ModelSize:
     sampled_per_token: int
     sampled_per_sequence: int = 0
     has_own_sampler: bool = False
+    experts: Experts | None = None
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+    adapt: Callable[..., Any] = field(default=add_lora, repr=False)
 
     @property
     def linear(self) -> int:
-        """Weights of the matrix products."""
+        """Weights of the matrix products, experts left out."""
         return sum(inputs * outputs for _, inputs, outputs in self.matrices)
 
+    @property
+    def active(self) -> int:
+        """Weights that a token is multiplied with, the head and the experts of a token among them; a forward
+        pass takes 2 FLOPs for each, and training three times as many.
+        """
+        experts = self.experts.weights * self.experts.top_k // self.experts.number if self.experts else 0
+        return self.linear + self.head + experts
+
     @staticmethod
-    def of(config: PreTrainedConfig, *, fused_layers: bool) -> ModelSize:
+    def of(config: PreTrainedConfig, *, fused_layers: bool, dtype: str = "bf16-mixed") -> ModelSize:
         """Counted on a model without storage.
 
+        Args:
+            dtype: a key of NORMS, where layers are not fused.
+
         Raises:
-            NoPrediction: a mixture of experts or a layer without attention and a gated MLP: no prediction.
+            NoPrediction: a layer without attention and a gated MLP, or experts of an unknown kind.
         """
         text: Any = config.get_text_config()
-        if any(getattr(text, f"{name}_experts", 0) for name in ("num", "num_local", "n_routed")):
-            raise NoPrediction(
-                f"no memory prediction for mixtures of experts ({text.model_type}); run the probe"
-            )
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(getattr(text, name, None), int):
                 raise NoPrediction(f"no memory prediction for {text.model_type}: it names no {name}")
+        if others := set(getattr(text, "layer_types", None) or ()) - LAYERS:
+            raise NoPrediction(f"no memory prediction for {text.model_type}: layers of {min(others)}")
+        if getattr(text, "kv_lora_rank", None):
+            raise NoPrediction(f"no memory prediction for {text.model_type}: latent attention")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()
+        head, names = model.get_output_embeddings(), [name for name, _ in model.named_modules()]
         matrices = tuple(
             (name, m.in_features, m.out_features)
             for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and m is not head
         )
+        experts = _experts(model, text)
         hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-        opened = sum(n for _, inputs, n in matrices if inputs == hidden and n in (wide, 2 * wide))
-        if opened < 2 * wide * layers:
-            raise NoPrediction(f"no memory prediction for {text.model_type}: its MLPs have no gate")
+        if experts is None:
+            opened = sum(n for _, inputs, n in matrices if inputs == hidden and n in (wide, 2 * wide))
+            if opened < 2 * wide * layers:
+                raise NoPrediction(f"no memory prediction for {text.model_type}: its MLPs have no gate")
+        else:  # dense layers and shared experts beside them
+            opened = sum(
+                n for name, _, n in matrices if re.search(r"(gate|up|gate_up|input)_(proj|linear)$", name)
+            )
+        wide = opened // 2 // layers if experts else wide
         size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
         keys = size * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         queries = size * text.num_attention_heads
-        norms, mlp, unneeded = (4, 3, 2) if fused_layers else (14, 4, 4)
+        norms, unneeded = NORMS["fused" if fused_layers else dtype]
+        if experts and not fused_layers and dtype == "bf16-mixed":
+            norms += 1  # experts answer in fp32, and so the residual stream stays wide
+        normed = (2 if dtype == "fp32" else 3) * any(name.endswith("q_norm") for name in names)
+        mlp = 3 if fused_layers else 4
         return ModelSize(
             parameters=sum(p.numel() for p in model.parameters()),
             matrices=matrices,
             head=head.weight.numel(),
             layers=layers,
             hidden=hidden,
-            saved_per_token=norms * hidden + 2 * queries + 2 * keys + mlp * wide,
-            kept_for_weights=unneeded * hidden + wide,
+            saved_per_token=norms * hidden + (2 + normed) * queries + (2 + normed) * keys + mlp * wide,
+            kept_for_weights=unneeded * hidden + (normed and 1) * (queries + keys) + wide,
             cache_per_token=2 * layers * keys,
             sampled_per_token=2 * layers * keys,
+            experts=experts,
+            config=config if experts else None,
         )
 
 
-def adapted(size: ModelSize, lora: LoraConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of the matrices that get an adapter, by peft's rule for names."""
+def _experts(model: nn.Module, text: Any) -> Experts | None:
+    """The experts of a model in stacks of matrices; None: it has none."""
+    if not any(getattr(text, f"{name}_experts", 0) for name in ("num", "num_local", "n_routed")):
+        return None
+    stacks: list[Any] = [m for m in model.modules() if getattr(m, "gate_up_proj", None) is not None]
+    stacks = [m for m in stacks if isinstance(m.gate_up_proj, nn.Parameter) and m.gate_up_proj.ndim == 3]
+    top_k = getattr(text, "num_experts_per_tok", None)
+    kinds = {type(m)._apply_gate.__qualname__ for m in stacks if hasattr(m, "_apply_gate")}
+    if not stacks or not isinstance(top_k, int) or kinds != {GATE}:
+        raise NoPrediction(f"no memory prediction for mixtures of experts of the kind {text.model_type}")
+    hidden, number = text.hidden_size, len(stacks[0].gate_up_proj)
+    wide = stacks[0].down_proj.numel() // number // hidden
+
+    def mean(number: int) -> int:
+        return number * len(stacks) // text.num_hidden_layers
+
+    return Experts(
+        weights=sum(p.numel() for m in stacks for p in m.parameters()),
+        top_k=top_k,
+        number=number,
+        saved_per_token=mean(top_k * (2 * hidden + 4 * wide)),
+        kept_for_weights=mean(top_k * (hidden + wide)),
+        # Four 64-bit places and a weight of each choice, and a share in fp32 of each expert.
+        bytes_per_token=mean(36 * top_k + 4 * number),
+    )
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What peft adds: weights, inputs and outputs of the linear layers that get an adapter, and the weights
+    of experts with adapters, which it adds to them in a copy for each pass unless they are split.
+    """
+
+    weights: int
+    pairs: tuple[tuple[int, int], ...]
+    copied: int = 0
+    of_experts: bool = False
+
+
+def adapters_of(size: ModelSize, lora: LoraConfig) -> Adapters:
+    """Of matrices by peft's rule for names; in a mixture by peft itself, which has a rule for each family."""
+    if size.config is not None:
+        return _adapters_by_peft(size, size.config.model_type, lora.model_dump_json())
     targets = lora.target_modules
 
     def is_target(name: str) -> bool:
@@ -103,16 +205,33 @@ def adapted(size: ModelSize, lora: LoraConfig) -> list[tuple[int, int]]:
             return targets == "all-linear" or re.fullmatch(targets, name) is not None
         return any(f".{name}".endswith(f".{target}") for target in targets)
 
-    return [(inputs, outputs) for name, inputs, outputs in size.matrices if is_target(name)]
+    pairs = tuple((inputs, outputs) for name, inputs, outputs in size.matrices if is_target(name))
+    return Adapters(sum(lora.r * (inputs + outputs) for inputs, outputs in pairs), pairs)
+
+
+@lru_cache(maxsize=16)
+def _adapters_by_peft(size: ModelSize, family: str, lora: str) -> Adapters:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(size.config)
+        size.adapt(model, ModelConfig(lora=LoraConfig.model_validate_json(lora)))
+    wrapped: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
+    linear = [m for m in wrapped if isinstance(m.base_layer, nn.Linear)]
+    of_tensors = [(m.get_base_layer(), m.parameter_name) for m in wrapped if hasattr(m, "parameter_name")]
+    adapted = [(m, getattr(m, name)) for m, name in of_tensors]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pairs = tuple((m.in_features, m.out_features) for m in linear)
+    copied = sum(p.numel() for m, p in adapted if not hasattr(m, "adapters"))
+    return Adapters(trained, pairs, copied, of_experts=any(p.ndim == 3 for _, p in adapted))
 
 
 def lora_layer_bytes(size: ModelSize, lora: LoraConfig, dtype: str) -> int:
     """What a layer keeps for a token. The frozen weights need no inputs; each adapter keeps its own copy of
     them, which peft widens to the adapter's fp32 and autocast narrows again, and its `r` numbers in between.
-    With dropout it keeps a byte of mask for each input too.
+    With dropout it keeps a byte of mask for each input too. Adapted experts keep what trained ones keep.
     """
-    pairs = adapted(size, lora)
-    inputs, ranks = sum(n for n, _ in pairs) // size.layers, lora.r * len(pairs) // size.layers
+    found, experts = adapters_of(size, lora), size.experts
+    inputs = sum(n for n, _ in found.pairs) // size.layers
+    ranks = lora.r * len(found.pairs) // size.layers
     if dtype == "fp32":
         kept = size.saved_per_token * 4
         copy = 4 if lora.dropout else 0  # without dropout the input is kept as it is, once for all adapters
@@ -120,4 +239,7 @@ def lora_layer_bytes(size: ModelSize, lora: LoraConfig, dtype: str) -> int:
         kept = (size.saved_per_token - size.kept_for_weights) * 2
         copy = 2 if dtype == "bf16-mixed" else 4
     width = 2 if dtype == "bf16-mixed" else 4
+    if experts:
+        unneeded = 0 if found.of_experts else experts.kept_for_weights
+        kept += (experts.saved_per_token - unneeded) * (4 if dtype == "fp32" else 2) + experts.bytes_per_token
     return kept + inputs * (copy + (1 if lora.dropout else 0)) + ranks * width

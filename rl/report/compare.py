@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,11 @@ from rl.report.groups import json_for_html
 from rl.report.page import write_page
 from rl.report.report import shown_setting
 from rl.report.run_facts import gather_facts
+from rl.report.shelf import Shelf
 
 MAX_RUNS = 8  # there are as many colours
+_RECORDS = 16  # files of the ledger that are read of each run, of evaluations and of training
+_PROMPTS, _BEST = 40, 4  # prompts on the page, and completions of each run
 
 
 def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -37,6 +41,7 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
         "runs": runs,
         "results": _rows(tiles) + _rows(results),
         "settings": [(key, row) for key, row in _rows(settings) if len(set(row)) > 1 and key != "run_dir"],
+        "prompts": _same_prompts(run_dirs),
         "num_more": len(more),
         "notes": [f"{run.name}: {note}" for run in runs for note in run.notes],
     }
@@ -46,6 +51,26 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
         data["figure-list"] = json_for_html({"first": first, "more": more})
     write_page(out, "compare.html.j2", values, data=data)
     return out
+
+
+def _same_prompts(run_dirs: Sequence[Path]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Prompts that several runs have answered, and the best completions of each run: of its newest
+    evaluation, or of the newest steps of training that another run has, too.
+    """
+    shelves = [Shelf(run_dir, run_dir) for run_dir in run_dirs]
+    times = Counter(key for shelf in shelves for key in shelf.newest())
+    found: dict[tuple[str, ...], list[dict[str, Any] | None]] = {}
+    for i, shelf in enumerate(shelves):
+        kinds = {kind: [key for key in shelf.newest() if key[1] == kind] for kind in "et"}
+        shared = [key for key in kinds["t"] if times[key] > 1]
+        for (step, kind, _), name, texts in shelf.texts_of(kinds["e"][:_RECORDS] + shared[:_RECORDS]):
+            answers = found.setdefault((kind, name, texts["prompt"]), [None] * len(shelves))
+            answers[i] = answers[i] or {
+                "where": f"evaluation after step {step}" if kind == "e" else f"step {step}",
+                "completions": texts["completions"][:_BEST],
+            }
+    rows = [(key[-1], row) for key, row in found.items() if sum(map(bool, row)) > 1]
+    return rows[:_PROMPTS]
 
 
 def _rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

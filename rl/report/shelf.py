@@ -14,10 +14,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rl.report.groups import describe_group, describe_row, json_for_html
 from rl.store.durable import written_whole
@@ -119,6 +120,18 @@ class Shelf:
         """Record -> the texts of its groups, for those in the page."""
         held = ((key, record) for key, record in sorted(self._records.items()) if record.texts)
         return "{" + ",".join(f'"{_name(key)}":[{",".join(record.texts)}]' for key, record in held) + "}"
+
+    def newest(self) -> list[Key]:
+        """Files of the ledger, the newest first."""
+        return sorted((key for key, _ in self._files()), reverse=True)
+
+    def texts_of(self, keys: Collection[Key]) -> Iterator[tuple[Key, str, Any]]:
+        """Each group of these files, in their order: its file, its prompt's id, and its texts."""
+        files = dict(self._files())
+        for key in filter(files.__contains__, keys):
+            record = _read(*files[key], key)
+            for row, text in zip(record.rows, record.texts, strict=True):
+                yield key, json.loads(row)[0], json.loads(text)
 
     def _files(self) -> Iterator[tuple[Key, tuple[Path, tuple[int, int]]]]:
         for folder, kind in _FOLDERS.items():

@@ -26,13 +26,21 @@ CHANGES = "changes.jsonl"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out accuracy with its 95 % Wilson interval over `n` prompts."""
+    """Held-out accuracy with its 95 % interval over `n` graded prompts (`recipes.evaluation.statistics`).
+
+    Attributes:
+        truncated, abstained: share of the completions cut at the length limit, or not graded.
+        mean_tokens: of a completion.
+    """
 
     step: int
     accuracy: float
     low: float
     high: float
     n: int
+    truncated: float = 0.0
+    abstained: float = 0.0
+    mean_tokens: float = 0.0
 
     @staticmethod
     def of(step: int, total_score: float, n: int) -> Evaluation:
@@ -40,7 +48,10 @@ class Evaluation:
         return Evaluation(step, total_score / max(n, 1), low, high, n)
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.1%} right (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n})"
+        out = f"; {self.abstained:.1%} not graded and left out" if self.abstained else ""
+        return (
+            f"{self.accuracy:.1%} right (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n}{out})"
+        )
 
 
 class EvaluationLog:
@@ -75,8 +86,8 @@ def claim_config(
     """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
 
     A folder whose run did no step yet, because a fault was found first, takes any config. Where a model or a
-    dataset is now said to be is left to `claim_inputs`, which knows the content. What changes is recorded in
-    `changes.jsonl`, with the step from which on.
+    dataset is now said to be is left to `claim_inputs`, which knows the content. What changes in a run that
+    goes on is left to `write_config`, once its start has succeeded: until then the folder stays as it is.
 
     Args:
         planned: keys whose values were chosen for this machine: they may differ.
@@ -85,12 +96,11 @@ def claim_config(
     Raises:
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
-    is_begun, changed = has_steps(config.run_dir), _changes(config)
-    if is_begun and changed:
+    changed = _changes(config)
+    if has_steps(config.run_dir):
         _refuse(config.run_dir, changed, change=change, planned=planned)
-        if changed.keys() & PLACES:
-            return  # to `claim_inputs`
-    elif changed:
+        return
+    if changed:
         (config.run_dir / "evaluation.jsonl").unlink(missing_ok=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config)
@@ -137,7 +147,6 @@ def claim_inputs(
             f"put back what was there, or use another run_dir; to go on all the same, remove {path}"
         )
     write_atomically(path, json.dumps(found, indent=1) + "\n")
-    write_config(config)
 
 
 def write_config(config: Config | DiffusionConfig) -> None:
@@ -216,7 +225,11 @@ def write_result(
         for name, found in ends.items():
             result[name] = found and found.accuracy
             result[f"{name}_interval"] = found and [found.low, found.high]
+            if found and found.abstained:
+                result[f"{name}_abstained"] = found.abstained
         result |= missing | {"n": next((found.n for found in ends.values() if found), None)}
+    if config.rewards.control != "none":
+        result["control"] = config.rewards.control
     result |= {"verdict": verdict, "checkpoint": str(checkpoint.resolve())}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -37,6 +37,21 @@ def test_a_learning_rate_changes_when_that_is_asked_for_and_is_recorded(config_f
     assert read_rows(folder / "metrics.jsonl")[-1]["policy/lr"] == 0.5
 
 
+def test_a_change_is_recorded_only_once_the_start_has_succeeded(config_file, capsys):
+    folder, words = config_file.parent / "run", ["train", str(config_file), "checkpoint.every=1"]
+    assert cohort([*words, "train.steps=1"]) == 0
+    kept = {name: (folder / name).read_bytes() for name in ("config.yaml", "plan.json")}
+    rows = (config_file.parent / "train.jsonl").read_bytes()
+    (config_file.parent / "train.jsonl").write_bytes(rows.replace(b"w1", b"w9"))
+    assert cohort([*words, "--change", "optimizer.lr=0.5", "train.token_budget=300"]) == 1
+    assert "began with another model or other data" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert not (folder / "changes.jsonl").exists()
+    (config_file.parent / "train.jsonl").write_bytes(rows)
+    assert cohort([*words, "train.steps=2"]) == 0  # there is nothing to go back from
+    assert [row["key"] for row in read_rows(folder / "changes.jsonl")] == ["train.steps"]
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -39,7 +39,8 @@ def test_parts_are_what_a_run_takes(config_file, capsys):
     out = capsys.readouterr().out
     # Half of 24 GiB is the engine's, whatever a tiny model needs; 3 GiB of it are its overhead.
     assert gib(out, "engine cache") == pytest.approx(12 - 3, abs=0.05)
-    assert gib(out, "predicted") == pytest.approx(12 + gib(out, "overhead") + 1.0, abs=0.1)
+    # A chunk of logits is 1 GiB, and in fp32 four are held at once.
+    assert gib(out, "predicted") == pytest.approx(12 + gib(out, "overhead") + 4.0, abs=0.1)
 
 
 def test_what_is_given_and_does_not_fit_is_answered_with_words_to_copy(config_file, capsys):
@@ -53,7 +54,7 @@ def test_what_is_given_and_does_not_fit_is_answered_with_words_to_copy(config_fi
 
 def test_the_transformers_engine_reserves_nothing(config_file, capsys):
     assert cohort(["plan", str(config_file), "--gpu-gib", "24", "engine.gpu_memory_utilization=0.9"]) == 0
-    assert gib(capsys.readouterr().out, "predicted") < 4
+    assert gib(capsys.readouterr().out, "predicted") < 6  # 1.5 of overhead and 4 of logits
 
 
 def test_a_gpu_that_holds_nothing_of_it_is_named(config_file, capsys):
@@ -73,7 +74,7 @@ def test_a_plan_is_for_a_number_of_processes(config_file, capsys, processes, cod
 @pytest.mark.parametrize("size", ["0", "-3", "nan", "inf"])
 def test_a_gpu_without_memory_is_refused(config_file, capsys, size):
     assert cohort(["plan", str(config_file), "--gpu-gib", size]) == 1
-    assert f"--gpu-gib {size} is no GPU's memory" in capsys.readouterr().err
+    assert f"--gpu-gib {size} is not a GPU's memory" in capsys.readouterr().err
 
 
 def test_a_diffusion_model_is_planned_without_a_share_of_vllm(tmp_path, capsys):

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig, PhiConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PhiConfig
 
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config, replaced
@@ -168,11 +168,6 @@ def test_what_others_hold_of_a_gpu_is_not_planned_with():
     assert fit(size, config, Card("a GPU", 80 * GIB, free=30 * GIB), 2048) is None
 
 
-def test_a_mixture_of_experts_is_refused_with_the_reason():
-    with pytest.raises(NoPrediction, match="mixtures of experts"):
-        ModelSize.of(MixtralConfig(num_hidden_layers=1), fused_layers=True)
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -229,7 +224,7 @@ def test_lora_on_a_large_model_is_predicted_as_measured():
 
 @pytest.mark.parametrize("dtype", ["bf16-mixed", "bf16"])
 def test_an_adapter_costs_what_autograd_keeps_for_it(dtype):
-    """Adapters everywhere against adapters of q_proj alone: the same model, but for the other adapters."""
+    """Adapters everywhere against adapters of q_proj alone: the same model, except for the other adapters."""
     everywhere, only_q = (
         load_config(None, [f"model.dtype={dtype}", f"model.lora={{r: 3, target_modules: {targets}}}"])
         for targets in ("all-linear", "[q_proj]")

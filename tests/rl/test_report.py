@@ -297,6 +297,36 @@ def test_runs_are_compared_by_what_differs(tmp_path):
         compare_runs([tmp_path / "a", tmp_path / "nowhere"], tmp_path / "both.html")
 
 
+def test_runs_are_compared_by_their_answers_to_the_same_prompts(tmp_path):
+    for name, score in (("a", 0.0), ("b", 1.0)):
+        for step in (0, 5):
+            group = scored_group([f"{name} after {step}"], [score], prompt_id="h/0", prompt="Held <b>?")
+            write_step(tmp_path / name, step, [group], folder="evaluations")
+        groups = [scored_group([f"{name} poor", f"{name} good"], [0.0, 1.0], prompt="Both?")]
+        groups += [scored_group(["alone"], [1.0], prompt_id=name, prompt=f"Only {name}?")]
+        write_step(tmp_path / name, 2, groups)
+    write_step(tmp_path / "a", 3, [scored_group(["later"], [1.0], prompt="Both?")])
+    page = Page(compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html").read_text())
+    words = " ".join(page.text.split()).partition("The same prompts")[2]
+    held = "Held <b>? a, evaluation after step 5 0.0 · 3 tokens a after 5 b, evaluation after step 5 1.0"
+    assert words.count("Held <b>?") == 2 and held in words and "after 0" not in words
+    # Step 4 of a has no counterpart; of the others the best completion comes first.
+    assert "Both? a, step 3 1.0 · 3 tokens a good 0.0 · 3 tokens a poor b, step 3 1.0" in words
+    assert "later" not in words and "Only" not in words
+
+
+def test_a_report_lists_what_changed_while_the_run_went_on(tmp_path):
+    row = {"step": 2, "key": "optimizer.lr", "old": 0.001, "new": "<b>0.5"}
+    (tmp_path / "changes.jsonl").write_text(json.dumps(row) + "\n{torn")
+    words = " ".join(Page(build_report(tmp_path).read_text()).text.split())
+    assert (
+        "Changed while the run went on After step Setting Before From then on 2 optimizer.lr 0.001 <b>0.5"
+        in words
+    )
+    (tmp_path / "changes.jsonl").unlink()
+    assert "Changed while" not in Page(build_report(tmp_path).read_text()).text
+
+
 def test_every_metric_with_data_has_a_curve():
     curves = {name: [[1, 2], [0.5, 0.5]] for name in METRICS}
     evaluations = [{"step": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6}]
