@@ -51,6 +51,7 @@ A reward that keeps a longer deadline of its own, and scores what misses it, say
 Built in, with their options:
 
     math                    column answer; see rewards.math
+    math_verify             column answer; the package math-verify, for a second opinion
     code                    column tests; see rewards.code
     think_format            open_in_prompt=false
     think_answer_format     open_in_prompt=false
@@ -63,6 +64,7 @@ Built in, with their options:
     kimi_length             accuracy="math"; group-wise
     box_iou, mask_iou       column box (form="xyxy"), column mask
     reasoning_gym           column entry; strict=true, answer_in="auto"
+    random_control          seed; format_control: reward, options; what rewards.control puts in
     verl, openrlhf, areal   function, answer="answer"; openrlhf is group-wise
 
 Elsewhere: a package offers a reward by name through the entry point group `cohort.rewards`;

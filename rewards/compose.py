@@ -43,8 +43,8 @@ def reward_specs(
 def check_specs(specs: Sequence[RewardSpec]) -> None:
     """
     Raises:
-        ValueError: no reward, a name twice, a weight or clip that is no number, or gates that name nothing or
-            go in a circle.
+        ValueError: no reward, a name twice, a weight or clip that is not a number, or gates that name
+            nothing or go in a circle.
     """
     if not specs:
         raise ValueError("a run needs at least one reward, such as RewardSpec('math')")

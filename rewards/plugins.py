@@ -23,6 +23,9 @@ from typing import Any
 
 BUILT_IN: dict[str, str] = {
     "math": "rewards.math:math_reward",
+    "math_verify": "rewards.verify:MathVerify",
+    "random_control": "rewards.control:random_control",
+    "format_control": "rewards.control:FormatControl",
     "code": "rewards.code:code_reward",
     "think_format": "rewards.format:think_format",
     "think_answer_format": "rewards.format:think_answer_format",
@@ -236,15 +239,9 @@ def _check_options(
         near = difflib.get_close_matches(option, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
         raise ValueError(f"reward {name!r} has no option {option!r}; {hint}")
-    missing = [
-        p.name
-        for p in signature.parameters.values()
-        if allowed is None
-        and p.default is p.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in options
-    ]
-    if missing:
+    needed = [p for p in signature.parameters.values() if allowed is None and p.default is p.empty]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if missing := [p.name for p in needed if p.kind in kinds and p.name not in options]:
         raise ValueError(
             f"reward {name!r} needs the option {missing[0]!r}; give it as options: {{{missing[0]}: ...}}"
         )

@@ -24,6 +24,8 @@ COMMANDS = {
     "init": ("recipes.cli.init", "write a config for a dataset of your own, from a look at it"),
     "config": ("recipes.cli.config", "check a config, print or explain its keys, or print their JSON schema"),
     "plan": ("recipes.cli.plan", "predict a run's GPU memory, and the settings that fill the GPU"),
+    "export": ("recipes.cli.export", "write a checkpoint as a clean Hugging Face folder, with proofs"),
+    "eval": ("recipes.cli.eval", "measure models, checkpoints and runs on a task, and compare them"),
     "score": ("recipes.cli.score", "grade the rows of a file with a reward"),
     "doctor": ("recipes.cli.doctor", "check the rewards of a config against its dataset, before a run"),
 }

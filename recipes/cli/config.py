@@ -18,6 +18,7 @@ from rl.config.describe import defaults_of, described, meaning, section_in
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import command_of, read_any_config
+from rl.config.sft import SftConfig
 from rl.report.safe_stream import say
 from rl.store.redact import redact
 
@@ -30,7 +31,7 @@ WORDS = {
     type(None): "null",
     Path: "path",
 }
-KINDS = (Config, MaskedRunConfig, DiffusionConfig)
+KINDS = (Config, MaskedRunConfig, DiffusionConfig, SftConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

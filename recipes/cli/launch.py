@@ -26,13 +26,13 @@ ENDING_S = 600.0
 POLL_S = 0.1
 # `python -m recipes.grpo` would take ./recipes.py of the working directory for ours.
 BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); "
-    "import recipes.grpo as grpo; sys.exit(grpo.main(sys.argv[1:]))"
+    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from importlib import import_module; "
+    "program = import_module(sys.argv.pop(1)); sys.exit(program.main(sys.argv[1:]))"
 )
 
 
-def launch(recipe: Sequence[str], num_processes: int) -> int:
-    """Runs `recipes.grpo RECIPE` in several processes and returns the exit code of the run.
+def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.grpo") -> int:
+    """Runs `main` of `program` with the words of `recipe` in several processes; returns its exit code.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on, and the run has the time its step takes to save and stop. When
     a process fails, the others, which wait for it, are killed after `PATIENCE_S`. Only the first one speaks;
@@ -43,6 +43,7 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
         environment = _environment(num_processes, meeting.getsockname()[1])
         logs = [stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in range(1, num_processes)]
         children: list[Child] = []
+        words = [program, *recipe]
         stack.callback(_end, children)
         _pass_signals_on(children)
         for rank, log in enumerate([None, *logs]):
@@ -51,7 +52,7 @@ def launch(recipe: Sequence[str], num_processes: int) -> int:
                 "LOCAL_RANK": str(rank),
                 STORE_FD: str(-1 if rank else meeting.fileno()),
             }
-            children.append(_start(recipe, environment | own, log, () if rank else (meeting.fileno(),)))
+            children.append(_start(words, environment | own, log, () if rank else (meeting.fileno(),)))
         meeting.close()
         first_failed = _wait(children)
         _end(children)

@@ -59,7 +59,12 @@ def checkpoint_folder(name: str, revision: str | None) -> Path:
 
 
 def merge(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Adds the adapter to the base model's weights, in place.
+    """Adds the adapter to the base model's weights, in place; raises as `attach` does."""
+    attach(model, adapter).merge_and_unload().requires_grad_(True)
+
+
+def attach(model: PreTrainedModel, adapter: Adapter) -> Any:
+    """Peft's wrapper of the base model with the adapter beside its weights, on the CPU.
 
     Raises:
         ValueError: it holds tensors for other modules than this base has, or lacks some.
@@ -78,7 +83,7 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
             f"{folder} does not fit its base {adapter.base}: {len(odd)} tensors such as {odd[0]} are in one "
             "of them only; adapters are read under the names of Llama's or Qwen's layers"
         )
-    adapted.merge_and_unload().requires_grad_(True)
+    return adapted
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any
     """
     with _default_generation_config(model) as loaded:
         target.save_pretrained(folder, **options)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template, with a local path as its base
     _write_generation_config(loaded, folder)
 
 

@@ -68,7 +68,7 @@ def fingerprints(
 
 
 def changes(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
-    """What it is -> a sentence, for each that is not what it was; what one side alone has is no change."""
+    """What it is -> a sentence, for each that is not what it was; what one side alone has is not a change."""
     said = {}
     for what in sorted(before.keys() & now.keys()):
         old, new = before[what], now[what]

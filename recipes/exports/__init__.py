@@ -1,0 +1,1 @@
+"""What an export needs: merging with its proof, and the model card."""
