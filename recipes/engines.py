@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from rl.report.safe_stream import settle
 from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
 from rollout.vllm.engine import VllmEngine
+from rollout.vllm.families import refusal
 from rollout.vllm.local import start_core
-from rollout.vllm.settings import CoreSettings
+from rollout.vllm.settings import CoreSettings, routes_unavailable, runs_on_cpu
 from rollout.vllm.start import CORE_LOG_LEVEL, start_parts, vllm_available
 
 ENGINE_LOG = "engine.log"
@@ -94,6 +95,7 @@ def make_engine(
     sample_while_training: bool | None = None,
     attention: str = "eager",
     long_factors: bool = False,
+    routed: Any = None,
 ) -> Engine:
     """The engine of `config`, holding the weights of `model`.
 
@@ -101,6 +103,7 @@ def make_engine(
         trained: the policy's model, whose weights the engine will be sent.
         attention: of the transformers engine: what the policy settled on.
         long_factors: the policy computes every sequence with the long factors of longrope, as vLLM does.
+        routed: a policy that replays routes; it records them, or hears why there are none.
 
     Raises:
         ValueError: `engine.name=vllm` cannot be used here, or not with this model, with the reason; or the
@@ -116,12 +119,13 @@ def make_engine(
             timeout_s=config.timeout_s,
             revision=revision,
             attention=attention,
+            recorder=routed and routed.recorder,
         )
     own: dict[str, Any] = {name: getattr(config, name) for name in OF_CORE}
     own["gpu_memory_utilization"] = config.gpu_share
-    settings = CoreSettings(
-        model, dtype, max_model_length, max_num_seqs=max_num_seqs, revision=revision, **own
-    )
+    own["routes"] = routed is not None and routed.can_replay(routes_unavailable())
+    own["max_num_seqs"] = max_num_seqs
+    settings = CoreSettings(model, dtype, max_model_length, revision=revision, **own)
     engine = VllmEngine(
         start_core(settings),
         tokenizer,
@@ -147,11 +151,11 @@ def _engine_name(
     long_factors: bool,
 ) -> str:
     """ "transformers" or "vllm", for `engine.name`."""
-    refusal = transposed_in_vllm(trained) if trained is not None else None
-    if name == "vllm" and refusal is not None:
-        raise ValueError(f"engine.name=vllm: {refusal}; use engine.name=transformers")
+    unserved = unserved_by_vllm(trained) if trained is not None else None
+    if name == "vllm" and unserved is not None:
+        raise ValueError(f"engine.name=vllm: {unserved}; use engine.name=transformers")
     if name == "auto":
-        reason = refusal or vllm_available()
+        reason = unserved or vllm_available()
         name = "vllm" if reason is None else "transformers"
         if reason is not None:
             note(f"sampling with transformers, which is slower: {reason}")
@@ -165,11 +169,16 @@ def _engine_name(
     return name
 
 
-def transposed_in_vllm(model: nn.Module) -> str | None:
-    """Why vLLM cannot be sent the weights of this model, or None."""
-    if not any(isinstance(module, Conv1D) for module in model.modules()):
+def unserved_by_vllm(model: nn.Module) -> str | None:
+    """Why vLLM cannot be sent the weights of this model, or None; known before it starts."""
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        return (
+            "this family, like GPT-2, keeps its matrices transposed (transformers' Conv1D), vLLM does not, "
+            "and weights are sent as they are"
+        )
+    if vllm_available() is not None:
         return None
-    return (
-        "this family, like GPT-2, keeps its matrices transposed (transformers' Conv1D), vLLM does not, and "
-        "weights are sent as they are"
+    rows = next(
+        (p.shape[1] // 2 for n, p in model.named_parameters() if "gate_up_proj" in n and p.ndim == 3), None
     )
+    return refusal(str(cast(Any, model).config.model_type), rows, on_cpu=runs_on_cpu())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,30 @@ from recipes import diffusion_rl
 from recipes.engines import make_engine
 from rl.causal import CausalPolicy
 from rl.config import Config, ModelConfig
+from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
+from rl.config.moe import MoeConfig
+from rl.diffusion.model import changed_config
 from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config, refuse_masked
+from rl.model.adapters import add_lora
 from rl.model.loading import base_of, check_config, load_tokenizer, read_config
+from rl.moe.adapters import check_trained, expert_stacks, lora_plan, split_experts
+from rl.moe.esft import load_experts, train_only
+from rl.moe.health import Health
+from rl.moe.kernels import choose_experts
+from rl.moe.policy import METRICS as MOE_METRICS
+from rl.moe.policy import MoePolicy, with_experts
 from rl.plan.probe import probe
-from rl.plan.sizes import ModelSize
+from rl.plan.sizes import ModelSize, NoPrediction
 from rl.policy import Reference
+from rl.store.folder import write_atomically
 from rl.store.metrics import Metric
 from rl.update import pack_rules
+from rl.world import World
 from rollout.engine import Engine
 
 Say = Callable[[str], None]
+EXPERTS_WAY = "experts_implementation.txt"  # of a run folder
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,8 @@ class Kind:
         engine: (config, model, policy, tokens of the longest sequence, note), with the model's weights.
         try_out: (config, policy, reference); bytes that a pass of the largest size held, so that what does
             not fit fails before the engine starts; None where it is not tried.
-        size: (config, model); what the planner counts with.
         metrics: what its policy reports besides `rl.store.metrics.METRICS`.
+        each_step: (policy); what is told the number of each step that ended, on the main process.
     """
 
     check: Callable[[Any], None]
@@ -47,8 +61,8 @@ class Kind:
     policy: Callable[[Any, ModelConfig, Accelerator, Any, int, Say], Any]
     engine: Callable[[Any, ModelConfig, Any, int, Say], Engine]
     try_out: Callable[[Any, Any, Reference | None], int | None]
-    size: Callable[[Any, ModelConfig], ModelSize]
     metrics: tuple[Metric, ...] = ()
+    each_step: Callable[[Any], Callable[[int], object]] = lambda policy: int
 
 
 def kind_of(config: Config) -> Kind:
@@ -62,19 +76,76 @@ def causal_tokenizer(config: Config, model: ModelConfig) -> Any:
 
 def causal_policy(
     config: Config, model: ModelConfig, accelerator: Accelerator, tokenizer: Any, longest: int, note: Say
-) -> CausalPolicy:
+) -> CausalPolicy | MoePolicy:
     check_config(model, tokenizer, longest)
-    policy = CausalPolicy(model, accelerator, temperature=config.sampling.temperature)
+    policy = CausalPolicy(model, accelerator, temperature=config.sampling.temperature, plan=lora_plan)
+    if expert_stacks(policy.model):
+        settle_experts(
+            policy.model,
+            config.model,
+            moe=config.moe,
+            run_dir=config.run_dir,
+            world=World(accelerator),
+            autocast=policy.autocast,
+            note=note,
+        )
     if (reason := policy.settle_attention(longest)) is not None:
         note(f"packed attention is off: {reason}; sequences are trained one at a time, with the same result")
-    return policy
+    found = with_experts(policy, config.moe, note)
+    if expert_stacks(policy.model):
+        note(check_trained(policy.model, model.lora))
+    if isinstance(found, MoePolicy):
+        folder = config.run_dir if accelerator.is_main_process else None
+        found.health = Health(folder, top_k=found.sites[0].top_k, num_steps=config.train.steps)
+    return found
 
 
-def causal_engine(
-    config: Config, model: ModelConfig, policy: CausalPolicy, longest: int, note: Say
-) -> Engine:
+def settle_experts(
+    model: Any,
+    config: Any,
+    *,
+    moe: MoeConfig,
+    run_dir: Path,
+    world: World,
+    autocast: Callable[[], Any],
+    note: Say,
+) -> None:
+    """Adapters of experts beside their weights, the way to compute experts, and which are trained.
+
+    A way that was measured is kept in the run folder: another one on another start would round otherwise.
+
+    Args:
+        config: of the model, as its recipe has it.
+
+    Raises:
+        ValueError: experts beside their adapters are computed in another way than `moe` asks for.
+    """
+    split, asked, file = split_experts(model, mixed=config.dtype == "bf16-mixed"), "", run_dir / EXPERTS_WAY
+    if any(hasattr(model.get_submodule(name), "base_layer") for name in split):
+        if moe.experts_implementation not in ("auto", "grouped_mm"):
+            raise ValueError(
+                f"moe.experts_implementation={moe.experts_implementation}: experts with adapters are "
+                "computed by grouped_mm; use moe.experts_implementation=auto, or adapt other layers"
+            )
+    else:
+        asked = moe.experts_implementation
+    if asked == "auto":
+        asked = world.gather(file.read_text().strip() if file.is_file() else asked)[0]
+    if asked and (seconds := choose_experts(model, asked, autocast=autocast)):
+        model.set_experts_implementation(world.gather(model.config._experts_implementation)[0])
+        if asked == "auto":
+            measured = ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in seconds.items())
+            note(f"experts are computed by {model.config._experts_implementation} ({measured} a layer)")
+            if world.is_main:
+                write_atomically(file, model.config._experts_implementation + "\n")
+    if moe.trained_experts is not None:
+        train_only(model, load_experts(moe.trained_experts))
+
+
+def causal_engine(config: Config, model: ModelConfig, policy: Any, longest: int, note: Say) -> Engine:
     base = base_of(model)  # the engine begins with it, and the policy's weights follow
-    return make_engine(
+    routed = policy if isinstance(policy, MoePolicy) else None
+    engine = make_engine(
         config.engine,
         base.name,
         tokenizer=policy.tokenizer,
@@ -88,7 +159,11 @@ def causal_engine(
         sample_while_training=config.train.sample_while_training,
         attention=policy.own_attention,
         long_factors=policy.long_factors,
+        routed=routed if routed and routed.replays else None,
     )
+    for sentence in routed.said() if routed else ():
+        note(sentence)
+    return engine
 
 
 def try_out_causal(config: Config, policy: CausalPolicy, reference: Reference | None) -> int | None:
@@ -100,12 +175,36 @@ def try_out_causal(config: Config, policy: CausalPolicy, reference: Reference | 
 def has_fused_layers(model: ModelConfig) -> bool:
     """As on this machine, or, where it has no GPU, as on one with all that is recommended."""
     installed = importlib.util.find_spec("liger_kernel") is not None
-    return model.fused_layers and (installed or not torch.cuda.is_available())
+    return model.fused_layers and model.dtype != "fp32" and (installed or not torch.cuda.is_available())
+
+
+def counted(config: Config | DiffusionConfig, found: Any, *, fused: bool) -> ModelSize:
+    own = config.model
+    dtype = "bf16" if own.dtype == "bf16-mixed" and own.lora else own.dtype  # adapters stand on bf16 weights
+    return replace(ModelSize.of(found, fused_layers=fused, dtype=dtype), adapt=adapt)
+
+
+def adapt(model: Any, config: ModelConfig) -> None:
+    """Puts the adapters of a run around a model."""
+    add_lora(model, config, lora_plan)
+    split_experts(model)
 
 
 def causal_size(config: Config, model: ModelConfig) -> ModelSize:
     refuse_masked(model.name, model.revision)
-    return ModelSize.of(read_config(model), fused_layers=has_fused_layers(model))
+    return counted(config, read_config(model), fused=has_fused_layers(model))
+
+
+def text_size(config: DiffusionConfig, model: ModelConfig) -> ModelSize:
+    """Of a diffusion model that is trained without rewards."""
+    if config.train.shard:
+        raise NoPrediction("train.shard splits the weights, and no plan counts that")
+    own = config.model
+    found = model_config(model.name, model.revision)
+    if own.from_scratch is not None:
+        found = changed_config(found, own.from_scratch, model.name)
+    plain = own.plain(model.name)
+    return counted(config, found, fused=own.compile or has_fused_layers(plain))
 
 
 def masked_engine(
@@ -117,7 +216,7 @@ def masked_engine(
 def masked_size(config: MaskedRunConfig, model: ModelConfig) -> ModelSize:
     """Its sampler holds a layer's activations of every canvas, and the logits of a block twice."""
     found = model_config(model.name, model.revision)
-    size = ModelSize.of(found, fused_layers=has_fused_layers(model))
+    size = counted(config, found, fused=has_fused_layers(model))
     kept = 0 if config.diffusion.cache == "none" else size.cache_per_token
     return replace(
         size,
@@ -133,6 +232,18 @@ def engine_dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
 
 
+SIZES: dict[type, Callable[[Any, ModelConfig], ModelSize]] = {
+    Config: causal_size,
+    MaskedRunConfig: masked_size,
+    DiffusionConfig: text_size,
+}
+
+
+def size_of(config: Config | DiffusionConfig, model: Any) -> ModelSize:
+    """What the planner counts with; raises NoPrediction where nothing can be said."""
+    return SIZES[type(config)](config, model)
+
+
 KINDS: dict[type[Config], Kind] = {
     Config: Kind(
         check=lambda config: None,
@@ -140,7 +251,8 @@ KINDS: dict[type[Config], Kind] = {
         policy=causal_policy,
         engine=causal_engine,
         try_out=try_out_causal,
-        size=causal_size,
+        metrics=MOE_METRICS,
+        each_step=lambda policy: policy.health.write if isinstance(policy, MoePolicy) else int,
     ),
     MaskedRunConfig: Kind(
         check=diffusion_rl.check_canvas,
@@ -148,6 +260,5 @@ KINDS: dict[type[Config], Kind] = {
         policy=diffusion_rl.make_masked_policy,
         engine=masked_engine,
         try_out=lambda config, policy, reference: None,
-        size=masked_size,
     ),
 }

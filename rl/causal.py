@@ -20,7 +20,7 @@ from rl.batch import Batch, MicroBatch
 from rl.config import ModelConfig
 from rl.model import exactness, loading
 from rl.model.adapter_folder import find_adapter
-from rl.model.adapters import add_lora, check_adapted, load_adapter
+from rl.model.adapters import Plan, add_lora, check_adapted, load_adapter
 from rl.model.head import asked_logprobs, head_logprobs
 from rl.model.packed import PACKED
 from rl.model.saving import save_model
@@ -29,7 +29,7 @@ from rl.packed_check import own_logprobs, plain_logprobs, probe_batch
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.types import WeightStream
-from rl.weights import PolicyWeights
+from rl.weights import PolicyWeights, check_streamed
 
 CANARY_TEXT = (
     "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
@@ -69,12 +69,16 @@ class CausalScorer(nn.Module):
         self, batch: MicroBatch, temperature: float, ids_LK: Int[Tensor, "L K"] | None = None
     ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"], Float[Tensor, "L K"] | None]:
         """Log-prob of each loss token, entropy, and log-probs of the asked ids; nats, at the temperature."""
-        hidden_LD = self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
+        hidden_LD = self.hidden(batch)
         found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
         if ids_LK is None:
             return *found, None
         given = (self.model, hidden_LD, ids_LK, batch.targets_L, found[0])
         return *found, asked_logprobs(*given, temperature=temperature)
+
+    def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
+        """What the head makes log-probs of."""
+        return self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         hidden_1ND = exactness.backbone(self.model)(
@@ -102,7 +106,9 @@ class CausalPolicy:
 
     redraws = in_step = False
 
-    def __init__(self, config: ModelConfig, accelerator: Accelerator, *, temperature: float) -> None:
+    def __init__(
+        self, config: ModelConfig, accelerator: Accelerator, *, temperature: float, plan: Plan | None = None
+    ) -> None:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
         self.tokenizer = loading.load_tokenizer(config)
         model = loading.load_model(config)
@@ -114,11 +120,13 @@ class CausalPolicy:
         self.own_attention = exactness.honouring_attention(model)
         adapter = find_adapter(config.name, config.revision) if config.lora else None
         below = {} if adapter is None else {"name": adapter.base, "revision": adapter.revision}
-        self.peft_model: Any = add_lora(model, config.model_copy(update=below)) if config.lora else None
+        self.peft_model: Any = None
         if config.lora:
+            self.peft_model = add_lora(model, config.model_copy(update=below), plan)
             check_adapted(model, config)
         if adapter is not None:
             load_adapter(self.peft_model, adapter.folder, model.device)
+        check_streamed(model)
         self.long_factors = False
         self.packing_fault: str | None = None
         self.scorer = CausalScorer(model).to(accelerator.device)
@@ -276,6 +284,9 @@ class CausalPolicy:
     ) -> Scores:
         with self.autocast():
             return Scores(*scorer(prepared.batch, self.temperature, ids_LK))
+
+    def step_metrics(self) -> dict[str, float]:
+        return {}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

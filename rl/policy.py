@@ -113,6 +113,10 @@ class Policy(Trained, Protocol):
         """Log-probs of the loss tokens, with a graph if gradients are on; of `ids_LK` as well if given."""
         ...
 
+    def step_metrics(self) -> dict[str, float]:
+        """Numbers of the step that ended, over all processes, besides those of its scores. Collective."""
+        ...
+
 
 class Reference(Protocol):
     """The model of the KL term: frozen, or following the policy. It sees what the policy drew."""

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rl.model.streamed import streamed
 from rl.policy import Prepared, Reference, Scores, Writer
 from rl.store.tensors import read_tensors, write_tensors
 
@@ -55,7 +56,7 @@ class Copy:
 
     @torch.no_grad()
     def follow(self, policy: Scoring, mixup: float) -> None:
-        for theirs, ours in zip(self.scorer.parameters(), policy.scorer.parameters(), strict=True):
+        for (_, theirs), (_, ours) in zip(streamed(self.scorer), streamed(policy.scorer), strict=True):
             theirs.lerp_(ours.to(theirs.dtype), mixup)
 
     def snapshot(self) -> Writer | None:

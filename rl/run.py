@@ -48,7 +48,7 @@ class Run:
 
     @property
     def reward_weights(self) -> dict[str, float]:
-        return {spec.name: spec.weight for spec in self.config.rewards.functions}
+        return {spec.name: spec.weight for spec in self.config.paid_rewards}
 
     @property
     def logs(self) -> tuple[Log, ...]:

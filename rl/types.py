@@ -99,7 +99,7 @@ class Completion:
         version_spans: in order, they add up to len(token_ids).
         text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
         special tokens, such as <think> in some vocabularies, stay.
-        routes: experts chosen per token and layer (mixture-of-experts replay), or None.
+        routes: experts that sampling used, an array of [tokens, decoder layers, K], -1: unknown; or None.
         segments: in order, they add up to len(token_ids); empty: the policy sampled all of it.
         facts: what graders, policies and the report may know of how it came about; JSON values by name.
         continuations: further rows of the same episode, in order.

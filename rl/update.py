@@ -36,7 +36,7 @@ def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
         token_budget=config.token_budget,
         row_weight=partial(aggregation_weight, aggregation=LOSSES[loss.name].aggregation, **weight),
         num_minibatches=config.train.num_minibatches,
-        skip_without_signal=loss.kl_coef == 0 and loss.entropy_coef == 0,
+        skip_without_signal=loss.kl_coef == 0 and loss.entropy_coef == 0 and not config.trains_all_rows,
         mask_truncated=loss.mask_truncated,
         share_prompts=share_prompts,
     )
@@ -100,7 +100,7 @@ def update_policy(
             result.bad_steps += 1
         optimizer.zero_grad(set_to_none=True)
         result.metrics["policy/grad_norm"] = norm
-    result.metrics |= tally.means(world, result.num_updates + result.bad_steps)
+    result.metrics |= tally.means(world, result.num_updates + result.bad_steps) | policy.step_metrics()
     result.metrics["memory/peak"] = world.max([peak_memory_gib(policy.device)])[0]
     return result
 

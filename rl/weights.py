@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl.model.adapters import adapters_of, original_name
+from rl.model.adapters import adapter_parameters, adapters_of, original_name, unsent
+from rl.model.streamed import streamed
+
+
+def check_streamed(model: PreTrainedModel) -> None:
+    """Raises ValueError if a trainable tensor of the model changes nothing that an engine is sent."""
+    if lost := unsent(model):
+        raise ValueError(
+            f"model.lora.target_modules: {len(lost)} weights such as {lost[0]} would be trained and not "
+            "reach the engine, because their adapter has no delta in the shape of the weight it adapts; name "
+            "other layers"
+        )
 
 
 class PolicyWeights:
@@ -19,10 +30,11 @@ class PolicyWeights:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            if "lora_" in name:
+        own = adapter_parameters(self.model)
+        for name, tensor in streamed(self.model):
+            if id(tensor) in own:
                 continue
-            value = parameter.detach()
+            value = tensor.detach()
             for layer in adapters_of(self.model, name):
                 # In fp32: rounding to the engine's dtype happens once, on arrival.
                 value = value.float() + sum(layer.get_delta_weight(a).float() for a in layer.active_adapters)

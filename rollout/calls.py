@@ -8,6 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
+
 from rl.types import Call, Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
 from rollout.engine import WEIGHTS_UNKNOWN, Engine, EngineError
 from rollout.stop_strings import cut_at_stop
@@ -36,6 +38,28 @@ def version_spans(versions: Sequence[int], ends: Sequence[int]) -> list[VersionS
         elif last > first:
             spans.append(VersionSpan(version, last - first))
     return spans
+
+
+def completion_routes(rows: np.ndarray | None, num_tokens: int) -> np.ndarray | None:
+    """Experts of each completion token, [tokens, layers, K] of int8 where they fit; -1: unknown.
+
+    Args:
+        rows: of the last prompt token and of each completion token except the last, for which nothing was
+            computed. A row is from the call that sampled the next token: both are of one policy version.
+
+    Raises:
+        EngineError: another number of rows.
+    """
+    if rows is None or num_tokens == 0:
+        return None
+    if len(rows) != num_tokens:
+        raise EngineError(
+            f"the engine gave the experts of {len(rows)} tokens, and for {num_tokens} sampled ones it "
+            f"computes as many; use moe.replay=none"
+        )
+    routes = np.full((num_tokens, *rows.shape[1:]), -1, np.int8 if rows.max(initial=0) < 128 else np.int16)
+    routes[:-1] = rows[1:]
+    return routes
 
 
 def aborted() -> Completion:

@@ -46,7 +46,7 @@ def render_prompts(
     Raises:
         ValueError: no rows; the prompt column or a named column is missing (with the columns there are); the
             tokenizer has no chat template, or the template refuses a chat; a prompt is empty, no text or list
-            of messages, or longer than `max_prompt_length`; a column holds what is no JSON value.
+            of messages, or longer than `max_prompt_length`; a column holds what is not a JSON value.
     """
     numbered = dict(rows) if isinstance(rows, Mapping) else dict(enumerate(rows))
     texts, chats, prompts, lengths = {}, {}, [], {}

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl.model.streamed import streamed
 from rollout.fingerprint import HeldTensor, compared_part, fingerprints
 
 
 def held_tensors(model: Any) -> dict[str, HeldTensor]:
-    return {name: HeldTensor(tuple(p.shape), p.dtype, p.device, name) for name, p in model.named_parameters()}
+    return {name: HeldTensor(tuple(p.shape), p.dtype, p.device, name) for name, p in streamed(model)}
 
 
 @torch.no_grad()
 def copy_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ValueError for a name or shape that the model does not have; what came before it is in place."""
-    own = dict(model.named_parameters())
+    own = dict(streamed(model))
     for name, tensor in weights:
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(
@@ -28,5 +29,4 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def own_fingerprints(model: Any, tensors: Mapping[str, HeldTensor], version: int) -> dict[str, int]:
-    named = model.named_parameters()
-    return fingerprints((name, compared_part(p, tensors[name], version)) for name, p in named)
+    return fingerprints((name, compared_part(p, tensors[name], version)) for name, p in streamed(model))

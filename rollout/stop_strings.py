@@ -37,5 +37,6 @@ def _cut(c: Completion, tokenizer: Any, stop: Sequence[str]) -> bool:
         room -= span.num_tokens
     c.token_ids, c.loss_mask = c.token_ids[:num_kept], c.loss_mask[:num_kept]
     c.behavior_logprobs = c.behavior_logprobs[:num_kept]
+    c.routes = None if c.routes is None else c.routes[:num_kept]
     c.version_spans, c.finish_reason = spans, "stop"
     return True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,24 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
 from rl.types import Call, Completion, FinishReason, SamplingParams
-from rollout.calls import CallQueue, Sampled, completion, decode_texts, prompt_faults, version_spans
+from rollout.calls import (
+    CallQueue,
+    Sampled,
+    completion,
+    completion_routes,
+    decode_texts,
+    prompt_faults,
+    version_spans,
+)
 from rollout.engine import WEIGHTS_UNKNOWN
 from rollout.fingerprint import HeldTensor
 from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
 from rollout.sampler import SeededSampler, completion_seed
+
+Record = Callable[[int], AbstractContextManager[list[Any]]]
+"""`with record(num_rows) as found` around model calls: `found` then has one array of experts, [rows, calls,
+layers, K], those of each row's last token in each call.
+"""
 
 
 class TransformersEngine:
@@ -33,6 +47,7 @@ class TransformersEngine:
         version: policy version of the weights in `model`.
         attention: how transformers computes attention. Eager honours every config; what the policy settled on
             is as exact and may be faster.
+        recorder: (model); what records the experts that each token was computed with; default: nothing does.
     """
 
     name = "transformers"
@@ -50,6 +65,7 @@ class TransformersEngine:
         revision: str | None = None,
         version: int = 0,
         attention: str = "eager",
+        recorder: Callable[[Any], Record] | None = None,
     ) -> None:
         self._queue = CallQueue(self, self._sampled)
         self.submit, self.collect = self._queue.submit, self._queue.collect
@@ -69,7 +85,10 @@ class TransformersEngine:
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
         self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
+        self._record: Record = lambda num_rows: nullcontext([])
         self.cache = self._usable_cache()
+        if recorder is not None:
+            self._record = recorder(self.model)
 
     @property
     def in_flight(self) -> int:
@@ -179,22 +198,29 @@ class TransformersEngine:
         ids_UT = torch.tensor([(0,) * (width - len(p)) + p for p in unique], device=self.device)
         mask_UT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in unique], device=self.device)
         stop_ids = list(sampling.stop_token_ids)
-        output = self.model.generate(
-            ids_UT[rows_B],
-            attention_mask=mask_UT[rows_B],
-            past_key_values=self._prefill(ids_UT, mask_UT, rows_B),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=sampling.max_completion_length,
-                max_time=deadline - time.monotonic(),
-                eos_token_id=stop_ids or None,
-                pad_token_id=stop_ids[0] if stop_ids else 0,
-                disable_compile=True,
-                use_cache=self.cache != "none",
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        return self._completions(output[:, width:].tolist(), sampler, sampling)
+        cache = self._prefill(ids_UT, mask_UT, rows_B)
+        with self._record(len(prompts)) as routes:
+            output = self.model.generate(
+                ids_UT[rows_B],
+                attention_mask=mask_UT[rows_B],
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=sampling.max_completion_length,
+                    max_time=deadline - time.monotonic(),
+                    eos_token_id=stop_ids or None,
+                    pad_token_id=stop_ids[0] if stop_ids else 0,
+                    disable_compile=True,
+                    use_cache=self.cache != "none",
+                ),
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        completions = self._completions(output[:, width:].tolist(), sampler, sampling)
+        for number, made in enumerate(completions if routes else ()):
+            # The first call computes the last prompt token, each further one the token sampled before.
+            made.routes = completion_routes(routes[0][number, : len(made.token_ids)], len(made.token_ids))
+        decode_texts(self.tokenizer, completions, sampling.stop)
+        return completions
 
     def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
         """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
@@ -228,5 +254,4 @@ class TransformersEngine:
                 reason = "length"
             spans = version_spans([self.version], [length])
             completions.append(completion(row[:length], logprobs[:length], reason, spans))
-        decode_texts(self.tokenizer, completions, sampling.stop)
         return completions

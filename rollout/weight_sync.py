@@ -240,7 +240,7 @@ def _canary_gaps(
     if not (mean <= tolerance and worst <= WORST_TOKEN * tolerance):
         raise WeightSyncError(
             f"engine {engine.name} holds version {version} and computes otherwise: the canary's log-probs "
-            f"are {mean:.3g} nats from the policy's in the mean and {worst:.3g} at most, more than "
+            f"are {mean:.3g} nats from the policy's on average and {worst:.3g} at most, more than "
             f"{tolerance:g} and {WORST_TOKEN * tolerance:g} (engine.canary_tolerance)"
         )
     return gaps

@@ -3,6 +3,7 @@
 # ruff: noqa: F401  these names are handed on
 from rl.config.config import Config, check_processes
 from rl.config.data import DataConfig, EvaluationConfig
+from rl.config.moe import MoeConfig
 from rl.config.sections import (
     CLIP_RANGES,
     AdvantageConfig,

@@ -83,7 +83,7 @@ class MaskedRunConfig(Config):
             )
         if e.name != "trace" and loss.sampler_correction is not None:
             raise ValueError(
-                f"diffusion.estimator.name={e.name} is no probability that the sampler drew from, so it "
+                f"diffusion.estimator.name={e.name} is not a probability that the sampler drew from, so it "
                 "cannot be compared with the sampler's: use loss.sampler_correction=null, or "
                 "estimator.name=trace"
             )
@@ -97,6 +97,10 @@ class MaskedRunConfig(Config):
             raise ValueError(
                 f"diffusion.estimator.max_canvases={e.max_canvases} scores some tokens only, and KL and "
                 "entropy terms need all; use loss.kl_coef=0, loss.entropy_coef=0, or max_canvases=null"
+            )
+        if asked := self.moe.model_dump(exclude_defaults=True):
+            raise ValueError(
+                f"moe: {', '.join(asked)} are set, and do nothing for a diffusion model; remove section moe"
             )
         if self.engine.name != "auto":
             raise ValueError(

@@ -19,11 +19,13 @@ from rl.config.bounded_yaml import parse_yaml, read_yaml
 from rl.config.describe import section_in
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
+from rl.config.sft import SftConfig
 
 C = TypeVar("C", bound=Section)
 COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "cohort train": (Config, MaskedRunConfig),
     "python -m recipes.llada": (DiffusionConfig,),
+    "python -m recipes.sft": (SftConfig,),
 }
 """Command -> schemas of its configs."""
 
@@ -63,7 +65,7 @@ def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str
 def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
     """The config of whichever command it fits best; of an RL run where two fit alike."""
     tree = _read_tree(path, overrides)
-    schemas = (MaskedRunConfig if "diffusion" in tree else Config, DiffusionConfig)
+    schemas = (MaskedRunConfig if "diffusion" in tree else Config, DiffusionConfig, SftConfig)
     return _validated(min(schemas, key=lambda schema: _num_faults(schema, tree)), tree, path)
 
 
@@ -76,7 +78,7 @@ def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
     """Reads a YAML file, applies `a.b=value` overrides and validates by `schema`.
 
     Raises:
-        ValueError: the file is no mapping, an override has no '=', or a key, type, range or rule is broken;
+        ValueError: the file is not a mapping, an override has no '=', or a key, type, range or rule is wrong;
             every fault is listed.
     """
     return _validated(schema, _read_tree(path, overrides), path)
@@ -172,10 +174,11 @@ def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str
 
 def _other_command(schema: type[Section], tree: dict[str, Any], num_faults: int) -> list[str]:
     """A hint where the config of one command was given to the other: there it has fewer faults."""
-    for command, schemas in COMMANDS.items():
-        if schema not in schemas and any(_num_faults(other, tree) < num_faults for other in schemas):
-            return [f"this looks like a config of `{command}`, which is another command"]
-    return []
+    others = [(c, other) for c, schemas in COMMANDS.items() if schema not in schemas for other in schemas]
+    fewest, command = min((_num_faults(other, tree), command) for command, other in others)
+    return (
+        [f"this looks like a config of `{command}`, which is another command"] if fewest < num_faults else []
+    )
 
 
 def _num_faults(schema: type[Section], tree: dict[str, Any]) -> int:

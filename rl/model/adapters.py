@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl.config import ModelConfig
+from rl.config.sections import LoraConfig
 from rl.model.adapter_folder import Adapter
 from rl.model.exactness import backbone
 from rl.model.loading import first_line, read_config
 
+Plan = Callable[[PreTrainedModel, LoraConfig], dict[str, Any] | None]
+"""What of a model to adapt, as peft's settings; None: what peft makes of `target_modules` itself."""
 BASE = ".base_layer."
 FORMS = (
     *("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters"),
@@ -38,7 +41,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     try:
         found = [any(re.fullmatch(pattern, name) for name in names) for pattern in patterns]
     except re.error as error:
-        raise ValueError(f"model.lora.target_modules={targets!r} is no pattern: {error}") from None
+        raise ValueError(f"model.lora.target_modules={targets!r} is not a pattern: {error}") from None
     if targets and all(found):
         return
     missing = [target for target, is_there in zip(given, found, strict=True) if not is_there]
@@ -59,35 +62,40 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     )
 
 
-def peft_config_of(config: ModelConfig) -> Any:
-    from peft import LoraConfig
+def peft_config_of(config: ModelConfig, model: PreTrainedModel, plan: Plan | None) -> Any:
+    """Raises ValueError if a target fits nothing."""
+    from peft import LoraConfig as PeftConfig
 
     lora = config.lora
     assert lora is not None
-    return LoraConfig(
+    targets = plan(model, lora) if plan is not None else None
+    if targets is None:
+        check_targets(model, lora.target_modules)
+    return PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
+        **(targets or {"target_modules": lora.target_modules}),
     )
 
 
-def difference(adapter: Adapter, config: ModelConfig) -> str:
+def difference(adapter: Adapter, config: ModelConfig, plan: Plan | None = None) -> str:
     """In what `model.lora` asks for another adapter than the one of a folder; "" where it is the same.
 
     Targets are compared by the names and shapes of their tensors, on a model without weights.
     """
     from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights
 
-    there, ours = adapter.settings, peft_config_of(config).to_dict()
-    for key in ("peft_type", "r", "lora_alpha", *FORMS):
-        if (there.get(key) or None) != (ours.get(key) or None):
-            return f"{key} is {there.get(key)} there and {ours.get(key)} in model.lora"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(config), trust_remote_code=False)
-        check_targets(model, ours["target_modules"])
-        adapted: Any = get_peft_model(model, peft_config_of(config))
+        asked = peft_config_of(config, model, plan)
+        there, ours = adapter.settings, asked.to_dict()
+        for key in ("peft_type", "r", "lora_alpha", *FORMS):
+            values = [sorted(v) if isinstance(v, list | set) else v for v in (there.get(key), ours.get(key))]
+            if (values[0] or None) != (values[1] or None):
+                return f"{key} is {there.get(key)} there and {ours.get(key)} in model.lora"
+        adapted: Any = get_peft_model(model, asked)
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
     saved = load_peft_weights(str(adapter.folder), device="cpu")
     return (
@@ -95,7 +103,7 @@ def difference(adapter: Adapter, config: ModelConfig) -> str:
     )
 
 
-def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+def add_lora(model: PreTrainedModel, config: ModelConfig, plan: Plan | None = None) -> Any:
     """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
 
     Raises:
@@ -111,13 +119,13 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
             "the base model without a copy; use model.reference.update_every=0"
         )
     named = f"model.lora.target_modules={lora.target_modules!r}"
-    check_targets(model, lora.target_modules)
+    asked = peft_config_of(config, model, plan)
     name = str(Path(config.name).absolute()) if Path(config.name).is_dir() else config.name
     head, embeddings = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
     tied = head is not None and head.weight is embeddings.weight
     frozen = [head, embeddings] if tied else [head]
     try:
-        adapted = get_peft_model(model, peft_config_of(config), revision=config.revision)
+        adapted = get_peft_model(model, asked, revision=config.revision)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
     # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
@@ -130,12 +138,6 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
                 "would not be trained, or only the engine would have it; leave the output head out, and "
                 "embeddings that are tied to it"
             )
-    if lost := unsent(model):
-        raise ValueError(
-            f"{named}: {len(lost)} adapter weights such as {lost[0]} would be trained and not reach the "
-            "engine, because their adapter has no delta in the shape of the weight it adapts; name other "
-            "layers in model.lora.target_modules"
-        )
     return adapted
 
 
@@ -191,22 +193,25 @@ def original_name(name: str) -> str:
     return name
 
 
+def adapter_parameters(model: PreTrainedModel) -> set[int]:
+    """Ids of the parameters that adapters have beside what they adapt; they are not streamed themselves."""
+    layers = (module for module in model.modules() if hasattr(module, "base_layer"))
+    return {id(p) for layer in layers for part, p in layer.named_parameters() if "base_layer." not in part}
+
+
 def unsent(model: PreTrainedModel) -> list[str]:
     """Trainable tensors whose change would not reach the engine: they are neither streamed themselves, nor
     part of an adapter whose delta has the shape of a streamed tensor.
     """
-    covered: set[int] = set()
+    own, covered = adapter_parameters(model), set()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for layer in adapters_of(model, name):
                 if all(layer.get_delta_weight(a).shape == parameter.shape for a in layer.active_adapters):
-                    own = (p for part, p in layer.named_parameters() if not part.startswith("base_layer."))
-                    covered.update(map(id, own))
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and "lora_" in name and id(p) not in covered
-    ]
+                    parts = (p for part, p in layer.named_parameters() if "base_layer." not in part)
+                    covered |= set(map(id, parts))
+    named = model.named_parameters()
+    return [n for n, p in named if p.requires_grad and id(p) in own and id(p) not in covered]
 
 
 def adapters_of(model: PreTrainedModel, name: str) -> Iterator[Any]:

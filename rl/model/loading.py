@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rl.config import ModelConfig
+from rl.config.sections import TrainedModelConfig
 from rl.model.adapter_folder import find_adapter, merge
 from rl.model.exactness import backbone
 
@@ -34,7 +35,7 @@ def base_of(config: ModelConfig) -> ModelConfig:
     return base_of(config.model_copy(update={"name": adapter.base, "revision": adapter.revision}))
 
 
-def storage_dtype(config: ModelConfig) -> torch.dtype:
+def storage_dtype(config: TrainedModelConfig) -> torch.dtype:
     """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
     compute would see, and the adapters stay fp32.
     """
@@ -70,7 +71,7 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
     if config.chat_template is not None:
         if not Path(config.chat_template).is_file():
             raise ValueError(
-                f"model.chat_template={config.chat_template!r} is no file; give the path of a Jinja template"
+                f"model.chat_template={config.chat_template!r} is not a file; give a Jinja template's path"
             )
         tokenizer.chat_template = Path(config.chat_template).read_text()
     if tokenizer.pad_token_id is None:
@@ -125,7 +126,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
-    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family.
+    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family; not
+    in mixtures of experts.
 
     Raises:
         ValueError: the fused layers do not reproduce the model's own hidden states.
@@ -134,7 +136,9 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
         return
     embedding = cast(Any, model.get_input_embeddings())
     embedding.register_forward_hook(_narrow_under_autocast)
-    if not config.fused_layers or importlib.util.find_spec("liger_kernel") is None:
+    # Liger's kernel of stacked experts does not heed autocast, and its norms alone move a mixture's routes.
+    has_experts = any(p.ndim == 3 for p in model.parameters())
+    if not config.fused_layers or has_experts or importlib.util.find_spec("liger_kernel") is None:
         return
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -160,7 +164,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 @contextmanager
 def _for_one_instance(family: ModuleType, rotary: str = "apply_rotary_pos_emb") -> Iterator[None]:
     """Puts back what Liger replaces in a whole family of models when it is given one of them: classes whose
-    kernels refuse a CPU, where an engine's copy is loaded. The instance has methods of its own, but for the
+    kernels refuse a CPU, where an engine's copy is loaded. The instance has methods of its own, except the
     rotary embedding, which is looked up in the family: there CUDA tensors get the fused one.
     """
     before = dict(vars(family))

@@ -185,3 +185,19 @@ function sparkline(cell, runs) {
   if (more) more.closest("details").addEventListener("toggle", () => { if (!more.childElementCount) fill(more, figures.more); });
   for (const cell of document.querySelectorAll("[data-spark]")) sparkline(cell, runs);
 })();
+
+(() => {
+  // Load of experts, layer by expert, in per cent of an even one.
+  for (const { step, load } of json("experts") || []) {
+    const card = make("figure", "card"), canvas = make("canvas", "heat"), pen = canvas.getContext("2d");
+    [canvas.width, canvas.height] = [load[0].length, load.length];
+    const image = pen.createImageData(canvas.width, canvas.height);
+    load.flat().forEach((value, i) => {
+      const end = value < 100 ? [30, 80, 190] : [215, 95, 0], t = value < 100 ? 1 - value / 100 : Math.min(1, (value - 100) / 200);
+      image.data.set([...end.map((to) => 205 + t * (to - 205)), 255], 4 * i);
+    });
+    pen.putImageData(image, 0, 0);
+    card.append(make("h3", "", `Step ${step}: idlest ${Math.min(...load.flat())} %, busiest ${Math.max(...load.flat())} %`), canvas);
+    document.getElementById("heat-maps").append(card);
+  }
+})();

@@ -28,6 +28,7 @@ _HISTORY = 40  # values in a sparkline
 _PLAIN = (
     ("reward", "reward/mean"),
     ("bound", "diffusion/bound"),
+    ("loss", "sft/loss"),
     ("no spread", "groups/without_spread"),
     ("length", "completion/length_mean"),
     ("cut", "completion/truncated_share"),

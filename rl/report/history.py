@@ -63,7 +63,7 @@ class History:
 
     @property
     def recent(self) -> list[dict[str, Any]]:
-        """The last rows of the file as dicts; `nonfinite` names what was no finite number in them."""
+        """The last rows of the file as dicts; `nonfinite` names what was not a finite number in them."""
         rows = []
         for row in self._last:
             lost = row.get("nonfinite")
@@ -110,7 +110,7 @@ class History:
 
 
 def read_history(path: Path, wanted: Callable[[str, int], bool] | None = None) -> History:
-    """The rows of a JSON-lines file; a torn last line, as a killed run leaves it, is no fault.
+    """The rows of a JSON-lines file; a torn last line, as a killed run leaves it, is not a fault.
 
     Raises:
         OSError: it cannot be read; a file that is not there has no rows.

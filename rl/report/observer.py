@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rl.report.display import Display
@@ -17,9 +17,19 @@ class RunObserver:
 
     Args:
         judged: whether the verdict's rules hold for this kind of run.
+        each_step: told the number of each step that ended, before the report looks for its files.
     """
 
-    def __init__(self, display: Display, config: Any, *, is_main: bool, judged: bool = True) -> None:
+    def __init__(
+        self,
+        display: Display,
+        config: Any,
+        *,
+        is_main: bool,
+        judged: bool = True,
+        each_step: Callable[[int], object] = int,
+    ) -> None:
+        self._each_step = each_step
         self.display, self.note, self.phase = display, display.note, display.phase
         self.trackers = Trackers.of_run(config, is_main=is_main, warn=display.warn)
         self.report = LiveReport(config.run_dir) if is_main else None
@@ -28,6 +38,7 @@ class RunObserver:
         self._level = "Healthy"
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
+        self._each_step(step)
         self.trackers.log(step, values)
         self.display.step(step, values)
         if self.report is not None:

@@ -16,15 +16,19 @@ from rl.config import Config
 from rl.config.diffusion import DiffusionConfig, TextConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import flatten
+from rl.config.sft import SftConfig
+from rl.report.experts import expert_loads
 from rl.report.figures import build_figures
 from rl.report.groups import MAX_TEXT, json_for_html
 from rl.report.page import write_page
 from rl.report.run_facts import gather_facts
 from rl.report.shelf import MAX_ROWS, PAGE_BYTES, SIDE_BYTES, Shelf
 from rl.report.traces import denoising_html, sampled_traces
+from rl.store.folder import CHANGES
 from rl.store.ledger import Ledger
 from rl.store.manifest import library_versions
-from rl.store.redact import show_controls
+from rl.store.redact import redact, show_controls
+from rl.store.rows import read_rows
 
 _MAX_SHOWN = 100_000
 _MAX_NOTES = 50
@@ -45,7 +49,7 @@ def build_report(
         side_bytes: of all side files.
 
     Raises:
-        ValueError: `run_dir` is no folder.
+        ValueError: `run_dir` is not a folder.
     """
     run_dir = Path(run_dir)
     path = run_dir / "report.html" if out is None else Path(out)
@@ -64,15 +68,18 @@ def write_report(shelf: Shelf, path: Path, *, seconds: float = math.inf, live_s:
     facts = gather_facts(shelf.run_dir, is_running=live_s > 0)
     shelf.refresh(seconds)
     figures, more = build_figures(facts.curves)
+    loads = expert_loads(shelf.run_dir / "experts.jsonl")
     notes = [*facts.notes, *shelf.faults]
     values = {name: getattr(facts, name) for name in ("name", "status", "verdict", "tiles", "checks")} | {
         "live": live_s,
         "figures": figures,
         "num_more": len(more),
+        "has_experts": bool(loads),
         "num_groups": shelf.num_groups,
         "about_groups": _about_groups(shelf, path),
         "denoisings": _denoisings(shelf.run_dir, notes),
         "changed": _changed(facts.config),
+        "changes": _changes(shelf.run_dir / CHANGES, notes),
         "config": shown_setting(facts.config) if facts.config else "",
         "result": {key: shown_setting(value) for key, value in flatten(facts.result).items()},
         "versions": library_versions(),
@@ -80,6 +87,8 @@ def write_report(shelf: Shelf, path: Path, *, seconds: float = math.inf, live_s:
     }
     place = {"live": live_s, "made": time.time(), "folder": shelf.folder.name}
     data = {"page": json_for_html(place), "records": shelf.records_json(), "texts": shelf.texts_json()}
+    if loads:
+        data["experts"] = json_for_html(loads)
     if figures:
         data["curves"] = json_for_html([{"name": facts.name, "curves": facts.curves}])
         data["figure-list"] = json_for_html({"first": figures, "more": more})
@@ -115,10 +124,21 @@ def _denoisings(run_dir: Path, notes: list[str]) -> list[Markup]:
     return found
 
 
+def _changes(path: Path, notes: list[str]) -> list[list[str]]:
+    """Step, key, old and new value of settings that changed in a run that went on."""
+    try:
+        rows = redact(read_rows(path)[-_MAX_NOTES:])
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return []
+    return [[shown_setting(row.get(name)) for name in ("step", "key", "old", "new")] for row in rows]
+
+
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Settings that are not the defaults, by section: (key, value, default)."""
     plain = DiffusionConfig(data=TextConfig(source="")) if "objective" in config else Config()
     plain = MaskedRunConfig() if "diffusion" in config else plain
+    plain = SftConfig(data=TextConfig(source="")) if {"moe", "rewards"} & config.keys() == {"moe"} else plain
     defaults = flatten(plain.model_dump(mode="json"))
     # Data that is held out has the defaults of data.
     heldout = {f"evaluation.{key}": value for key, value in defaults.items() if key.startswith("data.")}

@@ -46,7 +46,7 @@ def gather_facts(run_dir: Path, *, is_running: bool = False) -> RunFacts:
     """Reads everything of a run but its groups.
 
     Raises:
-        ValueError: `run_dir` is no folder.
+        ValueError: `run_dir` is not a folder.
     """
     if not run_dir.is_dir():
         raise ValueError(

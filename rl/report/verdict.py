@@ -14,6 +14,13 @@ from rl.store.folder import EvaluationLog
 from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
+GROWING = ("sampler/logprob_gap_mean", "sync/canary_gap_mean")
+"""Gaps that stay as they begin while the engine computes with the policy's weights."""
+_GROWN = (
+    "some weight is trained and not sampled with: compare with engine.name=transformers, and with "
+    "model.lora.target_modules=[q_proj, v_proj] if there are adapters"
+)
+NUM_FIRST = 2  # steps whose smaller gap is what a run began with
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
 
 Row = Mapping[str, Any]
@@ -40,10 +47,16 @@ class Verdict:
 
     level: Level
     findings: tuple[Finding, ...] = ()
+    control: str = ""  # of a control arm its name
 
     @property
     def headline(self) -> str:
-        """One line: the level and the rule that fired first among the worst."""
+        """One line: the level and the rule that fired first among the worst, behind what arm it is."""
+        arm = f"Control arm ({self.control} reward). " if self.control else ""
+        return arm + self._of_rules
+
+    @property
+    def _of_rules(self) -> str:
         if self.level == "No data":
             return "No data: no step is recorded yet"
         if not self.findings:
@@ -60,11 +73,14 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     if not len(rows) and not evaluations:
         return Verdict("No data")
     findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
+    findings += growing_gaps(rows)
     findings += constant_parts(rows)
     findings += _nonfinite_rule(rows)
     findings += _heldout_rule(evaluations or evaluations_in(rows))
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
-    return Verdict(findings[0].level if findings else "Healthy", tuple(findings))
+    parts = part_spreads(rows)
+    arm = next((arm for arm in ("random", "format") if f"reward/{arm}_control/std" in parts), "")
+    return Verdict(findings[0].level if findings else "Healthy", tuple(findings), arm)
 
 
 def judge_run(run_dir: Path) -> Verdict:
@@ -83,6 +99,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        self.first: list[Row] = []
         self.rows: deque[Row] = deque(maxlen=RECENT)
         self.varied: set[str] = set()
         self.verdict = Verdict("Healthy")
@@ -90,6 +107,7 @@ class Watch:
     def recall(self, rows: Iterable[Row]) -> None:
         """Takes in the rows of a run that goes on."""
         for row in rows:
+            self.first += [row] if len(self.first) < NUM_FIRST else []
             self.rows.append(row)
             self.varied |= {name for name in part_spreads([row]) if row[name]}
 
@@ -101,8 +119,10 @@ class Watch:
         self.recall([{"step": step, **values}])
         at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
         at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
-        found = tuple(f for f in judge(list(self.rows)).findings if f.metric not in self.varied)
-        self.verdict = Verdict(found[0].level if found else "Healthy", found)
+        begun = [row for row in self.first if row["step"] < self.rows[0]["step"]]
+        verdict = judge([*begun, *self.rows])
+        found = tuple(f for f in verdict.findings if f.metric not in self.varied)
+        self.verdict = Verdict(found[0].level if found else "Healthy", found, verdict.control)
         return [finding for finding in found if finding.level == "Broken" or finding.metric in at_once]
 
 
@@ -141,7 +161,7 @@ def part_spreads(rows: Iterable[Row] | History) -> list[str]:
 def constant_parts(rows: Rows) -> list[Finding]:
     """Fires for a reward part that gave all completions of a step the same score in every step so far.
 
-    A part that once varied and no longer does is learnt, which is no fault.
+    A part that once varied and no longer does is learnt, which is not a fault.
     """
     findings = []
     for name in part_spreads(rows):
@@ -152,6 +172,30 @@ def constant_parts(rows: Rows) -> list[Finding]:
             score = f", {means[-1][1]:.4g}" if means else ""
             text = f"reward part {part} gives all completions of a step the same score{score}"
             findings.append(Finding("Warning", name, series[0][0], text, metric.hint))
+    return findings
+
+
+def growing_gaps(rows: Rows) -> list[Finding]:
+    """Fires for a gap between policy and engine that has grown in the last two steps, far below any range.
+
+    A weight that is trained and not sent leaves the first steps as they were. What began below 1e-4 nats
+    (fp32) may reach 0.003; any other gap may grow by 0.04, and to 2.5 times what it was. Steps whose samples
+    are older than the policy are left out, since there the policy itself moved.
+    """
+    findings, stale = [], {step for step, age in series_of(rows, "staleness/max") if age > 0}
+    for name in GROWING:
+        aged = stale if name.startswith("sampler/") else set()
+        series = [(step, gap) for step, gap in series_of(rows, name) if step not in aged]
+        if len(series) <= NUM_FIRST:
+            continue
+        start = min(gap for _, gap in series[:NUM_FIRST])
+        bound = 0.003 if start < 1e-4 else max(2.5 * start, start + 0.04)
+        streak = 0
+        while streak < len(series) - NUM_FIRST and series[-1 - streak][1] > bound:
+            streak += 1
+        if streak >= 2:
+            text = f"{name} has grown from {start:.2g} to {series[-1][1]:.2g}, and sound weights keep it"
+            findings.append(Finding("Warning", name, series[-streak][0], text, _GROWN))
     return findings
 
 

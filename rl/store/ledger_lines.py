@@ -1,7 +1,7 @@
 """Groups as the lines of JSON that the ledger keeps, and back: exact, or refused.
 
 A line is UTF-8; a lone surrogate is written as its three bytes, so that any Python string comes back.
-Behavior log-probs are base64 of little-endian float32, or float64 where one is no float32: exact, at half
+Behavior log-probs are base64 of little-endian float32, or float64 where one is not a float32: exact, at half
 the time and size of decimals. Every field is checked for its type, since a file may come from somebody else.
 """
 

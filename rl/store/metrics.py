@@ -59,7 +59,7 @@ class Metric:
 
 
 def _lies_within(value: float, low: float | None, high: float | None) -> bool:
-    """Bounds are inclusive, None is no bound, and NaN lies nowhere."""
+    """Bounds are inclusive, None is not a bound, and NaN lies nowhere."""
     return (-math.inf if low is None else low) <= value <= (math.inf if high is None else high)
 
 
@@ -133,7 +133,7 @@ _ALL = (
            high=0.02, broken_above=0.5,
            hint="as for sampler/logprob_gap_mean; keep loss.sampler_correction on; less train.max_staleness"),
     Metric("sync/canary_gap_mean", "nats", "mean log-prob gap on fixed tokens after a sync",
-           high=0.15, broken_above=0.2, patience=1,
+           high=0.15, broken_above=0.2, patience=1, told_at_once=True,
            hint="the engine does not hold the weights it was sent; do not trust the steps after this one"),
     Metric("sync/canary_gap_max", "nats", "greatest log-prob gap on fixed tokens after a sync",
            high=1.0, broken_above=1.6, patience=1, hint="as for sync/canary_gap_mean"),
@@ -167,6 +167,28 @@ _ALL = (
     Metric("diffusion/packed_tokens", "tokens", "tokens of the step's forward passes, copies included"),
     Metric("diffusion/scored_share", "share", "masked and scored tokens among them"),
     Metric("diffusion/tokens_per_second", "tokens/s", "packed tokens per second of the whole step"),
+    Metric("moe/balance", "loss", "balance loss before its coefficient, mean of layers; switch: even is 1"),
+    Metric("moe/z_loss", "nats²", "mean squared log-sum-exp of the routers' logits"),
+    Metric("moe/router_entropy", "nats/token", "mean entropy of the routers' probabilities"),
+    Metric("moe/load_entropy", "share", "entropy of the experts' load / of an even load; mean of layers"),
+    Metric("moe/max_violation", "ratio", "load of the busiest expert / even load - 1; mean of layers"),
+    Metric("moe/max_violation_layer", "ratio", "the same of the worst layer"),
+    Metric("moe/violation_growth", "ratio", "moe/max_violation / its value in the first step, or 0.5 if less",
+           high=2.0, told_at_once=True,
+           hint="experts are used less evenly than at the start: moe.balance=switch, or moe.router=freeze"),
+    Metric("moe/min_load", "ratio", "load of the idlest expert of all layers / even load"),
+    Metric("moe/dead_experts", "share", "experts that no token of the last some thousand chose",
+           high=0.05, patience=3, told_at_once=True,
+           hint="experts collapse: moe.balance=switch, a larger moe.balance_coef, or moe.router=freeze"),
+    Metric("moe/flip_rate", "share", "replayed tokens, by layer, whose router chose others in training",
+           high=0.1, told_at_once=True,
+           hint="policy and engine choose other experts: moe.router_fp32=true, or engine.dtype=float32; "
+                "sampler/logprob_gap_mean shows what replay leaves of it"),
+    Metric("moe/replayed", "share", "completion tokens, layer by layer, whose experts were replayed"),
+    Metric("moe/start_overlap", "share", "experts of fixed tokens that are those of the first step (Jaccard)",
+           low=0.8, told_at_once=True,
+           hint="routing drifts from the model that the run began with: moe.router=freeze, a lower "
+                "optimizer.lr, or moe.replay=engine"),
     Metric("memory/peak", "GiB", "greatest memory held by the training process"),
     Metric("steps/skipped", "steps", "optimizer steps left out so far: loss or gradient was not finite",
            high=0.0, patience=1,
@@ -207,7 +229,7 @@ def shown_metric(name: str) -> Metric:
         return Metric(name, "", name)
 
 
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """95 % interval of a share: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927).
 
     `successes` may be fractional, when every prompt was answered several times. Without trials it is (0, 1).

@@ -11,7 +11,7 @@ from typing import Any
 
 HIDDEN = "***"
 
-# `token_budget`, `stop_token_ids`, `max_tokens` and `mask_token` are no secrets.
+# `token_budget`, `stop_token_ids`, `max_tokens` and `mask_token` are not secrets.
 _SECRET_KEY = re.compile(
     r"(^|[_\-.])(?<!mask_)(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!stop_)"
     r"(token(_secret|_value)?|(api|auth|access|hf)_?tokens|secrets?|passw(or)?ds?|passphrase|(api|access|private|secret|auth|account|"

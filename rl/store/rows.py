@@ -130,7 +130,6 @@ def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def record_of(kind: type[R], row: Mapping[str, Any]) -> R | None:
     """A row as a dataclass of numbers; None where a field is missing or not a finite number."""
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    values = {name: row.get(name) for name in names}
+    values = {f.name: row.get(f.name, f.default) for f in fields(kind)}  # type: ignore[arg-type]
     whole = all(type(v) in (int, float) and math.isfinite(v) for v in values.values())  # type: ignore[arg-type]
     return kind(**values) if whole else None

@@ -53,6 +53,7 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "worker": _same("get_model", "model_config", "vllm_config"),
     # Layers of a model; those that the worker finds are checked before the first sync.
+    "model": {"mapper": "hf_to_vllm_mapper"},
     "layer": _same("quant_method"),
     "embedding": _same("org_vocab_size"),
     "stacked layer": _same("output_sizes"),
@@ -136,6 +137,12 @@ def counts_tokens_in_flight() -> bool:
     from vllm.v1.request import Request
 
     return has(Request, "num_in_flight_tokens")
+
+
+def returns_routes(vllm_config: Any) -> bool:
+    """Whether finished requests come with their experts: as 0.32 says it, as 0.25 does."""
+    given = getattr(vllm_config, "aux_output_config", None) or vllm_config.model_config
+    return given.enable_return_routed_experts
 
 
 def version_conflict(name: str, version: str, requires: list[str], *, torch_version: str) -> str | None:

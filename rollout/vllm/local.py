@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rl.types import FinishReason, SamplingParams
-from rollout.calls import version_spans
+from rollout.calls import completion_routes, version_spans
 from rollout.engine import EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.bucket import Bucket
@@ -72,6 +72,7 @@ class LocalCore:
         self.engine: Any = engine
         self.own = self.runs_alone = own
         self.timeout_s, self.recompute_kv = settings.timeout_s, settings.recompute_kv
+        self._routes = settings.routes
         # An eager vLLM on a CPU still compiles the ranks of its log-probs: 6 s, and a C++ compiler.
         self._uncompiled = self.is_on_cpu and arguments["enforce_eager"]
         self._generator_state = torch.Generator().get_state()
@@ -108,7 +109,7 @@ class LocalCore:
         with_logprobs: bool,
         with_prompt_logprobs: bool = False,
     ) -> None:
-        """As `LLMEngine.add_request` does for n completions, but for their parent: it would hold them back
+        """As `LLMEngine.add_request` does for n completions, except for their parent: it would hold them back
         until the last one is finished. Checking the prompt and its parameters costs more than all else, so
         this is done once.
         """
@@ -128,6 +129,8 @@ class LocalCore:
                 request.request_id = request.external_req_id = request_id
                 request.sampling_params = copy(checked.sampling_params)
                 request.sampling_params.seed = seed
+                if self._routes:  # prompts are routed live in training
+                    request.sampling_params.routed_experts_prompt_start = len(token_ids) - 1
                 reach("engine", "note_request", engine)(request, None, None, 0)
                 self._client.add_request(request)
                 self._begun[request_id] = (begun, token_ids)
@@ -253,6 +256,7 @@ class LocalCore:
             version_spans(self._versions[begun : begun + len(marks) + 1], [*marks, len(ids)]),
             REASONS.get(sampled.finish_reason, "abort"),
             given and [at[token].logprob for at, token in zip(given[1:], prompt_ids[1:], strict=True)],
+            completion_routes(sampled.routed_experts, len(ids)),
         )
 
     def _has_output(self, deadline: float) -> bool:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from rollout.vllm import internals
 from rollout.vllm.internals import NUM_VOID, reach, require
 
@@ -42,6 +44,7 @@ class Tally:
     is_plain: bool
     token_ids: list[int] = field(default_factory=list)
     logprobs: array[float] = field(default_factory=lambda: array("f"))
+    routes: list[np.ndarray] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
 
 
@@ -53,7 +56,9 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    return final_only(stock)(vllm_config=vllm_config, **arguments)
+    # Routes of a step come in one array for all that was scheduled in it; a short cut would lose its row.
+    short_cuts = not internals.returns_routes(vllm_config)
+    return final_only(stock, short_cuts=short_cuts)(vllm_config=vllm_config, **arguments)
 
 
 def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
@@ -188,7 +193,10 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                     tally.token_ids += output.new_token_ids
                     if tally.with_logprobs and logprobs is not None:
                         tally.logprobs.append(logprobs[rows[output.request_id]])
+                if output.routed_experts is not None:  # often a view of what the next step fills
+                    tally.routes.append(np.array(output.routed_experts))
                 if output.finish_reason is not None:
+                    output.routed_experts = np.concatenate(tally.routes) if tally.routes else None
                     del self.tallies[output.request_id]
                     output.new_token_ids = tally.token_ids
                     output.kv_transfer_params = {LOGPROBS: tally.logprobs.tobytes(), MARKS: tally.marks}

@@ -29,6 +29,7 @@ class CoreSettings:
             default: they stay those of the weights that sampled them.
         timeout_s: longest wait for the start, and for one answer of the core.
         version: policy version of the weights in `model`.
+        routes: answers say which experts each token was computed with.
     """
 
     model: str | Path
@@ -43,12 +44,20 @@ class CoreSettings:
     timeout_s: float = 600.0
     revision: str | None = None
     version: int = 0
+    routes: bool = False
 
 
 def runs_on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
+
+
+def routes_unavailable() -> str | None:
+    """Why this vLLM does not say which experts a token was computed with, or None."""
+    if runs_on_cpu():
+        return "vLLM on a CPU does not return routes (its second model runner does, and needs Triton)"
+    return None
 
 
 def engine_arguments(s: CoreSettings) -> dict[str, Any]:
@@ -66,7 +75,20 @@ def engine_arguments(s: CoreSettings) -> dict[str, Any]:
         "max_model_len": s.max_model_len,
         "max_num_seqs": s.max_num_seqs,
         "enforce_eager": eager,
+        "hf_overrides": with_selection_bias,
+        **({"enable_return_routed_experts": True} if s.routes else {}),
     }
+
+
+def with_selection_bias(config: Any) -> Any:
+    """A DeepSeek-V3 config that says how its router selects: transformers saves none, and vLLM makes no
+    bias then.
+    """
+    if getattr(config, "model_type", None) in ("deepseek_v3", "deepseek_v32") and not hasattr(
+        config, "topk_method"
+    ):
+        config.topk_method = "noaux_tc"
+    return config
 
 
 def _on_cpu(s: CoreSettings) -> dict[str, Any]:

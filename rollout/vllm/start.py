@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
 import random
@@ -36,7 +37,7 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a trainer copies its threads' locks
 }
 
-# What a launcher tells the trainer about its ranks; the core's own process is no rank. With
+# What a launcher tells the trainer about its ranks; the core's own process is not a rank. With
 # TORCHELASTIC_USE_AGENT_STORE it would wait for a store that nobody opens (vLLM before 0.32 meets at a port).
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -197,7 +198,7 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
     for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     os.environ[TRAINER_PID] = str(os.getpid())
-    if os.environ["VLLM_LOGGING_LEVEL"] == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+    if (level := os.environ["VLLM_LOGGING_LEVEL"]) == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
         os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get(CORE_LOG_LEVEL, "ERROR")
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:  # a child would import a script again, which trains, or look for the file of a notebook
@@ -205,6 +206,9 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
             return _start_core(arguments, timeout_s)
     finally:
         sys.modules["__main__"] = main
+        os.environ["VLLM_LOGGING_LEVEL"] = level
+        # The core has its own level; what this process says from now on would be on the terminal.
+        logging.getLogger("vllm").setLevel(level.upper())
 
 
 @contextmanager

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
 from rollout.vllm.internals import reach, reach_or, require
+from rollout.vllm.names import Names
+from rollout.vllm.packed_experts import unpacked
 
-# vLLM's parameter of all experts of a layer -> transformers' name; both [E, rows, columns], gate before up.
+# vLLM's parameters of all experts of a layer -> transformers' names; matrices [E, rows, columns], gate
+# before up.
 _EXPERTS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+_EXPERTS_BIAS = {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
+# Products of other parameters that vLLM keeps on a CPU (multi-head latent attention).
+_DERIVED = ("W_UK_T", "W_UV")
 # Where vLLM's kernels of unquantized layers read the parameters as they are; on a CPU it packs copies.
 _AS_THEY_ARE = ("cuda",)
 _UNQUANTIZED = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -22,16 +28,21 @@ _UNQUANTIZED = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMeth
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one Hugging Face tensor lives: rows [first, last) of a parameter of a module."""
+    """Where one Hugging Face tensor lives: rows [first, last) of a parameter of a module.
+
+    Attributes:
+        turned: the parameter has the last two axes the other way round.
+    """
 
     module: Any
     parameter: str
     first: int
     last: int
     held: HeldTensor
+    turned: bool = False
 
 
-def find_slots(model: nn.Module) -> dict[str, Slot]:
+def find_slots(model: nn.Module, names: Names) -> dict[str, Slot]:
     """Hugging Face name -> slot, for a model on one device (no tensor parallelism).
 
     vLLM stacks q, k, v into `qkv_proj` and gate, up into `gate_up_proj`; `packed_modules_mapping` names the
@@ -49,6 +60,8 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
     for path, module in modules:
         parent, _, leaf = path.rpartition(".")
         for parameter, value in module.named_parameters(recurse=False):
+            if parameter in _DERIVED:
+                continue
             own_name = f"{path}.{parameter}"
             moved = value.numel() == 0
             if moved:
@@ -57,18 +70,32 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
             if owner != own_name and reach_or("emptied layer", "cpu_linear", module, None) is None:
                 continue  # the same bytes as the owner's
             width = (reach("emptied layer", "input_size", module),) if moved else value.shape[1:]
-            dtype = module.weight.dtype if hasattr(module, "weight") else value.dtype
+            dtype = module.weight.dtype if moved else value.dtype
             for name, first, last in _parts(module, value, packed.get(leaf, [leaf])):
-                full = ".".join(filter(None, (parent, name, parameter)))
-                if parameter in _EXPERTS:
-                    full = f"{path.removesuffix('.routed_experts')}.{_EXPERTS[parameter]}"
-                source = full if owner == own_name else owner
+                full = _full_name(names, path, ".".join(filter(None, (parent, name, parameter))), parameter)
+                source = full if owner == own_name else names.transformers_name(owner)
                 sampled = moved or source != full
-                held = HeldTensor((last - first, *width), dtype, value.device, source, sampled)
-                slots[full] = Slot(module, parameter, first, last, held)
+                turned = names.is_transposed(full)
+                shape = (
+                    names.shapes.get(full, (last - first, *width))
+                    if parameter in _EXPERTS
+                    else (last - first, *width)
+                )
+                held = HeldTensor(shape, dtype, value.device, source, sampled)
+                slots[full] = Slot(module, parameter, first, last, held, turned)
                 if sampled or packs_experts(slots[full]):
                     require("packed weight" if sampled else "packed experts", module)
     return slots
+
+
+def _full_name(names: Names, path: str, name: str, parameter: str) -> str:
+    """transformers' name of a parameter that vLLM calls `name`."""
+    leaf = (_EXPERTS | _EXPERTS_BIAS).get(parameter)
+    if leaf is None:
+        return names.transformers_name(name)
+    stem = path.removesuffix(".routed_experts")
+    found = names.transformers_name(f"{stem}.{parameter}")
+    return f"{stem}.{leaf}" if found == f"{stem}.{parameter}" else found
 
 
 def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, int, int]]:
@@ -111,13 +138,27 @@ def read_slots(slots: Mapping[str, Slot], version: int) -> Iterator[tuple[str, T
     products: dict[int, Tensor] = {}
     for name, slot in slots.items():
         if not slot.held.sampled:
-            rows = getattr(slot.module, slot.parameter)[slot.first : slot.last]
+            rows = plain_experts(slot) if packs_experts(slot) else _rows(slot)
             yield name, compared_part(rows, slot.held, version)
             continue
         key = id(slot.module)
         if key not in products:
             products = {key: _columns(slot, version)}
         yield name, products[key][:, slot.first : slot.last]
+
+
+def _rows(slot: Slot) -> Tensor:
+    """The tensor in the axes of transformers."""
+    rows = getattr(slot.module, slot.parameter)[slot.first : slot.last]
+    return rows.transpose(1, 2) if slot.turned else rows
+
+
+def plain_experts(slot: Slot) -> Tensor:
+    """Experts on a CPU, read back from where the kernel has packed them."""
+    rows = slot.held.shape[2:0:-1] if slot.turned else slot.held.shape[1:]
+    packed = getattr(slot.module, slot.parameter)
+    plain = unpacked(packed, rows, slot.parameter, reach("packed experts", "pack", slot.module))
+    return plain.transpose(1, 2) if slot.turned else plain
 
 
 def _columns(slot: Slot, version: int) -> Tensor:
@@ -141,7 +182,7 @@ def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
 
 
 def write_slot(slot: Slot, tensor: Tensor) -> None:
-    getattr(slot.module, slot.parameter).data[slot.first : slot.last].copy_(tensor)
+    _rows(slot).data.copy_(tensor)
 
 
 def repack(slots: Mapping[str, Slot]) -> None:
@@ -158,20 +199,5 @@ def repack(slots: Mapping[str, Slot]) -> None:
 
 
 def packs_experts(slot: Slot) -> bool:
-    """True for experts on a CPU: `repack` rearranges them, so they can be compared only before it."""
+    """True for experts on a CPU, where vLLM rearranges them for its kernel."""
     return slot.parameter in _EXPERTS and slot.held.device.type == "cpu"
-
-
-def as_checkpoint(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What vLLM's loaders read: the stacked experts of transformers 5 one by one, all else as it is."""
-    stem, _, leaf = name.rpartition(".")
-    if tensor.ndim != 3 or not stem.endswith(".experts") or leaf not in _EXPERTS.values():
-        yield name, tensor
-        return
-    for expert, weight in enumerate(tensor):
-        if leaf == "down_proj":
-            yield f"{stem}.{expert}.down_proj.weight", weight
-        else:
-            gate, up = weight.chunk(2)
-            yield f"{stem}.{expert}.gate_proj.weight", gate
-            yield f"{stem}.{expert}.up_proj.weight", up

@@ -23,14 +23,13 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rollout.fingerprint import compared_part, fingerprints
 from rollout.vllm.bucket import Layout, open_bucket, received
 from rollout.vllm.internals import require
+from rollout.vllm.names import Names
 from rollout.vllm.start import TRAINER_PID
 from rollout.vllm.weights import (
     Slot,
-    as_checkpoint,
     can_be_written,
     complete_layers,
     find_slots,
-    packs_experts,
     read_slots,
     repack,
     write_slot,
@@ -62,7 +61,7 @@ class WeightReceiver:
     """
 
     cohort_slots: dict[str, Slot]
-    cohort_loaded: dict[str, int]
+    cohort_names: Names
     cohort_open: bool
     cohort_may_write: bool
     cohort_writes: bool
@@ -81,7 +80,9 @@ class WeightReceiver:
         if uncompiled:
             torch.compiler.set_stance("force_eager")
         require("worker", self)
-        self.cohort_slots, self.cohort_loaded, self.cohort_open = find_slots(self.get_model()), {}, False
+        model = self.get_model()
+        self.cohort_names = Names(self.model_config.hf_config, model)
+        self.cohort_slots, self.cohort_open = find_slots(model, self.cohort_names), False
         self.cohort_writes = False
         return [
             [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
@@ -111,7 +112,7 @@ class WeightReceiver:
             return
         with set_current_vllm_config(self.vllm_config):
             self.get_model().load_weights(
-                p for pair in self.cohort_noted(tensors) for p in as_checkpoint(*pair)
+                p for pair in self.cohort_noted(tensors) for p in self.cohort_names.as_checkpoint(*pair)
             )
 
     def cohort_noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -142,8 +143,6 @@ class WeightReceiver:
         if self.cohort_writes:
             return
         self.cohort_close()
-        experts = {name: slot for name, slot in self.cohort_slots.items() if packs_experts(slot)}
-        self.cohort_loaded = fingerprints(read_slots(experts, version))
         repack(self.cohort_slots)
         if self.cohort_may_write:
             self.cohort_writes = self.cohort_came == fingerprints(read_slots(self.cohort_slots, version))
@@ -156,6 +155,5 @@ class WeightReceiver:
 
     @torch.no_grad()
     def cohort_fingerprints(self, version: int) -> dict[str, int]:
-        """Of the tensors that the kernels use; experts on a CPU of what was loaded, before it was packed."""
-        shown = {name: slot for name, slot in self.cohort_slots.items() if not packs_experts(slot)}
-        return self.cohort_loaded | fingerprints(read_slots(shown, version))
+        """Of the tensors that the kernels use."""
+        return fingerprints(read_slots(self.cohort_slots, version))

@@ -1,6 +1,7 @@
 """Runs with nothing set but the model: does the plan fit, and is what it predicts what a run takes?
 
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora [--card-gib 80] [--set KEY=VALUE]
+    python -m tests.bench.fitting 0.5b 1.5b 7b:lora --llada    # diffusion models, trained without rewards
 
 `--card-gib` plays a smaller card: this process holds the rest of the GPU. For each shape: what was chosen,
 the training process's peak and the whole card's against the plan, seconds until step 1, and the exit code.
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("shapes", nargs="+")
     parser.add_argument("--card-gib", type=float, default=None)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--llada", action="store_true", help="recipes.llada on texts of 1 to 2,048 tokens")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of Cohort's config")
     parser.add_argument("--timeout-s", type=float, default=280.0, help="for each shape")
     parser.add_argument("--logs", type=Path, default=Path("."))
@@ -46,7 +48,8 @@ def main() -> int:
             ballast = hold_all_but(a.card_gib) if a.card_gib else None
             found = one_run(Path(scratch) / name.replace(":", "-"), model, workload, bool(lora), a)
             del ballast
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             failed |= found["rc"] != 0
             rows.append({"shape": name} | found)
             print(json.dumps(rows[-1]), flush=True)
@@ -60,6 +63,14 @@ def hold_all_but(gib: float) -> torch.Tensor:
     return torch.empty(max(0, int(free - gib * GIB)), dtype=torch.uint8, device="cuda")
 
 
+def used_bytes() -> int:
+    """Of the whole GPU; 0 without one, where what is left of the command can be tried."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -> dict[str, Any]:
     config = {
         "run_dir": str(folder),
@@ -70,19 +81,23 @@ def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -
         "train": {"steps": a.steps, "prompts_per_step": workload.prompts, "group_size": workload.group},
         "checkpoint": {"every": 0},
     }
+    if a.llada:
+        data = {"source": "tests.bench.workload:texts", "max_length": 2048}
+        train = {"steps": a.steps, "examples_per_step": 64}
+        model_of = config["model"] | {"mask_token": "<t9>"}
+        config = {"run_dir": str(folder), "model": model_of, "data": data, "train": train}
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "recipes.grpo", str(path), *a.set]
+    command = [sys.executable, "-m", "recipes.llada" if a.llada else "recipes.grpo", str(path), *a.set]
     log, began, most = a.logs / f"{folder.name}.log", time.monotonic(), 0
-    held = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]
+    held = used_bytes()
     first = None
     with log.open("w") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
         while process.poll() is None and time.monotonic() - began < a.timeout_s:
-            free, total = torch.cuda.mem_get_info()
-            most = max(most, total - free - held)
+            most = max(most, used_bytes() - held)
             if first is None and (folder / "metrics.jsonl").exists():
                 first = time.monotonic() - began
             time.sleep(0.2)

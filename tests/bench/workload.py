@@ -147,6 +147,16 @@ def rows(**_: Any) -> list[dict[str, str]]:
     return [{"prompt": text} for text in prompt_texts(Workload.current())]
 
 
+def texts(**_: Any) -> list[dict[str, str]]:
+    """Prompts, and answers that fill 2,048 tokens in the longest rows."""
+    draw, longest = random.Random(1), 2000 - Workload.current().prompt_length
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    sizes = [longest if i % 4 == 0 else draw.randint(1, longest) for i in range(512)]
+    answers = ["".join(draw.choices(letters, k=size)) for size in sizes]
+    prompts = prompt_texts(Workload.current())
+    return [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+
+
 def coin(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A random reward, as TRL's side of the benchmark draws it."""
     return [random.random() for _ in completions]

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from rl.batch import pack
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
+from rl.moe.policy import with_experts
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
@@ -46,14 +48,18 @@ def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> No
             "loss.kl_coef=0",
         ],
     )
-    policy = CausalPolicy(config.model, world.accelerator, temperature=1.0)
-    policy.settle_attention()
+    causal = CausalPolicy(config.model, world.accelerator, temperature=1.0)
+    causal.settle_attention()
+    policy = with_experts(causal, config.moe, print)
     rows = json.loads(Path(data).read_text())[world.rank :: world.size]
     groups, advantages = [], []
     for prompt_ids, completions, advantage in rows:
         made = [
-            Completion(ids, logprobs, [True] * len(ids), "stop", [VersionSpan(0, len(ids))])
-            for ids, logprobs in completions
+            Completion(
+                *(ids, logprobs, [True] * len(ids), "stop", [VersionSpan(0, len(ids))]),
+                routes=np.array(*routes) if routes else None,
+            )
+            for ids, logprobs, *routes in completions
         ]
         groups.append(ScoredGroup(Group(Prompt("p", "", tuple(prompt_ids)), made), [Reward(0.0)] * len(made)))
         advantages.append(advantage)

@@ -175,7 +175,7 @@ def test_missing_trainer_state_is_named_and_never_started_without(tmp_path, name
     (tmp_path / "step-000001" / "trainer" / name).unlink()
     with pytest.raises(CheckpointReadError, match=rf"step-000001: trainer/{name} \({meaning}\) is missing"):
         CheckpointStore(tmp_path).load_newest()
-    # A manifest that never listed it is no excuse.
+    # A manifest that never listed it is not an excuse.
     write_manifest(tmp_path / "step-000001", 1)
     with pytest.raises(CheckpointReadError, match=rf"lists no trainer/{name} \({meaning}\)"):
         CheckpointStore(tmp_path).load_newest()

@@ -10,6 +10,7 @@ from rl.config import Config, check_processes
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import dump_config, flatten, load_config, read_config
+from rl.config.sft import SftConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -17,6 +18,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
     schema = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
+    schema = SftConfig if path.stem.startswith("moe_sft") else schema
     schema = MaskedRunConfig if path.stem.startswith("llada_rl") else schema
     config = read_config(schema, path)
     (tmp_path / "c.yaml").write_text(dump_config(config))
@@ -63,9 +65,11 @@ def test_every_fault_is_listed_at_once():
 def test_a_config_of_another_command_is_recognised():
     for path in CONFIGS:
         fits = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
+        fits = SftConfig if path.stem.startswith("moe_sft") else fits
         wrong, command = {
             DiffusionConfig: (Config, "python -m recipes.llada"),
             Config: (DiffusionConfig, "cohort train"),
+            SftConfig: (Config, "python -m recipes.sft"),
         }[fits]
         for overrides in ([], ["train.stepz=3"]):
             with pytest.raises(ValueError, match=f"this looks like a config of `{command}`"):
@@ -171,6 +175,6 @@ def test_at_most_twelve_fields_per_level():
                     yield from sections(argument)
 
     # Names that are frozen: data.rename, data.chat_template_kwargs, data.too_long and one more beside them.
-    limits = {"Config": 13, "DataConfig": 16, "HeldoutConfig": 17}
+    limits = {"Config": 14, "DataConfig": 16, "HeldoutConfig": 17}
     crowded = {s.__name__: len(s.model_fields) for s in sections(Config)}
     assert {name: n for name, n in crowded.items() if n > limits.get(name, 12)} == {}

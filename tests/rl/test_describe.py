@@ -13,6 +13,7 @@ from rl.config.describe import described
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import read_any_config, read_config
+from rl.config.sft import SftConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -20,6 +21,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 def kind_of(path: Path) -> type:
     if path.stem.startswith(("llada_sft", "llada_pretrain")):
         return DiffusionConfig
+    if path.stem.startswith("moe_sft"):
+        return SftConfig
     return MaskedRunConfig if path.stem.startswith("llada_rl") else Config
 
 
@@ -28,7 +31,8 @@ def test_cohort_config_prints_every_shipped_config_as_itself(path, tmp_path, cap
     schema = kind_of(path)
     assert main(["config", str(path), "run_dir=elsewhere"]) == 0
     out = capsys.readouterr().out
-    command = "python -m recipes.llada" if schema is DiffusionConfig else "cohort train"
+    commands = {DiffusionConfig: "python -m recipes.llada", SftConfig: "python -m recipes.sft"}
+    command = commands.get(schema, "cohort train")
     assert out.startswith(f"# of `{command}`: every key, and what it means\n")
     (tmp_path / "c.yaml").write_text(out)
     expected = read_config(schema, path, ["run_dir=elsewhere"])
@@ -42,7 +46,7 @@ def test_cohort_config_prints_every_shipped_config_as_itself(path, tmp_path, cap
         (
             "llada_sft_8b",
             [
-                "  token_budget: 16384  # packed tokens of one forward pass, per process; at least 16",
+                "  token_budget: 16384  # packed tokens of one forward pass; auto: what fits, 8192 on a CPU",
                 "  mask_token: null  # token or id; default: the checkpoint's own, else a spare",
                 "eos:  # What follows an answer. End-of-text padding is part of the",
                 "  normaliser: sequence  # each example counts alike (LLaDA), or each token; one of",

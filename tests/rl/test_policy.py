@@ -229,7 +229,7 @@ def test_adapters_on_the_output_head_are_refused(tiny_model_dir, tmp_path):
             "q_proj",
             r"called q_proj; a text fits whole names, a list such as \[q_proj, v_proj\] their ends: there",
         ),
-        ("'(q_proj'", "is no pattern"),
+        ("'(q_proj'", "is not a pattern"),
     ],
 )
 def test_every_target_of_an_adapter_must_fit_a_module(tiny_model_dir, targets, message):

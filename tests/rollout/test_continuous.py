@@ -138,7 +138,7 @@ def test_weights_change_under_running_completions_and_each_token_keeps_its_versi
 
 
 def test_refills_go_out_in_waves():
-    """8 groups may be in flight: a refill has 2 or more, but for the last that a version admits."""
+    """8 groups may be in flight: a refill has 2 or more, except for the last that a version admits."""
     engine = TickEngine()
     train(make(engine=engine, max_staleness=3, in_flight=8 * G, num_steps=20), 20)
     assert sum(engine.waves) == 20 * B and max(engine.waves) <= 8

@@ -7,6 +7,7 @@ import torch
 from tiny_llama import make_model, make_tokenizer, save
 
 from rollout.vllm import internals
+from rollout.vllm.names import Names
 from rollout.vllm.start import vllm_available
 from rollout.vllm.weights import find_slots
 from tests.vllm_engines import start_vllm
@@ -74,7 +75,7 @@ class Layers(torch.nn.Module):
 
 
 def test_every_attribute_of_a_layer_that_a_sync_needs_is_named_when_it_is_missing():
-    slots = find_slots(Layers())
+    slots = find_slots(Layers(), Names(None, Layers()))
     assert [(name, slot.first, slot.last) for name, slot in slots.items()] == [
         ("q_proj.weight", 0, 4),
         ("k_proj.weight", 4, 6),
@@ -103,7 +104,7 @@ def test_every_attribute_of_a_layer_that_a_sync_needs_is_named_when_it_is_missin
         model = Layers()
         delattr(owner(model), name)
         with pytest.raises(ValueError, match=f"has no {said}"):
-            find_slots(model)
+            find_slots(model, Names(None, model))
 
 
 def test_the_short_cuts_are_chosen_by_the_attribute_that_a_request_has(monkeypatch):

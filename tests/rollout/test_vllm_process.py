@@ -3,6 +3,7 @@
 One engine serves all tests but the last, which kills one.
 """
 
+import logging
 import multiprocessing
 import os
 import random
@@ -36,7 +37,7 @@ from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm import bucket as vllm_bucket
 from rollout.vllm import start as vllm_start
-from rollout.vllm.start import vllm_available
+from rollout.vllm.start import CORE_LOG_LEVEL, vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
 from tests.rl.families import save_tiny, tiny_config
@@ -78,6 +79,7 @@ def started(folder):
         patch.setattr(vllm_bucket, "BUCKET_BYTES", 1)
         for name, value in LAUNCHER.items():
             patch.setenv(name, value)
+        patch.setenv(CORE_LOG_LEVEL, "INFO")
         patch.setattr(BaseProcess, "start", start)
         before = surroundings()
         engine = start_vllm(folder, make_tokenizer(), process="own", **TINY)
@@ -100,6 +102,12 @@ def test_the_core_is_a_process_of_its_own_and_its_start_changes_nothing_here(sta
     engine, before, after, _ = started
     assert psutil.Process(engine._core.pid).ppid() == os.getpid()
     assert before == after
+
+
+def test_the_core_says_more_than_this_process(started):
+    """What the core says has a file; here it would be in the middle of the display."""
+    assert started[3]["VLLM_LOGGING_LEVEL"] == "INFO" and os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
+    assert logging.getLogger("vllm").level == logging.ERROR
 
 
 def test_the_core_is_no_rank_of_the_launcher(started):

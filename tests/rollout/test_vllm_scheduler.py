@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_llama import make_model, save
 
-from rollout.vllm.internals import NUM_VOID, num_void_attribute
+from rollout.vllm.internals import NUM_VOID, num_void_attribute, returns_routes
 from rollout.vllm.scheduler import LOGPROBS, MARKS
 from rollout.vllm.start import vllm_available
 from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
@@ -63,7 +63,7 @@ class Drive:
         self.scheduler, self.depth, self.eventful = scheduler, depth, eventful
         self.draw = random.Random(seed + 1)
         self.waiting = list(requests(number, seed))
-        self.on_their_way, self.steps, self.answers, self.seen = [], [], {}, set()
+        self.on_their_way, self.steps, self.answers, self.seen, self.routes = [], [], {}, set(), {}
         self.add(number // 2)
         for _ in range(3000):
             self.happen()
@@ -119,6 +119,7 @@ class Drive:
         for outputs in self.scheduler.update_from_output(*self.on_their_way.pop(0)).values():
             for output in outputs.outputs:
                 assert output.request_id not in self.answers
+                self.routes[output.request_id] = output.routed_experts
                 ours = output.kv_transfer_params or {}
                 self.answers[output.request_id] = (
                     list(output.new_token_ids),
@@ -134,7 +135,25 @@ def sampled(scheduler, scheduled):
     random.Random(len(names)).shuffle(names)  # its rows are in an order of its own
     found = [scheduler.requests[name] for name in names]
     tokens = [[] if r.is_prefill_chunk else [token(r.request_id, r.num_computed_tokens)] for r in found]
-    return make_output(names, tokens, [-0.01 * (row[0] if row else 0) for row in tokens])
+    output = make_output(names, tokens, [-0.01 * (row[0] if row else 0) for row in tokens])
+    if (asked := getattr(scheduled, "aux_output_connector_metadata", None)) is not None:
+        output.aux_output_connector_output = {r.request_id: routes(scheduler, r, asked) for r in found}
+    return output
+
+
+def routes(scheduler, request, asked):
+    """What vLLM's worker gives, from where it gave the last rows on: not experts, but the token's position
+    and how often the weights were updated.
+    """
+    from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
+
+    cursors = scheduler.__dict__.setdefault("cursors", {})
+    name = asked.generation, request.request_id
+    begin = cursors.setdefault(name, asked.requests[request.request_id])
+    if not request.is_prefill_chunk:
+        cursors[name] = request.num_computed_tokens
+    rows = [[[p, scheduler.num_updates]] for p in range(begin, request.num_computed_tokens)]
+    return AuxRequestOutput(begin, np.array(rows, dtype=np.uint16).reshape(-1, 1, 2))
 
 
 def described(scheduled):
@@ -241,3 +260,35 @@ def test_an_unknown_vllm_is_left_alone_and_said(folder, monkeypatch, caplog):
         scheduler = make_scheduler(settings, is_async=True, short_cuts=True, num_blocks=100)
     assert not scheduler.tokens_per_block
     assert "has none of num_stale_output_tokens, async_tokens_to_discard: its own code counts" in caplog.text
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_routes_of_a_token_are_of_the_weights_that_sampled_the_next_one(folder, seed):
+    """Under preemption, updates and new keys and values, which compute all tokens again."""
+    config = settings_for(folder, max_model_len=128, max_num_seqs=24, max_num_batched_tokens=64)
+    if not hasattr(config, "aux_output_config"):
+        pytest.skip("this vLLM has its routes from blocks of the cache: tests/gpu/test_moe_routes.py")
+    config.aux_output_config.enable_return_routed_experts = True
+    assert returns_routes(config)
+    is_async = seed != 4
+    scheduler = make_scheduler(config, is_async=is_async, short_cuts=False, num_blocks=60)
+    lengths = {r.request_id: r.num_prompt_tokens for r in requests(40, seed)}
+    begun, add = {}, scheduler.add_request
+
+    def counted(request):
+        begun[request.request_id] = scheduler.num_updates
+        request.sampling_params.routed_experts_prompt_start = request.num_prompt_tokens - 1
+        add(request)
+
+    scheduler.add_request = counted
+    drive = Drive(scheduler, seed=seed, depth=2 if is_async else 1)
+    assert {"update", "abort"} <= drive.seen and len(drive.answers) > 20
+    num_updated = 0
+    for name, (tokens, reason, _, marks) in drive.answers.items():
+        if reason == "abort":
+            continue
+        versions = [begun[name] + sum(mark <= t for mark in marks) for t in range(len(tokens))]
+        expected = [[[lengths[name] - 1 + t, version]] for t, version in enumerate(versions)]
+        assert drive.routes[name].tolist() == expected
+        num_updated += len(set(versions)) > 1
+    assert num_updated > 2

@@ -24,7 +24,7 @@ class Table:
     shares_prompts = redraws = in_step = False
 
     def __init__(self, world: Any) -> None:
-        self.device = torch.device("cpu")
+        self.device, self.step_metrics = torch.device("cpu"), dict
         self.table = nn.Parameter(torch.zeros(12, 12))
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:

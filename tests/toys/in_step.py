@@ -24,7 +24,7 @@ class InStep:
     shares_prompts, redraws, in_step = False, False, True
 
     def __init__(self, world: World) -> None:
-        self.world, self.device = world, torch.device("cpu")
+        self.world, self.device, self.step_metrics = world, torch.device("cpu"), dict
         self.table = nn.Parameter(torch.zeros(12, 12))
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:

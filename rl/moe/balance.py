@@ -1,0 +1,321 @@
+"""Losses that spread tokens over experts, exact over the whole optimizer step, and the loss-free bias.
+
+Every loss is a mean over layers of one per layer: layers that are pooled before f and P are multiplied
+cancel each other. Once the sums of the whole step (`Load`) are known, its loss is a sum over its passes,
+micro-batches and processes alike: the gradient does not depend on how the step is cut. L layers, E experts,
+K per token, N rows of a pass, G segments and S sequences in it; f is a layer's share of choices, P its mean
+probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl.batch import MicroBatch
+from rl.config.moe import MoeConfig
+from rl.moe.routers import RouterSite, observed, scores, watching
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+BIASES = ("e_score_correction_bias", "expert_bias")  # of a router; added to scores when experts are chosen
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that routers see in one pass, in order, and the sequences that they belong to.
+
+    Attributes:
+        segments_N: segment of each row; -1: padding.
+        members_SG: 1 where a sequence contains a segment. A prompt that several completions share is one
+            segment of several sequences, and so weighs as often as its copies would.
+    """
+
+    segments_N: Int[Tensor, " N"]
+    members_SG: Float[Tensor, "S G"]
+
+    @classmethod
+    def of_mask(cls, mask_BT: Tensor) -> Rows:
+        """Of a padded batch; a mask is not 0 at tokens."""
+        rows = torch.arange(len(mask_BT), device=mask_BT.device)[:, None].expand_as(mask_BT)
+        segments = torch.where(mask_BT != 0, rows, -1).reshape(-1)
+        return cls(segments, torch.eye(len(mask_BT), device=mask_BT.device))
+
+    @classmethod
+    def of_positions(cls, positions_BT: Tensor) -> Rows:
+        """Of packed sequences, each of which begins at position 0."""
+        segments = (positions_BT.reshape(-1) == 0).cumsum(0) - 1
+        return cls(segments, torch.eye(int(segments[-1]) + 1, device=segments.device))
+
+    @classmethod
+    def of_batch(cls, batch: MicroBatch, *, packed: bool) -> Rows:
+        """Of a micro-batch: as one packed row, or one sequence after the other with its prompt."""
+        device = batch.token_ids_N.device
+        lengths = [n for block in batch.blocks for n in block.lengths]
+        members = torch.zeros(batch.num_sequences, len(lengths))
+        segment = sequence = 0
+        for block in batch.blocks:
+            for completion in range(1, len(block.lengths)):
+                members[sequence, [segment, segment + completion]] = 1.0
+                sequence += 1
+            segment += len(block.lengths)
+        if not packed:
+            lengths = (members @ torch.tensor(lengths, dtype=torch.float)).long().tolist()
+            members = torch.eye(len(lengths))
+        segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return cls(segments.to(device), members.to(device))
+
+    def summed(self, values_N: Float[Tensor, " N *any"]) -> Float[Tensor, " G *any"]:
+        """Sums over the rows of each segment."""
+        shape = (self.members_SG.shape[1] + 1, *values_N.shape[1:])
+        return values_N.new_zeros(shape).index_add(0, self.segments_N + 1, values_N)[1:]
+
+    @property
+    def tokens_S(self) -> Float[Tensor, " S"]:
+        return self.members_SG @ self.summed(torch.ones_like(self.segments_N, dtype=self.members_SG.dtype))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What all routers answered in one pass, over the rows of each segment; only counts have no graph.
+
+    Attributes:
+        squares_LG: of log sum exp of the logits.
+        entropy_LG: of the probabilities, nats.
+    """
+
+    rows: Rows
+    top_k: int
+    counts_LGE: Float[Tensor, "L G E"]
+    probs_LGE: Float[Tensor, "L G E"]
+    squares_LG: Float[Tensor, "L G"]
+    entropy_LG: Float[Tensor, "L G"]
+
+    def load(self) -> Load:
+        """The pass's share of the step's."""
+        weights_G, tokens_S = self.rows.members_SG.sum(0), self.rows.tokens_S
+        found = [torch.einsum("g,lge->le", weights_G, x).detach() for x in (self.counts_LGE, self.probs_LGE)]
+        ends = torch.stack([tokens_S.sum(), tokens_S.new_tensor(float((tokens_S > 0).sum()))])
+        return Load(torch.cat([*found, ends.expand(len(found[0]), 2)], -1).double())
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sums over an optimizer step in one tensor, to be added up over passes and processes.
+
+    Attributes:
+        sums: of each layer [counts of E experts | probabilities | tokens | sequences].
+    """
+
+    sums: Float[Tensor, "L C"]
+
+    @classmethod
+    def nothing(cls, sites: Sequence[RouterSite]) -> Load:
+        weight: Any = sites[0].module.weight
+        shape = len(sites), 2 * sites[0].num_experts + 2
+        return cls(torch.zeros(shape, dtype=torch.double, device=weight.device))
+
+    @classmethod
+    def of_tokens(cls, rows: Rows, sites: Sequence[RouterSite]) -> Load:
+        """Tokens and sequences of a pass that was not computed."""
+        sums = cls.nothing(sites).sums
+        sums[:, -2], sums[:, -1] = rows.tokens_S.sum(), (rows.tokens_S > 0).sum()
+        return cls(sums)
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.sums + other.sums)
+
+    @property
+    def counts_LE(self) -> Tensor:
+        return self.sums[:, : (self.sums.shape[1] - 2) // 2]
+
+    @property
+    def probs_LE(self) -> Tensor:
+        return self.sums[:, self.counts_LE.shape[1] : -2]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.sums[0, -2].clamp(min=1)
+
+    @property
+    def sequences(self) -> Tensor:
+        return self.sums[0, -1].clamp(min=1)
+
+
+def switch_loss(sums: Sums, load: Load) -> Tensor:
+    """E sum_i f_i P_i, 1 at balance: f of the whole step and without gradient, P this pass's share of it.
+
+    It is equation (4) of arXiv:2101.03961 over the global batch (arXiv:2501.11873), per layer; K times it is
+    what transformers computes of a single layer.
+    """
+    f_LE = load.counts_LE / load.counts_LE.sum(-1, keepdim=True).clamp(min=1)
+    p_LE = torch.einsum("g,lge->le", sums.rows.members_SG.sum(0), sums.probs_LGE) / load.tokens
+    return f_LE.shape[1] * (f_LE * p_LE).sum(-1).mean()
+
+
+def entropy_loss(sums: Sums, load: Load) -> Tensor:
+    """E sum_i P_i log P_i, -E log E at balance, with P of the whole step.
+
+    The form with counted f, E sum f log f, has no gradient: counts do not move with the router. The gradient
+    is exact with log P taken as a constant, since the P_i add up to 1.
+    """
+    mean_LE = load.probs_LE / load.tokens
+    p_LE = torch.einsum("g,lge->le", sums.rows.members_SG.sum(0), sums.probs_LGE) / load.tokens
+    return p_LE.shape[1] * (p_LE * mean_LE.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def sequence_loss(sums: Sums, load: Load) -> Tensor:
+    """Mean over sequences of sum_i f_i P_i, f_i = E / (K T) counts (arXiv:2412.19437, eq. 17 to 20)."""
+    members, tokens_S = sums.rows.members_SG, sums.rows.tokens_S.clamp(min=1)
+    counts, probs = (torch.einsum("sg,lge->lse", members, x) for x in (sums.counts_LGE, sums.probs_LGE))
+    f_LSE = counts.shape[-1] / sums.top_k * counts / tokens_S[:, None]
+    return (f_LSE * probs / tokens_S[:, None]).sum((-1, -2)).mean() / load.sequences
+
+
+def z_loss(sums: Sums, load: Load) -> Tensor:
+    """Mean over tokens and layers of (log sum exp of the logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    return (sums.squares_LG @ sums.rows.members_SG.sum(0)).mean() / load.tokens
+
+
+LOSSES = {"switch": switch_loss, "sequence": sequence_loss, "entropy": entropy_loss}
+
+
+@dataclass
+class Seen:
+    """What routers answered, by name, in the order of the calls."""
+
+    logits: dict[str, list[Tensor]] = field(default_factory=dict)
+    experts: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def sums(self, sites: Sequence[RouterSite], rows: Rows) -> Sums:
+        found = [self._of_layer(site, rows) for site in sites]
+        counts, probs, squares, entropy = (torch.stack(each) for each in zip(*found, strict=True))
+        return Sums(rows, sites[0].top_k, counts, probs, squares, entropy)
+
+    def _of_layer(self, site: RouterSite, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits, experts = torch.cat(self.logits[site.name]).float(), torch.cat(self.experts[site.name])
+        assert len(logits) == len(rows.segments_N), f"{site.name} saw {len(logits)} rows"
+        probs = scores(site, logits).float()
+        probs = probs / probs.sum(-1, keepdim=True)  # sigmoid scores do not add up to 1
+        chosen = torch.zeros_like(probs).scatter_(-1, experts.long(), 1.0).detach()
+        entropy = -(probs * probs.clamp(min=1e-12).log()).sum(-1)
+        return tuple(map(rows.summed, (chosen, probs, logits.logsumexp(-1).square(), entropy)))  # type: ignore
+
+
+@contextmanager
+def seeing(sites: Sequence[RouterSite]) -> Iterator[Seen]:
+    """Notes what routers answer inside the `with` block, by hooks: any model, any loop, any trainer.
+
+    Gradients are computed outside of it, so that layers recomputed in the backward pass do not count twice.
+
+    Raises:
+        ValueError: re-entrant gradient checkpointing, under which the loss would have no gradient, silently.
+    """
+    seen, with_graph = Seen(), torch.is_grad_enabled()
+
+    def see(site: RouterSite, output: tuple[Tensor, ...]) -> None:
+        if with_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=true drops the gradient of the balance loss; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        logits, _, experts = observed(site, output)
+        seen.logits.setdefault(site.name, []).append(logits.reshape(-1, logits.shape[-1]))
+        seen.experts.setdefault(site.name, []).append(experts.reshape(-1, experts.shape[-1]))
+
+    with watching(list(sites), see):
+        yield seen
+
+
+def bias_of(site: RouterSite) -> Tensor | None:
+    """What the router adds to the scores when it chooses experts, and not to their weights."""
+    found = (getattr(site.module, name, None) for name in BIASES)
+    return next((bias for bias in found if isinstance(bias, Tensor)), None)
+
+
+@torch.no_grad()
+def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
+    """b_i += rate sign(mean count - count_i), less the mean move, after a step (arXiv:2408.15664, alg. 1).
+
+    Without the mean move all biases of a layer may drift together; no choice depends on that.
+
+    Raises:
+        ValueError: a router has no such bias.
+    """
+    for site, counts_E in zip(sites, load.counts_LE, strict=True):
+        if (bias := bias_of(site)) is None:
+            refuse_bias(site, rate)
+        moves = rate * (counts_E.mean() - counts_E).sign()
+        bias.add_((moves - moves.mean()).to(bias))
+
+
+def refuse_bias(site: RouterSite, rate: float) -> NoReturn:
+    raise ValueError(
+        f"moe.bias_rate={rate}: routers of {site.family} have no bias for choosing experts; use "
+        "moe.bias_rate=0 with moe.balance=switch"
+    )
+
+
+class Balancer:
+    """The balance of a model over optimizer steps, in any loop: what passes say, and what a step is in all.
+
+    Args:
+        reduce: the sum over processes of a tensor; every process calls it equally often.
+    """
+
+    def __init__(
+        self, sites: Sequence[RouterSite], config: MoeConfig, reduce: Callable[[Tensor], Tensor]
+    ) -> None:
+        if config.bias_rate and any(bias_of(site) is None for site in sites):
+            refuse_bias(sites[0], config.bias_rate)
+        self.sites, self.config, self.reduce = sites, config, reduce
+        self.coefs = {"moe/balance": 0.0 if config.balance == "none" else config.balance_coef}
+        self.coefs["moe/z_loss"] = config.z_loss_coef
+        self._passed: Load | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether passes have a loss."""
+        return any(self.coefs.values())
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether a step's sums are those of what routers choose, and not of its tokens alone."""
+        return self.coefs["moe/balance"] > 0 and self.config.balance != "sequence"
+
+    def begin(self) -> None:
+        """Forgets passes that no step followed, as those of a probe of memory."""
+        self._passed = None
+
+    def whole(self, local: Load) -> Load:
+        """The sums of a step over all processes."""
+        return Load(self.reduce(local.sums))
+
+    def share(self, seen: Seen, rows: Rows, load: Load | None) -> tuple[Tensor | None, Metrics]:
+        """A training pass's share of the step's loss, and metrics; its choices go into the step's load."""
+        with torch.set_grad_enabled(self.is_on and torch.is_grad_enabled()):
+            sums = seen.sums(self.sites, rows)
+        local, weights_G = sums.load(), rows.members_SG.sum(0)
+        self._passed = local if self._passed is None else self._passed + local
+        tokens = local.sums[0, -2]
+        metrics = {"moe/router_entropy": ((sums.entropy_LG.detach() @ weights_G).mean(), tokens)}
+        if not self.is_on or load is None:
+            return None, metrics
+        losses = {"moe/balance": LOSSES.get(self.config.balance), "moe/z_loss": z_loss}
+        values = {name: loss(sums, load) for name, loss in losses.items() if loss and self.coefs[name]}
+        # The values of a step's passes add up, and so do these counts, to 1.
+        metrics |= {name: (value.detach(), tokens / load.tokens) for name, value in values.items()}
+        loss = torch.stack([self.coefs[name] * value for name, value in values.items()]).sum()
+        return loss.float(), metrics
+
+    def end(self, *, moves: bool = True) -> Load:
+        """The load of the step's passes over all processes; biases move by it, if the weights did."""
+        load, self._passed = self.whole(self._passed or Load.nothing(self.sites)), None
+        if self.config.bias_rate and moves:
+            move_biases(self.sites, load, self.config.bias_rate)
+        return load

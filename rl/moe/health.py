@@ -1,0 +1,95 @@
+"""How evenly a mixture uses its experts, and how far its routing has moved since the run began."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rl.moe.balance import Load, seeing
+from rl.moe.routers import RouterSite
+from rl.store.rows import RowLog
+
+FILE = "experts.jsonl"  # of a run folder; rl.report draws it
+LEAST_START = 0.5  # of the violation that growth is measured from: after an even start noise would be growth
+WINDOW = 64  # choices that an expert gets, on average, before one without any counts as dead
+_MAX_ROWS = 50
+
+
+def load_metrics(counts_LE: Float[Tensor, "L E"]) -> dict[str, float]:
+    """Of the shares f of a step's choices: entropy / log E, max f E - 1 (mean and worst layer), min f E."""
+    f_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+    num_experts = f_LE.shape[1]
+    entropy_L = -(f_LE * f_LE.clamp(min=1e-12).log()).sum(-1) / math.log(max(num_experts, 2))
+    violation_L = f_LE.amax(-1) * num_experts - 1
+    return {
+        "moe/load_entropy": entropy_L.mean().item(),
+        "moe/max_violation": violation_L.mean().item(),
+        "moe/max_violation_layer": violation_L.max().item(),
+        "moe/min_load": f_LE.min().item() * num_experts,
+    }
+
+
+def overlap(routes_LTK: Int[Tensor, "L T K"], others_LTK: Int[Tensor, "L T K"]) -> float:
+    """Mean over tokens and layers of |A and B| / |A or B| of a token's experts (Jaccard); 1: the same."""
+    both_LT = (routes_LTK[..., :, None] == others_LTK[..., None, :]).sum((-1, -2)).double()
+    return (both_LT / (2 * routes_LTK.shape[-1] - both_LT)).mean().item()
+
+
+@torch.no_grad()
+def routes_of(model: Any, sites: list[RouterSite], ids: Int[Tensor, " T"]) -> Int[Tensor, "L T K"]:
+    """The experts that each layer chooses for a row of token ids, by a model that is in evaluation mode."""
+    with seeing(sites) as seen:
+        model(input_ids=ids[None], use_cache=False)
+    return torch.stack([seen.experts[site.name][0] for site in sites]).cpu().long()
+
+
+class Health:
+    """Metrics of routing, step by step, and the file of which the report draws the load of every expert.
+
+    What the run began with is in the first row of the file: a run that goes on compares with the same.
+    """
+
+    def __init__(self, run_dir: Path | None, *, top_k: int, num_steps: int) -> None:
+        self.top_k, self._every = top_k, max(1, num_steps // _MAX_ROWS)
+        self._log = None if run_dir is None else RowLog(run_dir / FILE)
+        rows = self._log.read() if self._log is not None else []
+        self._start: dict[str, Any] = rows[0]["start"] if rows and "start" in rows[0] else {}
+        self._window: Tensor | None = None
+        self._dead: float | None = None
+        self._latest: Tensor | None = None
+
+    def step(self, load: Load, routes_LTK: Tensor | None = None) -> dict[str, float]:
+        """The metrics of a step with this load over all processes; `routes_LTK` are those of a fixed row."""
+        counts_LE = self._latest = load.counts_LE.cpu()
+        if not counts_LE.sum():
+            return {}
+        values = load_metrics(counts_LE)
+        violation = self._start.setdefault("violation", values["moe/max_violation"])
+        values["moe/violation_growth"] = values["moe/max_violation"] / max(violation, LEAST_START)
+        self._window = counts_LE if self._window is None else self._window + counts_LE
+        if self._window.sum(-1).min() >= WINDOW * counts_LE.shape[1]:
+            self._dead, self._window = (self._window == 0).double().mean().item(), None
+        if self._dead is not None:
+            values["moe/dead_experts"] = self._dead
+        if routes_LTK is not None:
+            start = self._start.setdefault("routes", routes_LTK.tolist())
+            values["moe/start_overlap"] = overlap(routes_LTK, torch.tensor(start))
+        return values
+
+    def write(self, step: int) -> None:
+        """A row of the load of the step that ended, in per cent of an even one; not of every step of many."""
+        if self._log is None or self._latest is None or (step > 1 and step % self._every):
+            return
+        f_LE = self._latest / self._latest.sum(-1, keepdim=True).clamp(min=1)
+        row: dict[str, Any] = {"step": step, "load": (100 * f_LE * f_LE.shape[1]).round().int().tolist()}
+        is_first = not any(earlier["step"] < step for earlier in self._log.read())
+        self._log.replace(row | ({"start": self._start} if is_first else {}))
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

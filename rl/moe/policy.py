@@ -1,0 +1,246 @@
+"""A mixture-of-experts policy: a causal policy whose routers are replayed, balanced, trained or frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from rl.batch import Batch
+from rl.causal import CausalPolicy
+from rl.config.moe import MoeConfig
+from rl.moe.balance import Balancer, Load, Rows, seeing
+from rl.moe.health import Health, routes_of
+from rl.moe.replay import Replay, packed_routes, recorder
+from rl.moe.routers import RouterSite, UnknownRouter, find_routers, self_check
+from rl.policy import Prepared, Scores
+from rl.store.metrics import Metric
+
+MAX_LAYERS = 256
+FLIPS = "replayed tokens whose router chose other experts in training than in sampling"
+METRICS = tuple(
+    Metric(f"moe/flip_rate/layer_{i}", "share", f"{FLIPS}, decoder layer {i}") for i in range(MAX_LAYERS)
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a micro-batch is scored with.
+
+    Attributes:
+        routes_NSK: experts of each packed column that are replayed; None: nothing is.
+        rows: what its passes show to the routers.
+        load: sums of the whole step, for the balance; None: there is none.
+    """
+
+    routes_NSK: Int[Tensor, "N S K"] | None
+    rows: Rows
+    load: Load | None = None
+
+
+class MoePolicy:
+    """`rl.policy.Policy` around a causal policy. What it does not name is the causal policy's own.
+
+    Attributes:
+        replays: routes that completions carry are used.
+    """
+
+    def __init__(self, inner: CausalPolicy, sites: list[RouterSite], config: MoeConfig) -> None:
+        self.inner, self.sites, self.config = inner, sites, config
+        self.replays, self._without = config.replay != "none", ""
+        partial = inner.peft_model is not None or config.trained_experts is not None
+        self.trains_router = settle_routers(inner.model, sites, config, partial=partial)
+        self.replay = Replay(inner.model, sites)
+        self.balancer = Balancer(sites, config, lambda x: cast(Tensor, inner.accelerator.reduce(x, "sum")))
+        self.health = Health(None, top_k=sites[0].top_k, num_steps=1)
+        self._load: Load | None = None
+        inner.scorer.eval()
+        try:
+            with inner.in_rows(), inner.autocast():
+                self_check(inner.model, sites)
+        except UnknownRouter as error:
+            self.can_replay(str(error))
+        inner.scorer.train()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def recorder(self, model: Any) -> Any:
+        """What the engine in this process records routes of its own copy with (`rl.moe.replay.recorder`)."""
+        return recorder(model, find_routers(model))
+
+    def can_replay(self, fault: str | None) -> bool:
+        """Whether routes will be there: without a fault. With one there is no replay.
+
+        Raises:
+            ValueError: the config asks for them.
+        """
+        if fault is None:
+            return True
+        if self.config.replay == "engine":
+            raise ValueError(
+                f"moe.replay=engine: {fault}; use moe.replay=none, or engine.name=transformers where it is "
+                "fast enough"
+            )
+        self.replays, self._without = False, f" ({fault})"
+        return False
+
+    def said(self) -> Iterator[str]:
+        """What the run does with its routers, and what is unwise in that."""
+        router, replay = "trained" if self.trains_router else "frozen", "on" if self.replays else "off"
+        balance = "off" if self.config.balance == "none" else self.config.balance
+        yield f"mixture of experts: router {router}, replay {replay}{self._without}, balance {balance}"
+        if self.trains_router and not self.replays and balance == "off":
+            yield (
+                "warning: the router is trained without replay and without a balance loss: experts of "
+                "sampling and of training drift apart, and some may get no tokens; use moe.replay=engine "
+                "where the engine returns routes, moe.balance=switch, or moe.router=freeze"
+            )
+
+    def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
+        self.balancer.begin()
+        found = [replace(p, drawn=self._drawn(p)) for p in self.inner.prepare(batch, draw=draw)]
+        if not self.balancer.is_on:
+            return found
+        load = self._whole_load(found)
+        return [replace(p, drawn=replace(p.drawn, load=load)) for p in found]
+
+    def _drawn(self, prepared: Prepared) -> Drawn:
+        batch, packed = prepared.batch, self.inner.scorer.packed
+        return Drawn(
+            packed_routes(batch, self.sites) if self.replays else None, Rows.of_batch(batch, packed=packed)
+        )
+
+    @torch.no_grad()
+    def _whole_load(self, found: list[Prepared]) -> Load:
+        """The sums of a batch over all processes, before any of its passes has a gradient.
+
+        What routers choose is found by a pass without a graph, with the routes that are replayed: completions
+        carry no routes of prompts, of their last token, and of tokens that older policies sampled.
+        """
+        local = Load.nothing(self.sites)
+        for prepared in found:
+            if not self.balancer.needs_pass:
+                local += Load.of_tokens(prepared.drawn.rows, self.sites)
+                continue
+            with self._replayed(prepared), self.inner.autocast(), seeing(self.sites) as seen:
+                self.inner.scorer.hidden(prepared.batch)
+            local += seen.sums(self.sites, prepared.drawn.rows).load()
+        return self.balancer.whole(local)
+
+    @contextmanager
+    def _replayed(self, prepared: Prepared, *, keeps: bool = False) -> Iterator[None]:
+        """The micro-batch's routes are in place inside the block, and, with `keeps`, behind it."""
+        self.replay.remove()
+        with ExitStack() as stack:
+            if prepared.drawn.routes_NSK is not None:
+                self.replay.install(self._by_forward(prepared, prepared.drawn.routes_NSK))
+                stack.callback(self.replay.remove)
+            yield
+            if keeps:
+                stack.pop_all()
+
+    def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
+        """Replayed routes stay in place until `backward` is over, where there is a graph."""
+        drawn, metrics, extra = prepared.drawn, {}, None
+        with self._replayed(prepared, keeps=torch.is_grad_enabled()):
+            with seeing(self.sites) as seen:
+                scores = self.inner.score(prepared, ids_LK=ids_LK)
+            num_tokens = sum(len(r.completion.token_ids) for r in prepared.batch.rows)
+            if drawn.routes_NSK is not None:
+                metrics = self.replay.metrics(num_tokens)
+            elif self.replays:
+                total = torch.tensor(float(num_tokens * len(self.sites)), device=self.device)
+                metrics = {"moe/replayed": (torch.zeros_like(total), total)}
+        if torch.is_grad_enabled():
+            extra, of_routers = self.balancer.share(seen, drawn.rows, drawn.load)
+            metrics |= of_routers
+        return replace(scores, extra_loss=extra, metrics={**scores.metrics, **metrics})
+
+    def _by_forward(self, prepared: Prepared, routes_NSK: Tensor) -> list[Tensor]:
+        """Routes of each forward pass: of the packed row, or of one sequence after the other."""
+        if self.inner.scorer.packed:
+            return [routes_NSK]
+        found = []
+        for ids_T, num_prompt, start in prepared.batch.sequences():
+            prompt = routes_NSK.new_full((num_prompt, *routes_NSK.shape[1:]), -1)
+            found.append(torch.cat([prompt, routes_NSK[start : start + len(ids_T) - num_prompt]]))
+        return found
+
+    def score_by(self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Tensor | None = None) -> Scores:
+        """As a reference is scored: other weights choose other experts, so nothing is replayed."""
+        assert not self.replay.is_installed, "a reference is scored while routes are installed"
+        return self.inner.score_by(scorer, prepared, ids_LK=ids_LK)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        try:
+            self.inner.backward(loss, last=last)
+        finally:
+            self.replay.remove()
+
+    def finish_gradients(self, max_norm: float) -> float:
+        norm = self.inner.finish_gradients(max_norm)
+        load = self.balancer.end(moves=math.isfinite(norm))
+        self._load = load if self._load is None else self._load + load
+        return norm
+
+    def step_metrics(self) -> dict[str, float]:
+        load, self._load = self._load or self.balancer.end(moves=False), None
+        ids = torch.tensor(self.inner.canary_ids, device=self.device)
+        self.inner.scorer.eval()
+        with self.inner.in_rows(), self.inner.autocast():
+            routes = routes_of(self.inner.model, self.sites, ids)
+        self.inner.scorer.train()
+        return self.health.step(load, routes)
+
+
+def settle_routers(model: nn.Module, sites: list[RouterSite], config: MoeConfig, *, partial: bool) -> bool:
+    """Freezes routers, their adapters too, if the config says so; whether they are trained.
+
+    Args:
+        partial: not all weights are trained.
+
+    Raises:
+        ValueError: they cannot be trained, and the config asks for it.
+    """
+    trains = config.router == "train" or (config.router == "auto" and not partial)
+    names = tuple(f"{site.name.removesuffix('.base_layer')}." for site in sites)
+    of_routers = [p for n, p in model.named_parameters() if n.startswith(names)]
+    for parameter in () if trains else of_routers:
+        parameter.requires_grad_(False)
+    trained = any(p.requires_grad for p in of_routers)
+    if config.router == "train" and not trained:
+        raise ValueError(
+            "moe.router=train: neither adapters nor chosen experts train a router here; use moe.router=auto, "
+            "or train all weights"
+        )
+    return trained
+
+
+def with_experts(
+    inner: CausalPolicy, config: MoeConfig, note: Callable[[str], None]
+) -> CausalPolicy | MoePolicy:
+    """The policy itself where its model has no routers, else one that knows of them.
+
+    Raises:
+        ValueError: the config asks for what this model cannot have.
+    """
+    asked = config.model_dump(exclude_defaults=True)
+    try:
+        sites = find_routers(inner.model)
+    except UnknownRouter as error:
+        if asked.keys() - {"experts_implementation"}:
+            raise
+        note(f"warning: {error}; its experts are trained as they are")
+        return inner
+    if not sites and asked:
+        raise ValueError(
+            f"moe: {', '.join(asked)} are set, and {inner.config.name} has no routers; remove the section moe"
+        )
+    return MoePolicy(inner, sites, config) if sites else inner

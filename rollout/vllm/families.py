@@ -1,0 +1,43 @@
+"""Mixtures of experts and vLLM, by transformers' `model_type`: who is served with weights that a trainer
+sends.
+
+`tests/rollout/test_served_families.py` starts each and finds the log-probs of transformers after two syncs
+(fp32, 1e-4 nats), or finds the refusal. A family in neither dict is tried: names, fingerprints and the canary
+decide."""
+
+from __future__ import annotations
+
+SERVED = (
+    *("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe"),
+    "exaone_moe",
+)
+_MLA = "vLLM on a CPU computes multi-head latent attention otherwise than transformers (0.09 nats on average)"
+_STATE = "vLLM on a CPU starts no model with recurrent layers without cutting prompts in two"
+REFUSED_ON_CPU = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _MLA),
+    **dict.fromkeys(("qwen3_next", "lfm2_moe"), _STATE),
+}
+REFUSED = {
+    "gpt_oss": "vLLM's reload leaves the sinks of attention, the experts and their biases as they were",
+    "ernie4_5_moe": "vLLM names the selection bias otherwise and keeps a head where transformers ties it",
+}
+ROWS_ON_CPU = 32
+"""vLLM on a CPU pads experts to a multiple of so many rows, and its reload does not."""
+
+
+def refusal(model_type: str, expert_rows: int | None, *, on_cpu: bool) -> str | None:
+    """Why vLLM cannot be sent the weights of this family, or None.
+
+    Args:
+        expert_rows: intermediate size of a routed expert; None: there are none.
+    """
+    if (
+        reason := REFUSED.get(model_type) or (REFUSED_ON_CPU.get(model_type) if on_cpu else None)
+    ) is not None:
+        return f"{model_type}: {reason}"
+    if on_cpu and expert_rows is not None and expert_rows % ROWS_ON_CPU:
+        return (
+            f"{model_type}: experts have {expert_rows} rows, and vLLM on a CPU takes new weights only of "
+            f"multiples of {ROWS_ON_CPU}"
+        )
+    return None

@@ -1,0 +1,87 @@
+"""Every causal family of transformers: its routers' weights bit for bit, a refusal by name, or no router."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from rl.moe.routers import UnknownRouter, find_routers, observed, self_check, watching
+from tests.rl.families import FAMILIES, tiny_config, words
+
+ALL_LAYERS = words(
+    "cohere2_moe deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared "
+    "hunyuan_v1_moe minimax minimax_m2 minimax_m3_vl_text mixtral olmoe qwen2_moe qwen3_5_moe_text "
+    "qwen3_next qwen4_exp_text solar_open"
+)
+SECOND_LAYER = words(
+    "afmoe axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe "
+    "glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 laguna lfm2_moe mimo_v2_flash nemotron_h"
+)
+# decoder layer: (experts, experts per token) of the tiny config of each family
+SITES = {
+    **{name: {0: (4, 2), 1: (4, 2)} for name in ALL_LAYERS},
+    **{name: {1: (4, 2)} for name in SECOND_LAYER},
+    "longcat_flash": {0: (5, 2), 1: (5, 2)},  # four experts, and one that does nothing
+    "kimi_linear": {1: (256, 8)},
+    "mellum": {0: (64, 2), 1: (64, 2)},
+    "qwen3_moe": {0: (128, 2), 1: (128, 2)},
+}
+# Experts are chosen outside the router, sorted away, scored by a sparse mixer, or share weights with others.
+REFUSED = {
+    "dbrx": "DbrxFFN",
+    "inkling_text": "InklingMoE",
+    "jamba": "JambaSparseMoeBlock",
+    "jetmoe": "JetMoeMo",
+    "llama4_text": "Llama4TextMoe",
+    "phimoe": "PhimoeSparseMoeBlock",
+    "zaya": "ZayaSparseMoeBlock",
+}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(name), dtype=dtype).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    for n, b in model.named_buffers():  # zero in a new model, and not in a trained one
+        if "correction_bias" in n or "expert_bias" in n:
+            b += 0.1 * torch.arange(b.numel()).reshape(b.shape).to(b)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_known_routers_or_is_refused_by_name_or_is_dense(name):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
+    if name in REFUSED:
+        with pytest.raises(UnknownRouter, match=REFUSED[name]):
+            find_routers(model)
+        return
+    found = {site.layer: (site.num_experts, site.top_k) for site in find_routers(model)}
+    assert found == SITES.get(name, {})
+
+
+@pytest.mark.parametrize("name", sorted(SITES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+def test_weights_from_logits_and_experts_are_the_routers_own_bit_for_bit(name, dtype):
+    model = tiny(name, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
+        self_check(model, find_routers(model))
+
+
+def test_a_router_of_another_version_is_refused():
+    model = tiny("olmoe")
+    sites = find_routers(model)
+    shorter = lambda _module, _args, output: output[1:]  # noqa: E731
+    refused = pytest.raises(UnknownRouter, match="OlmoeTopKRouter answers 2 tensors")
+    with model.model.layers[0].mlp.gate.register_forward_hook(shorter), refused:
+        self_check(model, sites)
+
+    def halve(site, output):
+        observed(site, output)[1].mul_(0.5)
+
+    refused = pytest.raises(UnknownRouter, match=r"layers\.0\.mlp\.gate \(OlmoeTopKRouter\) differ from ours")
+    with torch.no_grad(), watching(sites, halve), refused:
+        self_check(model, sites)
