@@ -1,0 +1,211 @@
+"""Supervised fine-tuning by TRL: `accelerate launch -m recipes.sft recipes/configs/NAME.yaml key=value ...`.
+
+Dense models, and mixtures of experts, whose balance is exact over the whole optimizer step: TRL's own loss
+pools the layers and takes each micro-batch by itself. Started again with the same run_dir it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipes.models import resolve_model
+from recipes.program import make_deterministic, recipe_main
+from recipes.tasks import find_modules_beside, load_rows
+from rl.config import ModelConfig
+from rl.config.read import dump_config, flatten, read_config
+from rl.config.sft import SftConfig
+from rl.diffusion.text import encode_rows
+from rl.model.adapters import peft_config_of
+from rl.model.loading import load_model, load_tokenizer
+from rl.moe.adapters import lora_plan
+from rl.phases import StopSignal
+from rl.report.display import Display
+from rl.report.observer import RunObserver
+from rl.report.safe_stream import say
+from rl.store.folder import write_atomically
+from rl.store.metrics import Metric, MetricsLog
+from rl.world import World
+
+try:
+    from trl import SFTConfig
+
+    from recipes.sft_trainer import BalancedTrainer
+except ImportError as error:
+    raise SystemExit(
+        f"cohort: recipes.sft trains by TRL, which is missing ({error}): pip install trl==1.16.0"
+    ) from error
+
+OWN = (
+    Metric("sft/loss", "nats/token", "cross-entropy of the answers' tokens, and the balance loss"),
+    Metric("sft/token_accuracy", "share", "answers' tokens that are the model's first choice"),
+    Metric("sft/tokens", "tokens", "tokens computed so far"),
+)
+NAMES = {
+    "loss": "sft/loss",
+    "mean_token_accuracy": "sft/token_accuracy",
+    "num_tokens": "sft/tokens",
+    "entropy": "policy/entropy",
+    "grad_norm": "policy/grad_norm",
+    "learning_rate": "policy/lr",
+}
+PROBE_LENGTH = 64  # tokens of the first example, on which routing is compared with the first step's
+
+
+class RunFiles(TrainerCallback):
+    """Writes `metrics.jsonl` as other recipes do, and stops after the step in which a signal came."""
+
+    def __init__(self, config: SftConfig, stop: StopSignal, world: World, display: Display) -> None:
+        self.config, self.stop, self.world = config, stop, world
+        self.log = MetricsLog(config.run_dir, own=OWN)
+        self.observer = RunObserver(display, config, is_main=world.is_main)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.world.is_main:
+            self.log.truncate_after(state.global_step)
+            self.observer.goes_on(self.log.read())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.stop.requested()
+        control.should_save |= control.should_training_stop or state.global_step >= state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not self.world.is_main or "loss" not in logs:
+            return
+        found: dict[str, float] = {NAMES.get(str(name), str(name)): value for name, value in logs.items()}
+        values = {name: value for name, value in found.items() if "/" in name}
+        self.log.write(state.global_step, values)
+        self.observer.step(state.global_step, values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; the exit code is `recipe_main`'s."""
+
+    def run(arguments: list[str], stop: StopSignal, began: float) -> int:
+        path, *overrides = arguments
+        find_modules_beside(path)
+        return train(read_config(SftConfig, path, overrides), stop)
+
+    return recipe_main("recipes.sft", argv, run)
+
+
+def train(config: SftConfig, stop: StopSignal) -> int:
+    newest = claim(config)
+    trainer, dropped = make_trainer(config, newest)
+    world = World(trainer.accelerator)
+    stop.any_process = world.any
+    if world.is_main:
+        write_atomically(config.run_dir / "config.yaml", dump_config(config))
+    with Display(config.train.steps, is_main=world.is_main) as display:
+        if dropped:
+            display.note(f"{dropped} examples beyond data.max_length={config.data.max_length} are left out")
+        for sentence in trainer.said:
+            display.note(sentence)
+        files = RunFiles(config, stop, world, display)
+        trainer.add_callback(files)
+        trainer.train(resume_from_checkpoint=newest)
+        steps = trainer.state.global_step
+        if files.observer.report is not None:
+            path = get_last_checkpoint(str(trainer.args.output_dir))
+            result = json.dumps({"steps": steps, "checkpoint": path}, indent=2)
+            write_atomically(config.run_dir / "result.json", result + "\n")
+            say(f"{steps} steps; {path}; report: {files.observer.report.finish()}")
+        files.log.close()
+        files.observer.close()
+    world.end()
+    return 0 if steps >= config.train.steps else stop.exit_code()
+
+
+def make_trainer(config: SftConfig, newest: str | None = None) -> tuple[BalancedTrainer, int]:
+    """The trainer, with the model of the newest checkpoint, and how many examples were too long."""
+    make_deterministic(config.train.seed, kernels=False)
+    args, model = arguments_of(config), model_of(config)
+    tokenizer = load_tokenizer(model)
+    examples, dropped = encode_rows(load_rows(config.data.rows()), config.data, tokenizer)
+    columns = {"input_ids": [[*e.prompt.tolist(), *e.answer.tolist()] for e in examples]}
+    columns["labels"] = [[-100] * len(e.prompt) + e.answer.tolist() for e in examples]
+    at = lambda folder: model.model_copy(update={"name": folder, "revision": None})  # noqa: E731
+    loaded = load_model(model if newest is None or config.model.lora else at(newest))
+    trainer = BalancedTrainer(
+        model=loaded,
+        args=args,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        peft_config=peft_config_of(model, loaded, lora_plan) if config.model.lora else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.balance(config, torch.tensor(columns["input_ids"][0][:PROBE_LENGTH]))
+    return trainer, dropped
+
+
+def model_of(config: SftConfig) -> ModelConfig:
+    return ModelConfig.model_validate(config.model.model_dump() | {"name": resolve_model(config.model.name)})
+
+
+def arguments_of(config: SftConfig) -> SFTConfig:
+    """Raises ValueError if the examples of a step do not split over processes and passes."""
+    t, o, on_gpu = config.train, config.optimizer, torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    passes, rest = divmod(t.examples_per_step, t.micro_batch * processes)
+    if rest:
+        raise ValueError(
+            f"train.examples_per_step={t.examples_per_step} does not split over {processes} processes with "
+            f"train.micro_batch={t.micro_batch}; use a multiple of {t.micro_batch * processes}"
+        )
+    return SFTConfig(
+        output_dir=str(config.run_dir / "checkpoints"),
+        max_steps=t.steps,
+        per_device_train_batch_size=t.micro_batch,
+        gradient_accumulation_steps=passes,
+        seed=t.seed,
+        learning_rate=o.lr,
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_epsilon=o.eps,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+        lr_scheduler_type="constant_with_warmup" if o.schedule == "constant" else o.schedule,
+        warmup_steps=o.warmup_steps,
+        max_length=config.data.max_length,
+        packing=t.packing,
+        router_aux_loss_coef=0.0,  # TRL's own pools the layers
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.model.dtype == "bf16-mixed",
+        use_cpu=not on_gpu,
+        save_strategy="steps" if config.checkpoint.every else "no",
+        save_steps=config.checkpoint.every or t.steps,
+        save_total_limit=config.checkpoint.keep,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def claim(config: SftConfig) -> str | None:
+    """The newest checkpoint of the run; raises ValueError where the folder holds one with other settings."""
+    folder, file = config.run_dir / "checkpoints", config.run_dir / "config.yaml"
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    now = config.model_dump(mode="json")
+    if newest is not None and file.is_file():
+        before = flatten(read_config(SftConfig, file).model_dump(mode="json"))
+        free = ("run_dir", "trackers", "checkpoint.", "train.steps")
+        other = [k for k, v in flatten(now).items() if before.get(k) != v and not k.startswith(free)]
+        if other:
+            raise ValueError(
+                f"{config.run_dir} holds a run with another {', '.join(other)}; use another run_dir"
+            )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return newest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
