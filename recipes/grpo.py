@@ -19,9 +19,9 @@ from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import ENGINE_LOG, naming, said_of_start, size_of, start_into
+from recipes.evaluation.heldout import make_evaluator
 from recipes.finished import is_finished
 from recipes.fit import Fitted, fit_to_cards
-from recipes.heldout import make_evaluator
 from recipes.kinds import kind_of
 from recipes.models import open_adapter, resolve_model
 from recipes.program import (
@@ -163,6 +163,8 @@ def build(
     kind, phases = kind_of(config), Phases(display.phase)
     kind.check(config)
     display.hold()
+    if (arm := config.rewards.control) != "none":
+        display.warn(f"control arm: rewards.control={arm} pays no right answer; compare it with control=none")
     with ExitStack() as closing:
         scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
@@ -182,7 +184,7 @@ def build(
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
         source = make_source(config, world, engine, scorer, stream, ends, phases)
         closing.callback(source.close)
-        observer = RunObserver(display, config, is_main=world.is_main)
+        observer = RunObserver(display, config, is_main=world.is_main, each_step=kind.each_step(policy))
         closing.callback(observer.close)
         heldout = inputs.heldout
         run = Run(
@@ -287,7 +289,7 @@ def _check_saving(run: Run, policy: Any) -> None:
 def make_scorer(config: Config, origins: Origins) -> RewardPool:
     r = config.rewards
     return RewardPool(
-        reward_specs(r.functions, origins),
+        reward_specs(config.paid_rewards, origins),
         workers=r.workers,
         deadline_s=r.deadline_s,
         memory_bytes=int(r.memory_gib * 2**30),

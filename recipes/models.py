@@ -22,6 +22,7 @@ from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import difference
 from rl.model.loading import load_model, load_tokenizer, read_config, storage_dtype
 from rl.model.saving import save_model
+from rl.moe.adapters import lora_plan
 from rl.report.safe_stream import say
 from rl.store.manifest import hash_file
 from rl.world import World
@@ -65,7 +66,7 @@ def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable
     if model.lora is None:
         note(f"the adapter {model.name} is merged into its base {adapter.base}")
         return model
-    if not (reason := difference(adapter, model)):
+    if not (reason := difference(adapter, model, lora_plan)):
         note(f"the adapter {model.name} goes on being trained; a KL term holds it to its base {adapter.base}")
         return model
     files = sorted(adapter.folder.glob("adapter_*"))

@@ -61,7 +61,7 @@ def dynamic_sampling(config: Config) -> DynamicSampling:
     dynamic = config.advantage.dynamic_sampling
     if dynamic is None:
         return DynamicSampling()
-    weights = {spec.name: spec.weight for spec in config.rewards.functions}
+    weights = {spec.name: spec.weight for spec in config.paid_rewards}
     return DynamicSampling(
         lambda group: group_outcome(group, config=config.advantage, weights=weights) == "mixed",
         dynamic.max_rounds,

@@ -49,7 +49,8 @@ def run(config_file: Path, name: str, *overrides: str) -> Path:
 
 def rows(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in lines]
+    timing = ("time/", "per_second", "memory/")
+    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in lines]
 
 
 def final_state(folder: Path) -> dict:
@@ -214,7 +215,7 @@ def test_two_processes_share_one_run(config_file, shard):
         (["train.shard=true", "model.lora={r: 2}"], "use train.shard=false with model.lora"),
         (["model.name=/no/such/folder"], "/no/such/folder"),
         (["model.from_scratch={hidden_sise: 64}"], "did you mean hidden_size?"),
-        (["model.from_scratch={num_key_value_heads: 3}"], "is no shape of"),
+        (["model.from_scratch={num_key_value_heads: 3}"], "is not a shape of"),
     ],
 )
 def test_faults_get_a_sentence_and_exit_code_one(config_file, capsys, overrides, message):

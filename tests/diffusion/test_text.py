@@ -359,7 +359,7 @@ CALLING = (
 
 @pytest.mark.parametrize("content", [None, "", "Let me look."])
 def test_a_call_of_a_tool_is_an_answer_where_the_template_writes_it(content):
-    """Arguments that only other rows of the table have are no part of it."""
+    """Arguments that only other rows of the table have are not part of it."""
     tokenizer = byte_tokenizer(CALLING, "<|im_end|>")
     call = {"function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}}}
     messages = [

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
 
@@ -49,3 +50,13 @@ def write_rows(path: Path, numbers) -> Path:
     rows = [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in numbers]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    """Graders find the toy rewards; the hub's cache is a folder of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TOYS))
+        patch.setattr(sys, "path", [str(TOYS), *sys.path])
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        yield patch

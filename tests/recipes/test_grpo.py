@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.cli import main as cohort
+from recipes.evaluation.heldout import check_finished
 from recipes.grpo import main
-from recipes.heldout import check_finished
 from rl.config.read import load_config
 from rl.store.rows import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup
@@ -72,7 +72,7 @@ def test_a_model_of_bytes_trains_to_the_end(config_file, tiny_model_dir, tmp_pat
         (["data.prompt_column=question"], "no column 'question'; it has 'prompt', 'answer'"),
         (["data.max_prompt_length=3"], "raise data.max_prompt_length"),
         (["model.name=/no/such/folder"], "/no/such/folder"),
-        (["model.chat_template=/no/such.jinja"], "give the path of a Jinja template"),
+        (["model.chat_template=/no/such.jinja"], "give a Jinja template's path"),
         (["sampling.max_completion_length=506"], "has 512 positions; lower sampling.max_completion_length"),
         (["model.lora={target_modules: nope}"], "model.lora.target_modules='nope'"),
         (["data.template=Q: {prompt} A:"], "the value is not valid YAML"),
