@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PhiConfig
 
 from rl.config import Config, ModelConfig
@@ -23,6 +20,7 @@ from rl.plan.memory import (
 )
 from rl.plan.search import Card, fit, remedy
 from rl.plan.sizes import ModelSize, NoPrediction
+from tests.saved_tensors import bytes_kept
 
 SMALL = LlamaConfig(
     vocab_size=100,
@@ -239,18 +237,6 @@ def saved_per_token(config: ModelConfig) -> float:
     def saved(num_tokens: int) -> int:
         model = AutoModelForCausalLM.from_config(SMALL, dtype=storage_dtype(config))
         add_lora(model, config)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, torch.Tensor] = {}  # holds them, so that no address is used twice
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        is_mixed = config.dtype == "bf16-mixed"
-        autocast = torch.autocast("cpu", torch.bfloat16) if is_mixed else contextlib.nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            output = model.base_model(input_ids=torch.arange(num_tokens)[None], use_cache=False)
-        assert output.last_hidden_state.requires_grad
-        return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+        return bytes_kept(model, config.dtype, num_tokens)
 
     return (saved(64) - saved(32)) / 32 / SMALL.num_hidden_layers

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -28,6 +26,7 @@ from rl.moe.adapters import split_experts
 from rl.plan.memory import training_parts
 from rl.plan.search import Card, fit
 from rl.plan.sizes import ModelSize, NoPrediction
+from tests.saved_tensors import bytes_kept
 
 GIB = 2**30
 HEADS: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
@@ -158,19 +157,7 @@ def trained_and_kept(shape, config, num_tokens: int) -> tuple[int, int]:
         adapt(model, config)
     split_experts(model, mixed=config.dtype == "bf16-mixed")
     model.get_input_embeddings().register_forward_hook(_narrow_under_autocast)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # holds them, so that no address is used twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    is_mixed = config.dtype == "bf16-mixed"
-    autocast = torch.autocast("cpu", torch.bfloat16) if is_mixed else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        output = model.base_model(input_ids=torch.arange(num_tokens)[None], use_cache=False)
-    assert output.last_hidden_state.requires_grad
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    total = bytes_kept(model, config.dtype, num_tokens)
     return sum(p.nbytes for p in model.parameters() if p.requires_grad), total
 
 
