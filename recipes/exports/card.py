@@ -117,6 +117,8 @@ def license_of(base: str, revision: str | None) -> dict[str, str]:
     with suppress(OSError, ValueError, TypeError):
         path = Path(base, "README.md")
         if not path.parent.is_dir():
+            if is_local(base):
+                return {}  # a built-in name or a folder that has gone: no question for the hub
             path = hf_hub_download(base, path.name, revision=revision)
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
         return {key: str(found[key]) for key in ("license", "license_name", "license_link") if key in found}
