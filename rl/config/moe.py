@@ -32,7 +32,9 @@ class MoeConfig(Section):
         default=0.0, ge=0, description="step of the selection bias without a loss (arXiv:2408.15664)"
     )
     experts_implementation: Auto | Literal["grouped_mm", "batched_mm", "eager"] = Field(
-        default="auto", description="how experts are computed; auto: the fastest of a short measurement"
+        default="auto",
+        description="how experts are computed; auto: the fastest of a measurement; a run keeps its way, "
+        "another run of the same seed may take another one",
     )
     trained_experts: Annotated[str, HOME] | None = Field(
         default=None, description="path of an ESFT json: only the experts it names are trained"

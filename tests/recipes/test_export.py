@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -29,6 +31,12 @@ from tests.recipes.exported import COMMIT, HUB_NAME, LORA, put_into_cache, train
 from tests.recipes.hub_server import hub_server
 
 IDS = torch.arange(5, 45)[None]
+KILLED = """
+import os, sys
+import recipes.export
+recipes.export._publish = lambda *_: os._exit(9)
+recipes.export.export(sys.argv[1], to=sys.argv[2])
+"""
 TOKEN = "hf_" + "x" * 30
 
 
@@ -361,13 +369,10 @@ def test_two_exports_at_once_do_not_mix_and_a_killed_one_leaves_no_half(full_run
     go_on.set()
     first.join(60)
     assert (to / "model.safetensors").exists()
-    monkeypatch.setattr(recipes.export, "_publish", lambda *_: os._exit(9))
-    killed = os.fork()
-    if killed == 0:
-        export(full_run, to=tmp_path / "next")
-    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
-    assert (tmp_path / ".exporting-next").is_dir() and not (tmp_path / "next").exists()
     monkeypatch.undo()
+    killed = subprocess.run([sys.executable, "-c", KILLED, full_run, tmp_path / "next"], timeout=200)
+    assert killed.returncode == 9
+    assert (tmp_path / ".exporting-next").is_dir() and not (tmp_path / "next").exists()
     export(full_run, to=tmp_path / "next")
     assert not (tmp_path / ".exporting-next").exists()
 
