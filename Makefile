@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := tests/rl tests/golden tests/invariants/test_gradient_laws.py tests/rollout/test_transformers_engine.py tests/recipes/test_grpo.py
+SPREAD := -n 2 --dist loadfile --durations=30
 CONFIG ?= recipes/configs/quickstart.yaml
 
 .PHONY: venv train test laws bench newest check format clean
@@ -20,10 +21,10 @@ train: venv
 	$(BIN)/cohort train $(CONFIG)
 
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 laws: venv
-	COHORT_ROTATION=0/1 $(BIN)/python -m pytest -q --durations=40
+	COHORT_ROTATION=0/1 $(BIN)/python -m pytest -q $(SPREAD)
 
 bench: venv
 	$(BIN)/python -m tests.bench.step --steps 1 --threads 1
