@@ -56,7 +56,7 @@ from rl.report.verdict import judge_run
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import EvaluationLog, claim_inputs, heldout_ends, read_result, write_result
-from rl.store.inputs import fingerprints
+from rl.store.inputs import file_fingerprints, fingerprints
 from rl.store.ledger import Ledger
 from rl.store.metrics import MetricsLog
 from rl.train import train
@@ -252,6 +252,7 @@ def read_inputs(config: Config, scorer: RewardPool, world: World, display: Displ
         if (base := base_of(named)) is not named:
             found["base model"] = fingerprints(base.name, None, {}, revision=base.revision).get("model", {})
         found["rewards"] |= sources_of(scorer.specs)
+        found |= file_fingerprints({"moe.trained_experts": config.moe.trained_experts})
         claim_inputs(config, found, display.warn)
     said = {"template_file": model.chat_template, "note": display.note}
     heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from recipes.models import resolve_model
 from recipes.program import make_deterministic, recipe_main
@@ -31,7 +32,9 @@ from rl.phases import StopSignal
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
-from rl.store.folder import write_atomically
+from rl.store.folder import claim_inputs, write_atomically
+from rl.store.inputs import file_fingerprints, fingerprints
+from rl.store.manifest import find_fault, write_manifest
 from rl.store.metrics import Metric, MetricsLog
 from rl.world import World
 
@@ -61,7 +64,9 @@ PROBE_LENGTH = 64  # tokens of the first example, on which routing is compared w
 
 
 class RunFiles(TrainerCallback):
-    """Writes `metrics.jsonl` as other recipes do, and stops after the step in which a signal came."""
+    """Writes `metrics.jsonl` and manifests of checkpoints as other recipes do, and stops after the step in
+    which a signal came.
+    """
 
     def __init__(self, config: SftConfig, stop: StopSignal, world: World, display: Display) -> None:
         self.config, self.stop, self.world = config, stop, world
@@ -76,6 +81,15 @@ class RunFiles(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.stop.requested()
         control.should_save |= control.should_training_stop or state.global_step >= state.max_steps
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A manifest makes a checkpoint one that a run may go on from; older ones go when it is on disk."""
+        self.world.gather(None)  # each process has written its part
+        if self.world.is_main:
+            write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step)
+            for old in checkpoints_of(self.config.run_dir)[: -self.config.checkpoint.keep]:
+                (old / "manifest.json").unlink()  # first: what is left of a killed removal is no checkpoint
+                shutil.rmtree(old)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not self.world.is_main or "loss" not in logs:
@@ -99,10 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: SftConfig, stop: StopSignal) -> int:
     newest = claim(config)
-    trainer, dropped = make_trainer(config, newest)
+    trainer, rows, dropped = make_trainer(config, newest)
     world = World(trainer.accelerator)
     stop.any_process = world.any
     if world.is_main:
+        model = model_of(config)
+        claim_inputs(
+            config,
+            fingerprints(model.name, trainer.processing_class, {"data": rows}, revision=model.revision)
+            | file_fingerprints({"moe.trained_experts": config.moe.trained_experts}),
+        )
         write_atomically(config.run_dir / "config.yaml", dump_config(config))
     with Display(config.train.steps, is_main=world.is_main) as display:
         if dropped:
@@ -114,7 +134,7 @@ def train(config: SftConfig, stop: StopSignal) -> int:
         trainer.train(resume_from_checkpoint=newest)
         steps = trainer.state.global_step
         if files.observer.report is not None:
-            path = get_last_checkpoint(str(trainer.args.output_dir))
+            path = str(checkpoints_of(config.run_dir)[-1])
             result = json.dumps({"steps": steps, "checkpoint": path}, indent=2)
             write_atomically(config.run_dir / "result.json", result + "\n")
             say(f"{steps} steps; {path}; report: {files.observer.report.finish()}")
@@ -124,12 +144,13 @@ def train(config: SftConfig, stop: StopSignal) -> int:
     return 0 if steps >= config.train.steps else stop.exit_code()
 
 
-def make_trainer(config: SftConfig, newest: str | None = None) -> tuple[BalancedTrainer, int]:
-    """The trainer, with the model of the newest checkpoint, and how many examples were too long."""
-    make_deterministic(config.train.seed, kernels=False)
+def make_trainer(config: SftConfig, newest: str | None = None) -> tuple[BalancedTrainer, Any, int]:
+    """The trainer, with the model of the newest checkpoint; its rows; how many of them were too long."""
+    make_deterministic(config.train.seed, kernels=True)
     args, model = arguments_of(config), model_of(config)
     tokenizer = load_tokenizer(model)
-    examples, dropped = encode_rows(load_rows(config.data.rows()), config.data, tokenizer)
+    rows = load_rows(config.data.rows())
+    examples, dropped = encode_rows(rows, config.data, tokenizer)
     columns = {"input_ids": [[*e.prompt.tolist(), *e.answer.tolist()] for e in examples]}
     columns["labels"] = [[-100] * len(e.prompt) + e.answer.tolist() for e in examples]
     at = lambda folder: model.model_copy(update={"name": folder, "revision": None})  # noqa: E731
@@ -143,7 +164,7 @@ def make_trainer(config: SftConfig, newest: str | None = None) -> tuple[Balanced
     )
     trainer.remove_callback(PrinterCallback)
     trainer.balance(config, torch.tensor(columns["input_ids"][0][:PROBE_LENGTH]))
-    return trainer, dropped
+    return trainer, rows, dropped
 
 
 def model_of(config: SftConfig) -> ModelConfig:
@@ -183,7 +204,6 @@ def arguments_of(config: SftConfig) -> SFTConfig:
         use_cpu=not on_gpu,
         save_strategy="steps" if config.checkpoint.every else "no",
         save_steps=config.checkpoint.every or t.steps,
-        save_total_limit=config.checkpoint.keep,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
@@ -191,9 +211,19 @@ def arguments_of(config: SftConfig) -> SFTConfig:
 
 
 def claim(config: SftConfig) -> str | None:
-    """The newest checkpoint of the run; raises ValueError where the folder holds one with other settings."""
-    folder, file = config.run_dir / "checkpoints", config.run_dir / "config.yaml"
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest checkpoint of the run.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or checkpoints that are all damaged.
+    """
+    file, found = config.run_dir / "config.yaml", checkpoints_of(config.run_dir)
+    faults = {path.name: find_fault(path, {}) for path in found}
+    newest = next((str(path) for path in reversed(found) if faults[path.name] is None), None)
+    if found and newest is None:
+        raise ValueError(
+            f"every checkpoint of {config.run_dir} is damaged: {faults}; put back a copy, or use "
+            "another run_dir"
+        )
     now = config.model_dump(mode="json")
     if newest is not None and file.is_file():
         before = flatten(read_config(SftConfig, file).model_dump(mode="json"))
@@ -205,6 +235,12 @@ def claim(config: SftConfig) -> str | None:
             )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     return newest
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the oldest first."""
+    found = (run_dir / "checkpoints").glob("checkpoint-*/manifest.json")
+    return sorted((path.parent for path in found), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ class BalancedTrainer(SFTTrainer):
             autocast=lambda: self.accelerator.autocast(),
             note=note,
         )
-        moe, partial = config.moe, config.model.lora is not None
-        if not settle_routers(self.plain, self.sites, moe, partial=partial):
+        partial = config.model.lora is not None
+        trained, moe = settle_routers(self.plain, self.sites, config.moe, partial=partial)
+        if not trained:
             self.said.append("routers are frozen, so there is no balance loss")
-            moe = moe.model_copy(update={"balance": "none", "z_loss_coef": 0.0})
         note(check_trained(self.plain, config.model.lora))
         self.balancer = Balancer(self.sites, moe, self.reduced)
         folder = config.run_dir if self.is_world_process_zero() else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -212,18 +212,10 @@ def seeing(sites: Sequence[RouterSite]) -> Iterator[Seen]:
     """Notes what routers answer inside the `with` block, by hooks: any model, any loop, any trainer.
 
     Gradients are computed outside of it, so that layers recomputed in the backward pass do not count twice.
-
-    Raises:
-        ValueError: re-entrant gradient checkpointing, under which the loss would have no gradient, silently.
     """
-    seen, with_graph = Seen(), torch.is_grad_enabled()
+    seen = Seen()
 
     def see(site: RouterSite, output: tuple[Tensor, ...]) -> None:
-        if with_graph and not torch.is_grad_enabled():
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=true drops the gradient of the balance loss; use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
         logits, _, experts = observed(site, output)
         seen.logits.setdefault(site.name, []).append(logits.reshape(-1, logits.shape[-1]))
         seen.experts.setdefault(site.name, []).append(experts.reshape(-1, experts.shape[-1]))
@@ -249,16 +241,12 @@ def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
     """
     for site, counts_E in zip(sites, load.counts_LE, strict=True):
         if (bias := bias_of(site)) is None:
-            refuse_bias(site, rate)
+            raise ValueError(
+                f"moe.bias_rate={rate}: routers of {site.family} have no bias for choosing experts; use "
+                "moe.bias_rate=0 with moe.balance=switch"
+            )
         moves = rate * (counts_E.mean() - counts_E).sign()
         bias.add_((moves - moves.mean()).to(bias))
-
-
-def refuse_bias(site: RouterSite, rate: float) -> NoReturn:
-    raise ValueError(
-        f"moe.bias_rate={rate}: routers of {site.family} have no bias for choosing experts; use "
-        "moe.bias_rate=0 with moe.balance=switch"
-    )
 
 
 class Balancer:
@@ -271,9 +259,9 @@ class Balancer:
     def __init__(
         self, sites: Sequence[RouterSite], config: MoeConfig, reduce: Callable[[Tensor], Tensor]
     ) -> None:
-        if config.bias_rate and any(bias_of(site) is None for site in sites):
-            refuse_bias(sites[0], config.bias_rate)
         self.sites, self.config, self.reduce = sites, config, reduce
+        if config.bias_rate:
+            move_biases(sites, Load.nothing(sites), config.bias_rate)  # refuses; nothing moves by no load
         self.coefs = {"moe/balance": 0.0 if config.balance == "none" else config.balance_coef}
         self.coefs["moe/z_loss"] = config.z_loss_coef
         self._passed: Load | None = None

@@ -52,10 +52,10 @@ class MoePolicy:
     """
 
     def __init__(self, inner: CausalPolicy, sites: list[RouterSite], config: MoeConfig) -> None:
-        self.inner, self.sites, self.config = inner, sites, config
+        self.inner, self.sites = inner, sites
         self.replays, self._without = config.replay != "none", ""
         partial = inner.peft_model is not None or config.trained_experts is not None
-        self.trains_router = settle_routers(inner.model, sites, config, partial=partial)
+        self.trains_router, self.config = settle_routers(inner.model, sites, config, partial=partial)
         self.replay = Replay(inner.model, sites)
         self.balancer = Balancer(sites, config, lambda x: cast(Tensor, inner.accelerator.reduce(x, "sum")))
         self.health = Health(None, top_k=sites[0].top_k, num_steps=1)
@@ -95,8 +95,9 @@ class MoePolicy:
         """What the run does with its routers, and what is unwise in that."""
         router, replay = "trained" if self.trains_router else "frozen", "on" if self.replays else "off"
         balance = "off" if self.config.balance == "none" else self.config.balance
+        balance += "" if self.trains_router else " (a frozen router has none)"
         yield f"mixture of experts: router {router}, replay {replay}{self._without}, balance {balance}"
-        if self.trains_router and not self.replays and balance == "off":
+        if self.trains_router and not self.replays and self.config.balance == "none":
             yield (
                 "warning: the router is trained without replay and without a balance loss: experts of "
                 "sampling and of training drift apart, and some may get no tokens; use moe.replay=engine "
@@ -200,8 +201,13 @@ class MoePolicy:
         return self.health.step(load, routes)
 
 
-def settle_routers(model: nn.Module, sites: list[RouterSite], config: MoeConfig, *, partial: bool) -> bool:
+def settle_routers(
+    model: nn.Module, sites: list[RouterSite], config: MoeConfig, *, partial: bool
+) -> tuple[bool, MoeConfig]:
     """Freezes routers, their adapters too, if the config says so; whether they are trained.
+
+    With it comes the config that holds: frozen routers have no losses, which would train other weights to
+    move what a router chooses.
 
     Args:
         partial: not all weights are trained.
@@ -220,7 +226,7 @@ def settle_routers(model: nn.Module, sites: list[RouterSite], config: MoeConfig,
             "moe.router=train: neither adapters nor chosen experts train a router here; use moe.router=auto, "
             "or train all weights"
         )
-    return trained
+    return trained, config if trained else config.model_copy(update={"balance": "none", "z_loss_coef": 0.0})
 
 
 def with_experts(

@@ -121,16 +121,11 @@ class Replay:
 
     @contextmanager
     def _replaying(self, routes: Sequence[Int[Tensor, "_ S K"]]) -> Iterator[None]:
-        with_graph, self._next = torch.is_grad_enabled(), 0
+        self._next = 0
         self.flips_S = routes[0].new_zeros(len(self.sites), dtype=torch.float)
         self.tokens_S = torch.zeros_like(self.flips_S)
 
         def see(site: RouterSite, output: Output) -> Output:
-            if with_graph and not torch.is_grad_enabled():
-                raise ValueError(
-                    "gradient checkpointing with use_reentrant=true computes layers without a graph, and "
-                    "what it recomputes is not replayed; use use_reentrant=false, or moe.replay=none"
-                )
             logits, weights, live = observed(site, output)
             given = routes[self._forward][:, self.index[site.name]].to(live.dtype)
             assert given.shape == live.shape, f"{site.name} saw {len(live)} tokens, not {len(given)}"

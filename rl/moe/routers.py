@@ -213,10 +213,26 @@ def route_weights(
 
 @contextmanager
 def watching(sites: Sequence[RouterSite], see: Callable[[RouterSite, Any], Any]) -> Iterator[None]:
-    """Calls `see(site, output)` whenever a router answers; what it returns, unless None, is the answer."""
+    """Calls `see(site, output)` whenever a router answers; what it returns, unless None, is the answer.
+
+    Raises:
+        ValueError: re-entrant gradient checkpointing: what is seen would have no gradient, silently, and what
+            is put in place would be missing from the recomputation.
+    """
+    with_graph = torch.is_grad_enabled()
+
+    def seen(site: RouterSite, output: Any) -> Any:
+        if with_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=true computes layers without a graph: routers "
+                "would have no balance loss and no replay; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return see(site, output)
+
     with ExitStack() as stack:
         for site in sites:
-            hook = lambda _module, _args, output, site=site: see(site, output)  # noqa: E731
+            hook = lambda _module, _args, output, site=site: seen(site, output)  # noqa: E731
             stack.callback(site.module.register_forward_hook(hook).remove)
         yield
 

@@ -14,6 +14,7 @@ from rl.config import Config
 from rl.config.diffusion import DiffusionConfig
 from rl.config.read import dump_config, flatten, read_config
 from rl.config.resume import FREE, ON_REQUEST, PLACES
+from rl.config.sft import SftConfig
 from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.store.metrics import wilson_interval
@@ -123,7 +124,7 @@ def _refuse(
 
 
 def claim_inputs(
-    config: Config | DiffusionConfig, found: Fingerprints, warn: Callable[[str], None] = print
+    config: Config | DiffusionConfig | SftConfig, found: Fingerprints, warn: Callable[[str], None] = print
 ) -> None:
     """Writes what a run begins with into `inputs.json`, or checks that a run that is resumed has the same.
 
@@ -201,7 +202,8 @@ def _changes(config: Config | DiffusionConfig) -> dict[str, tuple[Any, Any]]:
 
 def has_steps(run_dir: Path) -> bool:
     """Whether a run of this folder has sampled or saved something."""
-    return any(any(run_dir.glob(pattern)) for pattern in ("ledger/step-*", "checkpoints/step-*"))
+    patterns = ("ledger/step-*", "checkpoints/step-*", "checkpoints/checkpoint-*/manifest.json")
+    return any(any(run_dir.glob(pattern)) for pattern in patterns)
 
 
 def write_result(

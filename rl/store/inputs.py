@@ -67,6 +67,11 @@ def fingerprints(
     return found
 
 
+def file_fingerprints(paths: Mapping[str, str | Path | None]) -> Fingerprints:
+    """Of files that a config names; None: it names none."""
+    return {what: {"file": _file(Path(path))} for what, path in paths.items() if path is not None}
+
+
 def changes(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
     """What it is -> a sentence, for each that is not what it was; what one side alone has is not a change."""
     said = {}
@@ -133,10 +138,6 @@ def _digest(texts: Iterable[str]) -> str:
     return f"{count:,} {digest.hexdigest()}"
 
 
-def _row_text(row: Mapping[str, Any]) -> str:
-    return _encode(dict(row))
-
-
 def _plain(value: Any) -> Any:
     """A stand-in for what is not JSON that is the same in every process: no address, no order of a set."""
     if isinstance(value, bytes | bytearray):
@@ -149,6 +150,3 @@ def _plain(value: Any) -> Any:
         if callable(method := getattr(value, name, None)):
             return method()
     return type(value).__name__
-
-
-_encode = json.JSONEncoder(default=_plain, ensure_ascii=False).encode

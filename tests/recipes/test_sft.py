@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from recipes.sft import main, make_trainer
+from recipes.sft import checkpoints_of, main, make_trainer
 from rl.config.read import read_config
 from rl.config.sft import SftConfig
 from rl.moe.upcycling import upcycle
@@ -59,7 +59,7 @@ class Gradients(TrainerCallback):
 
 
 def gradient(folder: Path, run: Path, *others: str) -> dict[str, torch.Tensor]:
-    trainer, _ = make_trainer(read_config(SftConfig, None, settings(folder, run, *others)))
+    trainer, *_ = make_trainer(read_config(SftConfig, None, settings(folder, run, *others)))
     trainer.add_callback(gradients := Gradients())
     trainer.train()
     return gradients.found
@@ -67,7 +67,7 @@ def gradient(folder: Path, run: Path, *others: str) -> dict[str, torch.Tensor]:
 
 def big_batch(folder: Path) -> dict[str, torch.Tensor]:
     """Plain autograd over the eight rows; the balance by transformers' function, a layer at a time."""
-    trainer, _ = make_trainer(read_config(SftConfig, None, settings(folder, folder / "none")))
+    trainer, *_ = make_trainer(read_config(SftConfig, None, settings(folder, folder / "none")))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     model = trainer.accelerator.unwrap_model(trainer.model)
     mask = batch["attention_mask"]
@@ -139,7 +139,7 @@ def test_two_processes_have_the_gradient_of_one(folder, expected, tmp_path):
 @pytest.mark.rotation
 def test_transformers_own_trainer_multiplies_the_balance_by_the_number_of_passes(folder, tmp_path):
     """Known bad, for which ours is 1.0: gradient accumulation scales the auxiliary loss."""
-    trainer, _ = make_trainer(read_config(SftConfig, None, settings(folder, tmp_path / "ours")))
+    trainer, *_ = make_trainer(read_config(SftConfig, None, settings(folder, tmp_path / "ours")))
     rows = trainer.data_collator([trainer.train_dataset[0]] * 8)
     data = Dataset.from_dict({k: rows[k].tolist() for k in ("input_ids", "attention_mask", "labels")})
 
@@ -188,6 +188,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(folder
     assert run(cut, "train.steps=2") == 0
     assert run(cut, "train.steps=4", "moe.balance=none") == 1  # other settings are refused
     assert run(cut, "train.steps=4") == 0
+    assert [at.name for at in checkpoints_of(cut)] == ["checkpoint-2", "checkpoint-4"]
     a, b = (load_file(at / "checkpoints/checkpoint-4/model.safetensors") for at in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
     logs = [
@@ -221,3 +222,31 @@ if __name__ == "__main__":
     at, out = Path(sys.argv[1]), Path(sys.argv[2])
     for micro_batch in ("1", "4"):
         save_file(gradient(at, out, f"train.micro_batch={micro_batch}"), out / f"{micro_batch}.safetensors")
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_other_data_is_refused(folder, tmp_path, capsys):
+    """Before there were manifests, a run went on from `model.safetensors` of a save that was killed."""
+    rows, at = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_bytes((folder / "rows.jsonl").read_bytes())
+    run = lambda *more: main([  # noqa: E731
+        "recipes/configs/moe_sft_gsm8k.yaml", *rows_of(), *settings(folder, at), f"data.source={rows}",
+        "optimizer.schedule=constant", "checkpoint.every=1", "train.micro_batch=8", *more,
+    ])  # fmt: skip
+    assert run("train.steps=3") == 0
+    assert [path.name for path in checkpoints_of(at)] == ["checkpoint-2", "checkpoint-3"]  # keep=2
+    third, weights = at / "checkpoints" / "checkpoint-3", "model.safetensors"
+    expected = {n: v.clone() for n, v in load_file(third / weights).items()}
+    (third / "manifest.json").unlink()
+    (third / weights).write_bytes((third / weights).read_bytes()[:-100])
+    assert run("train.steps=3") == 0
+    found = load_file(third / weights)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    with rows.open("a") as file:
+        file.write('{"prompt": "w1", "completion": "w2"}\n')
+    assert run("train.steps=4") == 1
+    assert "began with another model or other data" in capsys.readouterr().err
+    for path in checkpoints_of(at):
+        (path / weights).write_bytes(b"")
+    assert run("train.steps=4") == 1
+    assert "every checkpoint of" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_reentrant_checkpointing_is_refused():
     model = mixtral()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
-    with pytest.raises(ValueError, match="use_reentrant=true drops the gradient of the balance loss"):
+    with pytest.raises(ValueError, match=r"use_reentrant=true .* no balance loss"):
         answers(model, *batch())
 
 
