@@ -296,6 +296,10 @@ def _digest(value: Any) -> str:
 
 
 def _claim(out: Path, head: Mapping[str, Any]) -> None:
+    if (out / "config.yaml").is_file():
+        raise ValueError(
+            f"{out} is a run, whose kept completions are its own; name another folder with --out"
+        )
     if not (out / "eval.json").is_file():
         return
     there = read_evaluation(out)

@@ -76,7 +76,10 @@ def regrade(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 def concluded(head: dict[str, Any], groups: Sequence[ScoredGroup], team: Team, out: Path) -> dict[str, Any]:
     """Results by grader, where graders disagree, and each score; the main process writes and prints them."""
     names = list(head["graders"])
-    rows = {name: gathered([Sampled.of(group, name, head["by"]) for group in groups], team) for name in names}
+    rows = {
+        name: gathered([Sampled.of(g, name, head["by"], votes=name == names[0]) for g in groups], team)
+        for name in names
+    }
     differing = [row for some in team.gather(disagreements(groups, names)) for row in some]
     head["results"] = {name: summary(of_grader) for name, of_grader in rows.items()}
     head["disagreements"] = len(differing)
@@ -112,7 +115,7 @@ def table(result: Mapping[str, Any], out: Path) -> str:
     lines = [f"{result['model']}, step {result['step']}, on {result['data']}: {first['n']:,} prompts"]
     lines.append(f"{'':12s}" + "".join(f"{name:28s}" for name in found))
     for label, path in _measures(first):
-        cells = [_cell(found[name], path) for name in found]
+        cells = [_cell(found[name], path, found[name]["n"]) for name in found]
         lines.append(f"{label:12s}" + "".join(f"{cell:28s}" for cell in cells))
     abstained = ", ".join(f"{name} {100 * found[name]['abstained']:.1f} %" for name in found)
     engine = result["engine"]
@@ -139,12 +142,15 @@ def _measures(first: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     return rows + [(f"  {value}"[:12], ("by", value)) for value in first.get("by", ())]
 
 
-def _cell(found: Mapping[str, Any], path: Sequence[str]) -> str:
+def _cell(found: Mapping[str, Any], path: Sequence[str], num_prompts: int) -> str:
     for key in path:
         found = found.get(key, {})
     if not found:
         return "-"
-    return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * found[key] for key in ("value", "low", "high")))
+    fewer = "" if found["n"] == num_prompts or path[0] == "by" else f" n={found['n']}"
+    return (
+        "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * found[key] for key in ("value", "low", "high"))) + fewer
+    )
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> str:

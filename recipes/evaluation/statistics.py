@@ -41,13 +41,14 @@ class Sampled:
     by: Any = None
 
     @staticmethod
-    def of(group: ScoredGroup, grader: str, by: str | None = None) -> Sampled:
+    def of(group: ScoredGroup, grader: str, by: str | None = None, *, votes: bool = True) -> Sampled:
+        """`votes`: the extracted answers are this grader's, so that they can be counted by its scores."""
         parts = [reward.parts.get(grader) for reward in group.rewards]
         value = group.prompt.columns.get(by) if by else None
         return Sampled(
             group.prompt.id,
             [None if part is None else min(max(part, 0.0), 1.0) for part in parts],
-            [reward.extracted for reward in group.rewards],
+            [reward.extracted if votes else None for reward in group.rewards],
             [len(c.token_ids) for c in group.completions],
             [c.finish_reason == "length" for c in group.completions],
             value if isinstance(value, int | float | None) else str(value),
@@ -180,8 +181,11 @@ def _by_column(prompts: Sequence[Sampled]) -> dict[str, dict[str, Any]]:
     for p in prompts:
         groups[p.by].append(p)
     ordered = sorted(groups, key=lambda v: (0, v, "") if isinstance(v, int | float) else (1, 0.0, str(v)))
+    twice = {str(v) for v in ordered if sum(str(v) == str(other) for other in ordered) > 1}
     return {
-        str(v): _mean([fmean(p.graded) for p in groups[v]], sum(len(p.graded) for p in groups[v]))
+        repr(v) if str(v) in twice else str(v): _mean(
+            [fmean(p.graded) for p in groups[v]], sum(len(p.graded) for p in groups[v])
+        )
         for v in ordered
     }
 

@@ -16,6 +16,7 @@ from xxhash import xxh3_128_hexdigest
 from recipes.evaluation.evaluations import read_evaluation
 from recipes.models import BUILT_IN
 from rl.model.adapter_folder import read_settings
+from rl.report.safe_stream import say
 from rl.store.folder import CHANGES, Evaluation
 from rl.store.redact import redact, strip_controls
 from rl.store.rows import read_rows, record_of
@@ -137,7 +138,12 @@ def _measured(run: Path, digests: set[str]) -> list[list[Any]]:
     """Rows of `cohort eval` for these very weights, and for the base that the run began with."""
     files = {*run.glob("eval.json"), *run.glob("evals/*/eval.json"), *Path().glob("evals/*/eval.json")}
     rows = []
-    for found in map(read_evaluation, sorted(files)):
+    for file in sorted(files):
+        try:
+            found = read_evaluation(file)
+        except ValueError as error:
+            say(f"left out of the card: {error}")
+            continue
         if found.get("digest") not in digests:
             continue
         more = [found["seed"], found["sampling"]["temperature"]]

@@ -218,6 +218,7 @@ def test_completions_are_graded_again_by_another_grader_and_disagreements_listed
             ["MODEL", "--task", "TASK", "--by", "level"],
             "--by level: the dataset has no such column; it has answer",
         ),
+        (["MODEL", "--task", "TASK", "--out", "RUN"], "is a run, whose kept completions are its own"),
         (["--compare", "MODEL"], "--compare two"),
         (["--compare", "MODEL", "TASK"], "is not an evaluation that cohort eval wrote"),
     ],
@@ -226,7 +227,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
     tiny_model_dir, config_file, capsys, words, message
 ):
     rows = write_rows(config_file.parent / "task.jsonl", range(3))
-    places = {"MODEL": str(tiny_model_dir), "TASK": str(rows)}
+    places = {"MODEL": str(tiny_model_dir), "TASK": str(rows), "RUN": str(config_file.parent)}
     assert cohort(["eval", *(places.get(word, word) for word in words)]) == 1
     error = capsys.readouterr().err
     assert error.count("cohort:") == 1 and message in error and "Traceback" not in error

@@ -32,10 +32,10 @@ from tests.recipes.hub_server import hub_server
 
 IDS = torch.arange(5, 45)[None]
 KILLED = """
-import os, sys
+import os, pathlib, sys
 import recipes.export
 recipes.export._publish = lambda *_: os._exit(9)
-recipes.export.export(sys.argv[1], to=sys.argv[2])
+recipes.export.export(pathlib.Path(sys.argv[1]), to=pathlib.Path(sys.argv[2]))
 """
 TOKEN = "hf_" + "x" * 30
 
@@ -261,7 +261,7 @@ def test_the_card_says_what_the_run_was_and_what_it_scored(lora_run, tmp_path):
     assert "every adapted tensor equals W + (alpha / r) B A" in merged
 
 
-def test_the_card_has_the_numbers_of_cohort_eval_for_these_very_weights(lora_run, tmp_path):
+def test_the_card_has_the_numbers_of_cohort_eval_for_these_very_weights(lora_run, tmp_path, capsys):
     for words in (["--checkpoint=1"], [], ["--base"]):
         assert cohort(["eval", str(lora_run), *words]) == 0
     files = {json.loads(p.read_text())["step"]: p for p in Path("evals").glob("*/eval.json")}
@@ -273,7 +273,9 @@ def test_the_card_has_the_numbers_of_cohort_eval_for_these_very_weights(lora_run
     assert [row[:2] for row in rows] == [[data, "0"], [data, "2"]]
     other = json.loads(files[0].read_text()) | {"digest": "of other weights under the same name"}
     files[0].write_text(json.dumps(other))
+    files[1].write_text("{")  # a damaged one stops no export
     text = (export(lora_run, to=tmp_path / "again", merge=True) / "README.md").read_text()
+    assert "left out of the card" in capsys.readouterr().out
     assert "| 2 | avg@1" in text and "| 0 | avg@1" not in text
     assert rows[1][2:] == ["avg@1 by toy_rewards:low_words", cell, "3", "0", "1.0"]
 

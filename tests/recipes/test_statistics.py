@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 
+from recipes.evaluation.evaluations import table
 from recipes.evaluation.statistics import (
     Sampled,
     maj_at,
@@ -147,6 +149,14 @@ def test_mcnemar_by_hand():
     assert mcnemar(a, a)["p"] == 1.0 and paired(a, a)["p"] == 1.0
 
 
+HEAD = {
+    "model": "m", "step": 0, "data": "d",
+    "sampling": {"max_completion_length": 8, "temperature": 1.0, "top_p": 1.0},
+    "engine": {"name": "transformers", "version": "5", "dtype": "float32"}, "digest": "", "chat_template": "",
+    "prompts": "", "seed": 0, "seconds": {}, "disagreements": 0,
+}  # fmt: skip
+
+
 def sampled(name: str, scores: list, answers: list, by=None) -> Sampled:
     return Sampled(name, scores, answers, [10] * len(scores), [False] * len(scores), by)
 
@@ -172,6 +182,8 @@ def test_a_table_by_a_column_and_none_for_answers_that_nobody_extracts():
     assert found["maj"] == {} and found["avg"]["value"] == 0.5
     many = summary([sampled(str(i), [float(i < 10)], [None], i / 2) for i in range(40)])["by"]
     assert [row["n"] for row in many.values()] == [10, 10, 10, 10] and many["0 to 4.875"]["value"] == 1.0
+    mixed = summary([sampled("a", [1.0], [None], 1), sampled("b", [0.0], [None], "1")])["by"]
+    assert {key: row["value"] for key, row in mixed.items()} == {"1": 1.0, "'1'": 0.0}
 
 
 def test_spellings_of_an_answer_are_one_vote():
@@ -185,6 +197,15 @@ def test_the_samples_of_a_group_are_read_with_their_facts():
     rewards = [Reward(2.0, Reason.CORRECT, extracted="4", parts={"m": 2.0}), Reward(None, parts={"m": None})]
     group = ScoredGroup(Group(Prompt("p", "", (1,), (), {"level": 3}), done), rewards)
     assert Sampled.of(group, "m", "level") == Sampled("p", [1.0, None], ["4", None], [2, 2], [False, True], 3)
+    assert Sampled.of(group, "m", votes=False).answers == [None, None]  # another grader extracted them
+
+
+def test_a_table_says_where_a_number_stands_on_fewer_prompts():
+    """pass@2 needs two graded samples, and the second prompt has one."""
+    found = summary([sampled("a", [1.0, 1.0], ["4", "4"]), sampled("b", [0.0, None], ["5", None])])
+    lines = table({"results": {"math": found}, "graders": {"math": {}}} | HEAD, Path("out")).splitlines()
+    assert lines[1].split() == ["math"] and "n=" not in lines[2]
+    assert [line.split()[0] for line in lines if "n=1" in line] == ["pass@2", "maj@2"]
 
 
 def test_the_interval_of_pass_at_k_holds_the_truth_too():
