@@ -202,7 +202,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(folder
 
 
 def test_dense_models_train_and_adapters_leave_the_routers_alone(folder, tiny_model_dir, tmp_path):
-    none = ["moe.balance_coef=0.001", "moe.z_loss_coef=0.0", f"model.name={tiny_model_dir}"]
+    none = ["moe.balance_coef=0.001", "moe.z_loss_coef=0.0", "moe.experts_implementation=auto"]
+    none += [f"model.name={tiny_model_dir}"]
     plain = gradient(folder, tmp_path / "a", *none, "train.micro_batch=8")
     cut = gradient(folder, tmp_path / "b", *none, "train.micro_batch=2")
     assert error(cut, plain) < 1e-6

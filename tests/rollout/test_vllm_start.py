@@ -119,7 +119,7 @@ def run_two_ranks(program, *arguments):
         for rank in (0, 1)
     ]
     try:
-        return [p.communicate(timeout=150)[0] for p in processes]
+        return [p.communicate(timeout=270)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()
