@@ -92,10 +92,10 @@ import hashlib, os, signal, threading
 from rl import phases
 phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.1
 stop = phases.StopSignal().install()
-for after in (0.1, 0.4):
+for after in (0.1, 1.6):  # far enough apart for a thread that starves
     threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 6_000_000)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 9_000_000)
 except KeyboardInterrupt:
     print("caught")
 """
