@@ -20,6 +20,8 @@ from rl.model.self_check import reproduces
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Logits held at once: small on a CPU (they fit the cache), large on a GPU (one product fills it)."""
+NO_MASS = -69.0
+"""Nats, 1e-30: the log-prob that stands for none."""
 
 
 def token_logprobs(
@@ -60,34 +62,35 @@ def head_logprobs(
 
 
 def asked_logprobs(
-    model: Any,
-    hidden_LD: Float[Tensor, "L D"],
-    ids_LK: Int[Tensor, "L K"],
-    targets_L: Int[Tensor, " L"],
-    logprobs_L: Float[Tensor, " L"],
-    *,
-    temperature: float,
-) -> Float[Tensor, "L K"]:
-    """log p(id) = logit(id) - logit(target) + log p(target), for K ids of each token.
+    model: Any, hidden_LD: Float[Tensor, "L D"], ids_LK: Int[Tensor, "L K"], *, temperature: float
+) -> tuple[Float[Tensor, "L K"], Float[Tensor, " L"]]:
+    """log p(id) for K ids of each token, and the log of what all other ids have together, in nats.
 
-    `logprobs_L` is what `head_logprobs` says of `targets_L`, so that no second pass over the vocabulary is
-    needed. Rows of the head are gathered for a chunk of tokens at a time, and again for the backward pass.
+    A chunk of tokens at a time, whose logits are computed again in the backward pass. The others are summed,
+    not subtracted from 1, so that a small rest is exact; without any it is about NO_MASS.
     """
-    head, settings = model.get_output_embeddings(), head_settings(model)
-    ids_LJ = torch.cat([ids_LK, targets_L[:, None]], 1)
-    bias = getattr(head, "bias", None)
 
-    def gaps(hidden: Tensor, ids: Tensor) -> Tensor:
-        logits = torch.einsum("ld,ljd->lj", hidden, head.weight[ids].to(hidden.dtype)).float()
-        logits = logits if bias is None else logits + bias[ids]
-        logits = scaled_and_capped(logits, **settings) / temperature
-        return logits[:, :-1] - logits[:, -1:]
+    def found(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head_logits(model, hidden)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logprobs = wide.log_softmax(-1)
+        return logprobs.gather(-1, ids), logprobs.scatter(-1, ids, NO_MASS).logsumexp(-1)
 
-    row_bytes = ids_LJ.shape[1] * hidden_LD.shape[1] * hidden_LD.element_size()
-    rows = _chunk_rows(hidden_LD.device, row_bytes, 1)
-    pieces = zip(hidden_LD.split(rows), ids_LJ.split(rows), strict=True)
-    found = [checkpoint(gaps, h, i, use_reentrant=False) for h, i in pieces]
-    return torch.cat(cast(list[Tensor], found)) + logprobs_L[:, None]
+    pieces = zip(*(x.split(_full_rows(model, hidden_LD)) for x in (hidden_LD, ids_LK)), strict=True)
+    chunks = [cast(Any, checkpoint(found, *piece, use_reentrant=False)) for piece in pieces]
+    logprobs, rests = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(rests)
+
+
+def top_ids(model: Any, hidden_LD: Float[Tensor, "L D"], k: int, *, num_ids: int) -> Int[Tensor, "L k"]:
+    """The k likeliest of the first `num_ids` ids of each token, a chunk of tokens at a time."""
+    chunks = hidden_LD.split(_full_rows(model, hidden_LD))
+    return torch.cat([head_logits(model, x)[:, :num_ids].topk(k).indices for x in chunks])
+
+
+def _full_rows(model: Any, hidden: Tensor) -> int:
+    """Tokens of a chunk of which autograd keeps four tensors of logits."""
+    return _chunk_rows(hidden.device, 4 * 4 * len(model.get_output_embeddings().weight), 16)
 
 
 def head_settings(model: Any) -> dict[str, Any]:
