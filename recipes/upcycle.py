@@ -16,7 +16,7 @@ from rl.moe.upcycling import upcycle
 from rl.report.safe_stream import say
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.upcycle", description=__doc__)
     parser.add_argument("model", help="hub name, folder, or smollm2-135m-instruct")
     parser.add_argument("folder", type=Path, help="to write; it must not exist")
@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--noise", type=float, default=0.0, help="added to the copies, in standard deviations of the weights"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the routers and the noise")
-    return run_command(lambda: _write(parser.parse_args(argv)))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: _write(make_parser().parse_args(argv)))
 
 
 def _write(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": ("recipes.cli.plan", "predict a run's GPU memory, and the settings that fill the GPU"),
     "export": ("recipes.cli.export", "write a checkpoint as a clean Hugging Face folder, with proofs"),
     "eval": ("recipes.cli.eval", "measure models, checkpoints and runs on a task, and compare them"),
+    "sample": ("recipes.cli.sample", "sample, verify and keep traces to fine-tune on (rejection sampling)"),
     "score": ("recipes.cli.score", "grade the rows of a file with a reward"),
     "doctor": ("recipes.cli.doctor", "check the rewards of a config against its dataset, before a run"),
 }

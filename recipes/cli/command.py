@@ -15,6 +15,13 @@ from rl.store.redact import safe_text
 OPEN_FILES = 256
 """Descriptors that a run may need: graders have four each, vLLM and datasets some dozens."""
 OPEN_FILES_MOST = 65_536
+# `python -m recipes.grpo` would take ./recipes.py of the working directory for ours. The imports of a program
+# take seconds, in which its launcher may be killed.
+BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from importlib import import_module; "
+    "from rl.phases import stop_with_launcher; stop_with_launcher(); "
+    "program = import_module(sys.argv.pop(1)); sys.exit(program.main(sys.argv[1:]))"
+)
 
 
 def run_command(work: Callable[[], int], *, in_words: Callable[[str], str] = str) -> int:

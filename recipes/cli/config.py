@@ -19,6 +19,7 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import command_of, read_any_config
 from rl.config.sft import SftConfig
+from rl.config.traces import PipelineConfig, TracesConfig
 from rl.report.safe_stream import say
 from rl.store.redact import redact
 
@@ -31,7 +32,7 @@ WORDS = {
     type(None): "null",
     Path: "path",
 }
-KINDS = (Config, MaskedRunConfig, DiffusionConfig, SftConfig)
+KINDS = (Config, MaskedRunConfig, DiffusionConfig, SftConfig, TracesConfig, PipelineConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

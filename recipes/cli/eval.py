@@ -60,6 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
     return _measure(a, places, overrides, graders)
 
 
+def check(words: list[str]) -> None:
+    """Raises ValueError, or ends the program, if an evaluation could not be settled with these words."""
+    from recipes.evaluate import Ask, settle
+
+    parser = argparse.ArgumentParser(prog="cohort eval")
+    add_arguments(parser)
+    a = parser.parse_args(words)
+    settle(Ask(a.what[0], a.task, [w for w in a.what if "=" in w], a.checkpoint, a.base, seed=a.seed))
+
+
 def _measure(a: argparse.Namespace, places: list[str], overrides: list[str], graders: list[str]) -> int:
     from recipes.evaluate import Ask, evaluate
     from recipes.evaluation.evaluations import compare

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from recipes.cli.command import BOOT
 from rl.phases import ASKS_TO_STOP
 from rl.report.safe_stream import say
 from rl.store.redact import safe_text
@@ -24,11 +25,6 @@ Child = subprocess.Popen[Any]
 PATIENCE_S = 15.0
 ENDING_S = 600.0
 POLL_S = 0.1
-# `python -m recipes.grpo` would take ./recipes.py of the working directory for ours.
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from importlib import import_module; "
-    "program = import_module(sys.argv.pop(1)); sys.exit(program.main(sys.argv[1:]))"
-)
 
 
 def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.grpo") -> int:
@@ -70,7 +66,7 @@ def _environment(num_processes: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "COHORT_LAUNCHED": "1",
+        "COHORT_LAUNCHED": str(os.getpid()),
     }
     if not torch.cuda.is_available():
         world["ACCELERATE_USE_CPU"] = "1"

@@ -1,5 +1,5 @@
-"""Rows of a task from a `DataConfig`: a reasoning-gym generator, anything `datasets` reads, or a callable of
-yours.
+"""Rows from a `DataConfig`: of a task by name, a reasoning-gym generator, anything `datasets` reads, or a
+callable of yours.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.tasks.tables import read_table
+from recipes.tasks.named import TASKS, task_rows
+from recipes.tasks.tables import read_table, refuse_missing
 from rewards.plugins import import_module
 from rl.config import DataConfig
-from rl.config.data import check_source
+from rl.config.data import SourceConfig, check_source
 
 Row = dict[str, Any]
 
@@ -29,8 +30,11 @@ def load_rows(config: DataConfig) -> list[Row]:
     """
     source = config.source
     check_source(config, "data")
-    if source.startswith("reasoning_gym:"):
-        rows = _reasoning_gym(source.partition(":")[2], config)
+    kind, _, name = source.partition(":")
+    if kind == "task" and name in TASKS:
+        rows = task_rows(name, config)
+    elif kind in ("task", "reasoning_gym"):
+        rows = _reasoning_gym(name, config)
     elif "://" in source:
         raise ValueError(f"data.source={source!r} is an address; download the file and give its path")
     elif ":" in source and not Path(source).exists():
@@ -63,6 +67,15 @@ def _renamed(rows: list[Row], names: Mapping[str, str]) -> list[Row]:
     return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
+def check_local(config: SourceConfig) -> None:
+    """Raises ValueError if the rows are in a file or folder, which is not there; reads nothing."""
+    source = config.source
+    if source.startswith("task:"):
+        source = str(config.options.get("source", source))
+    if ":" not in source and not Path(source).exists():
+        refuse_missing(source)
+
+
 def find_modules_beside(config_file: str | Path) -> None:
     """Lets `import` find modules in the working directory and beside the config file, after installed ones,
     here and in grader processes.
@@ -75,27 +88,37 @@ def find_modules_beside(config_file: str | Path) -> None:
 def _reasoning_gym(name: str, config: DataConfig) -> list[Row]:
     """`prompt`, `answer`, and `entry` (what reasoning-gym's own scorer needs), from `config.options` and its
     seed.
+
+    The option `levels` is a curriculum: as many rows of each of these levels of reasoning-gym's own, in that
+    order, with their level as `difficulty`.
     """
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
 
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, list(DATASETS), n=3)
-        raise ValueError(
-            f"data.source: reasoning-gym has no generator {name!r}; near names: {', '.join(near) or 'none'}"
-        )
-    options = {"seed": 0, **config.options}
+        near = ", ".join(difflib.get_close_matches(name, [*DATASETS, *TASKS], n=3)) or "none"
+        tasks = f"; tasks of other data: {', '.join(TASKS)}" if config.source.startswith("task:") else ""
+        raise ValueError(f"data.source: reasoning-gym has no generator {name!r}; near names: {near}{tasks}")
+    options, size = {"seed": 0, **config.options}, config.size or 1000
+    levels = options.pop("levels", None)
+    rows = []
     try:
-        dataset = reasoning_gym.create_dataset(name, size=config.size or 1000, **options)
+        for i, level in enumerate([None] if levels is None else levels):
+            given = options | {"size": size if levels is None else len(range(i, size, len(levels)))}
+            more = {} if level is None else {"difficulty": level}
+            if level is not None:
+                (curriculum := create_curriculum(name)).set_global_level(level)
+                given = vars(curriculum.generate_configuration()) | given
+            rows += [_entry_row(e, config.prompt_column) | more for e in create_dataset(name, **given)]
     except (TypeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"data.options={config.options} do not fit reasoning-gym's {name}: {error}"
         ) from None
-    rows = []
-    for entry in dataset:
-        entry = json.loads(json.dumps(entry, default=str))
-        rows.append({config.prompt_column: entry["question"], "answer": entry["answer"], "entry": entry})
     return rows
+
+
+def _entry_row(entry: Any, prompt_column: str) -> Row:
+    entry = json.loads(json.dumps(entry, default=str))
+    return {prompt_column: entry["question"], "answer": entry["answer"], "entry": entry}
 
 
 def _from_callable(path: str, config: DataConfig) -> list[Row]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from recipes.tasks import load_rows
+from recipes.tasks.named import split_solution
 from rl.config import DataConfig
-
-CALCULATION = re.compile(r"<<[^>]*>>")  # the data set's calculator calls: 48/2 = <<48/2=24>>24
 
 
 def boxed_gsm8k(
@@ -38,15 +36,3 @@ def boxed_gsm8k(
         {"prompt": [*shots, {"role": "user", "content": question}], "answer": answer}
         for question, _, answer in parsed[num_examples:]
     ]
-
-
-def split_solution(solution: str) -> tuple[str, str]:
-    """A worked solution without calculator calls, and its number, which stands behind ####.
-
-    Raises:
-        ValueError: there is no number behind ####.
-    """
-    working, mark, answer = CALCULATION.sub("", solution).rpartition("####")
-    if not mark or not answer.strip():
-        raise ValueError(f"no '#### number' at the end of this GSM8K solution: {solution[-80:]!r}")
-    return working.strip(), answer.strip().replace(",", "")

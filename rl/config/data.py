@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rl.config.sections import HOME, SamplingConfig, Section
 
@@ -32,6 +32,40 @@ RESERVED = frozenset(
 )
 """Arguments of `apply_chat_template` that `rollout.chat` gives, or that change what it returns."""
 
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+    "assistant first thinks about the reasoning process in the mind and then provides the user with the "
+    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+    "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+    "\nUser: {prompt}\nAssistant:"
+)
+THINK = "Reason inside <think> and </think>, then"
+BOXED = "Reason step by step, and put the final answer into \\boxed{}."
+TEMPLATES: dict[str, tuple[str, bool]] = {
+    "r1-zero": (R1_ZERO, False),
+    "base-boxed": (f"Question: {{prompt}}\n{BOXED}\nAnswer:", False),
+    "boxed": (f"{{prompt}}\n\n{BOXED}", True),
+    "think-boxed": (f"{{prompt}}\n\n{THINK} put the final answer into \\boxed{{}}.", True),
+    "think-answer": (f"{{prompt}}\n\n{THINK} put the final answer into <answer> and </answer>.", True),
+    "code": ("{prompt}\n\nAnswer with one block of Python code.", True),
+}
+"""Name -> (text, whether it goes into a chat). r1-zero: DeepSeek-R1, arXiv:2501.12948, table 1."""
+
+
+def with_template(values: Any) -> Any:
+    """The keys of a data section with the text of a template that is given by name, and its `chat`.
+
+    The text is what a run records, so that a later version of the name changes no run.
+    """
+    name = values.get("template") if isinstance(values, dict) else None
+    if not isinstance(name, str) or name not in TEMPLATES:
+        return values
+    text, chat = TEMPLATES[name]
+    if values.get("chat", chat) is not chat:
+        kind = "a chat" if chat else "plain text, of base models"
+        raise ValueError(f"template={name} is for {kind}; leave out chat, or use chat={str(chat).lower()}")
+    return {**values, "template": text, "chat": chat}
+
 
 class SourceConfig(Section):
     """Where rows come from."""
@@ -46,8 +80,8 @@ class SourceConfig(Section):
 
 
 class DataConfig(SourceConfig):
-    """Where prompts come from: `reasoning_gym:NAME`, a hub name, a file or folder that `datasets` reads, or
-    `module:callable`.
+    """Where prompts come from: `task:NAME`, `reasoning_gym:NAME`, a hub name, a file or folder that
+    `datasets` reads, or `module:callable`.
     """
 
     source: Annotated[str, HOME] = "reasoning_gym:chain_sum"
@@ -64,7 +98,10 @@ class DataConfig(SourceConfig):
     continue_final_message: bool = Field(
         default=False, description="completions go on with the last message where the assistant began it"
     )
-    template: str = Field(default="{prompt}", description="wraps a text prompt; {prompt} is replaced")
+    template: str = Field(
+        default="{prompt}",
+        description=f"wraps a text prompt; {{prompt}} is replaced; or one of {', '.join(TEMPLATES)}",
+    )
     max_prompt_length: int = Field(
         default=1024, ge=1, description="tokens, the chat template included; see too_long"
     )
@@ -73,6 +110,11 @@ class DataConfig(SourceConfig):
         description="rows above max_prompt_length: end the run before it starts, or go without",
     )
     shuffle: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_template(cls, values: Any) -> Any:
+        return with_template(values)
 
 
 class HeldoutConfig(DataConfig):
@@ -92,6 +134,11 @@ class EvaluationConfig(Section):
     """
 
     data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
+    overlap: Literal["warn", "drop", "refuse"] = Field(
+        default="warn",
+        description="training prompts that equal a held-out one, or share 13 consecutive words with just one "
+        "(with several: the task's wording): say so, leave them out, or end the run before it starts",
+    )
     every: int = Field(default=0, ge=0, description="0: only before and after")
     metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
     num_samples: int = Field(default=1, ge=1, description="completions per prompt; accuracy is their mean")
@@ -104,9 +151,10 @@ def check_source(keys: SourceConfig, section: str, *, is_local: bool | None = No
     Args:
         is_local: the source is a file or a saved data set; None: as the suffix of its name says.
     """
-    is_made = ":" in keys.source and PurePath(keys.source).suffix not in DATA_SUFFIXES
+    is_task = keys.source.startswith("task:")
+    is_made = ":" in keys.source and not is_task and PurePath(keys.source).suffix not in DATA_SUFFIXES
     if is_local is None:
-        is_local = not is_made and PurePath(keys.source).suffix in DATA_SUFFIXES
+        is_local = not is_made and not is_task and PurePath(keys.source).suffix in DATA_SUFFIXES
     named = f"{section}.source={keys.source!r}"
     if is_made and keys.split != "train":
         raise ValueError(
@@ -131,7 +179,7 @@ def check_data(data: DataConfig, section: str) -> None:
     if "{prompt}" not in data.template:
         raise ValueError(
             f"{section}.template={data.template!r} has no {{prompt}}, so every prompt would be the same "
-            "text; write {prompt} where the row's prompt belongs"
+            f"text; write {{prompt}} where the row's prompt belongs, or name one of {', '.join(TEMPLATES)}"
         )
     if len(set(data.rename.values())) < len(data.rename):
         raise ValueError(f"{section}.rename={data.rename} gives two columns one name; name each differently")

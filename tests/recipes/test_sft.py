@@ -201,6 +201,27 @@ def test_a_run_goes_on_from_its_checkpoint_and_ends_as_an_undisturbed_one(folder
     assert "Load of the experts" in (cut / "report.html").read_text()
 
 
+def test_a_finished_run_does_no_step_more_and_mends_its_result(folder, tmp_path):
+    words = [
+        "recipes/configs/moe_sft_gsm8k.yaml",
+        *rows_of(),
+        *settings(
+            folder, tmp_path / "a", "train.steps=2", "train.micro_batch=2", "train.examples_per_step=2"
+        ),
+    ]
+    assert main(words) == 0
+    weights = (tmp_path / "a/checkpoints/checkpoint-2/model.safetensors").read_bytes()
+    (tmp_path / "a/result.json").unlink()
+    torn = tmp_path / "a/checkpoints/checkpoint-3"  # a kill while it was being written
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_st')
+    assert main(words) == 0
+    assert (tmp_path / "a/checkpoints/checkpoint-2/model.safetensors").read_bytes() == weights
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert result["steps"] == 2 and result["checkpoint"].endswith("checkpoint-2")
+    assert len((tmp_path / "a/metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_dense_models_train_and_adapters_leave_the_routers_alone(folder, tiny_model_dir, tmp_path):
     none = ["moe.balance_coef=0.001", "moe.z_loss_coef=0.0", "moe.experts_implementation=auto"]
     none += [f"model.name={tiny_model_dir}"]
