@@ -42,6 +42,11 @@ class Fitted:
     card: Card | None = None
     size: ModelSize | None = None
 
+    @property
+    def planned(self) -> set[str]:
+        """Keys that this machine decides: a run may have begun with other values of them."""
+        return {*self.chosen, *(key for key in PLANNED if is_auto(self.config, key))}
+
     def compare(self, held: int | None, note: Callable[[str], None]) -> None:
         """Says what a full micro-batch held, in bytes, and what was predicted."""
         if held is None:
@@ -107,7 +112,7 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
     kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
     left_open = replaced(config, kept)
     found = fit(size, left_open, card, length)
-    if found is None and not kept and has_choice(size, config):
+    if found is None and not kept and has_choice(size, config, card.processes):
         raise ValueError(refusal(size, config, card))
     chosen = kept | (found or {})
     settled = replaced(config, chosen)

@@ -16,6 +16,7 @@ from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import Evaluation, EvaluationLog
 from rl.store.ledger import Ledger, LedgerStep
 from rl.store.metrics import MetricsLog
+from rl.teacher import Teacher
 from rl.types import Observer, Source
 from rl.world import World
 
@@ -45,6 +46,7 @@ class Run:
     stop: StopSignal
     progress: Progress = field(default_factory=Progress)
     num_recorded: int = 0
+    teacher: Teacher | None = None
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -74,12 +76,15 @@ class Run:
     def recorded(self, step: int) -> LedgerStep | None:
         """What this process trained on in a step of a run that was stopped; None: the step has to be sampled.
 
-        Where such a record is lost or damaged on any process, all sample the step again, and the file is
-        named. With train.max_staleness > 0 what was in flight is sampled again too, by newer weights: every
-        prompt is still consumed once and in order, and no step is trained on two different batches.
+        Records of another number of processes are dealt anew. Where one is lost or damaged on any process,
+        all sample the step again, and the file is named. With train.max_staleness > 0 what was in flight is
+        sampled again too, by newer weights: every prompt is still consumed once and in order, and no step is
+        trained on two different batches.
         """
         found = self.ledger.read(step)
-        if self.world.all(found is not None and found.cursor_before == self.source.cursor):
+        fits = found is not None and found.cursor_before == self.source.cursor
+        sizes = self.world.gather(found.world_size if found is not None and fits else None)
+        if None not in sizes and len(set(sizes)) == 1:  # shares of one and the same record
             return found
         if step < self.num_recorded:
             fault = self.ledger.fault(step) if found is None else ""

@@ -222,7 +222,7 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
         raise ValueError(
             f"the longest prompt and its completion may have {longest} tokens, and {config.name} has "
             f"{positions} positions; lower sampling.max_completion_length (or that of evaluation.sampling), "
-            "leave out long prompts, or take another model"
+            "lower data.max_prompt_length, or take another model"
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)

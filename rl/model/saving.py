@@ -27,6 +27,17 @@ def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any
     _write_generation_config(loaded, folder)
 
 
+def save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """All that `model.save_pretrained(folder)` writes besides the weights."""
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    with _default_generation_config(model) as loaded:
+        config.save_pretrained(folder)
+        if (stand_in := model.generation_config) is not None:
+            stand_in.save_pretrained(folder)
+    _write_generation_config(loaded, folder)
+
+
 def check_saving(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -67,11 +78,7 @@ def check_saving(
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=root) as scratch:
         folder = Path(scratch)
         try:
-            with _default_generation_config(model) as loaded:
-                model.config.save_pretrained(folder)
-                if (stand_in := model.generation_config) is not None:
-                    stand_in.save_pretrained(folder)
-            _write_generation_config(loaded, folder)
+            save_settings(model, folder)
             tokenizer.save_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]

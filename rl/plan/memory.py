@@ -8,6 +8,7 @@ decoder-only models with gated MLPs; for others the probe (`rl.plan.probe`) alon
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +86,8 @@ def plan_memory(
         free: bytes of the GPU that nobody else holds; None: all.
     """
     row = config.longest_row
-    parts = training_parts(size, config, max(row, config.token_budget))
+    shares = num_shares(config, processes)
+    parts = training_parts(size, config, max(row, config.token_budget), shares)
     room, fault = int(FILLED * min(capacity, free or capacity)), None
     if not isinstance(config, Config):
         return MemoryPlan(tuple(parts), capacity, room, row)
@@ -104,6 +106,9 @@ def plan_memory(
                 f"of {max_length} tokens; it needs {least:.2f}"
             )
     parts += [Part("engine cache", max(cache, 0), "sample")]
+    whole = size.parameters * storage_dtype(config.model).itemsize * (1 + config.copies_weights)
+    if shares > 1 and whole > room:
+        fault = f"{whole / GIB:.1f} GiB of weights stand on each GPU before they are split"
     return MemoryPlan(tuple(parts), capacity, room, row, fault)
 
 
@@ -112,8 +117,20 @@ def in_flight(config: Planned, processes: int) -> int:
     return max(1, -(-config.in_flight // processes))
 
 
-def training_parts(size: ModelSize, config: Planned, token_budget: int) -> list[Part]:
-    """What the training process holds at the peak of a backward pass over a full micro-batch."""
+def num_shares(config: Planned, processes: int) -> int:
+    """Into how many parts weights, gradients and moments are split; 1: every process holds them whole."""
+    if not isinstance(config, Config) or config.train.sharding not in ("full", "hybrid"):
+        return 1
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return processes if config.train.sharding == "full" else min(on_host, processes)
+
+
+def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: int = 1) -> list[Part]:
+    """What the training process holds at the peak of a backward pass over a full micro-batch.
+
+    Args:
+        shares: processes that weights, gradients and moments are split over.
+    """
     stored = storage_dtype(config.model).itemsize
     compute, chunk = 4 if config.model.dtype == "fp32" else 2, CHUNK_BYTES["cuda"]
     lora, is_mixed = config.model.lora, config.model.dtype == "bf16-mixed"
@@ -135,19 +152,35 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int) -> list[
         narrow = max(narrow - token_budget * layer, narrow // size.layers)
     else:
         saved, copies = size.layers * layer, added.copied
+    if shares > 1:
+        # Two layers are gathered, as the next one is fetched, and the head; a layer's gradients are whole.
+        narrow = (2 * size.linear // size.layers + size.head) * compute + trained // size.layers * (
+            compute + 4
+        )
+    split = lambda number: -(-number // shares)  # noqa: E731
     parts = [
-        Part("weights", size.parameters * stored + added.weights * master, "always"),
-        Part("optimizer", 2 * trained * master, "always"),
-        Part("reference", size.parameters * stored if config.copies_weights else 0, "always"),
+        Part("weights", split(size.parameters * stored + added.weights * master), "always"),
+        Part("optimizer", split(2 * trained * master), "always"),
+        Part("reference", split(size.parameters * stored * config.copies_weights), "always"),
+        Part("teacher", teacher_bytes(size, config), "always"),
         Part("overhead", OVERHEAD_BYTES, "always"),
-        Part("gradients", trained * master, "train"),
-        Part("weights in the compute dtype", narrow, "train"),
+        Part("gradients", split(trained * master), "train"),
+        Part("weights in the compute dtype" if shares == 1 else "gathered weights", narrow, "train"),
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
         # Plain fp32 logits are read in four passes, the 16-bit ones of a Triton kernel in one.
         Part("logits", max(4 * chunk, chunk + head) if compute == 4 else chunk + head, "train"),
     ]
-    return [part for part in parts if part.bytes or part.name != "adapted experts"]
+    return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
+
+
+def teacher_bytes(size: ModelSize, config: Planned) -> int:
+    """Its weights; and of each completion token of a step its top-k ids (8 bytes) and their log-probs (4)."""
+    if not isinstance(config, Config) or config.teacher is None:
+        return 0
+    t, sampled = config.teacher, config.teacher.divergence == "sampled"
+    tokens = config.train.prompts_per_step * config.train.group_size * config.sampling.max_completion_length
+    return size.teacher * (2 if t.dtype == "bf16" else 4) + (0 if sampled else 12 * t.top_k * tokens)
 
 
 def uses_vllm(size: ModelSize, config: Planned) -> bool:

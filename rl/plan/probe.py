@@ -12,10 +12,17 @@ from rl.causal import CausalPolicy
 from rl.config import Config
 from rl.plan.memory import GIB, OVERHEAD_BYTES, takes_share
 from rl.policy import Reference
+from rl.teacher import Teacher
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
-def probe(policy: CausalPolicy, config: Config, rules: PackRules, reference: Reference | None) -> int:
+def probe(
+    policy: CausalPolicy,
+    config: Config,
+    rules: PackRules,
+    reference: Reference | None,
+    teacher: Teacher | None = None,
+) -> int:
     """Two passes over a full micro-batch of the longest completions, the second on top of the first one's
     gradients; returns the most bytes that the process held. No weight, moment or generator is changed.
 
@@ -25,14 +32,17 @@ def probe(policy: CausalPolicy, config: Config, rules: PackRules, reference: Ref
     device, budget = policy.device, config.token_budget
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    (prepared,) = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
+    prepared, *_ = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
     try:
         moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
         if reference is not None:
             reference.logprobs(prepared)
+        ids_LK = None if teacher is None else teacher.score(prepared).ids_LK
         for _ in range(2):
-            scores = policy.score(prepared)
+            scores = policy.score(prepared, ids_LK=ids_LK)
             loss = scores.logprobs_L.sum() + config.loss.entropy_coef * scores.entropy_L.sum()
+            if scores.logprobs_LK is not None and scores.rest_L is not None:
+                loss = loss + scores.logprobs_LK.sum() + scores.rest_L.sum()
             policy.backward(loss, last=True)
             del scores, loss
         held = torch.cuda.max_memory_allocated(device)

@@ -16,6 +16,7 @@ PLANNED = (
     "engine.gpu_memory_utilization",
     "engine.max_num_seqs",
     "model.gradient_checkpointing",
+    "train.sharding",
 )
 ENOUGH_TOKENS = 8192
 """Of a micro-batch: fewer leave a GPU waiting for kernel launches."""
@@ -57,13 +58,25 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     """Values for those of `PLANNED` that are auto, the fastest that fit; None if none does.
 
     A step without recomputation comes first, then a cache for more completions, then more tokens in a
-    micro-batch. Only where nothing fits that way, micro-batches become smaller than is fast.
+    micro-batch. Only where nothing fits that way, micro-batches become smaller than is fast; and only where
+    that does not help either, weights are split over the processes.
     """
-    for floor, caches in ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES)):
-        for values in _candidates(size, config, card, max_length, caches):
-            if (whole := _with_budget(size, config, values, card, max_length, floor)) is not None:
-                return whole
+    splits: list[dict[str, Any]] = [{}]
+    if can_split(size, config, card.processes):
+        splits.append({"train.sharding": "full"})
+    for split in splits:
+        for floor, caches in ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES)):
+            for values in _candidates(size, config, card, max_length, caches):
+                chosen = values | split
+                if (whole := _with_budget(size, config, chosen, card, max_length, floor)) is not None:
+                    return whole
     return None
+
+
+def can_split(size: ModelSize, config: Planned, processes: int) -> bool:
+    """Whether it is left open to split the weights over the processes, and this kind of model can be."""
+    is_open = isinstance(config, Config) and config.train.sharding == "auto"
+    return is_open and processes > 1 and size.experts is None and not size.has_own_sampler
 
 
 def remedy(
@@ -130,7 +143,7 @@ def _with_budget(
 def _changes(config: Planned) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
     planned = {
-        key: "auto" for key in PLANNED if not is_auto(config, key) and key != "model.gradient_checkpointing"
+        key: "auto" for key in PLANNED if not is_auto(config, key) and key.startswith(("train.t", "engine."))
     }
     recomputed = {"model.gradient_checkpointing": True}
     steps: list[dict[str, Any]] = [planned, planned | recomputed]
@@ -146,9 +159,10 @@ def _changes(config: Planned) -> Iterator[dict[str, Any]]:
     yield from steps
 
 
-def has_choice(size: ModelSize, config: Planned) -> bool:
+def has_choice(size: ModelSize, config: Planned, processes: int) -> bool:
     """Whether the config leaves something open that would change what fits."""
     unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
+    unused |= set() if can_split(size, config, processes) else {"train.sharding"}
     unused |= set() if isinstance(config, Config) else {"engine.max_num_seqs"}
     return any(is_auto(config, key) for key in PLANNED if key not in unused)
 

@@ -63,6 +63,7 @@ class ModelSize:
         sampled_per_token: what a sampler in this process holds for a token of each sequence that it samples.
         sampled_per_sequence: what it holds for each sequence besides.
         has_own_sampler: the model is sampled in this process, never by vLLM.
+        teacher: all weights of the teacher.
         config: of transformers, for what is adapted in a mixture.
         adapt: (model, config); puts the adapters of a run around a mixture without storage.
     """
@@ -79,6 +80,7 @@ class ModelSize:
     sampled_per_sequence: int = 0
     has_own_sampler: bool = False
     experts: Experts | None = None
+    teacher: int = 0
     config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
     adapt: Callable[..., Any] = field(default=add_lora, repr=False)
 
@@ -153,6 +155,12 @@ class ModelSize:
             experts=experts,
             config=config if experts else None,
         )
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Weights of a model of any kind, a tied head once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def _experts(model: nn.Module, text: Any) -> Experts | None:

@@ -15,6 +15,7 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.read import dump_config, flatten, read_config
 from rl.config.resume import FREE, ON_REQUEST, PLACES
 from rl.config.sft import SftConfig
+from rl.config.traces import TracesConfig
 from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.store.metrics import wilson_interval
@@ -22,6 +23,7 @@ from rl.store.redact import redact, strip_controls
 from rl.store.rows import RowLog, read_rows, record_of
 
 E = TypeVar("E")
+RunConfig = Config | DiffusionConfig | SftConfig | TracesConfig
 CHANGES = "changes.jsonl"
 
 
@@ -81,9 +83,7 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
         file.write(text.encode())
 
 
-def claim_config(
-    config: Config | DiffusionConfig, *, planned: Collection[str] = (), change: bool = False
-) -> None:
+def claim_config(config: RunConfig, *, planned: Collection[str] = (), change: bool = False) -> None:
     """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
 
     A folder whose run did no step yet, because a fault was found first, takes any config. Where a model or a
@@ -123,9 +123,7 @@ def _refuse(
         raise ValueError(f"{run_dir} holds a run with other settings:\n  {lines}\n{remedy}")
 
 
-def claim_inputs(
-    config: Config | DiffusionConfig | SftConfig, found: Fingerprints, warn: Callable[[str], None] = print
-) -> None:
+def claim_inputs(config: RunConfig, found: Fingerprints, warn: Callable[[str], None] = print) -> None:
     """Writes what a run begins with into `inputs.json`, or checks that a run that is resumed has the same.
 
     Raises:
@@ -150,7 +148,7 @@ def claim_inputs(
     write_atomically(path, json.dumps(found, indent=1) + "\n")
 
 
-def write_config(config: Config | DiffusionConfig) -> None:
+def write_config(config: RunConfig) -> None:
     """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it.
 
     What differs from the config under which the run did its steps is recorded in `changes.jsonl` by rows
@@ -191,7 +189,7 @@ def check_whole(run_dir: Path, *, first: int, last: int) -> None:
         )
 
 
-def _changes(config: Config | DiffusionConfig) -> dict[str, tuple[Any, Any]]:
+def _changes(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Key -> what the run folder's config has and what this one has, without secrets."""
     path = config.run_dir / "config.yaml"
     before = read_config(type(config), path) if path.is_file() else config

@@ -147,15 +147,18 @@ class Ledger:
     def read(self, step: int) -> LedgerStep | None:
         """This process's record of `step`; None where there is none or it is damaged (see `damaged`).
 
-        A record made by another number of processes counts as damaged, as it holds another share of the step:
-        `read_all` gives all shares.
+        What another number of processes recorded is dealt anew; its `world_size` stays theirs.
         """
-        record = self._read(step, self.rank)
-        if record is not None and record.world_size != self.world_size:
-            name = self._path(step, self.rank).name
-            self._report(f"{name}: recorded by {record.world_size} processes, this run has {self.world_size}")
+        own = self._read(step, self.rank)
+        if own is not None and own.world_size == self.world_size:
+            return own
+        first = own if self.rank == 0 else self._read(step, 0)
+        if first is None or first.world_size == self.world_size:
             return None
-        return record
+        if (records := self.read_all(step)) is not None:
+            return _dealt(records, self.rank, self.world_size)
+        name = self._path(step, self.rank).name
+        self._report(f"{name}: not all {first.world_size} processes' records of that step are whole")
 
     def read_all(self, step: int) -> list[LedgerStep] | None:
         """The records of all processes that took part in `step`, by rank; None unless all are whole."""
@@ -289,6 +292,30 @@ def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[Led
     faults += [f"{n} of its groups left out ({why})" for why, n in bad.most_common(3)]
     if room <= 0 and num + bad.total() < num_rows:
         faults.append(f"groups after the first {num} left out (more than {max_bytes >> 20} MiB)")
+
+
+def _dealt(records: Sequence[LedgerStep], rank: int, size: int) -> LedgerStep | None:
+    """The share of one of `size` processes in the records of others; None if these are of different tries.
+
+    Groups are taken round, as prompts are dealt: a minibatch then holds the same ones, whoever trains them.
+    """
+    first, own = records[0], slice(rank, None, size)
+    if any((r.cursor_before, r.world_size) != (first.cursor_before, len(records)) for r in records):
+        return None
+    totals = {name: sum(r.counts[name] for r in records) for name in first.counts}
+    return replace(
+        first,
+        rank=rank,
+        groups=_round([r.groups for r in records])[own],
+        rejected=_round([r.rejected for r in records])[own],
+        advantages=None if first.advantages is None else _round([r.advantages or [] for r in records])[own],
+        counts=totals if rank == 0 else dict.fromkeys(totals, 0.0),  # they are summed over processes
+    )
+
+
+def _round(hands: Sequence[Sequence[Any]]) -> list[Any]:
+    """The first of each hand, then the second of each, and so on."""
+    return [hand[i] for i in range(max(map(len, hands))) for hand in hands if i < len(hand)]
 
 
 def brief(error: BaseException) -> str:

@@ -100,6 +100,10 @@ _ALL = (
            low=-0.5, high=0.5, broken_above=10.0,
            hint="lower optimizer.lr or raise loss.kl_coef; if the held-out accuracy is flat, stop: the "
                 "reward is being gamed"),
+    Metric("teacher/kl", "nats/token", "mean log policy - log teacher of sampled tokens: reverse KL"),
+    Metric("teacher/divergence", "nats/token", "teacher.divergence over the teacher's top-k ids and rest"),
+    Metric("teacher/tail", "share", "the teacher's mass outside its top-k ids",
+           high=0.2, hint="raise teacher.top_k: the divergence takes all other ids for one"),
     Metric("policy/clip_low", "share", "trained tokens whose ratio was clipped at 1 - clip_low"),
     Metric("policy/clip_high", "share", "trained tokens whose ratio was clipped at 1 + clip_high"),
     Metric("policy/clip_fraction", "share", "trained tokens whose ratio was clipped; 0 if on-policy",

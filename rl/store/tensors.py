@@ -101,13 +101,16 @@ def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> Non
 
 
 class TensorFiles:
-    """The tensors of one kind in a checkpoint, whichever processes wrote them."""
+    """The tensors of one kind in a checkpoint, whichever processes wrote them; without a kind the model's."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str | None = None) -> None:
         self.pieces: dict[str, list[Piece]] = {}
         self.shapes: dict[str, list[int]] = {}
-        main = _file(folder, kind, 0)
-        for file in (main, *sorted(main.parent.glob(f"{kind}-rank*.safetensors"))):
+        files = sorted(folder.glob("*.safetensors"))
+        if kind is not None:
+            main = _file(folder, kind, 0)
+            files = [main, *sorted(main.parent.glob(f"{kind}-rank*.safetensors"))]
+        for file in files:
             with safe_open(file, framework="pt") as opened:
                 places = json.loads((opened.metadata() or {}).get(PLACES, "{}"))
                 for name in opened.keys():  # noqa: SIM118
@@ -142,11 +145,19 @@ def read_tensors(folder: Path, kind: str, into: Mapping[str, Tensor]) -> None:
     prefix = ""
     if not _file(folder, kind, 0).exists():  # until 0.1 they stood among the optimizer's
         kind, prefix = "optimizer", f"optimizer/{kind}/"
-    files = TensorFiles(folder, kind)
+    copy_tensors(TensorFiles(folder, kind), into, f"{folder}: the {kind} state", prefix)
+
+
+@torch.no_grad()
+def copy_tensors(files: TensorFiles, into: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
+    """Copies saved tensors into those of the same names; each process its slices.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
     for name, tensor in into.items():
         if (shape := files.shapes.get(prefix + name)) != list(tensor.shape):
-            now = list(tensor.shape)
-            raise ValueError(f"{folder}: the {kind} state holds {name} of shape {shape}, and it is {now} now")
+            raise ValueError(f"{what} holds {name} of shape {shape}, and it is {list(tensor.shape)} now")
         saved = files.read(prefix + name, tensor)
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(saved)
 

@@ -17,16 +17,32 @@ def test_gradient_does_not_depend_on_the_number_of_processes(tiny_model_dir, rag
     """The second rank holds longer completions and, in its first half, only rows without signal."""
     groups, advantages = ragged_groups(num_groups=6)
     advantages[1] = [0.0] * len(advantages[1])
+    run_both(tiny_model_dir, groups, advantages, tmp_path, "grpo,dapo")
+    for loss in ("grpo", "dapo"):
+        compare(tmp_path, loss)
+
+
+@pytest.mark.parametrize("divergence", ["sampled", "reverse"])
+def test_nor_does_that_of_a_teacher(tiny_model_dir, other_model_dir, ragged_groups, tmp_path, divergence):
+    """No group has an advantage of rewards, and all are trained on."""
+    groups, advantages = ragged_groups(num_groups=6)
+    zeros = [[0.0] * len(row) for row in advantages]
+    teacher = f"teacher={{name: {other_model_dir}, dtype: fp32, divergence: {divergence}, top_k: 5}}"
+    run_both(tiny_model_dir, groups, zeros, tmp_path, "grpo", teacher)
+    compare(tmp_path, "grpo")
+    metrics = json.loads((tmp_path / "grpo-rank0of2.json").read_text())
+    assert metrics["teacher/kl"] != 0.0
+
+
+def run_both(model: Path, groups: list, advantages: list, folder: Path, losses: str, *overrides: str) -> None:
     rows = [
         [list(g.prompt.token_ids), [[c.token_ids, c.behavior_logprobs] for c in g.completions], a]
         for g, a in zip(groups, advantages, strict=True)
     ]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    arguments = [str(tiny_model_dir), str(tmp_path / "data.json"), str(tmp_path), "grpo,dapo"]
+    (folder / "data.json").write_text(json.dumps(rows))
+    arguments = [str(model), str(folder / "data.json"), str(folder), losses, *overrides]
     launch(SCRIPT, arguments, 1)
     launch(SCRIPT, arguments, 2)
-    for loss in ("grpo", "dapo"):
-        compare(tmp_path, loss)
 
 
 def compare(folder: Path, loss: str) -> None:

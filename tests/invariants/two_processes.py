@@ -1,5 +1,5 @@
-"""One rank of two: `python two_processes.py MODEL_DIR GROUPS.json OUT LOSS,LOSS`; writes its summed
-gradients.
+"""One rank of two: `python two_processes.py MODEL_DIR GROUPS.json OUT LOSS,LOSS key=value ...`; writes its
+summed gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from recipes.models import teacher_model
 from rl.batch import pack
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.moe.policy import with_experts
+from rl.teacher import Teacher
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
@@ -30,13 +32,15 @@ class Recorder(torch.optim.SGD):
         pass
 
 
-def main(model_dir: str, data: str, out: str, losses: str) -> None:
+def main(model_dir: str, data: str, out: str, losses: str, *overrides: str) -> None:
     world = World(Accelerator(cpu=True))
     for loss in losses.split(","):
-        one_loss(world, model_dir, data, out, loss)
+        one_loss(world, model_dir, data, out, loss, overrides)
 
 
-def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> None:
+def one_loss(
+    world: World, model_dir: str, data: str, out: str, loss: str, overrides: tuple[str, ...]
+) -> None:
     config = load_config(
         None,
         [
@@ -46,11 +50,16 @@ def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> No
             "loss.clip_high=4.0",
             "train.token_budget=60",
             "loss.kl_coef=0",
+            *overrides,
         ],
     )
     causal = CausalPolicy(config.model, world.accelerator, temperature=1.0)
     causal.settle_attention()
     policy = with_experts(causal, config.moe, print)
+    teacher = None
+    if config.teacher is not None:
+        model = teacher_model(config.teacher)
+        teacher = Teacher(config.teacher, model, causal, longest=64, note=print)
     rows = json.loads(Path(data).read_text())[world.rank :: world.size]
     groups, advantages = [], []
     for prompt_ids, completions, advantage in rows:
@@ -65,7 +74,8 @@ def one_loss(world: World, model_dir: str, data: str, out: str, loss: str) -> No
         advantages.append(advantage)
     optimizer = Recorder([p for _, p in policy.trainable()], lr=0.0)
     batches = pack(groups, advantages, pack_rules(config), sum_over_processes=world.sum)
-    result = update_policy(policy, optimizer, batches, config.loss, world=world, max_grad_norm=1e9)
+    given = {"world": world, "teacher": teacher, "max_grad_norm": 1e9}
+    result = update_policy(policy, optimizer, batches, config.loss, **given)
     gradients = {n: p.grad for n, p in policy.trainable() if p.grad is not None}
     name = f"{out}/{loss}-rank{world.rank}of{world.size}"
     save_file(gradients, f"{name}.safetensors")

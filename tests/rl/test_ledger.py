@@ -10,10 +10,13 @@ import signal
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from rl.run import Run
 from rl.store.ledger import Ledger
 from rl.types import (
     Completion,
@@ -303,11 +306,52 @@ def test_all_ranks_of_a_step_are_read_together_or_not_at_all(tmp_path):
     write(ranks[1], 3, scored_group(2))
     both = Ledger(tmp_path).read_all(3)
     assert both is not None and [step.groups for step in both] == [[scored_group(1)], [scored_group(2)]]
-    # One process can not take its share of two from its own file.
-    alone = Ledger(tmp_path)
-    assert alone.read(3) is None
-    assert alone.damaged == ["step-000003-rank0.jsonl.gz: recorded by 2 processes, this run has 1"]
     assert ranks[1].steps() == [3] and Ledger(tmp_path, 2, 3).steps() == []
+
+
+def test_records_of_two_processes_are_dealt_to_one_and_to_four(tmp_path):
+    """Round: 1 and 3 of process 0, 2 and 4 of process 1 are 1, 2, 3, 4."""
+    for rank, numbers in enumerate(((1, 3), (2, 4))):
+        groups = [scored_group(n) for n in numbers]
+        kept = {"advantages": [[float(n)] * len(scored_group(n).completions) for n in numbers]}
+        counts = {"replaced": 1.0 + rank, "rounds": 2.0}
+        write(Ledger(tmp_path, rank, 2), 5, *groups, rejected=[scored_group(7 + rank)], counts=counts, **kept)
+    alone = Ledger(tmp_path).read(5)
+    assert alone is not None and alone.groups == [scored_group(n) for n in (1, 2, 3, 4)]
+    assert alone.rejected == [scored_group(7), scored_group(8)]
+    assert alone.advantages is not None and [row[0] for row in alone.advantages] == [1.0, 2.0, 3.0, 4.0]
+    assert alone.counts == {"replaced": 3.0, "rounds": 4.0} and alone.world_size == 2
+    four = [Ledger(tmp_path, rank, 4).read(5) for rank in range(4)]
+    assert [share.groups for share in four if share] == [[scored_group(n)] for n in (1, 2, 3, 4)]
+    assert [share.rejected for share in four if share] == [[scored_group(7)], [scored_group(8)], [], []]
+    assert [share.counts["replaced"] for share in four if share] == [3.0, 0.0, 0.0, 0.0]
+    # Where a share is lost, none can be dealt.
+    (tmp_path / "ledger" / "step-000005-rank1.jsonl.gz").unlink()
+    one, second_of_two = Ledger(tmp_path), Ledger(tmp_path, 1, 2)
+    assert one.read(5) is None and second_of_two.read(5) is None
+    name = "step-000005-rank0.jsonl.gz"
+    assert one.damaged == [f"{name}: not all 2 processes' records of that step are whole"]
+
+
+def test_shares_of_different_tries_are_not_dealt(tmp_path):
+    """A run of one process was killed after it had recorded a step anew, before the old share was removed."""
+    write(Ledger(tmp_path, 0, 2), 5, scored_group(1), cursor_before=8)
+    write(Ledger(tmp_path, 1, 2), 5, scored_group(2), cursor_before=4)
+    assert Ledger(tmp_path).read(5) is None
+
+
+@pytest.mark.parametrize(("sizes", "is_taken"), [([1, 2], False), ([1, None], False), ([1, 1], True)])
+def test_a_step_is_repeated_only_where_all_processes_hold_shares_of_one_record(tmp_path, sizes, is_taken):
+    """One process recorded step 5 anew and was killed before it removed the second's old share."""
+    write(Ledger(tmp_path, 0, 1), 5, *[scored_group(n) for n in (1, 2)], cursor_before=8)
+    write(Ledger(tmp_path, 1, 2), 5, scored_group(2), cursor_before=8)
+    shares = [Ledger(tmp_path, rank, 2).read(5) for rank in (0, 1)]
+    assert [share.world_size for share in shares if share] == [1, 2]
+    run: Any = SimpleNamespace(
+        ledger=Ledger(tmp_path, 0, 2), source=SimpleNamespace(cursor=8), num_recorded=0
+    )
+    run.world = SimpleNamespace(gather=lambda mine: [mine, sizes[1]])
+    assert (Run.recorded(run, 5) is not None) == is_taken
 
 
 def test_a_sample_of_steps_is_even_and_has_both_ends(tmp_path):

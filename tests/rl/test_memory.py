@@ -240,3 +240,30 @@ def saved_per_token(config: ModelConfig) -> float:
         return bytes_kept(model, config.dtype, num_tokens)
 
     return (saved(64) - saved(32)) / 32 / SMALL.num_hidden_layers
+
+
+def test_weights_are_split_only_where_whole_copies_do_not_fit():
+    """Two GPUs of 80 GiB: 1.5B with a reference fits whole, 3B does not, and 7B not even in two parts."""
+    config = load_config(None, [*NOTHING_SET, "train.prompts_per_step=32", "train.group_size=16"])
+    found = {}
+    for name in ("1.5b", "3b", "7b"):
+        values = fit(ModelSize.of(QWEN[name], fused_layers=True), config, Card("a GPU", 80 * GIB, 2), 2048)
+        found[name] = values and values.get("train.sharding", "none")
+    assert found == {"1.5b": "none", "3b": "full", "7b": None}
+    size = ModelSize.of(QWEN["3b"], fused_layers=True)
+    whole = replaced(config, {"train.sharding": "none"})
+    assert fit(size, whole, Card("a GPU", 80 * GIB, 2), 2048) is None
+    assert fit(size, config, Card("a GPU", 80 * GIB, 1), 2048) is None
+
+
+def test_parts_of_split_weights_are_those_by_hand():
+    """Of three processes; two layers and the head in bf16, and the gradients of a layer in bf16 and fp32."""
+    config = load_config(None, ["loss.kl_coef=0.1", "train.sharding=full"])
+    parts = {p.name: p.bytes for p in training_parts(ModelSize.of(SMALL, fused_layers=True), config, 1000, 3)}
+    third = -(-4 * PARAMETERS // 3)
+    assert (parts["weights"], parts["gradients"], parts["reference"]) == (third, third, third)
+    assert parts["optimizer"] == -(-8 * PARAMETERS // 3)
+    assert parts["gathered weights"] == 2 * (LINEAR + 800) + PARAMETERS // 2 * (2 + 4)
+    # 7.6e9 weights in fp32, and the reference's.
+    fault = plan_of("7b", config, 24, processes=64).fault
+    assert fault == "56.7 GiB of weights stand on each GPU before they are split"

@@ -1,0 +1,259 @@
+"""The causal policy under FSDP2: each process holds a share of weights, gradients and moments.
+
+Units are the embedding (where the head is not tied to it), each decoder layer, and what is left: norm and
+head. A unit is gathered when it computes and let go again, so all processes make equally many model calls.
+Gradients are sums over processes, reduced in fp32, as everywhere in this library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rl.batch import Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
+from rl.causal import CausalPolicy
+from rl.model.exactness import backbone
+from rl.model.saving import save_model, save_settings
+from rl.policy import Prepared, Writer
+from rl.references import Copy
+from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.store.tensors import TensorFiles, copy_tensors
+from rl.types import Completion, Prompt, WeightStream
+from rl.world import World
+
+INDEX = "model.safetensors.index.json"
+
+
+class ShardedPolicy:
+    """`rl.policy.Policy` around a causal policy. What it does not name is the causal policy's own.
+
+    Args:
+        inner: with the same weights on every process; they are split in place.
+        reference: of the KL term; a copy of the weights is split as well.
+        sharding: full: over all processes; hybrid: over those of a host, with a copy on each host.
+        sent: dtype of the engine's weights; the stream is rounded to it before it is gathered.
+    """
+
+    in_step = True
+
+    def __init__(self, inner: CausalPolicy, reference: Any, *, sharding: str, sent: torch.dtype) -> None:
+        self.inner, self.sent, self.world = inner, sent, World(inner.accelerator)
+        check_shardable(inner.model)
+        mesh = make_mesh(inner.device, self.world.size, sharding)
+        copies = [reference.scorer] if isinstance(reference, Copy) else []
+        for scorer in (inner.scorer, *copies):
+            shard(scorer, mesh, compute=torch.float32 if inner.config.dtype == "fp32" else torch.bfloat16)
+        with (
+            torch.no_grad()
+        ):  # settles in which dtype gradients are reduced, by what is trainable: adapters on
+            inner.score(self._idle())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
+        """One per micro-batch, and idle ones. Where a model call computes a single row, one per episode, and
+        in each of them as many rows everywhere.
+        """
+        parts, calls = batch.micro_batches, [1] * len(batch.micro_batches)
+        if not self.inner.shares_prompts:
+            ones = [one for part in parts for one in one_by_one(part)]
+            parts = sorted(ones, key=lambda one: -len(one.rows))
+            calls = [len(one.rows) for one in parts]
+        most = [max(found) for found in zip_longest(*self.world.gather(calls), fillvalue=0)]
+        parts = [with_rows(part, number) for part, number in zip(parts, most, strict=False)]
+        mine = self.inner.prepare(replace(batch, micro_batches=parts), draw=draw)
+        return mine + [self._idle(number) for number in most[len(mine) :]]
+
+    def _idle(self, num_rows: int = 1) -> Prepared:
+        return Prepared(with_rows(idle_micro_batch(), num_rows).to(self.inner.device), is_idle=True)
+
+    def finish_gradients(self, max_norm: float) -> float:
+        """Gradients are summed by then; the norm is over all shards."""
+        norm: Any = nn.utils.clip_grad_norm_([p for _, p in self.inner.trainable()], max_norm)
+        return norm.full_tensor().item()
+
+    def weights(self) -> WeightStream:
+        return GatheredWeights(self.inner.weights(), self.sent)
+
+    def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
+        """Every process writes whole tensors, its share of the model's; adapters are the main one's."""
+        write_optimizer = optimizer_writer(optimizer, self.inner.trainable())
+        named = self._saved()
+        owners = [0] * len(named) if self.inner.peft_model else deal_tensors(named, self.world.size)
+        share = {
+            name: whole.cpu()
+            for (name, tensor), owner in zip(named.items(), owners, strict=True)
+            for whole in [gathered(tensor)]
+            if owner == self.world.rank
+        }
+
+        def write_rest(folder: Path) -> None:
+            if self.inner.peft_model is not None:
+                save_model(self.inner.peft_model, self.inner.model, folder, state_dict=share)
+            else:
+                save_settings(self.inner.model, folder)
+                write_index(folder, named, owners, self.world.size)
+
+        def write(folder: Path) -> None:
+            if self.inner.peft_model is None and share:
+                path = folder / shard_name(self.world.rank, self.world.size)
+                save_file(share, path, {"format": "pt"})
+            if self.world.is_main:
+                self.inner.write_model(folder, write_rest)
+            write_optimizer(folder)
+
+        return write
+
+    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        copy_tensors(TensorFiles(folder), self._in_files(), f"{folder}: the model")
+        load_optimizer(folder, optimizer, self.inner.trainable())
+
+    def _saved(self) -> dict[str, Tensor]:
+        """What a checkpoint's model holds, by name: the trained part of an adapter, else the whole model."""
+        adapted, model = self.inner.peft_model, self.inner.model
+        if adapted is not None:
+            return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        kept = model.state_dict().keys()
+        return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
+
+    def _in_files(self) -> dict[str, Tensor]:
+        """The same by their names in files."""
+        if self.inner.peft_model is None:
+            return self._saved()
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.inner.peft_model, self._saved())
+
+
+def one_by_one(batch: MicroBatch) -> list[MicroBatch]:
+    """The same rows, those of each episode in a micro-batch of their own: a model call for each row."""
+    episodes: dict[tuple[int, int], list[list[Row]]] = {}
+    for row in batch.rows:
+        episodes.setdefault(row.episode, []).append([row])
+    return [micro_batch_of(rows) for rows in episodes.values()]
+
+
+def with_rows(batch: MicroBatch, number: int) -> MicroBatch:
+    """At least so many rows, the further ones without loss tokens: model calls that change nothing."""
+    if number <= len(batch.rows):
+        return batch
+    blank = Completion([0], [0.0], [False], "stop", [])
+    further = replace(batch.rows[-1], prompt=Prompt("idle", "", (0,)), completion=blank)
+    return micro_batch_of([[row] for row in (*batch.rows, *[further] * (number - len(batch.rows)))])
+
+
+class GatheredWeights:
+    """A policy's stream whose tensors are rounded, then gathered on every process, one after another."""
+
+    def __init__(self, weights: WeightStream, dtype: torch.dtype) -> None:
+        self.weights, self.dtype, self.canary = weights, dtype, weights.canary
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.weights:
+            yield name, gathered(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. Collective if it is split."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def make_mesh(device: torch.device, size: int, sharding: str) -> DeviceMesh:
+    """Processes by the share that they hold; of a hybrid [hosts, processes of a host].
+
+    Raises:
+        ValueError: hybrid on a single host, or hosts with different numbers of processes.
+    """
+    if sharding == "full":
+        return init_device_mesh(device.type, (size,))
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if own == size or size % own:
+        raise ValueError(
+            "train.sharding=hybrid splits weights over the processes of a host, with a copy on each host, "
+            f"and {own} of {size} processes are on this one; use train.sharding=full"
+        )
+    return init_device_mesh(device.type, (size // own, own), mesh_dim_names=("hosts", "cards"))
+
+
+def shard(scorer: Any, mesh: DeviceMesh, *, compute: torch.dtype) -> None:
+    """Splits a model in place. Other entries than `forward` need the hooks that gather its units, too."""
+    policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*units(scorer.model), scorer):
+        # Of the root as well: between passes, names and optimizer must find shares and not whole tensors.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other factor than 1 or the mean
+    register_fsdp_forward_method(scorer, "own_logprobs")
+
+
+def units(model: PreTrainedModel) -> list[nn.Module]:
+    """Parts that are gathered on their own: decoder layers, and an embedding that is not tied to the head."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
+    tied = cast(Any, embedding).weight is head.weight
+    return [*([] if tied else [embedding]), *(lists[0] if lists else ())]
+
+
+def check_shardable(model: PreTrainedModel) -> None:
+    """Raises ValueError, by the family's name, for a model that cannot be split in this way."""
+    parts, named, reason = units(model), dict(model.named_parameters()), None
+    seen = [id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
+    meta = {name: torch.empty_like(p, device="meta") for name, p in named.items()}
+    if any(p.ndim == 3 for p in named.values()):
+        reason = "it has experts, of which processes choose different ones"
+    elif not any(isinstance(part, nn.Module) and list(part.children()) for part in parts):
+        reason = "it has no list of decoder layers"
+    elif len(set(seen)) < len(seen):
+        reason = "its layers share weights"
+    elif any(p.ndim == 0 for p in named.values()):
+        reason = "it has weights that are single numbers"
+    elif not hasattr(model, "peft_config") and revert_weight_conversion(model, meta).keys() != named.keys():
+        reason = "its files have other tensors than the loaded model"
+    if reason is not None:
+        raise ValueError(
+            f"train.sharding: {type(model).__name__} cannot be split: {reason}; use train.sharding=none, and "
+            "model.lora or model.gradient_checkpointing=true where memory is short"
+        )
+
+
+def deal_tensors(named: dict[str, Tensor], size: int) -> list[int]:
+    """Which process writes each tensor: spans of about as many bytes, in order."""
+    total, before, owners = sum(t.nbytes for t in named.values()), 0, []
+    for tensor in named.values():
+        owners.append(before * size // max(total, 1))
+        before += tensor.nbytes
+    return owners
+
+
+def shard_name(rank: int, size: int) -> str:
+    return f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def write_index(folder: Path, named: dict[str, Tensor], owners: list[int], size: int) -> None:
+    """Where each tensor is, as transformers and engines look it up."""
+    places = {name: shard_name(owner, size) for name, owner in zip(named, owners, strict=True)}
+    total = {"total_size": sum(tensor.nbytes for tensor in named.values())}
+    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": places}, indent=1) + "\n")
