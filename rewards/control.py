@@ -29,6 +29,13 @@ def random_control(
 
 @per_completion
 @ignores_answer
+def no_reward(completions: Sequence[Any]) -> list[None]:
+    """Never applies: what a run has whose teacher alone teaches."""
+    return [None] * len(completions)
+
+
+@per_completion
+@ignores_answer
 class FormatControl:
     """1 where another reward finds an answer to grade in the completion, right or wrong; 0 where it does not.
 

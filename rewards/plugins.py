@@ -24,6 +24,7 @@ from typing import Any
 BUILT_IN: dict[str, str] = {
     "math": "rewards.math:math_reward",
     "math_verify": "rewards.verify:MathVerify",
+    "none": "rewards.control:no_reward",
     "random_control": "rewards.control:random_control",
     "format_control": "rewards.control:FormatControl",
     "code": "rewards.code:code_reward",
@@ -40,6 +41,7 @@ BUILT_IN: dict[str, str] = {
     "box_iou": "rewards.grounding:box_iou",
     "mask_iou": "rewards.grounding:mask_iou",
     "reasoning_gym": "rewards.gym:ReasoningGym",
+    "environment": "rewards.episode:environment_reward",
     "verl": "rewards.adapters:from_verl",
     "openrlhf": "rewards.adapters:from_openrlhf",
     "areal": "rewards.adapters:from_areal",
@@ -47,7 +49,8 @@ BUILT_IN: dict[str, str] = {
 ENTRY_POINT_GROUP = "cohort.rewards"
 OURS = frozenset({"recipes", "rewards", "rl", "rollout"})
 MARKERS = ("prompts", "completions", "completion_ids")
-GIVEN = frozenset({*MARKERS, "trainer_state", "log_extra", "log_metric"})
+TRLS = frozenset({*MARKERS, "trainer_state", "log_extra", "log_metric"})
+GIVEN = TRLS | {"completion_facts"}
 
 
 def _in_graders_only(**_: Any) -> Any:
@@ -209,7 +212,7 @@ def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], whole:
         or inspect.iscoroutinefunction(getattr(fn, "__call__", None)),  # noqa: B004
         groupwise=whole,
         options=options,
-        given=GIVEN if has_rest and not ours else GIVEN & {p.name for p in named},
+        given=(GIVEN & {p.name for p in named}) | (TRLS if has_rest and not ours else set()),
         needs_ids=any(p.name == "completion_ids" and p.default is p.empty for p in named),
         time_limit_s=_time_limit_s(fn, options),
     )

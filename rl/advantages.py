@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from rl.config import AdvantageConfig
-from rl.types import ScoredGroup
+from rl.types import Advantage, Completion, ScoredGroup
 
 STD_EPS = 1e-4
 """Added to a deviation, outside the root, as TRL does; the paper's formula divides by the bare deviation."""
@@ -94,8 +94,9 @@ def compute_advantages(
     config: AdvantageConfig,
     weights: Mapping[str, float],
     reduce_moments: ReduceMoments | None = None,
-) -> list[list[float]]:
-    """One advantage per completion of every group of a step, in order.
+) -> list[list[Advantage]]:
+    """One advantage per completion of every group of a step, in order; credit="turns": one per token
+    (`turn_advantages`).
 
     aggregate="sum" normalises `Reward.score`, already the weighted sum. aggregate="gdpo" (arXiv:2601.05242)
     normalises each of `Reward.parts` within its group as "grpo" does, sums them with `weights`, and divides
@@ -109,8 +110,10 @@ def compute_advantages(
     Raises:
         ValueError: a score is not finite; gdpo finds no parts or one without a weight; max_rl a score < 0.
     """
+    if config.credit == "turns":
+        return [turn_advantages(group) for group in groups]
     valid_ids = [valid_completions(group) for group in groups]
-    advantages = [[0.0] * len(group.rewards) for group in groups]
+    advantages: list[list[Advantage]] = [[0.0] * len(group.rewards) for group in groups]
     if config.aggregate == "gdpo":
         sums = [_sum_of_normalised(g, ids, weights) for g, ids in zip(groups, valid_ids, strict=True)]
         scale = 1 / (_std_over_step(sums, reduce_moments) + STD_EPS)
@@ -125,6 +128,54 @@ def compute_advantages(
     return advantages
 
 
+def turn_advantages(scored: ScoredGroup) -> list[Advantage]:
+    """A_t = G_t - mean over the group's other episodes of their G_t, of the tokens sampled in turn t; 0 of
+    others. G_t is the sum of the rewards from turn t on, and 0 of an episode that is over.
+
+    The mean is over all other episodes, so that nothing of an episode's own actions is in what is subtracted:
+    unbiased, also where the policy decides when to stop. Over those alone that have a turn t, itself
+    included, another turn would cost its mean reward.
+
+    Raises:
+        ValueError: a reward is not finite, or an episode has no reward for each of its turns.
+    """
+    ids = valid_completions(scored)
+    returns = {i: _returns(scored, i) for i in ids}
+    advantages: list[Advantage] = [0.0] * len(scored.rewards)
+    for i in ids:
+        per_turn = []
+        for turn, value in enumerate(returns[i]):
+            others = [g[turn] if turn < len(g) else 0.0 for j, g in returns.items() if j != i]
+            is_level = not has_spread([value, *others])
+            per_turn.append(0.0 if is_level else value - math.fsum(others) / len(others))
+        advantages[i] = _per_token(scored.completions[i], per_turn)
+    return advantages
+
+
+def _returns(scored: ScoredGroup, index: int) -> list[float]:
+    """G_t of a completion."""
+    turns = [reward or 0.0 for reward in scored.rewards[index].turns]
+    rows = scored.completions[index].rows
+    num_turns = sum(segment.origin == "sampled" for row in rows for segment in row.segments)
+    if not turns or len(turns) != num_turns or not all(map(math.isfinite, turns)):
+        raise ValueError(
+            f"advantage.credit=turns: completion {index} of prompt {scored.prompt.id} has {num_turns} turns "
+            f"and {turns} as their rewards; use an environment that gives each turn a finite one, with the "
+            "reward 'environment' alone in rewards.functions, or advantage.credit=episode"
+        )
+    return [math.fsum(turns[t:]) for t in range(len(turns))]
+
+
+def _per_token(completion: Completion, per_turn: Sequence[float]) -> list[float]:
+    """The k-th number for each token of the k-th sampled segment, of all rows; 0 for the others."""
+    values, numbers = [], iter(per_turn)
+    for row in completion.rows:
+        for segment in row.segments:
+            value = next(numbers) if segment.origin == "sampled" else 0.0
+            values += [value] * segment.num_tokens
+    return values
+
+
 def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapping[str, float]) -> Outcome:
     """Whether a group can teach: "mixed" if some advantage can differ from 0, else why none does.
 
@@ -137,6 +188,8 @@ def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapp
         return "unscored"
     first, *_ = scores = list(_scores(scored, ids).values())
     series = [scores]
+    if config.credit == "turns":
+        series = [[0.0, *a] for a in turn_advantages(scored) if not isinstance(a, float | int)]
     if config.aggregate == "gdpo":
         series = [list(_scores(scored, ids, name).values()) for name, weight in weights.items() if weight]
     if any(has_spread(values) for values in series):

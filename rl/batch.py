@@ -10,6 +10,7 @@ included, so that summing over micro-batches and processes is exact however the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,13 @@ SumOverProcesses = Callable[[list[float]], list[float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to train on, with the weight of each loss token. Its episode is its group and index."""
+    """A row to train on, with the weight of each loss token: a completion, or a row of an episode of several.
+
+    Attributes:
+        group_index, index: its episode, which is one sequence in denominators and in losses of that level.
+        part: number of the row within its episode.
+        num_episode_tokens: loss tokens of all rows of the episode.
+    """
 
     prompt: Prompt
     completion: Completion
@@ -35,6 +42,12 @@ class Row:
     advantage: Advantage
     weight: float = 0.0
     in_loss: bool = True
+    part: int = 0
+    num_episode_tokens: int = 0
+
+    @property
+    def episode(self) -> tuple[int, int]:
+        return self.group_index, self.index
 
     @property
     def num_loss_tokens(self) -> int:
@@ -51,7 +64,7 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """One forward pass. N packed tokens, of which L are in the loss, from S sequences.
+    """One forward pass. N packed tokens, of which L are in the loss, from S sequences (episodes, whole).
 
     Attributes:
         token_ids_N, positions_N: the packed row; positions restart at a prompt, and go on in completions.
@@ -60,7 +73,7 @@ class MicroBatch:
         sequence_ids_L: which of the S sequences a loss token belongs to, 0..S-1.
         weights_L: share of the step's loss.
         behavior_logprobs_L: the engine's log-probs, or None if it was asked for none.
-        rows: the S sequences, for a policy that needs more of them than a packed row.
+        rows: of the S sequences in column order, for a policy that needs more of them than a packed row.
     """
 
     token_ids_N: Int[Tensor, " N"]
@@ -84,7 +97,7 @@ class MicroBatch:
         return Layout(self.blocks, self.token_ids_N.device)
 
     def sequences(self) -> Iterator[tuple[Int[Tensor, " T"], int, int]]:
-        """Of each of the S sequences: its ids, the prompt's share of them, the completion's first column."""
+        """Of each row: its ids, the prompt's share of them, the completion's first column."""
         for block in self.blocks:
             prompt, *completions = self.token_ids_N[block.start : block.end].split(block.lengths)
             start = block.completion_start
@@ -141,7 +154,7 @@ class PackRules:
 def idle_micro_batch(token_id: int = 0) -> MicroBatch:
     """One token of weight 0 behind a prompt of one token: a forward pass that changes nothing."""
     row = Row(Prompt("idle", "", (token_id,)), Completion([token_id], [0.0], [True], "stop", []), 0, 0, 0.0)
-    return _micro_batch([[row]])
+    return micro_batch_of([[row]])
 
 
 def pack(
@@ -166,9 +179,8 @@ def pack(
     share = len(groups) // rules.num_minibatches
     rows = list(_rows(groups, advantages, rules))
     parts = [[r for r in rows if r.group_index // share == m] for m in range(rules.num_minibatches)]
-    counts = sum_over_processes(
-        [float(n) for rows in parts for n in (len(rows), sum(r.num_loss_tokens for r in rows))]
-    )
+    mine = ((sum(r.part == 0 for r in rows), sum(r.num_loss_tokens for r in rows)) for rows in parts)
+    counts = sum_over_processes([float(n) for pair in mine for n in pair])
     tokens_per_step = sum(counts[1::2]) / rules.num_minibatches
     pairs = zip(counts[::2], counts[1::2], strict=True)
     return [_batch(rows, rules, *pair, tokens_per_step) for rows, pair in zip(parts, pairs, strict=True)]
@@ -182,16 +194,19 @@ def _rows(
             if completion.finish_reason != "abort" and completion.token_ids:
                 _check_row(group.prompt, completion, advantage)
                 in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
-                yield Row(group.prompt, completion, i, g, advantage, in_loss=in_loss)
+                of_episode = {"in_loss": in_loss, "num_episode_tokens": completion.num_sampled * in_loss}
+                further = (c.prompt_token_ids for c in completion.continuations)
+                prompts = [group.prompt, *(replace(group.prompt, token_ids=ids) for ids in further)]
+                begin = 0
+                for part, (prompt, row) in enumerate(zip(prompts, completion.rows, strict=True)):
+                    end = begin + len(row.token_ids)
+                    own = advantage if isinstance(advantage, float | int) else advantage[begin:end]
+                    yield Row(prompt, row, i, g, own, part=part, **of_episode)
+                    begin = end
 
 
 def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> None:
-    if completion.continuations:
-        raise ValueError(
-            f"a completion of prompt {prompt.id} goes on in {len(completion.continuations)} further rows, "
-            "and several rows of an episode cannot be trained on yet; keep the prefix of an episode as it was"
-        )
-    number = len(completion.token_ids)
+    number = sum(len(row.token_ids) for row in completion.rows)
     if not isinstance(advantage, float | int) and len(advantage) != number:
         raise ValueError(
             f"a completion of prompt {prompt.id} has {number} tokens and {len(advantage)} advantages; give "
@@ -202,14 +217,29 @@ def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> 
 def _batch(
     rows: list[Row], rules: PackRules, num_sequences: float, num_tokens: float, tokens_per_step: float
 ) -> Batch:
+    teaching = {row.episode for row in rows if not rules.skip_without_signal or any(row.loss_advantages)}
     kept = [
-        replace(row, weight=rules.row_weight(row.num_loss_tokens, num_sequences, num_tokens, tokens_per_step))
+        replace(
+            row, weight=rules.row_weight(row.num_episode_tokens, num_sequences, num_tokens, tokens_per_step)
+        )
         for row in rows
-        if row.num_loss_tokens and not (rules.skip_without_signal and not any(row.loss_advantages))
+        if row.num_loss_tokens and row.episode in teaching
     ]
-    blocks = _blocks(kept, rules.token_budget) if rules.share_prompts else [[row] for row in kept]
-    micro_batches = [_micro_batch(bin_) for bin_ in _bins(blocks, rules.token_budget)]
+    parcels = _parcels(kept, rules)
+    micro_batches = [micro_batch_of(bin_) for bin_ in _bins(parcels, rules.token_budget)]
     return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
+
+
+def _parcels(rows: list[Row], rules: PackRules) -> list[list[list[Row]]]:
+    """Blocks that belong into one micro-batch: one by one, but all blocks of an episode of several rows."""
+    number = Counter(row.episode for row in rows)
+    single = [row for row in rows if number[row.episode] == 1]
+    blocks = _blocks(single, rules.token_budget) if rules.share_prompts else [[row] for row in single]
+    several: dict[tuple[int, int], list[list[Row]]] = {}
+    for row in rows:
+        if number[row.episode] > 1:
+            several.setdefault(row.episode, []).append([row])
+    return [*([block] for block in blocks), *several.values()]
 
 
 def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
@@ -218,22 +248,21 @@ def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
     size, current = 0, None
     for row in rows:
         length = len(row.completion.token_ids)
-        if row.group_index != current or size + length > token_budget:
+        if (row.group_index, row.part) != current or row.part or size + length > token_budget:
             blocks.append([])
-            size, current = len(row.prompt.token_ids), row.group_index
+            size, current = len(row.prompt.token_ids), (row.group_index, row.part)
         blocks[-1].append(row)
         size += length
     return blocks
 
 
-def _bins(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
-    """As few bins as first-fit decreasing needs, filled evenly: the largest block into the emptiest bin.
+def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[Row]]]:
+    """As few bins as first-fit decreasing needs, filled evenly: the largest parcel into the emptiest bin.
 
     Even bins have a lower peak of memory than full ones and a small rest. Where the even filling does not
     stay within the budget, the first-fit one stands.
     """
-    lengths = [[len(row.completion.token_ids) for row in block] for block in blocks]
-    sizes = [len(block[0].prompt.token_ids) + sum(n) for block, n in zip(blocks, lengths, strict=True)]
+    sizes = [sum(_size(block) for block in parcel) for parcel in parcels]
     bins = first_fit(sizes, token_budget)
     even: list[list[int]] = [[] for _ in bins]
     filled = [0] * len(bins)
@@ -242,7 +271,12 @@ def _bins(blocks: list[list[Row]], token_budget: int) -> list[list[list[Row]]]:
         even[emptiest].append(i)
         filled[emptiest] += sizes[i]
     limit = max((sum(sizes[i] for i in bin_) for bin_ in bins), default=0)
-    return [[blocks[i] for i in bin_] for bin_ in (even if max(filled, default=0) <= limit else bins)]
+    chosen = even if max(filled, default=0) <= limit else bins
+    return [[block for i in bin_ for block in parcels[i]] for bin_ in chosen]
+
+
+def _size(block: list[Row]) -> int:
+    return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
 
 
 def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -260,7 +294,7 @@ def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
+def micro_batch_of(bin_: list[list[Row]]) -> MicroBatch:
     token_ids: list[int] = []
     positions: list[int] = []
     blocks: list[Block] = []
@@ -270,7 +304,7 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
     advantages: list[float] = []
     weights: list[float] = []
     behavior: list[float] = []
-    num_sequences = 0
+    numbers: dict[tuple[int, int], int] = {}
     for rows in bin_:
         prompt = rows[0].prompt.token_ids
         blocks.append(Block(len(token_ids), len(prompt), tuple(len(r.completion.token_ids) for r in rows)))
@@ -282,14 +316,13 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
             scored = [t for t, counts in enumerate(row.completion.loss_mask) if counts]
             columns += [start + t for t in scored]
             predecessors += [start + t - 1 if t else last_prompt_column for t in scored]
-            sequence_ids += [num_sequences] * len(scored)
+            sequence_ids += [numbers.setdefault(row.episode, len(numbers))] * len(scored)
             advantages += row.loss_advantages
             weights += [row.weight] * len(scored)
             if row.completion.behavior_logprobs:
                 behavior += [row.completion.behavior_logprobs[t] for t in scored]
             token_ids += ids
             positions += range(len(prompt), len(prompt) + len(ids))
-            num_sequences += 1
     if behavior and len(behavior) != len(columns):
         raise ValueError(
             "some completions of a batch carry behavior log-probs and others do not; ask the engine for all "
@@ -305,6 +338,6 @@ def _micro_batch(bin_: list[list[Row]]) -> MicroBatch:
         advantages_L=torch.tensor(advantages),
         weights_L=torch.tensor(weights),
         behavior_logprobs_L=torch.tensor(behavior) if behavior else None,
-        num_sequences=num_sequences,
+        num_sequences=len(numbers),
         rows=tuple(row for rows in bin_ for row in rows),
     )

@@ -16,10 +16,10 @@ Sum = Callable[[list[float]], list[float]]
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:
-    """Verdicts that are missing because a grader failed, not because it abstained by right; and how many
-    completions were graded, those that the engine aborted left out.
+    """Verdicts that are missing because a grader or an environment failed, not because it abstained by right;
+    and how many completions were graded, those that the engine aborted left out.
     """
-    graded = [r for c, r in _pairs(groups) if c.finish_reason != "abort"]
+    graded = [r for c, r in _pairs(groups) if c.finish_reason != "abort" or "fault" in c.facts]
     return [r for r in graded if r.score is None and r.reason not in NO_FAULT], len(graded)
 
 
@@ -50,26 +50,30 @@ def group_metrics(
     scored = {"reward": [r.score for _, r in live if r.score is not None]} | {
         f"reward/{name}": [p for _, r in pairs if (p := r.parts.get(name)) is not None] for name in weights
     }
-    lengths = [len(c.token_ids) for c, _ in live]
-    ages = [(step - span.policy_version, span.num_tokens) for c, _ in live for span in c.version_spans]
+    lengths = [c.num_sampled for c, _ in live]
+    spans = [span for c, _ in live for row in c.rows for span in row.version_spans]
+    ages = [(step - span.policy_version, span.num_tokens) for span in spans]
     ratios = {
-        "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
         "graders/faults": (len(faults), num_graded),
-        "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
-        "groups/all_wrong": (outcomes.count("all_wrong"), len(outcomes)),
-        "groups/without_spread": (len(outcomes) - outcomes.count("mixed"), len(outcomes)),
         "completion/length_mean": (sum(lengths), len(lengths)),
         "completion/truncated_share": (sum(c.finish_reason == "length" for c, _ in live), len(live)),
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
         "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
     }
+    if any(weights.values()):  # else a teacher alone teaches
+        ratios |= {
+            "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
+            "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
+            "groups/all_wrong": (outcomes.count("all_wrong"), len(outcomes)),
+            "groups/without_spread": (len(outcomes) - outcomes.count("mixed"), len(outcomes)),
+        }
     maxima = {
         "completion/length_max": max(lengths, default=0),
         "staleness/max": max((age for age, _ in ages), default=0),
     }
     minima = {"completion/length_min": min(lengths, default=0)}
     counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
-    counted["tokens/completion"] = sum(len(c.token_ids) for c, _ in _pairs(sampled))
+    counted["tokens/completion"] = sum(c.num_sampled for c, _ in _pairs(sampled))
     values = _moments(scored, world) | world.merged(ratios, maxima=maxima, minima=minima)
     return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
 
@@ -104,6 +108,6 @@ def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_proce
         return f"{sentence}, which count in nothing: {shown}"
     raise RuntimeError(
         f"{sentence}, more than rewards.max_fault_share={max_share}: {shown}. Nothing was trained on this "
-        "step; mend the reward function (`cohort score` runs it on saved rows) and start again: the run "
-        "resumes"
+        "step; mend the reward function (`cohort score` runs it on saved rows), or where the environment "
+        "failed its tools (environment.log), and start again: the run resumes"
     )

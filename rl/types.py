@@ -119,7 +119,17 @@ class Completion:
     @property
     def policy_version(self) -> int:
         """The oldest policy version that sampled a token of this completion; 0 if it has none."""
-        return min((span.policy_version for span in self.version_spans), default=0)
+        return min((span.policy_version for row in self.rows for span in row.version_spans), default=0)
+
+    @property
+    def rows(self) -> list[Completion]:
+        """This row and the further ones of its episode."""
+        return [self, *(further.completion for further in self.continuations)]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy chose, of all rows."""
+        return sum(sum(row.loss_mask) for row in self.rows)
 
 
 @dataclass(slots=True)

@@ -75,7 +75,7 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
     if not filled:
         return
     are_cut = cut_at_stop(tokenizer, filled, stop)
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     ids = [
         c.token_ids if is_cut else _without_ends(c, ends, special)
@@ -85,7 +85,7 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
         c.text = text
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
     """Ids that are special by name, and those that only the vocabulary marks as special."""
     try:
         marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -29,10 +29,12 @@ class Engine(Protocol):
     """
 
     name: str
-    version: int
     runs_alone: bool
     held_while_training: bool
     tensors: Mapping[str, HeldTensor]
+
+    @property
+    def version(self) -> int: ...
 
     @property
     def in_flight(self) -> int:

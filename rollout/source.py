@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rl.types import ALONE, Call, Prompt, SamplingParams, ScoredGroup, Scorer, Team, WeightStream
+from rl.types import ALONE, Call, Completion, Prompt, SamplingParams, ScoredGroup, Scorer, Team, WeightStream
 from rollout.engine import Engine, EngineError
 from rollout.in_flight import GroupSampling, InFlight, Request
 from rollout.prompts import PromptStream, deal, sampling_seed, shortest_cursor
@@ -198,7 +198,7 @@ class RolloutSource:
                 break
             for request, group in late:
                 self._sample_again(request, group)
-        if all(c.finish_reason == "abort" for group in groups for c in group.completions):
+        if all(is_engine_fault(c) for group in groups for c in group.completions):
             # `collect` hands failures out as data. Asked once more, the engine itself says why.
             self.engine.generate(self._in_flight.call(heads))
             raise EngineError(f"engine {self.engine.name} failed for all completions of {count} prompts")
@@ -217,16 +217,23 @@ class RolloutSource:
 
     def _age(self, group: ScoredGroup) -> int:
         """Versions between the oldest token of a group and the step to come; 0 for a group without tokens."""
-        versions = [span.policy_version for c in group.completions for span in c.version_spans]
+        rows = [row for c in group.completions for row in c.rows]
+        versions = [span.policy_version for row in rows for span in row.version_spans]
         return self.policy_version - min(versions, default=self.policy_version)
 
     def _counts(self, consumed: Sequence[ScoredGroup], *, rounds: int, replaced: int) -> dict[str, float]:
         sampled = [*consumed, *self._over_age]
-        num_tokens = sum(len(c.token_ids) for g in sampled for c in g.completions)
+        num_tokens = sum(c.num_sampled for g in sampled for c in g.completions)
         counts = {"rounds": rounds, "replaced": replaced, "sampled_tokens": num_tokens}
         if self.admission.max_staleness:
             counts |= {"over_age": len(self._over_age), "in_flight": self.engine.in_flight}
         return {name: float(number) for name, number in counts.items()}
+
+
+def is_engine_fault(completion: Completion) -> bool:
+    """Whether the engine gave it up, and not an environment."""
+    named = completion.facts.keys() & {"fault", "interrupted"}
+    return completion.finish_reason == "abort" and not named
 
 
 def sample_and_score(

@@ -108,9 +108,9 @@ def _check_variables(tokenizer: Any, variables: Mapping[str, Any], *, has_tools:
             )
     if has_tools and "tools" not in names:
         raise ValueError(
-            "the rows have a column 'tools', and the chat template has no place for them; set "
-            "model.chat_template to one that has, or give the column another name with data.rename={tools: "
-            "...}"
+            "the prompts come with tools, and the chat template has no place for them; set "
+            "model.chat_template to one that has. Tools are those of the environment, or a column 'tools' of "
+            "the rows, which data.rename={tools: ...} gives another name"
         )
 
 

@@ -51,6 +51,7 @@ def arguments(
         "prompts": list(prompts),
         "completions": list(completions),
         "completion_ids": completion_ids,
+        "completion_facts": None,
         "trainer_state": None,
         "log_extra": _ignore,
         "log_metric": _ignore,

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,8 @@ class Ticket:
         with self._lock:
             index = len(self._completions)
             self._completions.append(completion)
-            self._parts.append({asks.name: ABORTED for asks in self._grading.asks} if aborted else {})
+            verdict = _aborted(completion)
+            self._parts.append({asks.name: verdict for asks in self._grading.asks} if aborted else {})
             self._faults.append({})
             self._missing += 0 if aborted else len(self._grading.asks)
         for number, asks in enumerate(self._grading.asks):
@@ -109,6 +110,7 @@ class Ticket:
                 [{"role": "assistant", "content": c.text}] if chat else c.text for c in completions
             ],
             "completion_ids": None,
+            "completion_facts": None,
             "columns": self._columns[number],
             "step": max((span.policy_version for c in completions for span in c.version_spans), default=0),
             "deadline_s": max(self._grading.deadline_s, asks.time_limit_s) * len(indices),
@@ -117,6 +119,8 @@ class Ticket:
             message["prompt"] = [dict(m) for m in self._prompt.messages] if chat else self._prompt.text
         if "completion_ids" in asks.given:
             message["completion_ids"] = [c.token_ids for c in completions]
+        if "completion_facts" in asks.given:
+            message["completion_facts"] = [dict(c.facts) for c in completions]
         try:
             deadline_s, submit = message["deadline_s"], self._grading.graders.submit
             answer = submit(message, deadline_s=deadline_s, is_async=asks.is_async)
@@ -142,6 +146,12 @@ class Ticket:
             self._future.set_result(ScoredGroup(self._group, rewards))
         except Exception as error:  # a bug; whoever waits must see it
             self._future.set_exception(error)
+
+
+def _aborted(completion: Completion) -> Reward:
+    """Of a completion that is not graded: the engine gave it up, or its environment failed."""
+    fault = completion.facts.get("fault")
+    return replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode

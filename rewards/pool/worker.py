@@ -47,9 +47,9 @@ def main(parent_pid: int) -> None:
     # By lines: the process is killed, and would take a longer buffer along.
     sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(parent_pid)
+    die_with(parent_pid)
     faulthandler.enable()
-    hello = _read(requests)
+    hello = read_frame(requests)
     if hello is None:
         return
     server = Server(answers, hello["num_steps"])
@@ -58,9 +58,9 @@ def main(parent_pid: int) -> None:
     except Exception as error:
         server.send({"id": 0, "error": str(error)})
         return
-    _limit_memory(hello["memory_bytes"])
+    limit_memory(hello["memory_bytes"])
     server.send({"id": 0, "rewards": [reward.described() for reward in server.rewards]})
-    while (call := _read(requests)) is not None:
+    while (call := read_frame(requests)) is not None:
         server.serve(call)
 
 
@@ -126,7 +126,10 @@ class Server:
 def _arguments(reward: RewardFunction, call: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     n = len(call["completions"])
     columns = {name: [value] * n for name, value in call["columns"].items()}
-    extras = {"trainer_state": TrainerState(call["step"], num_steps)}
+    extras = {
+        "trainer_state": TrainerState(call["step"], num_steps),
+        "completion_facts": call["completion_facts"],
+    }
     prompts, said, ids = [call["prompt"]] * n, call["completions"], call["completion_ids"]
     return arguments(reward, prompts, said, ids, columns, extras)
 
@@ -178,7 +181,7 @@ def _brief(error: BaseException) -> str:
         return "(its message cannot be shown)"
 
 
-def _read(requests: Any) -> dict[str, Any] | None:
+def read_frame(requests: Any) -> dict[str, Any] | None:
     header: Sequence[int] | bytes = requests.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
@@ -187,7 +190,7 @@ def _read(requests: Any) -> dict[str, Any] | None:
     return json.loads(body) if len(body) == size else None
 
 
-def _die_with(parent_pid: int) -> None:
+def die_with(parent_pid: int) -> None:
     """The kernel kills this process when the thread that started it ends (Linux; elsewhere stdin ends)."""
     if sys.platform == "linux":
         import ctypes
@@ -197,7 +200,7 @@ def _die_with(parent_pid: int) -> None:
         os._exit(0)
 
 
-def _limit_memory(memory_bytes: int) -> None:
+def limit_memory(memory_bytes: int) -> None:
     """Caps the address space at what is mapped now (imports too) plus `memory_bytes`; no core dumps."""
     import resource
 

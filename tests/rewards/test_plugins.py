@@ -63,6 +63,15 @@ def test_columns_come_from_the_signature():
     assert not reward.takes("anything")
 
 
+def test_facts_of_episodes_go_only_to_those_that_name_them():
+    """A function of TRL's that hands its keywords on gets what TRL gives, and nothing of ours."""
+    anything = load_reward(lambda completions, **rest: [0.0], name="f")
+    assert {"prompts", "trainer_state", "log_metric"} < set(anything.given)
+    assert "completion_facts" not in anything.given
+    named = load_reward(lambda completions, completion_facts, **rest: [0.0], name="g")
+    assert "completion_facts" in named.given
+
+
 def test_options_bind_parameters_and_win_over_a_column_of_the_same_name():
     assert scores("rewards_for_tests:exact", ["a"], answer=["a"], options={"bonus": 0.5}) == [1.5]
     assert scores("rewards_for_tests:exact", ["a"], answer=["a"], bonus=[9.0], options={"bonus": 0.5}) == [

@@ -120,11 +120,22 @@ def test_advantages_may_stand_per_token_and_reach_the_loss_tokens():
         pack([group], [[[0.5, 1.0], 2.0]], rules())
 
 
-def test_further_rows_of_an_episode_are_refused_and_not_dropped():
+def test_further_rows_of_an_episode_stand_behind_prompts_of_their_own():
+    """One sequence of 3 loss tokens beside another of one; an advantage for each token of all rows."""
     first = completion([1, 2])
     first.continuations = [Continuation((7, 8), completion([3]))]
-    with pytest.raises(ValueError, match="of prompt p goes on in 1 further rows, and several rows"):
-        pack([scored([9], first)], [[1.0]], rules())
+    (batch,) = pack([scored([9], first, completion([4]))], [[[0.5, 0.25, -1.0], 2.0]], rules())
+    assert (batch.num_sequences, batch.num_loss_tokens) == (2, 4)
+    (m,) = batch.micro_batches
+    rows = {
+        tuple(ids.tolist()): m.sequence_ids_L[m.columns_L == start].item() for ids, _, start in m.sequences()
+    }
+    assert rows.keys() == {(9, 1, 2), (7, 8, 3), (9, 4)}
+    assert rows[9, 1, 2] == rows[7, 8, 3] != rows[9, 4]
+    by_token = dict(zip(m.targets_L.tolist(), m.advantages_L.tolist(), strict=True))
+    assert by_token == {1: 0.5, 2: 0.25, 3: -1.0, 4: 2.0}
+    with pytest.raises(ValueError, match="of prompt p has 3 tokens and 2 advantages"):
+        pack([scored([9], first)], [[[0.5, 0.25]]], rules())
 
 
 def test_a_row_knows_its_group_and_its_index_in_it():

@@ -1,0 +1,71 @@
+"""A process in which environments run, so that one that hangs can be killed. Only JSON frames cross."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from recipes.environments import load
+from rewards.pool.worker import die_with, encode_frame, limit_memory, read_frame
+from rollout.environment import Environment, EnvironmentFault, Episode, Turn, checked_reply
+
+MAX_CHARACTERS = 1 << 18  # of a message; more than a model reads
+MAX_TEXT = 500
+
+
+def main(parent_pid: int) -> None:
+    """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent_pid)
+    hello = read_frame(requests)
+    if hello is None:
+        return
+
+    def send(message: Mapping[str, Any]) -> None:
+        answers.write(encode_frame(message))
+        answers.flush()
+
+    try:
+        environment = load(hello["name"], hello["options"])
+        send({"tools": list(environment.tools), "repeatable": bool(environment.repeatable)})
+    except Exception as error:
+        send({"error": str(error)})
+        return
+    limit_memory(hello["memory_bytes"])
+    episodes: dict[int, Episode] = {}
+    while (call := read_frame(requests)) is not None:
+        send(_answer(environment, episodes, call))
+
+
+def _answer(
+    environment: Environment, episodes: dict[int, Episode], call: Mapping[str, Any]
+) -> dict[str, Any]:
+    try:
+        if "turn" not in call:
+            if (over := episodes.pop(call["episode"], None)) is not None:
+                over.close()
+            return {}
+        if "open" in call:
+            episodes[call["episode"]] = environment.open(**call["open"])
+        reply = asdict(checked_reply(episodes[call["episode"]].step(Turn(**call["turn"]))))
+        for message in reply["messages"]:
+            message["content"] = message["content"][:MAX_CHARACTERS]
+        return {"reply": reply}
+    except EnvironmentFault as error:
+        return {"fault": str(error)[:MAX_TEXT]}
+    except BaseException as error:  # also SystemExit: whatever an environment raises is its own
+        error.__traceback__ = None  # its frames may hold what filled the memory
+        # What is left of such a heap is not to be trusted with other episodes.
+        return {
+            "fault": f"{type(error).__name__}: {error}"[:MAX_TEXT],
+            "ends": isinstance(error, MemoryError),
+        }

@@ -1,0 +1,201 @@
+"""One episode while it is played: its rows of segments, its rewards, and the completion they become."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rl.types import (
+    Call,
+    Completion,
+    Continuation,
+    FinishReason,
+    Message,
+    Prompt,
+    Segment,
+    VersionSpan,
+)
+from rollout.environment import Episode, Reply
+from rollout.sampler import completion_seed
+from rollout.turns import Step, Talk, Tokens
+
+
+@dataclass(slots=True)
+class Row:
+    """A prompt and what followed it, as segments; log-probs of tokens that nobody sampled are 0."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    routes: list[tuple[int, Any]] = field(default_factory=list)
+
+    def add_turn(self, turn: Completion) -> None:
+        if turn.routes is not None:
+            self.routes.append((len(self.token_ids), turn.routes))
+        self.token_ids += turn.token_ids
+        self.logprobs += turn.behavior_logprobs
+        self.mask += [True] * len(turn.token_ids)
+        self.segments.append(Segment("sampled", len(turn.token_ids)))
+        for span in turn.version_spans:
+            self._span(span.policy_version, span.num_tokens)
+
+    def add_others(self, tokens: Tokens, *, with_logprobs: bool) -> None:
+        """Adds tokens that nobody sampled; their version is that of the turn before them."""
+        for token, origin in tokens:
+            self.token_ids.append(token)
+            if self.segments and self.segments[-1].origin == origin:
+                self.segments[-1] = Segment(origin, self.segments[-1].num_tokens + 1)
+            else:
+                self.segments.append(Segment(origin, 1))
+        self.mask += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens) if with_logprobs else []
+        if tokens:
+            self._span(self.spans[-1].policy_version, len(tokens))
+
+    def _span(self, version: int, number: int) -> None:
+        if self.spans and self.spans[-1].policy_version == version:
+            number += self.spans.pop().num_tokens
+        self.spans.append(VersionSpan(version, number))
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    def completion(self, reason: FinishReason, text: str) -> Completion:
+        found = Completion(self.token_ids, self.logprobs, self.mask, reason, self.spans, text)
+        found.segments = self.segments
+        if self.routes:
+            arrays = [routes for _, routes in self.routes]
+            kind = np.result_type(*arrays)
+            found.routes = np.full((len(self.token_ids), *arrays[0].shape[1:]), -1, kind)
+            for begin, routes in self.routes:
+                found.routes[begin : begin + len(routes)] = routes
+        return found
+
+
+@dataclass(eq=False)
+class Play:
+    """An episode: completion `index` of a prompt.
+
+    Attributes:
+        call: what was asked for; its sampling's `max_completion_length` is of the episode.
+        number: of the episode in the order in which they were submitted.
+        turn: number of the turn that is sampled, or was sampled last.
+        counts: numbers of the facts, summed over the turns.
+        said: the conversation behind the prompt, for readers.
+        last, shown: the turn that was sampled last; the messages that follow it, as the model gets them.
+    """
+
+    prompt: Prompt
+    seed: int
+    index: int
+    call: Call
+    number: int
+    is_journaled: bool
+    turn: int = 0
+    rows: list[Row] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    said: list[dict[str, Any]] = field(default_factory=list)
+    last: Completion | None = None
+    shown: list[Message] = field(default_factory=list)
+    episode: Episode | None = None
+    state: Any = None
+    is_dropped: bool = False
+
+    def __post_init__(self) -> None:
+        self.talk = Talk(self.prompt)
+        self.rows.append(Row(self.prompt.token_ids))
+
+    @property
+    def row(self) -> Row:
+        return self.rows[-1]
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt of the turn to come: all tokens of the row, as they are."""
+        ids = (*self.row.prompt_token_ids, *self.row.token_ids)
+        return Prompt(f"{self.prompt.id}, completion {self.index}, turn {self.turn}", "", ids)
+
+    @property
+    def turn_seed(self) -> int:
+        return completion_seed(completion_seed(self.seed, self.index), self.turn)
+
+    @property
+    def key(self) -> str:
+        """Of the turn in a journal: who asks, and a hash of all that the environment is asked with."""
+        said = json.dumps([self.seed, [(r.prompt_token_ids, r.token_ids) for r in self.rows]])
+        digest = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+        return f"{self.prompt.id}/{self.index}/{self.turn}/{digest}"
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(sum(row.mask) for row in self.rows)
+
+    @property
+    def room(self) -> int:
+        return self.room_behind(self.row.length)
+
+    def room_behind(self, length: int) -> int:
+        """Tokens that may still be sampled behind so many of a row: the episode samples no more than a
+        completion may have, and no row is longer than the prompt with one.
+        """
+        limit = self.call.sampling.max_completion_length
+        return min(limit - self.num_sampled, len(self.prompt.token_ids) + limit - length)
+
+    def add_turn(self, turn: Completion, said: str, ending: str) -> None:
+        self.last = turn
+        self.row.add_turn(turn)
+        self.talk.say(said, ending)
+        self.said.append({"role": "assistant", "content": turn.text})
+
+    def add_reply(self, reply: Reply) -> None:
+        self.rewards.append(reply.reward)
+        self.state = reply.state
+        self.counts.update({k: v for k, v in reply.facts.items() if isinstance(v, int | float)})
+        self.said += [{"role": m["role"], "content": m["content"]} for m in reply.messages]
+
+    def add_step(self, step: Step) -> bool:
+        """Adds what stands between the last turn and the next, unless it leaves no room for that; whether it
+        did. An end of turn that was sampled stays, and is not put behind itself again.
+        """
+        tokens = step.tokens
+        self.counts["drift"] += step.has_drifted
+        if self.talk.ending and self.last and not step.is_new_row:
+            is_same = bool(tokens) and tokens[0][0] == self.last.token_ids[-1]
+            self.counts["drift"] += not (is_same or step.has_drifted)
+            tokens = tokens[1:] if is_same else tokens
+        if self.room_behind(len(tokens) + (0 if step.is_new_row else self.row.length)) <= 0:
+            return False
+        if step.is_new_row:
+            self.rows.append(Row(tuple(token for token, _ in tokens)))
+        else:
+            self.row.add_others(tokens, with_logprobs=self.call.with_logprobs)
+        self.turn += 1
+        return True
+
+    def completion(self, reason: FinishReason, facts: Mapping[str, Any]) -> Completion:
+        """The episode as a completion: a row, and further ones where its prefix changed. Its text is that of
+        the last turn.
+        """
+        rows = self.rows
+        texts = ["" for _ in rows[:-1]] + [self.last.text if self.last else ""]
+        first, *others = [row.completion(reason, text) for row, text in zip(rows, texts, strict=True)]
+        first.text = texts[-1]
+        first.continuations = [
+            Continuation(row.prompt_token_ids, c) for row, c in zip(rows[1:], others, strict=True)
+        ]
+        numbers = {name: value for name, value in self.counts.items() if value}
+        num_turns = sum(segment.origin == "sampled" for row in rows for segment in row.segments)
+        rewards = [*self.rewards, *[None] * (num_turns - len(self.rewards))]
+        first.facts = {"rewards": rewards, "said": self.said, "counts": numbers, **facts}
+        return first
