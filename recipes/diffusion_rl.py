@@ -42,6 +42,11 @@ def denoising_params(config: MaskedRunConfig, sampling: SamplingConfig) -> Denoi
 
 def check_canvas(config: MaskedRunConfig) -> None:
     """Refuses lengths and steps that do not fit each other, before anything is loaded."""
+    if config.train.sharding not in ("auto", "none"):
+        raise ValueError(
+            f"train.sharding={config.train.sharding} splits causal models, and this run trains a diffusion "
+            "model with rewards; use train.sharding=none, and model.lora where memory is short"
+        )
     sections = {"sampling": config.sampling}
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling

@@ -19,11 +19,13 @@ from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import ENGINE_LOG, naming, said_of_start, size_of, start_into
+from recipes.environments.wiring import open_environment, playing, schema_hash, with_tools
+from recipes.environments.workers import Workers
 from recipes.evaluation.heldout import make_evaluator
 from recipes.finished import is_finished
 from recipes.fit import Fitted, fit_to_cards
-from recipes.kinds import kind_of
-from recipes.models import open_adapter, resolve_model
+from recipes.kinds import kind_of, make_models
+from recipes.models import open_adapter, resolve_model, teacher_model
 from recipes.program import (
     call_program,
     first_line,
@@ -31,12 +33,12 @@ from recipes.program import (
     recipe_main,
     refuse_reimport,
     run_program,
-    share_start,
     without_change,
 )
 from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
 from recipes.tasks.many import SomePrompts, train_prompts
+from recipes.tasks.overlap import settle_overlap
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
 from rewards.compose import reward_specs
 from rewards.functions import Origins, name_functions, origin_of, sources_of
@@ -48,7 +50,6 @@ from rl.model.loading import base_of
 from rl.model.saving import check_saving
 from rl.optimizer import make_optimizer
 from rl.phases import Phases, StopSignal
-from rl.references import make_reference
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
@@ -59,6 +60,7 @@ from rl.store.folder import EvaluationLog, claim_inputs, heldout_ends, read_resu
 from rl.store.inputs import file_fingerprints, fingerprints
 from rl.store.ledger import Ledger
 from rl.store.metrics import MetricsLog
+from rl.teacher import check_tokenizers
 from rl.train import train
 from rl.types import Prompt
 from rl.world import World
@@ -168,17 +170,14 @@ def build(
     with ExitStack() as closing:
         scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
-        inputs = read_inputs(config, scorer, world, display)
-        model, longest = inputs.model, inputs.longest
-        with display.phase("the model to load"):
-            policy = kind.policy(config, model, world.accelerator, inputs.tokenizer, longest, display.note)
-        share_start(policy, world)
-        moves = config.model.reference.update_every > 0
-        reference = make_reference(policy, moves=moves) if config.loss.kl_coef > 0 else None
+        inputs = read_inputs(config, scorer, world, display, closing)
+        model, longest, heldout = inputs.model, inputs.longest, inputs.heldout
+        policy, reference, teacher = make_models(config, model, world, inputs.tokenizer, longest, display)
         with display.phase("a full micro-batch to be tried"):
-            fitted.compare(kind.try_out(config, policy, reference), display.note)
+            fitted.compare(kind.try_out(config, policy, reference, teacher), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
         engine = _started(config, lambda: kind.engine(config, model, policy, longest, display.note), display)
+        engine = playing(engine, inputs.environment, config, inputs.tokenizer, model, world.rank)
         closing.callback(engine.close)
         display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
@@ -186,12 +185,12 @@ def build(
         closing.callback(source.close)
         observer = RunObserver(display, config, is_main=world.is_main, each_step=kind.each_step(policy))
         closing.callback(observer.close)
-        heldout = inputs.heldout
         run = Run(
             config=config,
             world=world,
             policy=policy,
             reference=reference,
+            teacher=teacher,
             optimizer=make_optimizer(policy.trainable(), config.optimizer),
             source=source,
             measure=make_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
@@ -231,33 +230,50 @@ class Inputs:
     prompts: Sequence[Prompt]
     heldout: list[Prompt]
     longest: int
+    environment: Workers | None
 
 
-def read_inputs(config: Config, scorer: RewardPool, world: World, display: Display) -> Inputs:
+def read_inputs(
+    config: Config, scorer: RewardPool, world: World, display: Display, closing: ExitStack
+) -> Inputs:
     """Prompts of training and held-out ones, rendered; rows, tokenizer and model are those the run began
-    with.
+    with. `closing` ends the environment.
     """
+    environment = open_environment(config, closing)
     held = config.heldout_data
-    rows, heldout_rows = load_sets(config, display.note)
+    rows, heldout_rows = (with_tools(some, environment) for some in load_sets(config, display.note))
     scorer.check_columns(*grader_columns(config.data, rows))
     if held:
         scorer.check_columns(*grader_columns(held, heldout_rows))
     named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)
+    teacher = teacher_model(config.teacher) if config.teacher else None
+    if teacher is not None:
+        check_tokenizers(teacher, tokenizer, config.longest_sequence)
     if world.is_main:
         sections = {"data": rows, "evaluation data": heldout_rows if held else None}
         names = [spec.name for spec in config.rewards.functions]
         found = fingerprints(named.name, tokenizer, sections, revision=named.revision, rewards=names)
         if (base := base_of(named)) is not named:
-            found["base model"] = fingerprints(base.name, None, {}, revision=base.revision).get("model", {})
+            found["base model"] = _fingerprint(base)
+        if teacher is not None:
+            found["teacher"] = _fingerprint(base_of(teacher)) | _fingerprint(teacher)
         found["rewards"] |= sources_of(scorer.specs)
         found |= file_fingerprints({"moe.trained_experts": config.moe.trained_experts})
+        if environment is not None:
+            found["environment"] = {"tools": schema_hash(environment.tools)}
         claim_inputs(config, found, display.warn)
     said = {"template_file": model.chat_template, "note": display.note}
     heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
+    rows = settle_overlap(config, rows, heldout_rows, display.warn)
     prompts = train_prompts(config, rows, heldout, tokenizer, **said)
-    return Inputs(model, tokenizer, prompts, heldout, _longest(config, prompts, heldout))
+    longest = _longest(config, prompts, heldout)
+    return Inputs(model, tokenizer, prompts, heldout, longest, environment)
+
+
+def _fingerprint(model: ModelConfig) -> dict[str, str]:
+    return fingerprints(model.name, None, {}, revision=model.revision).get("model", {})
 
 
 def _go_on(run: Run, observer: RunObserver) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from recipes import diffusion_rl
 from recipes.engines import make_engine
+from recipes.models import teacher_model
 from rl.causal import CausalPolicy
 from rl.config import Config, ModelConfig
 from rl.config.diffusion import DiffusionConfig
@@ -29,10 +30,14 @@ from rl.moe.kernels import choose_experts
 from rl.moe.policy import METRICS as MOE_METRICS
 from rl.moe.policy import MoePolicy, with_experts
 from rl.plan.probe import probe
-from rl.plan.sizes import ModelSize, NoPrediction
+from rl.plan.sizes import ModelSize, NoPrediction, count_parameters
 from rl.policy import Reference
+from rl.references import make_reference
+from rl.report.display import Display
+from rl.sharded import ShardedPolicy
 from rl.store.folder import write_atomically
 from rl.store.metrics import Metric
+from rl.teacher import Teacher
 from rl.update import pack_rules
 from rl.world import World
 from rollout.engine import Engine
@@ -50,8 +55,8 @@ class Kind:
         tokenizer: (config, model).
         policy: (config, model, accelerator, tokenizer, tokens of the longest sequence, note); ready to train.
         engine: (config, model, policy, tokens of the longest sequence, note), with the model's weights.
-        try_out: (config, policy, reference); bytes that a pass of the largest size held, so that what does
-            not fit fails before the engine starts; None where it is not tried.
+        try_out: (config, policy, reference, teacher); bytes that a pass of the largest size held, so that
+            what does not fit fails before the engine starts; None where it is not tried.
         metrics: what its policy reports besides `rl.store.metrics.METRICS`.
         each_step: (policy); what is told the number of each step that ended, on the main process.
     """
@@ -60,13 +65,44 @@ class Kind:
     tokenizer: Callable[[Any, ModelConfig], Any]
     policy: Callable[[Any, ModelConfig, Accelerator, Any, int, Say], Any]
     engine: Callable[[Any, ModelConfig, Any, int, Say], Engine]
-    try_out: Callable[[Any, Any, Reference | None], int | None]
+    try_out: Callable[[Any, Any, Reference | None, Teacher | None], int | None]
     metrics: tuple[Metric, ...] = ()
     each_step: Callable[[Any], Callable[[int], object]] = lambda policy: int
 
 
 def kind_of(config: Config) -> Kind:
     return KINDS[type(config)]
+
+
+def make_models(
+    config: Config, model: ModelConfig, world: World, tokenizer: Any, longest: int, display: Display
+) -> tuple[Any, Reference | None, Teacher | None]:
+    """The policy, the reference of the KL term and the teacher. `train.sharding` splits the weights of the
+    first two; every process has a whole teacher.
+    """
+    with display.phase("the model to load"):
+        policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest, display.note)
+    world.share(parameter.data for _, parameter in policy.trainable())
+    reference, teacher = _frozen(config, policy, longest, display)
+    sharding = config.train.sharding
+    if sharding in ("full", "hybrid") and world.size == 1:
+        display.note(f"train.sharding={sharding}: one process holds all weights")
+    elif sharding in ("full", "hybrid"):
+        policy = ShardedPolicy(policy, reference, sharding=sharding, sent=engine_dtype(config))
+    return policy, reference, teacher
+
+
+def _frozen(
+    config: Config, policy: Any, longest: int, display: Display
+) -> tuple[Reference | None, Teacher | None]:
+    """The reference of the KL term, and the teacher."""
+    moves = config.model.reference.update_every > 0
+    reference = make_reference(policy, moves=moves) if config.loss.kl_coef > 0 else None
+    if config.teacher is None:
+        return reference, None
+    with display.phase("the teacher to load"):
+        model = teacher_model(config.teacher)
+        return reference, Teacher(config.teacher, model, policy, longest=longest, note=display.note)
 
 
 def causal_tokenizer(config: Config, model: ModelConfig) -> Any:
@@ -166,10 +202,12 @@ def causal_engine(config: Config, model: ModelConfig, policy: Any, longest: int,
     return engine
 
 
-def try_out_causal(config: Config, policy: CausalPolicy, reference: Reference | None) -> int | None:
+def try_out_causal(
+    config: Config, policy: CausalPolicy, reference: Reference | None, teacher: Teacher | None
+) -> int | None:
     if policy.device.type != "cuda":
         return None
-    return probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts), reference)
+    return probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts), reference, teacher)
 
 
 def has_fused_layers(model: ModelConfig) -> bool:
@@ -192,7 +230,10 @@ def adapt(model: Any, config: ModelConfig) -> None:
 
 def causal_size(config: Config, model: ModelConfig) -> ModelSize:
     refuse_masked(model.name, model.revision)
-    return counted(config, read_config(model), fused=has_fused_layers(model))
+    size = counted(config, read_config(model), fused=has_fused_layers(model))
+    if config.teacher is None:
+        return size
+    return replace(size, teacher=count_parameters(read_config(teacher_model(config.teacher))))
 
 
 def text_size(config: DiffusionConfig, model: ModelConfig) -> ModelSize:
@@ -259,6 +300,6 @@ KINDS: dict[type[Config], Kind] = {
         tokenizer=lambda config, model: load_diffusion_tokenizer(model),
         policy=diffusion_rl.make_masked_policy,
         engine=masked_engine,
-        try_out=lambda config, policy, reference: None,
+        try_out=lambda config, policy, reference, teacher: None,
     ),
 }

@@ -21,7 +21,6 @@ from recipes.program import (
     make_deterministic,
     recipe_main,
     run_program,
-    share_start,
     without_change,
 )
 from recipes.tasks import find_modules_beside, load_rows
@@ -98,7 +97,7 @@ def build(
         )
     policy = _load(config, world, {"data": rows, "evaluation data": heldout_rows}, display)
     examples, padding = _examples(config, rows, policy, display)
-    share_start(policy, world)
+    world.share(parameter.data for _, parameter in policy.trainable())
     if config.train.shard:
         policy.shard()
     display.head(first_line(config, policy, rows=len(examples), engine=""))

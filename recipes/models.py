@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from rl.config import ModelConfig
+from rl.config.teacher import TeacherConfig
 from rl.diffusion.saved_config import refuse_masked
 from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import difference
@@ -52,6 +53,12 @@ def resolve_model(name: str) -> str:
             f"{folder}.lock"
         ) from None
     return str(folder)
+
+
+def teacher_model(teacher: TeacherConfig) -> ModelConfig:
+    """How the model of a teacher is loaded."""
+    found = teacher.model_dump(include={"revision", "dtype"})
+    return ModelConfig(name=resolve_model(teacher.name), **found)
 
 
 def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable[[str], None]) -> ModelConfig:

@@ -13,12 +13,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 
 from recipes.cli.command import raise_open_files, run_command, say_fault
 from recipes.fit import Fitted
 from rl.phases import StopSignal, stop_with_launcher
-from rl.policy import Trained
 from rl.report.display import Display
 from rl.report.safe_stream import say
 from rl.report.verdict import judge_run
@@ -95,13 +93,15 @@ def refuse_reimport() -> None:
         )
 
 
-def _refuse_shards(kind: DistributedType) -> None:
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"accelerate is set up for {kind.value}, and recipes place the weights themselves; launch with "
-            "--multi_gpu (recipes.llada splits them with train.shard=true; recipes.grpo keeps a whole copy "
-            "in every process, and model.lora fits a larger model)"
-        )
+def _refuse_shards() -> None:
+    """accelerate's FSDP would reduce gradients in bf16, and on a CPU it is dropped in silence."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate is set up for {name}, and recipes split the weights themselves: launch with "
+                "--multi_gpu, or by cohort train CONFIG --processes N, and set train.sharding=full "
+                "(recipes.llada: train.shard=true)"
+            )
 
 
 def run_program(
@@ -126,15 +126,15 @@ def run_program(
         judged: the verdict's rules hold for this kind of run.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _refuse_shards()
     accelerator = make_accelerator(engine_timeout_s)
     world = World(accelerator)
     stop.any_process = world.any
-    _refuse_shards(accelerator.distributed_type)
     fitted = settle(world)
     config = fitted.config
     with RunLock(config.run_dir) if world.is_main else nullcontext():
         if world.is_main:
-            claim_config(config, planned=fitted.chosen, change=change)
+            claim_config(config, planned=fitted.planned, change=change)
             if not has_steps(config.run_dir):
                 fitted.write()
         world.wait()
@@ -194,10 +194,3 @@ def make_deterministic(seed: int, *, kernels: bool) -> None:
     if kernels and not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def share_start(policy: Trained, world: World) -> None:
-    """Every process begins with the main one's trainable weights."""
-    if world.size > 1:
-        for _, parameter in policy.trainable():
-            torch.distributed.broadcast(parameter.data, 0)

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,14 +68,20 @@ class CausalScorer(nn.Module):
 
     def forward(
         self, batch: MicroBatch, temperature: float, ids_LK: Int[Tensor, "L K"] | None = None
-    ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"], Float[Tensor, "L K"] | None]:
-        """Log-prob of each loss token, entropy, and log-probs of the asked ids; nats, at the temperature."""
-        hidden_LD = self.hidden(batch)
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.answers(self.hidden(batch), batch, temperature, ids_LK)
+
+    def answers(
+        self, hidden_LD: Float[Tensor, "L D"], batch: MicroBatch, temperature: float, ids_LK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Log-prob and entropy of each loss token; log-probs of asked ids, and of all others together."""
         found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
         if ids_LK is None:
-            return *found, None
-        given = (self.model, hidden_LD, ids_LK, batch.targets_L, found[0])
-        return *found, asked_logprobs(*given, temperature=temperature)
+            return *found, None, None
+        return *found, *asked_logprobs(self.model, hidden_LD, ids_LK, temperature=temperature)
+
+    def own_logprobs(self, ids_T: Int[Tensor, " T"]) -> Float[Tensor, " n"]:
+        return own_logprobs(self.model, ids_T)
 
     def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         """What the head makes log-probs of."""
@@ -92,12 +99,12 @@ class CausalScorer(nn.Module):
     def _row_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         """One sequence at a time through the model's own attention: slow, exact, for any model."""
         pieces, below = [], exactness.backbone(self.model)
-        for sequence, (row, prompt_length, start) in enumerate(batch.sequences()):
+        for row, prompt_length, start in batch.sequences():
             self.check_length(len(row))
             hidden_TD = below(input_ids=row[None], use_cache=False).last_hidden_state[0]
             # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
-            columns = batch.columns_L[batch.sequence_ids_L == sequence]
-            pieces.append(hidden_TD[columns - start + prompt_length - 1])
+            own = batch.columns_L[batch.columns_L >= start] - start
+            pieces.append(hidden_TD[own[own < len(row) - prompt_length] + prompt_length - 1])
         return torch.cat(pieces)
 
 
@@ -279,9 +286,7 @@ class CausalPolicy:
         """Under the sampling distribution: temperature applied."""
         return self.score_by(self.scorer, prepared, ids_LK=ids_LK)
 
-    def score_by(
-        self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None
-    ) -> Scores:
+    def score_by(self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Tensor | None = None) -> Scores:
         with self.autocast():
             return Scores(*scorer(prepared.batch, self.temperature, ids_LK))
 
@@ -325,22 +330,21 @@ class CausalPolicy:
         ids, training = torch.tensor(self.canary_ids, device=self.device), self.scorer.training
         self.scorer.eval()
         with self.in_rows(), self.autocast():
-            logprobs = own_logprobs(self.model, ids)
+            logprobs = self.scorer.own_logprobs(ids)
         self.scorer.train(training)
         return ids.tolist(), logprobs.tolist()
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, save: Callable[[Path], None] | None = None) -> None:
         """Plain Hugging Face form: the model's folder, or the adapter's with LoRA; the tokenizer beside it.
 
-        Weights keep their storage dtype; config.json names the compute dtype, by which others load it.
+        Weights keep their dtype; config.json names the compute dtype, by which others load them. `save`
+        writes what other processes do not; default: all.
         """
-        target = self.peft_model or self.model
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         with self.in_rows():
-            save_model(target, self.model, folder)
+            (save or partial(save_model, self.peft_model or self.model, self.model))(folder)
         self.tokenizer.save_pretrained(folder)
         config_file = folder / "config.json"
         if config_file.exists():
-            config_file.write_text(
-                json.dumps(json.loads(config_file.read_text()) | {"dtype": compute}, indent=2) + "\n"
-            )
+            tree = json.loads(config_file.read_text()) | {"dtype": compute}
+            config_file.write_text(json.dumps(tree, indent=2) + "\n")

@@ -147,6 +147,9 @@ def stop_with_launcher() -> None:
 
     `accelerate launch` ends on a SIGTERM without passing it on, which would leave an orphan that trains on.
     """
-    launched = "COHORT_LAUNCHED" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    launcher = os.environ.get("COHORT_LAUNCHED")
+    launched = launcher is not None or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if launcher is not None and os.getppid() != int(launcher):  # it ended before that
+            signal.raise_signal(signal.SIGTERM)

@@ -42,6 +42,8 @@ class Scores:
 
     Attributes:
         logprobs_LK: log-probs of the K asked ids at each loss token.
+        rest_L: log of the mass of all ids that were not asked for.
+        ids_LK: the asked ids, where the model chose them itself.
         extra_loss: a scalar that is added to the loss, such as a balance of experts; its share of the step's.
         metrics: name -> (sum, count) over what this micro-batch holds.
     """
@@ -49,6 +51,8 @@ class Scores:
     logprobs_L: Float[Tensor, " L"]
     entropy_L: Float[Tensor, " L"]
     logprobs_LK: Float[Tensor, "L K"] | None = None
+    rest_L: Float[Tensor, " L"] | None = None
+    ids_LK: Int[Tensor, "L K"] | None = None
     extra_loss: Tensor | None = None
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

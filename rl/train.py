@@ -14,10 +14,10 @@ from rl.driver import count_bad_steps, every, steps
 from rl.optimizer import set_learning_rate
 from rl.record import check_faults, group_metrics
 from rl.run import Run
-from rl.types import ScoredGroup
+from rl.types import Advantage, ScoredGroup
 from rl.update import UpdateResult, pack_rules, update_policy
 
-Advantages = list[list[float]]
+Advantages = list[list[Advantage]]
 
 
 def train(run: Run) -> int:
@@ -43,6 +43,7 @@ def train(run: Run) -> int:
                 config.loss,
                 world=run.world,
                 reference=run.reference,
+                teacher=run.teacher,
                 num_epochs=config.train.num_epochs,
                 max_grad_norm=config.optimizer.max_grad_norm,
             )

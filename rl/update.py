@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from rl.batch import Batch, PackRules
 from rl.config import Config, LossConfig
 from rl.losses import LOSSES, LossInputs, LossOutput, aggregation_weight, policy_loss
 from rl.policy import Policy, Prepared, Reference, Scores
+from rl.teacher import Teacher, lesson
 from rl.world import World
 
 
@@ -52,6 +53,7 @@ class Part:
     prepared: list[Prepared]
     old: list[Tensor | None]
     reference: list[Tensor | None]
+    taught: list[Scores | None]
 
 
 def update_policy(
@@ -62,6 +64,7 @@ def update_policy(
     *,
     world: World,
     reference: Reference | None = None,
+    teacher: Teacher | None = None,
     num_epochs: int = 1,
     max_grad_norm: float = 1.0,
 ) -> UpdateResult:
@@ -74,7 +77,7 @@ def update_policy(
     """
     tally, result = Tally(), UpdateResult({})
     draws = range(num_epochs if policy.redraws else 1)
-    parts = [_part(policy, batch, reference, draw) for draw in draws for batch in batches]
+    parts = [_part(policy, batch, reference, teacher, draw) for draw in draws for batch in batches]
     for part in parts[1:]:
         with torch.no_grad():
             part.old = [policy.score(p).logprobs_L for p in part.prepared]
@@ -82,8 +85,9 @@ def update_policy(
         if not world.any(any(not p.is_idle for p in part.prepared)):
             continue
         for i, prepared in enumerate(part.prepared):
-            scores = policy.score(prepared)
-            output = _loss(loss, part, i, scores)
+            taught = part.taught[i]
+            scores = policy.score(prepared, ids_LK=taught.ids_LK if taught else None)
+            output = _loss(loss, part, i, scores, teacher)
             extra = scores.extra_loss
             policy.backward(
                 output.loss if extra is None else output.loss + extra, last=i + 1 == len(part.prepared)
@@ -112,19 +116,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _part(policy: Policy, batch: Batch, reference: Reference | None, draw: int) -> Part:
+def _part(
+    policy: Policy, batch: Batch, reference: Reference | None, teacher: Teacher | None, draw: int
+) -> Part:
     prepared = policy.prepare(batch, draw=draw)
     nothing: list[Tensor | None] = [None] * len(prepared)
     theirs = nothing if reference is None else [reference.logprobs(p) for p in prepared]
-    return Part(batch, prepared, list(nothing), list(theirs))
+    taught = [None if teacher is None else teacher.score(p) for p in prepared]
+    return Part(batch, prepared, list(nothing), list(theirs), taught)
 
 
-def _loss(config: LossConfig, part: Part, index: int, scores: Scores) -> LossOutput:
+def _loss(config: LossConfig, part: Part, index: int, scores: Scores, teacher: Teacher | None) -> LossOutput:
     prepared, micro_batch = part.prepared[index], part.prepared[index].batch
+    mask_N = torch.full_like(micro_batch.columns_L, not prepared.is_idle, dtype=torch.bool)
+    advantages_N, more, own = micro_batch.advantages_L, 0.0, {}
+    if teacher is not None and (taught := part.taught[index]) is not None:
+        old = scores.logprobs_L if part.old[index] is None else part.old[index]
+        given = {"old_L": old, "weights_L": micro_batch.weights_L, "mask_L": mask_N}
+        learnt, more, own = lesson(teacher.config, taught, scores, **given)
+        advantages_N = advantages_N + learnt
     inputs = LossInputs(
         logprobs_N=scores.logprobs_L,
-        advantages_N=micro_batch.advantages_L,
-        mask_N=torch.full_like(micro_batch.columns_L, not prepared.is_idle, dtype=torch.bool),
+        advantages_N=advantages_N,
+        mask_N=mask_N,
         sequence_ids_N=micro_batch.sequence_ids_L,
         num_sequences=micro_batch.num_sequences,
         weights_N=micro_batch.weights_L,
@@ -134,7 +148,8 @@ def _loss(config: LossConfig, part: Part, index: int, scores: Scores) -> LossOut
         reference_logprobs_N=part.reference[index],
         entropy_N=scores.entropy_L if config.entropy_coef > 0 else scores.entropy_L.detach(),
     )
-    return policy_loss(inputs, config=config)
+    output = policy_loss(inputs, config=config)
+    return replace(output, loss=output.loss + more, metrics=output.metrics | own)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -95,6 +95,11 @@ class World:
 
     def all(self, wish: bool) -> bool:
         return self.sum([float(wish)])[0] == self.size
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Every process gets the main one's values, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            torch.distributed.broadcast(tensor, 0)
 
     def gather(self, mine: Any) -> list[Any]:
         """An object of every process, in rank order: JSON values with string keys, and tensors among them.

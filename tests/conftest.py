@@ -113,6 +113,22 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same form and tokenizer with other weights, such as a teacher has."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("other") / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ragged_groups() -> Callable[..., tuple[list, list]]:
     """(scored groups, advantages) with prompts of 1 to 9 and completions of 1 to 20 tokens, some advantages
     0.
@@ -165,7 +181,7 @@ def gradients() -> Callable[..., dict[str, torch.Tensor]]:
             }
 
     def compute(
-        policy, config, groups: Sequence, advantages: Sequence, reference=None
+        policy, config, groups: Sequence, advantages: Sequence, reference=None, teacher=None
     ) -> dict[str, torch.Tensor]:
         named = policy.trainable()
         optimizer = Recorder([p for _, p in named], lr=0.0)
@@ -178,6 +194,7 @@ def gradients() -> Callable[..., dict[str, torch.Tensor]]:
             config.loss,
             world=alone(policy),
             reference=reference,
+            teacher=teacher,
             max_grad_norm=1e9,
         )
         return {name: optimizer.recorded[id(p)] for name, p in named if id(p) in optimizer.recorded}

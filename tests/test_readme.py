@@ -74,6 +74,9 @@ def as_a_reader(tmp_path, tiny_model_dir, monkeypatch):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (source,) = re.findall(REWARD, (ROOT / "README.md").read_text(), re.DOTALL)
     Path("my_rewards.py").write_text(source)
+    traces = {"data": {"source": "rows.jsonl"}, "run_dir": "runs/traces"}
+    traces["sample"] = {"completion_column": "completion", "verify": {"math": 0.0}}
+    Path("traces.yaml").write_text(yaml.safe_dump(traces))
     small = {
         "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
         "data": {"source": "rows.jsonl", "max_prompt_length": 64},
@@ -110,6 +113,8 @@ def test_every_command_of_the_readme_exists():
             assert words[1] in COMMANDS, words
         elif words[0] == "accelerate":
             assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None, words
+        elif words[0] == "python":
+            assert importlib.util.find_spec(words[2]) is not None, words
         else:
             assert words[0] == "make" and f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
 

@@ -15,7 +15,7 @@ from rl.store.ledger import Ledger
 from rl.types import Prompt, ScoredGroup
 from rl.world import World
 from rollout.engine import Engine
-from rollout.source import sample_and_score
+from rollout.source import is_engine_fault, sample_and_score
 
 MAX_KEPT = 2048  # completions of an evaluation that a reader of the report finds, those of the first prompts
 
@@ -68,8 +68,8 @@ def check_real_rewards(num_faulty: int, num_graded: int, config: Config, world: 
 
 def check_finished(groups: list[ScoredGroup], config: Config, world: World) -> None:
     """Raises RuntimeError if a held-out completion is missing: it would count as wrong."""
-    reasons = [c.finish_reason for group in groups for c in group.group.completions]
-    missing, num = world.sum([float(reasons.count("abort")), float(len(reasons))])
+    faults = [is_engine_fault(c) for group in groups for c in group.group.completions]
+    missing, num = world.sum([float(sum(faults)), float(len(faults))])
     if missing:
         raise RuntimeError(
             f"the engine did not finish {missing:.0f} of {num:.0f} held-out completions within "

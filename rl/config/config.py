@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rl.config.data import DataConfig, EvaluationConfig, check_data, check_heldout
+from rl.config.environment import EnvironmentConfig, check_environment
 from rl.config.moe import MoeConfig
 from rl.config.sections import (
     HOME,
@@ -28,6 +29,7 @@ from rl.config.sections import (
     TrainConfig,
     tokens_of,
 )
+from rl.config.teacher import TeacherConfig, check_teacher
 
 
 def check_bias(config: Any) -> None:
@@ -60,9 +62,13 @@ class Config(Section):
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
+    teacher: TeacherConfig | None = Field(default=None, description="a model to distil from; default: none")
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
+    environment: EnvironmentConfig | None = Field(
+        default=None, description="completions of several turns; default: of one"
+    )
     rewards: RewardsConfig = RewardsConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
@@ -86,8 +92,11 @@ class Config(Section):
 
     @property
     def paid_rewards(self) -> list[RewardSpec]:
-        """What is paid: `rewards.functions`; of a control arm its own reward, and those with weight 0."""
+        """What is paid: `rewards.functions`; of a control arm its own reward, and those with weight 0. Of a
+        run without any it is a reward that never applies.
+        """
         given, arm = self.rewards.functions, self.rewards.control
+        given = given or [RewardSpec(name="none", weight=0.0)]
         if arm == "none":
             return given
         main = next((spec for spec in given if spec.name == self.evaluation.metric), given[0])
@@ -98,8 +107,9 @@ class Config(Section):
 
     @property
     def trains_all_rows(self) -> bool:
-        """Whether completions without an advantage are computed too: a loss sums over what routers see."""
-        return self.moe.balance != "none" or self.moe.z_loss_coef > 0 or self.moe.bias_rate > 0
+        """Whether completions without an advantage are computed too: for a teacher, or a loss of routers."""
+        moe, taught = self.moe, self.teacher is not None
+        return taught or moe.balance != "none" or moe.z_loss_coef > 0 or moe.bias_rate > 0
 
     @property
     def is_coarse(self) -> bool:
@@ -169,6 +179,8 @@ def check_rules(config: Config) -> None:
             "(fine-tuning a diffusion model without rewards may have it)"
         )
     _check_experts(config)
+    check_teacher(config)
+    check_environment(config)
     if t.group_size < 2:
         raise ValueError(
             f"train.group_size={t.group_size} leaves no other completion to compare with; "
@@ -197,7 +209,8 @@ def check_rules(config: Config) -> None:
             raise ValueError(f"reward {spec.name} requires {spec.requires!r}, which is not among {names}")
     if config.evaluation.data and config.evaluation.metric not in names:
         raise ValueError(
-            f"evaluation.metric={config.evaluation.metric!r} is not a reward of this run; use one of {names}"
+            f"evaluation.metric={config.evaluation.metric!r} is not a reward of this run; "
+            + (f"use one of {names}" if names else "add it: rewards.functions=[{name: math, weight: 0.0}]")
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, Section
-from rl.config.data import SourceConfig, check_source
+from rl.config.data import SourceConfig, check_source, with_template
 from rl.config.sections import HOME, TokenBudget, TrainedModelConfig, tokens_of
 
 
@@ -81,10 +81,24 @@ class TextConfig(SourceConfig):
     completion_column: str = Field(default="completion", description="the answer, text or messages")
     chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
     system_prompt: str | None = Field(default=None, description="put before chats that have none")
+    template: str = Field(
+        default="{prompt}", description="wraps prompts that are text, as that of `cohort train`"
+    )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
     too_long: Literal["error", "drop"] = Field(
         default="error", description="what becomes of rows beyond max_length"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_template(cls, values: Any) -> Any:
+        return with_template(values)
+
+    @model_validator(mode="after")
+    def check_template(self) -> TextConfig:
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template={self.template!r} has no {{prompt}}, and is not a template's name")
+        return self
 
     def rows(self) -> DataConfig:
         return DataConfig(**{name: getattr(self, name) for name in SourceConfig.model_fields})

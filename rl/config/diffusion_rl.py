@@ -102,6 +102,11 @@ class MaskedRunConfig(Config):
             raise ValueError(
                 f"moe: {', '.join(asked)} are set, and do nothing for a diffusion model; remove section moe"
             )
+        if self.teacher is not None:
+            raise ValueError(
+                "teacher scores sampled tokens from left to right, and a diffusion model has no such "
+                "log-probs; leave the section out"
+            )
         if self.engine.name != "auto":
             raise ValueError(
                 f"engine.name={self.engine.name} serves causal models; a diffusion model has a sampler of "

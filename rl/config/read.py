@@ -20,12 +20,15 @@ from rl.config.describe import section_in
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.sft import SftConfig
+from rl.config.traces import PipelineConfig, TracesConfig
 
 C = TypeVar("C", bound=Section)
 COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "cohort train": (Config, MaskedRunConfig),
     "python -m recipes.llada": (DiffusionConfig,),
     "python -m recipes.sft": (SftConfig,),
+    "cohort sample": (TracesConfig,),
+    "python -m recipes.pipeline": (PipelineConfig,),
 }
 """Command -> schemas of its configs."""
 
@@ -37,7 +40,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def validated_run(tree: dict[str, Any], path: str | Path | None = None) -> Config:
     """`load_config` of what a YAML file holds; `path` is for messages."""
-    return _validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
+    return validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
 
 
 def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +68,9 @@ def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str
 def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
     """The config of whichever command it fits best; of an RL run where two fit alike."""
     tree = _read_tree(path, overrides)
-    schemas = (MaskedRunConfig if "diffusion" in tree else Config, DiffusionConfig, SftConfig)
-    return _validated(min(schemas, key=lambda schema: _num_faults(schema, tree)), tree, path)
+    run = MaskedRunConfig if "diffusion" in tree else Config
+    schemas = (run, DiffusionConfig, SftConfig, TracesConfig, PipelineConfig)
+    return validated(min(schemas, key=lambda schema: _num_faults(schema, tree)), tree, path)
 
 
 def command_of(config: Section) -> str:
@@ -81,7 +85,7 @@ def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[st
         ValueError: the file is not a mapping, an override has no '=', or a key, type, range or rule is wrong;
             every fault is listed.
     """
-    return _validated(schema, _read_tree(path, overrides), path)
+    return validated(schema, _read_tree(path, overrides), path)
 
 
 def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -> C:
+def validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -> C:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -173,12 +177,13 @@ def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str
 
 
 def _other_command(schema: type[Section], tree: dict[str, Any], num_faults: int) -> list[str]:
-    """A hint where the config of one command was given to the other: there it has fewer faults."""
+    """A hint where another command has fewer faults in this config, and knows as many of its sections."""
+    known = len(schema.model_fields.keys() & tree)
     others = [(c, other) for c, schemas in COMMANDS.items() if schema not in schemas for other in schemas]
-    fewest, command = min((_num_faults(other, tree), command) for command, other in others)
-    return (
-        [f"this looks like a config of `{command}`, which is another command"] if fewest < num_faults else []
-    )
+    able = [(c, other) for c, other in others if len(other.model_fields.keys() & tree) >= known]
+    fewest, command = min(((_num_faults(other, tree), c) for c, other in able), default=(num_faults, ""))
+    hint = f"this looks like a config of `{command}`, which is another command"
+    return [hint] if fewest < num_faults else []
 
 
 def _num_faults(schema: type[Section], tree: dict[str, Any]) -> int:
@@ -200,6 +205,10 @@ def _explain(error: ValidationError, path: str | Path | None, schema: type[Secti
             where = f"section {'.'.join(map(str, location[:-1]))}" if location[:-1] else "a config"
             hint = f"did you mean {' or '.join(near)}?" if near else f"{where} has: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: must be given")
+        elif fault["type"] == "model_type" and isinstance(given := fault["input"], str) and key:
+            lines.append(f"{key}={given!r}: takes keys and values, such as {{name: {given}}}")
         elif key:
             lines.append(f"{key}={cast(Any, fault['input'])!r}: {fault['msg'].removeprefix('Value error, ')}")
         else:

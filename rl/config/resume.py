@@ -15,6 +15,8 @@ FREE = {
     "engine.gpu_memory_utilization",
     "rewards.workers",
     "rewards.deadline_s",
+    "environment.workers",
+    "environment.deadline_s",
 }
 """Without a word: they change no number of a step."""
 
@@ -22,6 +24,7 @@ ON_REQUEST = {
     "train.token_budget",
     "train.in_flight",
     "train.sample_while_training",
+    "train.sharding",
     "model.gradient_checkpointing",
     "optimizer.lr",
     "optimizer.schedule",
@@ -31,6 +34,7 @@ ON_REQUEST = {
     "engine.enforce_eager",
     "engine.verify_sync",
     "engine.canary_tolerance",
+    "environment.memory_gib",
     "rewards.memory_gib",
     "rewards.max_fault_share",
 }
@@ -40,6 +44,7 @@ PLACES = {
     f"{section}.{key}"
     for section, keys in (
         ("model", ("name", "revision", "chat_template")),
+        ("teacher", ("name", "revision")),
         ("data", ("source", "revision")),
         ("evaluation.data", ("source", "revision")),
     )

@@ -65,6 +65,11 @@ class TrainConfig(Section):
         description="most completions started and not finished, per process; default: all that age allows",
     )
     sample_while_training: bool | None = Field(default=None, description="default: not on a GPU")
+    sharding: Literal["auto", "none", "full", "hybrid"] = Field(
+        default="auto",
+        description="FSDP2: full: weights, gradients and moments are split over all processes; hybrid: over "
+        "those of a host; auto: full where whole copies do not fit the GPUs",
+    )
     seed: int = Field(default=0, ge=0, description="of sampling, order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
@@ -173,7 +178,9 @@ class RewardSpec(Section):
 
 
 class RewardsConfig(Section):
-    functions: list[RewardSpec] = Field(default=[RewardSpec(name="math")], min_length=1)
+    functions: list[RewardSpec] = Field(
+        default=[RewardSpec(name="math")], description="what is paid; [] with a teacher alone"
+    )
     workers: int = Field(default=1, ge=1, description="grader processes")
     deadline_s: float = Field(
         default=10.0, gt=0, description="per completion; then the grader is killed and the sample abstains"
@@ -200,7 +207,22 @@ class AdvantageConfig(Section):
     aggregate: Literal["sum", "gdpo"] = Field(
         default="sum", description="sum: weighted sum, then normalise; gdpo: normalise each reward, then sum"
     )
+    credit: Literal["episode", "turns"] = Field(
+        default="episode",
+        description="of a token: its episode's reward; turns: the rewards from its turn on, less their mean "
+        "over the group's other episodes",
+    )
     dynamic_sampling: DynamicSamplingConfig | None = None
+
+    @model_validator(mode="after")
+    def check_turns(self) -> AdvantageConfig:
+        if self.credit == "turns" and (self.name, self.aggregate) != ("rloo", "sum"):
+            raise ValueError(
+                "advantage.credit=turns subtracts leave-one-out means and normalises nothing, since that is "
+                "biased by turn; use advantage.name=rloo and aggregate=sum with it, not "
+                f"{self.name} and {self.aggregate}"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_gdpo(self) -> AdvantageConfig:

@@ -179,6 +179,10 @@ def _pairs(
                 "messages"
             )
         if not isinstance(prompt, str):
+            if config.template != "{prompt}":
+                raise ValueError(
+                    f"{named}: data.template wraps text, and this prompt is a chat; leave it out"
+                )
             turns = messages_of(answer, f"{named}: {config.completion_column!r}")
             if {turns[0]["role"], turns[-1]["role"]} != {"assistant"}:
                 raise ValueError(
@@ -186,6 +190,7 @@ def _pairs(
                     f"'assistant', not {turns[0]['role']!r} and {turns[-1]['role']!r}"
                 )
             return [(_with_system(messages_of(prompt, f"{named}: {config.prompt_column!r}"), config), turns)]
+        prompt = config.template.replace("{prompt}", prompt)
         if not config.chat:
             return [(prompt, answer)]
         asked = [{"role": "user", "content": prompt}]

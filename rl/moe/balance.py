@@ -57,7 +57,7 @@ class Rows:
         """Of a micro-batch: as one packed row, or one sequence after the other with its prompt."""
         device = batch.token_ids_N.device
         lengths = [n for block in batch.blocks for n in block.lengths]
-        members = torch.zeros(batch.num_sequences, len(lengths))
+        members = torch.zeros(len(lengths) - len(batch.blocks), len(lengths))
         segment = sequence = 0
         for block in batch.blocks:
             for completion in range(1, len(block.lengths)):
@@ -220,7 +220,7 @@ def seeing(sites: Sequence[RouterSite]) -> Iterator[Seen]:
         seen.logits.setdefault(site.name, []).append(logits.reshape(-1, logits.shape[-1]))
         seen.experts.setdefault(site.name, []).append(experts.reshape(-1, experts.shape[-1]))
 
-    with watching(list(sites), see):
+    with watching(list(sites), see, with_graph=torch.is_grad_enabled()):
         yield seen
 
 

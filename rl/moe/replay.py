@@ -143,7 +143,7 @@ class Replay:
 
         handle = backbone(self.model).register_forward_pre_hook(begin)
         try:
-            with watching(self.sites, see):
+            with watching(self.sites, see, with_graph=torch.is_grad_enabled()):
                 yield
         finally:
             handle.remove()

@@ -212,14 +212,18 @@ def route_weights(
 
 
 @contextmanager
-def watching(sites: Sequence[RouterSite], see: Callable[[RouterSite, Any], Any]) -> Iterator[None]:
+def watching(
+    sites: Sequence[RouterSite], see: Callable[[RouterSite, Any], Any], *, with_graph: bool = False
+) -> Iterator[None]:
     """Calls `see(site, output)` whenever a router answers; what it returns, unless None, is the answer.
 
+    Args:
+        with_graph: passes have a graph.
+
     Raises:
-        ValueError: re-entrant gradient checkpointing: what is seen would have no gradient, silently, and what
-            is put in place would be missing from the recomputation.
+        ValueError: they have none, by re-entrant gradient checkpointing: what is seen would have no gradient,
+            silently, and what is put in place would be missing from the recomputation.
     """
-    with_graph = torch.is_grad_enabled()
 
     def seen(site: RouterSite, output: Any) -> Any:
         if with_graph and not torch.is_grad_enabled():

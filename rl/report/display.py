@@ -34,6 +34,7 @@ _PLAIN = (
     ("cut", "completion/truncated_share"),
     ("entropy", "policy/entropy"),
     ("KL", "policy/kl"),
+    ("teacher KL", "teacher/kl"),
     ("mismatch", "sampler/mismatch_kl"),
     ("tokens/s", "tokens/per_second"),
     ("tokens/s", "diffusion/tokens_per_second"),

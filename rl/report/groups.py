@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -73,7 +73,7 @@ def describe_group(scored: ScoredGroup, advantages: Sequence[Advantage] | None) 
 
 def _entry(completion: Completion, reward: Reward, advantage: float | None, budget: int) -> dict[str, Any]:
     return {
-        "text": _readable(completion.text, budget),
+        "text": _readable(_conversation(completion.facts, reward) or completion.text, budget),
         "score": _rounded(reward.score),
         "advantage": _rounded(advantage),
         "parts": {
@@ -82,10 +82,29 @@ def _entry(completion: Completion, reward: Reward, advantage: float | None, budg
         "reason": str(reward.reason),
         "detail": _readable(reward.detail, 300),
         "extracted": None if reward.extracted is None else _readable(reward.extracted, 200),
-        "length": len(completion.token_ids),
+        "length": completion.num_sampled,
         "finish": completion.finish_reason,
         "logprobs": [round(value, 2) for value in _means(completion.behavior_logprobs, _MAX_BARS)],
     }
+
+
+def _conversation(facts: Mapping[str, Any], reward: Reward) -> str:
+    """What was said in an episode: turns with their rewards, and the answers of tools and users."""
+    parts, turn = [], 0
+    said = facts.get("said")
+    for message in said if isinstance(said, list) else ():
+        role, content = (
+            (message.get("role"), message.get("content")) if isinstance(message, dict) else ("", "")
+        )
+        head = str(role)
+        if role == "assistant":
+            paid = reward.turns[turn] if turn < len(reward.turns) else None
+            turn += 1
+            head = f"turn {turn}" + ("" if paid is None else f", reward {paid:g}")
+        parts.append(f"[{head}]\n{content}")
+    ends = {"limit": "cut by its limit of", "fault": "failed:", "interrupted": "interrupted:"}
+    parts += [f"[{how} {facts[name]}]" for name, how in ends.items() if parts and facts.get(name)]
+    return "\n".join(parts)
 
 
 def _words(prompt: Prompt) -> str:

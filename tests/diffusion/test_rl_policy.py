@@ -204,10 +204,10 @@ def test_each_pass_has_masks_of_its_own_and_old_log_probs_on_them(
     policy, before = make_policy(config), make_policy(config)
     seen, compared = [], []
 
-    def noted(drawn, score=policy.score):
+    def noted(drawn, score=policy.score, **asked):
         if torch.is_grad_enabled():
             seen.append(before.score(drawn).logprobs_L.detach())
-        return score(drawn)
+        return score(drawn, **asked)
 
     def compared_loss(inputs, *, config):
         if inputs.old_logprobs_N is not None:

@@ -9,8 +9,10 @@ from recipes.cli import main as cohort
 from recipes.grpo import main, run
 from rl.config import Config
 from rl.config.diffusion import DiffusionConfig, TextConfig
+from rl.config.environment import EnvironmentConfig
 from rl.config.read import flatten
 from rl.config.resume import FREE, ON_REQUEST, PLACES
+from rl.config.teacher import TeacherConfig
 from rl.store.folder import write_config
 from rl.store.rows import read_rows
 
@@ -74,6 +76,8 @@ def test_the_keys_that_may_change_are_keys():
     """An unknown name would be a rule that never holds."""
     known = {
         *flatten(Config().model_dump(mode="json")),
+        *(f"teacher.{key}" for key in TeacherConfig.model_fields),
+        *(f"environment.{key}" for key in EnvironmentConfig.model_fields),
         *flatten(DiffusionConfig(data=TextConfig(source="x")).model_dump(mode="json")),
         *(f"evaluation.data.{key}" for key in TextConfig.model_fields),
     }
@@ -90,3 +94,12 @@ def test_a_config_whose_run_did_no_step_changes_without_a_record(tmp_path):
     write_config(Config.model_validate({"run_dir": tmp_path, "rewards": secret}))
     text = (tmp_path / "changes.jsonl").read_text()
     assert "optimizer.lr" in text and '"step": 7' in text and "hunter2" not in text
+
+
+def test_weights_may_be_split_otherwise_where_that_is_left_to_the_machine(config_file, capsys):
+    assert cohort(["train", str(config_file), "train.sharding=full"]) == 0
+    assert "train.sharding=full: one process holds all weights" in capsys.readouterr().out
+    assert cohort(["train", str(config_file), "train.steps=3"]) == 0
+    assert cohort(["train", str(config_file), "train.steps=4", "train.sharding=none"]) == 1
+    assert "train.sharding: 'auto' there, 'none' now" in capsys.readouterr().err
+    assert cohort(["train", str(config_file), "train.steps=4", "train.sharding=none", "--change"]) == 0

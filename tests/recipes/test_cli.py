@@ -84,7 +84,21 @@ def test_every_command_is_in_the_help(capsys):
     assert (
         listed
         >= set(COMMANDS)
-        == {*["train", "report", "denoising", "init", "config", "plan", "export", "score", "doctor", "eval"]}
+        == {
+            *[
+                "train",
+                "report",
+                "denoising",
+                "init",
+                "config",
+                "plan",
+                "export",
+                "score",
+                "doctor",
+                "eval",
+                "sample",
+            ]
+        }
     )
 
 

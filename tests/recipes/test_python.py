@@ -81,7 +81,7 @@ def test_a_script_without_a_guard_trains_once_by_its_own_function(config_file, t
 
 def test_the_script_of_the_readme_trains(config_file, tmp_path):
     text = (ROOT / "README.md").read_text()
-    (source,) = re.findall(r"```python\n(# train\.py.*?)```", text, re.DOTALL)
+    (source,) = re.findall(r"```python\n(from recipes\.grpo import run.*?)```", text, re.DOTALL)
     assert without_rewards(config_file) == tmp_path / "config.yaml"
     assert len([line for line in source.splitlines() if line]) <= 10
     (tmp_path / "train.py").write_text(source.replace('"steps": 20', '"steps": 2'))

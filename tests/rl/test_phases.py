@@ -90,6 +90,7 @@ def test_in_a_notebook_a_second_signal_does_not_end_the_process():
     code = """
 import hashlib, os, signal, threading
 from rl import phases
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.1
 stop = phases.StopSignal().install()
 for after in (0.1, 1.6):  # far enough apart for a thread that starves

@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig,
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from rl.batch import PackRules, pack
 from rl.moe.balance import (
     Load,
     Rows,
@@ -25,6 +26,7 @@ from rl.moe.balance import (
     z_loss,
 )
 from rl.moe.routers import find_routers
+from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup
 
 E, K = 8, 2
 
@@ -223,3 +225,14 @@ def test_a_router_without_a_bias_is_refused_one():
     sites = find_routers(mixtral())
     with pytest.raises(ValueError, match=r"moe.bias_rate=0.1: routers of mixtral have no bias"):
         move_biases(sites, Load(torch.ones(2, 2 * E + 2)), 0.1)
+
+
+def test_each_row_of_an_episode_is_a_sequence_with_its_prompt():
+    """Two rows of an episode behind prompts of 2 and 3 tokens: sequences of 2 + 4 and 3 + 1."""
+    completion = Completion([5] * 4, [0.0] * 4, [True] * 4, "stop", [])
+    completion.continuations = [Continuation((1, 2, 3), Completion([5], [0.0], [True], "stop", []))]
+    group = ScoredGroup(Group(Prompt("p", "", (1, 2)), [completion]), [Reward(1.0)])
+    rules = PackRules(64, row_weight=lambda *_: 1.0)
+    (micro_batch,) = pack([group], [[1.0]], rules)[0].micro_batches
+    for packed in (True, False):
+        assert Rows.of_batch(micro_batch, packed=packed).tokens_S.tolist() == [6, 4]

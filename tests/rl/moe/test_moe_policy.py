@@ -28,10 +28,14 @@ def test_what_is_done_with_the_router_is_said(folder):
     assert summary == "mixture of experts: router trained, replay off, balance off"
     assert warning.startswith("warning: the router is trained without replay")
     frozen = load(folder, "moe.replay=none", "moe.router=freeze")[0]
-    assert list(frozen.said()) == ["mixture of experts: router frozen, replay off, balance off"]
+    assert list(frozen.said()) == [
+        "mixture of experts: router frozen, replay off, balance off (a frozen router has none)"
+    ]
     assert not [n for n, _ in frozen.trainable() if "mlp.gate." in n]
     adapted = load(folder, "model.lora={r: 2, alpha: 4}")[0]
-    assert list(adapted.said()) == ["mixture of experts: router frozen, replay on, balance off"]
+    assert list(adapted.said()) == [
+        "mixture of experts: router frozen, replay on, balance off (a frozen router has none)"
+    ]
     assert not [n for n, _ in adapted.trainable() if "mlp.gate." in n]
     assert [n for n, _ in adapted.trainable() if "mlp.experts." in n]
     with pytest.raises(ValueError, match=r"moe\.router=train: neither adapters"):
