@@ -180,6 +180,12 @@ def test_every_package_is_installed():
     assert sorted(packages) == sorted(m for m, path in MODULES.items() if path.name == "__init__.py")
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_files_keep_their_proportion():
     too_long = {str(p.relative_to(ROOT)): n for q in OURS for p in files(q) if (n := lines(p)) > 350}
     assert not too_long
