@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from recipes.environments import load
-from rewards.pool.worker import die_with, encode_frame, limit_memory, read_frame
+from rewards.pool.worker import encode_frame, limit_memory, read_frame, take_pipes
 from rollout.environment import Environment, EnvironmentFault, Episode, Turn, checked_reply
 
 MAX_CHARACTERS = 1 << 18  # of a message; more than a model reads
@@ -19,13 +17,8 @@ MAX_TEXT = 500
 
 def main(parent_pid: int) -> None:
     """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent_pid)
+    requests, descriptor = take_pipes(parent_pid)
+    answers = os.fdopen(descriptor, "wb")
     hello = read_frame(requests)
     if hello is None:
         return

@@ -52,7 +52,8 @@ class Ticket:
         with self._lock:
             index = len(self._completions)
             self._completions.append(completion)
-            verdict = _aborted(completion)
+            fault = completion.facts.get("fault")  # of its environment; else the engine gave it up
+            verdict = replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
             self._parts.append({asks.name: verdict for asks in self._grading.asks} if aborted else {})
             self._faults.append({})
             self._missing += 0 if aborted else len(self._grading.asks)
@@ -146,12 +147,6 @@ class Ticket:
             self._future.set_result(ScoredGroup(self._group, rewards))
         except Exception as error:  # a bug; whoever waits must see it
             self._future.set_exception(error)
-
-
-def _aborted(completion: Completion) -> Reward:
-    """Of a completion that is not graded: the engine gave it up, or its environment failed."""
-    fault = completion.facts.get("fault")
-    return replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode

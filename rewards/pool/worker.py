@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from rewards.functions import find_function
 from rewards.plugins import RewardFunction, load_reward
@@ -38,8 +38,8 @@ def encode_frame(message: Mapping[str, Any]) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def main(parent_pid: int) -> None:
-    """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
+def take_pipes(parent_pid: int) -> tuple[BinaryIO, int]:
+    """Keeps stdin and stdout for frames: (requests, descriptor of answers); prints go to stderr."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -48,6 +48,12 @@ def main(parent_pid: int) -> None:
     sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent_pid)
+    return requests, answers
+
+
+def main(parent_pid: int) -> None:
+    """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
+    requests, answers = take_pipes(parent_pid)
     faulthandler.enable()
     hello = read_frame(requests)
     if hello is None:
