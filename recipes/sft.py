@@ -234,9 +234,9 @@ def claim(config: SftConfig) -> str | None:
         ValueError: the folder holds a run with other settings, or checkpoints that are all damaged.
     """
     file, found = config.run_dir / "config.yaml", checkpoints_of(config.run_dir)
-    faults = {path.name: find_fault(path, {}) for path in found}
-    newest = next((str(path) for path in reversed(found) if faults[path.name] is None), None)
+    newest = next((str(path) for path in reversed(found) if find_fault(path, {}) is None), None)
     if found and newest is None:
+        faults = {path.name: find_fault(path, {}) for path in found}
         raise ValueError(
             f"every checkpoint of {config.run_dir} is damaged: {faults}; put back a copy, or use "
             "another run_dir"
