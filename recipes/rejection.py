@@ -204,8 +204,9 @@ def conclude(config: TracesConfig, teacher: Teacher) -> None:
     traces, counts = choose(recorded(config, num_records), config)
     if not traces:
         raise ValueError(
-            f"none of {counts['completions']} completions is verified by {config.verify} (graded: "
-            f"{counts['graded']}); lower sample.verify, or look at them with cohort report {config.run_dir}"
+            f"of {counts['completions']} completions {counts['verified']} are verified by {config.verify} "
+            f"(graded: {counts['graded']}), and none of these ended by itself; lower sample.verify, raise "
+            f"sampling.max_completion_length, or look at them with cohort report {config.run_dir}"
         )
     graders = described({spec.name: spec.options for spec in config.rewards.functions})
     origin = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
+from recipes.cli.command import leave
 from recipes.models import resolve_model
 from recipes.program import make_deterministic, recipe_main
 from recipes.tasks import find_modules_beside, load_rows
@@ -261,4 +261,4 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

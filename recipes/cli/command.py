@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 from rl.report.safe_stream import say, settle
 from rl.store.durable import with_remedy
@@ -20,7 +23,8 @@ OPEN_FILES_MOST = 65_536
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from importlib import import_module; "
     "from rl.phases import stop_with_launcher; stop_with_launcher(); "
-    "program = import_module(sys.argv.pop(1)); sys.exit(program.main(sys.argv[1:]))"
+    "from recipes.cli.command import leave; "
+    "program = import_module(sys.argv.pop(1)); leave(program.main(sys.argv[1:]))"
 )
 
 
@@ -44,6 +48,18 @@ def run_command(work: Callable[[], int], *, in_words: Callable[[str], str] = str
         return 1
     finally:
         settle()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as `sys.exit(code)` does, except for the destructors of libraries.
+
+    Those of threads in C++ abort the process now and then after all is done ("terminate called without an
+    active exception", exit code 134: seen with TRL and datasets loaded).
+    """
+    cast(Any, threading)._shutdown()  # joins threads that are not daemons
+    cast(Any, atexit)._run_exitfuncs()
+    settle()
+    os._exit(code)
 
 
 def say_fault(text: str) -> None:

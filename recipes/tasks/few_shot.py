@@ -44,3 +44,24 @@ def solved_chain_sum(*, size: int, seed: int, **options: int) -> list[dict[str, 
         {**row, "completion": [{"role": "assistant", "content": f"\\boxed{{{row['answer']}}}"}]}
         for row in boxed_chain_sum(size=size, seed=seed, **options)
     ]
+
+
+def worked_chain_sum(
+    *, size: int, seed: int, num_terms: int = 4, max_digits: int = 2
+) -> list[dict[str, Any]]:
+    """Rows with a text `prompt`, `answer`, and a `completion` that thinks: one line for each partial sum."""
+    entries = reasoning_gym.create_dataset(
+        "chain_sum", size=size, seed=seed, min_terms=num_terms, max_terms=num_terms, max_digits=max_digits
+    )
+    rows = []
+    for entry in entries:
+        first, *rest = entry["metadata"]["expression"].split()
+        total, lines = int(first), []
+        for sign, term in zip(rest[::2], rest[1::2], strict=True):
+            before, total = total, total + int(term) * (-1 if sign == "-" else 1)
+            lines.append(f"{before} {sign} {term} = {total}")
+        assert str(total) == entry["answer"]
+        working = "\n".join(lines)
+        completion = f"<think>\n{working}\n</think>\n\\boxed{{{total}}}"
+        rows.append({"prompt": entry["question"], "answer": entry["answer"], "completion": completion})
+    return rows

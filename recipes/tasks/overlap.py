@@ -16,6 +16,7 @@ from rl.config import Config
 
 N = 13
 WORD = re.compile(r"\w+")
+RENDERING = ("template", "system_prompt", "chat", "chat_template_kwargs", "continue_final_message")
 Row = dict[str, Any]
 
 
@@ -58,7 +59,12 @@ def settle_overlap(
     if held is None:
         return rows
     prompts = [row.get(config.data.prompt_column) for row in rows]
-    equal, shared = overlapping(prompts, [row.get(held.prompt_column) for row in heldout])
+    asked = [row.get(held.prompt_column) for row in heldout]
+    equal, shared = overlapping(prompts, asked)
+    is_alike = all(getattr(config.data, key) == getattr(held, key) for key in RENDERING)
+    if config.evaluation.overlap == "warn" and is_alike:  # the same tokens are left out anyway
+        same = {repr(prompt) for prompt in asked}
+        equal = {index for index in equal if repr(prompts[index]) not in same}
     if not equal | shared:
         return rows
     sentence = (
@@ -68,7 +74,7 @@ def settle_overlap(
     if config.evaluation.overlap == "refuse":
         raise ValueError(f"{sentence}; use other rows, or evaluation.overlap=drop to leave these out")
     if config.evaluation.overlap == "warn":
-        say(f"{sentence}; the same tokens are left out, evaluation.overlap=drop leaves out all of these")
+        say(f"{sentence}; evaluation.overlap=drop leaves them out")
         return rows
     say(f"{sentence}; they are left out")
     if len(equal | shared) == len(rows):

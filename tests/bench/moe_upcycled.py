@@ -38,7 +38,7 @@ from rl.update import pack_rules, update_policy
 from rl.world import World, make_accelerator
 from tests.bench.launch import launch_or_exit
 
-SFT, GRPO = ("switch", "none"), ("engine", "none")
+GRPO = ("engine", "none")
 COLUMNS = {
     "loss": "policy/loss",
     "balance": "moe/balance",
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--family", default=None, help="of the mixture (`recipes.upcycle`)")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--balances", default="switch,none", help="of SFT; GRPO goes on from switch")
     parser.add_argument("--sft-steps", type=int, default=200)
     parser.add_argument("--sft-rows", type=int, default=64, help="solutions of a step")
     parser.add_argument("--grpo-steps", type=int, default=40)
@@ -84,7 +85,7 @@ def main() -> None:
         family = ["--family", arguments.family] if arguments.family else []
         run("upcycle", "recipes.upcycle", [arguments.model, str(moe), *family])
     for seed in arguments.seeds.split(","):
-        for balance in SFT:
+        for balance in arguments.balances.split(","):
             name = f"sft-{balance}-{seed}"
             run(name, "tests.bench.moe_upcycled", [*sys.argv[1:], "--sft", balance, seed])
             rows += described(name, arguments.out / name)

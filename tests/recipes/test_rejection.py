@@ -375,7 +375,6 @@ def test_what_cannot_be_sampled_is_refused_in_a_sentence(traces_config, capsys, 
 def test_nothing_verified_is_said_and_not_written(traces_config, tmp_path, capsys):
     words = ["rewards.functions=[{name: think_format}]"]
     assert cohort(["sample", str(traces_config), *words]) == 1
-    assert (
-        "none of 96 completions is verified by {'think_format': 1.0} (graded: 96)" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "of 96 completions 0 are verified by {'think_format': 1.0} (graded: 96)" in said
     assert not (tmp_path / "traces/traces.parquet").exists()
