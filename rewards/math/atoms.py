@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewards.math.constructs import big, command, function, raw_argument
 from rewards.math.cursor import Grammar
-from rewards.math.tree import Node, Unparsable
+from rewards.math.tree import Applied, Named, Node, Nodes, Unparsable
 
 _CLOSERS = {"(": (")", "]"), "[": (")", "]", "["), "<<": (">>",), "]": ("[", ")", "]")}
 # `a(b + c)` is a product, `f(x)` an application.
@@ -17,8 +17,10 @@ def atom(parser: Grammar) -> Node:
     kind, value, raw = parser.take()
     if kind == "num":
         return ("num", value) if parser.value() != "_" else ("digits", raw, value)
-    if kind in ("dec", "const", "domain"):
-        return (kind, value)
+    if kind == "dec":
+        return ("dec", value)
+    if kind == "const" or kind == "domain":
+        return ("const", value) if kind == "const" else ("domain", value)
     if kind == "sym":
         return symbol(parser, value)
     if kind == "fn":
@@ -135,7 +137,7 @@ def _set(parser: Grammar, closer: str) -> Node:
     return node
 
 
-def symbol(parser: Grammar, name: str) -> Node:
+def symbol(parser: Grammar, name: str) -> Named | Applied:
     """A variable, a function's value f(2), or a quantity such as P(A | B) before its equals sign."""
     while parser.kind() == "op" and parser.value() in ("_", "'"):
         name += "_" + raw_argument(parser) if parser.take()[1] == "_" else "'"
@@ -146,11 +148,14 @@ def symbol(parser: Grammar, name: str) -> Node:
     if name in _CHOICES and [parser.peek(ahead)[0] for ahead in range(5)] in _PAIR:
         is_named = parser.peek(1)[0] == "sym" and (name == "P" or parser.peek(5)[0] == "rel")
         if parser.peek(2)[1] == "," and parser.peek(4)[1] == ")" and not is_named:  # C(8, 3)
-            return ("fn", _CHOICES[name], parser.bracket(parser.take()[1])[3])
+            return ("fn", _CHOICES[name], _entries(bracket(parser, parser.take()[1])))
     if parser.value() == "(" and (name[0] in _FUNCTION_LETTERS or _is_definition(parser)):
-        arguments = bracket(parser, parser.take()[1])
-        return ("call", name, arguments[3] if arguments[0] == "seq" else (arguments,))
+        return ("call", name, _entries(bracket(parser, parser.take()[1])))
     return ("sym", name)
+
+
+def _entries(node: Node) -> Nodes:
+    return node[3] if node[0] == "seq" else (node,)
 
 
 def _statement(parser: Grammar) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from rewards.math.arithmetic import BUDGET
 from rewards.math.conditions import (
@@ -133,7 +133,7 @@ def _same_number(gold: Node, prediction: Node, options: MathOptions) -> bool:
 def _marked(node: Node, mark: str) -> Node | None:
     """What stands before a percent or degree sign."""
     if node[0] == mark:
-        return node[1]
+        return cast("tuple[str, Node]", node)[1]  # `mark` is "percent" or "deg"
     if node[0] == "neg" and (inner := _marked(node[1], mark)) is not None:
         return ("neg", inner)
     return None

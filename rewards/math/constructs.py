@@ -113,8 +113,12 @@ def _arguments(parser: Grammar, name: str) -> tuple[Node, ...]:
     while parser.kind() in _PLAIN_ARGUMENT or (parser.kind() == "op" and parser.value() == "{"):
         if parser.kind() == "cmd" and parser.value() not in ("frac", "sqrt", "binom"):
             break
-        node = ("mul", (node, parser.power()))
+        node = _times(node, parser.power())
     return (node,)
+
+
+def _times(left: Node, right: Node) -> Node:
+    return ("mul", (left, right))
 
 
 def big(parser: Grammar, kind: str) -> Node:
@@ -164,7 +168,7 @@ def environment(parser: Grammar) -> Node:
     if name in _LINES and rows and all(len(row) == 1 for row in rows):
         return ("list", "and", tuple(row[0] for row in rows)) if len(rows) > 1 else rows[0][0]
     if name == "cases" and rows and all(len(row) == 2 for row in rows):
-        return ("cases", tuple(tuple(row) for row in rows))
+        return ("cases", tuple((value, condition) for value, condition in rows))
     if not rows or len({len(row) for row in rows}) != 1:
         raise Unparsable("rows of different lengths")
     if name == "vmatrix":
@@ -192,8 +196,10 @@ def exponent(parser: Grammar, base: Node) -> Node:
     if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
         primes = raw_argument(parser)
         match base:
-            case ("sym" | "call" as kind, name, *arguments):
-                return (kind, name + "'" * max(1, primes.count("prime") or primes.count("'")), *arguments)
+            case ("sym", name):
+                return ("sym", name + "'" * max(1, primes.count("prime") or primes.count("'")))
+            case ("call", name, arguments):
+                return ("call", name + "'" * max(1, primes.count("prime") or primes.count("'")), arguments)
         raise Unsupported("primes on a number")
     mark = parser.peek(1)[2] if parser.value() == "{" else parser.peek()[2]
     match base:
@@ -293,12 +299,13 @@ def read_mixed(parser: Grammar, factors: list[Node]) -> Node:
 
 def as_mixed(node: Node, right: Node) -> Node:
     """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
-    match node, right:
-        case _, ("percent" | "deg" as mark, inner):
+    match right:
+        case ("percent" | "deg" as mark, inner):
             return (mark, as_mixed(node, inner))
-        case ("neg", ("num", _) as whole), _ if (mixed := as_mixed(whole, right))[0] == "num":
-            return ("neg", mixed)
-        case ("num", whole), ("div", ("num", above), ("num", below)) if 0 < above < below:
-            if whole.denominator == 1:
-                return ("num", whole + above / below)
+        case ("div", ("num", above), ("num", below)) if 0 < above < below:
+            match node:
+                case ("num", whole) if whole.denominator == 1:
+                    return ("num", whole + above / below)
+                case ("neg", ("num", whole)) if whole.denominator == 1:
+                    return ("neg", ("num", whole + above / below))
     return ("mul", (node, right))

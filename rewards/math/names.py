@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import cast
 
 from rewards.math.conditions import residue_class
 from rewards.math.measure import measure_of_letters
 from rewards.math.probe import same_value
-from rewards.math.tree import Node, Shape, has, parts, renamed, replaced, symbols
+from rewards.math.tree import Applied, Node, Nodes, Shape, Tree, has, parts, renamed, replaced, symbols
 
-_C = ("sym", "C")
+_C: Node = ("sym", "C")
 _CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
 OTHER_CONSTANTS = _CONSTANTS | {"c", "d", "K", "k", "A", "B"}
 _OF_ONE_NAME = frozenset(("abs", "max", "min", "det", "Re", "Im", "arg", "gcd", "lcm"))
@@ -25,7 +26,7 @@ def name_of(node: Node) -> tuple[str, ...] | None:
         case ("setop", _, *sides):
             return (repr(node),) if all(part[0] in ("sym", "setop") for part in sides) else None
         case ("call", name, arguments):
-            is_function = all(argument[0] == "sym" and not argument[1].isupper() for argument in arguments)
+            is_function = all(map(_is_variable, arguments))
             return (f"{name}()",) if is_function else (repr(node),)
         case ("fn", *_):
             return _name_of_function(node)
@@ -44,11 +45,19 @@ def name_of(node: Node) -> tuple[str, ...] | None:
     return None
 
 
+def names_in(nodes: tuple[Node, ...]) -> tuple[str, ...]:
+    return tuple(part[1] for part in nodes if part[0] == "sym" or part[0] == "call" or part[0] == "fn")
+
+
+def _is_variable(node: Node) -> bool:
+    return node[0] == "sym" and not node[1].isupper()
+
+
 def _is_point_or_vector(node: Node) -> bool:
     return node[0] == "sym" and (node[1][0].isupper() or node[1].startswith(("accent ", "vector ")))
 
 
-def _name_of_function(node: Node) -> tuple[str, ...] | None:
+def _name_of_function(node: Applied) -> tuple[str, ...] | None:
     """|AB|, max f(x), and sin A, which is a value of the angle and not the angle."""
     _, name, arguments = node
     if len(arguments) != 1:
@@ -77,9 +86,9 @@ def is_quantity(node: Node) -> bool:
     return len(symbols(node)) > 1 and not has(_without_exponents(node), "num", "dec")
 
 
-def _without_exponents(node: Node) -> Node:
+def _without_exponents(node: Tree) -> Tree:
     if node[0] == "pow":
-        return node[1]
+        return cast("Tree", node[1])
     return tuple(_without_exponents(part) if isinstance(part, tuple) and part else part for part in node)
 
 
@@ -112,7 +121,7 @@ def same_renamed(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], 
 
 def _differ_by_constant(gold: Node, prediction: Node) -> bool:
     """Antiderivatives of one variable, both with + C, are one answer if they differ by a constant."""
-    difference = ("add", (gold, ("neg", prediction)))
+    difference: Node = ("add", (gold, ("neg", prediction)))
     renaming = {name: f"{name}'" for name in symbols(gold) if name != "C"}
     is_integral = gold[0] == prediction[0] == "add" and has(gold, "fn") and has(prediction, "fn")
     is_integral = is_integral and not is_log_without_bars(gold, prediction)
@@ -127,15 +136,17 @@ def is_log_without_bars(gold: Node, prediction: Node) -> bool:
     return any(has(inside, "abs") for inside in logs)
 
 
-_BASIS = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
-_ZERO, _ONE = ("num", Fraction(0)), ("num", Fraction(1))
+_BASIS: Nodes = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
+_LETTERS: Nodes = (("const", "i"), ("sym", "j"), ("sym", "k"))
+_ZERO: Node = ("num", Fraction(0))
+_ONE: Node = ("num", Fraction(1))
 
 
 def basis_vector(node: Node) -> tuple[Node, ...] | None:
     """The coordinates (3, -2, 1) of 3i - 2j + k; None for a formula that is not such a sum, such as 2i."""
     if symbols(node).isdisjoint(("j", "k", "unit i", "unit j", "unit k")):
         return None
-    for name, unit in zip((("const", "i"), ("sym", "j"), ("sym", "k")), _BASIS, strict=True):
+    for name, unit in zip(_LETTERS, _BASIS, strict=True):
         node = replaced(node, name, unit)
     coordinates: list[Node] = []
     for unit in _BASIS:
@@ -143,7 +154,7 @@ def basis_vector(node: Node) -> tuple[Node, ...] | None:
         for other in _BASIS:
             part = replaced(part, other, _ZERO)
         coordinates.append(part)
-    total = ("add", tuple(("mul", pair) for pair in zip(coordinates, _BASIS, strict=True)))
+    total: Node = ("add", tuple(("mul", pair) for pair in zip(coordinates, _BASIS, strict=True)))
     return tuple(coordinates) if same_value(node, total) else None
 
 

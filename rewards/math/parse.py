@@ -1,18 +1,8 @@
-"""Tokens -> tree: what an answer says, before anything is evaluated.
-
-A node is a tuple whose first field names it:
-    num F, dec F (F a Fraction; dec was written as a decimal)     sym name     const pi|e|i|inf     dots
-    add nodes, mul nodes, div a b, pow a b, neg a, fact a, pm sign a b (a ± b), percent a, deg a
-    fn name nodes, call name nodes (an undefined function), big sum|prod name low high body
-    cases ((node, condition), ...), residue node modulus
-    list how nodes ("," ";" "or" "and"), seq open close nodes, set nodes, builder node nodes, setop op a b
-    rel ops nodes (a < b = c), ratio nodes, matrix rows, base digits base, unit node Unit, text words, domain
-    name, empty
-"""
+"""Tokens -> tree: what an answer says, before anything is evaluated."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 from rewards.math.atoms import atom, bracket, symbol
 from rewards.math.constructs import as_mixed, exponent, read_mixed, subscript
@@ -23,6 +13,7 @@ from rewards.math.text import introduces, is_prose, number_in_base, text_key
 from rewards.math.tree import Node, TooComplex, Unparsable
 from rewards.math.units import CLAIMS
 
+_POSTFIXES = frozenset("^_!'%")
 _COMMAS = (",", ";")
 MAX_TOKENS = 1500
 MAX_SIGNS = 6
@@ -155,8 +146,7 @@ class Parser(Grammar):
     def setop(self) -> Node:
         node = self.ratio()
         while self.tokens[self.at][0] == "setop":
-            op = self.take()[1]
-            node = ("setop", op, node, self.ratio())
+            node = _combined(self.take()[1], node, self.ratio())
         return node
 
     def ratio(self) -> Node:
@@ -194,7 +184,7 @@ class Parser(Grammar):
                 return _joined("add", terms)
 
     def product(self) -> Node:
-        factors = [self.power() if self.tokens[self.at][0] != "op" else self.signed()]
+        factors: list[Node] = [self.power() if self.tokens[self.at][0] != "op" else self.signed()]
         divisions = 0
         while True:
             kind, value, _ = self.tokens[self.at]
@@ -257,41 +247,43 @@ class Parser(Grammar):
             following = self.tokens[self.at + 1]
             if following[0] in _NO_MARKS or following[1] in _AFTER_BARE:
                 self.at += 1
-                return (kind, value)
-        node: Node = self.atom()
-        postfixes = 0
-        while True:
-            kind, value, _ = self.tokens[self.at]
-            if kind != "op" and kind != "deg":
-                return node
+                return cast("Node", (kind, value))
+        node, marked, postfixes = self.atom(), True, 0
+        while marked and self.kind() in ("op", "deg"):
             postfixes += 1
             if postfixes > MAX_DEPTH:
                 raise TooComplex(f"more than {MAX_DEPTH} marks on one value")
-            if kind == "deg":
-                self.take()
-                node = ("deg", node)
-            elif value == "^":
-                self.take()
-                node = exponent(self, node)
-            elif value == "_":
-                self.take()
-                node = subscript(self, node)
-            elif value == "'" and node[0] in ("sym", "call"):
-                self.take()
-                node = (node[0], node[1] + "'", *node[2:])
-            elif value == "!":
-                self.take()
-                node = ("fn", "double factorial", (node,)) if self.accept("!") else ("fact", node)
-            elif value == "%":
-                self.take()
-                node = ("percent", node)
-            else:
-                return node
+            node, marked = self.postfix(node)
+        return node
+
+    def postfix(self, node: Node) -> tuple[Node, bool]:
+        """The node with the mark behind it, if there is one."""
+        kind, value, _ = self.tokens[self.at]
+        if (kind != "deg" and value not in _POSTFIXES) or (value == "'" and node[0] not in ("sym", "call")):
+            return node, False
+        self.take()
+        if kind == "deg":
+            return ("deg", node), True
+        if value == "^":
+            return exponent(self, node), True
+        if value == "_":
+            return subscript(self, node), True
+        if value == "!":
+            return ("fn", "double factorial", (node,)) if self.accept("!") else ("fact", node), True
+        if node[0] == "sym" and value == "'":
+            return ("sym", node[1] + "'"), True
+        if node[0] == "call" and value == "'":
+            return ("call", node[1] + "'", node[2]), True
+        return ("percent", node), True
+
+
+def _combined(op: str, left: Node, right: Node) -> Node:
+    return ("setop", op, left, right)
 
 
 def _listed(nodes: list[Node], how: str) -> Node:
     return nodes[0] if len(nodes) == 1 else ("list", how, tuple(nodes))
 
 
-def _joined(kind: str, parts: list[Node]) -> Node:
+def _joined(kind: Literal["add", "mul"], parts: list[Node]) -> Node:
     return parts[0] if len(parts) == 1 else (kind, tuple(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from fractions import Fraction
-from typing import Any
+from typing import cast
 
 from rewards.math.arithmetic import BUDGET, MAX_PRECISION_BITS, PRECISION_BITS, Number, magnitude
 from rewards.math.tree import Node, TooComplex, Undefined, has, parts, symbols
@@ -103,22 +103,15 @@ def _has_open_sum(node: Node) -> bool:
 
 def _has_radical(node: Node) -> bool:
     """A root of a variable."""
-    roots = [part[2][0] for part in parts(node) if part[:2] == ("fn", "root")]
+    roots = [part[2][0] for part in parts(node) if part[0] == "fn" and part[1] == "root"]
     powers = [part for part in parts(node) if part[0] == "pow" and part[2][0] != "num"]
     return any(map(symbols, roots)) or any(symbols(part[1]) and not symbols(part[2]) for part in powers)
 
 
 def _is_rational(*nodes: Node) -> bool:
     """Whether trees are rational functions, which agree at random points only if they agree everywhere."""
-    stack = list(nodes)
-    while stack:
-        part = stack.pop()
-        if part and part[0] not in _RATIONAL and type(part[0]) is str:
-            return False
-        if part and part[0] == "pow" and part[2][0] != "num":
-            return False
-        stack.extend([child for child in part if type(child) is tuple])
-    return True
+    found = parts(nodes)
+    return all(part[0] in _RATIONAL and (part[0] != "pow" or part[2][0] == "num") for part in found)
 
 
 _RATIONAL = frozenset(("num", "dec", "sym", "add", "mul", "div", "neg", "pow"))
@@ -147,44 +140,54 @@ def _same_at(point: int, left: Node, right: Node, budget: list[float]) -> bool |
     return magnitude(difference) - max(magnitude(a), magnitude(b)) < -wanted_bits
 
 
-_ONE = ("num", Fraction(1))
+_ONE: Node = ("num", Fraction(1))
 
 
-def _form(node: Node) -> Any:
+def _form(node: object) -> object:
     """A tree with sorted terms and factors, in which 9^500000 is 3^1000000, which is too large to compute."""
     if not isinstance(node, tuple) or not node or type(node[0]) is not str:
         return node
     if node[0] == "add":
         return ("add", *sorted(map(_form, node[1]), key=repr))
-    factors = _factors(node)
+    factors = _factors(cast("Node", node))
     factors[-1] %= 2
     return ("mul", *sorted((item for item in factors.items() if item[1]), key=repr))
 
 
-def _factors(node: Node) -> defaultdict[Any, Fraction]:
+def _factors(node: Node) -> defaultdict[object, Fraction]:
     """Primes, -1 and the forms of other factors, with their exponents."""
-    kind, found = node[0], defaultdict(Fraction)
-    if kind in ("num", "dec") and 0 < abs(node[1].numerator) < 10**8 > node[1].denominator:
-        found[-1] += node[1] < 0
-        for number, step in ((abs(node[1].numerator), 1), (node[1].denominator, -1)):
-            divisor = 2
-            while number > 1:
-                divisor = divisor if divisor * divisor <= number else number
-                while number % divisor == 0:
-                    found[divisor], number = found[divisor] + step, number // divisor
-                divisor += 1
-    elif kind in ("mul", "div", "neg"):
-        found[-1] += kind == "neg"
-        for at, part in enumerate(node[1] if kind == "mul" else node[1:]):
-            for factor, power in _factors(part).items():
-                found[factor] += -power if kind == "div" and at else power
-    elif kind == "pow" or node[:2] == ("fn", "root"):
-        base, exponent = node[1:] if kind == "pow" else (node[2][0], ("div", _ONE, node[2][1]))
-        inner, value = _factors(base), constant(exponent) if not symbols(exponent) else None
-        if isinstance(value, Fraction) and not inner[-1] and all(isinstance(factor, int) for factor in inner):
-            found.update({factor: power * value for factor, power in inner.items()})
-        else:
-            found["pow", _form(base), _form(exponent)] += 1
-    else:
-        found[(kind, *map(_form, node[1:]))] += 1
+    found: defaultdict[object, Fraction] = defaultdict(Fraction)
+    sides: list[tuple[int, Node]] = []
+    match node:
+        case ("num" | "dec", value) if 0 < abs(value.numerator) < 10**8 > value.denominator:
+            found[-1] += value < 0
+            for number, step in ((abs(value.numerator), 1), (value.denominator, -1)):
+                divisor = 2
+                while number > 1:
+                    divisor = divisor if divisor * divisor <= number else number
+                    while number % divisor == 0:
+                        found[divisor], number = found[divisor] + step, number // divisor
+                    divisor += 1
+        case ("mul", factors):
+            sides = [(1, part) for part in factors]
+        case ("div", above, below):
+            sides = [(1, above), (-1, below)]
+        case ("neg", inner):
+            sides, found[-1] = [(1, inner)], Fraction(1)
+        case ("pow", base, exponent):
+            return _powers(base, exponent)
+        case ("fn", "root", (base, degree)):
+            return _powers(base, ("div", _ONE, degree))
+        case _:
+            found[(node[0], *map(_form, node[1:]))] += 1
+    for sign, part in sides:
+        for factor, power in _factors(part).items():
+            found[factor] += sign * power
     return found
+
+
+def _powers(base: Node, exponent: Node) -> defaultdict[object, Fraction]:
+    inner, value = _factors(base), constant(exponent) if not symbols(exponent) else None
+    if isinstance(value, Fraction) and not inner[-1] and all(isinstance(factor, int) for factor in inner):
+        return defaultdict(Fraction, {factor: power * value for factor, power in inner.items()})
+    return defaultdict(Fraction, {("pow", _form(base), _form(exponent)): Fraction(1)})

@@ -125,10 +125,14 @@ def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
         region = intersection(region, part)
     if unknown is None:
         raise Unsupported("an inequality without a variable")
-    name: Node = unknown
-    if name[0] == "fn":  # |x|
-        return name[2][0][1], _unfold(region)
-    return ("" if name[0] == "call" else name[1]), region
+    match unknown:
+        case ("fn", _, (("sym", name), *_)):  # |x|
+            return name, _unfold(region)
+        case ("fn", _, (inner, *_)):
+            return repr(inner), _unfold(region)
+        case ("sym", name):
+            return name, region
+    return "", region  # f(x)
 
 
 def _half_line(op: str, slope: Fraction, bound: Fraction) -> Region:
@@ -163,11 +167,11 @@ def linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
     if node[0] == "sym":
         return Fraction(1), Fraction(0), node
     names = [part for part in tree.parts(node) if part[0] in ("call", "sym") or part[:2] == ("fn", "abs")]
-    outer = [part for part in names if part[0] != "sym" and part[-1][0][0] == "sym"]
+    outer = [part for part in names if (part[0] == "fn" or part[0] == "call") and part[2][0][0] == "sym"]
     unknown = (outer or names or [None])[0]
     try:
-        trees = [tree.replaced(node, unknown, ("num", point)) for point in _LINE_POINTS]
-        values = [Fraction(endpoint(tree)) for tree in (trees if unknown else trees[:1])]
+        at = [tree.replaced(node, unknown, ("num", x)) for x in _LINE_POINTS] if unknown else [node]
+        values = [Fraction(endpoint(each)) for each in at]
     except (Undefined, OverflowError):
         raise Unsupported("not linear") from None
     slope = values[1] - values[0] if unknown else Fraction(0)
@@ -194,14 +198,15 @@ def listed_intervals(item: Shape, *, may_be_points: bool) -> Region | None:
     """The union of (-1, 2), (3, 5), which are intervals for sure where one is closed or endless."""
     if item[0] != "many" or item[1] == "pm" or any(part[0] not in ("seq", "region") for part in item[2]):
         return None
-    sure = any(
-        part[0] == "region"
-        or "[" in part[1]
-        or "]" in part[2]
-        or any(end[0] == "infinity" for end in part[3])
-        for part in item[2]
-    )
+    sure = any(map(_is_interval, item[2]))
     return as_region(("many", "or", item[2])) if sure or may_be_points else None
+
+
+def _is_interval(item: Shape) -> bool:
+    match item:
+        case ("seq", opening, closing, ends):
+            return opening == "[" or closing == "]" or any(end[0] == "infinity" for end in ends)
+    return item[0] == "region"
 
 
 def _as_region(item: Shape) -> Region | None:

@@ -20,7 +20,7 @@ from typing import Any
 from rewards.math import region as regions
 from rewards.math import tree
 from rewards.math.measure import compound
-from rewards.math.names import is_quantity, name_of
+from rewards.math.names import is_quantity, name_of, names_in
 from rewards.math.probe import same_value
 from rewards.math.region import as_region, scalar
 from rewards.math.tree import MathError, Node, Shape, Unparsable, Unsupported, has, progression, symbols
@@ -56,8 +56,8 @@ def shape(node: Node) -> Shape:
             return _sequence(node)
         case ("setop", op, left, right):
             return _set_operation(op, shape(left), shape(right))
-        case ("builder", *_):
-            return _builder(node)
+        case ("builder", head, conditions):
+            return _builder(head, conditions)
         case ("cases", pieces):
             return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in pieces]))
         case ("text", words) if words in NUMBER_WORDS:
@@ -74,7 +74,7 @@ def shape(node: Node) -> Shape:
     kind = node[0]
     if (kind == "const" or kind == "neg") and (sign := regions.infinity(node)):
         return ("infinity", sign)
-    if kind in _PLAIN or (kind == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
+    if kind in _PLAIN or (node[0] == "div" and node[1][0] in _PLAIN and node[2][0] in _PLAIN):
         return ("scalar", node)
     inside = tree.kinds(node)
     if "seq" in inside and kind in ("add", "mul", "neg", "div"):  # (1, 3) + t (2, -1)
@@ -128,7 +128,7 @@ def _measure(inner: Shape, unit: Unit) -> Shape:
     return ("measure", inner, unit)
 
 
-def _sequence(node: Node) -> Shape:
+def _sequence(node: tree.Seq) -> Shape:
     items = tuple(shape(item) for item in node[3])
     if len(items) == 1 and items[0][0] == "seq":  # [[1, 2]]
         return ("matrix", (tuple(scalar(item) for item in items[0][3]),))
@@ -173,14 +173,13 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
     first: Node = sides[0]
     names = name_of(first)
     if bases := [side for side in sides if side[0] == "base"]:  # 1101_2 = 13_{10}
-        numbers = {
-            int(side[1], side[2]) if side[0] == "base" else side[1] for side in sides if side[0] != "sym"
-        }
+        others: list[tree.Tree] = [side for side in sides if side[0] not in ("base", "sym")]
+        numbers = {*(int(digits, base) for _, digits, base in bases), *(side[1] for side in others)}
         return bases[0] if len(numbers) == 1 else ("contradiction", bases[0])
-    if names is None and first[0] in ("num", "neg") and sides[-1][0] == "residue":  # 12 = 5 (mod 7)
-        modulus = sides[-1][2]
-        remainders = [("fn", "mod", (side, modulus)) for side in (first, sides[-1][1])]
-        return sides[-1] if _agree(*remainders) else ("contradiction", sides[-1])
+    match sides[-1]:
+        case ("residue", value, modulus) as last if names is None and first[0] in ("num", "neg"):
+            remainder: Node = ("fn", "mod", (value, modulus))  # 12 = 5 (mod 7)
+            return last if _agree(("fn", "mod", (first, modulus)), remainder) else ("contradiction", last)
     if names is None and len(sides) == 2 and name_of(sides[1]) is not None and sides[1][0] != "mul":
         return _equality((sides[1], sides[0]))
     values: Sequence[Node] = sides[1:] if names else sides
@@ -205,8 +204,9 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
         if value[0] == "seq" and len(value[3]) == len(names):
             return ("assign", tuple(zip(names, value[3], strict=True)))
         return value
-    arguments = tuple(argument[1] for argument in first[2]) if name.endswith("()") else ()
-    return ("named", name, value, arguments)
+    if name.endswith("()") and (first[0] == "call" or first[0] == "fn"):
+        return ("named", name, value, names_in(first[2]))
+    return ("named", name, value, ())
 
 
 def _is_unlike(sides: Sequence[Node], last: Node) -> bool:
@@ -217,7 +217,8 @@ def _is_unlike(sides: Sequence[Node], last: Node) -> bool:
         if unit and (unit.is_claim or (ending and ending.dimensions not in (unit.dimensions, None))):
             return True
         scales = (unit.factor, ending.factor) if unit and ending and ending.dimensions else (1, 1)
-        pair = [("mul", (x, ("num", Fraction(y)))) for x, y in zip((value, end), scales, strict=True)]
+        scaled = zip((value, end), scales, strict=True)
+        pair: list[Node] = [("mul", (x, ("num", Fraction(y)))) for x, y in scaled]
         is_known = _is_number(value) and _is_number(end) and not symbols(value)
         if (unit or ending) and is_known and not _agree(*pair):
             return True
@@ -317,9 +318,9 @@ def _set_operation(op: str, left: Shape, right: Shape) -> Shape:
     return ("region", regions.union(a, b) if op == "cup" else regions.intersection(a, b))
 
 
-def _builder(node: Node) -> Shape:
+def _builder(first: Node, conditions: Node) -> Shape:
     """{x | x > 2} is the solutions of its condition; over the integers it stays a formula."""
-    _, head, conditions = node
+    head = first
     rules = conditions[2] if conditions[0] == "list" and conditions[1] != "or" else (conditions,)
     members = tuple(filter(None, map(_membership, rules)))
     others = [rule for rule in rules if _membership(rule) is None]
@@ -337,7 +338,7 @@ def _builder(node: Node) -> Shape:
             return inner if inner[0] != "scalar" else ("set", (inner,))
         if inner[0] == "many":
             return ("set", inner[2])
-    return ("builder", node[1], conditions)
+    return ("builder", first, conditions)
 
 
 def _membership(rule: Node) -> tuple[str, str] | None:

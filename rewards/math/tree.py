@@ -1,4 +1,8 @@
-"""Trees of tuples, and what may be wrong with one: their variables, parts replaced, matrices carried out."""
+"""Trees of tuples, and what may be wrong with one: their variables, parts replaced, matrices carried out.
+
+A node is what an answer says, and a shape what that is: one value, several, a point, a set, an equation.
+Nodes are tuples, which a type checker tells apart by their first field.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,35 @@ import functools
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
-Node = Any  # a tuple whose first field names it: `rewards.math.parse`
+from rewards.math.units import Unit
+
+Tree = tuple[object, ...]  # a node, a shape, or several of them
+Names = tuple[str, ...]
+T = TypeVar("T")
+Nodes: TypeAlias = "tuple[Node, ...]"
+Num = tuple[Literal["num", "dec"], Fraction]  # dec was written as a decimal
+Named = tuple[Literal["sym", "const"], str]  # const pi, e, i, inf
+Text = tuple[Literal["text"], str]
+Domain = tuple[Literal["domain"], str]
+Dots = tuple[Literal["dots"]]
+Base = tuple[Literal["base"], str, int]  # digits and base
+Ratio: TypeAlias = "tuple[Literal['ratio'], Nodes]"
+Residue: TypeAlias = "tuple[Literal['residue'], Node, Node]"  # 3 (mod 7)
+Matrix: TypeAlias = "tuple[Literal['matrix'], tuple[Nodes, ...]]"
+Builder: TypeAlias = "tuple[Literal['builder'], Node, Node]"  # the head of a set, its conditions
+Applied: TypeAlias = "tuple[Literal['fn', 'call'], str, Nodes]"  # call: an undefined function
+Seq: TypeAlias = "tuple[Literal['seq'], str, str, Nodes]"  # its brackets and entries
+Node: TypeAlias = """(
+    Num | Named | Text | Domain | Dots | Base | Ratio | Residue | Matrix | Seq | Builder | Applied
+    | tuple[Literal["add", "mul", "set"], Nodes] | tuple[Literal["div", "pow"], Node, Node]
+    | tuple[Literal["neg", "fact", "percent", "deg", "transpose"], Node]
+    | tuple[Literal["pm"], int, Node | None, Node] | tuple[Literal["big"], str, str, Node, Node, Node]
+    | tuple[Literal["list"], str, Nodes] | tuple[Literal["rel"], Names, Nodes] | tuple[Literal["empty"]]
+    | tuple[Literal["setop"], str, Node, Node] | tuple[Literal["unit"], Node, Unit]
+    | tuple[Literal["digits"], str, Fraction] | tuple[Literal["cases"], tuple[tuple[Node, Node], ...]]
+)"""  # pm: sign, a, b of a ± b; big: sum or prod, index, low, high, body; list: joined by "," ";" "or" "and"
 Shape = Any  # a tuple whose first field names it: `rewards.math.shape`
 
 
@@ -40,24 +70,26 @@ class Undefined(MathError):
     """No number: 1/0, 0^0, infinity - infinity."""
 
 
-def symbols(node: Node) -> frozenset[str]:
+def symbols(node: Tree) -> frozenset[str]:
     """The variables and undefined functions of a tree."""
     if node[0] in _LITERALS:
         return _NONE
-    names, stack = set(), [node]
+    names: set[str] = set()
+    stack: list[Tree] = [node]
     while stack:
         part = stack.pop()
         if part and part[0] in _LITERALS:
             continue
-        if part and (part[0] == "sym" or part[0] == "call"):
+        if part and (part[0] == "sym" or part[0] == "call") and type(part[1]) is str:
             names.add(part[1])
         stack.extend([child for child in part if type(child) is tuple])
     return frozenset(names)
 
 
-def kinds(node: Node) -> set[str]:
+def kinds(node: Tree) -> set[object]:
     """The first fields of a tree and of all its parts."""
-    found, stack = set(), [node]
+    found: set[object] = set()
+    stack: list[Tree] = [node]
     while stack:
         part = stack.pop()
         if part:
@@ -66,9 +98,9 @@ def kinds(node: Node) -> set[str]:
     return found
 
 
-def has(node: Node, *kinds: str) -> bool:
+def has(node: Tree, *kinds: str) -> bool:
     """Whether a tree holds a node of one of these kinds, or a function or constant of one of these names."""
-    stack = [node]
+    stack: list[Tree] = [node]
     while stack:
         part = stack.pop()
         if part and (part[0] in kinds or (part[0] in _NAMED and part[1] in kinds)):
@@ -82,28 +114,32 @@ _NAMED = frozenset(("fn", "const"))
 _NONE: frozenset[str] = frozenset()
 
 
-def parts(node: Node) -> Iterator[Node]:
-    stack = [node]
+def parts(node: Tree) -> list[Node]:
+    found: list[Tree] = []
+    stack: list[Tree] = [node]
     while stack:
         part = stack.pop()
         if part and type(part[0]) is str:
-            yield part
+            found.append(part)
         stack.extend([child for child in part if type(child) is tuple])
+    return cast("list[Node]", found)
 
 
-def replaced(node: Node, old: Node, new: Node) -> Node:
+def replaced(node: T, old: Node, new: Node) -> T:
     if node == old:
-        return new
-    return tuple(replaced(part, old, new) for part in node) if isinstance(node, tuple) else node
+        return cast("T", new)
+    if not isinstance(node, tuple):
+        return node
+    return cast("T", tuple([replaced(part, old, new) for part in node]))
 
 
-def renamed(item: Any, names: dict[str, str]) -> Any:
+def renamed(item: T, names: dict[str, str]) -> T:
     """A shape with its variables under other names."""
     if type(item) is not tuple:  # an interval of numbers has no names
         return item
     if len(item) == 2 and item[0] == "sym":
-        return ("sym", names.get(item[1], item[1]))
-    return tuple(renamed(part, names) for part in item)
+        return cast("T", ("sym", names.get(item[1], item[1])))
+    return cast("T", tuple([renamed(part, names) for part in item]))
 
 
 def variants(node: Node) -> tuple[Node, ...]:
@@ -114,14 +150,14 @@ def variants(node: Node) -> tuple[Node, ...]:
     return tuple(_signed(node, iter(signs)) for signs in itertools.product((1, -1), repeat=len(marks)))
 
 
-def _marks(node: Any) -> list[int]:
+def _marks(node: object) -> list[int]:
     if not isinstance(node, tuple):
         return []
     inner = [mark for part in node for mark in _marks(part)]
     return [node[1], *inner] if node and node[0] == "pm" else inner
 
 
-def _signed(node: Any, signs: Iterator[int]) -> Any:
+def _signed(node: T, signs: Iterator[int]) -> T:
     """The tree with the signs ± read, in their order, as these."""
     if not isinstance(node, tuple):
         return node
@@ -129,8 +165,8 @@ def _signed(node: Any, signs: Iterator[int]) -> Any:
         sign = node[1] * next(signs)
         before, term = _signed(node[2], signs), _signed(node[3], signs)
         term = term if sign > 0 else ("neg", term)
-        return term if before is None else ("add", (before, term))
-    return tuple(_signed(part, signs) for part in node)
+        return cast("T", term if before is None else ("add", (before, term)))
+    return cast("T", tuple([_signed(part, signs) for part in node]))
 
 
 _DOTS = ("dots",)
@@ -138,9 +174,10 @@ _DOTS = ("dots",)
 
 def progression(items: tuple[Node, ...]) -> tuple[Node, ...]:
     """1, 2, ..., 10 written out, where whole numbers in equal steps lead over the dots to the last one."""
-    if items[-2:-1] != (_DOTS,) or len(items) < 3 or any(item[0] != "num" for item in items if item != _DOTS):
+    numbers = [item[1] for item in items if item[0] == "num"]
+    if items[-2:-1] != (_DOTS,) or len(items) < 3 or len(numbers) + items.count(_DOTS) < len(items):
         return items
-    *first, last = [item[1] for item in items if item != _DOTS]
+    *first, last = numbers
     step = first[1] - first[0] if len(first) > 1 else Fraction(1)
     count = (last - first[0]) / step if step else Fraction(0)
     is_even = all(b - a == step for a, b in itertools.pairwise(first))
@@ -200,5 +237,8 @@ def _product(left: Node, right: Node) -> Node:
     if max(len(left[1]), len(right[1]), len(right[1][0])) > MAX_SIZE:
         raise TooComplex(f"a product of matrices larger than {MAX_SIZE}")
     columns = tuple(zip(*right[1], strict=True))
-    products = [[[("mul", pair) for pair in zip(row, c, strict=True)] for c in columns] for row in left[1]]
-    return ("matrix", tuple(tuple(("add", tuple(terms)) for terms in row) for row in products))
+    return ("matrix", tuple(tuple(_inner_product(row, column) for column in columns) for row in left[1]))
+
+
+def _inner_product(row: Nodes, column: Nodes) -> Node:
+    return ("add", tuple(("mul", pair) for pair in zip(row, column, strict=True)))
