@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +14,22 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rl.config import EngineConfig
+from rl.config import Config, EngineConfig
 from rl.report.safe_stream import settle
 from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.families import refusal
+from rollout.vllm.fleet import Fleet
 from rollout.vllm.local import start_core
+from rollout.vllm.lock import read_token
+from rollout.vllm.member import connect, said_of
 from rollout.vllm.settings import CoreSettings, routes_unavailable, runs_on_cpu
 from rollout.vllm.start import CORE_LOG_LEVEL, start_parts, vllm_available
+from rollout.vllm.weight_files import WeightFiles
 
 ENGINE_LOG = "engine.log"
+CONTROL_S = 300.0  # longest wait for a server to do what is not sampling
 OF_CORE = (  # keys of `engine` that are vLLM's own
     *("process", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
 )
@@ -93,6 +100,7 @@ def make_engine(
     note: Callable[[str], None],
     trained: nn.Module | None = None,
     sample_while_training: bool | None = None,
+    sleeps: bool = False,
     attention: str = "eager",
     long_factors: bool = False,
     routed: Any = None,
@@ -121,10 +129,9 @@ def make_engine(
             attention=attention,
             recorder=routed and routed.recorder,
         )
-    own: dict[str, Any] = {name: getattr(config, name) for name in OF_CORE}
+    own = {name: getattr(config, name) for name in OF_CORE} | {"max_num_seqs": max_num_seqs, "sleeps": sleeps}
     own["gpu_memory_utilization"] = config.gpu_share
     own["routes"] = routed is not None and routed.can_replay(routes_unavailable())
-    own["max_num_seqs"] = max_num_seqs
     settings = CoreSettings(model, dtype, max_model_length, revision=revision, **own)
     engine = VllmEngine(
         start_core(settings),
@@ -142,6 +149,54 @@ def make_engine(
     return engine
 
 
+def served_engine(
+    config: Config,
+    *,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    max_model_length: int,
+    trained: nn.Module,
+    sends: bool,
+    note: Callable[[str], None],
+) -> Engine:
+    """The servers of `config.engine` as an engine, which holds no weights before the first are sent.
+
+    Args:
+        sends: this process gives them weights; others of the run take over what it has proved.
+
+    Raises:
+        ValueError: the token, or a server that is not fit for the run, with what would make it so.
+        EngineError: no server answers.
+    """
+    e = config.engine
+    if (unserved := unserved_by_vllm(trained)) is not None:
+        raise ValueError(f"engine.name=server: {unserved}; use engine.name=transformers")
+    token = read_token(str(e.token_file))
+    fit = {"dtype": dtype, "max_model_len": max_model_length, "timeout_s": min(e.timeout_s, CONTROL_S)}
+    own = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:12]
+    folder = Path(e.weights_folder) / f"cohort-{own}" if e.weights_folder else config.run_dir / "weights"
+    fleet = Fleet(
+        [url.rstrip("/") for url in e.urls],
+        token,
+        connect=lambda url: connect(url, token, **fit),
+        files=partial(WeightFiles, folder, url=e.weights_url or "", token=token) if sends else None,
+        tolerance=config.canary_tolerance or (0.0025 if dtype == torch.float32 else 0.2),
+        timeout_s=e.timeout_s,
+        note=note,
+    )
+    note(said_of(fleet.members))
+    engine = VllmEngine(
+        fleet,
+        tokenizer,
+        max_model_len=max_model_length,
+        seed_requests=e.seed_requests,
+        sample_while_training=config.train.sample_while_training,
+        timeout_s=e.timeout_s,
+    )
+    engine.name = "server"
+    return engine
+
+
 def _engine_name(
     name: str,
     model: str,
@@ -151,6 +206,10 @@ def _engine_name(
     long_factors: bool,
 ) -> str:
     """ "transformers" or "vllm", for `engine.name`."""
+    if name == "server":
+        raise ValueError(
+            "engine.name=server is for training; add engine.name=auto engine.urls=[] engine.token_file=null"
+        )
     unserved = unserved_by_vllm(trained) if trained is not None else None
     if name == "vllm" and unserved is not None:
         raise ValueError(f"engine.name=vllm: {unserved}; use engine.name=transformers")

@@ -33,7 +33,11 @@ def make_source(
         group_sampling(config, ends),
         admission=Admission(t.max_staleness, t.steps, t.in_flight, config.engine.timeout_s),
         dynamic=dynamic_sampling(config),
-        sync=WeightSync(config.canary_tolerance, config.engine.verify_sync),
+        sync=WeightSync(
+            config.canary_tolerance,
+            config.engine.verify_sync,
+            sends=world.is_main or config.engine.name != "server",
+        ),
         team=world,
         phase=phases,
     )

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": ("recipes.cli.export", "write a checkpoint as a clean Hugging Face folder, with proofs"),
     "eval": ("recipes.cli.eval", "measure models, checkpoints and runs on a task, and compare them"),
     "sample": ("recipes.cli.sample", "sample, verify and keep traces to fine-tune on (rejection sampling)"),
+    "serve": ("recipes.cli.serve", "start vLLM servers for a run, locked by a token"),
     "score": ("recipes.cli.score", "grade the rows of a file with a reward"),
     "doctor": ("recipes.cli.doctor", "check the rewards of a config against its dataset, before a run"),
 }
@@ -55,5 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             called = import_module(module)
             called.add_arguments(command)
             command.set_defaults(run=called.run)
-    arguments = parser.parse_args(words)
+    arguments, others = parser.parse_known_args(words)
+    if others and not hasattr(arguments, "others"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.others = others
     return run_command(lambda: arguments.run(arguments))

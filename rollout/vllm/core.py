@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from rl.types import FinishReason, SamplingParams, VersionSpan
 from rollout.fingerprint import HeldTensor
+from rollout.sampler import completion_seed
+
+SleepingPart = Literal["weights", "cache"]
+NOT_FINITE = -9999.0  # what vLLM's API says for a log-prob that is not finite
+REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,106 @@ class Answer:
     routes: Any = field(default=None, repr=False)
 
 
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A completion under way, by one server or by several, one after the other.
+
+    Attributes:
+        token_ids, logprobs: so far.
+        versions: of the weights that sampled each token.
+        first: number of tokens that earlier servers have sampled.
+        said: labels of the weights behind each token from `first` on, where the server gives them in the end.
+        tries: number of servers that began it.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int | None
+    with_logprobs: bool
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    first: int = 0
+    said: list[str] | None = None
+    reason: str | None = None
+    tries: int = 0
+    task: Any = None
+
+    def begin(self, salt: str) -> dict[str, Any]:
+        """The request for what is left. Where tokens are kept it has a seed of its own: the numbers of the
+        first one are spent.
+        """
+        self.first, self.tries, self.said, self.reason = len(self.token_ids), self.tries + 1, None, None
+        left = self.sampling.max_completion_length - self.first
+        parameters = request_body(self.sampling, max_tokens=left)
+        if self.seed is not None:
+            parameters["seed"] = completion_seed(self.seed, self.first) if self.first else self.seed
+        if self.with_logprobs:
+            parameters["logprobs"] = 0
+        ids = self.prompt_ids + self.token_ids
+        return {"token_ids": ids, "sampling_params": parameters, "cache_salt": salt, "stream": True}
+
+    def take(self, message: dict[str, Any], version: int) -> None:
+        """Adds what a message of the server brings."""
+        if "choices" not in message:
+            raise RuntimeError(f"the server broke a completion off: {str(message)[:200]}")
+        for choice in message["choices"]:
+            ids = choice["token_ids"] or []
+            logprobs = (
+                [one["logprob"] for one in choice["logprobs"]["content"]]
+                if self.with_logprobs and ids
+                else []
+            )
+            if min(logprobs, default=0.0) <= NOT_FINITE:
+                raise RuntimeError("the model's logits are not finite")
+            self.token_ids += ids
+            self.logprobs += logprobs
+            self.versions += [version] * len(ids)
+            if (spans := choice.get("weight_versions")) is not None:
+                self.said = [s["version"] for s in spans for _ in range(s["end"] - s["start"])]
+            self.reason = choice.get("finish_reason") or self.reason
+
+    def keep(self, num_tokens: int) -> None:
+        for values in (self.token_ids, self.logprobs, self.versions):
+            del values[num_tokens:]
+
+    def drop(self) -> None:
+        """Forgets what this server has sampled, its end included, which may have come a moment before."""
+        self.reason = None
+        self.keep(self.first)
+
+    def answer(self) -> Answer:
+        """What there is; an "abort" if something is left to be sampled."""
+        reason = REASONS.get(self.reason, "abort")
+        if reason == "abort" and self.token_ids:  # its end may be lost where its last token is not
+            reason = "length" if len(self.token_ids) == self.sampling.max_completion_length else reason
+            reason = "stop" if self.token_ids[-1] in self.sampling.stop_token_ids else reason
+        spans = [VersionSpan(version, len(list(run))) for version, run in groupby(self.versions)]
+        return Answer(self.id, self.token_ids, self.logprobs, spans, reason)
+
+
+def request_body(sampling: SamplingParams, **more: Any) -> dict[str, Any]:
+    """vLLM's `sampling_params` of a request over HTTP."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # ends are explicit: stop_token_ids
+        "detokenize": False,
+        **more,
+    }
+
+
 class Core(Protocol):
     """Samples requests with weights of one version at a time.
 
     Attributes:
         runs_alone: it samples while nobody calls it, in a process of its own.
         is_on_cpu: it computes on the CPU.
+        sleeps: it is to give its memory back while the trainer computes.
         seeds_are_free: seeds of requests cost no kernel of their own.
         device: where weights may be sent from without a copy.
         vocab_size: ids that a prompt may have.
@@ -49,6 +149,7 @@ class Core(Protocol):
 
     runs_alone: bool
     is_on_cpu: bool
+    sleeps: bool
     seeds_are_free: bool
     device: torch.device
     vocab_size: int
@@ -82,12 +183,23 @@ class Core(Protocol):
         """Holds all requests where they are, with no step in flight."""
         ...
 
+    def sleep(self) -> None:
+        """Pauses, preempts what is in flight, and drops weights and cache: the memory is for others to use.
+
+        From here on it takes `load` alone, which wakes it and computes the cache again with the new weights.
+        """
+        ...
+
+    def wake(self, part: SleepingPart) -> None:
+        """Takes the memory of one part again; what it holds is not set."""
+        ...
+
     def resume(self, version: int) -> None:
         """Goes on with the weights that it holds, which are of this version."""
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Replaces the weights under held requests, which then go on.
+        """Replaces the weights under held requests, which then go on. A core that sleeps wakes by this.
 
         Raises:
             ValueError: the model has no weight of that name.

@@ -63,6 +63,7 @@ class VllmEngine:
     ) -> None:
         goes_on = core.is_on_cpu if sample_while_training is None else sample_while_training
         self.runs_alone, self.held_while_training = core.runs_alone, core.runs_alone and not goes_on
+        self.sleeps_while_training, self._is_asleep = core.sleeps, False
         self.tokenizer, self.version, self.device = tokenizer, version, core.device
         self.timeout_s, self.max_model_len = timeout_s, max_model_len
         self.seed_requests = core.seeds_are_free if seed_requests is None else seed_requests
@@ -77,17 +78,17 @@ class VllmEngine:
         return self._num_submitted
 
     def submit(self, call: Call) -> None:
-        check_weights(self)
+        self._check("sample")
         flights, _ = self._launch(call, for_collect=True)
         self._num_submitted += len(call.prompts) * call.num_completions
         self._landed += [flight for flight in flights if flight.is_done]
 
     def collect(self, *, timeout_s: float) -> list[Group]:
+        self._check("hand out completions")
         deadline = time.monotonic() + timeout_s
         if timeout_s > 0:
             self._go_on()
         while not self._landed and self._num_submitted:
-            check_weights(self)
             self._advance(deadline, f"sampling {self._num_submitted} submitted completions")
             if time.monotonic() >= deadline:
                 break
@@ -96,7 +97,7 @@ class VllmEngine:
         return groups
 
     def generate(self, call: Call) -> list[Group]:
-        check_weights(self)
+        self._check("sample")
         self._go_on()
         deadline = time.monotonic() + self.timeout_s
         flights, faults = self._launch(call, for_collect=False)
@@ -109,6 +110,7 @@ class VllmEngine:
         return groups
 
     def abort(self, prompts: Collection[Prompt]) -> None:
+        self._refuse_asleep("give up completions")
         given_up = {prompt.id for prompt in prompts}
         running = [flight for flight, _ in self._requests.values() if flight.for_collect]
         mine = {flight for flight in (*running, *self._landed) if flight.prompt.id in given_up}
@@ -116,26 +118,32 @@ class VllmEngine:
         self._landed = [flight for flight in self._landed if flight not in mine]
         self._num_submitted -= sum(len(flight.completions) for flight in mine)
 
-    def hold(self) -> None:
-        self._core.pause()
-        self._is_held = True
+    def hold(self, *, release: bool = False) -> None:
+        self._refuse_asleep("be held")
+        if release:
+            self._core.sleep()
+        else:
+            self._core.pause()
+        self._is_held, self._is_asleep = True, release
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self.version = WEIGHTS_UNKNOWN
         self._core.load(weights, version=version)
-        self.version, self._is_held = version, False
+        self.version, self._is_held, self._is_asleep = version, False, False
 
     def adopt(self, version: int) -> None:
+        self._refuse_asleep("adopt weights")
         if not self._is_held:
             self._core.pause()
         self._core.resume(version)
         self.version, self._is_held = version, False
 
     def fingerprints(self) -> Mapping[str, int]:
+        self._refuse_asleep("read its weights")
         return self._core.fingerprints()
 
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
-        check_weights(self)
+        self._check("score tokens")
         self._go_on()
         deadline = time.monotonic() + self.timeout_s
         greedy, found = SamplingParams(1, temperature=0.0), None
@@ -151,6 +159,17 @@ class VllmEngine:
     def close(self) -> None:
         self._core.close()
         self._requests, self._landed, self._num_submitted = {}, [], 0
+
+    def _check(self, what: str) -> None:
+        self._refuse_asleep(what)
+        check_weights(self)
+
+    def _refuse_asleep(self, what: str) -> None:
+        if self._is_asleep:
+            raise EngineError(
+                f"engine {self.name} sleeps and cannot {what}: its weights and cache were dropped while the "
+                "trainer computes; it takes update_weights alone, which wakes it"
+            )
 
     def _launch(self, call: Call, *, for_collect: bool) -> tuple[list[Flight], dict[int, str]]:
         """Starts every completion that can be sampled: (a flight per prompt, why some prompts cannot)."""

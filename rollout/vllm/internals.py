@@ -51,7 +51,8 @@ PATHS: dict[str, dict[str, str]] = {
         "no_blocks": "kv_cache_manager.empty_kv_cache_blocks",
         "cache_blocks": "kv_cache_manager.cache_blocks",
     },
-    "worker": _same("get_model", "model_config", "vllm_config"),
+    "worker": _same("get_model", "model_config", "vllm_config", "sleep", "wake_up")
+    | {"caches": "model_runner.kv_caches"},
     # Layers of a model; those that the worker finds are checked before the first sync.
     "model": {"mapper": "hf_to_vllm_mapper"},
     "layer": _same("quant_method"),

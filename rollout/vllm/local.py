@@ -22,10 +22,10 @@ from rollout.calls import completion_routes, version_spans
 from rollout.engine import EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.bucket import Bucket
-from rollout.vllm.core import Answer, Core
+from rollout.vllm.core import Answer, Core, SleepingPart
 from rollout.vllm.internals import reach, require
 from rollout.vllm.scheduler import LOGPROBS, MARKS
-from rollout.vllm.settings import CoreSettings, engine_arguments, runs_on_cpu
+from rollout.vllm.settings import CoreSettings, engine_arguments, request_parameters, runs_on_cpu
 from rollout.vllm.start import start_engine, stop_engine, takes_own_process, vllm_available
 
 _LIVENESS_S = 0.5
@@ -33,6 +33,8 @@ _RELEASE_S = 5.0
 
 
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+TAGS: dict[SleepingPart, str] = {"weights": "weights", "cache": "kv_cache"}
+"""vLLM's own words for what sleeps."""
 
 
 def start_core(settings: CoreSettings) -> Core:
@@ -72,7 +74,7 @@ class LocalCore:
         self.engine: Any = engine
         self.own = self.runs_alone = own
         self.timeout_s, self.recompute_kv = settings.timeout_s, settings.recompute_kv
-        self._routes = settings.routes
+        self.sleeps, self._routes = settings.sleeps, settings.routes
         # An eager vLLM on a CPU still compiles the ranks of its log-probs: 6 s, and a C++ compiler.
         self._uncompiled = self.is_on_cpu and arguments["enforce_eager"]
         self._generator_state = torch.Generator().get_state()
@@ -83,6 +85,7 @@ class LocalCore:
         self._versions = [settings.version]  # of the weights, one more at each resumption
         self._begun: dict[str, tuple[int, list[int]]] = {}  # request -> index of its first, prompt
         self._finished: list[Answer] = []  # in the steps before a pause
+        self._asleep: set[SleepingPart] = set()
         try:
             require("engine", engine)
             require("engine beside" if own else "engine inside", engine)
@@ -121,7 +124,7 @@ class LocalCore:
             checked = reach("engine", "process_inputs", engine)(
                 ids[0],
                 tokens_input(token_ids, cache_salt=str(begun)),
-                _parameters(sampling, with_logprobs, with_prompt_logprobs),
+                request_parameters(sampling, with_logprobs, with_prompt_logprobs),
                 supported_tasks=engine.get_supported_tasks(),
             )
             for request_id, seed in zip(ids, seeds, strict=True):
@@ -179,13 +182,28 @@ class LocalCore:
                     outputs += self.engine.step()
         self._finished += self._answers(outputs)
 
+    def sleep(self) -> None:
+        """At vLLM's level 2, by its worker: its core would go on by itself once all is awake."""
+        self.pause()
+        self._utility("reset_prefix_cache", True)
+        self.call("sleep", 2)
+        self._asleep = set(TAGS)
+
+    def wake(self, part: SleepingPart) -> None:
+        self.call("cohort_wake", TAGS[part])
+        self._asleep.discard(part)
+
     def resume(self, version: int) -> None:
         self._utility("resume_scheduler")
         self._versions.append(version)
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.pause()
+        if not self._asleep:
+            self.pause()
+        if "weights" in self._asleep:
+            torch.cuda.empty_cache()  # the core takes what this process's allocator keeps for later
+            self.wake("weights")
         self.call("cohort_begin")
         if self._bucket is None:
             rounded = ((name, tensor.to(self._held[name].dtype)) for name, tensor in self._known(weights))
@@ -193,7 +211,9 @@ class LocalCore:
         else:
             self._bucket.send(self._known(weights), partial(self.call, "cohort_receive_bucket"))
         self.call("cohort_finish", version)
-        if self.recompute_kv:  # new keys and values of everything sampled so far
+        if self._asleep:  # the weights lie; now there may be room for the cache
+            self.wake("cache")
+        elif self.recompute_kv:  # new keys and values of everything sampled so far
             self._utility("reset_prefix_cache", True)
         self.resume(version)
 
@@ -328,22 +348,3 @@ class LocalCore:
             torch.set_rng_state(self._generator_state)
             yield
             self._generator_state = torch.get_rng_state()
-
-
-def _parameters(sampling: SamplingParams, with_logprobs: bool, with_prompt_logprobs: bool) -> Any:
-    from vllm import SamplingParams as Parameters
-    from vllm.sampling_params import RequestOutputKind
-
-    return Parameters(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_completion_length,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # ends are explicit: stop_token_ids
-        logprobs=0 if with_logprobs else None,
-        prompt_logprobs=0 if with_prompt_logprobs else None,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )

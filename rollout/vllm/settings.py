@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from rl.types import SamplingParams
+
 Process = Literal["auto", "own", "inside"]
 
 
@@ -30,6 +32,7 @@ class CoreSettings:
         timeout_s: longest wait for the start, and for one answer of the core.
         version: policy version of the weights in `model`.
         routes: answers say which experts each token was computed with.
+        sleeps: weights and cache lie where `sleep` can drop them. On a CPU nothing is dropped.
     """
 
     model: str | Path
@@ -45,6 +48,7 @@ class CoreSettings:
     revision: str | None = None
     version: int = 0
     routes: bool = False
+    sleeps: bool = False
 
 
 def runs_on_cpu() -> bool:
@@ -116,4 +120,25 @@ def _on_gpu(s: CoreSettings, eager: bool) -> dict[str, Any]:
     return {
         "gpu_memory_utilization": share,
         "max_num_batched_tokens": max(16384, s.max_model_len),
+        "enable_sleep_mode": s.sleeps,
     } | ({} if eager else graphs)
+
+
+def request_parameters(sampling: SamplingParams, with_logprobs: bool, with_prompt_logprobs: bool) -> Any:
+    """vLLM's own form of `sampling`; a completion is answered once, when it is finished."""
+    from vllm import SamplingParams as Parameters
+    from vllm.sampling_params import RequestOutputKind
+
+    return Parameters(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_completion_length,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # ends are explicit: stop_token_ids
+        logprobs=0 if with_logprobs else None,
+        prompt_logprobs=0 if with_prompt_logprobs else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -162,7 +162,16 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
             return _start_beside(arguments, timeout_s), False
         if grouped and dist.get_world_size() > 1:
             arguments = arguments | _join_group(timeout_s)
+        _settle_llvmlite()
         return _llm_engine(arguments, own=False), not grouped
+
+
+def _settle_llvmlite() -> None:
+    """On a CPU vLLM asks every object of every module for its `__dict__`. llvmlite's library, which numba and
+    so bm25s load, answers any name with a function, on which the start would end.
+    """
+    if (ffi := cast(Any, sys.modules.get("llvmlite.binding.ffi"))) is not None:
+        ffi.lib._fntab["__dict__"] = {}
 
 
 def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:

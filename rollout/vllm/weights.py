@@ -161,13 +161,37 @@ def plain_experts(slot: Slot) -> Tensor:
     return plain.transpose(1, 2) if slot.turned else plain
 
 
+def whole_slots(slots: Mapping[str, Slot]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as a checkpoint has them, from what the model computes with; a tied copy is left out.
+
+    A packed weight is multiplied by the identity, which shows every value exactly (a negative zero as zero).
+    """
+    products: dict[int, Tensor] = {}
+    for name, slot in slots.items():
+        if slot.held.source != name:
+            continue
+        if not slot.held.sampled:
+            yield name, plain_experts(slot) if packs_experts(slot) else _rows(slot)
+            continue
+        key = id(slot.module)
+        if key not in products:
+            products = {key: _product(slot, torch.eye(slot.held.shape[-1]))}
+        yield name, products[key][:, slot.first : slot.last].T
+
+
 def _columns(slot: Slot, version: int) -> Tensor:
     """Columns `sampled_columns` of a packed weight [N, K], as rows [8, N]."""
     width = slot.held.shape[-1]
     columns = sampled_columns(width, version)
-    units = torch.zeros(len(columns), width, dtype=slot.held.dtype, device=slot.held.device)
+    units = torch.zeros(len(columns), width)
     units[torch.arange(len(columns)), torch.tensor(columns)] = 1.0
-    return reach("packed weight", "apply", slot.module)(slot.module, units, None) + 0.0
+    return _product(slot, units)
+
+
+def _product(slot: Slot, rows: Tensor) -> Tensor:
+    """rows [R, K] times the transposed packed weight [N, K] of the slot's module."""
+    rows = rows.to(slot.held.device, slot.held.dtype)
+    return reach("packed weight", "apply", slot.module)(slot.module, rows, None) + 0.0
 
 
 def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:

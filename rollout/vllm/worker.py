@@ -25,6 +25,7 @@ from rollout.vllm.bucket import Layout, open_bucket, received
 from rollout.vllm.internals import require
 from rollout.vllm.names import Names
 from rollout.vllm.start import TRAINER_PID
+from rollout.vllm.weight_files import ReadFiles, opened, overwritten
 from rollout.vllm.weights import (
     Slot,
     can_be_written,
@@ -32,6 +33,7 @@ from rollout.vllm.weights import (
     find_slots,
     read_slots,
     repack,
+    whole_slots,
     write_slot,
 )
 
@@ -68,7 +70,12 @@ class WeightReceiver:
     cohort_came: dict[str, int]  # fingerprints of what a reload was given
     cohort_bucket: Tensor
     cohort_layers: dict[str, frozenset[str]]
+    cohort_content: str = (
+        ""  # which pushed weights it holds; "" for those of its start, or after a load broke off
+    )
     get_model: Any
+    wake_up: Any
+    model_runner: Any
     model_config: Any
     vllm_config: Any
 
@@ -79,15 +86,24 @@ class WeightReceiver:
         """
         if uncompiled:
             torch.compiler.set_stance("force_eager")
-        require("worker", self)
-        model = self.get_model()
-        self.cohort_names = Names(self.model_config.hf_config, model)
-        self.cohort_slots, self.cohort_open = find_slots(model, self.cohort_names), False
-        self.cohort_writes = False
+        if not hasattr(self, "cohort_slots"):  # who asks again changes nothing
+            require("worker", self)
+            model = self.get_model()
+            self.cohort_names = Names(self.model_config.hf_config, model)
+            self.cohort_slots = find_slots(model, self.cohort_names)
+            self.cohort_open = self.cohort_writes = False
         return [
             [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
             for name, h in ((name, slot.held) for name, slot in self.cohort_slots.items())
         ]
+
+    @torch.inference_mode()
+    def cohort_wake(self, tag: str) -> None:
+        """Memory for what vLLM calls `tag`; the cache is zeroed: kernels multiply what they mask by 0."""
+        self.wake_up([tag])
+        for cache in self.model_runner.kv_caches if tag == "kv_cache" else ():
+            for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+                tensor.zero_()
 
     @torch.no_grad()
     def cohort_begin(self) -> None:
@@ -157,3 +173,59 @@ class WeightReceiver:
     def cohort_fingerprints(self, version: int) -> dict[str, int]:
         """Of the tensors that the kernels use."""
         return fingerprints(read_slots(self.cohort_slots, version))
+
+    @torch.no_grad()
+    def cohort_load(self, push: dict[str, Any]) -> dict[str, str]:
+        """Loads files of `rollout.vllm.weight_files` if they are undamaged and fit; says what it holds then.
+
+        A fault is an answer, since vLLM ends an engine whose worker raises. "refused" leaves the weights as
+        they were; after "broken" they are unknown, and the next push has to be whole.
+        """
+        if not hasattr(self, "cohort_slots"):
+            self.cohort_describe(False)
+        begun = False
+        try:
+            if push["base"] and self.cohort_content not in (push["base"], push["content"]):
+                raise ValueError(
+                    f"the delta to {push['content']} is laid over {push['base']}, and the server holds "
+                    f"{self.cohort_content or 'weights that nobody pushed'}"
+                )
+            with opened(push) as files:
+                files.check({name: slot.held for name, slot in self.cohort_slots.items()}, bool(push["base"]))
+                whole = ((name, values) for name, values, _ in files.tensors())
+                tensors = self.cohort_overwritten(files) if push["base"] else whole
+                begun, self.cohort_content = True, ""
+                self.cohort_begin()
+                self.cohort_receive(tensors)
+                self.cohort_finish(push["version"])
+                self.cohort_content = push["content"]
+        except Exception as fault:
+            said = str(fault) if isinstance(fault, ValueError) else f"{type(fault).__name__}: {fault}"
+            return {"holds": self.cohort_content, "broken" if begun else "refused": said}
+        return {"holds": self.cohort_content}
+
+    def cohort_overwritten(self, files: ReadFiles) -> Iterable[tuple[str, Tensor]]:
+        """Whole tensors with the delta laid over what the model holds now.
+
+        A reload begins with all of them, since it would take a layer without one of its tensors as complete.
+        """
+        device = next(iter(self.cohort_slots.values())).held.device
+        if not self.cohort_writes and device.type != "cpu":
+            raise ValueError("vLLM makes something else of this model's weights: it takes whole ones only")
+        over = {name: (values, positions) for name, values, positions in files.tensors()}
+        wanted = over if self.cohort_writes else self.cohort_slots
+        slots = {name: self.cohort_slots[name] for name in wanted}
+        made = (
+            (name, overwritten(base, *over[name]) if name in over else base.clone())
+            for name, base in whole_slots(slots)
+        )
+        return made if self.cohort_writes else list(made)
+
+    def cohort_facts(self) -> dict[str, Any]:
+        """Which pushed weights the model holds, and what the server's config does not tell a trainer."""
+        device = next(self.get_model().parameters()).device.type
+        return {
+            "holds": self.cohort_content,
+            "vocab_size": self.model_config.get_vocab_size(),
+            "device": device,
+        }

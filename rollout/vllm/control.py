@@ -1,0 +1,212 @@
+"""What a trainer asks of one vLLM server besides samples: facts, pauses, weights, proofs. Imports no vLLM.
+
+Weights go through methods of `rollout.vllm.worker.WeightReceiver`, which vLLM's `/collective_rpc` reaches,
+and not through a backend of vLLM's weight transfer: the same calls work in every version since 0.25.1, one
+call checks, loads and notes what is held, and a fault is an answer instead of the engine's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+import torch
+
+from rollout.engine import EngineError
+from rollout.fingerprint import HeldTensor
+from rollout.vllm.lock import RECEIVER
+from rollout.vllm.weight_files import Push
+
+NEEDED = ("/pause", "/resume", "/collective_rpc", "/server_info", "/version")
+CONNECT_S = 10.0
+
+
+class ServerDead(EngineError):
+    """A server does not answer, or its engine has failed: it samples nothing until it was started again."""
+
+
+class PushRefused(EngineError):
+    """A server did not load the weights; it says why, and goes on with those it holds, if any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server is and offers.
+
+    Attributes:
+        vllm: its version.
+        dtype: of its weights, as torch names it.
+        vocab_size: None: only our worker extension tells.
+        has_generate: tokens in and out, `/inference/v1/generate`.
+        has_spans: its answers say which weights sampled which tokens.
+        has_receiver: our worker extension: fingerprints, deltas.
+        logprobs_mode: vLLM's name for the log-probs that it answers with.
+    """
+
+    vllm: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int | None
+    has_generate: bool
+    has_spans: bool
+    has_receiver: bool
+    logprobs_mode: str
+
+
+class Control:
+    """Calls to one server, on connections of their own: streams of samples do not hold them up.
+
+    Every call is bounded by `timeout_s` and names what it waits for. The faults never hold the token.
+
+    Args:
+        url: such as http://127.0.0.1:8000.
+        token: what the server's lock asks for (`rollout.vllm.lock`).
+        timeout_s: longest wait for one answer.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout_s: float = 300.0) -> None:
+        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s)),
+            limits=httpx.Limits(max_keepalive_connections=0),  # the server closes idle ones at any time
+            trust_env=False,
+        )
+        self._facts: Facts | None = None
+        self._held: Mapping[str, HeldTensor] = {}
+
+    def facts(self) -> Facts:
+        """From the routes and the config that the server shows, once.
+
+        Raises:
+            ValueError: it is not vLLM's with its development routes, or has several workers.
+        """
+        if self._facts is None:
+            api = self._call("GET", "/openapi.json", "the list of routes")
+            if missing := [path for path in NEEDED if path not in api["paths"]]:
+                raise ValueError(
+                    f"server {self.url} lacks {', '.join(missing)}; start it with `cohort serve`, or "
+                    "vLLM's own server with VLLM_SERVER_DEV_MODE=1"
+                )
+            shown = self._call("GET", "/server_info", "its config", params={"config_format": "json"})
+            model, parallel = (shown["vllm_config"][f"{part}_config"] for part in ("model", "parallel"))
+            if (number := parallel["world_size"] * parallel["data_parallel_size"]) > 1:
+                raise ValueError(
+                    f"server {self.url} spreads its model over {number} workers, whose slices nobody "
+                    "proves; start one server for each device (cohort serve --devices 0,1)"
+                )
+            has_receiver = parallel["worker_extension_cls"] == RECEIVER
+            told = self._rpc("cohort_facts") if has_receiver else {}
+            self._facts = Facts(
+                self._call("GET", "/version", "its version")["version"],
+                model["dtype"].removeprefix("torch."),
+                model["max_model_len"],
+                told.get("vocab_size"),
+                "/inference/v1/generate" in api["paths"],
+                "/weight_info" in api["paths"],
+                has_receiver,
+                model["logprobs_mode"],
+            )
+        return self._facts
+
+    def pause(self) -> None:
+        """Holds all requests where they are, with no step in flight; safe to call twice."""
+        self._call("POST", "/pause", "the pause", params={"mode": "keep", "clear_cache": "false"})
+
+    def resume(self) -> None:
+        """Goes on with the requests that a pause holds."""
+        self._call("POST", "/resume", "the resumption")
+
+    def load(self, push: Push) -> None:
+        """Gives a paused server the weights of `push`; it checks them first, and tells then what it holds.
+
+        Raises:
+            PushRefused: it did not load them; after a wrong base or a break the next push has to be whole.
+            ServerDead: it did not answer, or its engine failed: its weights are unknown.
+        """
+        told = self._rpc("cohort_load", asdict(push), what=f"loading version {push.version}")
+        if (fault := told.get("refused") or told.get("broken")) is not None:
+            state = (
+                f"it goes on with {told['holds'] or 'what it held'}"
+                if "refused" in told
+                else "its weights are unknown"
+            )
+            raise PushRefused(f"server {self.url} did not load version {push.version}: {fault}; {state}")
+        if self.facts().has_spans:
+            self._call("POST", "/update_weight_version", "its version", json={"new_version": push.content})
+        if (found := self.holds()) != push.content:
+            raise PushRefused(f"server {self.url} says it holds {found} after {push.content} was pushed")
+
+    def holds(self) -> str:
+        """`Push.content` of the weights that were pushed last; empty: nobody pushed any, or a load broke off.
+
+        Raises:
+            PushRefused: the server labels its samples otherwise.
+        """
+        holds = self._rpc("cohort_facts")["holds"]
+        if holds and self.facts().has_spans:
+            label = self._call("GET", "/weight_info", "its version")["weight_version"]
+            if label != holds:
+                raise PushRefused(f"server {self.url} labels its samples {label} and holds {holds}")
+        return holds
+
+    def describe(self) -> Mapping[str, HeldTensor]:
+        """Every parameter under its Hugging Face name; asked for once.
+
+        Raises:
+            ValueError: this process cannot compute fingerprints as the server does.
+        """
+        if not self._held:
+            kind = self._rpc("cohort_facts")["device"]
+            if kind != "cpu" and not torch.cuda.is_available():
+                raise ValueError(
+                    f"server {self.url} computes on {kind} and this process has no such device, so that "
+                    "their fingerprints differ; train on a GPU, or serve on a CPU"
+                )
+            device = torch.device(kind, torch.cuda.current_device()) if kind != "cpu" else torch.device(kind)
+            self._held = {
+                name: HeldTensor(tuple(shape), getattr(torch, dtype), device, source, sampled)
+                for name, shape, dtype, source, sampled in self._rpc("cohort_describe", False)
+            }
+        return self._held
+
+    def fingerprints(self, version: int) -> dict[str, int]:
+        """Hashes of what the server computes with, for the columns that are compared at `version`."""
+        return self._rpc("cohort_fingerprints", version, what=f"the fingerprints of version {version}")
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _rpc(self, method: str, *arguments: Any, what: str = "") -> Any:
+        """The answer of the only worker.
+
+        Raises:
+            ValueError: the server lacks our worker extension; an unknown method would end its engine.
+        """
+        if method != "cohort_facts" and not self.facts().has_receiver:
+            raise ValueError(
+                f"server {self.url} runs without --worker-extension-cls {RECEIVER}, which weights "
+                "need; start it with `cohort serve`"
+            )
+        body = {"method": method, "args": list(arguments)}
+        (answer,) = self._call("POST", "/collective_rpc", what or method, json=body)["results"]
+        return answer
+
+    def _call(self, method: str, path: str, what: str, **options: Any) -> Any:
+        try:
+            answer = self._client.request(method, path, **options)
+        except httpx.TimeoutException as error:
+            raise ServerDead(
+                f"server {self.url}: {what}: no answer within timeout_s={self.timeout_s:g}"
+            ) from error
+        except httpx.HTTPError as error:
+            raise ServerDead(f"server {self.url}: {what}: {type(error).__name__} {error}") from error
+        if answer.status_code == 401:
+            raise ValueError(f"server {self.url} does not take this token; engine.token_file must be its own")
+        if answer.status_code != 200:
+            kind = ServerDead if answer.status_code >= 500 else ValueError
+            raise kind(f"server {self.url}: {what}: {path} answered {answer.status_code} {answer.text[:300]}")
+        return answer.json()

@@ -1,0 +1,350 @@
+"""vLLM servers as one core: a dead one's completions go on elsewhere, and none samples unproved.
+
+A server is *up* (it has proved to hold the current weights), *suspect* (it does not answer: nothing new goes
+there), *dead* (its completions go on elsewhere, from the tokens that they have) or *stale* (it answers, and
+has yet to get the current weights and to prove them). The thread that asks for answers also judges the
+servers; only streams and questions about health run on their own (`rollout.vllm.served`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rl.types import SamplingParams
+from rollout.engine import WEIGHTS_UNKNOWN, EngineError
+from rollout.fingerprint import HeldTensor
+from rollout.vllm.control import Control, ServerDead
+from rollout.vllm.core import Answer, SleepingPart, Stream
+from rollout.vllm.member import RETRY_S, TICK_S, Member, State, check_held, in_thread, noting, same_canary
+from rollout.vllm.served import Server
+from rollout.vllm.weight_files import Push, WeightFiles
+
+MAX_TRIES = 8  # of a completion; it is an "abort" then
+T = TypeVar("T")
+
+
+class Fleet:
+    """A `Core` of servers.
+
+    Args:
+        connect: url -> a `Control` of a server that is fit for the run. It raises a ValueError of one that is
+            not, and an EngineError of one that does not answer.
+        files: what servers hold -> the writer of their weights; None: another process of this run sends them.
+        tolerance: largest mean gap of the canary's log-probs between two servers, nats.
+        timeout_s: longest wait for a server's answer, and without any server up.
+        note: is told when a server is lost, and when it is up again.
+
+    Raises:
+        ValueError, EngineError: a server is not fit, or two differ; or none answers.
+    """
+
+    runs_alone = True
+    is_on_cpu = True  # or on a GPU that is not the trainer's: in either case the two take no turns
+    seeds_are_free = True
+    sleeps = False  # its memory is not the trainer's
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str | None,
+        *,
+        connect: Callable[[str], Control],
+        files: Callable[[Mapping[str, HeldTensor]], WeightFiles] | None,
+        tolerance: float,
+        timeout_s: float,
+        note: Callable[[str], None],
+    ) -> None:
+        self.connect, self.tolerance, self.timeout_s, self.note = connect, tolerance, timeout_s, note
+        self.device = torch.device("cpu")
+        self.files: WeightFiles | None = None
+        self._answered: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
+        salt = secrets.token_hex(16)
+        self.members = [
+            Member(Server(url, token, salt=salt, sink=self._answered, sends=files is not None))
+            for url in urls
+        ]
+        self._waiting: deque[list[Stream]] = deque()
+        self._finished: list[Answer] = []
+        self._expected: dict[str, int] = {}  # fingerprints of what was sent
+        self._canary: tuple[list[int], list[float]] | None = None
+        self._down_since: float | None = None
+        self._held: Mapping[str, HeldTensor] = {}
+        self._version, self.vocab_size = WEIGHTS_UNKNOWN, 0
+        try:
+            for member, found in [(m, in_thread(partial(connect, m.server.url))) for m in self.members]:
+                try:
+                    self._met(member, member.wait(found, "its first answer", timeout_s))
+                    member.server.asked.wait(timeout_s)
+                except EngineError as error:
+                    self._lose(member, State.DEAD, str(error))
+            if not self._held:
+                raise EngineError(f"no server can be used: {self._said()}")
+            self.files = files and files(self._held)
+        except BaseException:
+            self.close()
+            raise
+
+    def _met(self, member: Member, control: Control) -> None:
+        held = control.describe()
+        if self._held and held != self._held:
+            differ = sorted(name for name in {*held, *self._held} if held.get(name) != self._held.get(name))
+            raise ValueError(f"server {member.server.url} has another model: {', '.join(differ[:3])}")
+        self._held, self.vocab_size, member.link = held, control.facts().vocab_size or 0, control
+
+    def add(
+        self,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        ids: Sequence[str],
+        seeds: Sequence[int | None],
+        with_logprobs: bool,
+        with_prompt_logprobs: bool = False,
+    ) -> None:
+        if with_prompt_logprobs:
+            found = self._scored(token_ids)
+            self._finished.append(Answer(ids[0], [], [], [], "length", prompt_logprobs=found))
+            return
+        pairs = zip(ids, seeds, strict=True)
+        self._waiting.append([Stream(name, token_ids, sampling, seed, with_logprobs) for name, seed in pairs])
+        self._dispatch()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        given_up = set(ids)
+        for member in self.members:
+            member.server.cancel([member.streams.pop(name).id for name in given_up & member.streams.keys()])
+        left = ([stream for stream in group if stream.id not in given_up] for group in self._waiting)
+        self._waiting = deque(group for group in left if group)
+        self._finished = [answer for answer in self._finished if answer.request_id not in given_up]
+
+    def answers(self, *, timeout_s: float, waiting_for: str) -> list[Answer]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._look()
+            self._dispatch()
+            self._take_in(0.0 if self._finished else min(TICK_S, max(0.0, deadline - time.monotonic())))
+            if self._finished or time.monotonic() >= deadline:
+                found, self._finished = self._finished, []
+                return found
+            self._check_any_up(waiting_for)
+
+    def pause(self) -> None:
+        """Where another process sends the weights, it holds the servers, too."""
+        if self.files is not None:
+            self._hold(self._up())
+
+    def sleep(self) -> None:
+        raise EngineError("servers keep their memory, which a trainer has no use for")
+
+    def wake(self, part: SleepingPart) -> None:
+        raise EngineError(f"servers never sleep, so there is no {part} to wake")
+
+    def resume(self, version: int) -> None:
+        if self.files is not None:
+            self._each(self._up(), lambda member: member.control.resume)
+            return
+        self._version = version
+        self._prove([member for member in self.members if member.link is not None], None, lost=State.STALE)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Writes the weights once. Every server that answers loads them, and goes on only when it has shown
+        their fingerprints; one that fails is left out.
+
+        Raises:
+            EngineError: none holds them; it names what each said.
+        """
+        assert self.files is not None
+        self._look()
+        self._version, self._expected, self._canary = WEIGHTS_UNKNOWN, {}, None
+        self._hold(self._up())
+        self._take_in(0.0)  # while each holds what sampled it
+        push = self.files.write(noting(weights, self._held, version, self._expected), version=version)
+        self._version = version
+        self._prove(self._up(), push, lost=State.STALE)  # one that lacks the base gets them whole
+        self._join([member for member in self.members if member.state is State.STALE], at_once=True)
+        if not self._up():
+            self._version = WEIGHTS_UNKNOWN
+            raise EngineError(f"no server holds version {version}: {self._said()}")
+        self.files.commit()
+
+    def describe(self) -> Mapping[str, HeldTensor]:
+        return self._held
+
+    def fingerprints(self) -> Mapping[str, int]:
+        """What all servers that are up have shown."""
+        return self._expected if self._up() else {}
+
+    def close(self) -> None:
+        for member in self.members:
+            member.server.close()
+            member.close()
+        if self.files is not None:
+            self.files.close()
+
+    def _up(self) -> list[Member]:
+        return [member for member in self.members if member.is_up]
+
+    def _said(self) -> str:
+        return "; ".join(f"{m.server.url} is {m.state}: {m.fault or 'it answers'}" for m in self.members)
+
+    def _look(self) -> None:
+        """Judges every server by its health; gives a stale one the current weights."""
+        for member in self.members:
+            state, fault = member.judged(self._version)
+            if fault != member.fault:
+                self._lose(member, state, fault)
+            if member.has_changed:
+                member.close()
+            member.state = state
+            member.follow_metrics()
+        if self._version != WEIGHTS_UNKNOWN:
+            self._join([member for member in self.members if member.state is State.STALE])
+
+    def _lose(self, member: Member, state: State, fault: str) -> None:
+        """Its completions go on elsewhere. They keep what they have if it is dead. One that answers and could
+        not prove its weights may have had others for a while: what it sampled is dropped.
+        """
+        if fault != member.fault:
+            left = len(member.streams)
+            self.note(f"server {member.server.url} is {state} with {left} completions: {fault}")
+        member.state, member.fault, member.lost_at = state, fault, time.monotonic()
+        member.server.give_up(keep=state is State.DEAD)
+        self._take_in(0.0)
+        for stream in list(member.streams.values()):
+            self._take(member, stream)
+
+    def _take_in(self, wait_s: float) -> None:
+        """Takes what has finished; waits at most `wait_s` for the first."""
+        found: list[tuple[Server, Stream]] = []
+        with suppress(Empty):
+            while True:
+                found.append(self._answered.get(timeout=wait_s) if wait_s else self._answered.get_nowait())
+                wait_s = 0.0
+        for member in self.members:
+            streams = [stream for server, stream in found if server is member.server]
+            if self.files is not None:
+                member.confirm([one for one in streams if one.reason is not None and one.said is None])
+            for stream in streams:
+                self._take(member, stream)
+
+    def _take(self, member: Member, stream: Stream) -> None:
+        """Hands a completion out, or has it go on."""
+        if member.streams.pop(stream.id, None) is not stream:
+            return
+        if not member.streams:
+            member.idle_since = time.monotonic()
+        answer = stream.answer()
+        if answer.finish_reason != "abort" or stream.tries >= MAX_TRIES:
+            self._finished.append(answer)
+        else:
+            self._waiting.appendleft([stream])
+        if (refusal := member.server.refusal) is not None:
+            raise EngineError(f"server {member.server.url} refuses what it is asked: {refusal}")
+
+    def _dispatch(self) -> None:
+        """Completions of a prompt go to one server, which caches it: to that with the fewest, and of several
+        idle ones to the longest idle.
+        """
+        while self._waiting:
+            group = self._waiting[0]
+            ready = [m for m in self.members if m.state is State.UP and m.server.fault is None]
+            free = [m for m in ready if not m.streams or len(m.streams) + len(group) <= m.cap]
+            if not free:
+                return
+            member = min(free, key=lambda m: (len(m.streams), m.idle_since))
+            member.streams |= {stream.id: stream for stream in group}
+            member.server.start(group)
+            self._waiting.popleft()
+
+    def _check_any_up(self, waiting_for: str) -> None:
+        self._down_since = None if self._up() else self._down_since or time.monotonic()
+        if self._down_since is not None and time.monotonic() - self._down_since > self.timeout_s:
+            limit = f"timeout_s={self.timeout_s:g}"
+            raise EngineError(f"no server was up for {limit} while {waiting_for}: {self._said()}")
+
+    def _each(
+        self,
+        members: Sequence[Member],
+        work: Callable[[Member], Callable[[], T]],
+        then: Callable[[Member, T], Any] = lambda member, found: None,
+        *,
+        lost: State = State.DEAD,
+    ) -> None:
+        """Does work for all members at the same time, in threads of their own, and then something with what
+        each found. A member of which either fails is lost.
+        """
+        for member, found in [(member, in_thread(work(member))) for member in members]:
+            try:
+                then(member, member.wait(found, "a call", self.timeout_s))
+            except (EngineError, ValueError) as error:
+                self._lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
+
+    def _hold(self, members: Sequence[Member]) -> None:
+        self._each(members, lambda member: member.hold)
+
+    def _prove(self, members: Sequence[Member], push: Push | None, *, lost: State = State.DEAD) -> None:
+        """Loads weights into paused servers, each of which goes on only if it shows their fingerprints; None:
+        another process has done so, and the servers say whether.
+        """
+
+        def load(control: Control) -> tuple[str, dict[str, int]]:
+            if push is None:
+                return control.holds(), {}
+            control.load(push)
+            return push.content, control.fingerprints(push.version)
+
+        def judge(member: Member, found: tuple[str, dict[str, int]]) -> None:
+            check_held(*found, version=self._version, expected=self._expected)
+            member.server.holds(self._version, found[0])
+            if push is not None:
+                member.control.resume()
+            if self._canary is not None:
+                ids, others = self._canary
+                logprobs = member.wait(member.server.score(ids), "the canary", self.timeout_s)
+                same_canary(member, logprobs, others, self.tolerance)
+            member.state, member.fault = State.UP, ""
+
+        for member in members:
+            member.started = (member.server.gauges or {}).get("started")
+        self._each(members, lambda member: partial(load, member.control), judge, lost=lost)
+
+    def _join(self, members: Sequence[Member], *, at_once: bool = False) -> None:
+        """Gives servers that answer the current weights, whole; or another process of this run has."""
+        now = time.monotonic()
+        ready = [m for m in members if m.server.fault is None and m.server.gauges is not None]
+        ready = [m for m in ready if at_once or now >= m.lost_at + RETRY_S]
+        new = [member for member in ready if member.link is None]
+        self._each(new, lambda member: partial(self.connect, member.server.url), self._met)
+        ready = [member for member in ready if member.link is not None]
+        if self.files is not None:
+            self._hold(ready)
+            ready = [member for member in ready if member.state is State.STALE]
+        if ready:
+            self._prove(ready, self.files and self.files.whole())
+        for member in [member for member in ready if member.is_up]:
+            self.note(f"server {member.server.url} is up and holds version {self._version}")
+
+    def _scored(self, token_ids: list[int]) -> list[float]:
+        """The canary's log-probs of the first server that is up; the others' are compared with them."""
+        self._canary = None
+        for member, score in [(member, member.server.score(token_ids)) for member in self._up()]:
+            try:
+                logprobs = member.wait(score, "the canary", self.timeout_s)
+            except RuntimeError as error:
+                self._lose(member, State.DEAD, str(error))
+                continue
+            self._canary = self._canary or (token_ids, logprobs)
+            same_canary(member, logprobs, self._canary[1], self.tolerance)
+        if self._canary is None:
+            raise EngineError(f"no server computed the canary's log-probs: {self._said()}")
+        return self._canary[1]

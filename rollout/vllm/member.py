@@ -1,0 +1,235 @@
+"""A server as a fleet sees it: how it is, what it samples, and how much more it gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from enum import StrEnum
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rollout.engine import WEIGHTS_UNKNOWN, EngineError
+from rollout.fingerprint import HeldTensor, compared_part, fingerprints, mismatches
+from rollout.vllm.control import RECEIVER, Control, ServerDead
+from rollout.vllm.core import Stream
+from rollout.vllm.served import UNPROVED, Server
+
+DEAD_S = 20.0  # of questions about health that fail
+FIRST_CAP = 256
+FULL_CACHE = 0.95
+PATIENCE = 3  # metrics, one after the other, with waiting requests
+RETRY_S = 10.0  # before one that failed to join may try again
+TICK_S = 0.1
+T = TypeVar("T")
+
+
+class State(StrEnum):
+    UP = "up"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    STALE = "stale"
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A server of a fleet.
+
+    Attributes:
+        link: its `Control`; None before it has answered, and since another process has taken its place.
+        fault: why it is not up.
+        started: when the process that was proved began, by its own metrics.
+        streams: what it samples, by id.
+        cap: most completions that it is given.
+        idle_since: `time.monotonic()` when it had nothing to do.
+        lost_at: `time.monotonic()` when it was; it is not asked to join again at once.
+    """
+
+    server: Server
+    link: Control | None = None
+    state: State = State.STALE
+    fault: str = "it has not answered yet"
+    started: float | None = None
+    streams: dict[str, Stream] = field(default_factory=dict)
+    cap: int = FIRST_CAP
+    idle_since: float = 0.0
+    lost_at: float = -RETRY_S
+    _preemptions: float = 0.0
+    _num_waits: int = 0
+    _seen: Any = None
+
+    @property
+    def control(self) -> Control:
+        assert self.link is not None
+        return self.link
+
+    @property
+    def is_up(self) -> bool:
+        return self.state in (State.UP, State.SUSPECT)
+
+    @property
+    def loss(self) -> str | None:
+        """Why nobody has to wait for it any longer, or None."""
+        since = self.server.failing_since
+        is_lost = self.server.is_gone or (since is not None and time.monotonic() - since > DEAD_S)
+        return (self.server.fault or "it does not answer") if is_lost else None
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another process has taken the place of the one that was proved."""
+        now = (self.server.gauges or {}).get("started")
+        return None not in (self.started, now) and now != self.started
+
+    def judged(self, version: int) -> tuple[State, str]:
+        """How it is by its health, and why it is not up, when `version` is what servers should hold."""
+        if (fault := self.loss) is not None:
+            return State.DEAD, fault
+        if self.has_changed:
+            return State.STALE, "another process has taken its place"
+        if self.state is State.DEAD and self.server.answered > self.lost_at:
+            return State.STALE, self.fault
+        if self.is_up and version not in (WEIGHTS_UNKNOWN, self.server.version):
+            return State.STALE, self.server.doubt
+        if self.is_up:
+            return State.SUSPECT if self.server.failing_since else State.UP, ""
+        return self.state, self.fault
+
+    def close(self) -> None:
+        """Forgets the process that it talked to; another one may join at once."""
+        if self.link is not None:
+            self.link.close()
+        self.link, self.started, self.lost_at = None, None, -RETRY_S
+
+    def hold(self) -> None:
+        """Pauses it, and waits for what its streams still bring."""
+        self.control.pause()
+        self.server.settle()
+
+    def wait(self, answer: Future[T], what: str, timeout_s: float) -> T:
+        """What a call to the server gives, waited for while it is alive.
+
+        Raises:
+            ServerDead: it is dead, or has not answered in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not wait_for([answer], TICK_S).done:
+            if (fault := self.loss) is not None:
+                raise ServerDead(f"{what}: {fault}")
+            if time.monotonic() > deadline:
+                raise ServerDead(f"{what}: no answer within timeout_s={timeout_s:g}")
+        return answer.result()
+
+    def confirm(self, finished: Sequence[Stream]) -> None:
+        """Answers that do not say what sampled them count if the server still holds the proved weights."""
+        if not finished:
+            return
+        try:
+            holds = self.link.holds() if self.link is not None else "unknown"
+        except (EngineError, ValueError) as error:
+            holds = str(error)
+        if holds != self.server.label:
+            self.server.distrust(UNPROVED.format(holds), finished)
+
+    def follow_metrics(self) -> None:
+        """The cap falls to what runs when the cache is full or requests are preempted or wait, and grows
+        while it is reached and none waits.
+        """
+        gauges = self.server.gauges
+        if gauges is self._seen or not gauges or "running" not in gauges:
+            return
+        preemptions = gauges.get("preemptions", 0.0)
+        is_full = gauges.get("cache", 0.0) > FULL_CACHE or preemptions > self._preemptions
+        self._num_waits = self._num_waits + 1 if gauges.get("waiting") else 0
+        if self._seen is not None and (is_full or self._num_waits >= PATIENCE):
+            self.cap = max(1, int(gauges["running"]))
+        elif len(self.streams) >= self.cap and not self._num_waits:
+            self.cap += max(1, self.cap // 4)
+        self._seen, self._preemptions = gauges, preemptions
+
+
+def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, timeout_s: float) -> Control:
+    """A `Control` of a server that is fit for a run whose longest sequence has `max_model_len` tokens.
+
+    Raises:
+        ValueError: it is not fit; it says which option of vLLM's would make it so.
+        EngineError: it does not answer.
+    """
+    control = Control(url, token, timeout_s=timeout_s)
+    try:
+        facts, wanted = control.facts(), str(dtype).removeprefix("torch.")
+        faults = {
+            "--enable-scale-out, for token ids in and out": not facts.has_generate,
+            f"--worker-extension-cls {RECEIVER}, for weights and their proof": not facts.has_receiver,
+            "--logprobs-mode processed_logprobs": facts.logprobs_mode != "processed_logprobs",
+            f"--dtype {wanted}, not {facts.dtype}": facts.dtype != wanted,
+            f"--max-model-len {max_model_len} or more": facts.max_model_len < max_model_len,
+        }
+        if lacks := [fault for fault, is_true in faults.items() if is_true]:
+            raise ValueError(f"server {url} lacks {'; '.join(lacks)}: start it again, best by `cohort serve`")
+        control.describe()
+    except BaseException:
+        control.close()
+        raise
+    return control
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Starts a call whose thread is left alone if nobody waits for it any longer."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=run, name="fleet", daemon=True).start()
+    return found
+
+
+def noting(
+    weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Puts the fingerprints that servers have to show into `found`, as the weights pass."""
+    copies: dict[str, list[str]] = {}
+    for name, one in held.items():
+        copies.setdefault(one.source, []).append(name)
+    for name, tensor in weights:
+        found |= fingerprints(
+            (copy, compared_part(tensor, held[copy], version)) for copy in copies.get(name, ())
+        )
+        yield name, tensor
+
+
+def said_of(members: Iterable[Member]) -> str:
+    """What the servers are, and who says which weights sampled which tokens."""
+    facts = [member.link and member.link.facts() for member in members]
+    known = [f for f in facts if f is not None]
+    kinds = sorted({f"vLLM {f.vllm}, versions {'said' if f.has_spans else 'cut here'}" for f in known})
+    return f"{len(facts)} server(s): {'; '.join(kinds)}"
+
+
+def check_held(content: str, prints: Mapping[str, int], *, version: int, expected: Mapping[str, int]) -> None:
+    """Raises EngineError if a server holds other weights than those of this version."""
+    if content.partition(".")[0] != str(version):
+        raise EngineError(f"it holds {content or 'no weights'}, not version {version}")
+    if wrong := mismatches(expected, prints):
+        raise EngineError(
+            f"it does not hold version {version}: the fingerprints of {len(wrong)} of {len(expected)} "
+            f"tensors differ from the policy's: {', '.join(wrong[:8])}"
+        )
+
+
+def same_canary(member: Member, logprobs: Sequence[float], others: Sequence[float], tolerance: float) -> None:
+    """Raises EngineError if a server computes other log-probs of fixed tokens than another one."""
+    mean = sum(abs(a - b) for a, b in zip(logprobs, others, strict=True)) / len(others)
+    if not mean <= tolerance:
+        raise EngineError(
+            f"server {member.server.url} holds the policy's weights and computes otherwise: its canary's "
+            f"log-probs are {mean:.3g} nats from another server's on average, more than {tolerance:g}"
+        )

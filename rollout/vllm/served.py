@@ -1,0 +1,282 @@
+"""One vLLM server as it is asked for completions: token ids in and out, every completion a stream of its own.
+
+The streams run in a thread with its own connections, apart from those that control the server. A stream that
+breaks off keeps the tokens that it brought, and another server can go on from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import httpx
+
+from rl.types import SamplingParams
+from rollout.engine import WEIGHTS_UNKNOWN, EngineError
+from rollout.vllm.core import Stream, request_body
+
+GENERATE = "/inference/v1/generate"
+POLL_S = 1.0
+POLL_TIMEOUT_S = 10.0
+CONNECT_S = 10.0
+KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
+LOOP_S = 60.0  # longest wait for the thread of the streams
+SETTLE_S = 0.05  # what a paused server sampled has come when nothing came for so long
+MAX_SETTLE_S = 5.0
+UNPROVED = "it sampled with weights that nobody has proved ({})"
+GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "cache",
+    "vllm:num_preemptions_total": "preemptions",
+    "process_start_time_seconds": "started",  # tells one process from the next
+}
+T = TypeVar("T")
+
+
+class Server:
+    """One server's streams and health, all of which belong to the thread of its event loop.
+
+    Args:
+        salt: of the prompts that this start of this run caches; nothing that was cached before matches.
+        sink: where (server, stream) goes when one has ended.
+        sends: this process sends the weights; else it hears of new ones a little after they sample.
+
+    Attributes:
+        version: of the weights that it was proved to hold; WEIGHTS_UNKNOWN: of none.
+        label: what it calls these weights.
+        fault: why it does not answer; None while it does.
+        failing_since: `time.monotonic()` when its first question of health failed; None while they succeed.
+        answered: `time.monotonic()` when it last said that it is well.
+        is_gone: nobody listens there, or vLLM says that its engine is dead.
+        refusal: a request that it calls wrong, which is not a fault of the server.
+        doubt: why `version` is not known any longer.
+        gauges: its latest metrics, by the values of `GAUGES`; None before the first.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        *,
+        salt: str,
+        sink: SimpleQueue[tuple[Server, Stream]],
+        sends: bool = True,
+    ) -> None:
+        self.url, self.salt, self.sink, self.sends = url, salt, sink, sends
+        self.version, self.label, self._num_proofs = WEIGHTS_UNKNOWN, "", 0
+        self.fault: str | None = None
+        self.failing_since: float | None = None
+        self.is_gone, self.answered = False, 0.0
+        self.refusal: str | None = None
+        self.doubt = ""
+        self.gauges: dict[str, float] | None = None
+        self.asked = threading.Event()  # its health, for the first time
+        self._streams: dict[str, Stream] = {}
+        self._labels: dict[str, int] = {}
+        self._loop = asyncio.new_event_loop()
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+            timeout=httpx.Timeout(None, connect=CONNECT_S),
+            trust_env=False,  # a proxy would learn the token
+        )
+        self._thread = threading.Thread(target=self._run, name=f"streams of {url}", daemon=True)
+        self._thread.start()
+
+    def start(self, streams: Sequence[Stream]) -> None:
+        self._loop.call_soon_threadsafe(self._start, streams)
+
+    def cancel(self, ids: Collection[str]) -> None:
+        """Ends streams without an answer; the server sees its client hang up, and stops."""
+        self._loop.call_soon_threadsafe(self._cancel, ids)
+
+    def give_up(self, *, keep: bool) -> None:
+        """Ends all streams, and distrusts the server. Streams `keep` what they have, unless weights that
+        nobody has proved were found there: which of it they sampled is not known before a stream's end.
+        """
+
+        def end() -> None:
+            if self.version == WEIGHTS_UNKNOWN or not keep:
+                for stream in self._streams.values():
+                    stream.drop()
+            self._cancel(list(self._streams))
+            self._labels, self.version = {}, WEIGHTS_UNKNOWN
+
+        self._in_loop(end)
+
+    def distrust(self, doubt: str, streams: Sequence[Stream] = ()) -> None:
+        """Weights that nobody has proved were found, and these streams have sampled with them."""
+        self.doubt, self.version = doubt, WEIGHTS_UNKNOWN
+        for stream in streams:
+            stream.drop()
+
+    def settle(self) -> None:
+        """Waits until a paused server has sent all that it sampled."""
+        deadline, before = time.monotonic() + MAX_SETTLE_S, -1
+        count = lambda: sum(len(stream.token_ids) for stream in self._streams.values())  # noqa: E731
+        while (now := self._in_loop(count)) != before and time.monotonic() < deadline:
+            before = now
+            time.sleep(SETTLE_S)
+
+    def holds(self, version: int, label: str) -> None:
+        """From here on its tokens are of `version`, which it calls `label`. Streams without a token begin
+        again, lest they find prompts that older weights have cached.
+
+        Raises:
+            EngineError: this process does not send weights, and these are not of whom it has them from.
+        """
+        writer = label.partition(".")[2]
+        if not self.sends and self.label.partition(".")[2] not in ("", writer):
+            raise EngineError(f"it holds weights of another run ({label})")
+
+        def begin_again() -> None:
+            self._labels[label] = self.version = version
+            self.label, self._num_proofs = label, self._num_proofs + 1
+            empty = [one for one in self._streams.values() if len(one.token_ids) == one.first]
+            self._cancel([stream.id for stream in empty])
+            self._start(empty)
+
+        self._in_loop(begin_again)
+
+    def score(self, token_ids: list[int]) -> Future[list[float]]:
+        """log p(ids[i] | ids[:i]) for i >= 1 at temperature 1; streams do not have them."""
+        return self._soon(self._score(token_ids))
+
+    def close(self) -> None:
+        """Ends its streams and its thread; safe to call twice."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CONNECT_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.create_task(self._watch())
+        self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        with suppress(httpx.HTTPError):
+            self._loop.run_until_complete(self._http.aclose())
+        self._loop.close()
+
+    def _soon(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _in_loop(self, work: Callable[[], T]) -> T:
+        async def run() -> T:
+            return work()
+
+        return self._soon(run()).result(LOOP_S)
+
+    def _start(self, streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            self._streams[stream.id] = stream
+            stream.task = self._loop.create_task(self._sample(stream))
+
+    def _cancel(self, ids: Collection[str]) -> None:
+        for name in ids:
+            stream = self._streams.pop(name, None)
+            if stream is not None and stream.task is not None:
+                stream.task.cancel()
+
+    def _salt(self) -> str:
+        """A digest of the run, its start, the version and the proof of it: other weights never find these
+        prompts, not even those that somebody else has pushed between two proofs of one version.
+        """
+        said = f"{self.salt}/{self.version}/{self._num_proofs}"
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    async def _sample(self, stream: Stream) -> None:
+        """Samples what is left of a completion; then it goes to the sink."""
+        body = stream.begin(self._salt())
+        try:
+            async with self._http.stream("POST", GENERATE, json=body) as reply:
+                if not reply.is_success:
+                    await reply.aread()
+                    self._raise_for(reply)
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        stream.take(json.loads(line.removeprefix("data: ")), self.version)
+        except (httpx.HTTPError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            stream.reason, self.fault = None, f"{type(error).__name__}: {error}"
+        self._check_versions(stream)
+        del self._streams[stream.id]
+        self.sink.put((self, stream))
+
+    def _raise_for(self, reply: httpx.Response) -> None:
+        said = f"POST {reply.url.path} was answered with {reply.status_code}: {reply.text[:300]}"
+        if reply.is_client_error:
+            self.refusal = said
+        raise EngineError(said)
+
+    def _check_versions(self, stream: Stream) -> None:
+        """Takes the server's word for which weights sampled which tokens, where it gives it. Tokens of
+        weights that nobody has proved are dropped, and the server is distrusted.
+        """
+        if stream.said is None:
+            return
+        known = [self._version_of(label) for label in stream.said]
+        if None in known:
+            first = known.index(None)
+            self.distrust(UNPROVED.format(stream.said[first]))
+            stream.reason = None
+            stream.keep(stream.first + first)
+        stream.versions[stream.first :] = known[: len(stream.token_ids) - stream.first]  # type: ignore[assignment]
+
+    def _version_of(self, label: str) -> int | None:
+        """None: of weights that nobody has proved. Who does not send them hears late of the next ones."""
+        number, _, writer = label.partition(".")
+        is_next = not self.sends and writer == self.label.partition(".")[2]
+        return int(number) if is_next else self._labels.get(label)
+
+    async def _score(self, token_ids: list[int]) -> list[float]:
+        wanted = request_body(SamplingParams(1, temperature=0.0), max_tokens=1, prompt_logprobs=0)
+        body = {"token_ids": token_ids, "sampling_params": wanted, "cache_salt": self._salt()}
+        try:
+            reply = await self._http.post(GENERATE, json=body)
+        except httpx.HTTPError as error:
+            raise EngineError(f"POST {GENERATE}: {type(error).__name__} {error}") from error
+        if not reply.is_success:
+            self._raise_for(reply)
+        pairs = zip(reply.json()["prompt_logprobs"][1:], token_ids[1:], strict=True)
+        return [at[str(token)]["logprob"] for at, token in pairs]
+
+    async def _watch(self) -> None:
+        """Asks for health and metrics, every `POLL_S`."""
+        while True:
+            before = self.fault
+            try:
+                reply = await self._http.get("/health", timeout=POLL_TIMEOUT_S)
+                reply.raise_for_status()
+                reply = await self._http.get("/metrics", timeout=POLL_TIMEOUT_S)
+                self.gauges = _gauges(reply.text) if reply.is_success else {}
+                self.fault = None if self.fault == before else self.fault  # a stream's, of this moment
+                self.failing_since, self.is_gone = None, False
+                self.answered = time.monotonic()
+            except httpx.HTTPError as error:
+                self.fault = f"GET /health: {type(error).__name__} {error}"
+                self.failing_since = self.failing_since or time.monotonic()
+                self.is_gone = isinstance(error, httpx.ConnectError | httpx.HTTPStatusError)
+            self.asked.set()
+            await asyncio.sleep(POLL_S)
+
+
+def _gauges(text: str) -> dict[str, float]:
+    """Metrics in Prometheus' text form; of several engines behind one server the largest."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name = GAUGES.get(line.partition("{")[0].partition(" ")[0])
+        if name is not None:
+            found[name] = max(float(line.rpartition(" ")[2]), found.get(name, 0.0))
+    return found

@@ -1,0 +1,166 @@
+"""Whole runs that sample from real vLLM servers: as in process, killed beside living servers, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rl.store.ledger import Ledger
+from rollout.vllm.lock import make_token
+from rollout.vllm.start import vllm_available
+from tests.vllm_servers import ServerProcess, free_port
+
+HERE = Path(__file__).parent
+REASON = vllm_available()
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a model with heads of 32, for which vLLM's CPU attention has a kernel, and rows."""
+    out = tmp_path_factory.mktemp("served")
+    config = LlamaConfig.from_pretrained(tiny_model_dir, hidden_size=64, num_attention_heads=2)
+    config.num_key_value_heads, config.head_dim = 1, 32
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(out / "model")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(out / "model")
+    rows = [{"prompt": f"What is w{i} + w{i + 1} ?"} for i in range(40)]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_token(out / "token")
+    return out
+
+
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[list[ServerProcess]]:
+    found = [ServerProcess(folder / "model", folder / "token", folder / "server.log") for _ in range(2)]
+    try:
+        yield [server.wait() for server in found]
+    finally:
+        for server in found:
+            server.kill()
+
+
+def config_of(folder: Path, engine: dict[str, Any], name: str) -> Path:
+    config = {
+        "run_dir": str(folder / name),
+        "model": {"name": str(folder / "model"), "dtype": "fp32"},
+        "data": {"source": str(folder / "rows.jsonl"), "max_prompt_length": 32},
+        "sampling": {"max_completion_length": 32},
+        "engine": engine,
+        "rewards": {"functions": [{"name": "toy_rewards:even_words"}]},
+        "train": {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "token_budget": 512},
+        "loss": {"kl_coef": 0.0},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 1, "keep": STEPS},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    paths = f"{HERE.parents[1]}:{HERE.parent / 'invariants'}"
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "recipes.grpo", str(config)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def trained(config: Path) -> str:
+    """What a run that ends well says."""
+    process = start(config)
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def served_by(servers: list[ServerProcess], folder: Path) -> dict[str, Any]:
+    return {"name": "server", "urls": [s.url for s in servers], "token_file": str(folder / "token")}
+
+
+def weights(folder: Path, name: str, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / name / "checkpoints").glob(f"*{step}")) / "model.safetensors")
+
+
+def test_a_run_samples_as_in_process_and_a_killed_one_goes_on(folder: Path, servers: list[ServerProcess]):
+    trained(config_of(folder, {"name": "vllm", "process": "inside", "kv_cache_gib": 0.1}, "inside"))
+    said = trained(config_of(folder, served_by(servers, folder), "served"))
+    assert "2 server(s): vLLM" in said
+    for inside, served in zip(ledger(folder, "inside"), ledger(folder, "served"), strict=True):
+        assert [c.token_ids for c in served] == [c.token_ids for c in inside]
+        gaps = [
+            abs(a - b)
+            for c, d in zip(served, inside, strict=True)
+            for a, b in zip(c.behavior_logprobs, d.behavior_logprobs, strict=True)
+        ]
+        assert max(gaps) < 1e-4
+    by_http = {"weights_url": f"http://127.0.0.1:{free_port()}"}
+    config = config_of(folder, served_by(servers, folder) | by_http, "killed")
+    process, checkpoints = start(config), folder / "killed" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("*2")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(checkpoints.glob(f"*{STEPS}"))
+    assert "going on from" in trained(config)
+    assert [[c.token_ids for c in step] for step in ledger(folder, "killed")] == [
+        [c.token_ids for c in step] for step in ledger(folder, "served")
+    ]
+    undisturbed = weights(folder, "served")
+    assert all(torch.equal(undisturbed[name], found) for name, found in weights(folder, "killed").items())
+    for name in ("served", "killed"):
+        assert not (folder / name / "weights").exists()
+        token = (folder / "token").read_text().strip()
+        files = [path for path in (folder / name).rglob("*") if path.is_file()]
+        assert not [path for path in files if token.encode() in path.read_bytes()]
+    assert token not in (folder / "server.log").read_text()
+
+
+def ledger(folder: Path, name: str) -> list[list[Any]]:
+    """Completions by step."""
+    found = Ledger(folder / name, 0, 1)
+    steps = [found.read(step) for step in found.steps()]
+    assert len(steps) == STEPS
+    return [[c for g in step.groups for c in g.completions] for step in steps if step]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            "lacks --dtype bfloat16, not float32: start it again",
+        ),
+        (
+            {"urls": ["http://127.0.0.1:9"]},
+            r"no server can be used: http://127.0.0.1:9 is dead: .*(refused|attempts failed)",
+        ),
+    ],
+    ids=["another dtype", "nobody there"],
+)
+def test_a_server_that_is_not_fit_is_refused_before_the_first_step(
+    folder: Path, servers: list[ServerProcess], change: dict[str, Any], fault: str
+):
+    process = start(config_of(folder, served_by(servers, folder) | change, "refused"))
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode != 0
+    assert re.search(fault, " ".join(said.split())), said

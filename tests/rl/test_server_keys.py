@@ -1,0 +1,41 @@
+"""Keys of `engine` for servers: what belongs together, and what the server decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rl.config import Config
+from rl.config.read import replaced
+
+
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [
+        ({"name": "server"}, "needs engine.urls"),
+        ({"urls": ["http://127.0.0.1:8000"]}, "engine.urls does nothing under engine.name=auto"),
+        ({"weights_url": "http://a:1"}, "engine.weights_url does nothing under engine.name=auto"),
+        (
+            {"name": "server", "urls": ["http://a:1", "http://a:1/"], "token_file": "t"},
+            "names a server twice",
+        ),
+        (
+            {"name": "server", "urls": ["http://a:1"], "token_file": "t", "process": "own"},
+            "engine.process=own: under engine.name=server the server decides that",
+        ),
+        ({"name": "server", "urls": ["http://me:pw@a:1"], "token_file": "t"}, "should match pattern"),
+    ],
+)
+def test_keys_that_do_nothing_are_refused(engine: dict[str, Any], fault: str):
+    with pytest.raises(ValueError, match=fault):
+        Config.model_validate({"engine": engine})
+
+
+def test_what_is_planned_for_a_card_may_be_set_under_servers():
+    engine = {"name": "server", "urls": ["http://127.0.0.1:8000"], "token_file": "token"}
+    config = Config.model_validate({"engine": engine})
+    assert (
+        replaced(config, {"engine.max_num_seqs": 64, "train.token_budget": 4096}).engine.urls
+        == engine["urls"]
+    )

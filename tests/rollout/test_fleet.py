@@ -1,0 +1,397 @@
+"""Rollouts from real vLLM servers: they sample what an engine in process samples, and survive faults.
+
+The tests share two servers and go from mild faults to deadly ones, in the order in which they stand.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from test_streaming import collect_all
+from tiny_llama import END, Stream, make_model, make_prompts, make_tokenizer, save, token_logprobs
+
+from rl.types import Group, Prompt, SamplingParams, VersionSpan
+from rollout.engine import EngineError
+from rollout.vllm import member as member_module
+from rollout.vllm import served
+from rollout.vllm.control import Control
+from rollout.vllm.engine import VllmEngine
+from rollout.vllm.fleet import Fleet
+from rollout.vllm.lock import make_token, read_token
+from rollout.vllm.member import connect
+from rollout.vllm.start import vllm_available
+from rollout.vllm.weight_files import WeightFiles
+from rollout.weight_sync import WeightSyncError, publish
+from tests.calling import call
+from tests.vllm_engines import start_vllm
+from tests.vllm_servers import ServerProcess
+from tests.waiting import wait_until
+
+REASON = vllm_available()
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+LONG = SamplingParams(90)
+SHORT = SamplingParams(24, stop_token_ids=(END,))
+
+
+class Served:
+    """Two servers, and what engines on them say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.token_file = folder, folder / "token"
+        make_token(self.token_file)
+        self.token = read_token(self.token_file)
+        self.model = save(make_model(0), folder / "model")
+        self.processes = [self.start(), self.start()]
+        self.said: list[str] = []
+        self.open_engines: list[VllmEngine] = []
+
+    def start(self, port: int = 0) -> ServerProcess:
+        return ServerProcess(self.model, self.token_file, self.folder / "server.log", port=port)
+
+    def engine(self, *numbers: int, timeout_s: float = 60.0, sends: bool = True) -> VllmEngine:
+        fit = {"dtype": torch.float32, "max_model_len": 128, "timeout_s": timeout_s}
+        fleet = Fleet(
+            [self.processes[k].url for k in numbers],
+            self.token,
+            connect=lambda url: connect(url, self.token, **fit),
+            files=partial(WeightFiles, self.folder / "weights") if sends else None,
+            tolerance=0.0025,
+            timeout_s=timeout_s,
+            note=self.said.append,
+        )
+        self.open_engines.append(
+            VllmEngine(
+                fleet, make_tokenizer(), max_model_len=128, sample_while_training=True, timeout_s=timeout_s
+            )
+        )
+        return self.open_engines[-1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    found = Served(tmp_path_factory.mktemp("fleet"))
+    try:
+        for process in found.processes:
+            process.wait()
+        yield found
+    finally:
+        for engine in found.open_engines:
+            engine.close()
+        for process in found.processes:
+            process.kill()
+
+
+def states(engine: VllmEngine) -> list[str]:
+    return [str(member.state) for member in engine._core.members]  # type: ignore[attr-defined]
+
+
+def running(engine: VllmEngine) -> list[int]:
+    """Tokens that every stream of each server has brought at least."""
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    return [min((len(s.token_ids) for s in m.streams.values()), default=0) for m in fleet.members]
+
+
+def submit(
+    engine: VllmEngine, prompts: list[Prompt], number: int = 4, sampling: SamplingParams = LONG
+) -> None:
+    engine.submit(call(prompts, num_completions=number, sampling=sampling, seeds=range(len(prompts))))
+
+
+def largest_gap_to(models: Mapping[int, torch.nn.Module], group: Group) -> float:
+    """Between the log-probs of a group and transformers' own, with the weights that its spans name."""
+    worst, prompt_ids = 0.0, group.prompt.token_ids
+    for c in group.completions:
+        versions = [span.policy_version for span in c.version_spans for _ in range(span.num_tokens)]
+        own = {v: token_logprobs(models[v], [*prompt_ids, *c.token_ids]) for v in set(versions)}  # type: ignore[arg-type]
+        pairs = zip(c.behavior_logprobs, versions, strict=True)
+        gaps = [abs(a - own[v][len(prompt_ids) - 1 + t]) for t, (a, v) in enumerate(pairs)]
+        worst = max([worst, *gaps])
+    return worst
+
+
+def read_counter(process: ServerProcess, token: str, name: str) -> float:
+    text = httpx.get(f"{process.url}/metrics", headers={"Authorization": f"Bearer {token}"}).text
+    return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
+
+
+@pytest.mark.parametrize("numbers", [(0,), (0, 1)], ids=["one server", "two servers"])
+def test_the_ids_are_those_of_the_engine_in_process(both: Served, numbers: tuple[int, ...]):
+    prompts, model = make_prompts(5, 9, 33, 20, 7), make_model(3)
+    asked = call(prompts, num_completions=4, sampling=SHORT, seeds=range(5))
+    local = start_vllm(
+        both.model, make_tokenizer(), dtype=torch.float32, max_model_len=128, kv_cache_gib=0.03
+    )
+    try:
+        publish(local, Stream(model), version=1)
+        expected = local.generate(asked)
+    finally:
+        local.close()
+    engine = both.engine(*numbers)
+    report = publish(engine, Stream(model), version=1)
+    assert report.compared_share > 0.2
+    groups = engine.generate(asked)
+    assert [c.token_ids for g in groups for c in g.completions] == [
+        c.token_ids for g in expected for c in g.completions
+    ]
+    pairs = [
+        (a, b)
+        for g, e in zip(groups, expected, strict=True)
+        for c, d in zip(g.completions, e.completions, strict=True)
+        for a, b in zip(c.behavior_logprobs, d.behavior_logprobs, strict=True)
+    ]
+    assert len(pairs) > 200 and max(abs(a - b) for a, b in pairs) < 1e-4
+    assert all(c.version_spans == [VersionSpan(1, len(c.token_ids))] for g in groups for c in g.completions)
+    engine.close()
+
+
+def test_nothing_is_sampled_before_weights_are_proved(both: Served):
+    engine = both.engine(0, timeout_s=3)
+    with pytest.raises(EngineError, match="of 1 prompts was finished within timeout_s=3"):
+        engine.generate(call(make_prompts(5), num_completions=1, sampling=SHORT, seeds=[0]))
+    engine.close()
+
+
+def test_updates_go_in_under_running_completions(both: Served, monkeypatch: pytest.MonkeyPatch):
+    """The cuts that this side makes at a pause, for servers that tell of no versions, are the server's."""
+    cuts: list[tuple[list[int], list[int]]] = []
+    check = served.Server._check_versions
+
+    def noted(server: served.Server, stream: served.Stream) -> None:
+        ours = list(stream.versions)
+        check(server, stream)
+        cuts.append((ours, list(stream.versions)))
+
+    monkeypatch.setattr(served.Server, "_check_versions", noted)
+    engine, models = both.engine(0, 1), {1: make_model(4), 2: make_model(5)}
+    publish(engine, Stream(models[1]), version=1)
+    submit(engine, make_prompts(*range(5, 35)))  # 60 completions for each server, which samples 32 together
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    wait_until(lambda: any(s.reason for s in fleet.members[0].streams.values()), "the first ones end")
+    publish(engine, Stream(models[2]), version=2)
+    spans = [c.version_spans for g in collect_all(engine) for c in g.completions]
+    kinds = {tuple(span.policy_version for span in s) for s in spans}
+    assert (1, 2) in kinds and kinds <= {(1,), (1, 2), (2,)}
+    assert all(sum(span.num_tokens for span in s) == 90 for s in spans)
+    assert len(cuts) >= 120 and all(ours == said for ours, said in cuts)
+    engine.close()
+
+
+def test_another_start_finds_no_prompt_in_the_cache(both: Served):
+    hits = partial(read_counter, both.processes[0], both.token, "vllm:prefix_cache_hits_total")
+    (prompt,) = make_prompts(70)
+    found = []
+    for _ in range(2):
+        engine = both.engine(0)
+        publish(engine, Stream(make_model(3)), version=1)
+        before = hits()
+        for seed in range(2):
+            engine.generate(call([prompt], num_completions=1, sampling=SHORT, seeds=[seed]))
+            found.append(hits() - before)
+        engine.close()
+    assert found == [0, 64, 0, 64]  # two whole blocks of 32 tokens, in the same start only
+
+
+def test_a_completion_whose_end_came_is_dropped_with_its_tokens():
+    stream = served.Stream("0", [5], LONG, None, with_logprobs=False)
+    stream.begin("salt")
+    stream.take({"choices": [{"token_ids": [7, 8], "logprobs": None, "finish_reason": "length"}]}, 1)
+    stream.drop()
+    assert (stream.answer().finish_reason, stream.answer().token_ids) == ("abort", [])  # to be sampled again
+
+
+@contextmanager
+def others(both: Served, engine: VllmEngine, number: int) -> Iterator[Callable[[], None]]:
+    """Gives a server other weights under the same version, as another run on the same servers does."""
+    theirs = Control(both.processes[number].url, both.token)
+    files = WeightFiles(both.folder / "of another run", engine.tensors)
+    push = files.write(iter(Stream(make_model(9))), version=1)
+    assert theirs.facts().has_spans
+
+    def give() -> None:
+        theirs.pause()
+        theirs.load(push)
+        theirs.resume()
+
+    yield give
+    theirs.close()
+
+
+@pytest.mark.parametrize("says_versions", [True, False], ids=["with spans", "without"])
+def test_tokens_of_weights_that_somebody_else_pushed_are_dropped(
+    both: Served, monkeypatch: pytest.MonkeyPatch, says_versions: bool
+):
+    if not says_versions:  # as servers before 0.32
+        take = served.Stream.take
+
+        def silent(stream: served.Stream, message: dict[str, Any], version: int) -> None:
+            for choice in message.get("choices", []):
+                choice.pop("weight_versions", None)
+            take(stream, message, version)
+
+        monkeypatch.setattr(served.Stream, "take", silent)
+    engine, model = both.engine(0, 1), make_model(8)
+    publish(engine, Stream(model), version=1)
+    said = len(both.said)
+    with others(both, engine, 1) as give:
+        submit(engine, make_prompts(*[5, 9, 33, 20] * 5))  # more than two servers sample at a time
+        wait_until(lambda: all(member.streams for member in engine._core.members), "both sample")  # type: ignore[attr-defined]
+        give()
+    groups = collect_all(engine)
+    assert "that nobody has proved (1." in " ".join(both.said[said:])
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 80
+    assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
+    engine.close()
+
+
+def test_tokens_of_others_weights_are_dropped_where_a_delta_is_refused(both: Served):
+    """The server says that its base is not ours before the streams say what sampled them."""
+    engine, models = both.engine(0), {1: make_model(8), 2: make_model(5)}
+    publish(engine, Stream(models[1]), version=1)
+    said = len(both.said)
+    with others(both, engine, 0) as give:
+        submit(engine, make_prompts(5, 9, 33, 20, 12, 8))
+        wait_until(lambda: min(running(engine)) > 2, "the server samples")
+        give()
+        streams = list(engine._core.members[0].streams.values())  # type: ignore[attr-defined]
+        before = [len(stream.token_ids) for stream in streams]
+        wait_until(lambda: any(len(s.token_ids) > n for s, n in zip(streams, before, strict=True)), "goes on")
+    publish(engine, Stream(models[2]), version=2)
+    groups = collect_all(engine)
+    assert "is laid over 1." in " ".join(both.said[said:])
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 24
+    assert max(largest_gap_to(models, g) for g in groups) < 1e-4
+    engine.close()
+
+
+def test_what_others_weights_cached_is_not_found_after_a_new_proof(both: Served):
+    engine, model = both.engine(0), make_model(8)
+    publish(engine, Stream(model), version=1)
+    with others(both, engine, 0) as give:
+        give()
+    (group,) = engine.generate(call(make_prompts(70), num_completions=2, sampling=SHORT, seeds=[0]))
+    assert {span.policy_version for c in group.completions for span in c.version_spans} == {1}
+    assert largest_gap_to({1: model}, group) < 1e-4
+    engine.close()
+
+
+def test_a_process_that_joins_takes_over_what_another_one_has_proved(both: Served):
+    """To ask a server what it holds changes nothing there, and others' weights are not taken for proved."""
+    engine, model = both.engine(0), make_model(8)
+    publish(engine, Stream(model), version=1)
+    other = both.engine(0, sends=False, timeout_s=20)
+    other.adopt(1)
+    (group,) = other.generate(call(make_prompts(9), num_completions=2, sampling=SHORT, seeds=[0]))
+    assert largest_gap_to({1: model}, group) < 1e-4
+    with others(both, engine, 0) as give:
+        give()
+    other.timeout_s = 3.0
+    with pytest.raises(EngineError, match="was finished within timeout_s=3"):
+        other.generate(call(make_prompts(9), num_completions=2, sampling=SHORT, seeds=[0]))
+    assert "nobody has proved (1." in both.said[-1]
+    other.close()
+    engine.close()
+
+
+def test_a_server_that_hangs_at_the_start_is_left_out(both: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 1.0)
+    both.processes[1].signal(signal.SIGSTOP)
+    try:
+        engine, model = both.engine(1, 0, timeout_s=3), make_model(8)
+        publish(engine, Stream(model), version=1)
+        assert states(engine) == ["dead", "up"]
+    finally:
+        both.processes[1].signal(signal.SIGCONT)
+    engine.close()
+
+
+def test_a_stopped_server_is_left_and_comes_back_proved(both: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(member_module, "DEAD_S", 2.0)
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 2.0)
+    engine, model = both.engine(0, 1), make_model(6)
+    publish(engine, Stream(model), version=1)
+    submit(engine, make_prompts(5, 9, 33, 20))
+    wait_until(lambda: min(running(engine)) > 2, "both servers sample")
+    both.processes[1].signal(signal.SIGSTOP)
+    try:
+        groups = collect_all(engine)
+        assert states(engine) == ["up", "dead"]
+    finally:
+        both.processes[1].signal(signal.SIGCONT)
+    assert sorted(g.prompt.id for g in groups) == [f"tiny/{k}" for k in range(4)]
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 16
+    assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
+    ask = partial(engine._core.answers, timeout_s=0.1, waiting_for="a server to come back")
+    wait_until(lambda: ask() == [] and states(engine) == ["up", "up"], "it is back", 60)
+    assert "is up and holds version 1" in both.said[-1]
+    engine.close()
+
+
+def kill_in(stream: Stream, process: ServerProcess) -> None:
+    """Kills a server in the middle of the second pass over the weights, the one that is sent."""
+
+    def change(tensors):
+        (name, first), *rest = tensors.items()
+        process.kill()
+        return {name: first, **dict(rest)}
+
+    stream.passes = {2: change}
+
+
+def test_a_server_killed_in_a_publish_is_left_out_and_joins_with_old_weights(both: Served):
+    engine, models = both.engine(0, 1), {k: make_model(k) for k in (1, 2, 3)}
+    publish(engine, Stream(models[1]), version=1)
+    stream = Stream(models[2])
+    kill_in(stream, both.processes[1])
+    publish(engine, stream, version=2)
+    assert states(engine) == ["up", "dead"]
+    both.processes[1] = both.start(both.processes[1].port)  # with the weights of `both.model`
+    publish(engine, Stream(models[3]), version=3)
+    both.processes[1].wait()
+    submit(engine, make_prompts(5, 9, 33, 20))
+    groups: list[Group] = []
+    joined = lambda: states(engine) == ["up", "up"]  # noqa: E731
+    wait_until(lambda: groups.extend(engine.collect(timeout_s=0.1)) or joined(), "it joins", 60)
+    submit(engine, make_prompts(6, 10, 34, 21))
+    assert min(len(m.streams) for m in engine._core.members) > 0  # type: ignore[attr-defined]
+    for group in groups + collect_all(engine):
+        assert {span.policy_version for c in group.completions for span in c.version_spans} == {3}
+        assert largest_gap_to(models, group) < 1e-4
+    engine.close()
+
+
+def test_completions_of_a_killed_server_go_on_from_their_tokens(both: Served):
+    engine, model = both.engine(0, 1), make_model(7)
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    publish(engine, Stream(model), version=4)
+    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))  # more than two servers sample at a time
+    streams = [member.streams.values() for member in fleet.members]
+    wait_until(lambda: all(any(len(s.token_ids) > 4 for s in own) for own in streams), "both sample")
+    lost = list(fleet.members[1].streams.values())
+    both.processes[1].kill()
+    groups = collect_all(engine)
+    ask = partial(fleet.answers, timeout_s=0.1, waiting_for="the news")
+    wait_until(lambda: ask() == [] and states(engine) == ["up", "dead"], "it is known to be dead")
+    assert sorted(g.prompt.id for g in groups) == sorted(f"tiny/{k}" for k in range(18))
+    gone_on = [stream for stream in lost if stream.tries == 2 and stream.first > 0]
+    assert gone_on
+    completions = [c for g in groups for c in g.completions]
+    assert all(len(c.token_ids) == 90 and c.version_spans == [VersionSpan(4, 90)] for c in completions)
+    assert max(largest_gap_to({4: model}, g) for g in groups) < 1e-4
+    # Spent numbers are not drawn again: what follows the break is not what followed the prompt.
+    assert all(s.token_ids[s.first : s.first + 4] != s.token_ids[:4] for s in gone_on)
+    dying = Stream(make_model(5))
+    dying.canary = lambda: both.processes[0].kill() or Stream(make_model(5)).canary()  # type: ignore[method-assign]
+    with pytest.raises(WeightSyncError, match=r"no server computed the canary's log-probs: .* is dead"):
+        publish(engine, dying, version=5)
+    submit(engine, make_prompts(5))
+    fleet.timeout_s, url = 5.0, both.processes[0].url
+    with pytest.raises(EngineError, match=f"no server was up for timeout_s=5 .*{url} is dead"):
+        for _ in range(10):
+            engine.collect(timeout_s=2.0)
+    engine.close()

@@ -1,0 +1,86 @@
+"""Real vLLM servers on this machine's CPU, as `cohort serve` starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rollout.vllm.control import RECEIVER
+
+START_S = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+class ServerProcess:
+    """A server in a process group of its own; killed with all of its processes."""
+
+    def __init__(self, model: Path, token_file: Path, log: Path, *, port: int = 0, **options: Any) -> None:
+        self.port, self.log = port or free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        options = {
+            "dtype": "float32",
+            "max-model-len": 128,
+            "max-num-seqs": 32,
+            "kv-cache-memory-bytes": "64M",
+        } | options
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--enable-scale-out"]
+        command += [
+            "--worker-extension-cls",
+            RECEIVER,
+            "--logprobs-mode",
+            "processed_logprobs",
+            "--seed",
+            "0",
+        ]
+        command += ["--middleware", "rollout.vllm.lock.RequireToken", "--skip-tokenizer-init"]
+        command += ["--block-size", "32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+        environment = os.environ | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "COHORT_TOKEN_FILE": str(token_file),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def wait(self) -> ServerProcess:
+        """Until it answers."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                pass
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, (
+                f"no server within {START_S} s: {self.log.read_text()[-3000:]}"
+            )
+            time.sleep(0.5)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGKILL)
+        self.process.wait(30)
