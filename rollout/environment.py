@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,11 +20,36 @@ class EnvironmentFault(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by its name, or why what the model wrote cannot be made."""
+
+    name: str = ""
+    arguments: Mapping[str, Any] | None = None
+    fault: str = ""
+
+
+ReadCalls = Callable[[Sequence[int], Sequence[int], Sequence[int]], Sequence[ToolCall]]
+"""(ids before a turn, ids of the turn, ids that end a turn) -> its calls, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """What the policy said in turn `number`, counted from 0, without the end-of-turn token."""
+    """What the policy said in turn `number`, counted from 0, without the end-of-turn token.
+
+    Attributes:
+        calls: of tools, in the form that the model writes; None: nobody looked for any.
+    """
 
     number: int
     text: str
+    calls: tuple[ToolCall, ...] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Turn:
+        """A turn from what `dataclasses.asdict` made of it, JSON in between or not."""
+        calls = values["calls"]
+        calls = None if calls is None else tuple(ToolCall(**call) for call in calls)
+        return cls(values["number"], values["text"], calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +83,7 @@ class Episode(Protocol):
 
     def close(self) -> None:
         """Frees what the episode holds; safe to call twice."""
-        ...
+        return
 
 
 class Environment(Protocol):
@@ -76,14 +101,14 @@ class Environment(Protocol):
         """Begins an episode, or goes on from the `state` of a reply.
 
         Args:
-            row: the columns of the prompt.
+            row: the columns of the prompt, and `prompt` itself: its messages, or a plain text.
             seed: the same for all completions of a prompt, so that they begin alike.
         """
         ...
 
     def close(self) -> None:
         """Ends all processes; calls that wait for them fail. Safe to call twice."""
-        ...
+        return
 
 
 class Journal(Protocol):
@@ -106,15 +131,15 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def checked_reply(reply: Any) -> Reply:
-    """The reply with text that a tokenizer takes.
+def checked_reply(reply: Any, calls: Sequence[ToolCall] = ()) -> Reply:
+    """The reply with text that a tokenizer takes; answers of tools without a name have those of the calls.
 
     Raises:
         EnvironmentFault: it is malformed.
     """
     if not isinstance(reply, Reply):
         raise EnvironmentFault(f"the environment answered {type(reply).__name__} instead of a Reply")
-    messages = []
+    messages, names = [], iter([call.name for call in calls])
     for message in reply.messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
@@ -122,6 +147,8 @@ def checked_reply(reply: Any) -> Reply:
                 f"the environment answered a message with role {role!r} and content "
                 f"{type(content).__name__}; the role is one of {', '.join(ROLES)}, and the content is text"
             )
+        if role == "tool" and (name := next(names, "")):
+            message = {"name": name, **message}
         messages.append({k: _encodable(v) if isinstance(v, str) else v for k, v in message.items()})
     if reply.reward is not None and not math.isfinite(reply.reward):
         raise EnvironmentFault(f"the environment gave a reward of {reply.reward}")

@@ -19,7 +19,15 @@ from typing import Any
 from rl.types import Call, Completion, FinishReason, Group, Prompt
 from rollout.calls import aborted, check_weights
 from rollout.engine import Engine, EngineError
-from rollout.environment import Environment, EnvironmentFault, Journal, Reply, Turn, checked_reply
+from rollout.environment import (
+    Environment,
+    EnvironmentFault,
+    Journal,
+    ReadCalls,
+    Reply,
+    Turn,
+    checked_reply,
+)
 from rollout.play import Play
 from rollout.turns import TurnRenderer
 
@@ -68,6 +76,7 @@ class EpisodeEngine:
     Args:
         journal: turns and answers of submitted calls; `generate` writes none.
         facts: what every completion carries, such as a hash of the tools' schemas.
+        read_calls: finds the calls of tools in a turn; None: the environment looks for them itself.
     """
 
     def __init__(
@@ -79,11 +88,13 @@ class EpisodeEngine:
         *,
         rules: EpisodeRules = EpisodeRules(),
         facts: Mapping[str, Any] | None = None,
+        read_calls: ReadCalls | None = None,
     ) -> None:
         self.engine, self.environment, self.render, self.journal = engine, environment, render, journal
-        self.rules, self.facts = rules, dict(facts or {})
+        self.rules, self.facts, self.read_calls = rules, dict(facts or {}), read_calls
         self.name, self.tensors = engine.name, engine.tensors
         self.runs_alone, self.held_while_training = engine.runs_alone, engine.held_while_training
+        self.sleeps_while_training = engine.sleeps_while_training
         self._playing: list[Playing] = []
         self._finished: list[Playing] = []
         self._ready: list[Play] = []
@@ -173,8 +184,8 @@ class EpisodeEngine:
         for play in plays - set(self._asking.values()):
             self._close(play)
 
-    def hold(self) -> None:
-        self.engine.hold()
+    def hold(self, *, release: bool = False) -> None:
+        self.engine.hold(release=release)
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], *, version: int) -> None:
         self.engine.update_weights(weights, version=version)
@@ -246,7 +257,7 @@ class EpisodeEngine:
             elif known is not None and not self.environment.repeatable:
                 self._answered.append((play, {"interrupted": UNDER_WAY}, True))
             else:
-                asked.append((play, Turn(play.turn, completion.text)))
+                asked.append((play, play.asks(completion, self.read_calls)))
                 if play.is_journaled:
                     entries.append({"key": play.key, "ids": completion.token_ids})
         if entries:
@@ -259,8 +270,9 @@ class EpisodeEngine:
         if play.episode is None:
             if turn.number and play.state is None:
                 raise Interrupted
-            play.episode = self.environment.open(dict(play.prompt.columns), play.seed, play.state)
-        return checked_reply(play.episode.step(turn))
+            row = {**play.prompt.columns, "prompt": play.prompt.messages or play.prompt.text}
+            play.episode = self.environment.open(row, play.seed, play.state)
+        return checked_reply(play.episode.step(turn), turn.calls or ())
 
     def _take_answers(self) -> None:
         """Writes answers into the journal, and only then uses them."""

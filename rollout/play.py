@@ -21,7 +21,7 @@ from rl.types import (
     Segment,
     VersionSpan,
 )
-from rollout.environment import Episode, Reply
+from rollout.environment import Episode, ReadCalls, Reply, Turn
 from rollout.sampler import completion_seed
 from rollout.turns import Step, Talk, Tokens
 
@@ -151,6 +151,14 @@ class Play:
         """
         limit = self.call.sampling.max_completion_length
         return min(limit - self.num_sampled, len(self.prompt.token_ids) + limit - length)
+
+    def asks(self, said: Completion, read_calls: ReadCalls | None) -> Turn:
+        """The turn that was added last, as the environment gets it."""
+        if read_calls is None:
+            return Turn(self.turn, said.text)
+        before = [*self.row.prompt_token_ids, *self.row.token_ids][: -len(said.token_ids)]
+        calls = read_calls(before, said.token_ids, self.call.sampling.stop_token_ids)
+        return Turn(self.turn, said.text, tuple(calls))
 
     def add_turn(self, turn: Completion, said: str, ending: str) -> None:
         self.last = turn

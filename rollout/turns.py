@@ -117,6 +117,12 @@ class TurnRenderer:
         self.added.discard(tokenizer.unk_token_id)
         self.unsaid = special_ids(tokenizer) | {tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.proved: set[str] = set()
+        self.is_harmony = {"<|channel|>", "<|call|>"} <= set(self.strings)
+        if self.is_harmony and history == "template":
+            raise ValueError(
+                "environment.history=template: the template of this model takes turns apart by channel, "
+                "which is not done here; use environment.history=append"
+            )
 
     def shown(self, message: Message) -> tuple[Message, bool]:
         """The message as the model gets it, its special tokens marked as text, and whether it was cut."""
@@ -166,15 +172,21 @@ class TurnRenderer:
             ValueError: the template refuses a chat, or leaves no trace of the last turn or of a message.
         """
         pairs = list(zip(talks, replies, strict=True))
-        whole = self._render(
-            [(t.prompt, [*t.messages, *messages], t.text, messages) for t, messages in pairs]
-        )
+        if self.is_harmony:  # its template refuses channels in a message, and a tool that nobody called
+            for talk, messages in pairs:
+                talk.messages[-1] = _harmony_turn(messages, "")
+            whole = [""] * len(pairs)
+        else:
+            whole = self._render(
+                [(t.prompt, [*t.messages, *messages], t.text, messages) for t, messages in pairs]
+            )
         broken = [i for i, (t, _) in enumerate(pairs) if not _goes_on(whole[i], t)]
         marked: dict[int, str] = {}
         if broken and self.history == "append":
             asked = []
             for talk, messages in (pairs[i] for i in broken):
-                turn = {"role": "assistant", "content": TURN}
+                plain = {"role": "assistant", "content": TURN}
+                turn = _harmony_turn(messages, TURN) if self.is_harmony else plain
                 asked.append((talk.prompt, [*talk.messages[:-1], turn, *messages], talk.text, messages))
             marked = dict(zip(broken, self._render(asked), strict=True))
         steps = []
@@ -204,6 +216,8 @@ class TurnRenderer:
             return Step(self._tokens(whole, messages), whole, is_new_row=True, has_drifted=True)
         else:
             _, found, rest = marked.rpartition(TURN)
+            if self.is_harmony and talk.ending in rest:
+                rest = rest[rest.index(talk.ending) :]  # behind the JSON of a call
             is_broken = True
             if not found:
                 raise ValueError(
@@ -272,6 +286,15 @@ class TurnRenderer:
         if self.added & set(ids):
             raise ValueError(f"the tokenizer writes {string!r} as a special token, and never as text")
         return ids
+
+
+def _harmony_turn(messages: Sequence[Message], said: str) -> Any:
+    """A turn that such messages may follow: the header of a tool's answer names the tool that was called."""
+    name = next((m.get("name", "") for m in messages if m["role"] == "tool"), None)
+    if name is None:
+        return {"role": "assistant", "content": said}
+    call = {"type": "function", "function": {"name": name, "arguments": {"x": said}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _goes_on(whole: str, talk: Talk) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rewards.plugins import import_module
-from rollout.environment import Environment
+from rollout.environment import Environment, EnvironmentFault
 
 BUILT_IN = {
     "guess_number": "recipes.environments.guess:GuessNumber",
@@ -15,8 +15,30 @@ BUILT_IN = {
     "calculator": "recipes.environments.tools:Calculator",
     "python": "recipes.environments.python:PythonSession",
     "tools": "recipes.environments.tools:Functions",
+    "search": "recipes.environments.search:Search",
+    "textarena": "recipes.environments.textarena:Game",
+    "verifiers": "recipes.environments.verifiers:Verifiers",
+    "agent": "recipes.environments.agent:Agent",
     "trl": "recipes.environments.tools:Factory",
 }
+
+
+def found(path: str) -> Any:
+    """The object at module:name.
+
+    Raises:
+        ValueError: the path has another form, or nothing is there.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"{path!r} does not say where to look; write module:name, such as my_tools:multiply")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{path!r} is not found ({error}); its module must be installed, or lie in the working "
+            "directory or beside the config file"
+        ) from error
 
 
 def load(name: str, options: Mapping[str, Any]) -> Environment:
@@ -25,21 +47,25 @@ def load(name: str, options: Mapping[str, Any]) -> Environment:
     Raises:
         ValueError: there is none, it takes other options, or it makes something else.
     """
-    path = BUILT_IN.get(name, name)
+    path, what = BUILT_IN.get(name, name), f"environment.name={name!r}"
     if ":" not in path:
         near = difflib.get_close_matches(name, BUILT_IN, n=2, cutoff=0.5) or list(BUILT_IN)
-        raise ValueError(
-            f"environment.name={name!r} is neither built in (such as {', '.join(near)}) nor module:callable"
-        )
-    module, _, attribute = path.partition(":")
+        raise ValueError(f"{what} is neither built in (such as {', '.join(near)}) nor module:callable")
     try:
-        made = getattr(import_module(module), attribute)(**options)
+        made = found(path)(**options)
     except Exception as error:  # code of the user's may raise anything
         said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"environment.name={name!r} with options {dict(options)} failed: {said}") from error
+        raise ValueError(f"{what} with options {dict(options)} failed: {said}") from error
     if not all(hasattr(made, part) for part in ("open", "close", "repeatable", "tools")):
         raise ValueError(
-            f"environment.name={name!r} makes a {type(made).__name__}, and an environment has open, close, "
-            "repeatable and tools (rollout.environment)"
+            f"{what} makes a {type(made).__name__}, and an environment has open, close, repeatable and tools "
+            "(rollout.environment)"
         )
     return made
+
+
+def chat_of(row: Mapping[str, Any]) -> list[Any]:
+    """The messages of a row's prompt."""
+    if isinstance(row["prompt"], str):
+        raise EnvironmentFault("this environment needs a chat as its prompt; use data.chat=true")
+    return list(row["prompt"])

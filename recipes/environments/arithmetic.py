@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 MAX_CHARACTERS = 1000
 MAX_BITS = 4096  # of a numerator or denominator
-OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
+OPERATORS: dict[Any, Any] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATORS |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 
 
 def value_of(expression: str) -> str:
@@ -50,7 +44,10 @@ def _value(node: ast.expr) -> Fraction:
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return _power(_value(left), _value(right))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return _bounded(Fraction(OPERATORS[type(op)](_value(left), _value(right))))
+            value = Fraction(OPERATORS[type(op)](_value(left), _value(right)))
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+                raise ValueError("the value has too many digits")
+            return value
     raise ValueError(f"{ast.unparse(node)[:60]!r} is not arithmetic")
 
 
@@ -61,9 +58,3 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if bits * abs(exponent.numerator) > MAX_BITS and bits > 1:
         raise ValueError("the value has too many digits")
     return base**exponent.numerator
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        raise ValueError("the value has too many digits")
-    return value

@@ -7,18 +7,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rollout.environment import Reply, Turn
+from rollout.environment import Environment, Episode, Reply, Turn
 
 
-class GuessNumber:
+class GuessNumber(Environment):
     """An integer from `low` to `high`, drawn from the seed; a right guess pays 1 and ends the episode.
 
     A policy that hears no answers finds it with k different guesses of n numbers with probability k / n, and
     no such policy does better. `environment.max_turns` is k.
     """
 
-    repeatable = True
-    tools = ()
+    repeatable, tools = True, ()
 
     def __init__(self, *, low: int = 1, high: int = 10) -> None:
         if low > high:
@@ -28,28 +27,19 @@ class GuessNumber:
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Guessing:
         return Guessing(random.Random(seed).randint(self.low, self.high))
 
-    def close(self) -> None:
-        return
 
-
-class Guessing:
+class Guessing(Episode):
     def __init__(self, secret: int) -> None:
         self.secret = secret
 
     def step(self, turn: Turn) -> Reply:
         numbers = re.findall(r"\d{1,18}", turn.text)
-        if not numbers:
-            return Reply(
-                ({"role": "user", "content": "say a number"},), 0.0, facts={"malformed": 1}, state={}
-            )
-        guess = int(numbers[-1])
+        guess = int(numbers[-1]) if numbers else None
         if guess == self.secret:
             return Reply((), 1.0, done=True, state={})
-        hint = "higher" if guess < self.secret else "lower"
-        return Reply(({"role": "user", "content": hint},), 0.0, state={})
-
-    def close(self) -> None:
-        return
+        hint = "say a number" if guess is None else "higher" if guess < self.secret else "lower"
+        facts = {"malformed": 1} if guess is None else {}
+        return Reply(({"role": "user", "content": hint},), 0.0, facts=facts, state={})
 
 
 def rows(num_rows: int = 1000, low: int = 1, high: int = 10) -> list[dict[str, Any]]:

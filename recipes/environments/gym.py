@@ -9,9 +9,15 @@ from functools import partial
 from typing import Any
 
 from recipes.environments.arithmetic import value_of
-from rollout.environment import EnvironmentFault, Reply, Turn
+from rollout.environment import Environment, EnvironmentFault, Episode, Reply, Turn
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def spoken_answer(text: str) -> str:
+    """What stands in the last <answer></answer>, else all that is said after thinking."""
+    spoken = text.rpartition("</think>")[2]
+    return (ANSWER.findall(spoken) or [spoken])[-1].strip()
 
 
 def countdown(answer: str, entry: Mapping[str, Any]) -> str:
@@ -57,11 +63,7 @@ def number_sorting(answer: str, entry: Mapping[str, Any]) -> str:
     return f"the order is wrong from number {place + 1} on"
 
 
-FEEDBACK: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
-    "countdown": countdown,
-    "mini_sudoku": mini_sudoku,
-    "number_sorting": number_sorting,
-}
+FEEDBACK = {each.__name__: each for each in (countdown, mini_sudoku, number_sorting)}
 
 
 def _if_arithmetic(score: Callable[..., float], answer: str, entry: Mapping[str, Any]) -> float:
@@ -73,7 +75,7 @@ def _if_arithmetic(score: Callable[..., float], answer: str, entry: Mapping[str,
     return score(answer, entry)
 
 
-class GymFeedback:
+class GymFeedback(Environment):
     """Rows of `data.source: reasoning_gym:NAME`; its own scorer pays a turn that is right with 1.
 
     Args:
@@ -96,23 +98,15 @@ class GymFeedback:
             raise EnvironmentFault("the row has no column 'entry'; use data.source=reasoning_gym:NAME")
         return Answering(self, row["entry"])
 
-    def close(self) -> None:
-        return
 
-
-class Answering:
+class Answering(Episode):
     def __init__(self, owner: GymFeedback, entry: Mapping[str, Any]) -> None:
         self.owner, self.entry = owner, entry
 
     def step(self, turn: Turn) -> Reply:
-        """The answer is what stands in <answer></answer>, else all that is said after thinking."""
-        spoken = turn.text.rpartition("</think>")[2]
-        answer = (ANSWER.findall(spoken) or [spoken])[-1].strip()
+        answer = spoken_answer(turn.text)
         score = float(self.owner.score(answer, self.entry))
         if score == 1.0:
             return Reply((), 1.0, done=True, state={})
         said = self.owner.feedback(answer, self.entry)
         return Reply(({"role": "user", "content": f"{said}. Answer again."},), 0.0, state={})
-
-    def close(self) -> None:
-        return

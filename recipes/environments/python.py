@@ -11,13 +11,13 @@ from typing import Any
 from recipes.environments.calls import answer_calls
 from recipes.environments.tools import schemas
 from rewards.sandbox import Limits, Sandbox, SandboxError
-from rollout.environment import EnvironmentFault, Reply, Turn
+from rollout.environment import Environment, EnvironmentFault, Episode, Reply, Turn
 
 LEAST_S = 0.05  # less time is left for no call
 LONG = 1000  # characters: an error stands before such an output, and is not cut off with its end
 
 
-class PythonSession:
+class PythonSession(Environment):
     """The tool `python`; names stay from call to call. Earlier cells are run again before each new one, so
     that a session is a function of its cells, and goes on after a kill.
 
@@ -32,22 +32,23 @@ class PythonSession:
     def __init__(self, *, timeout_s: float = 5.0, memory_mib: int = 512) -> None:
         limits = Limits(timeout_s=timeout_s, memory_mib=memory_mib, output_mib=1)
         self.sandbox = Sandbox(num_workers=1, limits=limits)
-        self.tools = schemas([Session(self, []).python])
+        self.tools = schemas([Session(self, [], 0).python])
 
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Session:
-        return Session(self, list((state or {"cells": []})["cells"]))
+        return Session(self, list((state or {"cells": []})["cells"]), seed)
 
     def close(self) -> None:
         self.sandbox.close()
 
 
-class Session:
-    def __init__(self, owner: PythonSession, cells: list[str]) -> None:
+class Session(Episode):
+    def __init__(self, owner: PythonSession, cells: list[str], seed: int) -> None:
         self.owner, self.cells, self.until = owner, cells, 0.0
+        self.seeded = f"__import__('random').seed({seed})"  # earlier cells draw what they drew
 
     def step(self, turn: Turn) -> Reply:
         self.until = time.monotonic() + self.owner.sandbox.limits.timeout_s
-        messages, counts = answer_calls(turn.text, {"python": self.python})
+        messages, counts = answer_calls(turn, {"python": self.python})
         return Reply(tuple(messages), None, not messages, counts, {"cells": self.cells})
 
     def python(self, code: str) -> str:
@@ -61,7 +62,7 @@ class Session:
         if left < LEAST_S:
             return _failed("", f"no end within {limits.timeout_s:g} s of the calls of a turn")
         mark = f"\x1e{secrets.token_hex(8)}\x1e"  # on a line before the output of the newest cell, and after
-        source = "\n".join([*self.cells, f"print({mark!r})", code, "", f"print({mark!r})"])
+        source = "\n".join([self.seeded, *self.cells, f"print({mark!r})", code, "", f"print({mark!r})"])
         try:
             result = self.owner.sandbox.run(source, limits=replace(limits, timeout_s=left))
         except SandboxError as error:
@@ -79,9 +80,6 @@ class Session:
             return _failed(out, "the program ended the session")
         self.cells.append(code)
         return out or "(no output)"
-
-    def close(self) -> None:
-        return
 
 
 def _failed(out: str, why: str) -> str:

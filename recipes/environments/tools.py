@@ -7,34 +7,26 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from recipes.environments import found
+from recipes.environments.arithmetic import value_of
 from recipes.environments.calls import answer_calls
-from rewards.plugins import import_module
-from rollout.environment import EnvironmentFault, Reply, Turn
+from rollout.environment import Environment, EnvironmentFault, Episode, Reply, Turn
 
 NO_TOOLS = {"reset", "get_reward", "close"}
 
 
-def found(path: str) -> Any:
-    """The object at module:name."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
 def schemas(functions: Sequence[Callable[..., Any]]) -> list[dict[str, Any]]:
-    """What the model is told of them.
-
-    Raises:
-        ValueError: a type or a line of the docstring is missing.
-    """
+    """What the model is told of them; ValueError if a type or a line of a docstring is missing."""
     from transformers.utils import get_json_schema  # it takes seconds, and only tools need it
 
     return [get_json_schema(function) for function in functions]
 
 
-class Functions:
+class Functions(Environment):
     """Tools that keep nothing between calls; a turn without a call ends the episode.
 
     Args:
@@ -47,13 +39,10 @@ class Functions:
         self.tools, self.repeatable = schemas(self.functions), repeatable
 
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Calling:
-        return Calling({function.__name__: function for function in self.functions})
-
-    def close(self) -> None:
-        return
+        return Calling({function.__name__: function for function in self.functions}, seed)
 
 
-class Factory:
+class Factory(Environment):
     """A class of TRL's `environment_factory`: an object for each episode.
 
     `reset(**row)` begins it; a text that it returns is refused, since prompts are rendered before. If there
@@ -74,9 +63,13 @@ class Factory:
         return self.factory(**self.options)
 
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Calling:
+        random.seed(seed)
         made = self._made()
         if state is None:
-            said = made.reset(**{name: value for name, value in row.items() if name != "tools"})
+            wanted = inspect.signature(made.reset).parameters
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
+            hidden = {"tools"} if takes_all or "prompt" in wanted else {"tools", "prompt"}
+            said = made.reset(**{name: value for name, value in row.items() if name not in hidden})
             if said:
                 raise EnvironmentFault(
                     f"reset returned the text {said!r:.60}, which belongs into the prompt; put it into the "
@@ -84,10 +77,14 @@ class Factory:
                 )
         else:
             made.__dict__.update(state)
-        return Calling(methods(made), made)
-
-    def close(self) -> None:
-        return
+        pay = getattr(made, "get_reward", None)
+        return Calling(
+            methods(made),
+            seed,
+            lambda turn: None if pay is None else float(pay()),
+            lambda: json_or_none(dict(vars(made))),
+            getattr(made, "close", lambda: None),
+        )
 
 
 def methods(made: Any) -> dict[str, Callable[..., Any]]:
@@ -96,34 +93,31 @@ def methods(made: Any) -> dict[str, Callable[..., Any]]:
     return {name: method for name, method in pairs if not name.startswith("_") and name not in NO_TOOLS}
 
 
-class Calling:
-    """An episode: calls are answered; the first turn without one ends it, and is paid by `get_reward`."""
+def json_or_none(state: dict[str, Any]) -> dict[str, Any] | None:
+    """The state, if JSON gives it back as it is."""
+    try:
+        return state if json.loads(json.dumps(state, allow_nan=False)) == state else None
+    except (TypeError, ValueError, RecursionError):
+        return None
 
-    def __init__(self, tools: Mapping[str, Callable[..., Any]], made: Any = None) -> None:
-        self.tools, self.made = tools, made
+
+class Calling(Episode):
+    """An episode: calls are answered; the first turn without one ends it, and is paid by `paid`."""
+
+    def __init__(
+        self,
+        tools: Mapping[str, Callable[..., Any]],
+        seed: int = 0,
+        paid: Callable[[Turn], float | None] = lambda turn: None,
+        state: Callable[[], Any] = dict,
+        close: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.tools, self.seed, self.paid, self.state, self.close = tools, seed, paid, state, close
 
     def step(self, turn: Turn) -> Reply:
-        messages, counts = answer_calls(turn.text, self.tools)
-        reward = getattr(self.made, "get_reward", None)
-        if messages:
-            return Reply(tuple(messages), None, facts=counts, state=self._state())
-        return Reply(
-            (), None if reward is None else float(reward()), done=True, facts=counts, state=self._state()
-        )
-
-    def _state(self) -> Any:
-        if self.made is None:
-            return {}
-        try:
-            state = dict(vars(self.made))
-            is_kept = json.loads(json.dumps(state, allow_nan=False)) == state
-        except (TypeError, ValueError, RecursionError):
-            return None
-        return state if is_kept else None
-
-    def close(self) -> None:
-        if (close := getattr(self.made, "close", None)) is not None:
-            close()
+        messages, counts = answer_calls(turn, self.tools, self.seed)
+        reward = None if messages else self.paid(turn)
+        return Reply(tuple(messages), reward, not messages, counts, self.state())
 
 
 def calculator(expression: str) -> str:
@@ -133,8 +127,6 @@ def calculator(expression: str) -> str:
     Args:
         expression: numbers, parentheses and the operators + - * / // % and **.
     """
-    from recipes.environments.arithmetic import value_of
-
     return value_of(expression)
 
 

@@ -1,6 +1,4 @@
-"""What a run with the section `environment` has besides: its processes, its tools in the prompts, and an
-engine that plays episodes.
-"""
+"""What the section `environment` adds to a run: processes, tools in the prompts, an engine of episodes."""
 
 from __future__ import annotations
 
@@ -10,15 +8,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from recipes.environments.forms import form_of, reader_of
 from recipes.environments.journal import FileJournal
 from recipes.environments.workers import Workers
 from rl.config import Config, ModelConfig
+from rl.store.metrics import Metric
 from rollout.engine import Engine
 from rollout.episodes import EpisodeEngine, EpisodeRules
 from rollout.turns import TurnRenderer
-
-LOG = "environment.log"
-JOURNAL = "journal"
 
 
 def open_environment(config: Config, closing: ExitStack) -> Workers | None:
@@ -27,19 +24,13 @@ def open_environment(config: Config, closing: ExitStack) -> Workers | None:
     Raises:
         ValueError: it cannot be found or made, or the model does not sample token after token.
     """
-    asked = config.environment
-    if asked is None:
+    if (asked := config.environment) is None:
         return None
     if type(config) is not Config:
         raise ValueError("environment needs a model that samples token after token; leave the section out")
-    made = Workers(
-        asked.name,
-        asked.options,
-        workers=asked.workers,
-        deadline_s=asked.deadline_s,
-        memory_bytes=int(asked.memory_gib * 2**30),
-        log=config.run_dir / LOG,
-    )
+    limits: Any = {"workers": asked.workers, "deadline_s": asked.deadline_s}
+    limits["memory_bytes"] = int(asked.memory_gib * 2**30)
+    made = Workers(asked.name, asked.options, log=config.run_dir / "environment.log", **limits)
     closing.callback(made.close)
     return made
 
@@ -53,9 +44,16 @@ def with_tools(rows: list[dict[str, Any]], environment: Workers | None) -> list[
             "the rows have a column 'tools', and the environment brings its own, or none; give the column "
             "another name with data.rename={tools: ...}"
         )
-    if not environment.tools:
-        return rows
-    return [{**row, "tools": environment.tools} for row in rows]
+    return [{**row, "tools": environment.tools} for row in rows] if environment.tools else rows
+
+
+def tool_metrics(environment: Workers | None) -> list[Metric]:
+    """The metrics of a run's tools, or of its environment as a whole."""
+    if environment is None:
+        return []
+    names = [tool.get("function", tool)["name"] for tool in environment.tools]
+    said = "computed in calls of the step"
+    return [Metric(f"tools/{name}/seconds", "s", f"{name}: time {said}") for name in (*names, "environment")]
 
 
 def schema_hash(tools: Sequence[Any]) -> str:
@@ -64,35 +62,32 @@ def schema_hash(tools: Sequence[Any]) -> str:
 
 
 def playing(
-    engine: Engine,
-    environment: Workers | None,
-    config: Config,
-    tokenizer: Any,
-    model: ModelConfig,
-    rank: int,
+    engine: Engine, environment: Workers | None, config: Config, tokenizer: Any, model: ModelConfig, rank: int
 ) -> Engine:
     """An engine that plays the episodes of a run with `engine`, and closes both; without any, `engine`."""
-    asked, staleness = config.environment, config.train.max_staleness
+    asked = config.environment
     if asked is None or environment is None:
         return engine
+    variables, file, read_calls = config.data.chat_template_kwargs, model.chat_template, None
+    if environment.tools:
+        form = form_of(tokenizer, variables, file, asked.calls)
+        read_calls = reader_of(form, tokenizer, environment.tools)
     render = TurnRenderer(
         tokenizer,
-        variables=config.data.chat_template_kwargs,
+        variables=variables,
         tools=environment.tools,
         history=asked.history,
         max_answer_length=asked.max_answer_length,
-        template_file=model.chat_template,
+        template_file=file,
     )
     return EpisodeEngine(
         engine,
         environment,
         render,
-        FileJournal(config.run_dir / JOURNAL, rank, max_staleness=staleness),
+        FileJournal(config.run_dir / "journal", rank, max_staleness=config.train.max_staleness),
         rules=EpisodeRules(
-            asked.max_turns,
-            asked.max_turn_length,
-            parallel=max(16, 4 * asked.workers),
-            timeout_s=config.engine.timeout_s,
+            asked.max_turns, asked.max_turn_length, max(16, 4 * asked.workers), config.engine.timeout_s
         ),
         facts={"tools": schema_hash(environment.tools)} if environment.tools else None,
+        read_calls=read_calls,
     )

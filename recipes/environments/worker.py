@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from recipes.environments import load
+from recipes.environments.calls import seed_call
 from rewards.pool.worker import encode_frame, limit_memory, read_frame, take_pipes
 from rollout.environment import Environment, EnvironmentFault, Episode, Turn, checked_reply
 
 MAX_CHARACTERS = 1 << 18  # of a message; more than a model reads
 MAX_TEXT = 500
+MAX_BYTES = 16 << 20  # of an answer, its facts and state included
 
 
 def main(parent_pid: int) -> None:
@@ -24,7 +27,12 @@ def main(parent_pid: int) -> None:
         return
 
     def send(message: Mapping[str, Any]) -> None:
-        answers.write(encode_frame(message))
+        frame = encode_frame(message)
+        if len(frame) > MAX_BYTES:
+            frame = encode_frame(
+                {"fault": f"it answered {len(frame):,} bytes, and {MAX_BYTES:,} are allowed"}
+            )
+        answers.write(frame)
         answers.flush()
 
     try:
@@ -47,9 +55,18 @@ def _answer(
             if (over := episodes.pop(call["episode"], None)) is not None:
                 over.close()
             return {}
+        turn = Turn.of(call["turn"])
+        seed_call(call["seed"], turn.number, "open")
         if "open" in call:
             episodes[call["episode"]] = environment.open(**call["open"])
-        reply = asdict(checked_reply(episodes[call["episode"]].step(Turn(**call["turn"]))))
+        began = time.monotonic()
+        seed_call(call["seed"], turn.number, "step")  # whatever other episodes drew
+        reply = asdict(checked_reply(episodes[call["episode"]].step(turn)))
+        own = {f"seconds/{tool.get('function', tool)['name']}" for tool in environment.tools}
+        facts = {n: v for n, v in reply["facts"].items() if n in own or not n.startswith("seconds/")}
+        if not own & facts.keys():
+            facts["seconds/environment"] = round(time.monotonic() - began, 4)
+        reply["facts"] = facts
         for message in reply["messages"]:
             message["content"] = message["content"][:MAX_CHARACTERS]
         return {"reply": reply}

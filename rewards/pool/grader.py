@@ -24,10 +24,7 @@ MAX_BESIDE = 64  # async calls that run beside each other
 MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
 TAIL_BYTES = 4000
 PING = encode_frame({"id": PING_ID})  # comes back as it is: the process lived until here
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from rewards.pool.worker import main; main(int(sys.argv[2]))"
-)
+BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from %s import main; main(int(sys.argv[2]))"
 
 
 @dataclass(slots=True, eq=False)
@@ -82,15 +79,17 @@ class Grader:
         hello: bytes,
         selector: selectors.BaseSelector,
         log: GraderLog | None = None,
+        *,
+        main: str = "rewards.pool.worker",
     ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", BOOT, json.dumps(path), str(os.getpid())],
+            [sys.executable, "-P", "-c", BOOT % main, json.dumps(path), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is the trainer's; and the session is killed whole
-            env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **grader_environment()},
+            env={"OMP_NUM_THREADS": "1", **grader_environment(), "PYTHONHASHSEED": "0"},
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr

@@ -28,6 +28,12 @@ class EnvironmentConfig(Section):
         description="where the chat template changes earlier turns (it drops thinking): append: they stay as "
         "they were; template: the episode goes on in a new row",
     )
+    calls: Literal["auto", "hermes", "qwen3_coder", "glm", "deepseek", "gpt_oss", "llama3", "pythonic"] = (
+        Field(
+            default="auto",
+            description="form in which the model calls tools; auto: the one that its chat template writes",
+        )
+    )
     workers: int = Field(default=2, ge=1, description="processes that environments run in")
     deadline_s: float = Field(
         default=10.0, gt=0, description="per call; then its process is killed and the episode abstains"

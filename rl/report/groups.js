@@ -3,7 +3,7 @@
 (() => {
   const records = json("records"), held = json("texts"), page = json("page");
   const el = (id) => document.getElementById(id);
-  const PAGE_ROWS = 25, TAGS = ["no spread", "truncated", "abstained"], FIRST = { q: "", set: "", tag: "", step: "", sort: "new", at: "0", g: "", open: "", y: "" };
+  const PAGE_ROWS = 25, TAGS = ["no spread", "truncated", "abstained", "failed tool"], FIRST = { q: "", set: "", tag: "", step: "", sort: "new", at: "0", g: "", open: "", y: "" };
   const state = { ...FIRST };
   const groups = [], byKey = new Map(), bySource = new Map();
   for (const [kind, step, rank, parts, rows] of records) rows.forEach(([id, words, mean, spread, bits, num], pos) => {

@@ -43,6 +43,7 @@ def describe_row(scored: ScoredGroup, advantages: Sequence[Advantage] | None) ->
         len({*scores} - {None}) < 2 and not has_signal,
         any(c.finish_reason == "length" for c in scored.completions),
         None in scores,
+        any(_count(c, "malformed") or _count(c, "tool_errors") for c in scored.completions),
     )
     bits = sum(1 << i for i, is_set in enumerate(tags) if is_set)
     words = _readable(_words(scored.prompt)[:_WORDS], _WORDS)
@@ -104,7 +105,18 @@ def _conversation(facts: Mapping[str, Any], reward: Reward) -> str:
         parts.append(f"[{head}]\n{content}")
     ends = {"limit": "cut by its limit of", "fault": "failed:", "interrupted": "interrupted:"}
     parts += [f"[{how} {facts[name]}]" for name, how in ends.items() if parts and facts.get(name)]
+    counts = facts.get("counts")
+    for name, number in counts.items() if parts and isinstance(counts, dict) else ():
+        tool = name.removeprefix("seconds/")
+        parts.append(f"[{tool}: {number:.2f} s]" if tool != name else f"[{name}: {number:g}]")
     return "\n".join(parts)
+
+
+def _count(completion: Completion, name: str) -> float:
+    """What an environment counted in an episode; 0 if it did not, or the record is damaged."""
+    counts = completion.facts.get("counts")
+    found = counts.get(name, 0) if isinstance(counts, dict) else 0
+    return found if isinstance(found, int | float) else 0
 
 
 def _words(prompt: Prompt) -> str:

@@ -92,6 +92,10 @@ _ALL = (
     Metric("completion/aborted", "share", "completions that the engine failed to finish",
            high=0.05, broken_above=0.5,
            hint="read the engine's log: out of memory, time-outs or a restarted server"),
+    Metric("episode/turns", "turns", "mean turns of an episode"),
+    Metric("tools/calls", "calls", "mean calls of tools in an episode"),
+    Metric("tools/failed", "share", "calls that were malformed, or whose tool raised", high=0.5,
+           hint="read such episodes in the report (failed tool); is environment.calls the model's form?"),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution",
            low=0.02, high=2.5, broken_below=0.001,
            hint="low: the policy has collapsed, lower optimizer.lr, raise loss.clip_high or entropy_coef; "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 
+from recipes.environments.calls import now
 from rollout.environment import EnvironmentFault, Reply
 
 TEXT = {"role": "user", "content": "ok"}
@@ -42,6 +44,9 @@ class Doing:
             os.kill(os.getpid(), 9)
         if turn.text == "exit":
             os._exit(7)
+        if turn.text == "last words":
+            os.write(2, b"the last words\n")
+            os._exit(7)
         if turn.text == "huge":
             content = "x" * 10_000_000
         if turn.text == "nul":
@@ -53,6 +58,21 @@ class Doing:
         if turn.text == "print":
             print("y" * 200_000)
         return Reply(({"role": "user", "content": content},), 0.0, state=state)
+
+    def close(self):
+        pass
+
+
+class Draws(Misbehaves):
+    """Says what it draws, as an environment does that knows nothing of seeds."""
+
+    def open(self, row, seed, state=None):
+        return Drawing()
+
+
+class Drawing:
+    def step(self, turn):
+        return Reply(({"role": "user", "content": f"{random.random()} {now()}"},), 0.0, state={})
 
     def close(self):
         pass

@@ -35,6 +35,7 @@ def test_a_run_plays_episodes_evaluates_them_and_records_their_turns(config_file
     assert main([str(config_file), *heldout, *EPISODES, logged]) == 0
     run = config_file.parent / "run"
     rows = read_rows(run / "metrics.jsonl")
+    assert all(1 <= row["episode/turns"] <= 3 and row["tools/environment/seconds"] > 0 for row in rows)
     assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows)  # it was sampled from what is stored
     num_calls = len((tmp_path / "calls").read_text().splitlines())
     told, turns, sampled = 0, 0, 0
@@ -51,8 +52,26 @@ def test_a_run_plays_episodes_evaluates_them_and_records_their_turns(config_file
     assert turns > 2 * 8 and told < num_calls  # those of the evaluations besides
     assert sum(row["tokens/completion"] for row in rows) == sampled
     assert "held-out after" in capsys.readouterr().out
-    assert cohort(["eval", str(run)]) == 1
-    assert "cohort eval asks for completions of one turn" in capsys.readouterr().err
+    before = sorted(path.name for path in (run / "journal").iterdir())
+    out = tmp_path / "eval"
+    assert cohort(["eval", str(run), "--out", str(out)]) == 0
+    found = json.loads((out / "eval.json").read_text())
+    assert found["environment"]["name"] == "played_environments:Logged" and found["step"] == 2
+    held = read_rows(run / "evaluation.jsonl")[-1]
+    assert (held["step"], held["accuracy"]) == (
+        2,
+        found["results"]["environment"]["avg"]["value"],
+    )  # what training reports
+    record = Ledger(out, folder="evaluations").read(2)
+    assert record is not None
+    paid = [
+        (r.score, c.facts["rewards"])
+        for group in record.groups
+        for c, r in zip(group.completions, group.rewards, strict=True)
+    ]
+    assert len(paid) > 1 and all(score == pytest.approx(sum(r for r in turns if r)) for score, turns in paid)
+    assert any(len(turns) > 1 for _, turns in paid)
+    assert sorted(path.name for path in (run / "journal").iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -109,3 +128,27 @@ def test_tools_in_a_column_are_refused_with_any_environment(name):
     """Later turns would be rendered without them, and the model would see others than its prompt had."""
     with pytest.raises(ValueError, match="the rows have a column 'tools', and the environment brings"):
         with_tools([{"prompt": "w1", "tools": [{"name": "f"}]}], load(name, {}))
+
+
+@pytest.mark.rotation
+def test_a_game_is_trained_on_its_rows_and_measured_with_and_without_itself(config_file, tmp_path, capsys):
+    game = {"game": "LightsOut", "size": 3}
+    source = {"source": "recipes.environments.textarena:rows", "size": 8}
+    data = [f"data.{k}={json.dumps(v)}" for k, v in (source | {"options": {**game, "num_rows": 8}}).items()]
+    options = {**game, "num_rows": 3, "seed": 90}
+    held = json.dumps(source | {"options": options, "max_prompt_length": 100})
+    given = [*data, f"evaluation.data={held}", "evaluation.metric=environment", "checkpoint.every=1"]
+    given += ["evaluation.sampling.max_completion_length=60", "train.steps=1", "data.max_prompt_length=100"]
+    assert main([str(config_file), *EPISODES, environment("textarena", **game), *given]) == 0
+    run = config_file.parent / "run"
+    record = Ledger(run).read(0)
+    assert record is not None
+    (fault,) = {c.facts.get("fault") for g in record.groups for c in g.completions}
+    assert fault is None
+    alone = ["environment=null", "rewards.functions=[{name: think_format}]", "evaluation.metric=think_format"]
+    for words, turns in (([], True), (alone, False)):
+        out = tmp_path / f"eval{len(words)}"
+        assert cohort(["eval", str(run), "--out", str(out), *words]) == 0, capsys.readouterr().err
+        record = Ledger(out, folder="evaluations").read(1)
+        assert record is not None and len(record.groups) == 3
+        assert all(("rewards" in c.facts) is turns for g in record.groups for c in g.completions)

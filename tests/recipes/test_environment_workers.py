@@ -45,6 +45,7 @@ def said(reply) -> str:
         ("hang", "did not answer within 2 s"),
         ("die", "died (SIGKILL)"),
         ("exit", "died (exit 7)"),
+        ("last words", "died (exit 7: the last words)"),
         ("memory", "MemoryError"),
         ("raise", "KeyError: 'lost'"),
     ],
@@ -78,6 +79,17 @@ def test_a_neighbour_without_state_abstains_with_the_reason(path):
     workers.close()
     with pytest.raises(EnvironmentFault, match="the environment is closed"):
         fresh.step(Turn(1, "go"))
+
+
+def test_what_an_environment_draws_is_its_episodes_and_not_its_processes(path):
+    """So that it is the same after a kill, and whatever other episodes do."""
+    found = []
+    for seeds in ((1,), (2, 1), (3, 2, 1)):
+        workers = Workers("played_environments:Draws", deadline_s=20.0)
+        episodes = [workers.open({}, seed) for seed in seeds]
+        found.append([[said(e.step(Turn(n, "go"))) for e in episodes][-1] for n in range(2)])
+        workers.close()
+    assert found[0] == found[1] == found[2] and found[0][0].split()[0] != found[0][1].split()[0]
 
 
 def test_a_reset_that_fails_abstains(workers):

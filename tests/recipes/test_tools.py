@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from recipes.environments import load
 from recipes.environments.arithmetic import value_of
-from recipes.environments.calls import answer_calls, calls_in
+from recipes.environments.calls import answer_calls, calls_in, generator, now
 from recipes.environments.wiring import schema_hash
 from rollout.environment import EnvironmentFault, Turn
 
@@ -47,6 +49,16 @@ TOOLS["says"] = lambda text: len(text)
             1,
             0,
         ),
+        (called("says", text="</think>"), "8", 0, 0),
+        ("<think>x</think>" + called("says", text="</tool_call><tool_call>"), "23", 0, 0),
+        (
+            called("add", a=1)[:-12] + ", b=2</tool_call>",
+            "error: the call is not valid JSON: something",
+            1,
+            0,
+        ),
+        (called("add", a=float("nan")), "error: arguments are plain JSON values", 1, 0),
+        ("<tool_call>" * 9_000, "error: the call is not valid JSON", 1, 0),
         (called("gives"), '{"\\u00e9": [1]}', 0, 0),
         ("<tool_call>{'name': 'add'}</tool_call>", "error: the call is not valid JSON: Expecting", 1, 0),
         ('<tool_call>{"name": "add", "arguments": {"a": 1', "error: the call is not valid JSON", 1, 0),
@@ -61,20 +73,25 @@ TOOLS["says"] = lambda text: len(text)
     ],
 )
 def test_a_call_is_answered_with_its_value_or_with_what_is_wrong(text, content, malformed, errors):
-    (message,), counts = answer_calls(text, TOOLS)
+    (message,), counts = answer_calls(Turn(0, text), TOOLS)
+    seconds = {name: counts.pop(name) for name in list(counts) if "/" in name}
+    assert list(seconds) == ([] if malformed else [f"seconds/{message['name']}"])
     assert message["role"] == "tool" and message["content"].startswith(content)
     assert counts == {"calls": 1, "malformed": malformed, "tool_errors": errors}
 
 
 def test_several_calls_are_answered_in_order_and_not_without_end():
-    messages, counts = answer_calls("".join(called("add", a=n) for n in range(10)), TOOLS)
+    messages, counts = answer_calls(Turn(0, "".join(called("add", a=n) for n in range(10))), TOOLS)
+    assert 0 <= counts.pop("seconds/add") < 1
     assert [m["content"] for m in messages[:8]] == [str(n + 1) for n in range(8)]
     assert {m["content"] for m in messages[8:]} == {"error: more than 8 calls in a turn are not made"}
     assert counts == {"calls": 10, "malformed": 2, "tool_errors": 0}
-    assert calls_in("<think>" + called("add", a=1) + "</think> no") == []
-    assert answer_calls("the answer is 4", TOOLS)[0] == []
+    for thought in (called("add", a=1), "<tool_call>{nonsense"):
+        assert calls_in("<think>" + thought + "</think> no") == []
+        assert calls_in(thought + "</think> no") == []  # the prompt began to think
+    assert answer_calls(Turn(0, "the answer is 4"), TOOLS)[0] == []
     with pytest.raises(EnvironmentFault, match="the server is down"):
-        answer_calls(called("down", a=1), TOOLS)
+        answer_calls(Turn(0, called("down", a=1)), TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +199,35 @@ def test_a_python_session_keeps_names_and_goes_on_from_its_cells():
         assert said(run("print(x, y)", again)) == "6 1\n"
     finally:
         environment.close()
+
+
+def test_tools_draw_and_read_the_clock_by_seed_turn_and_call():
+    """So that a call that is made again after a kill has the same answer."""
+
+    def look() -> list:
+        return [random.random(), generator().random(), now().isoformat()]
+
+    def answers(seed: int, number: int) -> list:
+        messages, _ = answer_calls(Turn(number, called("look") * 2), {"look": look}, seed)
+        return [json.loads(m["content"]) for m in messages]
+
+    first, second = answers(3, 0)
+    random.seed()  # whatever happened in between
+    assert answers(3, 0) == [first, second]
+    assert len({x[0] for seed in (3, 4) for n in (0, 1) for x in answers(seed, n)}) == 8
+    assert first[1] != second[1] and first[2] == second[2]
+    (later, _), (other, _) = answers(3, 1), answers(4, 0)
+    day = datetime.fromisoformat(first[2])
+    assert datetime.fromisoformat(later[2]) - day == timedelta(minutes=1)
+    assert day.year == 2026 and other[2] != first[2]
+
+
+def test_a_python_session_draws_what_it_drew_before():
+    environment = load("python", {"timeout_s": 5.0})
+    cell = called("python", code="import random\nx = random.random()\nprint(x)")
+    first = environment.open({}, 3).step(Turn(0, cell))
+    again = environment.open({}, 3, first.state).step(Turn(1, called("python", code="print(x)")))
+    assert 0 < float(first.messages[0]["content"]) < 1
+    assert again.messages[0]["content"] == first.messages[0]["content"]
+    assert environment.open({}, 4).step(Turn(0, cell)).messages[0]["content"] != first.messages[0]["content"]
+    environment.close()

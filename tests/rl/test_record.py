@@ -134,3 +134,25 @@ def test_ages_are_those_of_tokens_and_the_counts_of_the_source_are_metrics():
     assert values["staleness/mean"] == 1.2 and values["staleness/max"] == 2.0
     assert values["rollout/replaced"] == 3.0 and values["rollout/in_flight"] == 24.0
     assert values["staleness/over_age"] == 1.0
+
+
+def test_metrics_of_episodes_count_each_episode_once_and_sum_the_seconds_of_a_tool():
+    group = scored(1.0, 0.0, 0.0)
+    group.completions[0].facts = {
+        "rewards": [None, 1.0],
+        "counts": {"calls": 3, "malformed": 1, "seconds/python": 1.5, "seconds/f": 0.25},
+    }
+    group.completions[1].facts = {
+        "rewards": [0.0],
+        "counts": {"calls": 1, "tool_errors": 1, "seconds/f": 0.5},
+    }
+    group.completions[2].facts = {"rewards": [None, None, 0.0], "counts": {"turns": 9}}  # a name of its own
+    values = metrics([group])
+    assert values["episode/turns"] == (2 + 1 + 3) / 3
+    assert values["tools/calls"] == 4 / 3 and values["tools/failed"] == 2 / 4
+    assert values["tools/python/seconds"] == 1.5 and values["tools/f/seconds"] == 0.75
+    for completion in group.completions:  # nobody called one of the tools that there are
+        completion.facts = {"rewards": [0.0], "counts": {}, "tools": "a hash"}
+    values = metrics([group])
+    assert values["tools/calls"] == 0.0 and "tools/failed" not in values
+    assert not [name for name in metrics([scored(1.0, 0.0)]) if name.startswith(("tools/", "episode/"))]

@@ -12,7 +12,7 @@ from script_engine import NoJournal, ScriptEngine, byte_tokenizer
 
 from rl.types import Completion, Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
-from rollout.environment import EnvironmentFault, Reply, checked_reply
+from rollout.environment import EnvironmentFault, Reply, ToolCall, checked_reply
 from rollout.episodes import EpisodeEngine, EpisodeRules
 from rollout.play import Row
 from rollout.sampler import completion_seed
@@ -340,3 +340,11 @@ def test_routes_of_a_turn_may_need_more_bits_than_those_of_the_first():
 def test_texts_of_a_reply_can_be_encoded():
     (message,) = checked_reply(Reply(({"role": "tool", "name": "f\ud800", "content": "\udfff"},))).messages
     assert message == {"role": "tool", "name": "f?", "content": "?"}
+
+
+def test_answers_of_tools_have_the_names_of_their_calls():
+    """Some templates put it into the header of the answer, and environments of others leave it out."""
+    calls = [ToolCall("f", {}), ToolCall("g", {})]
+    tool, user = {"role": "tool", "content": "1"}, {"role": "user", "content": "2"}
+    found = checked_reply(Reply((tool, user, {**tool, "name": "h"}, tool), state={}), calls)
+    assert [m.get("name") for m in found.messages] == ["f", None, "h", None]

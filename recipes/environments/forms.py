@@ -1,0 +1,179 @@
+"""The forms in which families of models write tool calls, and which of them a chat template writes.
+
+The package `renderers` (0.1.12, Apache-2.0) reads those that its families use, on token ids: a tag that a
+model spells in letters is text. Hermes' form (Qwen2.5, Qwen3) is `calls.calls_in`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recipes.environments.calls import TOO_DEEP, calls_in, checked_call
+from rollout.environment import ReadCalls, ToolCall
+from rollout.template import Chat, render_chats
+
+DEEPSEEK = {
+    f"{key}_id": f"<｜{key.replace('_', '▁')}｜>"
+    for key in ("tool_calls_begin", "tool_calls_end", "tool_call_begin", "tool_call_end", "tool_sep")
+}
+TAGS = {f"{key}_id": f"<{key}>" for key in ("tool_call", "arg_key", "arg_value")}
+TAGS |= {f"{key}_end_id": f"</{key}>" for key in ("tool_call", "arg_key", "arg_value")}
+THINK = {"think_id": "<think>", "think_end_id": "</think>"}
+HARMONY = {f"{key}_id": f"<|{key}|>" for key in ("return", "call", "start", "end", "channel", "message")}
+HARMONY["constrain_id"] = "<|constrain|>"
+MAY_LACK = (*THINK, "constrain_id")
+RENDERED: dict[str, tuple[str, Mapping[str, str]]] = {  # function of renderers.parsing, ids that it takes
+    "qwen3_coder": ("parse_qwen35", {**THINK, **{k: v for k, v in TAGS.items() if "tool" in k}}),
+    "glm": ("parse_glm", {**THINK, **TAGS}),
+    "deepseek": ("parse_deepseek_v3", DEEPSEEK),
+    "gpt_oss": ("parse_gpt_oss", HARMONY),
+    "llama3": ("parse_llama_3", {}),
+}
+FORMS = ("hermes", "pythonic", *RENDERED)
+WRONG = {
+    "unclosed_block": "the call is not closed",
+    "invalid_json": "the arguments are not valid JSON, or not of the types that the tool declares",
+    "missing_name": "the call has no name",
+}
+MAX_PYTHONIC = 20_000  # characters
+MAX_TAGS = 100  # of XML in a turn: its reader takes time by their number times the length
+PROBE = ("probe_call", {"text": "a b", "number": 3})
+SCHEMA = {"text": {"type": "string", "description": "t"}, "number": {"type": "integer", "description": "n"}}
+
+
+def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> ReadCalls:
+    """What reads calls of a form.
+
+    Args:
+        tools: JSON schemas; forms without types take those of the arguments from them.
+
+    Raises:
+        ValueError: the package `renderers` is missing.
+    """
+    word = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)  # noqa: E731
+    if form == "hermes":
+        return lambda before, said, stops: calls_in(word(said))
+    if form == "pythonic":
+        return lambda before, said, stops: pythonic(word(i for i in said if i not in stops))
+    try:
+        from renderers import parsing
+    except ImportError as error:
+        raise ValueError(
+            f"environment.calls={form} is read by the package renderers, which cannot be imported ({error}); "
+            "pip install --no-deps renderers==0.1.12 prime-pydantic-config==0.4.3"
+        ) from None
+    name, tokens = RENDERED[form]
+    parse: Any = getattr(parsing, name)
+    ids: dict[str, Any] = {key: _id(tokenizer, token) for key, token in tokens.items()}
+    if form in ("qwen3_coder", "glm"):
+        ids["tools"] = list(tools)
+    start = tokenizer("assistant", add_special_tokens=False)["input_ids"]  # of gpt-oss, in the prompt
+    header = [ids["start_id"], *start] if form == "gpt_oss" else []
+    tag = _id(tokenizer, "<|python_tag|>")
+
+    def read(before: Sequence[int], said: Sequence[int], stops: Sequence[int]) -> list[ToolCall]:
+        given, more = [*header, *(i for i in said if i != tag or form != "llama3")], {}
+        if form == "qwen3_coder" and len(re.findall("<(?:function|parameter)=", word(said))) > MAX_TAGS:
+            return [ToolCall(fault=f"more than {MAX_TAGS} functions and parameters in a turn are not read")]
+        if form != "gpt_oss":
+            more["stop_ids"] = set(stops)
+        if form in ("qwen3_coder", "glm", "deepseek"):
+            more["prefilled_thinking"] = word(before[-8:]).rstrip().endswith("<think>")
+        found = parse(tokenizer, given, **ids, **more).tool_calls
+        if form == "llama3" and not found and re.match(r'\s*\{\s*"name"', word(given)):
+            return [ToolCall(fault="the call is not valid JSON")]
+        return [_checked(call) for call in found]
+
+    return lambda *asked: _read_safely(read, *asked)
+
+
+def _id(tokenizer: Any, token: str) -> int | None:
+    found = tokenizer.convert_tokens_to_ids(token)
+    return None if found == tokenizer.unk_token_id else found
+
+
+def _read_safely(read: ReadCalls, *asked: Sequence[int]) -> Sequence[ToolCall]:
+    try:
+        return read(*asked)
+    except RecursionError:
+        return [ToolCall(fault=TOO_DEEP)]
+    except Exception as error:  # of a foreign reader, by what a model wrote
+        return [ToolCall(fault=f"the call cannot be read: {type(error).__name__}: {error}")]
+
+
+def _checked(call: Any) -> ToolCall:
+    """A `renderers.base.ParsedToolCall` as ours; a tool that does not exist is its caller's to name."""
+    status = str(call.status)
+    if status not in ("ok", "unknown_tool"):
+        return ToolCall(str(call.name or ""), fault=WRONG.get(status, "the call is malformed"))
+    return checked_call(call.name, call.arguments)
+
+
+def pythonic(text: str) -> list[ToolCall]:
+    """Calls as a Python list, `[f(a=1), g(b="x")]` (Llama 4, LFM2, there between tags): a syntax tree is
+    walked, and nothing is evaluated.
+    """
+    said = text.partition("<|tool_call_start|>")[2].partition("<|tool_call_end|>")[0] or text
+    said = said.replace("<|python_tag|>", "").strip()
+    if not re.match(r"\[\s*[A-Za-z_][\w.]*\(", said):
+        return []
+    try:
+        match ast.parse(said[:MAX_PYTHONIC], mode="eval").body:
+            case ast.List(elts=calls):
+                return [_python_call(call) for call in calls]
+        raise ValueError
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return [ToolCall(fault='calls are a list such as [name(argument="value")], with plain values')]
+
+
+def _python_call(call: ast.expr) -> ToolCall:
+    match call:
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=given) if all(k.arg for k in given):
+            return checked_call(name, {str(k.arg): ast.literal_eval(k.value) for k in given})
+    raise ValueError
+
+
+def form_of(tokenizer: Any, variables: Mapping[str, Any], file: str | None, asked: str = "auto") -> str:
+    """The form in which the chat template writes calls: the first one whose reader gives back a call that the
+    template wrote. "hermes" if the template writes none. A form that is asked for is checked.
+
+    Raises:
+        ValueError: it writes calls, and no reader reads them; or the tokenizer lacks a tag of the form.
+    """
+    tags = [tag for key, tag in RENDERED.get(asked, ("", {}))[1].items() if key not in MAY_LACK]
+    if lacking := [tag for tag in tags if _id(tokenizer, tag) is None]:
+        raise ValueError(
+            f"environment.calls={asked}: this model's tokenizer has no {', '.join(lacking)}, so that no call "
+            "would be found; use environment.calls=auto"
+        )
+    if asked != "auto":
+        return asked
+    function = {"name": PROBE[0], "description": "d", "parameters": {"type": "object", "properties": SCHEMA}}
+    tools = [{"type": "function", "function": function}]
+    writes = False
+    for arguments in (PROBE[1], json.dumps(PROBE[1])):  # templates want one or the other
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": PROBE[0], "arguments": arguments}}
+        asking: Any = {"role": "user", "content": "zzz"}
+        calling: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            chats = [Chat("a call", messages) for messages in ((asking, calling), (asking,))]
+            whole, header = render_chats(tokenizer, chats, variables, file=file)
+        except ValueError:
+            continue
+        whole, header = (text.rpartition("zzz")[2] for text in (whole, header))
+        writes = writes or PROBE[0] in whole
+        said = whole.removeprefix(header).removesuffix(header)  # where header is an end of turn, and a header
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        for form in FORMS if writes else ():
+            if reader_of(form, tokenizer, tools)((), ids, ()) == [ToolCall(*PROBE)]:
+                return form
+    if not writes:
+        return "hermes"
+    raise ValueError(
+        f"the chat template writes tool calls in a form that is none of {', '.join(FORMS)}; use another "
+        "by model.chat_template, or name the form that the model writes with environment.calls"
+    )
