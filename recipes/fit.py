@@ -14,6 +14,7 @@ from recipes.models import resolve_model
 from rl.config import Config, check_processes
 from rl.config.read import read_config, replaced
 from rl.config.sections import UNPLANNED_TOKENS
+from rl.plan.costs import seconds_of
 from rl.plan.memory import GIB, MemoryPlan, Planned
 from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
 from rl.plan.sizes import ModelSize, NoPrediction
@@ -33,6 +34,7 @@ class Fitted:
         chosen: values of keys that were auto; an earlier run of this folder may have had others.
         notes: sentences for the user.
         plan, size: None on a CPU, and where nothing can be predicted.
+        costs: seconds of a step that keys of `memory` cost, predicted.
     """
 
     config: Any
@@ -41,6 +43,7 @@ class Fitted:
     plan: MemoryPlan | None = None
     card: Card | None = None
     size: ModelSize | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def planned(self) -> set[str]:
@@ -60,6 +63,8 @@ class Fitted:
             return
         parts = [asdict(part) for part in self.plan.parts] if self.plan else []
         kept = {"card": _identity(self.card), "chosen": dict(self.chosen), "parts": parts}
+        if self.plan:
+            kept |= {"total": self.plan.total, "training": self.plan.training, "costs": dict(self.costs)}
         write_atomically(self.config.run_dir / FILE, json.dumps(kept, indent=1) + "\n")
 
 
@@ -110,15 +115,24 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
     length, known = config.longest_sequence, before["chosen"] if before else {}
     goes_on = before is not None and before["card"] in (None, _identity(card))
     kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
-    left_open = replaced(config, kept)
+    try:
+        left_open = replaced(config, kept)
+    except ValueError:  # what is given now excludes what was planned
+        kept, left_open = {}, config
     found = fit(size, left_open, card, length)
     if found is None and not kept and has_choice(size, config, card.processes):
         raise ValueError(refusal(size, config, card))
     chosen = kept | (found or {})
     settled = replaced(config, chosen)
     plan = plan_for(size, settled, card, length)
-    notes = (_sentence(plan, card, chosen), *_moved(before, chosen))
-    return Fitted(settled, chosen, notes, plan, card, size)
+    costs = seconds_of(size, settled, card.processes)
+    notes = (_sentence(plan, card, chosen) + said_costs(costs), *_moved(before, chosen))
+    return Fitted(settled, chosen, notes, plan, card, size, costs)
+
+
+def said_costs(costs: Mapping[str, float]) -> str:
+    said = ", ".join(f"{key} about {seconds:.1f} s" for key, seconds in costs.items())
+    return f"; of each step it costs: {said}" if costs else ""
 
 
 def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
@@ -154,10 +168,11 @@ def _word(value: Any) -> str:
 
 
 def _sentence(plan: MemoryPlan, card: Card, chosen: Mapping[str, Any]) -> str:
-    engine = plan.total - plan.training
+    engine = plan.held("engine", "sample")
     said = f": {as_overrides(chosen)}" if chosen else ", every value is given"
     judged = "" if plan.fits else f"; {plan.fault or 'more than fits'}, and the probe will say"
-    parts = f" (training {plan.training / GIB:.1f}, engine {engine / GIB:.1f})" if engine else ""
+    alone = ", not at the same time" if plan.sleeps else ""
+    parts = f" (training {plan.training / GIB:.1f}, engine {engine / GIB:.1f}{alone})" if engine else ""
     return (
         f"planned for {card.name} of {card.capacity / GIB:.0f} GiB: {plan.total / GIB:.1f} GiB{parts}"
         f"{said}{judged if engine else judged.replace('the probe', 'the first step')}"

@@ -19,7 +19,7 @@ from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.engines import ENGINE_LOG, naming, said_of_start, size_of, start_into
-from recipes.environments.wiring import open_environment, playing, schema_hash, with_tools
+from recipes.environments.wiring import open_environment, playing, schema_hash, tool_metrics, with_tools
 from recipes.environments.workers import Workers
 from recipes.evaluation.heldout import make_evaluator
 from recipes.finished import is_finished
@@ -191,12 +191,14 @@ def build(
             policy=policy,
             reference=reference,
             teacher=teacher,
-            optimizer=make_optimizer(policy.trainable(), config.optimizer),
+            optimizer=make_optimizer(
+                policy.trainable(), config.optimizer, hosted=config.memory.optimizer_on_host is True
+            ),
             source=source,
             measure=make_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
             ledger=Ledger(config.run_dir, world.rank, world.size),
-            log=MetricsLog(config.run_dir, own=kind.metrics),
+            log=MetricsLog(config.run_dir, own=[*kind.metrics, *tool_metrics(inputs.environment)]),
             evaluations=EvaluationLog(config.run_dir),
             observer=observer,
             phases=phases,
@@ -218,6 +220,8 @@ def _started(config: Config, start: Callable[[], Engine], display: Display) -> E
         engine = start()
     if (sentence := said_of_start(log, begin, time.monotonic() - began)) is not None:
         display.note(sentence)
+    if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
+        display.note("memory.engine_sleeps has no effect: only a vLLM of this run can give memory back")
     return engine
 
 

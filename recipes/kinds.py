@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from recipes import diffusion_rl
-from recipes.engines import make_engine
+from recipes.engines import make_engine, served_engine
 from recipes.models import teacher_model
 from rl.causal import CausalPolicy
 from rl.config import Config, ModelConfig
@@ -97,7 +97,8 @@ def _frozen(
 ) -> tuple[Reference | None, Teacher | None]:
     """The reference of the KL term, and the teacher."""
     moves = config.model.reference.update_every > 0
-    reference = make_reference(policy, moves=moves) if config.loss.kl_coef > 0 else None
+    hosted = config.memory.reference_on_host is True
+    reference = make_reference(policy, moves=moves, hosted=hosted) if config.loss.kl_coef > 0 else None
     if config.teacher is None:
         return reference, None
     with display.phase("the teacher to load"):
@@ -181,18 +182,32 @@ def settle_experts(
 def causal_engine(config: Config, model: ModelConfig, policy: Any, longest: int, note: Say) -> Engine:
     base = base_of(model)  # the engine begins with it, and the policy's weights follow
     routed = policy if isinstance(policy, MoePolicy) else None
+    length = max(longest, len(policy.canary_ids) + 1)
+    if config.engine.name == "server":
+        if routed and routed.replays:
+            routed.can_replay("servers are not asked for routes yet")
+        return served_engine(
+            config,
+            tokenizer=policy.tokenizer,
+            dtype=engine_dtype(config),
+            max_model_length=length,
+            trained=policy.model,
+            sends=PartialState().is_main_process,
+            note=note,
+        )
     engine = make_engine(
         config.engine,
         base.name,
         tokenizer=policy.tokenizer,
         dtype=engine_dtype(config),
         device=policy.device,
-        max_model_length=max(longest, len(policy.canary_ids) + 1),
+        max_model_length=length,
         max_num_seqs=config.max_num_seqs,
         revision=base.revision,
         note=note,
         trained=policy.model,
         sample_while_training=config.train.sample_while_training,
+        sleeps=config.memory.engine_sleeps is True,
         attention=policy.own_attention,
         long_factors=policy.long_factors,
         routed=routed if routed and routed.replays else None,

@@ -163,22 +163,25 @@ def pack(
     rules: PackRules,
     *,
     sum_over_processes: SumOverProcesses = list,
+    minibatch_of: Sequence[int] | None = None,
 ) -> list[Batch]:
-    """One Batch per optimizer step of a pass. Minibatch m takes the m-th contiguous share of the groups.
+    """One Batch per optimizer step of a pass. Minibatch m takes the m-th contiguous share of the groups, or
+    those of which `minibatch_of` says so.
 
     Aborted and empty completions are in no denominator. A sequence above the budget has a micro-batch alone.
 
     Raises:
         ValueError: the groups do not split into `rules.num_minibatches` equal parts.
     """
-    if len(groups) % rules.num_minibatches:
+    if minibatch_of is None and len(groups) % rules.num_minibatches:
         raise ValueError(
             f"{len(groups)} groups do not split into num_minibatches={rules.num_minibatches} equal parts; "
             "choose a divisor of prompts_per_step / processes"
         )
     share = len(groups) // rules.num_minibatches
+    minibatch_of = [i // share for i in range(len(groups))] if minibatch_of is None else minibatch_of
     rows = list(_rows(groups, advantages, rules))
-    parts = [[r for r in rows if r.group_index // share == m] for m in range(rules.num_minibatches)]
+    parts = [[r for r in rows if minibatch_of[r.group_index] == m] for m in range(rules.num_minibatches)]
     mine = ((sum(r.part == 0 for r in rows), sum(r.num_loss_tokens for r in rows)) for rows in parts)
     counts = sum_over_processes([float(n) for pair in mine for n in pair])
     tokens_per_step = sum(counts[1::2]) / rules.num_minibatches

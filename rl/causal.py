@@ -25,10 +25,10 @@ from rl.model.adapters import Plan, add_lora, check_adapted, load_adapter
 from rl.model.head import asked_logprobs, head_logprobs
 from rl.model.packed import PACKED
 from rl.model.saving import save_model
-from rl.optimizer import finish_gradients
 from rl.packed_check import own_logprobs, plain_logprobs, probe_batch
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.together import SummedGradients
 from rl.types import WeightStream
 from rl.weights import PolicyWeights, check_streamed
 
@@ -136,8 +136,8 @@ class CausalPolicy:
         check_streamed(model)
         self.long_factors = False
         self.packing_fault: str | None = None
-        self.scorer = CausalScorer(model).to(accelerator.device)
-        self.scorer.train()
+        self.scorer = CausalScorer(model).to(accelerator.device).train()
+        self.sums = SummedGradients(self.trainable, accelerator.num_processes)
         context = loading.context_length(model.config) or sys.maxsize
         text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
         self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
@@ -294,10 +294,11 @@ class CausalPolicy:
         return {}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.sums.begin(last=last)
         loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
-        return finish_gradients(self.trainable(), max_norm, num_processes=self.accelerator.num_processes)
+        return self.sums.finish(max_norm)
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
         write_optimizer = optimizer_writer(optimizer, self.trainable())
@@ -344,7 +345,6 @@ class CausalPolicy:
         with self.in_rows():
             (save or partial(save_model, self.peft_model or self.model, self.model))(folder)
         self.tokenizer.save_pretrained(folder)
-        config_file = folder / "config.json"
-        if config_file.exists():
+        if (config_file := folder / "config.json").exists():
             tree = json.loads(config_file.read_text()) | {"dtype": compute}
             config_file.write_text(json.dumps(tree, indent=2) + "\n")

@@ -3,19 +3,82 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rl.config import OptimizerConfig
+from rl.model.on_host import PIECE_BYTES, host_like
+from rl.together import Named, SummedGradients
 
-Named = Sequence[tuple[str, nn.Parameter]]
+Pairs = list[tuple[nn.Parameter, Tensor]]
 
 
-def make_optimizer(named: Named, config: OptimizerConfig) -> torch.optim.Optimizer:
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_optimizer(named: Named, config: OptimizerConfig, *, hosted: bool = False) -> torch.optim.Optimizer:
     groups = weight_decay_groups(named, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = HostedAdamW if hosted else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class HostedAdamW(torch.optim.AdamW):
+    """AdamW whose moments stay in pinned host memory, and come to the parameters' device piece by piece.
+
+    A step is bitwise that of AdamW, whose arithmetic is elementwise. It moves the moments there and back.
+    """
+
+    moments_on_host = True
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        everything = [p for group in self.param_groups for p in group["params"]]
+        grads = [(p, p.grad) for p in everything if p.grad is not None]
+        for parameter, _ in grads:
+            parameter.grad = None  # AdamW leaves out what has no gradient
+        for piece in in_pieces(grads, PIECE_BYTES):
+            homes = self._bring(piece)
+            for parameter, grad in piece:
+                parameter.grad = grad
+            super().step()
+            for parameter, _ in piece:
+                parameter.grad = None
+                for name in MOMENTS:
+                    here = self.state[parameter][name]
+                    self.state[parameter][name] = homes[parameter, name].copy_(here, non_blocking=True)
+        for parameter, grad in grads:
+            parameter.grad = grad
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # before anybody reads the moments
+
+    def _bring(self, piece: Pairs) -> dict[tuple[nn.Parameter, str], Tensor]:
+        """Puts moments on the device; where they stay, which for new and loaded ones is yet to be pinned."""
+        homes: dict[tuple[nn.Parameter, str], Tensor] = self.__dict__.setdefault("homes", {})
+        if new := [(p, name) for p, _ in piece for name in MOMENTS if (p, name) not in homes]:
+            is_cuda = new[0][0].is_cuda
+            homes |= zip(new, host_like([p for p, _ in new], pinned=is_cuda), strict=True)
+        for parameter, _ in piece:
+            for name in MOMENTS if parameter in self.state else ():
+                there = self.state[parameter][name]
+                here = torch.empty_like(parameter)  # with its strides, which a fused step relies on
+                self.state[parameter][name] = here.copy_(there, non_blocking=True)
+        return homes
+
+
+def in_pieces(grads: Pairs, size: int) -> Iterator[Pairs]:
+    """Parameters with their gradients, in order, in pieces of so many bytes of moments, or a single one."""
+    piece: Pairs = []
+    held = 0
+    for parameter, grad in grads:
+        if piece and held + len(MOMENTS) * parameter.nbytes > size:
+            yield piece
+            piece, held = [], 0
+        piece.append((parameter, grad))
+        held += len(MOMENTS) * parameter.nbytes
+    if piece:
+        yield piece
 
 
 def weight_decay_groups(named: Named, weight_decay: float) -> list[dict[str, object]]:
@@ -28,29 +91,7 @@ def weight_decay_groups(named: Named, weight_decay: float) -> list[dict[str, obj
 
 def finish_gradients(named: Named, max_norm: float, *, num_processes: int) -> float:
     """Sums gradients over processes (weights are global shares: no mean), clips, returns the norm before."""
-    parameters = [p for _, p in named]
-    if num_processes > 1:
-        sum_gradients(parameters)
-    return nn.utils.clip_grad_norm_(parameters, max_norm).item()
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-    """grad <- sum of grad over all processes, in flat buckets; a process without a gradient adds zeros."""
-    buckets: list[list[nn.Parameter]] = [[]]
-    size = 0
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        if buckets[-1] and (size + num_bytes > bucket_bytes or parameter.dtype != buckets[-1][0].dtype):
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter)
-        size += num_bytes
-    for bucket in filter(None, buckets):
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        torch.distributed.all_reduce(flat)
-        for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = piece.view_as(parameter).clone()
+    return SummedGradients(lambda: named, num_processes).finish(max_norm)
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rl.model.on_host import layers_to_host
 from rl.model.streamed import streamed
 from rl.policy import Prepared, Reference, Scores, Writer
 from rl.store.tensors import read_tensors, write_tensors
@@ -31,6 +32,11 @@ class Scoring(Protocol):
     peft_model: Any
 
     @property
+    def device(self) -> torch.device: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+    @property
     def scorer(self) -> nn.Module: ...
 
     def score_by(self, scorer: nn.Module, prepared: Prepared) -> Scores:
@@ -38,9 +44,18 @@ class Scoring(Protocol):
         ...
 
 
-def make_reference(policy: Scoring, *, moves: bool) -> Reference:
-    """The policy as it is now. It `moves` if it will `follow`: then it is part of a checkpoint."""
-    return Copy(policy, moves=moves) if policy.peft_model is None else BaseModel(policy)
+def make_reference(policy: Scoring, *, moves: bool, hosted: bool = False) -> Reference:
+    """The policy as it is now. It `moves` if it will `follow`: then it is part of a checkpoint.
+
+    Args:
+        hosted: the layers of a copy stay in host memory, and come to the device one at a time.
+    """
+    if policy.peft_model is not None:
+        return BaseModel(policy)
+    copied = Copy(policy, moves=moves)
+    if hosted:
+        copied.to_host()
+    return copied
 
 
 class Copy:
@@ -50,6 +65,13 @@ class Copy:
         self.policy, self.moves = policy, moves
         self.scorer = copy.deepcopy(policy.scorer).requires_grad_(False).eval()
 
+    def to_host(self) -> None:
+        """Matrices that autocast narrows are kept narrow, unless they move: log-probs stay what they are."""
+        with self.policy.autocast():
+            kind = self.policy.device.type
+            narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        layers_to_host(cast(Any, self.scorer).model, narrow=None if self.moves else narrow)
+
     @torch.no_grad()
     def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
         return self.policy.score_by(self.scorer, prepared).logprobs_L
@@ -57,7 +79,7 @@ class Copy:
     @torch.no_grad()
     def follow(self, policy: Scoring, mixup: float) -> None:
         for (_, theirs), (_, ours) in zip(streamed(self.scorer), streamed(policy.scorer), strict=True):
-            theirs.lerp_(ours.to(theirs.dtype), mixup)
+            theirs.lerp_(ours.to(theirs.device, theirs.dtype), mixup)
 
     def snapshot(self) -> Writer | None:
         tensors = self.scorer.state_dict()

@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rl.batch import Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
 from rl.causal import CausalPolicy
-from rl.model.exactness import backbone
+from rl.model.on_host import decoder_layers
 from rl.model.saving import save_model, save_settings
 from rl.policy import Prepared, Writer
 from rl.references import Copy
@@ -86,6 +86,9 @@ class ShardedPolicy:
 
     def _idle(self, num_rows: int = 1) -> Prepared:
         return Prepared(with_rows(idle_micro_batch(), num_rows).to(self.inner.device), is_idle=True)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
         """Gradients are summed by then; the norm is over all shards."""
@@ -210,11 +213,9 @@ def shard(scorer: Any, mesh: DeviceMesh, *, compute: torch.dtype) -> None:
 
 def units(model: PreTrainedModel) -> list[nn.Module]:
     """Parts that are gathered on their own: decoder layers, and an embedding that is not tied to the head."""
-    number = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     tied = cast(Any, embedding).weight is head.weight
-    return [*([] if tied else [embedding]), *(lists[0] if lists else ())]
+    return [*([] if tied else [embedding]), *decoder_layers(model)]
 
 
 def check_shardable(model: PreTrainedModel) -> None:

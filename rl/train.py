@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rl.advantages import compute_advantages
-from rl.batch import pack
+from rl.batch import PackRules, pack
 from rl.driver import count_bad_steps, every, steps
 from rl.optimizer import set_learning_rate
 from rl.record import check_faults, group_metrics
 from rl.run import Run
+from rl.together import divide, exchange, predicted_cost
 from rl.types import Advantage, ScoredGroup
 from rl.update import UpdateResult, pack_rules, update_policy
 
@@ -31,9 +32,11 @@ def train(run: Run) -> int:
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
     source.publish(policy.weights(), version=run.progress.step)
     for step in steps(run):
-        groups, advantages = collect(run, step)
+        groups, advantages, owners = collect(run, step, rules)
         with phases("pack"):
-            batches = pack(groups, advantages, rules, sum_over_processes=run.world.sum)
+            parts = rules.num_minibatches
+            mine, weighed, minibatch_of = exchange(groups, advantages, owners, parts, run.world)
+            batches = pack(mine, weighed, rules, sum_over_processes=run.world.sum, minibatch_of=minibatch_of)
         with phases("train"):
             set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
             update = update_policy(
@@ -56,8 +59,10 @@ def train(run: Run) -> int:
     return run.progress.step
 
 
-def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
-    """The groups of a step: from the ledger if a killed run sampled them, else fresh ones, now recorded."""
+def collect(run: Run, step: int, rules: PackRules) -> tuple[list[ScoredGroup], Advantages, list[int]]:
+    """The groups of a step, and which process trains each: from the ledger if a killed run sampled them, else
+    fresh ones, now recorded.
+    """
     source, recorded, cursor = run.source, run.recorded(step), run.source.cursor
     if recorded is not None:
         groups, source.last_rejected = recorded.groups, recorded.rejected
@@ -70,6 +75,8 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
     advantages = compute_advantages(
         groups, config=run.config.advantage, weights=run.reward_weights, reduce_moments=run.world.sum
     )
+    costs = [predicted_cost(group, row, rules) for group, row in zip(groups, advantages, strict=True)]
+    owners = divide(costs, rules.num_minibatches, run.world)
     if recorded is None:
         run.ledger.write(
             step,
@@ -80,8 +87,9 @@ def collect(run: Run, step: int) -> tuple[list[ScoredGroup], Advantages]:
             rejected=source.last_rejected,
             advantages=advantages,
             counts=source.last_counts,
+            trained_by=owners if run.world.size > 1 else None,
         )
-    return groups, advantages
+    return groups, advantages, owners
 
 
 def metrics(

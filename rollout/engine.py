@@ -26,11 +26,13 @@ class Engine(Protocol):
         tensors: every parameter it holds, under Hugging Face names.
         runs_alone: it samples while nobody calls it, in a process of its own.
         held_while_training: it shares a GPU with the trainer, which calls `hold` before it computes.
+        sleeps_while_training: it gives its memory back meanwhile: the trainer calls `hold(release=True)`.
     """
 
     name: str
     runs_alone: bool
     held_while_training: bool
+    sleeps_while_training: bool
     tensors: Mapping[str, HeldTensor]
 
     @property
@@ -80,8 +82,16 @@ class Engine(Protocol):
         """
         ...
 
-    def hold(self) -> None:
-        """Stops what is in flight where it is, until new weights or a call that waits for completions."""
+    def hold(self, *, release: bool = False) -> None:
+        """Stops what is in flight where it is, until new weights or a call that waits for completions.
+
+        Args:
+            release: if it `sleeps_while_training`, it drops weights and cache. Then it takes `update_weights`
+                alone, and `close`; what is in flight goes on with the new weights, its cache computed again.
+
+        Raises:
+            EngineError: it sleeps.
+        """
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:

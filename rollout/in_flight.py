@@ -149,8 +149,14 @@ class InFlight:
     def begin_overlap(self) -> None:
         """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile.
 
-        An engine that would only take turns with the trainer is held instead; graders go on in any case.
+        An engine that would only take turns with the trainer is held instead, and one that sleeps meanwhile
+        drops its weights and cache; graders go on in any case.
         """
+        if self.engine.sleeps_while_training:
+            self.engine.hold()
+            self.pump()
+            self.engine.hold(release=True)
+            return
         if not (self.engine.runs_alone and self._has_work()):
             return
         if self.engine.held_while_training:

@@ -118,6 +118,8 @@ class RolloutSource:
         self._in_flight.end_overlap()
         self._in_flight.clear()
         self._start(pending[self.team.rank :: self.team.size])
+        if self.engine.sleeps_while_training:  # what comes is training on what the ledger holds, or a sync
+            self.engine.hold(release=True)
 
     def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
         """As `Source.groups`, in the order of their start; rejected ones that fill a step up come last.

@@ -51,7 +51,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
-    runs_alone = held_while_training = False
+    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class TransformersEngine:
     def in_flight(self) -> int:
         return self._queue.in_flight
 
-    def hold(self) -> None:
+    def hold(self, *, release: bool = False) -> None:
         return  # it samples only while it is called
 
     def _usable_cache(self) -> str:

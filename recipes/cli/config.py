@@ -17,7 +17,7 @@ from rl.config import Config, Section
 from rl.config.describe import defaults_of, described, meaning, section_in
 from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
-from rl.config.read import command_of, read_any_config
+from rl.config.read import COMMANDS, command_of, read_any_config
 from rl.config.sft import SftConfig
 from rl.config.traces import PipelineConfig, TracesConfig
 from rl.report.safe_stream import say
@@ -87,7 +87,9 @@ def explained(key: str, config: Section | None = None) -> str:
     for kind in kinds:
         keys = dict(_keys(kind))
         if named := [key] if key in keys else [name for name in keys if name.endswith(f".{key}")]:
-            return "\n\n".join("\n".join(_lines(name, *keys[name], config)) for name in named)
+            said = "\n\n".join("\n".join(_lines(name, *keys[name], config)) for name in named)
+            of = "" if kind is kinds[0] else next(c for c, schemas in COMMANDS.items() if kind in schemas)
+            return f"{said}\n(a key of `{of}`)" if of else said
     known = dict.fromkeys(name for kind in kinds for name, _ in _keys(kind))
     last = {name.rpartition(".")[2]: name for name in reversed(known)}
     near = difflib.get_close_matches(key, known, n=3)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
     import torch
 
-    from recipes.fit import as_overrides, fit_to, refusal
+    from recipes.fit import as_overrides, fit_to, refusal, said_costs
     from rl.config import check_processes
     from rl.plan.memory import GIB
     from rl.plan.search import Card
@@ -55,5 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not plan.fits:
         print(f"does not fit{f': {plan.fault}' if plan.fault else ''}; {refusal(fitted.size, config, card)}")
         return 1
+    if fitted.costs:
+        print(said_costs(fitted.costs).removeprefix("; "))
     print(f"fits{f' with {as_overrides(fitted.chosen)}' if fitted.chosen else ''}")
     return 0

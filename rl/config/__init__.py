@@ -3,13 +3,13 @@
 # ruff: noqa: F401  these names are handed on
 from rl.config.config import Config, check_processes
 from rl.config.data import DataConfig, EvaluationConfig
+from rl.config.engine import EngineConfig
 from rl.config.moe import MoeConfig
 from rl.config.sections import (
     CLIP_RANGES,
     AdvantageConfig,
     CheckpointConfig,
     DynamicSamplingConfig,
-    EngineConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,

@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rl.config.data import DataConfig, EvaluationConfig, check_data, check_heldout
+from rl.config.engine import EngineConfig
 from rl.config.environment import EnvironmentConfig, check_environment
 from rl.config.moe import MoeConfig
 from rl.config.sections import (
     HOME,
     AdvantageConfig,
     CheckpointConfig,
-    EngineConfig,
     LossConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     RewardsConfig,
@@ -61,6 +62,7 @@ class Config(Section):
     run_dir: Annotated[Path, HOME] = Path("runs/default")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
     teacher: TeacherConfig | None = Field(default=None, description="a model to distil from; default: none")
     data: DataConfig = DataConfig()
@@ -160,6 +162,7 @@ def check_rules(config: Config) -> None:
     check_data(config.data, "data")
     check_heldout(config.evaluation.data)
     check_staleness(config)
+    check_memory(config)
     t, s, loss = config.train, config.sampling, config.loss
     if s.temperature == 0:
         raise ValueError(
@@ -211,6 +214,27 @@ def check_rules(config: Config) -> None:
         raise ValueError(
             f"evaluation.metric={config.evaluation.metric!r} is not a reward of this run; "
             + (f"use one of {names}" if names else "add it: rewards.functions=[{name: math, weight: 0.0}]")
+        )
+
+
+def check_memory(config: Config) -> None:
+    """Raises ValueError for ways to save memory that exclude each other, or that have nothing to save."""
+    memory, t = config.memory, config.train
+    if memory.engine_sleeps is True and t.sample_while_training:
+        raise ValueError(
+            "memory.engine_sleeps=true drops the engine's weights while the trainer computes, and "
+            "train.sample_while_training=true samples with them; leave one of the two out"
+        )
+    if memory.reference_on_host is True and not config.copies_weights:
+        raise ValueError(
+            "memory.reference_on_host=true, and this run has no copy of the model as reference: loss.kl_coef "
+            "is 0, or the base below model.lora takes its place; leave it out"
+        )
+    if t.sharding in ("full", "hybrid") and memory.keeps_whole:
+        raise ValueError(
+            f"train.sharding={t.sharding} splits moments and reference over the GPUs, and "
+            "memory.optimizer_on_host and memory.reference_on_host keep whole ones in host memory; leave "
+            "one of the two out"
         )
 
 

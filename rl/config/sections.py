@@ -77,6 +77,25 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
 
 
+class MemoryConfig(Section):
+    """What gives way where a GPU is too small; auto: what must, and what that costs is said."""
+
+    engine_sleeps: bool | Auto = Field(
+        default="auto", description="vLLM drops weights and cache while the trainer computes"
+    )
+    optimizer_on_host: bool | Auto = Field(
+        default="auto", description="AdamW's moments stay in host memory and come for the optimizer step"
+    )
+    reference_on_host: bool | Auto = Field(
+        default="auto", description="the reference's layers stay in host memory and come one at a time"
+    )
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether each process is to keep a whole copy of something in host memory."""
+        return self.optimizer_on_host is True or self.reference_on_host is True
+
+
 class LoraConfig(Section):
     r: int = Field(default=16, ge=1, description="rank")
     alpha: int = Field(default=32, ge=1, description="deltas are scaled by alpha / r")
@@ -139,34 +158,6 @@ class SamplingConfig(Section):
         description="strings; a completion is cut behind the token that completes one. It is sampled to its "
         "end first: stop_token_ids end sooner",
     )
-
-
-class EngineConfig(Section):
-    """Who samples. `auto`: vLLM where it can be imported, else transformers."""
-
-    name: Literal["auto", "vllm", "transformers"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    max_num_seqs: Annotated[int, Field(ge=1)] | Auto | None = Field(
-        default="auto", description="sampled together; auto: all in flight, from 256 to 512, or what fits"
-    )
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
-        default="auto", description="vLLM's share of the GPU; auto: its weights and the cache it can use"
-    )
-    kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
-    enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
-    process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
-    seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
-    recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
-    verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
-    canary_tolerance: float | None = Field(
-        default=None, gt=0, description="nats, mean; 0.0025 fp32, 0.2 bf16"
-    )
-    timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
-
-    @property
-    def gpu_share(self) -> float:
-        """`gpu_memory_utilization`; of a run that nothing could be planned for, a third or so."""
-        return 0.35 if self.gpu_memory_utilization == "auto" else self.gpu_memory_utilization
 
 
 class RewardSpec(Section):

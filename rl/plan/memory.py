@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from rl.config import Config
 from rl.config.diffusion import DiffusionConfig
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
+from rl.model.on_host import PIECE_BYTES
 from rl.plan.sizes import Adapters, ModelSize, adapters_of, lora_layer_bytes
 
 GIB = 2**30
@@ -26,14 +27,17 @@ OVERHEAD_BYTES = int(1.5 * GIB)
 FILLED = 0.92
 """Share of a GPU that a plan may fill."""
 
-Phase = Literal["always", "train", "sample"]
+Phase = Literal["always", "learn", "train", "update", "engine", "sample"]
+"""Of the training process: always; from the first backward pass to the end of the update; in a pass forward
+and backward; in the optimizer step. Of the engine's: at all times; while it is awake.
+"""
 Planned = Config | DiffusionConfig
 """Runs that a plan can be made for; those without an engine only train."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes on one GPU, and when they are held: always, by the pass that trains, or by the engine."""
+    """Bytes on one GPU, and when they are held."""
 
     name: str
     bytes: int
@@ -48,6 +52,7 @@ class MemoryPlan:
         room: bytes that may be filled.
         longest_row: tokens of the longest prompt with one completion; a micro-batch holds at least that.
         fault: why the engine cannot work with what it is given, whatever the total.
+        sleeps: what the engine holds awake, it does not hold while the trainer computes.
     """
 
     parts: tuple[Part, ...]
@@ -55,15 +60,22 @@ class MemoryPlan:
     room: int
     longest_row: int
     fault: str | None = None
+    sleeps: bool = False
+
+    def held(self, *phases: Phase) -> int:
+        return sum(part.bytes for part in self.parts if part.phase in phases)
 
     @property
     def total(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        """Bytes at the run's peak: of training, or of sampling where the engine sleeps meanwhile."""
+        learning, awake = self.training - self.held("always"), self.held("sample")
+        most = max(learning, awake) if self.sleeps else learning + awake
+        return self.held("always", "engine") + most
 
     @property
     def training(self) -> int:
         """Bytes of the training process at its peak, which a run's `memory/peak` and the probe measure."""
-        return sum(part.bytes for part in self.parts if part.phase != "sample")
+        return self.held("always", "learn") + max(self.held("train"), self.held("update"))
 
     @property
     def fits(self) -> bool:
@@ -89,7 +101,7 @@ def plan_memory(
     shares = num_shares(config, processes)
     parts = training_parts(size, config, max(row, config.token_budget), shares)
     room, fault = int(FILLED * min(capacity, free or capacity)), None
-    if not isinstance(config, Config):
+    if not isinstance(config, Config) or config.engine.name == "server":
         return MemoryPlan(tuple(parts), capacity, room, row)
     weights = engine_weights(size, config)
     parts += [Part("engine weights", weights, "sample")]
@@ -97,7 +109,7 @@ def plan_memory(
         sequence = size.sampled_per_token * max_length + size.sampled_per_sequence
         cache = min(config.max_num_seqs, in_flight(config, processes)) * sequence * engine_width(config)
     else:
-        parts += [Part("engine overhead", 2 * OVERHEAD_BYTES, "sample")]
+        parts += [Part("engine overhead", 2 * OVERHEAD_BYTES, "engine")]
         cache = int(config.engine.gpu_share * capacity) - weights - 2 * OVERHEAD_BYTES
         if cache < cache_bytes(size, config, max_length):
             least = engine_share(size, config, capacity, max_length)
@@ -109,7 +121,11 @@ def plan_memory(
     whole = size.parameters * storage_dtype(config.model).itemsize * (1 + config.copies_weights)
     if shares > 1 and whole > room:
         fault = f"{whole / GIB:.1f} GiB of weights stand on each GPU before they are split"
-    return MemoryPlan(tuple(parts), capacity, room, row, fault)
+    return MemoryPlan(tuple(parts), capacity, room, row, fault, sleeps(size, config))
+
+
+def sleeps(size: ModelSize, config: Planned) -> bool:
+    return uses_vllm(size, config) and cast(Config, config).memory.engine_sleeps is True
 
 
 def in_flight(config: Planned, processes: int) -> int:
@@ -158,13 +174,19 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
             compute + 4
         )
     split = lambda number: -(-number // shares)  # noqa: E731
+    optimizer, when = split(2 * trained * master), "always"
+    reference = split(size.parameters * stored * config.copies_weights)
+    if isinstance(config, Config) and config.memory.optimizer_on_host is True:
+        optimizer, when = min(optimizer, max(PIECE_BYTES, 2 * size.head * master)), "update"
+    if isinstance(config, Config) and config.memory.reference_on_host is True:
+        reference -= reference_on_host(size, config) * (size.layers - 1) // size.layers
     parts = [
         Part("weights", split(size.parameters * stored + added.weights * master), "always"),
-        Part("optimizer", split(2 * trained * master), "always"),
-        Part("reference", split(size.parameters * stored * config.copies_weights), "always"),
+        Part("optimizer", optimizer, when),
+        Part("reference", reference, "always"),
         Part("teacher", teacher_bytes(size, config), "always"),
         Part("overhead", OVERHEAD_BYTES, "always"),
-        Part("gradients", split(trained * master), "train"),
+        Part("gradients", split(trained * master), "learn"),
         Part("weights in the compute dtype" if shares == 1 else "gathered weights", narrow, "train"),
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
@@ -172,6 +194,12 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         Part("logits", max(4 * chunk, chunk + head) if compute == 4 else chunk + head, "train"),
     ]
     return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
+
+
+def reference_on_host(size: ModelSize, config: Config) -> int:
+    """Bytes of a reference's layers, as it is loaded; what stays on the GPU are embedding and head."""
+    experts = size.experts.weights if size.experts else 0
+    return (size.linear + experts) * storage_dtype(config.model).itemsize
 
 
 def teacher_bytes(size: ModelSize, config: Planned) -> int:

@@ -34,7 +34,8 @@ def probe(
     torch.cuda.reset_peak_memory_stats(device)
     prepared, *_ = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
     try:
-        moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(2)]
+        copies = 0 if config.memory.optimizer_on_host is True else 2
+        moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(copies)]
         if reference is not None:
             reference.logprobs(prepared)
         ids_LK = None if teacher is None else teacher.score(prepared).ids_LK
@@ -43,7 +44,7 @@ def probe(
             loss = scores.logprobs_L.sum() + config.loss.entropy_coef * scores.entropy_L.sum()
             if scores.logprobs_LK is not None and scores.rest_L is not None:
                 loss = loss + scores.logprobs_LK.sum() + scores.rest_L.sum()
-            policy.backward(loss, last=True)
+            policy.backward(loss, last=False)
             del scores, loss
         held = torch.cuda.max_memory_allocated(device)
         del moments
@@ -63,6 +64,8 @@ def probe(
 
 def _check_beside_engine(config: Config, held: int, total: int) -> None:
     share = config.engine.gpu_share if takes_share(config) else 0.0
+    if config.memory.engine_sleeps is True:
+        share = min(share, 2 * OVERHEAD_BYTES / total)  # what it keeps asleep
     left = total - held - OVERHEAD_BYTES
     if share * total > left:
         raise ValueError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from rl.config import Config
 from rl.config.read import replaced
+from rl.plan.costs import seconds_of
 from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, plan_memory, uses_vllm
 from rl.plan.sizes import ModelSize
 
@@ -17,7 +20,11 @@ PLANNED = (
     "engine.max_num_seqs",
     "model.gradient_checkpointing",
     "train.sharding",
+    "memory.engine_sleeps",
+    "memory.optimizer_on_host",
+    "memory.reference_on_host",
 )
+HOSTED = ("memory.optimizer_on_host", "memory.reference_on_host")
 ENOUGH_TOKENS = 8192
 """Of a micro-batch: fewer leave a GPU waiting for kernel launches."""
 MOST_TOKENS = 32768
@@ -58,24 +65,57 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     """Values for those of `PLANNED` that are auto, the fastest that fit; None if none does.
 
     A step without recomputation comes first, then a cache for more completions, then more tokens in a
-    micro-batch. Only where nothing fits that way, micro-batches become smaller than is fast; and only where
-    that does not help either, weights are split over the processes.
+    micro-batch. An engine that sleeps comes before recomputation, where that would be for an engine awake.
+    Only where nothing fits that way, micro-batches become smaller than is fast; then weights are split over
+    the processes; and only where that does not help either, moments and reference stay in host memory.
     """
     splits: list[dict[str, Any]] = [{}]
     if can_split(size, config, card.processes):
         splits.append({"train.sharding": "full"})
-    for split in splits:
-        for floor, caches in ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES)):
-            for values in _candidates(size, config, card, max_length, caches):
-                chosen = values | split
-                if (whole := _with_budget(size, config, chosen, card, max_length, floor)) is not None:
-                    return whole
+    rules = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
+    asleep, hosted = _asleep(size, config), _hosted(size, config, card.processes)
+    # Split weights were there first: where they suffice, nothing sleeps.
+    ways = [(split, [{}], rule) for split in splits for rule in rules] if splits[1:] else []
+    ways += [(split, asleep, rule) for split in splits for rule in rules]
+    ways += [(some, asleep, rule) for some in hosted for rule in rules]
+    for more, engines, (floor, caches) in ways:
+        for recompute in _recomputes(config):
+            for engine in engines:
+                for values in _candidates(
+                    size, replaced(config, engine), card, max_length, caches, recompute
+                ):
+                    chosen = values | engine | more
+                    if (whole := _with_budget(size, config, chosen, card, max_length, floor)) is not None:
+                        return whole
     return None
+
+
+def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
+    """An engine awake all the time, and one that sleeps while the trainer computes if that is left open."""
+    is_open = uses_vllm(size, config) and is_auto(config, "memory.engine_sleeps")
+    may = is_open and isinstance(config, Config) and not config.train.sample_while_training
+    return [{}, {"memory.engine_sleeps": True}] if may else [{}]
+
+
+def _hosted(size: ModelSize, config: Planned, processes: int) -> list[dict[str, Any]]:
+    """What may stay in host memory, the cheapest first: the moments, the reference, both."""
+    if not isinstance(config, Config) or config.train.sharding in ("full", "hybrid"):
+        return []
+    keys = [key for key in HOSTED if is_auto(config, key)]
+    if not config.copies_weights or size.has_own_sampler:
+        keys = [key for key in keys if key != "memory.reference_on_host"]
+    ways = [dict.fromkeys(some, True) for n in range(1, len(keys) + 1) for some in combinations(keys, n)]
+    return sorted(ways, key=lambda way: sum(seconds_of(size, replaced(config, way), processes).values()))
+
+
+def _recomputes(config: Planned) -> tuple[bool, ...]:
+    given = config.model.gradient_checkpointing
+    return (False, True) if given == "auto" else (given,)
 
 
 def can_split(size: ModelSize, config: Planned, processes: int) -> bool:
     """Whether it is left open to split the weights over the processes, and this kind of model can be."""
-    is_open = isinstance(config, Config) and config.train.sharding == "auto"
+    is_open = isinstance(config, Config) and config.train.sharding == "auto" and not config.memory.keeps_whole
     return is_open and processes > 1 and size.experts is None and not size.has_own_sampler
 
 
@@ -92,25 +132,24 @@ def remedy(
 
 
 def _candidates(
-    size: ModelSize, config: Planned, card: Card, max_length: int, caches: tuple[float, ...]
+    size: ModelSize, config: Planned, card: Card, max_length: int, caches: tuple[float, ...], recompute: bool
 ) -> Iterator[dict[str, Any]]:
-    """Values of all planned keys but the token budget, in the order of preference."""
-    recompute, slots = config.model.gradient_checkpointing, in_flight(config, card.processes)
+    """Values of what decides on recomputation and the engine's cache, in the order of preference."""
+    slots = in_flight(config, card.processes)
     samples = isinstance(config, Config)
     has_share = uses_vllm(size, config) and is_auto(config, "engine.gpu_memory_utilization")
     has_slots = samples and is_auto(config, "engine.max_num_seqs")
     slots = min(config.max_num_seqs, slots) if samples else slots
-    for checkpointing in (False, True) if recompute == "auto" else (recompute,):
-        for cache in caches if has_share or has_slots else caches[:1]:
-            cached, values = max(1, int(cache * slots)), {}
-            if recompute == "auto":
-                values["model.gradient_checkpointing"] = checkpointing
-            if has_share and isinstance(config, Config):
-                share = engine_share(size, config, card.capacity, cached * max_length)
-                values["engine.gpu_memory_utilization"] = share
-            if samples and has_slots:
-                values["engine.max_num_seqs"] = min(config.max_num_seqs, max(8, 4 * cached))
-            yield values
+    for cache in caches if has_share or has_slots else caches[:1]:
+        cached, values = max(1, int(cache * slots)), {}
+        if config.model.gradient_checkpointing == "auto":
+            values["model.gradient_checkpointing"] = recompute
+        if has_share and isinstance(config, Config):
+            share = engine_share(size, config, card.capacity, cached * max_length)
+            values["engine.gpu_memory_utilization"] = share
+        if samples and has_slots:
+            values["engine.max_num_seqs"] = min(config.max_num_seqs, max(8, 4 * cached))
+        yield values
 
 
 def _with_budget(
@@ -132,18 +171,19 @@ def _with_budget(
     step = -(-in_flight(config, card.processes) * row // STEP) * STEP
     most = max(row, min(MOST_TOKENS, step))
     least = max(row, min(floor, most))
-    fewest = plan(least)
-    if not fewest.fits:
+    if not plan(least).fits:
         return None
-    per_token = (plan(least + STEP).total - fewest.total) // STEP
-    more = least + (fewest.room - fewest.total) // max(per_token, 1)
-    return values | {"train.token_budget": max(least, min(most, more // STEP * STEP))}
+    budgets = range(-(-(least + 1) // STEP) * STEP, most + 1, STEP)
+    more = bisect_left(budgets, True, key=lambda budget: not plan(budget).fits)
+    return values | {"train.token_budget": budgets[more - 1] if more else least}
 
 
 def _changes(config: Planned) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
     planned = {
-        key: "auto" for key in PLANNED if not is_auto(config, key) and key.startswith(("train.t", "engine."))
+        key: "auto"
+        for key in PLANNED
+        if not is_auto(config, key) and key.startswith(("train.t", "engine.", "memory."))
     }
     recomputed = {"model.gradient_checkpointing": True}
     steps: list[dict[str, Any]] = [planned, planned | recomputed]
@@ -164,6 +204,7 @@ def has_choice(size: ModelSize, config: Planned, processes: int) -> bool:
     unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
     unused |= set() if can_split(size, config, processes) else {"train.sharding"}
     unused |= set() if isinstance(config, Config) else {"engine.max_num_seqs"}
+    unused |= {key for key in PLANNED if key.startswith("memory.")}  # they are never given up for others
     return any(is_auto(config, key) for key in PLANNED if key not in unused)
 
 

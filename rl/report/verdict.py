@@ -20,6 +20,7 @@ _GROWN = (
     "some weight is trained and not sampled with: compare with engine.name=transformers, and with "
     "model.lora.target_modules=[q_proj, v_proj] if there are adapters"
 )
+PATIENCE = max(metric.patience for metric in METRICS.values())  # of the slowest rule, in steps
 NUM_FIRST = 2  # steps whose smaller gap is what a run began with
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
 
@@ -48,6 +49,7 @@ class Verdict:
     level: Level
     findings: tuple[Finding, ...] = ()
     control: str = ""  # of a control arm its name
+    num_steps: int = PATIENCE  # recorded so far
 
     @property
     def headline(self) -> str:
@@ -60,7 +62,8 @@ class Verdict:
         if self.level == "No data":
             return "No data: no step is recorded yet"
         if not self.findings:
-            return "Healthy: every number is inside its range"
+            few = f"; some rules wait for {PATIENCE} steps" if self.num_steps < PATIENCE else ""
+            return f"Healthy: every number is inside its range{few}"
         worst = self.findings[0]
         return f"{self.level}: {worst.text}, since step {worst.since}"
 
@@ -80,7 +83,7 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
     parts = part_spreads(rows)
     arm = next((arm for arm in ("random", "format") if f"reward/{arm}_control/std" in parts), "")
-    return Verdict(findings[0].level if findings else "Healthy", tuple(findings), arm)
+    return Verdict(findings[0].level if findings else "Healthy", tuple(findings), arm, len(rows))
 
 
 def judge_run(run_dir: Path) -> Verdict:
@@ -122,7 +125,8 @@ class Watch:
         begun = [row for row in self.first if row["step"] < self.rows[0]["step"]]
         verdict = judge([*begun, *self.rows])
         found = tuple(f for f in verdict.findings if f.metric not in self.varied)
-        self.verdict = Verdict(found[0].level if found else "Healthy", found, verdict.control)
+        level = found[0].level if found else "Healthy"
+        self.verdict = Verdict(level, found, verdict.control, verdict.num_steps)
         return [finding for finding in found if finding.level == "Broken" or finding.metric in at_once]
 
 

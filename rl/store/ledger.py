@@ -65,8 +65,6 @@ class LedgerStep:
 class Ledger:
     """The records of one run as process `rank` of `world_size` sees them: it writes its own and may read all.
 
-    The folder is listed once, and a step costs the same however many there were.
-
     Attributes:
         damaged: one sentence per file that could not be read; such a file counts as absent.
         num_expected: steps of which an earlier process of this run left a record (`expect`).
@@ -104,6 +102,7 @@ class Ledger:
         rejected: Sequence[ScoredGroup] = (),
         advantages: Sequence[Sequence[Advantage]] | None = None,
         counts: Mapping[str, float] | None = None,
+        trained_by: Sequence[int] | None = None,
     ) -> Path:
         """Records a step, in place of an earlier record of it. On disk when this returns.
 
@@ -129,6 +128,7 @@ class Ledger:
             "counts": dict(counts or {}),
         }
         per_group = [None] * len(groups) if advantages is None else [list(row) for row in advantages]
+        owners = [{} if trained_by is None else {"trained_by": rank} for rank in trained_by or groups]
         path = self._path(step, self.rank)
         if self._ranks_gone is None:
             self._ranks_gone = {rank for _, rank in self._present() if rank >= self.world_size}
@@ -136,8 +136,8 @@ class Ledger:
             raise gone(self.folder)
         with written_whole(path) as file, GzipFile("", "wb", 1, file, mtime=0) as lines:
             lines.write(encode_line(header, f"step {step}"))
-            for group, row in zip(groups, per_group, strict=True):
-                lines.write(encode_group(group, step, {"kept": True, "advantages": row}))
+            for group, row, owner in zip(groups, per_group, owners, strict=True):
+                lines.write(encode_group(group, step, {"kept": True, "advantages": row, **owner}))
             for group in rejected:
                 lines.write(encode_group(group, step, {"kept": False, "advantages": None}))
         for rank in self._ranks_gone if self.rank == 0 else ():

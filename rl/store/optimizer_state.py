@@ -70,10 +70,13 @@ def load_optimizer(
         keys = given.keys() - _NOT_HYPERPARAMETERS
         options.append({key: _like(join_tree(given[key], files.read), group.get(key)) for key in keys})
         step_on_device = bool(group.get("capturable") or group.get("fused"))
+        moments_on_device = not getattr(optimizer, "moments_on_host", False)
         for name, parameter in members.items():
             place = partial(_placed, files, parameter=parameter)
             states[parameter] = {
-                key: join_tree(value, partial(place, on_device=step_on_device or key != "step"))
+                key: join_tree(
+                    value, partial(place, on_device=step_on_device if key == "step" else moments_on_device)
+                )
                 for key, value in saved["state"][name].items()
             }
     for group, values in zip(optimizer.param_groups, options, strict=True):

@@ -44,7 +44,7 @@ class DiffusionEngine:
     """
 
     name = "diffusion"
-    runs_alone = held_while_training = False
+    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class DiffusionEngine:
     def in_flight(self) -> int:
         return self._queue.in_flight
 
-    def hold(self) -> None:
+    def hold(self, *, release: bool = False) -> None:
         return  # it samples only while it is called
 
     def _sampled(self, call: Call, deadline: float) -> Sampled:

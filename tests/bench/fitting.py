@@ -1,10 +1,12 @@
 """Runs with nothing set but the model: does the plan fit, and is what it predicts what a run takes?
 
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora [--card-gib 80] [--set KEY=VALUE]
+    python -m tests.bench.fitting 1.5b@80 7b:lora@80 3b@80 7b    # all weights, with the KL's reference
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora --llada    # diffusion models, trained without rewards
 
-`--card-gib` plays a smaller card: this process holds the rest of the GPU. For each shape: what was chosen,
-the training process's peak and the whole card's against the plan, seconds until step 1, and the exit code.
+`--card-gib`, or `@GIB` behind a shape, plays a smaller card: this process holds the rest of the GPU. For each
+shape: what was chosen and what it costs, the training process's peak and the whole card's against the plan,
+seconds until step 1 and of each step, tokens a second, and the exit code.
 """
 
 from __future__ import annotations
@@ -41,12 +43,16 @@ def main() -> int:
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as scratch:
         for name in a.shapes:
-            shape, _, lora = name.partition(":")
+            words, _, gib = name.partition("@")
+            shape, _, lora = words.partition(":")
             workload = Workload(shape=shape, steps=a.steps)
             workload.export()
             model = write_model(Path(scratch) / shape, workload)
-            ballast = hold_all_but(a.card_gib) if a.card_gib else None
-            found = one_run(Path(scratch) / name.replace(":", "-"), model, workload, bool(lora), a)
+            gib = float(gib) if gib else a.card_gib
+            ballast = hold_all_but(gib) if gib else None
+            found = one_run(
+                Path(scratch) / name.translate({ord(":"): "-", ord("@"): "-"}), model, workload, bool(lora), a
+            )
             del ballast
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -106,19 +112,20 @@ def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -
         code = process.wait()
     plan = json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").exists() else None
     steps = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    parts = plan["parts"] if plan else []
-    training = sum(p["bytes"] for p in parts if p["phase"] != "sample") / GIB
+    training, card = ((plan or {}).get(key, 0) / GIB for key in ("training", "total"))
     peak = max((row.get("memory/peak", 0.0) for row in steps), default=0.0)
     return {
         "rc": code,
         "training_predicted": round(training, 1),
         "training_peak": round(peak, 1),
         "ratio": round(training / peak, 3) if peak else None,
-        "card_predicted": round(sum(p["bytes"] for p in parts) / GIB, 1),
+        "card_predicted": round(card, 1),
         "card_peak": round(most / GIB, 1),
         "first_step_s": first and round(first, 1),
         "step_s": [round(row["time/step"], 2) for row in steps],
+        "tokens_per_s": [round(row["tokens/per_second"]) for row in steps if "tokens/per_second" in row],
         "chosen": plan and plan["chosen"],
+        "costs_s": plan and plan.get("costs"),
     }
 
 

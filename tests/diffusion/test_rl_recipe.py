@@ -82,6 +82,7 @@ def test_a_run_leaves_what_every_run_leaves(config_file, capsys):
         "evaluation.metric=toy_rewards:low_words",
         "evaluation.sampling={max_completion_length: 16, temperature: 0}",
         "train.steps=2",
+        "memory.engine_sleeps=true",
     ]
     assert main([str(config_file), *overrides]) == 0
     run = config_file.parent / "run"
@@ -91,7 +92,8 @@ def test_a_run_leaves_what_every_run_leaves(config_file, capsys):
     completion = step.groups[0].completions[0]
     assert len(completion.facts["trace"]["steps"]) == 8
     assert completion.behavior_logprobs == []
-    assert "held-out after:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "held-out after:" in out and "memory.engine_sleeps has no effect" in out
     assert '<figure class="denoising"' in (run / "report.html").read_text()
     saved = run / "checkpoints" / "step-000002"
     assert json.loads((saved / "config.json").read_text())["architectures"] == ["MaskedDiffusionLM"]

@@ -19,6 +19,7 @@ from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.moe.policy import with_experts
 from rl.teacher import Teacher
+from rl.together import divide, exchange, predicted_cost
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
@@ -73,13 +74,20 @@ def one_loss(
         groups.append(ScoredGroup(Group(Prompt("p", "", tuple(prompt_ids)), made), [Reward(0.0)] * len(made)))
         advantages.append(advantage)
     optimizer = Recorder([p for _, p in policy.trainable()], lr=0.0)
-    batches = pack(groups, advantages, pack_rules(config), sum_over_processes=world.sum)
+    rules, facts = pack_rules(config), {}
+    if not config.train.deterministic:
+        costs = [predicted_cost(g, a, rules) for g, a in zip(groups, advantages, strict=True)]
+        owners = divide(costs, 1, world)
+        groups, advantages, _ = exchange(groups, advantages, owners, 1, world)
+        load = sum(predicted_cost(g, a, rules) for g, a in zip(groups, advantages, strict=True))
+        facts = {"facts": {"owners": owners, "before": sum(costs), "load": load}}
+    batches = pack(groups, advantages, rules, sum_over_processes=world.sum)
     given = {"world": world, "teacher": teacher, "max_grad_norm": 1e9}
     result = update_policy(policy, optimizer, batches, config.loss, **given)
     gradients = {n: p.grad for n, p in policy.trainable() if p.grad is not None}
     name = f"{out}/{loss}-rank{world.rank}of{world.size}"
     save_file(gradients, f"{name}.safetensors")
-    Path(f"{name}.json").write_text(json.dumps(result.metrics))
+    Path(f"{name}.json").write_text(json.dumps(result.metrics | facts))
 
 
 if __name__ == "__main__":

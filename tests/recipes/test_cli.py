@@ -97,6 +97,7 @@ def test_every_command_is_in_the_help(capsys):
                 "doctor",
                 "eval",
                 "sample",
+                "serve",
             ]
         }
     )

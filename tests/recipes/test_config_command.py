@@ -40,6 +40,11 @@ def test_the_value_of_a_config_stands_beside_what_a_key_means(capsys):
     assert capsys.readouterr().out.startswith("train.steps (integer) = 7\n")
 
 
+def test_a_key_of_another_command_says_whose_it_is(capsys):
+    assert cohort(["config", "--explain", "train.shard"]) == 0
+    assert capsys.readouterr().out.endswith("(a key of `python -m recipes.llada`)\n")
+
+
 def test_without_a_key_every_key_is_explained(capsys):
     assert cohort(["config", "--explain"]) == 0
     assert "  steps: 100  # of the whole run; at least 1\n" in capsys.readouterr().out

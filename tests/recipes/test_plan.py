@@ -106,6 +106,21 @@ def test_a_run_that_goes_on_keeps_its_values_on_its_card_alone(config_file):
     assert "train.token_budget 1234 -> " in other.notes[1]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "given"),
+    [
+        ({"train.sharding": "full"}, "memory.optimizer_on_host=true"),
+        ({"memory.engine_sleeps": True}, "train.sample_while_training=true"),
+    ],
+)
+def test_a_plan_that_excludes_what_is_given_now_is_made_anew(config_file, chosen, given):
+    card = Card("NVIDIA H100", 80 * GIB, 2)
+    config = load_config(config_file, [*OPEN, given])
+    known = {"card": {"name": card.name, "capacity": card.capacity, "processes": 2}, "chosen": chosen}
+    fitted = fit_to(config, card, known)
+    assert fitted.chosen.keys().isdisjoint(chosen) and fitted.plan is not None and fitted.plan.fits
+
+
 def test_a_folder_from_before_the_planner_keeps_what_its_config_says(config_file, tmp_path):
     config = load_config(config_file, [*OPEN, f"run_dir={tmp_path}/run"])
     config.run_dir.mkdir()

@@ -16,7 +16,7 @@ from rl.config.traces import PipelineConfig, TracesConfig
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
 
-OTHERS = {"gsm8k_traces": TracesConfig, "pipeline_r1": PipelineConfig}
+OTHERS = {"gsm8k_traces": TracesConfig, "pipeline_r1": PipelineConfig, "pipeline_sums": PipelineConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -186,7 +186,8 @@ def test_at_most_twelve_fields_per_level():
                 if isinstance(argument, type) and hasattr(argument, "model_fields"):
                     yield from sections(argument)
 
-    # Names that are frozen: data.rename, data.chat_template_kwargs, data.too_long and one more beside them.
-    limits = {"Config": 16, "DataConfig": 16, "HeldoutConfig": 17, "TrainConfig": 13}
+    # Names that are frozen: data.rename, data.chat_template_kwargs, data.too_long and one more beside them;
+    # of Config itself they are sections; of EngineConfig engine.urls, token_file and where weights are.
+    limits = {"Config": 17, "DataConfig": 16, "HeldoutConfig": 17, "TrainConfig": 13, "EngineConfig": 16}
     crowded = {s.__name__: len(s.model_fields) for s in sections(Config)}
     assert {name: n for name, n in crowded.items() if n > limits.get(name, 12)} == {}

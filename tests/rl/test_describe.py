@@ -24,7 +24,7 @@ def kind_of(path: Path) -> type:
         return DiffusionConfig
     if path.stem.startswith("moe_sft"):
         return SftConfig
-    if path.stem in ("gsm8k_traces", "pipeline_r1"):
+    if path.stem in ("gsm8k_traces", "pipeline_r1", "pipeline_sums"):
         return TracesConfig if path.stem == "gsm8k_traces" else PipelineConfig
     return MaskedRunConfig if path.stem.startswith("llada_rl") else Config
 

@@ -10,6 +10,7 @@ from rl.config.read import load_config, replaced
 from rl.model.adapters import add_lora
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
+from rl.plan.costs import HOST_RATE, SLEEP_S, seconds_of
 from rl.plan.memory import (
     GIB,
     OVERHEAD_BYTES,
@@ -63,6 +64,11 @@ def test_parts_of_mixed_precision_training_are_those_by_hand():
         "logits": CHUNK_BYTES["cuda"] + 800 * (2 + 4 + 2),
         "overhead": OVERHEAD_BYTES,
     }
+    hosted = replaced(config, {"memory.optimizer_on_host": True, "memory.reference_on_host": True})
+    less = bytes_by_name(SMALL, hosted, 1000)
+    assert less == parts | {"reference": 4 * PARAMETERS - 4 * LINEAR // 2}  # one of two layers is there
+    large = bytes_by_name(QWEN["7b"], hosted, 1000)
+    assert large["optimizer"] == 2 * 4 * 151936 * 3584  # of the head, the largest that comes at once
 
 
 def qwen(hidden, wide, layers, heads, keys, *, tied=True):
@@ -84,6 +90,9 @@ QWEN = {
     "7b": qwen(3584, 18944, 28, 28, 4, tied=False),
 }
 NOTHING_SET = ["loss.kl_coef=0.001", "data.max_prompt_length=1024", "sampling.max_completion_length=1024"]
+
+
+HOSTED_OFF = {"memory.optimizer_on_host": False, "memory.reference_on_host": False}
 
 
 def plan_of(name: str, config: Config, gib: float, processes: int = 1):
@@ -163,7 +172,7 @@ def test_a_share_that_holds_no_sequence_is_a_fault():
 def test_what_others_hold_of_a_gpu_is_not_planned_with():
     config = load_config(None, NOTHING_SET)
     size = ModelSize.of(QWEN["1.5b"], fused_layers=True)
-    assert fit(size, config, Card("a GPU", 80 * GIB, free=30 * GIB), 2048) is None
+    assert fit(size, config, Card("a GPU", 80 * GIB, free=20 * GIB), 2048) is None
 
 
 @pytest.mark.parametrize(
@@ -251,9 +260,21 @@ def test_weights_are_split_only_where_whole_copies_do_not_fit():
         found[name] = values and values.get("train.sharding", "none")
     assert found == {"1.5b": "none", "3b": "full", "7b": None}
     size = ModelSize.of(QWEN["3b"], fused_layers=True)
-    whole = replaced(config, {"train.sharding": "none"})
+    whole = replaced(config, {"train.sharding": "none", "memory.engine_sleeps": False, **HOSTED_OFF})
     assert fit(size, whole, Card("a GPU", 80 * GIB, 2), 2048) is None
-    assert fit(size, config, Card("a GPU", 80 * GIB, 1), 2048) is None
+    alone = fit(size, config, Card("a GPU", 80 * GIB, 1), 2048)
+    assert alone is not None and alone["memory.engine_sleeps"]
+
+
+@pytest.mark.parametrize("key", ["memory.optimizer_on_host", "memory.reference_on_host"])
+def test_what_is_kept_whole_in_host_memory_is_not_split(key):
+    """Two processes with 3b on 48 GiB split what is left open; a copy on the host was asked for instead."""
+    config = load_config(None, [*NOTHING_SET, f"{key}=true"])
+    size, cards = ModelSize.of(QWEN["3b"], fused_layers=True), Card("a GPU", 48 * GIB, 2)
+    values = fit(size, config, cards, 2048)
+    assert values is None or "train.sharding" not in values
+    found = remedy(size, config, cards, 2048)
+    assert found is not None and found[0][key] == "auto" and found[1]["train.sharding"] == "full"
 
 
 def test_parts_of_split_weights_are_those_by_hand():
@@ -267,3 +288,89 @@ def test_parts_of_split_weights_are_those_by_hand():
     # 7.6e9 weights in fp32, and the reference's.
     fault = plan_of("7b", config, 24, processes=64).fault
     assert fault == "56.7 GiB of weights stand on each GPU before they are split"
+
+
+def test_where_the_engine_sleeps_it_and_training_do_not_add_up():
+    given = ["model.gradient_checkpointing=true", "engine.gpu_memory_utilization=0.3"]
+    config = load_config(None, [*NOTHING_SET, *given, "train.token_budget=8192"])
+    awake = plan_of("3b", config, 80)
+    plan = plan_of("3b", replaced(config, {"memory.engine_sleeps": True}), 80)
+    parts = {part.name: part.bytes for part in plan.parts}
+    engine = parts["engine weights"] + parts["engine cache"]
+    assert engine + parts["engine overhead"] == pytest.approx(0.3 * 80 * GIB)
+    learning = plan.training - plan.held("always")
+    assert learning > parts["gradients"] and plan.training == awake.training
+    assert awake.total == plan.training + parts["engine overhead"] + engine
+    assert plan.total == plan.held("always") + parts["engine overhead"] + max(learning, engine)
+    large = replaced(config, {"memory.engine_sleeps": True, "engine.gpu_memory_utilization": 0.6})
+    assert plan_of("3b", large, 80).total > plan.total  # more than training takes: sampling is the peak
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gib", "chosen"),
+    [
+        ("1.5b", [], 80, []),
+        ("0.5b", [], 24, []),
+        ("3b", [], 140, []),
+        ("3b", [], 80, ["engine_sleeps"]),
+        ("7b", ["model.lora={r: 16}"], 80, ["engine_sleeps"]),
+        ("3b", ["train.sample_while_training=true"], 80, ["reference_on_host"]),
+        ("7b", [], 140, ["optimizer_on_host"]),
+        ("3b", ["engine.name=transformers"], 60, ["optimizer_on_host"]),
+        ("3b", ["loss.kl_coef=0"], 48, ["engine_sleeps", "optimizer_on_host"]),
+        ("3b", ["memory.optimizer_on_host=false"], 70, ["engine_sleeps", "reference_on_host"]),
+        ("7b", [], 100, ["engine_sleeps", "optimizer_on_host", "reference_on_host"]),
+    ],
+)
+def test_memory_is_saved_only_where_a_card_is_too_small_otherwise(name, overrides, gib, chosen):
+    config = load_config(None, NOTHING_SET + overrides)
+    size, card = ModelSize.of(QWEN[name], fused_layers=True), Card("a GPU", gib * GIB)
+    values = fit(size, config, card, 2048)
+    assert values is not None and plan_of(name, replaced(config, values), gib).fits
+    assert [key.removeprefix("memory.") for key in values if key.startswith("memory.")] == chosen
+    without = fit(size, replaced(config, HOSTED_OFF | {"memory.engine_sleeps": False}), card, 2048)
+    assert not chosen or without is None or without["model.gradient_checkpointing"]
+
+
+def test_what_saving_memory_costs_is_predicted_by_hand():
+    """Moments of 1,928 weights go there and back, twice a step; half the tokens of 4 rows of 2,048 make two
+    passes of 2,048 over 1,920 / 2 matrices in bf16.
+    """
+    settings = [
+        "loss.kl_coef=0.1",
+        "train.num_minibatches=2",
+        "train.prompts_per_step=2",
+        "train.group_size=2",
+    ]
+    memory = ["engine_sleeps", "optimizer_on_host", "reference_on_host"]
+    words = [*NOTHING_SET, *settings, "train.token_budget=2048", *(f"memory.{key}=true" for key in memory)]
+    found = seconds_of(ModelSize.of(SMALL, fused_layers=True), load_config(None, words), 1)
+    assert found == {
+        "memory.engine_sleeps": SLEEP_S,
+        "memory.optimizer_on_host": 2 * 2 * 8 * PARAMETERS / HOST_RATE,
+        "memory.reference_on_host": 2 * 2 * LINEAR / HOST_RATE,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "gib", "processes", "values"),
+    [
+        ("1.5b", "", 80, 1, [False, 0.12, 256, None, 14336]),
+        ("0.5b", "", 24, 1, [True, 0.23, 256, None, 32768]),
+        ("3b", "", 140, 1, [False, 0.1, 256, None, 15360]),
+        ("7b", "model.lora={r: 16}", 140, 1, [False, 0.18, 256, None, 17408]),
+        ("3b", "", 80, 2, [False, 0.14, 128, "full", 8192]),
+        ("1.5b", "train.max_staleness=1", 140, 4, [False, 0.06, 128, None, 32768]),
+        ("1.5b", "engine.name=transformers", 80, 1, [False, None, 256, None, 16384]),
+    ],
+)
+def test_where_memory_sufficed_before_it_could_be_saved_the_plan_is_the_same(
+    name, word, gib, processes, values
+):
+    """As planned when there was no section memory (commit 1b994fa)."""
+    config = load_config(None, [*NOTHING_SET, *([word] if word else [])])
+    card = Card("a GPU", gib * GIB, processes)
+    found = fit(ModelSize.of(QWEN[name], fused_layers=True), config, card, 2048)
+    keys = ["model.gradient_checkpointing", "engine.gpu_memory_utilization", "engine.max_num_seqs"]
+    keys += ["train.sharding", "train.token_budget"]
+    assert found == {key: value for key, value in zip(keys, values, strict=True) if value is not None}

@@ -186,6 +186,8 @@ HEALTHY_ROWS = [
 
 def test_a_run_inside_every_range_is_healthy():
     assert judge(HEALTHY_ROWS).headline == "Healthy: every number is inside its range"
+    assert judge(HEALTHY_ROWS[:4]).headline.endswith("; some rules wait for 5 steps")
+    assert judge(HEALTHY_ROWS[:5]).headline.endswith("range")
     assert judge([]).headline == "No data: no step is recorded yet"
 
 

@@ -9,7 +9,7 @@ class ProtocolEngine:
     def __init__(self, engine) -> None:
         self._engine = engine
         self.name, self.tensors = "somebody's", engine.tensors
-        self.runs_alone = self.held_while_training = False
+        self.runs_alone = self.held_while_training = self.sleeps_while_training = False
 
     @property
     def version(self):
@@ -31,8 +31,8 @@ class ProtocolEngine:
     def generate(self, call):
         return self._engine.generate(call)
 
-    def hold(self):
-        self._engine.hold()
+    def hold(self, *, release=False):
+        self._engine.hold(release=release)
 
     def update_weights(self, weights, *, version):
         self._engine.update_weights(weights, version=version)

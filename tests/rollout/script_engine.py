@@ -42,7 +42,7 @@ class ScriptEngine:
     """
 
     name = "script"
-    runs_alone = held_while_training = False
+    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(self, tokenizer: Any, say: Callable[[int], str], *, fails: Sequence[str] = ()) -> None:
         self.tokenizer, self.say, self.fails = tokenizer, say, fails
@@ -87,7 +87,7 @@ class ScriptEngine:
     def abort(self, prompts):
         self.aborted += [prompt.id for prompt in prompts]
 
-    def hold(self):
+    def hold(self, *, release=False):
         pass
 
     def update_weights(self, weights, *, version):

@@ -28,7 +28,7 @@ class EchoEngine:
     """A small real engine: one completion token, the seed's last digit."""
 
     name, version, tensors = "echo", 0, {}
-    runs_alone = held_while_training = False
+    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(self):
         self.seen: list[tuple[str, int]] = []

@@ -6,6 +6,7 @@ One engine serves all float32 tests, a second one the bfloat16 test.
 import os
 import random
 
+import llvmlite.binding  # noqa: F401  # numba loads it, and vLLM reads every module at its start
 import numpy as np
 import pytest
 import torch

@@ -59,7 +59,8 @@ def test_a_share_of_the_gpu_that_is_not_free_is_refused_with_one_that_fits(monke
         arguments = on_gpu(0.3, 1224, number, eager=False)
         assert arguments["max_cudagraph_capture_size"] == graphs
     eager = on_gpu(0.3, 20000, 64, eager=True)
-    assert eager == {"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 20000}
+    sleeps = eager.pop("enable_sleep_mode")
+    assert eager == {"gpu_memory_utilization": 0.3, "max_num_batched_tokens": 20000} and sleeps is False
 
 
 RANK_PROGRAM = """

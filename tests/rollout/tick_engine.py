@@ -63,7 +63,7 @@ class TickEngine:
     """
 
     name = "tick"
-    runs_alone = held_while_training = False
+    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(self, *, concurrency: int = 10_000, lag: int = 0) -> None:
         self.concurrency, self.lag, self.version, self.ticks = concurrency, lag, 0, 0

@@ -1,0 +1,92 @@
+"""Tensors that stay in host memory and come to the GPU only while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rl.model.exactness import backbone
+
+_ALIGNMENT = 256
+PIECE_BYTES = 1 << 30
+"""An optimizer's moments that come to the GPU together; at least those of one parameter."""
+
+
+def host_like(tensors: Iterable[Tensor], *, pinned: bool) -> list[Tensor]:
+    """Tensors of these shapes and dtypes in host memory, not set; `pinned` ones travel at full speed.
+
+    They lie in one piece, and each has a storage of its own, as a file of tensors wants it. It is registered
+    and not torch's own pinned memory, which rounds each size up to a power of two.
+
+    Raises:
+        MemoryError: this machine has not so much memory that may be pinned.
+    """
+    found, ends, end = list(tensors), [], 0
+    for tensor in found:
+        ends.append(end)
+        end = -(-(end + tensor.nbytes) // _ALIGNMENT) * _ALIGNMENT
+    memory = np.empty(end, dtype=np.uint8)
+    if pinned:
+        code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, end, 0)  # type: ignore[attr-defined]
+        if int(code) != 0:
+            raise MemoryError(
+                f"{end / 2**30:.1f} GiB of host memory could not be pinned (CUDA's error {int(code)}); use "
+                "memory.optimizer_on_host=false and memory.reference_on_host=false, or raise ulimit -l"
+            )
+    return [
+        torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
+        for begin, tensor in zip(ends, found, strict=True)
+    ]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of its list of decoder layers; none if there is no such list."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    return list(lists[0]) if lists else []
+
+
+def layers_to_host(model: PreTrainedModel, *, narrow: torch.dtype | None) -> None:
+    """Each decoder layer stays in host memory, and comes to the device for its own forward pass alone.
+
+    Args:
+        narrow: dtype in which matrices of linear layers are kept, if that is what autocast makes of them
+            anyway: then nothing that they compute changes. None: all keep their own.
+
+    Raises:
+        ValueError: the model has no list of decoder layers.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(
+            f"memory.reference_on_host: {type(model).__name__} has no list of decoder layers; leave it out"
+        )
+    device = model.device
+    for layer in layers:
+        linear = {id(m.weight) for m in layer.modules() if isinstance(m, nn.Linear)}
+        for parameter in layer.parameters() if narrow is not None else ():
+            if id(parameter) in linear:
+                parameter.data = parameter.data.to(narrow)
+        parameters = list(layer.parameters())
+        homes = host_like(parameters, pinned=device.type == "cuda")
+        for parameter, home in zip(parameters, homes, strict=True):
+            parameter.data = home.copy_(parameter.data)
+        pairs = list(zip(parameters, homes, strict=True))
+        layer.register_forward_pre_hook(partial(_bring, pairs, device))
+        layer.register_forward_hook(partial(_leave, pairs), always_call=True)
+
+
+def _bring(pairs: list[tuple[nn.Parameter, Tensor]], device: torch.device, *call: Any) -> None:
+    for parameter, home in pairs:
+        parameter.data = torch.empty_like(home, device=device).copy_(home, non_blocking=True)
+
+
+def _leave(pairs: list[tuple[nn.Parameter, Tensor]], *call: Any) -> None:
+    for parameter, home in pairs:
+        parameter.data = home

@@ -1,0 +1,42 @@
+"""Seconds of a step that saving memory costs, predicted. They order what is tried, and a run says them."""
+
+from __future__ import annotations
+
+from rl.config import Config
+from rl.model.loading import storage_dtype
+from rl.plan.memory import Planned, in_flight, reference_on_host
+from rl.plan.sizes import ModelSize, adapters_of
+
+HOST_RATE = 40e9
+"""Bytes a second between pinned host memory and a GPU, one way: PCIe 5 x16 (an H100 or H200)."""
+SLEEP_S = 0.3
+"""For vLLM to drop 42 GiB and take them again, beside a sync, on an H200 (`tests/gpu/test_sleep.py`)."""
+PREFILL_RATE = 4e14
+"""FLOPs a second with which an engine computes the cache of what was in flight."""
+FULL = 0.5
+"""Share of their greatest length that completions have on average."""
+
+
+def seconds_of(size: ModelSize, config: Planned, processes: int) -> dict[str, float]:
+    """By key of `memory`, for those that are on."""
+    if not isinstance(config, Config):
+        return {}
+    t, memory, found = config.train, config.memory, {}
+    if memory.engine_sleeps is True:
+        ahead = in_flight(config, processes) * t.max_staleness / (1 + t.max_staleness)
+        found["memory.engine_sleeps"] = (
+            SLEEP_S + ahead * FULL * config.longest_row * 2 * size.active / PREFILL_RATE
+        )
+    if memory.optimizer_on_host is True:
+        lora = config.model.lora
+        trained = size.parameters if lora is None else adapters_of(size, lora).weights
+        moments = 2 * trained * (4 if lora else storage_dtype(config.model).itemsize)
+        found["memory.optimizer_on_host"] = t.num_minibatches * t.num_epochs * 2 * moments / HOST_RATE
+    if memory.reference_on_host is True:
+        tokens = t.prompts_per_step * t.group_size / processes * FULL * config.longest_row
+        passes = max(t.num_minibatches, -(-tokens // config.token_budget))
+        moved = reference_on_host(size, config)
+        if config.model.dtype == "bf16-mixed" and not config.model.reference.update_every:
+            moved //= 2
+        found["memory.reference_on_host"] = passes * moved / HOST_RATE
+    return found
