@@ -36,6 +36,9 @@ _OF_EXPERTS = {
 }
 
 
+_MAMBA, _OF_MAMBA = ("nemotron_h",), (".out_proj", ".conv1d")  # peft refuses adapters of these layers
+
+
 def lora_plan(model: nn.Module, lora: LoraConfig) -> dict[str, Any] | None:
     """peft's target_modules and target_parameters for a model with experts; None: it has none.
 
@@ -54,7 +57,8 @@ def lora_plan(model: nn.Module, lora: LoraConfig) -> dict[str, Any] | None:
     named = f"model.lora.target_modules={lora.target_modules!r}"
     head = cast(Any, model).get_output_embeddings()
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    of_layers = [n for n in layers if part_of(model, n) != "router"]
+    refused = _OF_MAMBA if cast(Any, model).config.model_type in _MAMBA else ()
+    of_layers = [n for n in layers if part_of(model, n) != "router" and not n.endswith(refused)]
     matrices = [
         f"{n}.{p}" for n, m in stacks.items() for p, t in m.named_parameters(recurse=False) if t.ndim == 3
     ]
@@ -116,7 +120,9 @@ def part_of(model: nn.Module, name: str) -> str:
         return "shared experts"
     if re.search(r"attn|attention|mixer|mamba|conv", name):
         return "attention"
-    return "dense MLP" if re.search(r"\.(mlp|feed_forward|ffn|block_sparse_moe)\.", f"{name}.") else PARTS[-1]
+    return (
+        "dense MLP" if re.search(r"\.(mlp\w*|feed_forward|ffn|block_sparse_moe)\.", f"{name}.") else PARTS[-1]
+    )
 
 
 def innermost(module: Any) -> nn.Module:
