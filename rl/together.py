@@ -194,6 +194,6 @@ def exchange(
     for rank, sent in enumerate(team.gather(leaving) if team.size > 1 else [[]]):
         if rank == team.rank:
             mine += staying
-        for line in (json.loads(text) | {"minibatch": m} for owner, m, text in sent if owner == team.rank):
-            mine.append((decode_group(line), decode_advantages(line), line["minibatch"]))
+        here = [(m, json.loads(text)) for owner, m, text in sent if owner == team.rank]
+        mine += [(decode_group(line), decode_advantages(line), m) for m, line in here]
     return [g for g, _, _ in mine], [a for _, a, _ in mine], [m for _, _, m in mine]

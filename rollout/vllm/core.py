@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from threading import Thread
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from rl.types import FinishReason, SamplingParams, VersionSpan
 from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 
+T = TypeVar("T")
 SleepingPart = Literal["weights", "cache"]
 NOT_FINITE = -9999.0  # what vLLM's API says for a log-prob that is not finite
 REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
@@ -121,8 +124,22 @@ class Stream:
         return Answer(self.id, self.token_ids, self.logprobs, spans, reason)
 
 
+def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
+    """Starts a call whose thread is left alone if nobody waits for it any longer."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=run, name=name, daemon=True).start()
+    return found
+
+
 def request_body(sampling: SamplingParams, **more: Any) -> dict[str, Any]:
-    """vLLM's `sampling_params` of a request over HTTP."""
+    """vLLM's `sampling_params` of a request."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -24,8 +24,8 @@ from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.control import Control, ServerDead
-from rollout.vllm.core import Answer, SleepingPart, Stream
-from rollout.vllm.member import RETRY_S, TICK_S, Member, State, check_held, in_thread, noting, same_canary
+from rollout.vllm.core import Answer, SleepingPart, Stream, in_thread
+from rollout.vllm.member import RETRY_S, TICK_S, Member, State, check_held, noting, same_canary
 from rollout.vllm.served import Server
 from rollout.vllm.weight_files import Push, WeightFiles
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from multiprocessing.connection import wait
-from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl.types import FinishReason, SamplingParams
+from rl.types import SamplingParams
 from rollout.calls import completion_routes, version_spans
 from rollout.engine import EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.bucket import Bucket
-from rollout.vllm.core import Answer, Core, SleepingPart
+from rollout.vllm.core import REASONS, Answer, Core, SleepingPart, in_thread
 from rollout.vllm.internals import reach, require
 from rollout.vllm.scheduler import LOGPROBS, MARKS
 from rollout.vllm.settings import CoreSettings, engine_arguments, request_parameters, runs_on_cpu
@@ -32,7 +30,6 @@ _LIVENESS_S = 0.5
 _RELEASE_S = 5.0
 
 
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 TAGS: dict[SleepingPart, str] = {"weights": "weights", "cache": "kv_cache"}
 """vLLM's own words for what sleeps."""
 
@@ -305,15 +302,7 @@ class LocalCore:
 
     def _bounded(self, ask: Callable[[], Any], what: str) -> Any:
         """The result of a call into the core's process; vLLM's own wait for it has no end."""
-        answer: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(ask())
-            except Exception as error:
-                answer.set_exception(error)
-
-        Thread(target=run, name=f"vllm {what}", daemon=True).start()
+        answer = in_thread(ask, f"vllm {what}")
         deadline = time.monotonic() + self.timeout_s
         while not wait_for([answer], _LIVENESS_S).done:
             self._check_alive()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from enum import StrEnum
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -176,20 +175,6 @@ def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, tim
         control.close()
         raise
     return control
-
-
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """Starts a call whose thread is left alone if nobody waits for it any longer."""
-    found: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            found.set_result(work())
-        except Exception as error:
-            found.set_exception(error)
-
-    Thread(target=run, name="fleet", daemon=True).start()
-    return found
 
 
 def noting(

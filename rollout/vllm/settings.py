@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from rl.types import SamplingParams
+from rollout.vllm.core import request_body
 
 Process = Literal["auto", "own", "inside"]
 
@@ -130,15 +131,9 @@ def request_parameters(sampling: SamplingParams, with_logprobs: bool, with_promp
     from vllm.sampling_params import RequestOutputKind
 
     return Parameters(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
+        **request_body(sampling),
         max_tokens=sampling.max_completion_length,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # ends are explicit: stop_token_ids
         logprobs=0 if with_logprobs else None,
         prompt_logprobs=0 if with_prompt_logprobs else None,
-        detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -10,7 +10,6 @@ import json
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ class Push:
         base: content that a delta is laid over; empty for whole weights.
         num_bytes: on disk.
         changed: share of the values that are sent.
-        seconds: to compare and write them.
     """
 
     version: int
@@ -54,7 +52,6 @@ class Push:
     base: str
     num_bytes: int
     changed: float
-    seconds: float
 
 
 def overwritten(base: Tensor, values: Tensor, positions: Tensor | None) -> Tensor:
@@ -252,7 +249,7 @@ class WeightFiles:
     def _written(
         self, changes: Iterable[tuple[str, Tensor, Tensor | None]], version: int, *, base: str
     ) -> Push:
-        began, content = time.perf_counter(), f"{version}.{self._writer}"
+        content = f"{version}.{self._writer}"
         folder = self.folder / f"{content}-{'delta' if base else 'whole'}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -287,7 +284,6 @@ class WeightFiles:
             base,
             sum(path.stat().st_size for path in folder.iterdir()),
             sent / self._num_values if base else 1.0,
-            time.perf_counter() - began,
         )
 
     def _read(self, push: Push) -> ReadFiles:

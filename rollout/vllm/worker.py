@@ -70,9 +70,7 @@ class WeightReceiver:
     cohort_came: dict[str, int]  # fingerprints of what a reload was given
     cohort_bucket: Tensor
     cohort_layers: dict[str, frozenset[str]]
-    cohort_content: str = (
-        ""  # which pushed weights it holds; "" for those of its start, or after a load broke off
-    )
+    cohort_content: str = ""  # of the pushed weights that it holds; "": of its start, or a load broke off
     get_model: Any
     wake_up: Any
     model_runner: Any
