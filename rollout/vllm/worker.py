@@ -1,23 +1,24 @@
 """The engine's end of a weight sync: vLLM's `worker_extension_cls`, in whichever process the model lives.
 
-The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. If
-every tensor then stands, as it came, in the rows of a parameter where it was looked for, and vLLM makes
-nothing else of its parameters (`can_be_written`), later updates write these rows.
+The first update goes through vLLM's own reload: 0.1 s of Python and more, however small the model is. Later
+ones write into the parameters if two conditions hold. The first one left every tensor unchanged in the
+expected rows of a parameter, and vLLM makes nothing else of its parameters (`can_be_written`).
 """
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from vllm.config import set_current_vllm_config
+from vllm.config import ModelConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.fingerprint import compared_part, fingerprints
@@ -38,10 +39,15 @@ from rollout.vllm.weights import (
 )
 
 _PARENT_CHECK_S = 1.0
+_OF_NO_CODE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "use_cache")
+_ALIKE = {
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2"),
+    *("gemma3_text", "phi3", "granite", "granitemoe", "granitemoeshared", "olmoe", "glm4", "glm4_moe"),
+}
 
 
 def end_with(pid: int) -> None:
-    """Kills this process when process `pid` is its parent no more: a trainer killed by -9 tells nobody."""
+    """Kills this process when `pid` is no longer its parent: a trainer killed by -9 tells nobody."""
 
     def watch() -> None:
         while os.getppid() == pid:
@@ -54,6 +60,29 @@ def end_with(pid: int) -> None:
 # At import, since vLLM calls nothing else of ours before the model is loaded, which may take minutes.
 if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
     end_with(int(os.environ[TRAINER_PID]))
+
+
+def hash_of_architecture(config: ModelConfig, plain: Any = ModelConfig.compute_hash) -> str:
+    """The key of vLLM's compiled code, without what changes no code of the families `_ALIKE`.
+
+    Left out are folder, sleep mode, longest sequence, special tokens and the dtype on disk. With them each
+    checkpoint of a model would be compiled anew, Triton's kernels included: 40 s. Code of other families may
+    depend on them: Llama 4's on the longest sequence and on the folder's generation_config.json.
+    """
+    own = config.hf_config
+    if own is not config.hf_text_config or own.model_type not in _ALIKE or config.quantization is not None:
+        return plain(config)
+    config = copy.copy(config)
+    config.model, config.revision, config.enable_sleep_mode = "", None, False
+    config.hf_config = config.hf_text_config = copy.deepcopy(own)
+    for name in _OF_NO_CODE:
+        vars(config.hf_config).pop(name, None)
+    if "longrope" not in str(own):  # its factors depend on the longest sequence
+        config.max_model_len = 0
+    return plain(config)
+
+
+cast(Any, ModelConfig).compute_hash = hash_of_architecture
 
 
 class WeightReceiver:
@@ -84,7 +113,7 @@ class WeightReceiver:
         """
         if uncompiled:
             torch.compiler.set_stance("force_eager")
-        if not hasattr(self, "cohort_slots"):  # who asks again changes nothing
+        if not hasattr(self, "cohort_slots"):  # asking again changes nothing
             require("worker", self)
             model = self.get_model()
             self.cohort_names = Names(self.model_config.hf_config, model)
@@ -97,7 +126,7 @@ class WeightReceiver:
 
     @torch.inference_mode()
     def cohort_wake(self, tag: str) -> None:
-        """Memory for what vLLM calls `tag`; the cache is zeroed: kernels multiply what they mask by 0."""
+        """Takes memory for vLLM's part `tag`. The cache is zeroed: kernels multiply masked values by 0."""
         self.wake_up([tag])
         for cache in self.model_runner.kv_caches if tag == "kv_cache" else ():
             for tensor in cache if isinstance(cache, list | tuple) else [cache]:
@@ -146,7 +175,7 @@ class WeightReceiver:
             torch.cuda.synchronize()  # the sender fills the bucket again as soon as this returns
 
     def cohort_release(self) -> None:
-        """Lets go of the bucket, while the process that shares it is still there."""
+        """Releases the bucket, while the process that shares it is still there."""
         is_cuda = self.cohort_bucket.is_cuda
         del self.cohort_bucket
         if is_cuda:
@@ -169,12 +198,12 @@ class WeightReceiver:
 
     @torch.no_grad()
     def cohort_fingerprints(self, version: int) -> dict[str, int]:
-        """Of the tensors that the kernels use."""
+        """Fingerprints of the tensors that the kernels use."""
         return fingerprints(read_slots(self.cohort_slots, version))
 
     @torch.no_grad()
     def cohort_load(self, push: dict[str, Any]) -> dict[str, str]:
-        """Loads files of `rollout.vllm.weight_files` if they are undamaged and fit; says what it holds then.
+        """Loads files of `rollout.vllm.weight_files` if they are undamaged and fit; says what it then holds.
 
         A fault is an answer, since vLLM ends an engine whose worker raises. "refused" leaves the weights as
         they were; after "broken" they are unknown, and the next push has to be whole.
@@ -185,7 +214,7 @@ class WeightReceiver:
         try:
             if push["base"] and self.cohort_content not in (push["base"], push["content"]):
                 raise ValueError(
-                    f"the delta to {push['content']} is laid over {push['base']}, and the server holds "
+                    f"the delta to {push['content']} is laid over {push['base']}, but the server holds "
                     f"{self.cohort_content or 'weights that nobody pushed'}"
                 )
             with opened(push) as files:
@@ -205,7 +234,7 @@ class WeightReceiver:
     def cohort_overwritten(self, files: ReadFiles) -> Iterable[tuple[str, Tensor]]:
         """Whole tensors with the delta laid over what the model holds now.
 
-        A reload begins with all of them, since it would take a layer without one of its tensors as complete.
+        A reload gets all of them at once, since it would treat a layer that lacks a tensor as complete.
         """
         device = next(iter(self.cohort_slots.values())).held.device
         if not self.cohort_writes and device.type != "cpu":

@@ -1,6 +1,10 @@
 """Starting vLLM: versions that fit, distributed trainers, and a process group that survives the engine."""
 
+import importlib.util
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,11 +17,10 @@ from tiny_llama import make_model, make_tokenizer, save
 
 from rollout.vllm.internals import version_conflict
 from rollout.vllm.settings import CoreSettings, _on_gpu
-from rollout.vllm.start import start_parts, vllm_available
-from tests.vllm_engines import start_vllm
+from rollout.vllm.start import start_parts
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def on_gpu(share, max_model_len, max_num_seqs, *, eager):
         (
             "0.32.0",
             "2.12.0+cu130",
-            "built for torch 2.13.0, and torch 2.12.0+cu130 is installed; pip install torch==",
+            "built for torch 2.13.0, but torch 2.12.0+cu130 is installed; pip install torch==",
         ),
     ],
 )
@@ -48,6 +51,63 @@ def test_a_vllm_that_does_not_fit_is_explained(version, torch_version, reason):
     requires = ["torch==2.13.0+cpu; python_version >= '3'", "torch==1.0; python_version < '3'", "torchvision"]
     found = version_conflict("vllm", version, requires, torch_version=torch_version)
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_checkpoints_of_one_architecture_share_what_vllm_compiles(folder, tmp_path):
+    """vLLM's own key names the checkpoint's folder, so that each stage of a pipeline would compile anew."""
+    from vllm import EngineArgs
+
+    import rollout.vllm.worker  # noqa: F401  as vLLM's worker imports it
+
+    def key(folder, *, length=128):
+        arguments = EngineArgs(
+            model=str(folder), skip_tokenizer_init=True, max_model_len=length, dtype="float32"
+        )
+        return arguments.create_engine_config().compute_hash()
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    # What SFT and GRPO change in the config of a model that they have trained.
+    config |= {"eos_token_id": 1, "pad_token_id": 2, "dtype": "bfloat16", "use_cache": False}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert key(folder) == key(copy) == key(copy, length=96)
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert key(copy) != key(folder)
+
+
+def test_families_whose_code_may_differ_keep_the_whole_key(folder, tmp_path):
+    """Llama 4 tunes its attention's temperature beyond 32,768 tokens, or as generation_config.json says."""
+    from transformers import Llama4TextConfig
+    from vllm import EngineArgs
+
+    import rollout.vllm.worker  # noqa: F401  as vLLM's worker imports it
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64, "intermediate_size_mlp": 64}
+    config = Llama4TextConfig(**sizes, num_local_experts=2, max_position_embeddings=65_536)
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    def key(name, length):
+        own = {"skip_tokenizer_init": True, "max_model_len": length, "dtype": "float32"}
+        return EngineArgs(model=str(tmp_path / name), **own).create_engine_config().compute_hash()
+
+    assert len({key("one", 128), key("one", 40_000), key("two", 128)}) == 3
+
+
+def test_code_of_the_other_families_reads_nothing_that_the_key_leaves_out():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+
+    from rollout.vllm.worker import _ALIKE, _OF_NO_CODE
+
+    named = "|".join(name for name in _OF_NO_CODE if name != "dtype")
+    reads = re.compile(rf"max_model_len|generation_config|sleep_mode|[^_]config\.(torch_)?dtype|{named}")
+    for model_type in _ALIKE:
+        module = ModelRegistry.models[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]].module_name
+        source = Path(importlib.util.find_spec(module).origin).read_text()
+        assert (found := reads.search(source)) is None, (model_type, found)
 
 
 def test_a_share_of_the_gpu_that_is_not_free_is_refused_with_one_that_fits(monkeypatch):
@@ -142,7 +202,7 @@ def test_a_process_that_does_not_come_to_the_start_is_named(tmp_path):
 def test_a_distributed_run_without_a_process_group_is_told_the_order(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        ValueError, match=r"WORLD_SIZE=2 .* make the policy \(accelerate\) before the vLLM engine"
+        ValueError, match=r"WORLD_SIZE=2, .* make the policy \(accelerate\) before the vLLM engine"
     ):
         start_vllm(folder, make_tokenizer(), dtype=torch.float32, max_model_len=128)
 
