@@ -1,1 +1,1 @@
-"""What an export needs: merging with its proof, and the model card."""
+"""Parts of an export: the merge with its proof, and the model card."""

@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, from what and how it was made, what it scores, how it is loaded."""
+"""The README.md of an export: what the model is, how it was made, what it scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ model = {{ load[1] }}("{{ name }}"{{ load[2] }})
 
 
 def write_card(stage: Path, run: Path, facts: dict[str, Any], *, name: str) -> None:
-    """Writes README.md, without secrets; an absolute path becomes <local>/NAME."""
+    """Writes README.md from the facts of an export, without secrets; absolute paths become <local>/NAME."""
     config, named = facts["config"], facts["config"]["model"]["name"]
     form = "diffusion" if facts["masked"] else facts["form"].replace("merged", "model")
     base, revision = facts.get("base", named), facts["revision"] or config["model"].get("revision")
@@ -114,12 +114,12 @@ def is_local(name: str) -> bool:
 
 
 def license_of(base: str, revision: str | None) -> dict[str, str]:
-    """What the card of a model says of its license; empty where it says nothing or cannot be read."""
+    """The license that a model's card names; empty if it names none or cannot be read."""
     with suppress(OSError, ValueError, TypeError):
         path = Path(base, "README.md")
         if not path.parent.is_dir():
             if is_local(base):
-                return {}  # a built-in name or a folder that has gone: no question for the hub
+                return {}  # a built-in name or a deleted folder: the hub is not asked
             path = hf_hub_download(base, path.name, revision=revision)
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
         return {key: str(found[key]) for key in ("license", "license_name", "license_link") if key in found}
@@ -127,7 +127,7 @@ def license_of(base: str, revision: str | None) -> dict[str, str]:
 
 
 def base_digest(run: Path) -> str:
-    """The digest that `cohort eval` gives to the weights that the run began with."""
+    """The digest that `cohort eval` computes for the weights that the run began with."""
     inputs = read_settings(run / "inputs.json")
     began = inputs.get("model")
     both = [began, inputs.get("base model") or began]

@@ -1,10 +1,10 @@
-"""A model's folder, and the proof that it holds what was trained.
+"""Writes a model's folder, and proves that it holds what was trained.
 
-1. After the merge in fp32 each adapted tensor is compared with W + s B A, computed in fp64 from the adapter's
-   file: this finds a wrong scale, a skipped layer and a transposed delta however small the adapter is.
+1. After merging in fp32, each adapted tensor is compared with W + s B A, computed in fp64 from the adapter's
+   file. This finds a wrong scale, a skipped layer and a transposed delta, however small the adapter is.
 2. After the cast each tensor that transformers reads from the folder equals the one that was written.
-3. Log-probs of fixed tokens agree within `LIMIT` where only the order of fp32 sums may differ: of adapter and
-   merged model before the cast, of cast model and folder. What the cast costs is measured, and said.
+3. Log-probs of fixed tokens agree within `LIMIT`: of adapter and merged model before the cast, of cast model
+   and folder. Only the order of fp32 sums may differ. The card says what the cast changes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from rl.packed_check import own_logprobs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LIMIT = 1e-3  # nats, of any token: fp32 sums in another order move log-probs by some 1e-5
-U32 = 2.0**-24  # unit roundoff of fp32: half the distance of 1 and the next number
+U32 = 2.0**-24  # unit roundoff of fp32: half the distance from 1 to the next number
 
 
 def write_proved(
     stage: Path, source: Path, adapter: Adapter | None, wanted: torch.dtype | None
 ) -> dict[str, Any]:
-    """Writes the model of `source`, or its adapter merged into the base; raises ValueError without a proof.
+    """Writes the model of `source`, or its adapter merged into the base; raises ValueError if a proof fails.
 
     Args:
-        wanted: dtype of the tensors; None: as they are stored, of a merged model its base's.
+        wanted: dtype of the tensors; None: as they are stored, for a merged model as its base's are.
 
     Returns:
-        Facts for the card: `gap` and `adapter_moves` are the largest of any token, in nats.
+        Facts for the card; `gap` and `adapter_moves` are the largest of any token, in nats.
     """
     facts: dict[str, Any] = {}
     if adapter is None:
@@ -51,9 +51,9 @@ def write_proved(
         expected = logprobs(model, rows)
     else:
         usual, settings = LoraConfig().to_dict(), adapter.settings
-        for key in ("peft_type", *FORMS):
+        for key in {"peft_type", *FORMS} - {"target_parameters"}:
             if (settings.get(key) or None) != (usual.get(key) or None):
-                raise ValueError(f"--merge proves plain LoRA, and this adapter has {key}={settings[key]!r}")
+                raise ValueError(f"--merge proves plain LoRA only; this adapter has {key}={settings[key]!r}")
         below = ModelConfig(name=adapter.base, revision=adapter.revision, dtype="fp32")
         dtype = wanted or getattr(read_config(below), "dtype", None) or torch.float32
         base = load_model(below).eval()
@@ -63,7 +63,7 @@ def write_proved(
         model = merge_layers(adapted, adapter)
         _check_gap("the merged model and the adapter", logprobs(model, rows) - expected)
         facts = {"form": "merged", "adapter_moves": (expected - plain).abs().max().item()}
-    for tensor in model.state_dict(keep_vars=True).values():  # not of buffers that are computed anew
+    for tensor in model.state_dict(keep_vars=True).values():  # buffers that are computed anew stay
         tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     save_model(model, model, stage)
     written, again = model.float().state_dict(), load_whole(stage)
@@ -78,10 +78,10 @@ def write_proved(
 
 
 def merge_layers(adapted: Any, adapter: Adapter) -> PreTrainedModel:
-    """Merges layer by layer, each compared with the sum of its old weight and the file's factors.
+    """Merges layer by layer, and compares each with W + s B A from its old weight and the file's factors.
 
-    A product of inner length r, a scale and a sum err by at most u |sum| + (r + 3) u s |B| |A| (Higham,
-    Accuracy and Stability of Numerical Algorithms, 2002, equation 3.5).
+    The sum's rounding error is at most u |sum| + (r + 3) u s |B| |A|. Source: Higham, Accuracy and Stability
+    of Numerical Algorithms, 2002, equation 3.5.
 
     Raises:
         ValueError: a weight is not W + s B A, a layer is not linear, or a factor belongs to no layer.
@@ -91,15 +91,22 @@ def merge_layers(adapted: Any, adapter: Adapter) -> PreTrainedModel:
     for name, layer in adapted.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        own = original_name(f"{name.removeprefix('base_model.model.')}.base_layer.weight")
+        tensor = getattr(layer, "parameter_name", "weight")
+        own = original_name(f"{name.removeprefix('base_model.model.')}.base_layer.{tensor}")
         factors = [left.pop(f"{name}.lora_{side}.weight", None) for side in "AB"]
-        if not isinstance(layer.base_layer, nn.Linear) or any(f is None for f in factors):
-            raise ValueError(f"--merge has no proof for {own}, a {type(layer.base_layer).__name__}")
+        inner, stacked = layer.get_base_layer(), hasattr(layer, "parameter_name")
+        if not (stacked or isinstance(inner, nn.Linear)) or any(f is None for f in factors):
+            raise ValueError(f"--merge has no proof for {own}, a {type(inner).__name__}")
         a, b = (cast(Tensor, factor).double() for factor in factors)
-        exact = layer.base_layer.weight.data.double() + scale * (b @ a)
+        weight = getattr(inner, tensor).data
+        if weight.ndim == 3:  # all experts; peft stacks A with the expert outermost, B with it innermost
+            a, b = a.view(len(weight), -1, a.shape[1]), b.view(len(b), -1, len(weight)).permute(2, 0, 1)
+            if getattr(inner, "is_transposed", False):
+                a, b = b.mT, a.mT
+        exact = weight.double() + scale * (b @ a)
         cast(Any, layer).merge()
-        allowed = 1.01 * U32 * (exact.abs() + (len(a) + 3) * abs(scale) * (b.abs() @ a.abs()))
-        gaps = (layer.base_layer.weight.data.double() - exact).abs()
+        allowed = 1.01 * U32 * (exact.abs() + (a.shape[-2] + 3) * abs(scale) * (b.abs() @ a.abs()))
+        gaps = (getattr(inner, tensor).data.double() - exact).abs()
         if num := int((~(gaps <= allowed)).sum()):
             raise ValueError(
                 f"the merge is broken: {own} differs from W + {scale:g} B A at {num} of {gaps.numel()} "
@@ -128,12 +135,12 @@ def fixed_ids(folder: Path, model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def logprobs(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    """Of all tokens but each row's first."""
+    """Log-probs of all tokens except each row's first, in nats."""
     return torch.cat([own_logprobs(model, row) for row in rows])
 
 
 def load_whole(folder: Path) -> PreTrainedModel:
-    """The model of a folder in fp32; raises ValueError where a tensor is missing, left over or misshapen."""
+    """The model of a folder in fp32; raises ValueError if a tensor is missing, left over or misshapen."""
     options: Any = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     model, said = cast(Any, AutoModelForCausalLM.from_pretrained(folder, **options))
     if odd := [f"{what} {said[what]}" for what in said if what.endswith("_keys") and said[what]]:
