@@ -1,7 +1,7 @@
 """Rewards to and from other trainers: TRL, verl, OpenRLHF, AReaL.
 
-`as_*` turn a reward of this library (a name or a function, with options) into what the other trainer calls.
-`from_*` are factories for rewards made of the other trainer's functions; TRL's need none. In a config:
+`as_*` turn a reward of this library (a name or a function, with options) into a callable for the other
+trainer. `from_*` are factories that make a reward of the other trainer's function; TRL's need none. Config:
 
     - {name: verl, options: {function: "my.reward:compute_score"}}
 """
@@ -24,8 +24,8 @@ EXTRAS = ("trainer_state", "log_extra", "log_metric")
 class as_trl:
     """A reward as TRL's GRPOTrainer calls it: `reward_funcs=[as_trl("math"), as_trl("think_format")]`.
 
-    Group-wise rewards get one call per run of equal prompts, so that groups of a batch stay apart.
-    `trainer_state`, `log_extra` and `log_metric` are TRL's own.
+    Group-wise rewards get one call per run of equal prompts, so that the groups of a batch stay apart. TRL's
+    own `trainer_state`, `log_extra` and `log_metric` are passed on.
     """
 
     def __init__(self, reward: str | Callable[..., Any], **options: Any) -> None:
@@ -48,7 +48,7 @@ class as_trl:
         Raises:
             ValueError: the dataset lacks a column that the reward needs.
         """
-        return _scores(self.reward, prompts, completions, completion_ids, columns)
+        return _scores(self.reward, prompts, completions=completions, ids=completion_ids, columns=columns)
 
 
 def as_verl(
@@ -56,8 +56,7 @@ def as_verl(
 ) -> Callable[..., dict[str, Any]]:
     """A reward as verl's `compute_score`; `ground_truth` is the column `answer`, `extra_info` the others.
 
-    verl cannot leave a sample out: one on which the reward abstains scores `abstain`, and its `reason` says
-    so.
+    verl cannot leave a sample out: where the reward abstains, the score is `abstain`, and `reason` says why.
     """
     loaded = load_reward(reward, options)
 
@@ -69,7 +68,7 @@ def as_verl(
         **_: Any,
     ) -> dict[str, Any]:
         row = {**(extra_info or {}), "data_source": data_source, answer: ground_truth}
-        found = _grade_one(loaded, "", solution_str, [], row)
+        found = _grade_one(loaded, "", completion=solution_str, ids=[], row=row)
         score = abstain if found.score is None else found.score
         return {"score": score, "reason": str(found.reason), "pred": found.extracted or ""}
 
@@ -81,7 +80,7 @@ def as_openrlhf(
 ) -> Callable[..., dict[str, Any]]:
     """A reward as OpenRLHF's `reward_func(queries, prompts, labels)`; labels become the column `answer`.
 
-    `scores`, by which OpenRLHF filters groups, are the rewards within 0..1. Abstaining: as in `as_verl`.
+    OpenRLHF filters groups by `scores`, the rewards clipped to 0..1. `abstain` is as in `as_verl`.
     """
     loaded = load_reward(reward, options)
 
@@ -91,7 +90,7 @@ def as_openrlhf(
         import torch
 
         texts = [query.removeprefix(prompt) for query, prompt in zip(queries, prompts, strict=True)]
-        found = _scores(loaded, prompts, texts, None, {answer: list(labels)})
+        found = _scores(loaded, prompts, completions=texts, ids=None, columns={answer: list(labels)})
         rewards = torch.tensor([abstain if score is None else score for score in found])
         abstained = torch.tensor([float(score is None) for score in found])
         return {"rewards": rewards, "scores": rewards.clamp(0, 1), "extra_logs": {"abstained": abstained}}
@@ -102,13 +101,13 @@ def as_openrlhf(
 def as_areal(
     reward: str | Callable[..., Any], *, abstain: float = 0.0, **options: Any
 ) -> Callable[..., float]:
-    """A reward as AReaL's `reward_fn`, for one sample: `abstain` where the reward abstains."""
+    """A reward as AReaL's `reward_fn`, for one sample; where the reward abstains, the score is `abstain`."""
     loaded = load_reward(reward, options)
 
     def reward_fn(
         prompt: Any, completions: Any, prompt_ids: Any, completion_ids: Sequence[int], **row: Any
     ) -> float:
-        found = _grade_one(loaded, prompt, completions, completion_ids, row)
+        found = _grade_one(loaded, prompt, completion=completions, ids=completion_ids, row=row)
         return abstain if found.score is None else found.score
 
     return reward_fn
@@ -117,8 +116,7 @@ def as_areal(
 class from_verl:
     """verl's `compute_score` as a reward; it returns a number or a dict with "score".
 
-    `ground_truth` is the column `answer`; `data_source` and `extra_info` are columns where the dataset has
-    them.
+    `ground_truth` is the column `answer`; `data_source` and `extra_info` are optional columns.
     """
 
     takes_any_column = True
@@ -144,7 +142,7 @@ class from_verl:
 class from_openrlhf:
     """OpenRLHF's `reward_func` as a reward; it returns a tensor or a dict with "rewards"."""
 
-    groupwise = True  # it may compare what it gets, as it gets a batch there
+    groupwise = True  # OpenRLHF gives it a batch, so it may compare completions
 
     def __init__(self, function: str, answer: str = "answer") -> None:
         self.reward_func, self.answer, self.required_columns = find(function), answer, (answer,)
@@ -159,7 +157,7 @@ class from_openrlhf:
 class from_areal:
     """AReaL's `reward_fn(prompt, completions, prompt_ids, completion_ids, **row)` -> number, for each sample.
 
-    There are no prompt ids here: `prompt_ids` is empty.
+    `prompt_ids` is always empty, because graders get no prompt ids.
     """
 
     takes_any_column = True
@@ -176,16 +174,21 @@ class from_areal:
 
 
 def _grade_one(
-    loaded: RewardFunction, prompt: Any, completion: Any, ids: Sequence[int], row: Mapping[str, Any]
+    loaded: RewardFunction, prompt: Any, *, completion: Any, ids: Sequence[int], row: Mapping[str, Any]
 ) -> Reward:
     _check(loaded, row)
     columns = {name: [value] for name, value in row.items()}
-    return grade(loaded, arguments(loaded, [prompt], [completion], [ids], columns), 1)[0]
+    return grade(
+        loaded,
+        arguments(loaded, [prompt], completions=[completion], completion_ids=[ids], columns=columns),
+        1,
+    )[0]
 
 
 def _scores(
     loaded: RewardFunction,
     prompts: Sequence[Any],
+    *,
     completions: Sequence[Any],
     ids: Any,
     columns: Mapping[str, Any],
@@ -202,7 +205,11 @@ def _scores(
         cut = {name: [values[i] for i in run] for name, values in columns.items()}
         asked, said = [prompts[i] for i in run], [completions[i] for i in run]
         cut_ids = None if ids is None else [ids[i] for i in run]
-        found = grade(loaded, arguments(loaded, asked, said, cut_ids, cut, extras), len(run))
+        found = grade(
+            loaded,
+            arguments(loaded, asked, completions=said, completion_ids=cut_ids, columns=cut, extras=extras),
+            len(run),
+        )
         scores += [reward.score for reward in found]
     return scores
 

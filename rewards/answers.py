@@ -1,4 +1,4 @@
-"""What a grader process answers to one call, read with distrust: it may have run hostile text."""
+"""Reads a grader process's answer to one call, without trust: the process may have met hostile text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Fault = tuple[str, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of one call: a reward per completion, each with the fault that its grader had, if any.
+    """The outcome of one call: per completion a reward, and the grader's fault if it had one.
 
     Attributes:
-        fault: what ended the whole call, so that nothing is known of any completion; None: it returned.
+        fault: what ended the whole call, so that no completion has a result; None: the call returned.
     """
 
     items: list[tuple[Reward, Fault | None]]
@@ -25,12 +25,12 @@ class Answer:
 
 
 def failed_call(kind: str, detail: str, num_completions: int) -> Answer:
-    """A call that gave nothing: each of its completions has the fault."""
+    """The answer of a failed call: each of its completions has the fault."""
     return Answer([_failed(kind, detail)] * num_completions, (kind, detail))
 
 
 def explained(answer: Answer, num_completions: int) -> Answer:
-    """The answer for completions that pass one by one; if they fail together, the remedy is in the fault."""
+    """The answer of a call whose completions pass one by one; if it failed, its fault names the remedy."""
     if answer.fault is None or num_completions == 1:
         return answer
     kind, detail = answer.fault
@@ -41,7 +41,7 @@ def explained(answer: Answer, num_completions: int) -> Answer:
 
 
 def read_answer(answer: Mapping[str, Any], num_completions: int) -> Answer:
-    """A grader's answer as rewards, checked again."""
+    """A grader's answer as rewards, after checking each field again."""
     items = answer.get("items")
     if "fault" in answer or not isinstance(items, list) or len(items) != num_completions:
         kind, detail = str(answer.get("fault", "crash")), str(answer.get("detail", "an answer without items"))

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def completion_text(completion: str | Sequence[Any]) -> str:
-    """The string, or what the assistant's messages say, joined by newlines."""
+    """The string itself, or the assistant's messages joined by newlines."""
     if isinstance(completion, str):
         return completion
     said = [message for message in completion if _role(message) == "assistant"]
@@ -15,7 +15,7 @@ def completion_text(completion: str | Sequence[Any]) -> str:
 
 
 def last_message_text(completion: str | Sequence[Any]) -> str:
-    """The string, or what the last message says: where an answer or a program is looked for."""
+    """The string itself, or the text of the last message, where graders look for the answer."""
     if isinstance(completion, str):
         return completion
     return _content(completion[-1]) if completion else ""
@@ -26,7 +26,7 @@ def _role(message: Any) -> str:
 
 
 def _content(message: Any) -> str:
-    """A message's content: text, or parts of which some are text; "" for a message without any."""
+    """The text of a message, whose content is a string or a list of parts; "" if there is none."""
     content = message.get("content") if isinstance(message, Mapping) else message
     if isinstance(content, str):
         return content

@@ -1,4 +1,4 @@
-"""Several rewards of one completion become one: weights, gates, clipping. `Reward.parts` shows each."""
+"""Combines several rewards of a completion into one: weights, gates, clipping. `Reward.parts` holds each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class RewardSpec:
         weight: factor in the sum; 0 makes it a metric: logged, and no reason to abstain.
         requires: name of a reward that must be > 0 for this one to count (else it counts 0).
         options: arguments that are the same for every sample.
-        clip: (low, high) bounds of the score before the weight; None: none. `parts` holds the score as it
-            was.
-        origin: where a function is found that a program handed over under `name` (`rewards.functions`).
+        clip: (low, high) bounds of the score before its weight, or None. `parts` holds the unclipped score.
+        origin: where to find a function that a program passed under `name` (`rewards.functions`).
     """
 
     name: str
@@ -35,7 +34,7 @@ class RewardSpec:
 def reward_specs(
     settings: Iterable[Any], origins: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[RewardSpec]:
-    """The rewards of a config, whose section `rewards.functions` has the same fields but the origin."""
+    """The rewards of a config; its section `rewards.functions` has the same fields, except for the origin."""
     found = origins or {}
     return [RewardSpec(**dict(one), origin=found.get(one.name)) for one in settings]
 
@@ -43,8 +42,8 @@ def reward_specs(
 def check_specs(specs: Sequence[RewardSpec]) -> None:
     """
     Raises:
-        ValueError: no reward, a name twice, a weight or clip that is not a number, or gates that name
-            nothing or go in a circle.
+        ValueError: there is no reward, a name occurs twice, a weight or clip is not a number, or gates name
+            unknown rewards or form a circle.
     """
     if not specs:
         raise ValueError("a run needs at least one reward, such as RewardSpec('math')")
@@ -70,10 +69,10 @@ def check_specs(specs: Sequence[RewardSpec]) -> None:
 def compose(specs: Sequence[RewardSpec], parts: Mapping[str, Reward]) -> Reward:
     """sum_i weight_i * clip_i(score_i) over the parts whose gate holds.
 
-    A part that does not apply (TRL's None) is left out of the sum, and as a gate it is open. A part that
-    abstains for any other reason makes the whole abstain, unless it has weight 0 and gates nothing that
-    counts. If no part applies, the whole does not. Reason and extracted answer come from the first part that
-    has a weight. Rewards per turn come from the only part, times its weight; of several parts none.
+    A part that does not apply (TRL's None) is left out of the sum; as a gate it is open. If a part abstains
+    for any other reason, so does the whole, unless the part has weight 0 and gates nothing that counts. If no
+    part applies, neither does the whole. Reason and extracted answer come from the first part with a weight.
+    Rewards per turn exist only if there is a single part: they are its own, times its weight.
     """
     by_name = {spec.name: spec for spec in specs}
     scores = {spec.name: parts[spec.name].score for spec in specs}
@@ -114,7 +113,7 @@ def _counted(spec: RewardSpec, by_name: Mapping[str, RewardSpec], scores: Mappin
     """The part's clipped score, or 0 behind a closed gate; a gate behind a closed gate is closed too."""
     score = scores[spec.name]
     if score is None:
-        return math.inf  # only asked of gates: a rule that does not apply forbids nothing
+        return math.inf  # only gates come here: a rule that does not apply is an open gate
     if spec.requires is not None and _counted(by_name[spec.requires], by_name, scores) <= 0:
         return 0.0
     return score if spec.clip is None else min(max(score, spec.clip[0]), spec.clip[1])

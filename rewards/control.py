@@ -1,4 +1,4 @@
-"""Rewards of control arms: what is learnt from them is not the task (arXiv:2506.10947)."""
+"""Rewards for control runs: what a model learns from them is not the task (arXiv:2506.10947)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewards.pool.calling import arguments, grade
 from rl.types import Reason, Reward
 
 WITHOUT_ANSWER = {Reason.NO_ANSWER, Reason.TRUNCATED, Reason.FORMAT, Reason.PARSE_ERROR}
-WITHOUT_FORM = {"code": {Reason.PARSE_ERROR}}  # it takes a text without fences for a program, prose too
+WITHOUT_FORM = {"code": {Reason.PARSE_ERROR}}  # it takes any text without fences for a program
 
 
 @groupwise
@@ -19,9 +19,9 @@ WITHOUT_FORM = {"code": {Reason.PARSE_ERROR}}  # it takes a text without fences 
 def random_control(
     prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any, *, seed: int = 0
 ) -> list[float]:
-    """0 or 1, evenly, drawn from the seed, the prompt, the step and the completion's place in its group.
+    """0 or 1 with equal chance, drawn from the seed, prompt, step and the completion's index in its group.
 
-    What a completion says has no part in it. A run that goes on draws the same numbers.
+    The text of the completion plays no part. A resumed run draws the same numbers.
     """
     drawn = f"{seed} {getattr(trainer_state, 'global_step', 0)} {prompts[0]!r}"
     return [float(hashlib.sha256(f"{drawn} {i}".encode()).digest()[0] & 1) for i in range(len(completions))]
@@ -30,7 +30,7 @@ def random_control(
 @per_completion
 @ignores_answer
 def no_reward(completions: Sequence[Any]) -> list[None]:
-    """Never applies: what a run has whose teacher alone teaches."""
+    """Never applies: the reward of a run that learns from its teacher alone."""
     return [None] * len(completions)
 
 
@@ -39,10 +39,10 @@ def no_reward(completions: Sequence[Any]) -> list[None]:
 class FormatControl:
     """1 where another reward finds an answer to grade in the completion, right or wrong; 0 where it does not.
 
-    A program that does not parse is none: the code grader takes any text without fences for one.
+    A program that does not parse is not an answer: the code grader takes any text for a program.
 
     Args:
-        reward: its name, such as math; one that names the answer that it extracted.
+        reward: name of the other reward, such as math; it must report the answer that it extracted.
         options: its options.
     """
 
@@ -54,7 +54,9 @@ class FormatControl:
         self.time_limit_s = self.reward.time_limit_s
 
     def __call__(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[Reward]:
-        given = arguments(self.reward, prompts, completions, completion_ids, columns)
+        given = arguments(
+            self.reward, prompts, completions=completions, completion_ids=completion_ids, columns=columns
+        )
         return [self._form(found) for found in grade(self.reward, given, len(completions))]
 
     def _form(self, found: Reward) -> Reward:
@@ -62,8 +64,8 @@ class FormatControl:
             return found
         if found.extracted is None and found.reason not in WITHOUT_ANSWER:
             raise ValueError(
-                f"rewards.control=format pays that an answer is there, and {self.reward.name} graded one "
-                "and names no extracted answer; use rewards.control=random, or return rl.types.Reward"
+                f"rewards.control=format pays for an answer, but {self.reward.name} graded one and names no "
+                "extracted answer; use rewards.control=random, or return rl.types.Reward with `extracted`"
             )
         has_none = found.extracted is None or found.reason in WITHOUT_FORM.get(self.reward.name, ())
         reason = found.reason if has_none else Reason.SCORED

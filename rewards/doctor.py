@@ -1,7 +1,7 @@
-"""Does each reward do on a dataset what it is meant to (`cohort doctor rewards CONFIG`)?
+"""Checks that each reward does what it should on a dataset (`cohort doctor rewards CONFIG`).
 
-The dataset's own answers are graded as if they were completions: against themselves they must score 1,
-against each other's about 0. Nothing is sampled and no model is loaded.
+The dataset's right answers are graded as if they were completions: each must score 1 against itself and about
+0 against another row's. Nothing is sampled and no model is loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MANY_BAD_GOLDS, MUCH_FOR_OTHERS, NUM_SHOWN = 0.05, 0.1, 5
 
 @dataclass
 class Check:
-    """One question about a reward: `ok` None means that it does not apply."""
+    """The outcome of one check of a reward; `ok` is None if the check does not apply."""
 
     title: str
     ok: bool | None
@@ -46,7 +46,7 @@ class Check:
 
 @dataclass
 class Examination:
-    """What was found about one reward."""
+    """The outcomes of all checks of one reward."""
 
     name: str
     checks: list[Check]
@@ -74,16 +74,16 @@ def examine_all(
     workers: int = 2,
     deadline: float = 10.0,
 ) -> int:
-    """Prints what was found about each reward; 0 if all is well, else 1.
+    """Prints an examination of each reward; returns 0 if all is well, else 1.
 
     Args:
-        ask: (row, id) -> the prompt that training makes of the row; default: a row's messages or text.
+        ask: (row, id) -> the prompt that training makes of the row; default: the row's messages or text.
 
     Raises:
-        ValueError: the dataset or a reward is wrong.
+        ValueError: the dataset or a reward cannot be used.
     """
     if not rows:
-        raise ValueError("the dataset has no rows; nothing can be learnt from it")
+        raise ValueError("the dataset has no rows, so nothing can be checked")
     well = True
     for spec in specs:
         alone = RewardSpec(spec.name, options=spec.options)
@@ -104,7 +104,7 @@ def examine(
     gold_column: str | None = None,
     ask: Ask | None = None,
 ) -> Examination:
-    """Puts one reward to all questions. Of a reward without a gold in the dataset, only some can be asked."""
+    """Runs all checks on one reward. Without a gold in the dataset, only some of them are possible."""
     name = pool.asks[0].name
     patient = Patient(pool, rows, prompt_column, ask)
     golds = find_golds(rows, pool.required_columns(), gold_column)
@@ -127,7 +127,7 @@ def examine(
 
 
 class Patient:
-    """A reward and the rows that it is tried on; remembers how long each grade took."""
+    """A reward and the rows that it is checked on; it records how long each grade took."""
 
     def __init__(
         self, pool: RewardPool, rows: Sequence[Row], prompt_column: str, ask: Ask | None = None
@@ -142,11 +142,11 @@ class Patient:
         return Prompt(name, prompt if isinstance(prompt, str) else "", (), messages, row)
 
     def grade(self, texts: Sequence[str], columns: Sequence[Row] | None = None) -> list[Reward]:
-        """`texts` as completions of the first rows, each in a group of its own."""
+        """Grades `texts` as completions of the first rows, each in a group of its own."""
         groups = []
         for index, (text, row) in enumerate(zip(texts, columns or self.rows, strict=False)):
             asked = self.ask(row, f"row {index}")
-            ids = list(range(max(1, len(text) // 4)))  # about as many tokens as the text would have
+            ids = list(range(max(1, len(text) // 4)))  # about as many tokens as the text has
             groups.append(Group(asked, [Completion(ids, [], [True] * len(ids), "stop", [], text=text)]))
         rewards = [scored.rewards[0] for scored in self.pool.score(groups)]
         pairs = enumerate(zip(rewards, texts, strict=False))
@@ -154,7 +154,7 @@ class Patient:
         return rewards
 
     def best_template(self, golds: Sequence[str]) -> str:
-        """The form of a completion in which most of the first golds score: what the reward expects to see."""
+        """The template of a completion in which most of the first golds score, as the reward expects it."""
         some = golds[:20]
 
         def total(name: str) -> float:
@@ -165,10 +165,10 @@ class Patient:
 
 
 def find_golds(rows: Sequence[Row], required: set[str], column: str | None) -> list[str] | None:
-    """The right answers as text, of the named column or of the first one that is called like one.
+    """The right answers as text: the named column, or the first with a usual name; None without one.
 
     Raises:
-        ValueError: the named column is not there.
+        ValueError: the dataset has no such column.
     """
     if column is not None and column not in rows[0]:
         raise ValueError(f"--gold {column}: the dataset has {', '.join(rows[0])}")
@@ -221,31 +221,31 @@ def _ask_others_golds(patient: Patient, golds: Sequence[str], template: str) -> 
     mean = sum(scores) / len(scores) if scores else 0.0
     paid = [i for i, reward in enumerate(rewards) if reward.score is not None and reward.score > 0]
     rows = [f"{_row(i, golds[i], rewards[i])}; the completion was {shown(others[i] or '')!r}" for i in paid]
-    hint = f"; if it is not to look at the answer, mark it: {MARK}" if mean > MUCH_FOR_OTHERS else ""
+    hint = f"; if it should not look at the answer, mark it: {MARK}" if mean > MUCH_FOR_OTHERS else ""
     finding = f"mean score {mean:.3f}, expected about 0{hint}"
     return Check("gold of another row", mean <= MUCH_FOR_OTHERS, finding, rows)
 
 
 def _ask_ignored(patient: Patient, column: str | None) -> Check:
-    """A reward that is declared to ignore the answer scores the same texts alike beside other answers."""
+    """Checks a reward declared to ignore the answer: other answers must not change its scores."""
     rows, texts = patient.rows, [str(row.get(patient.prompt_column, "")) for row in patient.rows]
     names = {column, *GOLD_COLUMNS} & rows[0].keys()
     others = [{**row, **{n: rows[i - 1].get(n) for n in names}} for i, row in enumerate(rows)]
     pairs = zip(patient.grade(texts), patient.grade(texts, others), strict=True)
     changed = sum(own.score != other.score for own, other in pairs)
-    said = f"declared, and {changed} of {len(rows)} scores change with it" if changed else "as it is declared"
+    said = f"declared, and {changed} of {len(rows)} scores change with it" if changed else "as declared"
     return Check("does not look at the answer", False if changed else None, said)
 
 
 def _another(golds: Sequence[str], index: int) -> str | None:
-    """The next gold that is not the same text."""
+    """The next gold with another text."""
     following = (golds[(index + k) % len(golds)] for k in range(1, len(golds)))
     return next((gold for gold in following if gold.strip() != golds[index].strip()), None)
 
 
 def _ask_swapped(patient: Patient, golds: Sequence[str], template: str, column: str | None) -> Check:
-    """Only a gold may be unusable; only a completion may lack its answer. Swapped, it is the other way."""
-    title = "gold and completion keep their parts"
+    """Checks that the reward does not swap gold and completion: only a bad gold may make it abstain."""
+    title = "gold and completion are not swapped"
     name = column or next((c for c in GOLD_COLUMNS if c in patient.pool.required_columns()), None)
     if name is None:
         return Check(title, None, "the reward names no gold column")
@@ -262,14 +262,14 @@ def _ask_swapped(patient: Patient, golds: Sequence[str], template: str, column: 
         why = f"a completion without an answer abstains ({blamed} of {len(rows)})"
         why += f", a gold without one does not ({excused})"
         if backwards:
-            why = "an interval is taken for an inequality only the wrong way round"
+            why = "an interval matches an inequality only with the two swapped"
         return Check(title, False, f"they look swapped: {why}")
     scored = f"{len(rows) - blamed} of {len(rows)} get a score"
     return Check(title, True, f"no answer: {scored}; no gold: {excused} abstain")
 
 
 def _ask_prompt(patient: Patient, has_gold: bool) -> Check:
-    """What is there without any work must not pay: nothing, or the prompt said again."""
+    """Checks that an empty completion and a repeated prompt, which take no work, do not score."""
     prompts = [str(row.get(patient.prompt_column, "")) for row in patient.rows]
     paid = []
     for what, texts in (("an empty completion", [""] * len(prompts)), ("the prompt repeated", prompts)):

@@ -1,4 +1,4 @@
-"""The environment of grader processes: this one's without secrets, which generated text must not get at."""
+"""The environment of grader processes: this process's, without secrets that text must not reach."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SECRET_VALUE = re.compile(
 
 
 def grader_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that a grader inherits: all but secrets, by name (HF_TOKEN, WANDB_API_KEY) or by value.
+    """The variables that a grader inherits: those whose name and value do not look like a secret.
 
-    A reward that calls a service with a key gets it by `COHORT_GRADER_ENV=OPENAI_API_KEY,HF_TOKEN`.
+    `COHORT_GRADER_ENV=OPENAI_API_KEY,HF_TOKEN` passes these on, for rewards that call a service.
     """
     given = os.environ if environment is None else environment
     kept = {name.strip() for name in given.get(KEEP, "").split(",")}

@@ -1,4 +1,4 @@
-"""What an environment paid for an episode, as a reward of the run."""
+"""The rewards that an environment gave for an episode, as a reward function."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rl.types import Reason, Reward
 def environment_reward(
     completions: Sequence[Any], completion_facts: Sequence[Mapping[str, Any]] | None
 ) -> list[Reward]:
-    """The sum of the rewards of an episode's turns, and each of them; 0 where no turn had one.
+    """The sum of the rewards of an episode's turns, and the rewards per turn; 0 if no turn had a reward.
 
-    An episode that failed does not come here. A completion without an episode has no such reward.
+    Failed episodes are not graded. For a completion without an episode the reward does not apply.
     """
     return [_reward(facts) for facts in completion_facts or [{} for _ in completions]]
 
 
 def _reward(facts: Mapping[str, Any]) -> Reward:
+    """The reward of one completion, from the facts that its environment recorded."""
     turns = facts.get("rewards")
     if turns is None:
         return Reward(None, Reason.NOT_APPLICABLE, "the completion is not an episode")

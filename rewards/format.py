@@ -1,8 +1,8 @@
 r"""Rewards for the form of a completion: think block, <think>/<answer>, tag count, \boxed{...}, code fence.
 
-Each is 1 for a well-formed completion and 0 otherwise (tag count: quarters). What looks like a tag to a
-reader but is none (other case, blanks or invisible characters inside, full-width brackets) counts as a tag
-too many. All are linear in the length of the completion.
+Each is 1 for a well-formed completion and 0 otherwise (tag count: quarters). Text that a reader takes for a
+tag (other case, blanks or invisible characters inside, full-width brackets) counts as a surplus tag. All take
+time linear in the length of the completion.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPEN_R1_TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
 
 
 def is_blank(text: str) -> bool:
-    """Nothing in it can be seen: only white space, format and filler characters."""
+    """Whether nothing of a text is visible: it holds only white space, format and filler characters."""
     return SEEN.search(text) is None
 
 
@@ -35,11 +35,11 @@ def split_think(text: str, *, open_in_prompt: bool = False) -> tuple[str, str]:
     """(thought, rest) of a completion that starts with exactly one closed, non-empty <think> block.
 
     Args:
-        open_in_prompt: the chat template ends the prompt with `<think>`, so the completion begins inside the
+        open_in_prompt: the chat template ends the prompt with `<think>`, so the completion starts inside the
             block.
 
     Raises:
-        ValueError: how the form is broken.
+        ValueError: the form is broken; the message says how.
     """
     text = ("<think>" + text if open_in_prompt else text).lstrip()
     _check_tags(text, "think")
@@ -54,14 +54,14 @@ def split_think(text: str, *, open_in_prompt: bool = False) -> tuple[str, str]:
 
 
 def _check_tags(text: str, *names: str) -> None:
-    """Each tag once, and nothing else that looks like one."""
+    """Raises ValueError unless each tag occurs once and nothing else looks like one."""
     for name in names:
         for tag in (f"<{name}>", f"</{name}>"):
             if (count := text.count(tag)) != 1:
                 raise ValueError(f"{tag} occurs {count} times" if count else f"no {tag}")
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     if plain.count("<") == sum(text.count(tag) for tag in TAGS):
-        return  # every bracket belongs to a tag as it should be
+        return  # every bracket belongs to a proper tag
     shown = UNSEEN.sub("", plain).casefold()
     for name in names:
         for tag in (f"<{name}>", f"</{name}>", f"<{name}/>"):
@@ -70,7 +70,7 @@ def _check_tags(text: str, *names: str) -> None:
 
 
 def think_format(completions: Sequence[Any], *, open_in_prompt: bool = False, **columns: Any) -> list[Reward]:
-    """1 if the completion is one closed, non-empty <think> block and then something to see."""
+    """1 if the completion is one closed, non-empty <think> block followed by visible text."""
     return [_verdict(_check_think, completion, open_in_prompt) for completion in completions]
 
 
@@ -86,8 +86,7 @@ def think_answer_format(
 ) -> list[Reward]:
     """1 if the completion is <think>...</think><answer>...</answer>, both non-empty (DeepSeek-R1, table 1).
 
-    White space around the tags is free; any other text outside them, and a second tag anywhere, breaks the
-    form.
+    White space may surround the tags. Any other text outside them, or a second tag anywhere, breaks the form.
     """
     return [_verdict(_check_think_answer, completion, open_in_prompt) for completion in completions]
 
@@ -114,10 +113,10 @@ def tag_count(completions: Sequence[Any], **columns: Any) -> list[Reward]:
 
 
 def answer_part(text: str) -> str:
-    """What comes after the last </think>; the whole text where nothing is thought aloud.
+    """The text after the last </think>, or the whole text if there is no think block.
 
     Raises:
-        ValueError: a <think> is never closed: the completion was cut before its answer.
+        ValueError: a <think> is never closed, so the completion was cut off before its answer.
     """
     answer = text.rpartition("</think>")[2]
     if "<think>" in answer:
@@ -126,7 +125,7 @@ def answer_part(text: str) -> str:
 
 
 def boxed_format(completions: Sequence[Any], **columns: Any) -> list[Reward]:
-    r"""1 if the last \boxed{...} of the answer is closed and holds something to see."""
+    r"""1 if the last \boxed{...} of the answer is closed and holds visible text."""
     return [_verdict(_check_boxed, completion) for completion in completions]
 
 
@@ -142,7 +141,7 @@ def _check_boxed(text: str) -> str:
 
 
 def braced(text: str, start: int) -> str:
-    r"""What stands between the brace at `start` and its partner; `\{` and `\}` are not braces.
+    r"""The text between the brace at `start` and its partner; `\{` and `\}` do not count as braces.
 
     Raises:
         ValueError: the brace is never closed.

@@ -1,8 +1,8 @@
-"""Reward functions that a program hands over itself, instead of a name: how a grader process gets them.
+"""How a grader process gets a reward function that a program passes as an object, not by name.
 
-A function of a module is imported. One of a script is imported again by the script's path, and that import
-ends where the script calls `recipes.grpo.run`. One of a notebook, of `python -c` or of standard input is sent
-as its source, with the imports, functions and plain values that it uses.
+A function of a module is imported. For a function of a script, the script is imported by its path, up to the
+line that calls `recipes.grpo.run`. A function of a notebook, of `python -c` or of standard input is sent as
+source code. So are the imports, functions and plain values that it uses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_VALUE = 1 << 20  # characters of a value that is sent
 
 
 class _Started(BaseException):
-    """A script that is imported again calls what it was started for."""
+    """Ends the import of a script at its call that starts training."""
 
 
 class _TextLoader(InspectLoader):
@@ -52,8 +52,8 @@ def origin_of(name: str, fn: Any) -> Origin:
     """Where a grader process finds the reward function `fn`, which a program calls `name`.
 
     Raises:
-        ValueError: nowhere, with the reason: a closure, a lambda, a nested function, a configured object, or
-            one that uses what cannot be sent.
+        ValueError: no other process can get it: a closure, a lambda, a nested function, a configured object,
+            or a function that uses a value that cannot be sent.
     """
     module, qualname = str(getattr(fn, "__module__", "")), getattr(fn, "__qualname__", "")
     if refusal := _refusal(fn, qualname):
@@ -70,21 +70,21 @@ def origin_of(name: str, fn: Any) -> Origin:
         place = {"file": os.path.abspath(file), "package": main.__package__ or "", "argv": sys.argv[1:]}
     else:
         parts: dict[str, str] = {}
-        _collect(name, qualname, fn, vars(main), parts)
+        _collect(name, qualname, value=fn, program=vars(main), parts=parts)
         return found | {"text": FUTURE + "\n".join(parts.values())}
     if attrgetter(qualname)(sys.modules[module]) is not fn:
         raise ValueError(
-            f"reward {name!r}: {qualname} of {place.get('file', module)} is another function by now; give "
-            "each function a name of its own"
+            f"reward {name!r}: {qualname} of {place.get('file', module)} now names another function; "
+            "give each function its own name"
         )
     return found | place
 
 
 def name_functions(tree: dict[str, Any], origins: Origins) -> None:
-    """Makes the functions of a program the rewards of a config that names none, in place.
+    """Makes a program's functions the rewards of a config that lists no rewards, in place.
 
     Raises:
-        ValueError: the config names other rewards and leaves one of them out, or one has a built-in's name.
+        ValueError: the config's list of rewards lacks a function, or a function has a built-in's name.
     """
     section = tree["rewards"] = tree.get("rewards") or {}
     specs = section.setdefault("functions", [{"name": name} for name in origins]) if origins else []
@@ -100,7 +100,7 @@ def name_functions(tree: dict[str, Any], origins: Origins) -> None:
 
 
 def sources_of(specs: Iterable[RewardSpec]) -> dict[str, str]:
-    """Name -> a hash of the source, of the rewards that a program handed over."""
+    """Maps the name of each reward that a program handed over to a hash of its source."""
     handed = {spec.name: spec.origin for spec in specs if spec.origin is not None}
     return {
         name: f"{len(at['source'])} {hashlib.sha256(at['source'].encode()).hexdigest()}"
@@ -109,7 +109,7 @@ def sources_of(specs: Iterable[RewardSpec]) -> dict[str, str]:
 
 
 def find_function(name: str, origin: Mapping[str, Any]) -> Any:
-    """The function of an `Origin`, for a grader process: it runs the program's own code.
+    """The function that an `Origin` describes; finding it runs the program's own code.
 
     Raises:
         ValueError: the script or module cannot be imported, or has no such function at its top level.
@@ -117,10 +117,10 @@ def find_function(name: str, origin: Mapping[str, Any]) -> Any:
     where = origin.get("module") or origin.get("file") or "the source that was sent"
     try:
         found: Any = _load(name, origin)
-    except BaseException as error:  # SystemExit too: whatever a script does
+    except BaseException as error:  # a script may raise anything, SystemExit too
         raise ValueError(
             f"reward {name!r}: importing {where} for a grader process failed with {type(error).__name__}: "
-            f'{error}; what a script does by itself belongs under `if __name__ == "__main__":`'
+            f'{error}; put the statements that run the script under `if __name__ == "__main__":`'
         ) from error
     for attribute in origin["function"].split("."):
         if not hasattr(found, attribute):
@@ -133,7 +133,7 @@ def find_function(name: str, origin: Mapping[str, Any]) -> Any:
 
 
 def _import_program(name: str, path: str, loader: Loader | None = None) -> ModuleType:
-    """The module of a file under a private name; the import ends where the file calls `run`."""
+    """Imports a file as a module under a private name, up to its call of `run`."""
     if name in sys.modules:
         return sys.modules[name]
     return import_file(name, path, loader=loader, within=_starter_ends_it())
@@ -151,7 +151,7 @@ def _load(name: str, origin: Mapping[str, Any]) -> ModuleType:
 
 @contextmanager
 def _starter_ends_it() -> Iterator[None]:
-    """Whatever of `STARTER` is called ends the block; the module itself, which loads torch, stays out."""
+    """Within the block, a call into `STARTER` raises `_Started`; the real one would load torch."""
 
     def ends(*_: Any, **__: Any) -> None:
         raise _Started
@@ -177,7 +177,7 @@ def _starter_ends_it() -> Iterator[None]:
 
 
 def _refusal(fn: Any, qualname: str) -> str:
-    """What is wrong with a function that no other process can get; "" if nothing is."""
+    """Why no other process can get a function; "" if one can."""
     if not callable(fn) or not qualname or getattr(fn, "__self__", None) is not None:
         return f"a configured object ({type(fn).__name__})"
     if qualname.endswith("<lambda>"):
@@ -189,7 +189,7 @@ def _refusal(fn: Any, qualname: str) -> str:
 
 
 def _source(thing: Any) -> str | None:
-    """The text of a function or class, where it can be found."""
+    """The source of a function or class, if it can be found."""
     file = getattr(getattr(inspect.unwrap(thing), "__code__", None), "co_filename", "")
     if file in ("<string>", "<stdin>") and file not in linecache.cache:
         with suppress(OSError, ValueError, IndexError):
@@ -204,8 +204,10 @@ def _source(thing: Any) -> str | None:
         return None
 
 
-def _collect(reward: str, name: str, value: Any, program: Mapping[str, Any], parts: dict[str, str]) -> None:
-    """Adds to `parts` the text that defines the global `name` of a program, behind what that text needs.
+def _collect(
+    reward: str, name: str, *, value: Any, program: Mapping[str, Any], parts: dict[str, str]
+) -> None:
+    """Adds to `parts` the source that defines a program's global `name`, after the source that it depends on.
 
     Raises:
         ValueError: `value` is neither a module, a function or class with a source, nor a plain value.
@@ -233,12 +235,12 @@ def _collect(reward: str, name: str, value: Any, program: Mapping[str, Any], par
             "function with what it needs into a file such as my_rewards.py and name it my_rewards:function"
         )
     for used in sorted(_globals_in(text) & program.keys()) if module == "__main__" else ():
-        _collect(reward, used, program[used], program, parts)
+        _collect(reward, used, value=program[used], program=program, parts=parts)
     parts[name] = parts.pop(name) or text
 
 
 def _as_value(name: str, value: Any) -> str | None:
-    """An assignment of a plain value (numbers, text, lists, dicts, patterns); None for anything else."""
+    """An assignment of a plain value (numbers, text, lists, dicts, patterns); None for any other value."""
     if isinstance(value, re.Pattern):
         return f"import re\n{name} = re.compile({value.pattern!r}, {value.flags})\n"
     with suppress(Exception):
@@ -249,7 +251,7 @@ def _as_value(name: str, value: Any) -> str | None:
 
 
 def _globals_in(text: str) -> set[str]:
-    """Names that a piece of source takes from the program around it."""
+    """Names that a piece of source reads from the program around it."""
     tables, found = [symtable.symtable(FUTURE + text, "<reward>", "exec")], set()
     while tables:
         table = tables.pop()

@@ -1,4 +1,4 @@
-"""Grounding rewards: intersection over union of a box or a mask in the answer with the dataset's."""
+"""Grounding rewards: intersection over union between a box or mask in the answer and the dataset's."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def mask_iou(completions: Sequence[Any], mask: Sequence[Any], **columns: Any) ->
     """Intersection over union, in 0..1, of the mask in the answer and the column `mask`.
 
     `mask`: uncompressed COCO run lengths {"size": [height, width], "counts": [...]}, column by column, zeros
-    first. The answer (in <answer> tags, or all after any think block; a code fence round it is free) is the
-    same, or the corners of a polygon [[x, y], ...] in pixels; a pixel belongs to the polygon if its centre
-    does (even-odd rule).
+    first. The answer is in <answer> tags, or is everything after the think block, with or without a code
+    fence. It has the same form, or lists the corners of a polygon [[x, y], ...] in pixels. A pixel belongs to
+    the polygon if its centre does (even-odd rule).
     """
     return [_grade_mask(completion_text(c), gold) for c, gold in zip(completions, mask, strict=True)]
 
@@ -101,7 +101,7 @@ def _grade_mask(text: str, gold: Any) -> Reward:
 
 
 def _decoded(mask: Any) -> tuple[tuple[int, int], Runs]:
-    """((height, width), [(start, end), ...]) of the pixels that are set, numbered column by column."""
+    """((height, width), [(start, end), ...]): the runs of pixels that are set, numbered column by column."""
     if not isinstance(mask, Mapping) or not all(isinstance(mask.get(k), list) for k in ("size", "counts")):
         raise ValueError('a mask is {"size": [height, width], "counts": [run lengths]}')
     size, counts = mask["size"], mask["counts"]
@@ -118,7 +118,7 @@ def _decoded(mask: Any) -> tuple[tuple[int, int], Runs]:
 
 
 def _filled(points: Any, height: int, width: int) -> Runs:
-    """The runs of a polygon, by scan lines along columns."""
+    """The runs of a polygon's pixels, found by scan lines along columns."""
     if not isinstance(points, list) or not 3 <= len(points) <= MAX_POINTS:
         form = f"a list of 3 to {MAX_POINTS} points [x, y]"
         raise ValueError(f"a polygon is {form}, or a mask with size and counts")

@@ -1,4 +1,4 @@
-"""reasoning-gym's own scoring as a reward. Rows carry its entry (question, answer, metadata) as `entry`."""
+"""reasoning-gym's own scoring. The column `entry` holds its entry (question, answer, metadata)."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class ReasoningGym:
     """Score of reasoning-gym for the answer found in a completion, in 0..1.
 
     Args:
-        strict: only a full score counts. Many tasks give part of it for an answer that merely contains the
-            right one (so a list of guesses pays), or for no answer at all (0.01); strict=False keeps those.
+        strict: only a full score counts. Many tasks give partial credit for an answer that merely contains
+            the right one, so a list of guesses pays, and 0.01 for no answer; strict=False keeps it.
         answer_in: "tag" (the last <answer>...</answer>), "box" (the last \\boxed{...}), "text" (all after any
-            think block), or "auto": the first of these that is there.
+            think block), or "auto": the first of these that is present.
     """
 
     def __init__(self, strict: bool = True, answer_in: str = "auto") -> None:
         if answer_in not in ("auto", "tag", "box", "text"):
             raise ValueError(f"reasoning_gym: answer_in={answer_in!r} must be auto, tag, box or text")
-        # It takes 3 s: when the pool starts, not in a call.
+        # The import takes 3 s, so it happens when the pool starts and not in a call.
         from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
         self.strict, self.answer_in, self.tasks = strict, answer_in, DATASETS
@@ -57,7 +57,9 @@ class ReasoningGym:
     def _grade(self, text: str, entry: Mapping[str, Any]) -> Reward:
         task = entry.get("metadata", {}).get("source_dataset")
         if task not in self.tasks or "answer" not in entry:
-            return Reward(None, Reason.BAD_GOLD, f"entry names no task of reasoning-gym: {task!r:.60}")
+            return Reward(
+                None, Reason.BAD_GOLD, f"entry names an unknown task of reasoning-gym: {task!r:.60}"
+            )
         form = ALLOWED.get(task, ANYTHING)
         if not form.fullmatch(str(entry["answer"])):
             detail = f"the entry's own answer cannot be scored: {entry['answer']!r:.60}"
@@ -68,7 +70,7 @@ class ReasoningGym:
             reason = Reason.TRUNCATED if "never closed" in str(error) else Reason.NO_ANSWER
             return Reward(0.0, reason, str(error))
         if len(answer) > MAX_ANSWER_CHARS or not form.fullmatch(answer):
-            return Reward(0.0, Reason.FORBIDDEN, f"not of the form that a {task} answer has", answer)
+            return Reward(0.0, Reason.FORBIDDEN, f"an answer to {task} does not have this form", answer)
         score = float(self.scorer_of(task)(answer=answer, entry=entry))
         if self.strict:
             score = float(score >= 1)
@@ -77,10 +79,10 @@ class ReasoningGym:
 
 
 def find_answer(text: str, answer_in: str = "auto") -> str:
-    """The answer in a completion, where `answer_in` says, after any think block.
+    """The answer in a completion, found as `answer_in` says, after any think block.
 
     Raises:
-        ValueError: there is none, or it is cut off.
+        ValueError: there is no answer, or it is cut off.
     """
     text = answer_part(text)
     opening, box = text.rfind("<answer>"), text.rfind("\\boxed{")

@@ -1,7 +1,7 @@
 """Language consistency of DeepSeek-R1: the share of a completion's words that are in the target language.
 
-Languages are told apart by their script, which is what mixed-language thoughts differ in; languages that
-share one (English and French) are not told apart.
+Languages are told apart by their script, because mixed-language thoughts mix scripts. Languages that share a
+script (English and French) count as the same.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NEUTRAL = re.compile(r"```.*?```|\\[A-Za-z]+|</?[a-z]+>|https?://\S+", re.DOTALL
 class LanguageConsistency:
     """Words in the target language / words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2), in 0..1.
 
-    A word is a run of letters; in scripts without spaces each character is one. Numbers, LaTeX commands, tags
-    and code fences are of no language. A completion without any word scores 0. Greek letters count as words
-    of no other script.
+    A word is a run of letters; in scripts without spaces each character is a word. Numbers, LaTeX commands,
+    tags and code fences do not count. A completion without words scores 0. Greek letters count as Greek
+    words, in formulas too.
     """
 
     def __init__(self, language: str = "en") -> None:

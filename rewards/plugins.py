@@ -1,9 +1,9 @@
 """Finds a reward function by its name and reads from its signature which columns it needs.
 
 A name is one of `BUILT_IN`, an entry point of group `cohort.rewards`, `module:callable`, or
-`package.module.callable`. It leads to a reward function (it takes `prompts`, `completions` or
-`completion_ids`) or to a factory (a class, or a function that takes none of them), which is called with the
-options and returns the reward function.
+`package.module.callable`. It stands for a reward function (which takes `prompts`, `completions` or
+`completion_ids`) or for a factory (a class, or a function that takes none of them). A factory is called with
+the options and returns the reward function.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ GIVEN = TRLS | {"completion_facts"}
 
 
 def _in_graders_only(**_: Any) -> Any:
-    raise AssertionError("a reward is called in a grader's process, and this one has its description")
+    raise AssertionError("rewards are called in grader processes only; this process has just a description")
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class RewardFunction:
     """A reward function and what its signature asks for.
 
     Attributes:
-        required: columns without which it cannot be called.
-        optional: columns that it names with a default; passed where the dataset has them.
+        required: columns that it cannot be called without.
+        optional: columns that have a default in its signature; they are passed if the dataset has them.
         takes_any: it has `**columns`, so every column is passed.
         given: which of TRL's own arguments are passed.
-        needs_ids: it cannot do without token ids.
-        groupwise: one call holds the completions of one prompt, all of them; else a single completion.
-        time_limit_s: how long it may take for one completion by a deadline of its own, which comes before
-            the pool's: what is late by it is a fault of the completion, not of the grader. 0: it has none.
+        needs_ids: it requires token ids.
+        groupwise: one call covers all completions of a prompt; otherwise a single completion.
+        time_limit_s: seconds per completion of a deadline that it enforces itself, before the pool's
+            deadline. Missing it is a fault of the completion, not of the grader. 0: it has no such deadline.
     """
 
     name: str
@@ -94,7 +94,7 @@ class RewardFunction:
         return {name: value for name, value in columns.items() if self.takes(name)}
 
     def described(self) -> dict[str, Any]:
-        """Its fields as JSON values, from which another process makes one: no function, names of options."""
+        """Its fields as JSON values for another process: no function, and only the names of its options."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fn"}
         return plain | {"given": sorted(self.given), "options": dict.fromkeys(self.options)}
 
@@ -112,7 +112,7 @@ def per_completion(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ignores_answer(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a reward that is not meant to look at the right answer, such as a length; for the doctor."""
+    """Tells the doctor that a reward does not look at the right answer, such as a reward for length."""
     fn.ignores_answer = True  # pyright: ignore[reportFunctionMemberAccess]
     return fn
 
@@ -121,8 +121,7 @@ def import_path(fn: Callable[..., Any]) -> str:
     """`module:qualname` of a callable.
 
     Raises:
-        ValueError: no other process can import it: a lambda, a nested function, or one of a script or
-            notebook.
+        ValueError: no other process can import it: a lambda, a nested or a script's function.
     """
     module, qualname = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
     if module and qualname and module != "__main__" and "<" not in qualname:
@@ -138,12 +137,12 @@ def import_path(fn: Callable[..., Any]) -> str:
 def load_reward(
     reward: str | Callable[..., Any], options: Mapping[str, Any] | None = None, *, name: str = ""
 ) -> RewardFunction:
-    """Imports the reward of that name, or takes the function (as `name`), and binds its options.
+    """Loads a reward by its name, or takes a function (called `name`), and binds its options.
 
-    The reserved options `groupwise`, `per_completion` and `ignores_answer: true` mark it from outside.
+    The reserved options `groupwise`, `per_completion` and `ignores_answer: true` mark it without a decorator.
 
     Raises:
-        ValueError: no such name, it cannot be imported, or an option is unknown or missing.
+        ValueError: the name is unknown, the import fails, or an option is unknown or missing.
     """
     options = dict(options or {})
     marked, ignores = _mark(options), options.pop("ignores_answer", False)
@@ -168,7 +167,7 @@ def load_reward(
 
 
 def _mark(options: dict[str, Any]) -> bool | None:
-    """Takes out the reserved options: True for calls of a whole group, False for single ones, else None.
+    """Removes the reserved options; True for calls of a whole group, False for single completions, else None.
 
     Raises:
         ValueError: they contradict each other.
@@ -189,7 +188,7 @@ def _describe(name: str, fn: Callable[..., Any], options: dict[str, Any], whole:
                 f"reward {name!r} has the positional-only parameter {p.name!r}; rewards are called by keyword"
             )
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    ours = name in BUILT_IN  # where options are keyword-only, so that no column is taken for one
+    ours = name in BUILT_IN  # their options are keyword-only, so no column is mistaken for one
     columns = [p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD or not ours]
     _check_options(name, signature, options, allowed=[p.name for p in named if p.name not in GIVEN])
     for p in columns:
@@ -251,10 +250,10 @@ def _check_options(
 
 
 def find(name: str) -> Any:
-    """The object that a reward's name leads to.
+    """The object that a reward's name stands for.
 
     Raises:
-        ValueError: it leads nowhere.
+        ValueError: there is no such object.
     """
     if name in BUILT_IN:
         return _import(name, *BUILT_IN[name].split(":"))
@@ -300,11 +299,11 @@ def _import(name: str, module_name: str, attributes: str) -> Any:
 
 
 def import_module(name: str) -> ModuleType:
-    """The module of a name in a config. `./NAME.py` wins, also over an installed module or a package of ours:
-    that one keeps its name, and the file is loaded under a private one.
+    """The module that a config names. `./NAME.py` takes precedence, even over an installed module or a
+    package of Cohort: the file is then loaded under a private name.
 
     Raises:
-        ImportError: there is none, or it lies in a folder that one of our packages hides.
+        ImportError: there is no such module, or a package of Cohort hides its folder.
     """
     if (file := _file_of_user(name)) is None:
         try:
@@ -323,7 +322,7 @@ def import_module(name: str) -> ModuleType:
 def import_file(
     name: str, path: str, *, loader: Loader | None = None, within: AbstractContextManager[Any] | None = None
 ) -> ModuleType:
-    """The module of a file, run anew under `name`, and inside `within`; one that fails leaves no module."""
+    """Imports a file as the module `name`, inside the context `within`; a failed one leaves no module."""
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None and spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -337,8 +336,8 @@ def import_file(
 
 
 def _file_of_user(name: str) -> str | None:
-    """`NAME.py` of the working directory; one that our package hides, of any folder of `sys.path`; None
-    where the import itself leads there.
+    """`NAME.py` of the working directory, or a file of any `sys.path` folder that a package of ours hides;
+    None where a plain import finds it.
     """
     folders = [os.getcwd(), *(sys.path if name in OURS else ())]
     files = (os.path.join(os.path.abspath(folder), f"{name}.py") for folder in folders)

@@ -1,8 +1,8 @@
 """Grades the rows of a JSON-lines file with one reward (`cohort score`).
 
-A row holds `completion` (text, or messages), the columns that the reward needs, and if it likes `id`,
-`prompt`, `group` and `completion_ids`. Where a reward gets a whole group, consecutive rows with the same
-`group` are one; without a `group`, those with the same `prompt` and columns; a row without either is alone.
+A row holds `completion` (text or messages), the columns that the reward needs, and optionally `id`, `prompt`,
+`group` and `completion_ids`. For a group-wise reward, consecutive rows with the same `group` form a group;
+without `group`, rows with the same `prompt` and columns do. A row with neither is a group of one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_deadline(parser: argparse.ArgumentParser) -> None:
 
 
 def take_flags_anywhere(parser: argparse.ArgumentParser) -> None:
-    """Lets key=value words follow flags; argparse by itself gives up on positionals that come after one."""
+    """Lets key=value words follow flags; argparse alone rejects positionals after a flag."""
     parse: Any = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
@@ -44,7 +44,7 @@ def take_flags_anywhere(parser: argparse.ArgumentParser) -> None:
 
 
 def flags_last(words: Iterable[str]) -> list[str]:
-    """The words with every --flag and its value moved behind the others; all but `SWITCHES` have a value."""
+    """The words with each --flag and its value moved to the end; all flags except `SWITCHES` have one."""
     plain, flags, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of each line that is not empty.
 
     Raises:
-        ValueError: there is no such file, or a line is not a JSON object.
+        ValueError: the file does not exist, or a line is not a JSON object.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}")
@@ -69,7 +69,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(iter(lambda: file.readline(MAX_FRAME_BYTES), b""), 1):
             if len(line) >= MAX_FRAME_BYTES:
                 raise ValueError(
-                    f"{path}, line {number}: longer than {MAX_FRAME_BYTES >> 20} MiB, which no grader takes"
+                    f"{path}, line {number}: longer than {MAX_FRAME_BYTES >> 20} MiB, the limit of a row"
                 )
             if not line.strip():
                 continue
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def check_rows(pool: RewardPool, rows: Iterable[tuple[int, Row]]) -> None:
     """
     Raises:
-        ValueError: a row lacks its completion or a column, or a completion is neither text nor messages.
+        ValueError: a row has no completion or lacks a column, or a completion is neither text nor messages.
     """
     needs_ids = [asks.name for asks in pool.asks if asks.needs_ids]
     for number, row in rows:
@@ -137,15 +137,15 @@ def _groups(
         for _, number, row in others:
             if _columns(pool.asks, row) != _columns(pool.asks, head):
                 raise ValueError(
-                    f"line {number}: its `group` is that of line {first}, and its columns are others: "
-                    "completions of a group answer one prompt; give each prompt a `group` of its own"
+                    f"line {number} has the `group` of line {first} but other columns: "
+                    "completions of a group answer one prompt; give each prompt its own `group`"
                 )
         ids = [row.get("id", index) for index, _, row in listed]
         yield ids, to_group(str(ids[0]), [row for _, _, row in listed], chat=chat)
 
 
 def _key(asks: Sequence[RewardFunction], index: int, row: Row) -> str:
-    """The same for the rows of one group."""
+    """A key that is equal for the rows of one group."""
     if not any(one.groupwise for one in asks) or not ("group" in row or row.get("prompt")):
         return json.dumps(index)
     if "group" in row:
@@ -161,7 +161,7 @@ def _columns(asks: Sequence[RewardFunction], row: Row) -> dict[str, Any]:
 
 
 def to_group(group_id: str, rows: list[Row], *, chat: bool = False) -> Group:
-    """Rows of one prompt as a group; columns are those of the first row."""
+    """The rows of one prompt as a group, with the columns of the first row."""
     prompt, first = rows[0].get("prompt", ""), rows[0]["completion"]
     chat = chat or isinstance(prompt, list) or isinstance(first, list)
     text = prompt if isinstance(prompt, str) else ""
@@ -189,7 +189,7 @@ def result(row_id: Any, reward: Reward) -> dict[str, Any]:
 
 
 def summary(rewards: list[Reward], seconds: float) -> str:
-    """What the rewards of many rows come to, in a few lines."""
+    """A report of a few lines on the rewards of many rows."""
     scores = [reward.score for reward in rewards if reward.score is not None]
     counts = Counter(str(reward.reason) for reward in rewards)
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())

@@ -1,7 +1,6 @@
-"""Rewards for length and repetition: token counts, never characters, and every formula is clamped.
+"""Rewards for length and repetition. They count tokens, never characters, and every formula is clamped.
 
-Each is a frozen dataclass, so that wrong options are errors when the reward is loaded, before any completion
-is sampled.
+Each is a frozen dataclass, so that wrong options raise when the reward is loaded, before anything is sampled.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Ids = Sequence[Sequence[int]]
 class SoftOverlong:
     """0 up to max_length - buffer tokens, then linear down to -1 at max_length and beyond (DAPO, eq. 13).
 
-    verl's version goes on falling beyond max_length; this one has the paper's floor. buffer=0 is a step.
+    Beyond max_length it stays at -1 as in the paper; verl's version keeps falling. buffer=0 is a step.
     """
 
     max_length: int
@@ -72,7 +71,7 @@ class Repetition:
 
 @dataclass(frozen=True)
 class Correctness:
-    """Grades with another reward: lengths pay differently for correct (score >= 1) and wrong completions."""
+    """Grades with another reward: length pays differently for correct (score >= 1) and wrong completions."""
 
     accuracy: str = "math"
     accuracy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +86,11 @@ class Correctness:
     def rewards(
         self, prompts: Sequence[Any], completions: Sequence[Any], ids: Ids, columns: Mapping[str, Any]
     ) -> list[Reward]:
-        return grade(self.inner, arguments(self.inner, prompts, completions, ids, columns), len(completions))
+        return grade(
+            self.inner,
+            arguments(self.inner, prompts, completions=completions, completion_ids=ids, columns=columns),
+            len(completions),
+        )
 
 
 def _shaped(verdict: Reward, score: float) -> Reward:
@@ -99,15 +102,16 @@ class CosineLength:
 
     arXiv:2502.03373, appendix C.1.
 
-    Correct: from max_correct for a short completion down to min_correct. Wrong: from min_wrong up to
-    max_wrong, so that a wrong answer costs less the longer it was thought about. Without the clamp the cosine
-    would rise again beyond max_length. Where the accuracy reward abstains, so does this one.
+    A correct completion gets max_correct if it is short, down to min_correct if it is long. A wrong one gets
+        min_wrong up to max_wrong, so that longer thought makes a wrong answer cost less. Without the clamp
+        the cosine would rise again beyond max_length. If the accuracy reward abstains, so does this one.
     """
 
     def __init__(
         self,
         max_length: int,
         min_correct: float = 0.5,
+        *,
         max_correct: float = 1.0,
         min_wrong: float = -1.0,
         max_wrong: float = -0.5,
@@ -145,8 +149,8 @@ class CosineLength:
 class KimiLength:
     """lam = 0.5 - (tokens - min) / (max - min) over the completions of a prompt; wrong ones get min(0, lam).
 
-    Kimi k1.5 (arXiv:2501.12599), section 2.3.3. 0 for all where every completion is equally long. min and max
-    are those of one group: over a whole batch, prompts that need long answers would be punished for it.
+    Kimi k1.5 (arXiv:2501.12599), section 2.3.3. All get 0 if all are equally long. min and max are taken over
+    one group; over a batch they would punish prompts that need long answers.
     """
 
     groupwise = True

@@ -1,4 +1,4 @@
-"""math-verify (Hugging Face) as a reward, to check the grader of this library against."""
+"""Hugging Face's math-verify as a reward, to compare this library's grader with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 3  # whole seconds, by an alarm: a call parses twice and compares on
 class MathVerify:
     """1 if math-verify says that the completion's answer is the gold, or one of a list of golds.
 
-    Golds are read as by `math`: after ####, inside a box, or all of the text.
+    Golds are read as `math` reads them: after ####, inside a box, or the whole text.
 
     Raises:
         ValueError: math-verify is not installed.
@@ -39,7 +39,7 @@ class MathVerify:
         ]
         parsed = [parse(f"\\boxed{{{one}}}", parsing_timeout=TIMEOUT_S) for one in golds]
         if not any(parsed):
-            return Reward(None, Reason.BAD_GOLD, "math-verify reads no gold")
+            return Reward(None, Reason.BAD_GOLD, "math-verify cannot read the gold")
         said = parse(text, parsing_timeout=TIMEOUT_S)
         if not said:
             return Reward(0.0, Reason.NO_ANSWER)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def same_output(actual: str, expected: str, tolerance: float = 0.0) -> bool:
-    """Equal line by line without white space at the ends of lines and text; numbers within `tolerance`."""
+    """Whether lines agree, ignoring white space at the ends of lines and text; numbers within `tolerance`."""
     lines = [[line.rstrip() for line in text.rstrip().splitlines()] for text in (actual, expected)]
     if lines[0] == lines[1]:
         return True
@@ -29,18 +29,18 @@ def _close_texts(actual: str, expected: str, tolerance: float) -> bool:
 
 
 def _close(value: Any, expected: Any, tolerance: float) -> bool:
-    """Within `tolerance`, absolute or relative. An infinity is close to itself only, NaN to nothing."""
+    """Whether numbers agree within `tolerance`, absolute or relative. Infinity equals itself, NaN nothing."""
     if value == expected:
         return True
     try:
         difference, size = abs(value - expected), abs(expected)
         return difference < math.inf and size < math.inf and difference <= tolerance * max(1.0, size)
-    except OverflowError:  # of integers beyond any float
+    except OverflowError:  # integers too large for a float
         return False
 
 
 def same_value(value: Any, expected: Any, tolerance: float) -> bool:
-    """Equality of plain data: sequences by their items, numbers within `tolerance`."""
+    """Whether plain data is equal: sequences item by item, numbers within `tolerance`."""
     if isinstance(expected, list):
         if not isinstance(value, list | tuple) or len(value) != len(expected):
             return False

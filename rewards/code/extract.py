@@ -1,4 +1,4 @@
-"""Finds the one block of code in a completion that is graded."""
+"""Finds the block of code in a completion that is graded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ TAGS: dict[str, tuple[str, ...]] = {
     "cpp": ("cpp", "c++", "cc", "cxx"),
     "javascript": ("javascript", "js", "node"),
 }
-# Possessive, so that a long line that is not a fence costs its length and not the cube of it.
+# Possessive: a long line that is not a fence takes linear, not cubic, time.
 FENCE = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$", re.MULTILINE)
 
 
 def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
-    """The last fenced block in `language`, else the last untagged one, else a text without any fence.
+    """The last fenced block in `language`, else the last untagged block, else a whole text without fences.
 
-    Only what follows the last `</think>` counts. Without a block the reason says why: NO_ANSWER, or
-    TRUNCATED inside `<think>`.
+    Only the text after the last `</think>` counts. Without a block, the reason is NO_ANSWER, or TRUNCATED
+    inside `<think>`.
     """
     text = text.replace("\r\n", "\n").rpartition("</think>")[2]
     if text.lstrip().startswith("<think>"):
@@ -37,7 +37,7 @@ def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
 
 
 def _blocks(text: str) -> list[tuple[str, str]] | None:
-    """(tag, content) of each fenced block; None without one. The next tag or the end closes an open one."""
+    """(tag, content) of each fenced block; None without any. The next tag or the end closes an open block."""
     fences = list(FENCE.finditer(text))
     if not fences:
         return None
@@ -48,7 +48,7 @@ def _blocks(text: str) -> list[tuple[str, str]] | None:
     for fence in fences:
         closes = marker and not fence[2] and fence[1].startswith(marker)
         if marker and not closes and not fence[2]:
-            continue  # a shorter or other fence inside the block
+            continue  # a shorter or different fence inside the block
         if marker:
             blocks.append((tag, text[start : fence.start()]))
         marker, tag, start = ("", "", 0) if closes else (fence[1], fence[2], fence.end() + 1)

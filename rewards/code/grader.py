@@ -2,8 +2,8 @@
 
     grade("def f(a): return a + 1", {"type": "asserts", "entry_point": "f", "code": "assert f(2) == 3"})
 
-The program never shares a process with a test or an expected output. A fault of ours or of the tests
-abstains (score None); whatever the program does, its time and memory included, is its own.
+The program never shares a process with a test or an expected output. A fault of this library or of the tests
+abstains (score None). Whatever the program does counts against it, its time and memory included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rl.types import Reason, Reward
 
 SCRIPT = "rewards.sandbox.script"
 MAX_DETAIL = 300
-LONGEST_START_S = 30.0  # of a sandbox, on a busy machine
+LONGEST_START_S = 30.0  # the start of a sandbox on a busy machine
 ABSTAINING = (Reason.INFRA_ERROR, Reason.BAD_GOLD)
 
 
@@ -41,14 +41,14 @@ def code_reward(
 
 
 def _time_limit_s(options: Mapping[str, Any]) -> float:
-    """What one completion may take with these options of `code_reward`, a compilation included."""
+    """Seconds that one completion may take under these options of `code_reward`, compilation included."""
     limits = CodeOptions(**options)
     return max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S + LONGEST_START_S
 
 
 OPTIONS = inspect.signature(CodeOptions).parameters
 _columns = list(inspect.signature(code_reward).parameters.values())[:3]
-# For `rewards.plugins`, which reads columns and options from a signature.
+# `rewards.plugins` reads columns and options from this signature.
 code_reward.__signature__ = inspect.Signature([*_columns, *OPTIONS.values()])  # pyright: ignore[reportFunctionMemberAccess]
 code_reward.time_limit_s = _time_limit_s  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -75,8 +75,8 @@ def grade(
 ) -> Reward:
     """Runs the code of `completion` against `tests` (see `parse_tests`); never raises for either of them.
 
-    `sandbox`: one that `code_sandbox` made, with the packages that programs may import; default: one shared
-    by this process, started on first use.
+    `sandbox`: made by `code_sandbox`, with the packages that programs may import; by default, one that this
+        process shares and starts on first use.
     """
     options = options or CodeOptions()
     start = time.perf_counter()
@@ -100,8 +100,8 @@ def grade(
 
 
 def _share(passed: Sequence[bool | None], weights: Sequence[float], otherwise: float) -> float:
-    """The share of the counting weights that passed; a test that did not run, after a crash, has failed."""
-    results = list(zip(weights, passed, strict=False))  # after a crash one may be longer than the other
+    """The passed share of the weights that count; a test that a crash kept from running has failed."""
+    results = list(zip(weights, passed, strict=False))  # after a crash their lengths may differ
     total = sum(weights) - sum(weight for weight, ok in results if ok is None)
     return sum(weight for weight, ok in results if ok) / total if total > 0 else otherwise
 
@@ -111,14 +111,14 @@ _lock = threading.Lock()
 
 
 def code_sandbox(**options: Any) -> Sandbox:
-    """A sandbox that can grade; `options` as of `Sandbox`."""
+    """A sandbox that can grade; `options` are those of `Sandbox`."""
     return Sandbox(modules=[SOLUTION], judges=JUDGES, **options)
 
 
 def shared_sandbox(
     options: CodeOptions, *, packages: tuple[str, ...] = (), commands: bool = False
 ) -> Sandbox:
-    """The sandbox of this process for these options; started once, closed at exit. Raises SandboxError."""
+    """The sandbox of this process for these options, started once and closed at exit. Raises SandboxError."""
     key = (os.getpid(), options.memory_mib, options.output_mib, packages, commands)
     with _lock:
         if key not in _sandboxes:
@@ -171,7 +171,7 @@ def _judge_other(code: str, language: str, tests: CodeTests, options: CodeOption
 
 
 def _continues_prompt(code: str, tests: CodeTests) -> bool:
-    """Whether the prompt begins the function that the tests call, and the completion does not define it."""
+    """Whether the prompt starts the function that the tests call and the completion does not define it."""
     name = re.escape(re.split(r"\W", tests.entry_point, maxsplit=1)[0])
     begun = rf"^(?:(?:async\s+)?def|class)\s+{name}\b"
     if tests.kind == STDIO or not name or not re.search(begun, tests.prompt, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Runs a program against its tests and says what became of it."""
+"""Runs a program against its tests and returns a verdict."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class CodeOptions:
         total_timeout_s: for all stdin/stdout cases of one completion.
         memory_mib: address space beyond the interpreter's own.
         output_mib: each of stdout and stderr.
-        float_tolerance: absolute or relative, for numbers in outputs of type stdio and calls. An infinity
-            is close to itself only, NaN to nothing.
-        language: of completions whose tests name none.
-        packages: third-party packages that programs may import where they are installed.
+        float_tolerance: absolute or relative, for numbers in outputs of types stdio and calls. An infinity
+            equals only itself, NaN nothing.
+        language: language of completions whose tests name none.
+        packages: third-party packages that programs may import if they are installed.
     """
 
     scoring: Literal["all", "fraction"] = "all"
@@ -63,8 +63,8 @@ class CodeOptions:
 
 @dataclass(slots=True)
 class Verdict:
-    """`passed`: one entry per test where tests were counted, else empty; None: the tests left it out.
-    `complete`: False where a crash ended tests early, and stands among them as one more.
+    """`passed`: one entry per test if tests were counted, else empty; None marks a test that was left out.
+    `complete`: False if a crash ended the tests early; the crash then counts as one more test.
     """
 
     reason: Reason
@@ -76,7 +76,7 @@ class Verdict:
 def judge_outputs(
     program: Callable[[bytes], Program | Command], tests: CodeTests, options: CodeOptions, sandbox: Sandbox
 ) -> Verdict:
-    """Runs `program` on each case's input and compares what it prints, up to a failure if all must pass."""
+    """Runs `program` on each case's input and compares its output; stops at a failure if all must pass."""
     limits, total_timeout_s = options.limits(), options.total_timeout_s
     deadline = time.monotonic() + total_timeout_s
     passed: list[bool] = []
@@ -107,11 +107,11 @@ def _compared(result: RunResult, expected: str, tolerance: float) -> Verdict:
 
 
 def judge_calls(code: str, tests: CodeTests, options: CodeOptions, sandbox: Sandbox) -> Verdict:
-    """Lets the tester run asserts or calls against `code`, each in a process of its own."""
-    # A completion that repeats the prompt needs it no second time.
+    """Runs asserts or calls against `code`; tester and solution each have a process of their own."""
+    # A completion that repeats the prompt does not need it again.
     prompt = "" if tests.prompt.strip() and tests.prompt.strip() in code else tests.prompt
     own = re.split(r"\W", tests.entry_point, maxsplit=1)[:1]
-    # LeetCode's tests name a class: such solutions rely on what its judge has imported.
+    # LeetCode's tests name a class; such solutions rely on the imports of its judge.
     is_class = own[0][:1].isupper() or (not own[0] and "Solution()." in tests.code)
     solution = {"code": code, "prompt": prompt, "own": own, "leetcode": is_class}
     given = {"code": tests.code, "prompt": tests.prompt, "entry_point": tests.entry_point}
@@ -152,7 +152,7 @@ def _verdict(record: Mapping[str, Any], solution: RunResult) -> Verdict:
 
 
 def fault_of(result: RunResult) -> Verdict | None:
-    """Why a program did not end well; None if it did."""
+    """Why a program failed; None if it ended well."""
     if result.timed_out:
         return Verdict(Reason.TIMEOUT, f"still running after {result.cpu_s:.2f} s of CPU time")
     if result.truncated:

@@ -1,4 +1,4 @@
-"""Languages beyond Python, by command template. Their programs are graded by their output."""
+"""Languages other than Python, as command templates. Their programs are graded by their output."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rewards.sandbox.sandbox import Command, Limits, RunResult, Sandbox, Sandbox
 
 PREFIX = "cohort-code-"
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
-FIRST_OWN_UID = 1_879_048_192  # of sandboxes that root starts, as in `rewards.sandbox.zygote`
+FIRST_OWN_UID = 1_879_048_192  # user ids of sandboxes that root starts, as in `rewards.sandbox.zygote`
 COMPILE_TIMEOUT_S = 30.0
 COMPILE_MEMORY_MIB = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """How a program is built and run, by commands of words in which {source}, {folder}, {memory_mib} stand.
+    """How a program is built and run: lists of words in which {source}, {folder}, {memory_mib} are filled in.
 
     Attributes:
         file: the name of the source file.
         compile: the compiler's command, or empty.
         run: the program's command.
-        address_space: False where the runtime reserves far more addresses than it uses memory; then the
+        address_space: False if the runtime reserves far more address space than it uses memory; then the
             memory limit counts data only.
     """
 
@@ -49,10 +49,10 @@ LANGUAGES: dict[str, Language] = {
 
 @contextlib.contextmanager
 def prepared(code: str, language: str, limits: Limits, sandbox: Sandbox) -> Iterator[Command | RunResult]:
-    """The command that runs `code`, compiled, or what a failing compiler said. The folder goes at the end.
+    """The command that runs compiled `code`, or a failed compilation's result. Its folder goes at the end.
 
     Raises:
-        SandboxError: no compiler or interpreter of the language here.
+        SandboxError: the compiler or interpreter of the language is not installed.
     """
     template = LANGUAGES[language]
     sweep_folders(tempfile.gettempdir())
@@ -76,10 +76,10 @@ def prepared(code: str, language: str, limits: Limits, sandbox: Sandbox) -> Iter
 
 
 def _locked_folder() -> tuple[str, int]:
-    """A new folder, and a descriptor whose lock ends with this process, even by kill -9."""
+    """A new folder, and a descriptor whose lock is released when this process ends, even by kill -9."""
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX)
-        with contextlib.suppress(OSError):  # swept before it was locked
+        with contextlib.suppress(OSError):  # another process swept it before it was locked
             descriptor = os.open(folder, FOLDER)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if _is_at(descriptor, folder):
@@ -89,8 +89,8 @@ def _locked_folder() -> tuple[str, int]:
 
 @functools.cache
 def sweep_folders(parent: str) -> None:
-    """Removes what processes left that were killed: our user's folders, or those that root gave to a
-    sandbox, which no living process has locked. Follows no link. Once in a process.
+    """Removes the folders of killed processes, once per process: those of our user, or those that root gave
+    to a sandbox, that no living process has locked. Follows no links.
     """
     for folder in Path(parent).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
@@ -113,5 +113,5 @@ def _filled(template: str, fields: dict[str, str]) -> tuple[str, ...]:
     program, *arguments = (word.format_map(fields) for word in template.split())
     found = program if os.path.isabs(program) else shutil.which(program)
     if found is None:
-        raise SandboxError(f"{program} is not installed here; install it, or leave such prompts out")
+        raise SandboxError(f"{program} is not installed here; install it, or drop prompts that need it")
     return (os.path.realpath(found), *arguments)

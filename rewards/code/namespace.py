@@ -1,4 +1,4 @@
-"""The global names that tests see: their own, Python's, the prompt's, the library's, and the solution's."""
+"""The global names that tests see: from the tests, Python, the prompt, the library and the solution."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rewards.code.objects import Remote
 from rewards.code.remote import Link, Misuse
 
 MODULE = "tests"
-# What tests leave to the imports of the solution they were written beside. It is taken from the library, as a
-# `math` or an `isclose` of the solution's own would judge itself.
+# Names that tests expect the original solution to have imported. They come from the library, because a `math`
+# or `isclose` of the graded solution would judge itself.
 ALIASES = {"np": "numpy", "pd": "pandas"}
 FROM_LIBRARY = {
     "collections": "ChainMap Counter OrderedDict defaultdict deque namedtuple",
@@ -31,10 +31,10 @@ LIBRARY_OF = {name: module for module, names in FROM_LIBRARY.items() for name in
 
 
 class Namespace(dict[str, Any]):
-    """Globals of the tests. A name that neither they nor Python define is looked up in the prompt, if that
-    is code (HumanEval's tests use its helpers), in the standard library, and then in the solution (MBPP's
-    tests use its classes; a completion of HumanEval repeats the helpers of its prompt). A name that judges,
-    such as `check_equal`, is not the solution's to define.
+    """Globals of the tests. A name that neither the tests nor Python define is looked up in this order: the
+    prompt, if it is code (HumanEval's tests use its helpers); the standard library; the solution (MBPP's
+    tests use its classes, a HumanEval completion repeats the prompt's helpers). The solution must not
+    define a name that judges, such as `check_equal`.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Namespace(dict[str, Any]):
             except ImportError:
                 raise KeyError(name) from None
         if self._entry_point and JUDGES.search(name):
-            raise Misuse(f"the tests use {name!r}, which neither they, the prompt nor the library define")
+            raise Misuse(f"the tests use {name!r}, which is defined nowhere in tests, prompt or library")
         return self._link.look_up(name)
 
     def install_modules(self) -> None:
-        """Makes `import solution` lead to the other process; the module of the tests' classes stays empty."""
+        """Makes `import solution` reach the other process; the module of the tests' classes stays empty."""
         solution = types.ModuleType("solution")
         solution.__dict__["__getattr__"] = self._link.look_up_attribute
         if self._entry_point.isidentifier():

@@ -1,9 +1,9 @@
 """The solution's objects as the tests see them.
 
-Whose word counts: a comparison of two objects of the solution is asked of the solution. One with a value of
-the tests is judged here, on the plain value underneath the object, if it has one: an operand of the tests
-could be an expected value. So nothing is subtracted from one of the other; other arithmetic with a number of
-the tests may only give an object, whose size and value are asked no more; and `in` goes by the items that an
+The solution decides comparisons between two of its own objects. A comparison with a value of the tests is
+decided here, because that may be an expected value. It uses the plain value underneath the object, if there
+is one. For the same reason the two are never subtracted from each other. Other arithmetic with a number of
+the tests may only give an object, and its size and value are not asked for. `in` goes by the items that an
 object yields, if it yields any.
 """
 
@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# Asked as they are: what they get is not an expected value, and what they give is a value like any other.
+# Passed on as they are: their arguments are not expected values, and their results are ordinary values.
 ASKED = """call getitem setitem delitem setattr delattr len bool str repr format hash enter reversed
     abs neg pos invert round trunc floor ceil int float complex index copy subclasscheck""".split()  # noqa: SIM905
 COMPARED = "eq lt le gt ge".split()  # noqa: SIM905
@@ -99,7 +99,7 @@ class Remote:
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The built-in class that the object's class derives from, for `isinstance`."""
+        """The built-in base class of the object's class, for `isinstance`."""
         if self._kind is None:
             object.__setattr__(self, "_kind", KINDS.get(str(self._link.ask("kind", self._number))) or Remote)
         return self._kind
@@ -121,7 +121,7 @@ class Remote:
         return self._link.ask("contains", self._number, (value,)) is True
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        self._link.ask("exit", self._number, (error,))  # which suppresses no failure of the tests
+        self._link.ask("exit", self._number, (error,))  # it cannot suppress a failure of the tests
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self._link.ask("deepcopy", self._number)

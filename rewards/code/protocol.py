@@ -1,12 +1,12 @@
-"""How tester and solution talk: length-prefixed JSON frames of plain values; no type could run code.
+"""The protocol between tester and solution: length-prefixed JSON frames of plain values that cannot run code.
 
-Both ends speak it, and neither trusts the other: a frame is capped, decoding makes only built-in values,
-`Remote` handles of objects that stay in the solution, and objects of classes that the decoding side itself
-defines. A value whose class overrides `__eq__`, `__repr__` or arithmetic arrives as the plain value
+Neither end trusts the other. Frames have a maximal size. Decoding makes only built-in values, `Remote`
+handles of objects that stay in the solution, and objects of classes that the decoding side itself defines. A
+value whose class overrides `__eq__`, `__repr__` or arithmetic arrives as the plain value
 underneath, or as a handle that equals nothing else.
 
-A value is a JSON scalar (None, bool, int, float, str) or `[tag, ...]`; objects of shared classes stand in a
-table beside it, so that linked lists and trees of any depth, and cycles, are flat.
+A value is a JSON scalar (None, bool, int, float, str) or `[tag, ...]`; objects of shared classes go into a
+table beside it, so that linked lists, deep trees and cycles become flat.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ loads = json.JSONDecoder(object_pairs_hook=_no_mapping).decode
 
 
 class BadValue(Exception):
-    """The other side sent what the protocol does not allow, or a value cannot cross."""
+    """The other side broke the protocol, or a value cannot cross."""
 
 
 class NoPlainForm(BadValue):
-    """A value of a type that the protocol does not know."""
+    """A value has a type that the protocol does not know."""
 
 
 class Closed(Exception):
@@ -62,7 +62,7 @@ class Channel:
         self._write_end = write_end
 
     def send(self, message: Any) -> None:
-        """Raises BadValue above the cap, Closed if nobody reads."""
+        """Sends one frame. Raises BadValue above the cap, Closed if nobody reads."""
         body = dumps(message).encode("ascii")
         if len(body) > MAX_FRAME_BYTES:
             raise BadValue(f"a value of {len(body)} bytes is above the cap of {MAX_FRAME_BYTES}")
@@ -75,7 +75,7 @@ class Channel:
             raise Closed(str(error)) from None
 
     def receive(self) -> Any:
-        """Raises Closed at the end of the stream, BadValue for anything but one capped frame of JSON."""
+        """Receives one frame. Raises Closed at the end of the stream, BadValue if it is not a JSON frame."""
         data = self._read(1 << 16)
         while len(data) < HEADER_BYTES:
             data += self._read(1 << 16)
@@ -107,7 +107,7 @@ class Encoder:
 
     Args:
         refer: names an object that cannot cross, as `[tag, id]`; raises BadValue to refuse it.
-        shared: tells whether objects of a class cross by their attributes.
+        shared: whether objects of a class cross by their attributes.
     """
 
     def __init__(self, refer: Callable[[Any], list[Any]], shared: Callable[[type], bool]) -> None:
@@ -140,7 +140,7 @@ class Encoder:
         return self.encode_plain(value, depth)
 
     def encode_plain(self, value: Any, depth: int = 0) -> Any:
-        """An object of a subclass as the plain value underneath; any other by reference."""
+        """Encodes an object of a subclass as the plain value underneath, any other object by reference."""
         fields = getattr(type(value), "_fields", ())
         for base, plain in _BY_BASE.items():
             if issubclass(type(value), base):
@@ -170,7 +170,7 @@ class Encoder:
         return ["object", known]
 
     def _fill(self, index: int) -> None:
-        """Works through the table, which grows on the way: no recursion along chains."""
+        """Fills the table, which grows meanwhile; so chains of objects need no recursion."""
         self._filling = True
         while index < len(self._alive):
             self.objects[index][1] = self._pairs(parts_of(self._alive[index]), 0)
@@ -179,7 +179,7 @@ class Encoder:
 
 
 def parts_of(value: Any) -> dict[str, Any]:
-    """Instance attributes, those in `__slots__` included."""
+    """Instance attributes, including those in `__slots__`."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -190,14 +190,14 @@ def parts_of(value: Any) -> dict[str, Any]:
 
 
 def _has_members(kind: type) -> bool:
-    """Whether a class of the solution defines names of use that are not the fields of a named tuple."""
+    """Whether a class of the solution defines usable names beyond the fields of a named tuple."""
     fields = getattr(kind, "_fields", ())
     names = {name for base in kind.__mro__ if base.__module__ == "solution" for name in vars(base)}
     return any(name in OF_USE or not name.startswith("_") for name in names.difference(fields))
 
 
 def names_of(kind: type) -> list[str]:
-    """The names of an exception class and its bases but `object`; those of the library with their module."""
+    """The names of an exception class and its bases except `object`; library classes include their module."""
     modules = [base.__module__.replace("builtins", "") for base in kind.__mro__[:-1]]
     found = [module if module.partition(".")[0] in sys.stdlib_module_names else "" for module in modules]
     return [f"{place}.{base.__name__}".lstrip(".") for place, base in zip(found, kind.__mro__, strict=False)]
@@ -213,7 +213,7 @@ def _forms(kinds: Iterable[type], split: Any, make: Callable[..., Any], *of: typ
     return {kind.__name__: (kind, split, functools.partial(make, kind), of) for kind in kinds}
 
 
-# tag: class, its parts, what they make again, and the types that they must have, where any will not do.
+# tag: class, its parts, how to rebuild it from them, and their required types if not all are allowed.
 FORMS: dict[str, tuple[type, Callable[[Any], Any], Callable[[list[Any]], Any], tuple[type, ...]]] = {
     **_forms((set, frozenset, collections.deque), list, lambda k, p: k(p)),
     **_forms((bytes, bytearray), lambda v: [v.hex()], lambda k, p: k.fromhex(*p), str),
@@ -249,7 +249,7 @@ class Decoder:
     """Turns frames' contents into values, strictly.
 
     Args:
-        resolve: makes what a `[tag, id]` of the other side's `refer` stands for; raises KeyError for an
+        resolve: makes the object that a `[tag, id]` of the other side's `refer` names; raises KeyError for an
             unknown tag.
         classes: name -> class whose objects may be made, without calling it.
     """
@@ -260,7 +260,7 @@ class Decoder:
         self._objects: list[Any] = []
 
     def decode_message(self, values: list[Any], objects: list[Any]) -> list[Any]:
-        """The decoded `values`. Raises BadValue for whatever an `Encoder` would not have sent."""
+        """The decoded `values`. Raises BadValue for anything that an `Encoder` would not send."""
         try:
             self._objects = [self._new(entry[0]) for entry in objects]
             for made, (_, attributes) in zip(self._objects, objects, strict=True):
@@ -314,7 +314,7 @@ def _formed(coder: Decoder, value: list[Any]) -> Any:
 
 
 def _named_tuple(coder: Decoder, value: list[Any]) -> Any:
-    """An object of this side's class of that name and fields, or of one made for it."""
+    """An object of this side's class with that name and fields, or of a class made for it."""
     _, items, name, *fields = value
     kind: Any = coder._classes.get(name)
     if getattr(kind, "_fields", None) != tuple(fields):

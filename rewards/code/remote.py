@@ -1,4 +1,4 @@
-"""Asks the solution, which lives in another process, and proxies its objects (`Remote`)."""
+"""Sends questions to the solution in its process, and proxies its objects (`Remote`)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 from rewards.code.objects import KINDS, Remote
 from rewards.code.protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
-# They would end a loop of the tests as if it had finished, or the tests; so they arrive as RuntimeError.
+# These could end a loop of the tests early, or the tests themselves; so they arrive as RuntimeError.
 CONTROL_FLOW = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 SEED = random.seed
 OWN = "_is_of_the_solution"  # an attribute of exceptions
-TALK = ("input", "print")  # functions whose replacement by the tests holds for the solution, too
+TALK = ("input", "print")  # if the tests replace these, the solution uses the replacements
 
 
 class SolutionFault(BaseException):
-    """The solution is gone or broke the protocol. No Exception: tests that expect one must not catch it."""
+    """The solution ended or broke the protocol. It is not an Exception, so that tests cannot catch it."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
@@ -33,7 +33,7 @@ class SolutionFault(BaseException):
 
 
 class Misuse(Exception):
-    """The tests pass something that cannot cross to the solution, whatever the solution does."""
+    """The tests pass something that can never cross to a solution."""
 
 
 class Link:
@@ -58,11 +58,11 @@ class Link:
         self._world = self._around()
 
     def ask(self, operation: str, target: int | str, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Does `operation` on an object of the solution; updates the arguments that it changed in place.
+        """Performs `operation` on an object of the solution and updates arguments that it changed in place.
 
         Raises:
-            SolutionFault: no usable answer.
-            Exception: what the solution raised, as the built-in class of the same name.
+            SolutionFault: the solution gave no usable answer.
+            Exception: the solution raised, as the built-in class of the same name.
         """
         if self.fault is not None:
             raise self.fault
@@ -88,16 +88,16 @@ class Link:
         raise self.fault
 
     def seed(self, *args: Any, **kwargs: Any) -> None:
-        """`random.seed` for the tests and, before its next answer, for the solution."""
+        """Calls `random.seed` for the tests and, before its next answer, for the solution."""
         SEED(*args, **kwargs)
         self._is_seeded = True
 
     def _around(self) -> list[Any]:
-        """What tests replace in order to see what a function reads and prints."""
+        """The replacements by which tests control what a function reads and see what it prints."""
         return [sys.stdin, sys.stdout, sys.stderr, builtins.input, builtins.print]
 
     def _ask_around(self, operation: str, target: int | str, args: Any, kwargs: Any) -> Any:
-        """`_ask` while the solution reads the tests' stdin, and what it prints goes to their stdout."""
+        """`_ask`, while the solution reads the tests' stdin and prints to their stdout."""
         pairs = zip(self._around(), self._world, strict=True)
         stdin, *_, read, write = (now if now is not before else None for now, before in pairs)
         text = stdin.read() if stdin is not None else None
@@ -117,7 +117,7 @@ class Link:
             arguments = [encoder.encode(value) for value in args]
             keywords = [encoder.encode(part) for pair in kwargs.items() for part in pair]
         except NoPlainForm as error:
-            # What is not named by the tests is the solution's choice, and so is what fits its type.
+            # The solution chooses what the tests do not name, and values that fit its type.
             blamed = Misuse if type(target) is str or target in self._named else TypeError
             raise blamed(f"an argument of the tests cannot cross: {error}") from None
         except BadValue as error:
@@ -138,7 +138,7 @@ class Link:
             raise SolutionFault("missing", f"the solution does not define {target}")
         if kind == "fatal" and len(reply) == 3:
             raise SolutionFault("fatal", f"{_first_name(reply[1])}: {reply[2]}")
-        raise SolutionFault("bad_value", str(reply[1])[:200] if kind == "bad" else "an answer that is none")
+        raise SolutionFault("bad_value", str(reply[1])[:200] if kind == "bad" else "a malformed answer")
 
     def _accept(self, reply: list[Any], args: tuple[Any, ...]) -> Any:
         _, value, changed, objects = reply
@@ -172,7 +172,7 @@ class Link:
         return error
 
     def _exception_class(self, names: list[str]) -> type[Exception]:
-        """What stands here for an exception class of the solution: its name, then those of its bases."""
+        """The local class for an exception class of the solution, given its name and those of its bases."""
         module, _, name = names[0].rpartition(".") if names else ("", "", "RuntimeError")
         is_library = module.partition(".")[0] in sys.stdlib_module_names
         found = getattr(sys.modules.get(module) if is_library else builtins, name, None)
@@ -195,7 +195,7 @@ class Link:
             return ["raise", [type(error).__name__, str(error)[:2000]], []]
 
     def look_up(self, name: str) -> Any:
-        """A global of the solution, by name; KeyError if it has none."""
+        """A global of the solution by name; KeyError if there is none."""
         try:
             found = self.ask("get", name)
             if type(found) is Remote:
@@ -214,7 +214,7 @@ class Link:
             raise AttributeError(name) from None
 
     def share(self, name: str, kind: type) -> None:
-        """Lets objects of a class of the tests cross by their attributes, both ways."""
+        """Lets objects of a class of the tests cross by their attributes, in both directions."""
         self._classes[name] = kind
         self._unannounced.append(name)
 
@@ -222,8 +222,8 @@ class Link:
         return self._classes.get(kind.__name__) is kind
 
     def _refer(self, value: Any) -> list[Any]:
-        """What stands for a value without a plain form. All that the solution can have had a hand in has
-        one: its exceptions, coroutines and classes, and what Python makes of plain values.
+        """A reference to a value without a plain form. Values that the solution can influence always have
+        one: its exceptions, coroutines and classes, and whatever Python makes from plain values.
         """
         kind = type(value)
         if kind is Remote:
@@ -271,7 +271,7 @@ class Link:
 
 
 def _update(original: Any, update: Any) -> None:
-    """Makes a mutable argument look as the solution left it."""
+    """Gives a mutable argument the contents that the solution left in it."""
     for kind in (list, bytearray):
         if isinstance(original, kind) and isinstance(update, kind):
             original[:] = update  # pyright: ignore[reportIndexIssue]

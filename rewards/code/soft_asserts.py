@@ -10,13 +10,13 @@ PASSED, FAILED, ERROR = "__assert_holds__", "__assert_failed__", "__assert_error
 
 
 class Sites:
-    """Every assert of the tests, in source order: how often it ran, whether it always held."""
+    """Every assert of the tests, in source order: how often it ran and whether it always held."""
 
     def __init__(self) -> None:
         self.held: list[bool | None] = []  # None: not reached
         self.optional: list[bool] = []  # under an `if`, so that not reaching it is not a failure
-        self.holders: set[str] = set()  # functions with asserts among these
-        self.num_crashes = 0  # of test functions, outside of their asserts
+        self.holders: set[str] = set()  # functions that hold some of these asserts
+        self.num_crashes = 0  # crashes of test functions outside their asserts
         self.first_failure = ""
 
     def add(self, optional: bool) -> int:
@@ -25,7 +25,7 @@ class Sites:
         return len(self.held) - 1
 
     def names(self) -> dict[str, Any]:
-        """What the rewritten tests call."""
+        """The names that the rewritten tests call."""
         return {PASSED: self._holds, FAILED: self._failed}
 
     def _holds(self, site: int, value: Any) -> None:
@@ -41,7 +41,7 @@ class Sites:
         self.first_failure = self.first_failure or f"{what}: {type(error).__name__}: {error}"
 
     def attempt(self, name: str, run: Callable[[], Any]) -> None:
-        """Runs a test function. It is a test by itself if none of its asserts is, or if it raises."""
+        """Runs a test function. It counts as one test if none of its asserts does, or if it raises."""
         try:
             run()
         except Exception as error:
@@ -55,7 +55,7 @@ class Sites:
             self.held[self.add(False)] = True
 
     def results(self, aborted: bool) -> list[bool | None]:
-        """One per test, then a failure per crash. Not reached: failed; None under an `if` of a whole run."""
+        """One per test, then a failure per crash. Unreached: failed; None under an `if` of a whole run."""
         sites = zip(self.held, self.optional, strict=True)
         held = [None if h is None and optional and not aborted else h is True for h, optional in sites]
         return [*held, *[False] * (self.num_crashes + aborted)]

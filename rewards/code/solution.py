@@ -1,8 +1,8 @@
-"""Serves an untrusted solution to the tester, in the sandbox: runs its source as a module, answers calls.
+"""Serves an untrusted solution to the tester in the sandbox: runs its source as a module and answers calls.
 
-Nothing here is trusted: the solution shares this process and may answer in our place. It learns one call's
-arguments at a time and never an expected value, so all that it can forge is a return value. (Only tests that
-write `5 in made` or `made + 5`, with an object of its own, tell it more; see `rewards.code.objects`.)
+Nothing here is trusted: the solution shares this process and may answer for it. It sees the arguments of one
+call at a time and never an expected value, so it can forge return values only. (Only tests that write `5 in
+made` or `made + 5`, with an object of the solution, reveal more; see `rewards.code.objects`.)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MUTABLE = "list dict set bytearray deque Counter OrderedDict object StringIO Byt
 
 
 def _claimed(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
-    """A comparison of the solution's that counts only if it fails for a twin whose attributes are others."""
+    """A comparison by the solution that counts only if it fails for a twin with other attributes."""
 
     def answer(one: Any, other: Any) -> bool:
         holds = bool(compare(one, other))
@@ -53,7 +53,7 @@ def _claimed(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
             return holds
         try:
             hollow = object.__new__(type(one))
-        except TypeError:  # of a number, say: what the built-in class says
+        except TypeError:  # for a number, say: the built-in class decides
             base = next(kind for kind in type(one).__mro__ if not kind.__flags__ & HEAP_TYPE)
             return getattr(base, f"__{compare.__name__}__")(one, other) is True
         try:
@@ -90,7 +90,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def operation(name: str) -> Callable[..., Any]:
-    """What the tester's word for an operation stands for; `radd` is `add` with its operands swapped."""
+    """The function for the tester's name of an operation; `radd` is `add` with swapped operands."""
     for place in (operator, builtins, math):
         if name in OPERATIONS or hasattr(place, name):
             return OPERATIONS.get(name) or getattr(place, name)
@@ -111,14 +111,14 @@ def main(source: bytes) -> int:
 
 
 class _Sink:
-    """A channel that encodes and forgets."""
+    """A channel that encodes messages and drops them."""
 
     def send(self, message: Any) -> None:
         dumps(message)
 
 
 def warm_up() -> None:
-    """Serves a solution of ours in this process, so that its forks are warm."""
+    """Serves a trivial solution in this process, so that its forks start warm."""
     given = {"code": "def f(a, b):\n    return list(a)\n", "prompt": "", "own": ["f"], "leetcode": False}
     for _ in range(WARM_ROUNDS):
         server = Server(cast(Channel, _Sink()))
@@ -140,7 +140,7 @@ class Server:
         self.fatal: list[Any] = []
 
     def load(self, given: dict[str, Any]) -> None:
-        """Runs the source. What it raises becomes the answer to the first call."""
+        """Runs the source. An exception becomes the answer to the first call."""
         names = self.module.__dict__
         if given["leetcode"]:
             exec(LEETCODE_PRELUDE, names)
@@ -177,7 +177,13 @@ class Server:
                 found = self.handles[target] if type(target) is int else self._find(target)
                 result = operation(name)(found, *args, **kwargs)
             given = [*args, *kwargs.values()]
-            reply = self._reply(result, [*arguments, *keywords[1::2]], given, bool(objects), name == "plain")
+            reply = self._reply(
+                result,
+                [*arguments, *keywords[1::2]],
+                args=given,
+                with_objects=bool(objects),
+                as_plain=name == "plain",
+            )
         except _Missing as missing:
             reply = ["missing", str(missing)]
         except BaseException as error:
@@ -188,14 +194,14 @@ class Server:
             self.channel.send(["bad", str(error)])
 
     def _reply(
-        self, result: Any, sent: list[Any], args: list[Any], with_objects: bool, as_plain: bool
+        self, result: Any, sent: list[Any], *, args: list[Any], with_objects: bool, as_plain: bool
     ) -> list[Any]:
         encoder = Encoder(self._refer, self._is_shared)
         try:
             if type(result) is CoroutineType:
                 import asyncio
 
-                value = ["awaitable", encoder.encode(asyncio.run(result))]  # carried out here, awaited there
+                value = ["awaitable", encoder.encode(asyncio.run(result))]  # run here, awaited by the tests
             else:
                 value = encoder.encode_plain(result) if as_plain else encoder.encode(result)
             changed = []
@@ -268,7 +274,7 @@ class Server:
         return self._exception_class(names[1:])
 
     def _call_back(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls a function that the tester passed as an argument, and answers what it asks meanwhile."""
+        """Calls a function that the tester passed as an argument, and answers its questions meanwhile."""
         encoder = Encoder(self._refer, self._is_shared)
         self.channel.send(["callback", number, encoder.encode((args, kwargs)), encoder.objects])
         while len(reply := self.channel.receive()) > 3:
@@ -288,7 +294,7 @@ class Server:
         builtins.input, builtins.print = read or builtins.input, write or builtins.print
 
     def _restore(self) -> list[Any]:
-        """The rest of the text, and what was printed."""
+        """The unread rest of stdin, and what was printed to stdout and stderr."""
         rest = cast(Any, sys.stdin).read() if sys.stdin is not self.usual[0] else None
         printed = [cast(Any, stream).getvalue() for stream in (sys.stdout, sys.stderr)]
         sys.stdin, sys.stdout, sys.stderr, builtins.input, builtins.print = self.usual
@@ -298,7 +304,7 @@ class Server:
         return self.module.__dict__.get(name)
 
     def __getitem__(self, name: str) -> type:
-        """The solution's class of that name; if it has none, a plain one, now shared with the tester."""
+        """The solution's class of that name, or else a plain new one, which is now shared with the tester."""
         found = self.get(name)
         if not isinstance(found, type):
             found = self.module.__dict__[name] = type(name, (), {"__module__": "solution"})

@@ -1,5 +1,4 @@
-"""Runs the tests of a dataset against a solution in another process. Runs inside the sandbox, in a process
-of its own.
+"""Runs the tests of a dataset against a solution in another process; this process is in the sandbox, too.
 
 The tests see the solution through proxies (`rewards.code.remote`); every comparison happens here, between
 values that the protocol has rebuilt from plain data. The verdict goes to descriptor 5, which the solution
@@ -29,7 +28,7 @@ from rewards.code.soft_asserts import Sites, soften
 
 VERDICT = 5
 MAX_DETAIL = 500
-# What may outlast a script of tests: attributes that it sets, except for its own `self`, and settings of the
+# What may outlast a script of tests: attributes that it sets, except on its own `self`, and settings of the
 # interpreter and the library.
 LEAVES_TRACES = re.compile(
     r"(?<!\bself)\.\w+(?:\[[^\]\n]*\])?\s*(?:[-+*/%|&^@]|//|\*\*|<<|>>)?=(?!=)|\bdel\s+\w+\.|__dict__"
@@ -37,7 +36,7 @@ LEAVES_TRACES = re.compile(
     r"|signal|chdir|locale|reload|threading|atexit|vars|globals)\b|\bsys\.(?:set|modules|path)|\bgc\."
 )
 
-# What tests look at or replace in their own process only: where such tests fail, that may be the reason.
+# Tests read or replace these in their own process only, which may be why such tests fail.
 NOT_SHARED = re.compile(
     r"\bpatch(?:\.object)?\((?!\s*(?:['\"](?:builtins\.(?:input|print)|sys\.std\w+)['\"]|builtins,|sys,))"
     r"|\bpatch\.dict|(?m:^\s*\w+ *= *(?:mock\.)?(?:Magic|Async)?Mock\()|\bmonkeypatch\b"
@@ -62,9 +61,9 @@ def main(source: bytes) -> int:
         verdict = {"outcome": "test_error", "detail": "recursion without end in the tests"}
     finally:
         random.seed = SEED
-    if link.fault is not None:  # also where the tests caught it
+    if link.fault is not None:  # even if the tests caught it
         verdict = {**verdict, "outcome": link.fault.kind, "detail": link.fault.detail}
-    # Whole, whatever the solution said: a verdict that the cap of the output cuts would be no JSON.
+    # Bounded, whatever the solution said: a verdict cut by the output cap would not be JSON.
     verdict["detail"] = verdict["detail"][:MAX_DETAIL]
     _write({**verdict, "num_calls": link.num_calls})
     return int(any(LEAVES_TRACES.search(given[name] or "") for name in ("code", "prompt")))
@@ -75,7 +74,7 @@ def _write(record: dict[str, Any]) -> None:
 
 
 def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
-    """LeetCode-style data: each case calls the entry point. Tuples equal lists, as JSON has no tuples."""
+    """LeetCode-style data: each case calls the entry point. Tuples equal lists: JSON has no tuples."""
     call: Any = Remote(link, given["entry_point"])
     passed: list[bool] = []
     detail = ""
@@ -142,7 +141,7 @@ def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
 
 
 def _run_prompt(prompt: str, entry_point: str, namespace: Namespace) -> None:
-    """Defines what the prompt defines, if it is code, except for its stub of the solution."""
+    """Runs the prompt, if it is code, without its stub of the solution."""
     try:
         tree = _without(ast.parse(prompt, "<prompt>"), entry_point)
         exec(compile(tree, "<prompt>", "exec", dont_inherit=True), namespace)
@@ -151,14 +150,14 @@ def _run_prompt(prompt: str, entry_point: str, namespace: Namespace) -> None:
 
 
 def _without(tree: ast.Module, name: str) -> ast.Module:
-    """The module without its own definition of `name`: tests are to test the solution's."""
+    """The module without its own definition of `name`, so that the solution's is tested."""
     tree.body = [node for node in tree.body if getattr(node, "name", None) != name]
     return tree
 
 
 def _has_more_than_a_script(source: str, entry_point: str) -> bool:
-    """Whether running `source` from top to bottom may not be all: it holds a test function that it does not
-    call, a class, or a stub of the solution. (A tree costs three times what compiling costs.)
+    """Whether `source` may need more than a run from top to bottom: it holds an uncalled test function, a
+    class, or a stub of the solution. (Parsing a tree takes three times as long as compiling.)
     """
     lines = "\n" + source
     uncalled_check = "\ndef check(" in lines and "\ncheck(" not in lines
@@ -167,7 +166,7 @@ def _has_more_than_a_script(source: str, entry_point: str) -> bool:
 
 
 def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What a test runner would run: `check(candidate)` and `test*` functions if uncalled, unittest cases."""
+    """(name, call) of each test for a runner: uncalled `check(candidate)` and `test*`, unittest cases."""
     script = (node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef))
     calls = (node for part in script for node in ast.walk(part) if isinstance(node, ast.Call))
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}

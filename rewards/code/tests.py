@@ -22,7 +22,7 @@ class CodeTests:
         prompt: the problem's own code, if it is code: imports, classes and helpers that tests and solution
             may use.
         weights: one per test, or empty for equal ones.
-        language: of the solution.
+        language: language of the solution.
     """
 
     kind: str
@@ -35,10 +35,10 @@ class CodeTests:
 
 
 def parse_tests(tests: Mapping[str, Any] | str) -> CodeTests:
-    """Reads {"type": "asserts", "calls" or "stdio", ...}, JSON, or APPS's {"inputs", "outputs", "fn_name"}.
+    """Reads {"type": "asserts"|"calls"|"stdio", ...} or APPS's {"inputs", "outputs", ...}, also as JSON text.
 
     Raises:
-        ValueError: the tests cannot be used, and why.
+        ValueError: the tests cannot be used; the message says why.
     """
     if isinstance(tests, str):
         try:

@@ -1,4 +1,4 @@
-"""The boxed-math grader: completion and gold answer -> reward. `grader` says what is right."""
+"""The boxed-math grader: completion and gold answer -> reward. `rewards.math.grader` has the rules."""
 
 from rewards.math.grader import DEFAULTS, MathOptions, grade, math_reward
 

@@ -1,6 +1,6 @@
-"""Numbers, exact where they are rational and mpmath's elsewhere: the four operations, powers and roots.
+"""Arithmetic on numbers, exact if rational and by mpmath otherwise: + - * /, powers and roots.
 
-Every step is charged against a budget that grows with the size of the numbers: nothing here can hang.
+Every step costs a share of a budget, more for larger numbers, so nothing here can hang.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Arithmetic:
     """Operations on numbers at one precision.
 
     Attributes:
-        is_complex: a number that is not real was met on the way.
-        extent: bits between the largest and the smallest number met, which the precision has to cover.
-        budget: what is left, shared by all that compute for one comparison.
+        is_complex: whether a number that is not real occurred.
+        extent: bits between the largest and the smallest number so far, which the precision must cover.
+        budget: the steps left, shared by all computations of one comparison.
     """
 
     def __init__(self, budget: list[float], precision_bits: int = PRECISION_BITS) -> None:
@@ -49,7 +49,7 @@ class Arithmetic:
             raise TooComplex("more arithmetic than an answer needs")
 
     def real(self, value: Number) -> Any:
-        """An mpf of a number, or mpc if it is complex."""
+        """A number as an mpf, or as an mpc if it is complex."""
         if isinstance(value, Fraction):
             self.extent = max(self.extent, abs(value.numerator.bit_length() - value.denominator.bit_length()))
             self.charge(self.charge_unit)
@@ -57,7 +57,7 @@ class Arithmetic:
         return value
 
     def checked(self, value: Number) -> Number:
-        """An mpmath result, refused if it is not a number or too large, with its size taken down."""
+        """Checks that an mpmath result is a number and not too large, and records its size."""
         self.charge(2 * self.charge_unit)
         if hasattr(value, "_mpc_"):
             if not self.mp.isfinite(value):
@@ -72,7 +72,7 @@ class Arithmetic:
         return value
 
     def _rounded_parts(self, value: Number) -> Number:
-        """A complex number without the part that is rounding error: e^(i pi) is real."""
+        """A complex number without parts that are rounding errors: e^(i pi) is real."""
         parts = value.real, value.imag
         small = magnitude(value) + 30 - self.mp.prec
         if parts[1] == 0 or magnitude(parts[1]) < small:
@@ -80,7 +80,7 @@ class Arithmetic:
         return self.mp.mpc(0, parts[1]) if parts[0] != 0 and magnitude(parts[0]) < small else value
 
     def literal(self, value: Fraction) -> None:
-        """Notes the digits of a constant: sqrt(2) + 10^-60 needs more than sixty to differ from sqrt(2)."""
+        """Records the digits of a constant: sqrt(2) + 10^-60 needs over sixty to differ from sqrt(2)."""
         bits = value.numerator.bit_length() + value.denominator.bit_length()
         if bits > 40:
             self.extent = max(self.extent, bits)
@@ -94,7 +94,7 @@ class Arithmetic:
         return value
 
     def combine(self, left: Number, right: Number, op: str) -> Number:
-        """left op right for + - * /, exact when both are."""
+        """left op right for + - * /, exact if both are exact."""
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             if op == "+":
                 return self.exact(left + right)
@@ -118,7 +118,7 @@ def magnitude(value: Number) -> int:
     """The binary exponent of an mpmath number, within 2; `NOTHING` for zero.
 
     Raises:
-        Undefined: an infinity or NaN.
+        Undefined: the number is an infinity or NaN.
     """
     parts = value._mpc_ if hasattr(value, "_mpc_") else (value._mpf_,)
     sizes = [exponent + bits for _, mantissa, exponent, bits in parts if mantissa]
@@ -128,10 +128,7 @@ def magnitude(value: Number) -> int:
 
 
 def power(arithmetic: Arithmetic, base: Number, exponent: Number) -> Number:
-    """base ** exponent.
-
-    A negative base has its real root where the exponent's denominator is odd: (-8)^(1/3) = -2.
-    """
+    """base ** exponent, with the real root of a negative base if the root is odd: (-8)^(1/3) = -2."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
         if base == 0 and exponent <= 0:
             raise Undefined("zero to a power that is not positive")
@@ -189,7 +186,7 @@ def _whole_root(number: int, degree: int) -> int | None:
 
 def root(arithmetic: Arithmetic, value: Number, degree: Number) -> Number:
     if not isinstance(degree, Fraction) or degree == 0:
-        raise Undefined("a root of that degree")
+        raise Undefined("a root of this degree")
     return power(arithmetic, value, 1 / degree)
 
 

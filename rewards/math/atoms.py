@@ -1,4 +1,4 @@
-"""What starts with a token of its own: brackets, roots, functions, sums, matrices, sets."""
+"""Grammar rules that start with a token of their own: brackets, roots, functions, sums, matrices, sets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def atom(parser: Grammar) -> Node:
         return _named_figure(parser, value)
     if kind == "dots":
         return ("dots",)
-    raise Unparsable(f"{raw[:20]!r} where a value should be" if raw else "the answer stops short")
+    raise Unparsable(f"{raw[:20]!r} where a value should be" if raw else "the answer ends too early")
 
 
 def bracket(parser: Grammar, opener: str) -> Node:
@@ -64,7 +64,7 @@ def bracket(parser: Grammar, opener: str) -> Node:
         inside = parser.items(closers)
         closer = parser.take()[1]
         if closer == "" and opener == "(" and inside[0] == "list" and parser.tokens[parser.at - 1][1] != ",":
-            closer = ")"  # the end of the answer closes (1, 2
+            closer = ")"  # an unclosed (1, 2 ends with the answer
         if closer not in closers:
             raise Unparsable(f"{opener!r} is not closed")
         opener, closer = ("(", closer) if opener == "]" else (opener, closer)
@@ -113,7 +113,7 @@ def _rounded(parser: Grammar, name: str) -> Node:
 
 
 def _is_builder(parser: Grammar) -> bool:
-    """{x | x > 2}, which lost the backslashes of its braces."""
+    """Whether braces that lost their backslashes hold a set such as {x | x > 2}."""
     bar = parser.peek(1)[1] in ("|", ":") and not parser.bars and not parser.in_builder
     return bar and parser.kind() == "sym" and parser.peek(2)[0] == "sym" and parser.peek(3)[0] == "rel"
 
@@ -159,7 +159,7 @@ def _entries(node: Node) -> Nodes:
 
 
 def _statement(parser: Grammar) -> str:
-    """(X = 1), (A | B), (win) where an equals sign follows: what a probability is of. Else nothing."""
+    """The event of a probability, (X = 1), (A | B) or (win), if an equals sign follows; else ""."""
     depth, said = 0, False
     for ahead in range(40):
         kind, value, _ = parser.peek(ahead)
@@ -173,7 +173,7 @@ def _statement(parser: Grammar) -> str:
 
 
 def _is_definition(parser: Grammar) -> bool:
-    """W(n) = ...: a letter at the start of a side, a bracket, and the relation right after it."""
+    """Whether W(n) = ... follows: a letter that starts a side, a bracket, and then a relation."""
     if parser.at >= 2 and parser.peek(-2)[0] not in ("sep", "rel") and parser.peek(-2)[1] not in (",", ";"):
         return False
     for ahead in range(1, 12):
@@ -183,7 +183,7 @@ def _is_definition(parser: Grammar) -> bool:
 
 
 def _named_figure(parser: Grammar, prefix: str) -> Node:
-    """\\angle ABC, \\triangle ABC: a name."""
+    """Reads \\angle ABC or \\triangle ABC as a name."""
     name = ""
     while parser.kind() == "sym":
         name += symbol(parser, parser.take()[1])[1]

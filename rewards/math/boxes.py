@@ -1,4 +1,4 @@
-"""The boxes of a completion, and what connects two answers that stand side by side."""
+"""The boxes of a completion, and the text that connects neighbouring answers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _CONNECTED_WORDS = re.compile(r"[^.!?:=\\{}]{0,40}(?:\b(?:and|or)\b|和|或)\s*"
 
 
 def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, int]:
-    """The contents of the last box and of those connected with it, and where the last one ends.
+    """The contents of the last box and of the boxes connected with it, and where the last one ends.
 
-    The contents are None if a box is not closed. A box inside a box counts as part of it. `loose` connects
-    boxes with a few words between them, for golds.
+    The contents are None if a box is not closed. A box inside a box is part of it. `loose`, for golds, also
+    connects boxes with a few words between them.
     """
     start = len(text)
     names = [name for name in ("\\boxed", "\\fbox", "\\framebox") if name in text]
@@ -62,7 +62,7 @@ def boxes(text: str, *, loose: bool = False) -> tuple[tuple[str, ...] | None, in
 
 
 def closing_brace(text: str, opening: int) -> int | None:
-    """Where the brace at `opening` is closed; None if it is not, or after too many braces."""
+    """Where the brace at `opening` is closed; None if nowhere, or after too many braces."""
     depth = 0
     for number, match in enumerate(_BRACES.finditer(text, opening)):
         token = match.group()
@@ -75,7 +75,7 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 
 def _unwrapped(content: str) -> str:
-    """The innermost content of boxes that hold nothing but a box: \\boxed{\\boxed{7}}."""
+    """The innermost content of boxes that hold only a box: \\boxed{\\boxed{7}}."""
     for _ in range(4 if "box" in content else 0):
         match = BOX.match(content.strip())
         if match is None or not content.strip().endswith("}"):
@@ -85,7 +85,7 @@ def _unwrapped(content: str) -> str:
 
 
 def are_connected(between: str, *, loose: bool = False) -> bool:
-    """Whether the text between two answers joins them: "and", a comma, a few words that end so, a hedge."""
+    """Whether the text between two answers joins them: "and", a comma, a few words before these, a hedge."""
     if len(between) > 120:
         return False
     between = ascii_math(between) if not between.isascii() else between

@@ -1,7 +1,7 @@
-"""Answers with a condition behind them: k pi, k in Z; 2n - 1 (n >= 1); y = 2x (x > 0).
+"""Answers followed by a condition: k pi, k in Z; 2n - 1 (n >= 1); y = 2x (x > 0).
 
-Where a variable is an integer, an answer may leave that unsaid, and may call it otherwise. Any other
-condition belongs to the answer.
+That a variable is an integer may be left unsaid, and its name is free. Other conditions are part of an
+answer.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rewards.math.arithmetic import BUDGET
+from rewards.math.arithmetic import BUDGET, Number
 from rewards.math.region import linear
-from rewards.math.tree import MathError, Node, Shape, Undefined, renamed, symbols
+from rewards.math.tree import Inequality, MathError, Node, Residue, Shape, Undefined, renamed, symbols
 from rewards.math.value import Evaluator
 
 _NAME = r"(?P<{0}>[a-zA-Z])"
@@ -42,7 +42,7 @@ _TAIL_CHARS, _MAX_CONDITIONS = 120, 3
 
 
 class Conditions(NamedTuple):
-    """`members`: (variable, domain), the domain "" if it is merely an integer; `relations`: texts."""
+    """`members`: (variable, domain), with the domain "" for any integer; `relations`: texts."""
 
     members: tuple[tuple[str, str], ...]
     relations: tuple[str, ...]
@@ -52,7 +52,7 @@ NONE = Conditions((), ())
 
 
 def split_conditions(text: str) -> tuple[str, Conditions]:
-    """A cleaned answer without the conditions at its end, and these."""
+    """Splits a cleaned answer into the part before the conditions at its end, and the conditions."""
     if text[-1:].isdigit() or not _MAY_HOLD_ONE.search(text):
         return text, NONE
     members: list[tuple[str, str]] = []
@@ -86,7 +86,7 @@ def split_conditions(text: str) -> tuple[str, Conditions]:
 
 
 def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
-    """Whether two shapes, of which one at least is ("given", shape, members, relations), are one answer."""
+    """Whether two shapes are one answer; at least one is ("given", shape, members, relations)."""
     left, members, relations = gold[1:] if gold[0] == "given" else (gold, (), ())
     is_given = prediction[0] == "given"
     right, other_members, other_relations = prediction[1:] if is_given else (prediction, (), ())
@@ -102,18 +102,26 @@ def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape,
     return same(left, right)
 
 
-def residue_class(item: Shape) -> Shape | None:
+def residue_class(item: Shape) -> Residue | None:
     """3 (mod 7) as ("residue", 3, 7) for 7k + 3, where k is any whole number."""
-    members = item[2] if item[0] == "given" and not item[3] else ()
-    inner = item[1] if members else item
-    inner = inner[2] if inner[0] == "named" and len(inner[1]) == 1 else inner  # not the terms a_n
-    if inner[0] == "residue" or len(members) > 1 or (members and members[0][1] != "Z"):
-        return inner if inner[0] == "residue" else None
-    names = symbols(inner[1]) if inner[0] == "scalar" else frozenset()
+    members: tuple[tuple[str, str], ...] = ()
+    match item:
+        case ("given", inner, members, ()) if members:
+            item = inner
+    match item:
+        case ("named", name, inner, _) if len(name) == 1:  # not the terms a_n
+            item = inner
+    match item:
+        case ("residue", *_):
+            return item
+        case ("scalar", node) if len(members) < 2 and all(domain == "Z" for _, domain in members):
+            names = symbols(node)
+        case _:
+            return None
     if len(names) != 1 or not names <= (frozenset(members[0][:1]) if members else _INDICES):
         return None
     try:
-        step, rest, _ = linear(inner[1])
+        step, rest, _ = linear(node)
     except MathError:
         return None
     is_whole = step and step.denominator == rest.denominator == 1
@@ -125,7 +133,7 @@ _FLIPPED = {">": "<", ">=": "<=", "<": "<", "<=": "<=", "!=": "!="}
 
 
 def as_equation(item: Shape) -> Node | None:
-    """The tree that an equation says is zero; None for a shape that says no equation of variables."""
+    """The tree that an equation sets to zero; None for a shape that is not an equation of variables."""
     match item:
         case ("equation", node, _):
             return node
@@ -134,8 +142,8 @@ def as_equation(item: Shape) -> Node | None:
     return None
 
 
-def same_inequality(gold: Shape, prediction: Shape) -> bool:
-    """Whether two inequalities differ by a constant factor, and point the other way if it is negative."""
+def same_inequality(gold: Inequality, prediction: Inequality) -> bool:
+    """Whether two inequalities differ by a constant factor; a negative one reverses the sign."""
     (_, op, left), (_, other_op, right) = gold, prediction
     if _FLIPPED[op] != _FLIPPED[other_op]:
         return False
@@ -145,7 +153,7 @@ def same_inequality(gold: Shape, prediction: Shape) -> bool:
     return op == "!=" or (factor > 0) == (op[0] == other_op[0])
 
 
-def proportion(left: Node, right: Node) -> Any:
+def proportion(left: Node, right: Node) -> Number:
     """The constant c with left = c right for all values of the variables, or None."""
     names = symbols(left)
     if names != symbols(right) or not names:

@@ -1,4 +1,4 @@
-"""Commands with arguments (roots, sums, environments), and the marks behind a value (^, _, °)."""
+"""Commands with arguments (roots, sums, environments), and the marks after a value (^, _, °)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def function(parser: Grammar, name: str) -> Node:
 
 
 def _arguments(parser: Grammar, name: str) -> tuple[Node, ...]:
-    """The bracket after a function, or the product up to the next sign or function: \\sin 2x \\cos x."""
+    """A function's arguments: its bracket, or the product up to a sign or function: \\sin 2x \\cos x."""
     if parser.kind() == "op" and (
         parser.value() in ("(", "[", "{") or (parser.value() == "\\{" and name in _OF_SETS)
     ):
@@ -179,7 +179,7 @@ def environment(parser: Grammar) -> Node:
 
 
 def _spoken_condition(parser: Grammar) -> list[Node]:
-    """Nothing for "if", which a condition follows; "otherwise" is one."""
+    """No node for "if", which a condition follows; "otherwise" is itself a condition."""
     words = parser.take()[2].strip(" ,.").casefold() if parser.kind() == "text" else ""
     if words in _OTHERWISE:
         return [("text", "otherwise")]
@@ -230,7 +230,7 @@ def exponent(parser: Grammar, base: Node) -> Node:
 
 
 def _chosen(letter: str, total: str, picked: Node) -> Node | None:
-    """C_8^3 and A_8^3: combinations and permutations of 3 out of 8, as they are written in China."""
+    """The node of C_8^3 or A_8^3 (Chinese: combinations, permutations of 3 out of 8); None for others."""
     name = {"C": "binom", "A": "perm"}.get(letter)
     match picked:
         case ("num", value) if name and total.isascii() and total.isdigit() and value <= int(total[:9]):
@@ -239,7 +239,7 @@ def _chosen(letter: str, total: str, picked: Node) -> Node | None:
 
 
 def _marked_domain(name: str, mark: str) -> Node:
-    """R^+, N^*, Z_+: the positive ones."""
+    """R^+, N^*, Z_+: the positive numbers of a domain."""
     if mark in ("+", "*", "{+}", "{*}", ">0") and (mark[-1] in "+0" or name != "R"):
         return ("domain", "Z+" if name in "NZ" else f"{name}+")
     return ("sym", f"{name}^{mark}")
@@ -252,10 +252,7 @@ def _degrees(parser: Grammar, base: Node) -> Node:
 
 
 def exponent_value(parser: Grammar) -> Node:
-    """x^10 means ten, as everybody who writes it does, though TeX would raise the 1 alone.
-
-    2^3^2 is 2^(3^2).
-    """
+    """The exponent after ^: all of the 10 in x^10, though TeX raises only the 1; 2^3^2 is 2^(3^2)."""
     node = parser.atom()
     if node[0] == "digits":  # x^2_i: the index belongs to x
         node = ("num", node[2])
@@ -289,7 +286,7 @@ def subscript(parser: Grammar, node: Node) -> Node:
 
 
 def read_mixed(parser: Grammar, factors: list[Node]) -> Node:
-    """2 1/3, at its second number."""
+    """Reads the fraction of a mixed number such as 2 1/3."""
     match factors, parser.peek(), parser.peek(1), parser.peek(2):
         case [("num", whole)], ("num", top, _), (_, "/", _), ("num", bottom, _) if 0 < top < bottom:
             parser.at += 3
@@ -298,7 +295,7 @@ def read_mixed(parser: Grammar, factors: list[Node]) -> Node:
 
 
 def as_mixed(node: Node, right: Node) -> Node:
-    """2\\frac{1}{3} is 7/3 when the fraction is proper and made of integers; anything else is a product."""
+    """2\\frac{1}{3} is 7/3 if the fraction is proper and of integers; otherwise it is a product."""
     match right:
         case ("percent" | "deg" as mark, inner):
             return (mark, as_mixed(node, inner))

@@ -1,4 +1,4 @@
-"""A position in a token list, and the rules of the grammar that call each other across its modules."""
+"""A position in a token list, and the grammar rules that call each other across modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ END: Token = ("end", "", "")
 
 
 class Grammar(Protocol):
-    """What a rule may use of the parser: `rewards.math.parse`.
+    """The parser of `rewards.math.parse` as the grammar rules see it.
 
     Attributes:
-        tokens: the last one is `END`.
-        depth: open brackets; `bars`: the absolute values among them.
+        tokens: the tokens, of which the last is `END`.
+        depth: number of open brackets; `bars`: open absolute values among them.
         in_builder: inside {x | ...}, where a bar and a colon separate.
         currency: the sign before the value that is being read.
     """

@@ -1,8 +1,8 @@
 """Completion -> the text of its answer, in time linear in its length.
 
-Only what follows the last </think> counts, without LaTeX and HTML comments. The last \\boxed{...} is the
-answer; boxes beside it with nothing but "and", commas or a few words between them belong to it. Without a
-box, a stated final answer is, and then the last formula or number.
+Only the text after the last </think> counts, without LaTeX and HTML comments. The answer is the last
+\\boxed{...}, with other boxes that only "and", commas or a few words separate from it. Without a box, it is a
+stated final answer, or else the last formula or number.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rewards.math.units import is_unit_word
 from rewards.math.words import split
 from rl.types import Reason
 
-_TAIL_CHARS = 20_000  # without a box, the answer is in the last part of a completion
+_TAIL_CHARS = 20_000  # without a box, only this last part of a completion is searched
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """Several `answers` where several boxes are one answer; if it is empty, `reason` says why."""
+    """`answers` holds several texts if several boxes are one answer; if it is empty, `reason` says why."""
 
     answers: tuple[str, ...]
     reason: Reason = Reason.NO_ANSWER
@@ -122,14 +122,14 @@ def extract(completion: str, mode: Literal["any", "stated", "boxed"] = "any") ->
 
 
 def _without_comment(line: str) -> str:
-    """A line up to a % that hides a box. A % after a number, or with no box behind it, is a percent sign."""
+    """A line up to a % that hides a box. A % after a number, or without a box after it, is a percent sign."""
     last_box = max(line.rfind("\\boxed"), line.rfind("\\fbox"))
     sign = _COMMENT_SIGN.search(line, 0, last_box) if last_box > 0 else None
     return line if sign is None else line[: sign.start()]
 
 
 def _without_phantoms(text: str) -> str:
-    """The text without \\phantom{...}, which is not seen; all of the rest is hidden if it is not closed."""
+    """The text without \\phantom{...}, which is invisible; an unclosed one hides all of the rest."""
     kept, depth, hidden_from, start = [], 0, 0, 0
     for match in _PHANTOM.finditer(text):
         token = match.group()
@@ -146,7 +146,7 @@ def _without_phantoms(text: str) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether an answer says nothing: \\text{ }, $$."""
+    """Whether an answer is empty, such as \\text{ } or $$."""
     return _BLANK.fullmatch(text) is not None
 
 
@@ -182,10 +182,7 @@ def _unboxed(text: str, mode: str) -> tuple[str, ...]:
 
 
 def formulas(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of each formula between dollars or LaTeX brackets.
-
-    A formula in single dollars is one line.
-    """
+    """(start, end, content) of each formula in dollars (of one line, if single) or LaTeX brackets."""
     found: list[tuple[int, int, str]] = []
     opened: re.Match[str] | None = None
     for match in _DELIMITER.finditer(text):
@@ -203,7 +200,7 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
 
 
 def _looks_bare(text: str) -> bool:
-    """Whether a whole text is an answer rather than a sentence with one in it."""
+    """Whether a whole text is an answer, not a sentence that contains one."""
     pieces, start = [], 0
     for opening, end, _ in formulas(text):
         pieces.append(text[start:opening])
@@ -241,7 +238,7 @@ def _stated(rest: str) -> tuple[str, ...]:
 
 
 def _connected_formulas(text: str, found: list[tuple[int, int, str]], first: int) -> tuple[str, ...]:
-    """A formula and those that follow it with nothing but "and" or commas between."""
+    """A formula and those after it that only "and" or commas separate."""
     answers = [found[first][2]]
     last = first
     while last + 1 < len(found) and last - first < MAX_BOXES:
@@ -271,7 +268,7 @@ def _last_formula_or_number(text: str) -> tuple[str, ...]:
 
 
 def _last_numbers(text: str) -> tuple[str, ...]:
-    """The last number, and those before it that only "and", "or" or a comma connects to it."""
+    """The last number, with those before it that only "and", "or" or a comma separates."""
     found = list(_NUMBER.finditer(text))[-MAX_BOXES:]
     first = len(found) - 1
     qualified = _QUALIFIED.search(text, max(0, found[-1].start() - 12), found[-1].start())

@@ -1,4 +1,4 @@
-"""Named functions on exact and mpmath numbers, each with the bound that keeps it cheap."""
+"""Named functions of exact and mpmath numbers, each with a bound that keeps it cheap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewards.math.arithmetic import MAX_POWER_BITS, Arithmetic, Number, magnitud
 from rewards.math.tree import TooComplex, Undefined, Unsupported
 
 MAX_FACTORIAL = 3_000
-MAX_SPECIAL_BITS = 700  # gamma and zeta take seconds to thousands of bits
+MAX_SPECIAL_BITS = 700  # at thousands of bits gamma and zeta take seconds
 
 
 def factorial(arithmetic: Arithmetic, value: Number) -> Number:
@@ -47,7 +47,7 @@ def _binomial(arithmetic: Arithmetic, n: Number, k: Number) -> Number:
 
 
 def _whole(compute: Callable[..., int], limit: float, name: str) -> Callable[..., Number]:
-    """A function of whole numbers, bounded."""
+    """Makes a bounded function of whole numbers."""
 
     def function(arithmetic: Arithmetic, *values: Number) -> Number:
         if any(not isinstance(value, Fraction) or value.denominator != 1 for value in values):
@@ -63,10 +63,9 @@ def _whole(compute: Callable[..., int], limit: float, name: str) -> Callable[...
 
 
 def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
-    """An mpmath function of one argument whose size stays within `limit`.
+    """Makes an mpmath function of one argument whose size is limited.
 
-    Trigonometric functions round to zero, and are undefined, where the working precision cannot tell:
-    sin(pi), tan(pi/2).
+    Trigonometric functions round sin(pi) to zero and leave tan(pi/2) undefined, at the working precision.
     """
     periodic = name in ("sin", "cos", "tan", "asin", "acos", "atan")
 
@@ -78,7 +77,7 @@ def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
         result = getattr(arithmetic.mp, name)(value)
         if periodic and result != 0 and abs(magnitude(result)) > arithmetic.mp.prec - 30:
             if magnitude(result) > 0:
-                raise Undefined(f"{name} there")
+                raise Undefined(f"{name} at this point")
             if magnitude(value) > -40:
                 return Fraction(0)
         return arithmetic.checked(result)
@@ -88,7 +87,7 @@ def _plain(name: str, limit: float, cost: float = 8) -> Callable[..., Number]:
 
 def _zeta(arithmetic: Arithmetic, value: Number) -> Number:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 2 <= value <= 40:
-        raise Unsupported("the zeta function there")
+        raise Unsupported("the zeta function at this point")
     if arithmetic.mp.prec > MAX_SPECIAL_BITS:
         raise TooComplex("the zeta function to many digits")
     arithmetic.charge(1500 * arithmetic.charge_unit)
@@ -142,7 +141,7 @@ def _rounded(up: bool) -> Callable[..., Number]:
 def _extreme(choose: Callable[..., Any]) -> Callable[..., Number]:
     def function(arithmetic: Arithmetic, *values: Number) -> Number:
         if not values or any(isinstance(value, arithmetic.mp.mpc) for value in values):
-            raise Undefined("the extreme of these")
+            raise Undefined("the maximum or minimum of complex numbers")
         return choose(values, key=arithmetic.real)
 
     return function
@@ -153,7 +152,7 @@ def _divisor(least: bool) -> Callable[..., Number]:
 
     def function(arithmetic: Arithmetic, *values: Number) -> Number:
         if not values or not all(isinstance(value, Fraction) for value in values):
-            raise Unsupported("a divisor of irrational numbers", evaluates=True)
+            raise Unsupported("gcd or lcm of irrational numbers", evaluates=True)
         result = abs(values[0])
         for value in values[1:]:
             common = Fraction(

@@ -1,20 +1,18 @@
-"""Is this the answer? Mathematical completions against a gold answer.
+"""Decides whether a mathematical completion gives the gold answer.
 
     grade("... so $\\boxed{\\frac{1}{2}}$.", "0.5").score == 1.0
 
-The answer is looked for by `extract`, read by `lex`, `parse` and `shape`, and compared by
-`judge`: exactly where it is rational, numerically at fixed points where it is not, by sympy in a process
-of its own where this grammar ends. No text is evaluated as code, no signal is used, and every step has a
-bound that is counted, not timed, so `grade` is a pure function that any thread or event loop may call. Only
-the sympy process has a deadline.
+`extract` finds the answer, `lex`, `parse` and `shape` read it, and `judge` compares it: exactly if it is
+rational, otherwise numerically at fixed points. What the grammar does not cover goes to sympy in its own
+process. No text is evaluated as code and no signal is used. Every step is bounded by a count, not by time, so
+`grade` is a pure function that any thread or event loop may call. Only the sympy process has a deadline.
 
-Score 1.0 means the same answer, 0.0 anything else, None an abstention. Zero are: no answer, an answer cut off
-(an unclosed box or <think>), a hedge, and one that is unreadable, undefined (1/0), too complex, or too slow
-for sympy. None are BAD_GOLD (the gold is empty, NaN or undefined) and INFRA_ERROR (the sympy process failed,
-or never got as far as the prediction). A gold outside the grammar is not bad: it is compared as text, and by
-sympy.
+Score 1.0 means the same answer, 0.0 anything else, None an abstention. The score is 0.0 if the answer is
+missing, cut off (an unclosed box or <think>), a hedge, unreadable, undefined (1/0), too complex, or too slow
+for sympy. It is None for BAD_GOLD (the gold is empty, NaN or undefined) and INFRA_ERROR (the sympy process
+failed, or never reached the prediction). A gold outside the grammar is compared as text and by sympy.
 
-Policy, each call an option of `MathOptions`:
+The policy, whose decisions are options of `MathOptions`:
 
 Where. The last box, else "the answer is", else the last formula or number; `extraction="boxed"` pays a box
     only, which is right where the prompt asks for one. Boxes with nothing but "and", commas or a few words
@@ -64,7 +62,7 @@ _OPERATION = re.compile(r"[\w)}\]]\s*(?:[-+*×÷·−]|\\(?:times|cdot|div)(?![a
 
 
 class _NotToRemember(Exception):
-    """Carries a verdict past the cache: it says something about this process, not about the answer."""
+    """Carries a verdict past the cache, because it depends on this process and not on the answer."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__()
@@ -72,7 +70,7 @@ class _NotToRemember(Exception):
 
 
 def grade(completion: str, answer: str, *, options: MathOptions = DEFAULTS) -> Reward:
-    """1.0 if the completion's answer is `answer`, 0.0 if not, None if that cannot be said.
+    """1.0 if the completion's answer is `answer`, 0.0 if not, None if this cannot be decided.
 
     `answer` may be a bare answer, a text with a box in it, or a GSM8K solution that ends in "#### 18".
     """
@@ -92,7 +90,7 @@ def grade(completion: str, answer: str, *, options: MathOptions = DEFAULTS) -> R
 
 
 def _unfinished(text: str) -> bool:
-    """Whether an operation is left to do after the last equals sign."""
+    """Whether an operation remains to be done after the last equals sign."""
     return _OPERATION.search(text.rpartition("=")[2]) is not None
 
 
@@ -107,10 +105,10 @@ def math_reward(
     """`grade` for each completion, in TRL's calling convention.
 
     `completions` are texts or lists of messages, of which the last is graded. An answer is a text, a number,
-    or a list of alternatives, any of which will do. `prompts` and other columns are not used.
+    or a list of accepted alternatives. `prompts` and other columns are not used.
 
     Raises:
-        ValueError: a field of `math_options` that `MathOptions` does not have, or a value it does not take.
+        ValueError: `math_options` has an unknown field or value.
     """
     policy = math_options if isinstance(math_options, MathOptions) else MathOptions.of(math_options)
     pairs = zip(completions, answer, strict=True)
@@ -127,7 +125,7 @@ def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
 
 
 def _weight(reward: Reward) -> int:
-    """Which of several alternatives speaks: the right one; then one that could not be compared."""
+    """The rank of an alternative's reward: a right one first, then one that could not be compared."""
     if reward.score is None:
         return 1 if reward.reason is Reason.INFRA_ERROR else -1
     return 2 if reward.score else 0

@@ -55,8 +55,7 @@ _MARK = "[A-J①-⑳]"
 _MARKS = re.compile(_MARK)
 _CHOICES = re.compile(rf"{_MARK}(?:[\s,;&]*(?:and)?[\s,;&]*{_MARK})+|[①-⑳]")
 _OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]:]|\bor\b|\band\b|或")
-# A letter by itself: not in a word, a product or a name, and neither the constant of an integral nor a
-# degree.
+# A lone letter: not part of a word, product or name, nor the constant of an integral or a degree.
 _LONE = re.compile(r"(?<![A-Za-z\\0-9_^'])([A-J])(?![A-Za-z0-9'\\]|\s*[\^_(/*+\\-])")
 _CONSTANT = re.compile(r"(?<=[\w)}\]])\s*\+\s*[A-J](?![A-Za-z])|(?:°|\\circ)\s*[CF](?![A-Za-z])")
 _STYLE = re.compile(
@@ -66,12 +65,12 @@ _STYLE = re.compile(
 
 
 class _UnreadableGold(Exception):
-    """The gold broke the reader, which is not a fault of the prediction."""
+    """The gold cannot be read, which is not a fault of the prediction."""
 
 
 @lru_cache(maxsize=8192)
 def gold_texts(answer: str) -> Texts:
-    """The answer texts of a gold: after ####, inside its boxes, or all of it. Empty if it is unusable."""
+    """The answer texts of a gold: after ####, in its boxes, or the whole text. Empty if it is unusable."""
     text = answer.strip()
     if len(text) > MAX_GOLD_CHARS:
         return ()
@@ -81,7 +80,7 @@ def gold_texts(answer: str) -> Texts:
         text = _ESCAPED.sub(r"\\", text)
     if "\\boxed" in text or "\\fbox" in text:
         found, _ = boxes(text, loose=True)
-        if found is None:  # cut off inside its box: what is there is the answer
+        if found is None:  # cut off inside its box: the rest of the text is the answer
             text = text[text.rfind("\\boxed") + 6 :].strip().removeprefix("{")
         elif found:
             return tuple(item for item in found if item.strip())
@@ -110,7 +109,7 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 
 @lru_cache(maxsize=8192)
 def _undefined(gold: Texts) -> str | None:
-    """Why a gold that is one number has no value: 1/0, 0^0. None for any other gold."""
+    """Why a gold that is one number has no value (1/0, 0^0); None for any other gold."""
     may_be = len(gold) == 1 and _CAN_BE_UNDEFINED.search(gold[0]) and _HAS_A_POLE.search(gold[0])
     if not may_be or plain_number(gold[0]) is not None:
         return None
@@ -127,7 +126,7 @@ def _undefined(gold: Texts) -> str | None:
 
 
 def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
-    """Whether `texts`, which are one answer together, say the gold."""
+    """Whether `texts`, which together are one answer, give the gold."""
     gold = gold_texts(answer)
     if not gold:
         return Reason.BAD_GOLD, "the gold holds no answer"
@@ -155,7 +154,7 @@ def judge(answer: str, texts: Texts, options: MathOptions) -> Verdict:
         return Reason.BAD_GOLD, str(error)
     except (RecursionError, MemoryError):
         return Reason.TOO_COMPLEX, "an answer nested too deeply"
-    except Exception as error:  # the gold was read, so whatever this grammar trips over is the answer's
+    except Exception as error:  # the gold was read, so the prediction is at fault
         return Reason.PARSE_ERROR, f"unreadable: {type(error).__name__}"
 
 
@@ -169,7 +168,9 @@ def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
         if isinstance(expected, MathError):
             problem = problem or expected
             continue
-        found, error = _compare(expected, reading, thousands, scientific, options)
+        found, error = _compare(
+            expected, reading, thousands=thousands, scientific=scientific, options=options
+        )
         if found[0] is Reason.CORRECT:
             return found
         verdict, problem = verdict or found, problem or error
@@ -183,7 +184,7 @@ def _judge_shapes(gold: Texts, texts: Texts, options: MathOptions) -> Verdict:
 
 
 def _compare(
-    gold: Shape, texts: Texts, thousands: bool, scientific: bool, options: MathOptions
+    gold: Shape, texts: Texts, *, thousands: bool, scientific: bool, options: MathOptions
 ) -> tuple[Verdict, MathError | None]:
     try:
         prediction = _shape(texts, thousands, scientific)
@@ -212,7 +213,7 @@ def _shape(texts: Texts, thousands: bool, scientific: bool) -> Shape:
 
 
 def _tree(text: str, thousands: bool, scientific: bool) -> Node:
-    """The tree of a text. What is not worked out before an equals sign names what stands behind it."""
+    """The tree of a text. An unsupported left side of an equals sign becomes a name of the right side."""
     try:
         return parse(text, thousands=thousands, scientific=scientific)
     except Unsupported:
@@ -223,7 +224,7 @@ def _tree(text: str, thousands: bool, scientific: bool) -> Node:
 
 
 def _at_equals_sign(text: str) -> tuple[str, str]:
-    """What stands before and behind the first equals sign that is in no bracket."""
+    """The texts before and after the first equals sign outside of brackets."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character in "({[") - (character in ")}]")
@@ -243,9 +244,7 @@ def _gold_shape(texts: Texts, thousands: bool, scientific: bool) -> Shape | Math
 
 
 def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple[Texts, Texts, bool, bool]]:
-    """The gold, the prediction, and how "1,234" and "2e-3" are read: first as numbers, then as a list and as
-    2e - 3.
-    """
+    """(gold, prediction, thousands, scientific): "1,234" and "2e-3" as numbers, then 1, 234 and 2e - 3."""
     yield gold, texts, True, True
     everything = " ".join((*gold, *texts))
     if _THOUSANDS.search(everything):
@@ -264,7 +263,7 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
 
 
 def _with_point(text: str, least_decimals: int) -> str | None:
-    """1,22 as 1.22. A gold such as 0,1 is more likely a list: it needs two decimals."""
+    """1,22 as 1.22. A gold needs two decimals, because 0,1 is more likely a list."""
     stripped = clean(text)
     match = _DECIMAL_COMMA.fullmatch(stripped)
     if match is None or len(match.group(1)) < least_decimals or not match.group(1).strip("0"):
@@ -275,7 +274,7 @@ def _with_point(text: str, least_decimals: int) -> str | None:
 
 
 def _judge_symbolically(gold: str, text: str, options: MathOptions) -> Verdict | None:
-    """Sympy's verdict, or None where it has none."""
+    """Sympy's verdict, or None if it has none."""
     gold, text = clean(gold), clean(text)
     if options.symbolic_timeout_s <= 0 or not all(map(math_symbolic.is_askable, (gold, text))):
         return None

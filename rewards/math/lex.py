@@ -1,7 +1,6 @@
 """Text -> tokens, in one linear scan. A token is (kind, value, raw text).
 
-Numbers are exact. Inside brackets a comma separates items; outside, "7,425,000" is one number unless
-`thousands` is off.
+Numbers are exact. Outside of brackets "7,425,000" is one number, unless `thousands` is off.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _ESCAPES: dict[str, tuple[str, str]] = {
 }
 _SINGLE: dict[str, Token] = {sign: ("op", sign, sign) for sign in "()[]{}^_,;|&%'-"}
 _SIGNS: dict[str, tuple[str, Any]] = {"star": ("op", "^"), "dots": ("dots", "..."), "pm": ("pm", 1)}
-# Signs and letters that stand for themselves where none of `_GLUED` follows.
+# Signs and letters that stand for themselves unless one of `_GLUED` follows.
 _LONE: dict[str, Token] = {
     **{letter: ("sym", letter, letter) for letter in ascii_letters},
     **{letter: ("const", letter, letter) for letter in "ei"},
@@ -74,14 +73,14 @@ _JOINED = re.compile(r"([A-Za-z][A-Za-z ]*?),?\s+(and|or)")
 
 
 def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bool = False) -> list[Token]:
-    """The tokens of a cleaned text. In `prose`, inside \\text{...}, letters in a row are one word.
+    """The tokens of a cleaned text. In `prose`, inside \\text{...}, consecutive letters are one word.
 
     Raises:
-        Unparsable: a character or command that no answer has.
-        TooComplex: a number with more digits or a larger exponent than any answer has.
+        Unparsable: a character or command cannot be part of an answer.
+        TooComplex: a number has more digits or a larger exponent than any answer needs.
     """
     tokens: list[Token] = []
-    position, depth, end = 0, 0, len(text)
+    position, depth, end, modes = 0, 0, len(text), (thousands, scientific)
     while position < end:
         character = text[position]
         if character in _SINGLE:
@@ -107,7 +106,7 @@ def lex(text: str, *, thousands: bool = True, scientific: bool = True, prose: bo
         if kind == "space":
             continue
         if kind == "command":
-            position = _command(match.group("command"), text, position, tokens, (thousands, scientific))
+            position = _command(match["command"], text, position=position, tokens=tokens, modes=modes)
         elif kind == "word":
             is_last = raw in WORDS and _ARGUMENT.match(text, position) is None
             below = _SLASH_WORD.match(text, position) if len(raw) == 1 and tokens else None
@@ -186,7 +185,7 @@ def _repeating(match: re.Match[str]) -> Fraction | None:
 def _truncated(match: re.Match[str]) -> Fraction | None:
     """The number that "0.1666..." stands for: 1/6.
 
-    Its block is the shortest that fills the end of the decimals three times, or twice if longer than one.
+    The repeating block is the shortest that fills the last decimals three times (twice if longer than one).
     """
     digits = match.group(2)
     if len(digits) > 60:
@@ -202,7 +201,7 @@ def _truncated(match: re.Match[str]) -> Fraction | None:
     return None
 
 
-def _command(name: str, text: str, position: int, tokens: list[Token], modes: tuple[bool, bool]) -> int:
+def _command(name: str, text: str, *, position: int, tokens: list[Token], modes: tuple[bool, bool]) -> int:
     if name in CALCULUS:
         raise Unsupported(f"\\{name} is not worked out")
     if name in COMMANDS:
@@ -213,13 +212,13 @@ def _command(name: str, text: str, position: int, tokens: list[Token], modes: tu
             return position + 1
         return position
     if name in TEXT_STYLES:
-        return _styled(name, text, position, tokens, modes)
+        return _styled(name, text, position=position, tokens=tokens, modes=modes)
     if name == "textcolor":  # \textcolor{red}{7} shows 7
         return text.find("}", position) + 1 or position
     raise Unparsable(f"\\{name[:20]} is not part of an answer")
 
 
-def _styled(name: str, text: str, position: int, tokens: list[Token], modes: tuple[bool, bool]) -> int:
+def _styled(name: str, text: str, *, position: int, tokens: list[Token], modes: tuple[bool, bool]) -> int:
     opening = _BRACED.match(text, position)
     if opening is None:
         return position
@@ -227,7 +226,7 @@ def _styled(name: str, text: str, position: int, tokens: list[Token], modes: tup
     if closing < 0:
         raise Unparsable("an unclosed brace")
     content = text[opening.end() : closing]
-    if "{" in content:  # a style around a formula: the group speaks for itself
+    if "{" in content:  # a style around a formula: read the group alone
         if name.startswith("text"):
             raise Unparsable("a formula inside a text")
         unit = _UNIT_GROUP.match(text, opening.end())
@@ -235,7 +234,7 @@ def _styled(name: str, text: str, position: int, tokens: list[Token], modes: tup
             return position
         closing, content = unit.end() - 1, unit.group(1)
     after, word = closing + 1, _THIN_SPACE.sub(" ", content).strip()
-    if "\\" in word and name in MATH_STYLES:  # \mathrm{\pi}: the command speaks for itself
+    if "\\" in word and name in MATH_STYLES:  # \mathrm{\pi}: read the command alone
         return position
     if name == "mathbb" and word in ("R", "Z", "N", "Q", "C"):
         tokens.append(("domain", word, word))
@@ -267,7 +266,7 @@ def _is_unit(words: str) -> bool:
 
 
 def _word(word: str, tokens: list[Token], prose: bool = False, is_last: bool = False) -> None:
-    """`is_last`: nothing that "min" and "sec" could be functions of follows."""
+    """`is_last`: no argument follows, so "min" and "sec" are not functions."""
     if len(word) == 1:
         tokens.append(({"e": "const", "i": "const"}.get(word, "sym"), word, word))
     elif (is_last or word not in WORDS) and tokens and _ends_value(tokens[-1]) and is_unit_word(word):

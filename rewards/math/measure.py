@@ -1,4 +1,4 @@
-"""Values with units: what is left to compare once the units are settled, and measures in two units."""
+"""Values with units: the values to compare once units agree, times of day, and measures in two units."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from rewards.math.constructs import raw_argument
 from rewards.math.cursor import Grammar
 from rewards.math.options import MathOptions
 from rewards.math.probe import same_value
-from rewards.math.tree import Node, Shape, Unparsable
+from rewards.math.region import scalar
+from rewards.math.tree import Measure, Node, Nodes, Shape, Unparsable
 from rewards.math.units import Unit, parse_unit, units_agree
 
 
 def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple[Shape, Shape] | None:
-    """The values to compare, in one unit; None where the units rule it out. One side is a measure."""
+    """The values to compare, in the same unit; None if the units differ. At least one side is a measure."""
     gold_inner, gold_unit = (gold[1], gold[2]) if gold[0] == "measure" else (gold, None)
     inner, unit = (prediction[1], prediction[2]) if prediction[0] == "measure" else (prediction, None)
     if gold_unit is not None and unit is None:
@@ -50,7 +51,7 @@ def _in_fahrenheit(item: Shape, unit: Unit) -> Shape:
 
 
 def _is_odd(item: Shape, unit: Unit | None) -> bool:
-    """25% beside 25 dollars, 25 degrees beside 25 cm or 25 degrees Celsius: a mark is a unit, too."""
+    """Whether a marked number meets another unit: 25% and 25 dollars, 25 degrees and 25 cm or 25 °C."""
     is_marked = item[0] == "scalar" and item[1][0] in ("percent", "deg")
     dimensions = (unit.dimensions if unit else None) or ()
     is_rate = all(exponent < 0 for _, exponent in dimensions)  # 8% per year
@@ -62,21 +63,21 @@ def _scaled(item: Shape, factor: Fraction) -> Shape:
 
 
 def _with_letter_unit(inner: Shape, other: Unit) -> tuple[Shape, Unit | None]:
-    """5m, where 5 m is expected, has a unit and no variable; so has 5 kg m / s."""
+    """If a unit is expected, letters after a number are read as one: the m of 5m, 5 kg m / s."""
     found = measure_of_letters(inner)
     return (found[1], found[2]) if found and found[2].dimensions == other.dimensions else (inner, None)
 
 
-def measure_of_letters(item: Shape) -> Shape | None:
-    """2000 L as a measure, where a formula in L makes no sense."""
+def measure_of_letters(item: Shape) -> Measure | None:
+    """Reads letters after a value as its unit: 2000 L as a measure instead of a formula in L."""
     values, letters = _letters_behind(item[1]) if item[0] == "scalar" else ((), "")
     unit = parse_unit(letters)
-    value = values[0] if len(values) == 1 else ("mul", values)
+    value: Node = values[0] if len(values) == 1 else ("mul", values)
     return ("measure", ("scalar", value), unit) if values and letters and unit.dimensions else None
 
 
 def _letters_behind(node: Node) -> tuple[tuple[Node, ...], str]:
-    """The factors of a value and the letters behind them, as text: (5,), "m / s"."""
+    """The factors of a value and the letters after them, as text: (5,), "m / s"."""
     match node:
         case ("sym", name):
             return (), {"Omega": "Ω", "mu": "µ"}.get(str(name), str(name))
@@ -101,49 +102,55 @@ _NOON_MINUTES = 720
 
 
 def same_time(gold: Shape, prediction: Shape) -> bool | None:
-    """Whether two times of day, or a duration and one such as 1:20, agree; None where one is neither.
+    """Whether two times of day, or a duration and a time such as 1:20, agree; None if one is neither.
 
-    A time without a.m. or p.m. may be either, unless the other one counts to 24 hours.
+    A time without a.m. or p.m. may be either, unless the other time uses 24 hours.
     """
     left, right = _clock(gold), _clock(prediction)
     if left is None or right is None:
         if left is None and right and gold[0] == "measure" and gold[2].dimensions == (("s", 1),):
-            return same_value(_scaled(gold[1], gold[2].factor)[1], ("num", 60 * right[0]))
-        is_fraction = left and prediction[0] == "scalar" and "ratio" in (gold[0], gold[1][0])
+            return same_value(scalar(_scaled(gold[1], gold[2].factor)), ("num", 60 * right[0]))
+        is_time = gold[0] == "ratio" or (gold[0] == "measure" and gold[1][0] == "ratio")
+        is_fraction = left and is_time and prediction[0] == "scalar"
         return False if is_fraction else None  # 2:15 is a quarter past two
     if bool(left[1]) == bool(right[1]):
         return left == right
     marked, plain = (left, right) if left[1] else (right, left)
     minutes = marked[0] % _NOON_MINUTES + _NOON_MINUTES * (marked[1] == "pm")
-    return plain[0] == minutes or (
-        plain[0] < _NOON_MINUTES + 60 and (plain[0] - minutes) % _NOON_MINUTES == 0
-    )
+    is_half = plain[0] < _NOON_MINUTES + 60 and (plain[0] - minutes) % _NOON_MINUTES == 0
+    return plain[0] == minutes or is_half
 
 
 def _clock(item: Shape) -> tuple[Fraction, str] | None:
-    """The minutes of a time, and "am", "pm" or "" for what it says of noon: 7 a.m., 7:05 pm, 17:05."""
+    """The minutes of a time such as 7 a.m., 7:05 pm or 17:05, and its "am", "pm" or ""."""
     inner, unit = (item[1], item[2]) if item[0] == "measure" else (item, None)
     if unit and unit.words not in ({"am"}, {"pm"}, {"time"}):
         return None
     half = next(iter(unit.words)).replace("time", "") if unit else ""
-    if inner[0] == "ratio" and len(inner[1]) == 2 and {part[0] for part in inner[1]} == {"num"}:
-        hours, minutes = (part[1] for part in inner[1])
-        is_time = hours <= 24 and 0 <= minutes < 60 and (unit or minutes >= 10 or minutes == 0)
-        return (60 * hours + minutes, half) if is_time else None
-    is_hour = half and inner[0] == "scalar" and inner[1][0] == "num" and 0 < inner[1][1] <= 12
-    return (60 * inner[1][1], half) if is_hour else None
+    match inner:
+        case ("ratio", (("num", hours), ("num", minutes))):
+            is_time = hours <= 24 and 0 <= minutes < 60 and (unit or minutes >= 10 or minutes == 0)
+            return (60 * hours + minutes, half) if is_time else None
+        case ("scalar", ("num", hours)) if half and 0 < hours <= 12:
+            return (60 * hours, half)
+    return None
 
 
-def compound(items: Sequence[Shape]) -> Shape | None:
-    """2 hours 15 minutes as one measure: known units of one dimension, each smaller than the one before."""
-    if len(items) < 2 or any(item[0] != "measure" or item[1][0] != "scalar" for item in items):
+def compound(items: Sequence[Shape]) -> Measure | None:
+    """2 hours 15 minutes as one measure; its units are known, of one dimension and decreasing."""
+    found: list[tuple[Node, Unit]] = []
+    for item in items:
+        match item:
+            case ("measure", ("scalar", value), unit):
+                found.append((value, unit))
+    if len(items) < 2 or len(found) < len(items):
         return None
-    units: list[Unit] = [item[2] for item in items]
+    units = [unit for _, unit in found]
     falling = all(a.factor > b.factor for a, b in itertools.pairwise(units))
     dimensions = {unit.dimensions for unit in units}
     if not falling or len(dimensions) > 1 or not units[0].dimensions or any(unit.is_claim for unit in units):
         return None
-    terms = tuple(("mul", (item[1][1], ("num", item[2].factor))) for item in items)
+    terms: Nodes = tuple(("mul", (value, ("num", unit.factor))) for value, unit in found)
     words = frozenset(word for unit in units for word in unit.words)
     return ("measure", ("scalar", ("add", terms)), Unit(units[0].dimensions, Fraction(1), words, False))
 
@@ -153,13 +160,13 @@ _VALUES = ("num", "dec")
 
 
 def measured(parser: Grammar, node: Node) -> Node:
-    """The value with what stands behind it."""
+    """The value with the unit that follows it."""
     parts = [_with_unit(parser, node)]
     while parts[-1][0] == "unit" and parser.kind() in _VALUES:
         parser.currency = ""
         parts.append(_with_unit(parser, parser.product()))
         if parts[-1][0] != "unit":
-            raise Unparsable("a number behind a unit")
+            raise Unparsable("a number after a unit")
     return parts[0] if len(parts) == 1 else ("list", "and", tuple(parts))
 
 

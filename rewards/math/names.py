@@ -1,4 +1,4 @@
-"""Left sides that name what stands on the right: x, f(x), f(2), AB, (x, y), P(A), tan A; i, j, k vectors."""
+"""Left sides that name the right side: x, f(x), f(2), AB, (x, y), P(A), tan A; vectors in i, j, k."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 from rewards.math.conditions import residue_class
 from rewards.math.measure import measure_of_letters
 from rewards.math.probe import same_value
-from rewards.math.tree import Applied, Node, Nodes, Shape, Tree, has, parts, renamed, replaced, symbols
+from rewards.math.tree import Applied, Node, Scalar, Shape, Tree, has, parts, renamed, replaced, symbols
 
 _C: Node = ("sym", "C")
 _CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
@@ -19,7 +19,7 @@ _OF_AN_ANGLE = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 
 
 def name_of(node: Node) -> tuple[str, ...] | None:
-    """The names that a left side gives values to; "f()" for the function f. None if it is a formula."""
+    """The names that a left side defines, "f()" for the function f; None if it is a formula."""
     match node:
         case ("sym", name):
             return (name.removeprefix("vector "),)
@@ -58,7 +58,7 @@ def _is_point_or_vector(node: Node) -> bool:
 
 
 def _name_of_function(node: Applied) -> tuple[str, ...] | None:
-    """|AB|, max f(x), and sin A, which is a value of the angle and not the angle."""
+    """The name of |AB|, max f(x) or sin A (a value at the angle, not the angle)."""
     _, name, arguments = node
     if len(arguments) != 1:
         is_of_names = name in _OF_ONE_NAME and all(argument[0] == "sym" for argument in arguments)
@@ -79,9 +79,8 @@ def _is_differential(node: Node) -> bool:
 
 
 def is_quantity(node: Node) -> bool:
-    """Whether a formula is what one may be asked for, such as x + y or xy, not the side of an equation.
-
-    It has two variables at least and no number but exponents: 3x + 4y = 12 is a line.
+    """Whether a formula is a quantity that a problem may ask for, such as x + y or xy. It has at least two
+    variables and no numbers except exponents: 3x + 4y = 12 is a line.
     """
     return len(symbols(node)) > 1 and not has(_without_exponents(node), "num", "dec")
 
@@ -92,12 +91,12 @@ def _without_exponents(node: Tree) -> Tree:
     return tuple(_without_exponents(part) if isinstance(part, tuple) and part else part for part in node)
 
 
-def same_renamed(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
-    """Where names are free: C and c, i and j, \\vec a and a, k of 3k + 1; or are units, 2000 L and 2 m^3."""
+def same_renamed(gold: Scalar, prediction: Scalar, same: Callable[[Shape, Shape], bool]) -> bool:
+    """Compares free names (C and c, i and j, \\vec a and a, k of 3k + 1) or units (2000 L and 2 m^3)."""
     left, right = gold[1], prediction[1]
     names, others = symbols(left), symbols(right)
     if names == others:
-        return len(names) == 2 and _C in left[1] and _C in right[1] and _differ_by_constant(left, right)
+        return len(names) == 2 and _differ_by_constant(left, right)
     if any(name.startswith("unit ") for name in names ^ others):
         vectors = basis_vector(left), basis_vector(right)
         return None not in vectors and all(map(same_value, *(vector or () for vector in vectors)))
@@ -110,7 +109,7 @@ def same_renamed(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], 
     is_apart = "".join(names & others).islower()  # from the C of A + B + C
     is_constant = is_apart and _CONSTANTS.issuperset(mine) and OTHER_CONSTANTS.issuperset(theirs)
     found = residue_class(("scalar", left)) if mine == ["k"] else None
-    is_class = found is not None and 0 != found[1][1] != found[2][1]  # 3k + 1: numbers with a remainder
+    is_class = found is not None and found[1] not in (_ZERO, found[2])  # 3k + 1: numbers with a remainder
     if len(mine) == len(theirs) and (is_constant or is_class):
         return same(gold, renamed(prediction, dict(zip(theirs, mine, strict=True))))
     if not names or not others:
@@ -123,21 +122,22 @@ def _differ_by_constant(gold: Node, prediction: Node) -> bool:
     """Antiderivatives of one variable, both with + C, are one answer if they differ by a constant."""
     difference: Node = ("add", (gold, ("neg", prediction)))
     renaming = {name: f"{name}'" for name in symbols(gold) if name != "C"}
-    is_integral = gold[0] == prediction[0] == "add" and has(gold, "fn") and has(prediction, "fn")
-    is_integral = is_integral and not is_log_without_bars(gold, prediction)
+    if gold[0] != "add" or prediction[0] != "add" or _C not in gold[1] or _C not in prediction[1]:
+        return False
+    is_integral = has(gold, "fn") and has(prediction, "fn") and not is_log_without_bars(gold, prediction)
     return is_integral and same_value(difference, renamed(difference, renaming))
 
 
 def is_log_without_bars(gold: Node, prediction: Node) -> bool:
-    """ln x where ln |x| is meant."""
+    """Whether the prediction has ln x where the gold has ln |x|."""
     if not has(gold, "abs") or has(prediction, "abs") or not has(prediction, "ln", "log"):
         return False
     logs = [part[2][0] for part in parts(gold) if part[0] == "fn" and part[1] in ("ln", "log")]
     return any(has(inside, "abs") for inside in logs)
 
 
-_BASIS: Nodes = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
-_LETTERS: Nodes = (("const", "i"), ("sym", "j"), ("sym", "k"))
+_BASIS: tuple[Node, ...] = (("sym", "unit i"), ("sym", "unit j"), ("sym", "unit k"))
+_LETTERS: tuple[Node, ...] = (("const", "i"), ("sym", "j"), ("sym", "k"))
 _ZERO: Node = ("num", Fraction(0))
 _ONE: Node = ("num", Fraction(1))
 
@@ -159,14 +159,20 @@ def basis_vector(node: Node) -> tuple[Node, ...] | None:
 
 
 def same_vector(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], bool]) -> bool:
-    """3i - 2j + k against (3, -2, 1) or a column; (1, 2) has no k."""
-    formula, other = (gold, prediction) if gold[0] == "scalar" else (prediction, gold)
-    if other[0] == "matrix" and len(other[1]) == len(other[1][0]) == 1 and other is prediction:
-        return same(gold, ("scalar", other[1][0][0]))
-    values = basis_vector(formula[1])
-    entries = other[3] if other[0] == "seq" else tuple(("scalar", row[0]) for row in other[1])
-    if values is None or not 2 <= len(entries) <= 3 or (other[0] == "matrix" and len(other[1][0]) > 1):
+    """Compares 3i - 2j + k with (3, -2, 1) or a column; (1, 2) has no k."""
+    match gold, prediction:
+        case ("scalar", _), ("matrix", ((entry,),)):
+            return same(gold, ("scalar", entry))
+        case (("scalar", formula), ("seq", _, _, entries)) | (("seq", _, _, entries), ("scalar", formula)):
+            pass
+        case (("scalar", formula), ("matrix", rows)) | (("matrix", rows), ("scalar", formula)):
+            entries: tuple[Shape, ...] = tuple(("scalar", row[0]) for row in rows if len(row) == 1)
+        case _:
+            return False
+    values = basis_vector(formula)
+    if values is None or not 2 <= len(entries) <= 3:
         return False
-    padded = (*entries, ("scalar", ("num", Fraction(0))))[:3]
-    pairs = zip(padded, (("scalar", value) for value in values), strict=True)
-    return all(same(a, b) if other is gold else same(b, a) for a, b in pairs)
+    zero: Scalar = ("scalar", _ZERO)
+    padded: tuple[Shape, ...] = (*entries, zero)[:3]
+    numbers: tuple[Shape, ...] = tuple(("scalar", value) for value in values)
+    return all(map(same, numbers, padded) if gold[0] == "scalar" else map(same, padded, numbers))

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args, get_type_hints
 
 @dataclass(frozen=True, slots=True)
 class MathOptions:
-    """The policy calls of the math grader. `rewards.math` says what each default is for.
+    """The policy decisions of the math grader; `rewards.math.grader` explains them.
 
     Attributes:
-        extraction: where the answer is looked for. "any": the last box, else a stated answer, else the last
-            formula or number; "stated": no last formula or number; "boxed": a box only.
-        percent: 50% is worth "either" 50 or 0.5, or "hundredths" (0.5 only), or a percentage only ("sign").
+        extraction: where to look for the answer. "any": the last box, else a stated answer, else the last
+            formula or number; "stated": never the last formula or number; "boxed": only a box.
+        percent: 50% equals "either" 50 or 0.5, or "hundredths" (0.5 only), or another percentage only
+            ("sign").
         units: "lenient": a missing unit is not a fault, two written ones must agree (5 cm = 50 mm); "strict":
             both or neither; "ignore".
         degrees: "either": 90° is 90 and pi/2; "radians": pi/2 only.
@@ -26,10 +27,9 @@ class MathOptions:
         loose_shapes: accept other notations of the same values: (1, 2) for 1, 2 or for a column; {3} for 3;
             1/2 for 1:2.
         chains: of a = b = c, "consistent" takes c if the numbers in the chain agree, "last" takes c.
-        evaluated: the answer has to be worked out: for 84, 58 + 26 is wrong, and 58 + 26 = 84 is right. A
-            gold that holds an operation itself is compared as ever.
-        symbolic_timeout_s: how long sympy may try, in its own process, what the grammar does not cover; 0:
-            never.
+        evaluated: the answer must be worked out: for 84, 58 + 26 is wrong, and 58 + 26 = 84 is right. This
+            does not apply to a gold that contains an operation.
+        symbolic_timeout_s: seconds that sympy may take for what the grammar does not cover; 0: never.
         max_chars: a longer prediction is too complex, unless it repeats the gold.
     """
 
@@ -56,15 +56,11 @@ class MathOptions:
                 f"decimal_rtol={self.decimal_rtol} is not in [0, 1); use 1e-14 for float noise only"
             )
         if self.symbolic_timeout_s < 0 or self.max_chars < 1:
-            raise ValueError("symbolic_timeout_s and max_chars have to be positive; use 0.7 and 4000")
+            raise ValueError("symbolic_timeout_s and max_chars must be positive; use 0.7 and 4000")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MathOptions:
-        """The options that a mapping from a configuration file names.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """The options that a mapping, such as a config's, names. Raises ValueError for an unknown name."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

@@ -1,4 +1,4 @@
-"""Tokens -> tree: what an answer says, before anything is evaluated."""
+"""Tokens -> tree: the structure of an answer, before anything is evaluated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_TOKENS = 1500
 MAX_SIGNS = 6
 _ENDING_KINDS = frozenset(("end", "op", "rel", "sep"))
 _AFTER_ITEM = frozenset((",", ";", ")", "]", "}", "\\}"))
-# A number or a letter that one of these follows is all of its power.
+# Before one of these, a number or letter is a complete power.
 _BARE = frozenset(("num", "sym", "dec", "const"))
 _AFTER_BARE = _AFTER_ITEM | {"+", "-", "*", "/"}
 _AFTER_TERM = _AFTER_ITEM | {"+", "-"}
@@ -51,7 +51,7 @@ def parse(text: str, *, thousands: bool = True, scientific: bool = True) -> Node
 
 
 class Parser(Grammar):
-    """Recursive descent over a token list."""
+    """A recursive-descent parser over a token list."""
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = [*tokens, END]
@@ -65,7 +65,7 @@ class Parser(Grammar):
     # Lists, relations, sets --------------------------------------------------------------------------
 
     def items(self, closers: tuple[str, ...]) -> Node:
-        """Items between commas, semicolons, "or", "and", up to a closer. One item stands for itself."""
+        """Items between commas, semicolons, "or" and "and", up to a closer. One item is returned as it is."""
         first = self.item()
         commas = _COMMAS if closers else (*_COMMAS, "\\\\")
         kind, separator, _ = self.tokens[self.at]
@@ -91,7 +91,7 @@ class Parser(Grammar):
         return _listed(flat, next((word for word in ("or", "and", ";") if word in how), ","))
 
     def item(self) -> Node:
-        """A relation chain, with the text that leads to it left out when it only introduces it."""
+        """A chain of relations, without a text before it that only introduces it."""
         kind, value, _ = self.tokens[self.at]
         # A bare number needs none of the levels below.
         if kind == "num" and self.tokens[self.at + 1][1] in _AFTER_ITEM:
@@ -114,7 +114,7 @@ class Parser(Grammar):
         return self.relation()
 
     def relation(self, left: Node | None = None) -> Node:
-        """Sides and the relations between them; "≈ 7" and "= 7" are 7, "< 7" is something below 7."""
+        """Sides and the relations between them; "≈ 7" and "= 7" give 7, "< 7" something below 7."""
         if left is None:
             while self.tokens[self.at][0] == "rel" and self.value() in ("~", "=", "sim"):
                 self.take()
@@ -197,7 +197,7 @@ class Parser(Grammar):
                 self.take()
                 divisions += 1
                 if divisions > MAX_DEPTH:
-                    raise TooComplex(f"more than {MAX_DEPTH} divisions in a row")
+                    raise TooComplex(f"more than {MAX_DEPTH} consecutive divisions")
                 factors = [("div", _joined("mul", factors), self.signed())]
             elif self.starts_value(kind, value):
                 previous = self.tokens[self.at - 1]
@@ -257,7 +257,7 @@ class Parser(Grammar):
         return node
 
     def postfix(self, node: Node) -> tuple[Node, bool]:
-        """The node with the mark behind it, if there is one."""
+        """The node with the mark after it, if there is one."""
         kind, value, _ = self.tokens[self.at]
         if (kind != "deg" and value not in _POSTFIXES) or (value == "'" and node[0] not in ("sym", "call")):
             return node, False

@@ -1,4 +1,4 @@
-"""Whether two trees are one number or one function: compared at fixed points of their variables."""
+"""Whether two trees are the same number or function, by comparison at fixed points of their variables."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rewards.math.value import EQUAL_BITS, Evaluator
 
 _REAL_POINTS = (0, 1, 2, 3)
 _RATIONAL_POINTS = (1, 3)
-_POSITIVE_POINTS = (0, 1, 7, 6)  # sqrt(a / b) is sqrt(a b) / b where radicals are meant to be taken
-_FAR_POINTS = (4, 5, 6, 7)  # where max(7, x), |x + 10| and floor(x / 100) are not what they are near zero
+_POSITIVE_POINTS = (0, 1, 7, 6)  # sqrt(a / b) is sqrt(a b) / b, as radicals are meant
+_FAR_POINTS = (4, 5, 6, 7)  # max(7, x), |x + 10| and floor(x / 100) differ here from near zero
 _WITH_BREAKS = ("abs", "max", "min", "floor", "ceil", "sgn", "root")
 _WHOLE_POINTS = (10, 11, 12, 13, 14, 15, 16, 17)
 _WHOLE_NAMES = frozenset("nkmpqrNKMij")
@@ -27,11 +27,10 @@ def constant(node: Node, precision_bits: int = PRECISION_BITS) -> Number:
 def same_value(left: Node, right: Node) -> bool:
     """Whether two trees are the same number, or the same function of their variables.
 
-    Where a variable is negative, points that lead through complex numbers are left out: sqrt(1/n) is
-    1/sqrt(n) for n > 0.
+    Negative points that lead to complex numbers are left out: sqrt(1/n) is 1/sqrt(n) for n > 0.
 
     Raises:
-        Undefined: there is no point where both have a value.
+        Undefined: both have a value at no point.
         TooComplex, Unparsable, Unsupported.
     """
     if (a := _quotient(left)) is not None and (b := _quotient(right)) is not None:
@@ -97,12 +96,12 @@ def _points(names: frozenset[str], left: Node, right: Node) -> tuple[int, ...]:
 
 
 def _has_open_sum(node: Node) -> bool:
-    """A sum up to n, or from it."""
+    """Whether a sum has a variable bound."""
     return any(part[0] == "big" and symbols(("pair", part[3], part[4])) for part in parts(node))
 
 
 def _has_radical(node: Node) -> bool:
-    """A root of a variable."""
+    """Whether there is a root of a variable."""
     roots = [part[2][0] for part in parts(node) if part[0] == "fn" and part[1] == "root"]
     powers = [part for part in parts(node) if part[0] == "pow" and part[2][0] != "num"]
     return any(map(symbols, roots)) or any(symbols(part[1]) and not symbols(part[2]) for part in powers)
@@ -144,7 +143,7 @@ _ONE: Node = ("num", Fraction(1))
 
 
 def _form(node: object) -> object:
-    """A tree with sorted terms and factors, in which 9^500000 is 3^1000000, which is too large to compute."""
+    """A normal form for numbers too large to compute: sorted terms and factors, 9^500000 as 3^1000000."""
     if not isinstance(node, tuple) or not node or type(node[0]) is not str:
         return node
     if node[0] == "add":

@@ -1,33 +1,22 @@
-"""Sets of reals as sorted, disjoint intervals: unions, complements, solutions of linear inequalities."""
+"""Sets of reals as sorted, disjoint intervals, with unions, complements, solutions of linear inequalities."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
-from typing import NamedTuple
 
 from rewards.math import tree
 from rewards.math.probe import constant
-from rewards.math.tree import MathError, Node, Shape, Undefined, Unparsable, Unsupported, symbols
+from rewards.math.tree import Endpoint, Interval, Node, Region, Shape, Unparsable, Unsupported, symbols
 
-Endpoint = Fraction | float  # a float is an infinity
 _MANTISSA_BITS = 140
-
-
-class Interval(NamedTuple):
-    low: Endpoint
-    has_low: bool
-    high: Endpoint
-    has_high: bool
-
-
-Region = tuple[Interval, ...]
 REALS: Region = (Interval(-math.inf, False, math.inf, False),)
 DOMAINS: dict[str, Region] = {"R": REALS, "R+": (Interval(Fraction(0), False, math.inf, False),)}
 
 
 def endpoint(node: Node) -> Endpoint:
-    """The real number of a tree without variables, rounded to 140 bits unless it is rational, or an infinity.
+    """The real number of a tree without variables (rounded to 140 bits unless rational), or an infinity.
 
     Raises:
         Unsupported: it has variables, or is not real.
@@ -63,17 +52,11 @@ def interval(low: Endpoint, has_low: bool, high: Endpoint, has_high: bool) -> Re
 
 
 def union(*regions: Region) -> Region:
-    parts = sorted(
-        (part for region in regions for part in region), key=lambda part: (part.low, not part.has_low)
-    )
+    parts = sorted(itertools.chain(*regions), key=lambda part: (part.low, not part.has_low))
     merged: list[Interval] = []
     for part in parts:
         last = merged[-1] if merged else None
-        if (
-            last is None
-            or part.low > last.high
-            or (part.low == last.high and not (part.has_low or last.has_high))
-        ):
+        if last is None or (part.low, not part.has_low) > (last.high, last.has_high):
             merged.append(part)
         else:
             high, has_high = max((last.high, last.has_high), (part.high, part.has_high))
@@ -103,10 +86,10 @@ def intersection(left: Region, right: Region) -> Region:
 
 
 def solve(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[str, Region]:
-    """The variable and the solutions of a chain such as -2 < 3 - x <= 5, linear in x, |x| or f(x).
+    """The variable and the solutions of a chain such as -2 < 3 - x <= 5 that is linear in x, |x| or f(x).
 
     Raises:
-        Unsupported: not such a chain.
+        Unsupported: it is not such a chain.
     """
     unknown: Node | None = None
     region = REALS
@@ -152,9 +135,7 @@ def _half_line(op: str, slope: Fraction, bound: Fraction) -> Region:
 def _unfold(region: Region) -> Region:
     """The x whose |x| lies in a region."""
     positive = intersection(region, interval(Fraction(0), True, math.inf, False))
-    mirrored = tuple(
-        Interval(-part.high, part.has_high, -part.low, part.has_low) for part in reversed(positive)
-    )
+    mirrored = tuple(Interval(-p.high, p.has_high, -p.low, p.has_low) for p in reversed(positive))
     return union(mirrored, positive)
 
 
@@ -162,7 +143,7 @@ def linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
     """(a, b, u) with node = a u + b, where u is x, |x| or f(x), or None for a constant.
 
     Raises:
-        Unsupported: not linear in one unknown.
+        Unsupported: it is not linear in one unknown.
     """
     if node[0] == "sym":
         return Fraction(1), Fraction(0), node
@@ -172,7 +153,7 @@ def linear(node: Node) -> tuple[Fraction, Fraction, Node | None]:
     try:
         at = [tree.replaced(node, unknown, ("num", x)) for x in _LINE_POINTS] if unknown else [node]
         values = [Fraction(endpoint(each)) for each in at]
-    except (Undefined, OverflowError):
+    except (tree.Undefined, OverflowError):
         raise Unsupported("not linear") from None
     slope = values[1] - values[0] if unknown else Fraction(0)
     plain = slope.limit_denominator(10**6)  # 1, though the values were rounded
@@ -187,15 +168,15 @@ _LINE_POINTS = (Fraction(0), Fraction(1), Fraction(22, 7), Fraction(-37, 5))
 
 
 def as_region(item: Shape) -> Region | None:
-    """The set of reals that a shape is, if it is one: an interval, a finite set, a union."""
+    """The set of reals of a shape that is an interval, a finite set or a union; None for others."""
     try:
         return _as_region(item)
-    except MathError:
+    except tree.MathError:
         return None
 
 
 def listed_intervals(item: Shape, *, may_be_points: bool) -> Region | None:
-    """The union of (-1, 2), (3, 5), which are intervals for sure where one is closed or endless."""
+    """The union of (-1, 2), (3, 5). They are surely intervals if one is closed or infinite."""
     if item[0] != "many" or item[1] == "pm" or any(part[0] not in ("seq", "region") for part in item[2]):
         return None
     sure = any(map(_is_interval, item[2]))

@@ -1,4 +1,4 @@
-"""Trees -> shapes: whether an answer is one value, several, a point, a set of reals, an equation, a word.
+"""Trees -> shapes: an answer is one value, several, a point, a set of reals, an equation, a word.
 
 A shape is a tuple whose first field names it:
     scalar node, measure shape Unit, infinity sign, base digits base, ratio nodes, text words, dots
@@ -13,9 +13,9 @@ A shape is a tuple whose first field names it:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import cast
 
 from rewards.math import region as regions
 from rewards.math import tree
@@ -37,7 +37,7 @@ def shape(node: Node) -> Shape:
     """The shape of a tree.
 
     Raises:
-        MathError: it has none, such as a matrix in a sum with a number.
+        MathError: it has no shape, such as the sum of a matrix and a number.
     """
     match node:
         case ("num" | "dec", _):
@@ -94,17 +94,17 @@ def shape(node: Node) -> Shape:
     return ("scalar", node)
 
 
-def _with_columns(node: Any) -> Any:
-    """A formula of tuples as one of columns."""
+def _with_columns(node: tree.T) -> tree.T:
+    """A formula of tuples as a formula of column vectors."""
     if not isinstance(node, tuple) or node[:1] == ("fn",):
         return node
     if node[:3] == ("seq", "(", ")"):
-        return ("matrix", tuple((entry,) for entry in node[3]))
-    return tuple(map(_with_columns, node))
+        return cast("tree.T", ("matrix", tuple((entry,) for entry in node[3])))
+    return cast("tree.T", tuple(map(_with_columns, node)))
 
 
-def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tuple[tuple[Shape, Shape], ...]:
-    """Pieces with "otherwise" as what the other conditions leave, where these are about one variable."""
+def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tree.Pieces:
+    """Pieces with "otherwise" replaced by what the other conditions leave, if they are about one variable."""
     *others, (value, last) = pieces
     names = {condition[1] for _, condition in others if condition[0] == "named"}
     if last != ("text", "otherwise") or len(names) != 1:
@@ -130,16 +130,15 @@ def _measure(inner: Shape, unit: Unit) -> Shape:
 
 def _sequence(node: tree.Seq) -> Shape:
     items = tuple(shape(item) for item in node[3])
-    if len(items) == 1 and items[0][0] == "seq":  # [[1, 2]]
-        return ("matrix", (tuple(scalar(item) for item in items[0][3]),))
-    if node[1] == "[" and len(items) > 1 and all(item[0] == "seq" and item[1] == "[" for item in items):
-        rows = tuple(tuple(scalar(entry) for entry in item[3]) for item in items)
+    inner = [item for item in items if item[0] == "seq" and (len(items) == 1 or item[1] == node[1] == "[")]
+    if inner and len(inner) == len(items):  # [[1, 2]]
+        rows = tuple(tuple(scalar(entry) for entry in item[3]) for item in inner)
         if len({len(row) for row in rows}) == 1:
             return ("matrix", rows)
     return ("seq", node[1], node[2], items)
 
 
-def _flat(items: Any) -> tuple[Shape, ...]:
+def _flat(items: Iterable[Shape]) -> tuple[Shape, ...]:
     flat: list[Shape] = []
     for item in items:
         flat.extend(item[2] if item[0] == "many" and item[1] == "pm" else (item,))
@@ -150,7 +149,7 @@ def _flat(items: Any) -> tuple[Shape, ...]:
 
 
 def _relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
-    if "~" in ops:  # what stands before ≈ is the answer, unless that is only a name
+    if "~" in ops:  # the side before ≈ is the answer, unless it is only a name
         at = ops.index("~")
         if at == 0 and name_of(sides[0]) is None:
             return shape(sides[0])
@@ -241,6 +240,7 @@ def _agree(left: Node, right: Node) -> bool:
 
 
 def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    """The solutions of a chain, or its links (left - right against 0) if it is not linear in one unknown."""
     try:
         name, region = regions.solve(ops, sides)
         return ("named", name, ("region", region), ()) if name else ("region", region)
@@ -248,7 +248,8 @@ def _inequality(ops: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
         if any(op not in _INEQUALITIES for op in ops):
             raise
     links = zip(ops, sides, sides[1:], strict=False)
-    parts = [("inequality", op, ("add", (_number(a), ("neg", _number(b))))) for op, a, b in links]
+    zeros: list[tuple[str, Node]] = [(op, ("add", (_number(a), ("neg", _number(b))))) for op, a, b in links]
+    parts: list[Shape] = [("inequality", *pair) for pair in zeros]
     return parts[0] if len(parts) == 1 else ("many", "and", tuple(parts))
 
 
@@ -260,17 +261,20 @@ def _several(how: str, items: list[Shape]) -> Shape:
     if how == "and" and (measure := compound(flat)) is not None:
         return measure
     rest = flat[1:]
-    is_first_named = how != ";" and flat[0][0] == "named" and flat[0][2][0] in ("scalar", "measure")
-    if is_first_named and rest and all(item[0] in ("scalar", "dots", "measure") for item in rest):
-        return ("named", flat[0][1], ("many", how, (flat[0][2], *rest)), ())  # n = 1, 2, 3
+    first = flat[0]
+    are_values = bool(rest) and all(item[0] in ("scalar", "dots", "measure") for item in rest)
+    match first:
+        case ("named", name, ("scalar" | "measure", *_) as value, _) if how != ";" and are_values:
+            return ("named", name, ("many", how, (value, *rest)), ())  # n = 1, 2, 3
     if (left_out := _left_out(flat)) is not None:
         return left_out
-    if all(item[0] == "named" for item in flat):
-        names = [item[1] for item in flat]
-        if len(set(names)) == 1:
-            return ("named", names[0], _joined(how, [item[2] for item in flat], of_one=True), flat[0][3])
-        if len(set(names)) == len(names) and how != "or" and not any(item[2][0] == "region" for item in flat):
-            return ("assign", tuple((item[1], _all(item[2])) for item in flat))
+    named = [(item[1], item[2]) for item in flat if item[0] == "named"]
+    if len(named) == len(flat) and first[0] == "named":
+        names = {name for name, _ in named}
+        if len(names) == 1:
+            return ("named", first[1], _joined(how, [value for _, value in named], of_one=True), first[3])
+        if len(names) == len(named) and how != "or" and not any(value[0] == "region" for _, value in named):
+            return ("assign", tuple((name, _all(value)) for name, value in named))
     return _joined(how, [_unnamed(item) for item in flat])
 
 
@@ -285,25 +289,22 @@ def _unnamed(item: Shape) -> Shape:
 
 
 def _left_out(items: list[Shape]) -> Shape | None:
-    """x != 1, 2: all reals but these."""
+    """x != 1, 2: all reals except these."""
     first, *rest = items
-    if first[0] != "named" or first[2][0] != "region" or not rest:
-        return None
-    if any(item[0] != "scalar" for item in rest) or not regions.is_finite(regions.complement(first[2][1])):
-        return None
-    points = as_region(("set", tuple(rest)))
-    if points is None:
-        return None
-    return ("named", first[1], ("region", regions.intersection(first[2][1], regions.complement(points))), ())
+    match first:
+        case ("named", name, ("region", region), _) if rest and all(item[0] == "scalar" for item in rest):
+            points = as_region(("set", tuple(rest)))
+            if points is not None and regions.is_finite(regions.complement(region)):
+                others = regions.intersection(region, regions.complement(points))
+                return ("named", name, ("region", others), ())
+    return None
 
 
 def _joined(how: str, items: list[Shape], *, of_one: bool = False) -> Shape:
-    """`of_one`: conditions of one variable. A comma between them is an "and", or an "or" where that leaves
-    nothing.
-    """
+    """`of_one`: these are conditions of one variable; a comma is "and", or "or" if that leaves nothing."""
     items = list(_flat(items))
-    if items and all(item[0] == "region" for item in items) and (of_one or how in ("or", "and")):
-        parts = [item[1] for item in items]
+    parts = [item[1] for item in items if item[0] == "region"]
+    if parts and len(parts) == len(items) and (of_one or how in ("or", "and")):
         either, both = regions.union(*parts), functools.reduce(regions.intersection, parts)
         return ("region", either if how == "or" or (how != "and" and not both) else both)
     return ("many", how, tuple(items))
@@ -319,7 +320,7 @@ def _set_operation(op: str, left: Shape, right: Shape) -> Shape:
 
 
 def _builder(first: Node, conditions: Node) -> Shape:
-    """{x | x > 2} is the solutions of its condition; over the integers it stays a formula."""
+    """{x | x > 2} becomes the solutions of its condition; over the integers it stays a formula."""
     head = first
     rules = conditions[2] if conditions[0] == "list" and conditions[1] != "or" else (conditions,)
     members = tuple(filter(None, map(_membership, rules)))

@@ -1,4 +1,4 @@
-"""The owner of the sympy process: starts it when first needed, asks it, kills it when late, ends it at exit.
+"""The owner of the sympy process: starts it on first use, asks it, kills it when late, ends it at exit.
 
 Threads share one process behind a lock. Every wait has a bound, and no signal is used.
 """
@@ -39,18 +39,18 @@ class SymbolicTimeout(MathError):
 
 
 class SymbolicFault(MathError):
-    """The process did not start, died twice on one question, or stayed busy: no fault of the prediction."""
+    """The process did not start, died twice on a question, or stayed busy: no fault of the prediction."""
 
 
 def is_askable(text: str) -> bool:
-    """Whether a text is small and plain enough to hand to sympy."""
+    """Whether a text is small and simple enough for sympy."""
     if len(text) > MAX_CHARS or text.count("{") > 60 or not _HARMLESS.fullmatch(text):
         return False
     return _LARGE.search(text) is None
 
 
 class SymbolicWorker:
-    """One sympy process at a time. Starts nothing before the first question."""
+    """One sympy process at a time, started at the first question."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,9 +63,8 @@ class SymbolicWorker:
         """Whether sympy finds two LaTeX texts equal; None if it cannot read one of them.
 
         Raises:
-            SymbolicTimeout: no verdict within `timeout_s`. The process is killed; the next question
-                starts another.
-            SymbolicFault: see there.
+            SymbolicTimeout: no verdict within `timeout_s`; the process is killed and later replaced.
+            SymbolicFault: see its docstring.
         """
         if self._slow_golds[gold] >= MAX_TRIES_OF_A_GOLD:
             raise SymbolicTimeout(timeout_s, on_gold=True)
@@ -99,7 +98,7 @@ class SymbolicWorker:
         return self._process is not None and self._process.poll() is None
 
     def _ask(self, gold: str, prediction: str, timeout_s: float) -> dict[str, Any]:
-        """The verdict; {} if the process died under the question."""
+        """The verdict; {} if the process died while it worked on the question."""
         if not self.is_running:
             self._spawn()
         process = self._process
@@ -115,7 +114,7 @@ class SymbolicWorker:
         while True:
             message = self._receive(deadline)
             if message is None:
-                self._spawn()  # so that the next question does not wait for all of a start
+                self._spawn()  # so that the next question waits for less of the start
                 if not read_gold and len(self._slow_golds) < MAX_SLOW_GOLDS:
                     self._slow_golds[gold] += 1
                 raise SymbolicTimeout(timeout_s, on_gold=not read_gold)
@@ -164,7 +163,7 @@ atexit.register(worker.close)
 
 
 def _forget() -> None:
-    """A forked child has neither the pipe's other end to itself nor a lock that anybody will release."""
+    """Resets a forked child, which shares the pipe and may hold a lock that nobody will release."""
     worker._lock, worker._process, worker._buffer, worker._is_ready = threading.Lock(), None, b"", False
 
 

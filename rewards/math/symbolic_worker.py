@@ -1,7 +1,7 @@
-"""The process that runs sympy. Its owner starts this file with `python -I`, and kills it when it is late.
+"""The process that runs sympy. Its owner starts this file with `python -I` and kills it when it is late.
 
-One JSON line in, {"gold": ..., "prediction": ...}; out come {"read": "gold"} and then {"equal": true | false
-| null}, null for a text that sympy cannot read. It ends when its input does.
+It reads lines {"gold": ..., "prediction": ...} and answers {"read": "gold"}, then {"equal": true | false |
+null}, with null for a text that sympy cannot read. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WARM_UP = (
 
 
 def limit_resources() -> None:
-    """Memory, processor time, no files to write, no core dump. After this the process can only compute."""
+    """Limits memory and CPU time and forbids writing files and core dumps: the process can only compute."""
     for kind, limit in (
         (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
         (resource.RLIMIT_CPU, MAX_CPU_SECONDS),
@@ -36,7 +36,7 @@ def limit_resources() -> None:
 
 
 def worked_out(gold: Any) -> Any:
-    """A gold with its integrals and limits carried out: its own slowness is not a fault of a prediction."""
+    """A gold with its integrals and limits worked out; a slow gold is not the prediction's fault."""
     import sympy
 
     return gold.doit() if isinstance(gold, sympy.Expr) else gold
@@ -62,10 +62,10 @@ def equal(gold: Any, prediction: Any) -> bool:
 def main() -> None:
     limit_resources()
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints is an answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output of libraries must not look like an answer
     from latex2sympy2_extended import latex2sympy
 
-    for text in WARM_UP:  # the parser builds its tables, and sympy imports half of itself, at the first use
+    for text in WARM_UP:  # at first use the parser builds tables and sympy imports modules
         equal(worked_out(latex2sympy(text)), latex2sympy("1"))
     print(json.dumps({"ready": True}), file=out)
     for line in sys.stdin:
@@ -75,7 +75,7 @@ def main() -> None:
             gold = worked_out(latex2sympy(request["gold"]))
             print(json.dumps({"read": "gold"}), file=out)
             verdict = bool(equal(gold, latex2sympy(request["prediction"])))
-        except Exception:  # the parser raises whatever it meets; any of it means that the text cannot be read
+        except Exception:  # the parser may raise anything; it means that the text cannot be read
             verdict = None
         print(json.dumps({"equal": verdict}), file=out)
 

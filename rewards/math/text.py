@@ -1,4 +1,4 @@
-"""Unicode, currency, styling and spoken words -> plain LaTeX in ASCII (plus CJK text): what the lexer reads.
+"""Unicode, currency, styling and spoken words -> plain ASCII LaTeX (plus CJK text) for the lexer.
 
 Everything here is a single pass of a compiled pattern over the text, so the time is linear in its length.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
+from rewards.math.tree import Node
 from rewards.math.units import is_unit_word
 from rewards.math.words import INTRODUCTIONS, NUMBER_WORDS, TRANSLATION, WORDS
 
@@ -51,7 +51,7 @@ def ascii_math(text: str) -> str:
 def clean(text: str) -> str:
     """One answer without delimiters, styling, invisible content and a final full stop.
 
-    Dollar signs that come in pairs are delimiters; a single one beside a number is the currency.
+    Paired dollar signs are delimiters; a single one beside a number is the currency.
     """
     text = ascii_math(text)
     if '"' in text:
@@ -77,7 +77,7 @@ def clean(text: str) -> str:
 
 
 def _without_rarities(text: str) -> str:
-    """What only few answers hold, in one way of writing it. Of a => b, b is the answer."""
+    """Rewrites rare notations in a uniform way. Of a => b, b is the answer."""
     for sign in _IMPLIES:
         text = text.rpartition(sign)[2]
     text = _MODULO.sub(r"\\pmod{\1}", text.replace("{:}", ":"))
@@ -125,7 +125,7 @@ _LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
 def text_key(text: str) -> str:
-    """A text for comparison as text: styling, case, repeated blanks and surrounding punctuation do not count.
+    """The key for comparing text: without styling, case, repeated blanks and surrounding punctuation.
 
     A single letter keeps its case: `x` and `X` are different variables.
     """
@@ -143,9 +143,7 @@ def text_key(text: str) -> str:
 
 
 def introduces(words: str) -> bool:
-    """Whether a text before a value says no more than that it comes: "the answer is", "approximately",
-    "答案是".
-    """
+    """Whether a text only introduces the value after it: "the answer is", "approximately", "答案是"."""
     key = text_key(words)
     if key.endswith(("是", "为", "等于", "：", "约", "共有", "共")) and not any(
         no in key for no in ("不", "非", "或", "没")
@@ -162,7 +160,7 @@ _STYLED = r"(?:\\(?:text|mathrm)\s*\{\s*)?"
 _BUT = r"(?:all|any|every) real(?:s| numbers?)?,? (?:x )?(?:except(?: for)?|but|other than)"
 _HOURS = re.compile(rf"(?<=\d){_GAP}h(?:rs?)?{_GAP}(\d+){_GAP}m(?:ins?)?(?![A-Za-z])")
 _NEXT = r"(?=[-+]?(?:\d|\\pm|\\[dt]?frac|\\sqrt|\(|[A-Za-z]\w?\s*(?:_\{?\w\}?)?\s*(?:=|<|>|\\in|\\[lg]e)))"
-# What a text has to hold :: pattern => what it becomes. From ^ on: about the whole answer, without styles.
+# Required substring :: pattern => replacement. Patterns with ^ match the whole answer, without styles.
 _TABLE = r"""
 &lt; :: &lt; => <
 &gt; :: &gt; => >
@@ -220,7 +218,7 @@ _CJK_NUMBER = re.compile("^(?:([零一二三四五六七八九十百千]+)分之
 
 
 def respelled(text: str) -> str:
-    """A cleaned answer with what is spoken in it spelled as LaTeX."""
+    """A cleaned answer with its spoken parts spelled as LaTeX."""
     if len(text) > 200 or text.isdigit():
         return text
     is_formula = "\\" in text and "\\text" not in text and "\\m" not in text
@@ -298,13 +296,13 @@ def _date(words: str) -> str | None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether an answer is several words, one of them at least neither mathematics nor a unit."""
+    """Whether an answer is several words, at least one of them neither mathematics nor a unit."""
     words = text.casefold().split() if _PROSE.fullmatch(text) else []
     long = (word for word in words if len(word) > 3 and word not in WORDS and not is_unit_word(word))
     return _CONNECTIVES.isdisjoint(words) and any(long)
 
 
-def number_in_base(text: str) -> Any:
+def number_in_base(text: str) -> Node | None:
     """2A_{16}, \\text{2A}_{16}, 1011_{(2)}, 61_{eight}, 1101 (base 2): a whole answer in a base."""
     found = _BASED.fullmatch(_WRAPPING.sub("", text))
     if found is None:
@@ -314,5 +312,5 @@ def number_in_base(text: str) -> Any:
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
         return None
     is_number = digits[0].isdigit() or len(digits) > 1
-    value = ("num", Fraction(int(digits))) if base == 10 else ("base", digits, base)
+    value: Node = ("num", Fraction(int(digits))) if base == 10 else ("base", digits, base)
     return value if is_number else None

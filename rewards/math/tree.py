@@ -1,7 +1,7 @@
-"""Trees of tuples, and what may be wrong with one: their variables, parts replaced, matrices carried out.
+"""The types of nodes and shapes, their errors, and operations on them: variables, replacement, matrices.
 
-A node is what an answer says, and a shape what that is: one value, several, a point, a set, an equation.
-Nodes are tuples, which a type checker tells apart by their first field.
+A node is a part of the parsed answer. A shape is the kind of answer: a value, several, a point, a set, an
+equation. Both are tuples, which a type checker tells apart by their first field.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 from rewards.math.units import Unit
 
@@ -39,22 +39,47 @@ Node: TypeAlias = """(
     | tuple[Literal["setop"], str, Node, Node] | tuple[Literal["unit"], Node, Unit]
     | tuple[Literal["digits"], str, Fraction] | tuple[Literal["cases"], tuple[tuple[Node, Node], ...]]
 )"""  # pm: sign, a, b of a ± b; big: sum or prod, index, low, high, body; list: joined by "," ";" "or" "and"
-Shape = Any  # a tuple whose first field names it: `rewards.math.shape`
+Endpoint = Fraction | float  # a float is an infinity
+
+
+class Interval(NamedTuple):
+    low: Endpoint
+    has_low: bool
+    high: Endpoint
+    has_high: bool
+
+
+Region = tuple[Interval, ...]
+Pairs = tuple[tuple[str, str], ...]
+Shapes: TypeAlias = "tuple[Shape, ...]"
+Pieces: TypeAlias = "tuple[tuple[Shape, Shape], ...]"
+Scalar: TypeAlias = tuple[Literal["scalar"], Node]
+Measure: TypeAlias = "tuple[Literal['measure'], Shape, Unit]"
+Inequality: TypeAlias = tuple[Literal["inequality"], str, Node]
+Shape: TypeAlias = """(
+    Scalar | Measure | Inequality | Base | Ratio | Residue | Matrix | Builder | Text | Domain | Dots
+    | tuple[Literal["infinity"], int] | tuple[Literal["region"], Region] | tuple[Literal["set"], Shapes]
+    | tuple[Literal["many"], str, Shapes] | tuple[Literal["seq"], str, str, Shapes]
+    | tuple[Literal["given"], Shape, Pairs, Shapes] | tuple[Literal["named"], str, Shape, Names]
+    | tuple[Literal["assign"], tuple[tuple[str, Shape], ...]] | tuple[Literal["pieces"], Pieces]
+    | tuple[Literal["setop"], str, Shape, Shape] | tuple[Literal["equation"], Node, Node | None]
+    | tuple[Literal["contradiction"], Shape]
+)"""  # what their fields mean: `rewards.math.shape`
 
 
 class MathError(Exception):
-    """A text that has no value. Subclasses say why."""
+    """A text has no value; subclasses say why."""
 
 
 class Unparsable(MathError):
-    """Not mathematics, or not well formed."""
+    """The text is not mathematics, or not well formed."""
 
 
 class Unsupported(MathError):
-    """Mathematics outside this grammar.
+    """The text is mathematics outside this grammar.
 
-    `evaluates` marks a value that sympy can work out where this module cannot; an integral is not one, as it
-    restates a problem more often than it answers it.
+    `evaluates` marks a value that sympy can work out; an integral is excluded, as it often restates the
+    problem.
     """
 
     def __init__(self, message: str, *, evaluates: bool = False) -> None:
@@ -63,11 +88,11 @@ class Unsupported(MathError):
 
 
 class TooComplex(MathError):
-    """Over a size bound: characters, nesting, bits of a number, arithmetic steps."""
+    """A bound was exceeded: characters, nesting, bits of a number or arithmetic steps."""
 
 
 class Undefined(MathError):
-    """No number: 1/0, 0^0, infinity - infinity."""
+    """The value is not a number: 1/0, 0^0, infinity - infinity."""
 
 
 def symbols(node: Tree) -> frozenset[str]:
@@ -87,7 +112,7 @@ def symbols(node: Tree) -> frozenset[str]:
 
 
 def kinds(node: Tree) -> set[object]:
-    """The first fields of a tree and of all its parts."""
+    """The first fields of a tree and all its parts."""
     found: set[object] = set()
     stack: list[Tree] = [node]
     while stack:
@@ -143,7 +168,7 @@ def renamed(item: T, names: dict[str, str]) -> T:
 
 
 def variants(node: Node) -> tuple[Node, ...]:
-    """The trees that ± stands for: ±1 ± i has four values; where there is a ∓, there are two."""
+    """The trees that ± stands for: ±1 ± i has four values, but with a ∓ there are two."""
     marks = _marks(node)
     if len(marks) > 3 or -1 in marks:
         return tuple(_signed(node, itertools.repeat(sign)) for sign in (1, -1))
@@ -158,7 +183,7 @@ def _marks(node: object) -> list[int]:
 
 
 def _signed(node: T, signs: Iterator[int]) -> T:
-    """The tree with the signs ± read, in their order, as these."""
+    """The tree with its signs ± replaced, in order, by `signs`."""
     if not isinstance(node, tuple):
         return node
     if node and node[0] == "pm":
@@ -173,7 +198,7 @@ _DOTS = ("dots",)
 
 
 def progression(items: tuple[Node, ...]) -> tuple[Node, ...]:
-    """1, 2, ..., 10 written out, where whole numbers in equal steps lead over the dots to the last one."""
+    """1, 2, ..., 10 written out, if equal steps of numbers lead over the dots to the last one."""
     numbers = [item[1] for item in items if item[0] == "num"]
     if items[-2:-1] != (_DOTS,) or len(items) < 3 or len(numbers) + items.count(_DOTS) < len(items):
         return items

@@ -1,7 +1,6 @@
 """Unit text -> dimension and factor: "km/h", "square feet", "米", "cm^2", "million dollars".
 
-A unit that is not in the table is kept as its words: two of them agree when one's words are among the
-other's.
+A unit outside the table is kept as its words: two agree if the words of one are among those of the other.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _BARE_PREFIXED = split("kN kJ kW kHz MHz GHz kPa MPa kV keV MeV GeV MJ MW mL mA 
 
 
 def _table() -> dict[str, tuple[dict[str, int], Fraction]]:
-    """word -> (exponents of dimensions, factor to these). A count such as "million" has no dimension."""
+    """word -> (exponents of dimensions, factor). A count such as "million" has no dimension."""
     table: dict[str, tuple[dict[str, int], Fraction]] = {}
     for line in _LINES.strip().split(";"):
         formula, factor, *names = line.split()
@@ -60,7 +59,7 @@ def _table() -> dict[str, tuple[dict[str, int], Fraction]]:
     return table
 
 
-_WORDS = _table()  # a bare word of these is a unit; the others are units inside \\text or beside one
+_WORDS = _table()  # units as bare words, too; the others only inside \\text or beside a unit
 _TABLE = {
     prefix + name: (_WORDS[name][0], _WORDS[name][1] * Fraction(10) ** power)
     for name in _PREFIXED
@@ -73,7 +72,7 @@ _MARKS = split("pct percent percentage pm am PM AM")
 _FILLER = split(
     "unit units 个 名 位 只 本 种 次 人 岁 条 张 件 支 块钱 辆 棵 页 套 组 of in the a an is total"
 )
-# Words that make what stands before them more, or less, than a value.
+# Words that turn the value before them into a bound or a guess.
 CLAIMS = split(
     "or and not no more less least most than wrong incorrect if unless to between plus minus "
     "times except approximately about either neither but maybe perhaps mod when where for "
@@ -87,14 +86,14 @@ _TEMPERATURE = re.compile(r"deg(?:ree)?s?\s+([CF])(?:elsius|ahrenheit)?(?![A-Za-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What stands behind a value.
+    """The unit text after a value.
 
     Attributes:
         dimensions: sorted (name, exponent) pairs; None for words outside the table.
-        factor: to the dimensions' own units.
-        words: what was written, singular and in lower case, without counts.
+        factor: conversion to the base units of the dimensions.
+        words: the written words, singular, lower case, without counts.
         is_claim: the text says more than a unit, such as "or more".
-        count: of "million" and "dozen", which belong to the value.
+        count: the number of "million" or "dozen", which belongs to the value.
     """
 
     dimensions: tuple[tuple[str, int], ...] | None
@@ -111,7 +110,7 @@ def is_unit_word(word: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit:
-    """The unit that a trailing text means."""
+    """The unit that the text after a value means."""
     text = _TEMPERATURE.sub(lambda match: "°" + match.group(1).upper(), _CJK_COUNT.sub(r"\1 ", text))
     dimensions: dict[str, int] = {}
     factor, count, words, known, sign, power = Fraction(1), Fraction(1), [], True, 1, 1
@@ -156,7 +155,7 @@ def parse_unit(text: str) -> Unit:
     return Unit(pairs if known else None, factor if known else Fraction(1), stems, is_claim, count)
 
 
-_STERLING = (("gbp", 1),)  # "pounds" are a mass, except beside a £
+_STERLING = (("gbp", 1),)  # "pounds" are a mass, except next to a £
 
 
 def _stem(word: str) -> str:
@@ -166,7 +165,7 @@ def _stem(word: str) -> str:
 
 
 def units_agree(gold: Unit, prediction: Unit) -> bool:
-    """Whether two written units may belong to one answer; known ones must have the same dimensions."""
+    """Whether two written units may be the same; known ones must have equal dimensions."""
     if gold.dimensions is not None and prediction.dimensions is not None:
         is_money = _STERLING in (gold.dimensions, prediction.dimensions)
         if is_money and (gold.words == {"pound"} or prediction.words == {"pound"}):

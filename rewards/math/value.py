@@ -1,8 +1,8 @@
-"""Trees -> numbers, exactly where they are rational and to as many digits as they need elsewhere.
+"""Trees -> numbers: exact if they are rational, otherwise with as many digits as they need.
 
-Two formulas are compared at fixed points of their variables. A rational formula has an exact value there, so
-that equality is exact; any other is evaluated by mpmath with at least 50 digits, more when its parts differ
-much in size, and compared by relative error.
+Formulas are compared at fixed points of their variables. Rational formulas have exact values there. Others
+are evaluated by mpmath with at least 50 digits (more if their parts differ much in size), and compared by
+relative error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Evaluator:
         self.bound: dict[str, Fraction] = {}
 
     def value(self, node: Node) -> Number:
-        """The number a tree stands for at this point.
+        """The number that a tree has at this point.
 
         Raises:
             Undefined, TooComplex, Unparsable (not a number), Unsupported.
@@ -41,7 +41,7 @@ class Evaluator:
                 return number
         try:
             return self._formula(node)
-        except (ValueError, ZeroDivisionError, OverflowError) as error:  # mpmath's words for a pole
+        except (ValueError, ZeroDivisionError, OverflowError) as error:  # how mpmath reports a pole
             raise Undefined(str(error)) from None
 
     def _formula(self, node: Node) -> Number:
@@ -73,11 +73,11 @@ class Evaluator:
             case ("call", name, arguments):
                 return self.opaque(f"{name}({';'.join(map(self.key, arguments))})")
             case ("big", kind, name, low, high, body):
-                return _big(self, (kind, name), low, high, body)
+                return _big(self, (kind, name), low=low, high=high, body=body)
         raise Unparsable(f"a {node[0]} is not a number")
 
     def probe(self, name: str) -> Fraction:
-        """The value of a variable at this point: dyadic, fixed by its name."""
+        """A dyadic value fixed by the name. Points 0-3 are near zero, 4-6 far, 7 between, 10 and up whole."""
         if self.bound:
             if name in self.bound:
                 return self.bound[name]
@@ -99,11 +99,11 @@ class Evaluator:
         return size if self.point == 1 else -size if self.point == 2 or code & 4096 else size
 
     def opaque(self, key: str) -> Fraction:
-        """The value of an undefined function: the same for the same name and arguments only."""
+        """A value for an undefined function, which only the same name and arguments share."""
         return Fraction(2**18 + zlib.crc32(f"{self.point}:{key}".encode()) % 2**22, 2**21)
 
     def key(self, node: Node) -> str:
-        """A number as a name: 15 digits of it."""
+        """A name for a number: 15 of its digits."""
         if node == _INFINITY:
             return "inf"
         mp, value = self.arithmetic.mp, self.arithmetic.real(self.value(node))
@@ -125,8 +125,8 @@ def _constant(arithmetic: Arithmetic, name: str) -> Number:
     return mp.mpc(0, 1) if name == "i" else +(mp.pi if name == "pi" else mp.e)
 
 
-def _big(evaluator: Evaluator, of: tuple[str, str], low: Node, high: Node, body: Node) -> Number:
-    """A sum with whole bounds is carried out; any other is an undefined function of its bounds and body."""
+def _big(evaluator: Evaluator, of: tuple[str, str], *, low: Node, high: Node, body: Node) -> Number:
+    """Evaluates a sum or product with whole bounds; any other is an undefined function of bounds and body."""
     kind, name = of
     first = last = None
     if low != _INFINITY and high != _INFINITY:
@@ -156,7 +156,7 @@ def _function(evaluator: Evaluator, name: str, arguments: tuple[Node, ...]) -> N
             raise Unparsable("a determinant of something that is not a square matrix")
         return determinant(evaluator.arithmetic, [[evaluator.value(entry) for entry in row] for row in rows])
     if name in ("gcd", "lcm") and evaluator.point < 10 and symbols(("fn", name, arguments)):
-        raise Unsupported("a divisor of formulas", evaluates=True)
+        raise Unsupported("gcd or lcm of formulas", evaluates=True)
     function = FUNCTIONS.get(name)
     if function is None:
         raise Unsupported(f"the function {name}")

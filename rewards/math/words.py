@@ -1,6 +1,6 @@
 """The vocabulary: LaTeX commands, plain words, Unicode signs and the tokens they stand for.
 
-A table holds entries "kind value names", separated by semicolons; "-" is an empty value.
+A table holds entries "kind value names" separated by semicolons; "-" is an empty value.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ MATH_STYLES = split("mathrm mathbf mathit mathsf mathtt mathcal mathbb mathfrak 
 TEXT_STYLES = MATH_STYLES | split("""
 text textbf textit textrm textsf texttt textnormal textup textmd mbox hbox operatorname emph pmb
 """)
-# Three letters in a row that are a word rather than a product of variables.
+# Three consecutive letters that are a word and not a product of variables.
 SHORT_WORDS = split("""
 odd yes all one two six ten the any for not day men won sum max min are has cat dog red sun mon tue wed thu
 fri sat
@@ -91,7 +91,7 @@ NUMBER_WORDS = {word: number for number, word in enumerate(_COUNTED.split())}
 _NOTHING = "no solution,no solutions,empty set,no real solution,no real solutions,none,无解,空集"
 _EVERYTHING = "all real numbers,all reals,all real,the real numbers,real numbers,全体实数,任意实数"
 EMPTY_WORDS, REAL_WORDS = frozenset(_NOTHING.split(",")), frozenset(_EVERYTHING.split(","))
-# Words that a value may come after without being changed by them.
+# Words before a value that do not change it.
 INTRODUCTIONS = split("""
 the a an answer is are final approximately about approx roughly nearly equals equal to solution value total
 exactly of so thus hence therefore there option choice letter result maximum minimum largest smallest

@@ -17,16 +17,16 @@ MAX_SCORE = 1e9
 
 
 class BadValue(Exception):
-    """A reward function returned something other than one finite number, None or Reward per completion."""
+    """A reward function did not return one finite number, None or Reward per completion."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a function of TRL's may read of `trainer_state`.
+    """The part of TRL's `trainer_state` that reward functions can read.
 
     Attributes:
         global_step: steps that the policy had done when the newest token of the call was sampled.
-        max_steps: of the whole run; -1: unknown.
+        max_steps: steps of the whole run; -1: unknown.
     """
 
     global_step: int
@@ -36,6 +36,7 @@ class TrainerState:
 def arguments(
     reward: RewardFunction,
     prompts: Sequence[Any],
+    *,
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]] | None,
     columns: Mapping[str, Sequence[Any]],
@@ -44,8 +45,8 @@ def arguments(
     """The keyword arguments of one call: TRL's own, the columns that the function takes, then its options.
 
     Args:
-        extras: `trainer_state`, `log_extra` and `log_metric` of the trainer that calls; without them the
-            state is None and what is logged goes nowhere.
+        extras: `trainer_state`, `log_extra` and `log_metric` of the calling trainer; by default the state is
+            None and logging does nothing.
     """
     given = {
         "prompts": list(prompts),
@@ -65,10 +66,10 @@ def _ignore(*_: Any, **__: Any) -> None: ...
 
 
 def grade(reward: RewardFunction, arguments: Mapping[str, Any], num_completions: int) -> list[Reward]:
-    """Calls the function, also an async one, in this thread.
+    """Calls the function in this thread; it may be async.
 
     Raises:
-        BadValue: what it returned is not a list of `num_completions` finite numbers, Nones or Rewards.
+        BadValue: it did not return a list of `num_completions` finite numbers, Nones or Rewards.
     """
     values = reward.fn(**arguments)
     if inspect.isawaitable(values):
@@ -84,7 +85,7 @@ def check_length(name: str, values: Any, num_completions: int) -> list[Any]:
     """The values as a list.
 
     Raises:
-        BadValue: not a list (or tuple, array, tensor), or not one value per completion.
+        BadValue: they are not a list (or tuple, array, tensor), or not one value per completion.
     """
     if isinstance(values, str | bytes | Mapping | Reward) or not hasattr(values, "__len__"):
         raise BadValue(
@@ -104,7 +105,7 @@ def to_reward(name: str, value: Any) -> Reward:
     """One returned value as a Reward. None means that the reward does not apply to this sample (TRL).
 
     Raises:
-        BadValue: neither None, a Reward nor a number.
+        BadValue: the value is neither None, a Reward nor a finite number.
     """
     if value is None:
         return Reward(None, Reason.NOT_APPLICABLE)
@@ -119,7 +120,7 @@ def to_reward(name: str, value: Any) -> Reward:
     else:
         number: Any = value
         rest = Reward(None)
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a scalar of numpy or torch
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # it may be a numpy or torch scalar
         number = number.item() if hasattr(number, "item") else number
     if not isinstance(number, int | float) or not abs(number) <= MAX_SCORE:
         kind = type(number).__name__

@@ -1,4 +1,4 @@
-"""One grader process as its owner sees it: start it, move bytes to and from it, kill it."""
+"""The owner's side of one grader process: starts it, moves bytes to and from it, kills it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rewards.environment import grader_environment
 from rewards.pool.log import GraderLog
 from rewards.pool.worker import HEADER, MAX_FRAME_BYTES, PING_ID, encode_frame
 
-MAX_BESIDE = 64  # async calls that run beside each other
+MAX_BESIDE = 64  # async calls that run concurrently
 MAX_AHEAD, AHEAD_S = 16, 0.004  # calls that wait in a process for their turn, and the work that they may hold
 TAIL_BYTES = 4000
 PING = encode_frame({"id": PING_ID})  # comes back as it is: the process lived until here
@@ -29,10 +29,10 @@ BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from %s import 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call on its way. `alone` is set when a process died under it: it is tried once more, by itself.
+    """One call in flight. `alone` is set when its process died: it is then retried once by itself.
 
-    `started`: when its turn came, on the monotonic clock; 0 while it waits behind another call.
-    `lost`: how often a process that was to try it alone died before it could.
+    `started`: when its turn came, on the monotonic clock; 0 while it waits behind another call. `lost`: how
+        often a process died before it could try the call alone.
     """
 
     id: int
@@ -53,24 +53,24 @@ class Call:
 
 
 def worker_path() -> list[str]:
-    """`sys.path` for graders: this process's, and at its end our own folder and the working directory."""
+    """`sys.path` for graders: that of this process, then this library's folder and the working directory."""
     here, ours = os.getcwd(), str(Path(__file__).parents[2])
     return list(dict.fromkeys([*(entry or here for entry in sys.path), ours, here]))
 
 
 class Grader:
-    """A process, the bytes on their way, and the calls that it holds. One thread starts and uses it.
+    """A process, the bytes in transit and the calls that it holds. One thread starts and uses it.
 
-    Calls are answered in the order in which they were sent, except async ones, which run beside each other.
-    A few short ones are sent ahead, so that the process does not wait for each; the clock of a call starts
-    when the one before it is answered.
+    Calls are answered in the order in which they were sent, except async ones, which run concurrently. A few
+    short calls are sent ahead, so that the process need not wait; a call's clock starts when the one before
+    it is answered.
 
     Attributes:
         calls: by id, in the order in which they were sent.
         ready: it has loaded its rewards.
-        ended: its output is closed, or breaks the protocol; nothing more will come.
-        usual_s: how long a call took of late.
-        met_alone: it answered the ping before a call that is tried alone, so it has got that call.
+        ended: its output is closed or broke the protocol; no more answers will come.
+        usual_s: how long recent calls took.
+        met_alone: it answered the ping sent before a lone call, so it has received that call.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Grader:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is the trainer's; and the session is killed whole
+            start_new_session=True,  # Ctrl-C is for the trainer; and the whole session can be killed
             env={"OMP_NUM_THREADS": "1", **grader_environment(), "PYTHONHASHSEED": "0"},
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
@@ -107,7 +107,7 @@ class Grader:
         self.flush()
 
     def has_room_for(self, call: Call) -> bool:
-        """Idle; or grading async calls and asked for another; or done soon enough with what it has."""
+        """Whether it is idle, runs async calls and is offered another, or will finish its calls soon."""
         if not self.calls or not self.ready:
             return self.ready
         last = next(reversed(self.calls.values()))
@@ -124,7 +124,7 @@ class Grader:
         self.outbox += PING + call.frame if call.alone else call.frame
 
     def answered(self, call_id: int) -> Call | None:
-        """The call of an answer that has come, which is over; the clock of the next one starts."""
+        """Removes and returns the call that was answered; the clock of the next call starts."""
         call = self.calls.pop(call_id, None)
         if call is not None and not call.is_async:
             now = time.monotonic()
@@ -141,12 +141,13 @@ class Grader:
                 self.selector.register(self.stdin, selectors.EVENT_WRITE, (self, self.write_some))
 
     def write_some(self) -> None:
+        """Writes a part of the outbox; called while stdin accepts bytes."""
         try:
             del self.outbox[: os.write(self.stdin.fileno(), bytes(self.outbox[: 1 << 16]))]
         except BlockingIOError:
             return
         except OSError:
-            self.outbox.clear()  # it is dying; the end of its stdout will say so
+            self.outbox.clear()  # the process is dying; its stdout will end soon
         if self.is_writing and not self.outbox:
             self.is_writing = False
             self._forget(self.stdin)
@@ -173,7 +174,7 @@ class Grader:
             self.selector.unregister(stream)
 
     def messages(self) -> list[dict[str, Any]]:
-        """The whole frames that have arrived. What is not a frame ends the process."""
+        """The complete frames that have arrived. Bytes that are not a frame end the process."""
         found: list[dict[str, Any]] = []
         while len(self.inbox) >= HEADER.size:
             (size,) = HEADER.unpack_from(self.inbox)

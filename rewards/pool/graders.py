@@ -1,8 +1,8 @@
-"""Grader processes: deadlines are kept from outside; a stuck or dying process is killed and replaced.
+"""Grader processes. Deadlines are enforced from outside; a stuck or dying process is killed and replaced.
 
 One thread owns the processes and moves all bytes. A call goes to an idle process; calls to async functions
-share one. The answer is a dict with `items`, or with `fault` ("timeout", "crash", ...) and `detail`: a future
-never fails, always ends.
+share one. The answer is a dict with `items`, or with `fault` ("timeout", "crash", ...) and `detail`. A future
+always gets an answer and never raises.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_FAILED_STARTS = 3
 class Graders:
     """`num_processes` processes that load the same rewards. They end with `close` or with the program.
 
-    What they print goes into the file `log`.
+    Their output goes to the file `log`.
     """
 
     def __init__(self, hello: Mapping[str, Any], num_processes: int, log: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class Graders:
         atexit.register(self.close)
 
     def loaded(self) -> list[dict[str, Any]]:
-        """What the first process loaded: one description per reward. Waits at most `START_S`.
+        """One description per reward, from the first process to load them. Waits at most `START_S`.
 
         Raises:
             ValueError: a reward cannot be found, imported or configured.
@@ -75,10 +75,10 @@ class Graders:
     def submit(
         self, message: Mapping[str, Any], *, deadline_s: float, is_async: bool
     ) -> Future[dict[str, Any]]:
-        """Queues one call. The deadline counts from the moment that a process gets it.
+        """Queues one call. Its deadline counts from the moment that a process starts on it.
 
         Raises:
-            TypeError, ValueError: the message does not consist of JSON values.
+            TypeError, ValueError: the message holds something that is not a JSON value.
         """
         with self._lock:
             self._next_id += 1
@@ -91,16 +91,16 @@ class Graders:
                 queue.append(call)
         if self._why_ended:
             call.fail("crash", self._why_ended)
-        elif was_empty:  # else the thread knows of the queue already, and an answer will wake it
+        elif was_empty:  # otherwise the thread knows of the queue, and an answer will wake it
             self._wake()
         return call.future
 
     def pids(self) -> list[int]:
-        """Process ids of the graders alive now."""
+        """Process ids of the living graders."""
         return [grader.process.pid for grader in list(self._graders)]
 
     def close(self) -> None:
-        """Kills every process; calls in flight end with a fault. Safe to call twice and in a fork."""
+        """Kills all processes; calls in flight end with a fault. Safe to call twice and in a fork."""
         if os.getpid() != self._owner:
             return
         self._closing = True
@@ -110,7 +110,7 @@ class Graders:
         atexit.unregister(self.close)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody to wake
+        with contextlib.suppress(OSError):  # a full pipe wakes it anyway; a closed one has no reader
             self._wake_sender.send(b"x")
 
     def _run(self) -> None:
@@ -153,11 +153,11 @@ class Graders:
         while len(self._graders) < self._num_processes:
             try:
                 self._graders.append(Grader(self._path, self._hello, self._selector, self._log))
-            except OSError as error:  # no memory, no process or descriptor left: it may pass
+            except OSError as error:  # out of memory, processes or descriptors, which may pass
                 return self._count_failed_start(str(error))
 
     def _dispatch(self) -> None:
-        """First come, first served, by the process that has least to do. Async calls join busy processes only
+        """Gives waiting calls, in order, to the least busy process. Async calls join busy processes only
         while no other call waits.
         """
         for queue in (self._waiting, self._waiting_async):
@@ -194,9 +194,9 @@ class Graders:
             call.answer(message)
 
     def _bury(self, grader: Grader) -> None:
-        """It died by itself. The calls that it was grading are tried once more, each alone; one that was
-        alone is the culprit, unless the process was dying before it got it, which one killing from outside
-        can do once per process. Those that waited for their turn go back to the queue.
+        """Handles a process that died by itself. Calls that it was grading are retried once, each alone. A
+        call that was already alone is at fault, unless the process died before receiving it, which is
+        accepted once per process. Calls that waited for their turn go back to the queue.
         """
         how = self._kill(grader)
         if not grader.ready:
@@ -227,7 +227,7 @@ class Graders:
         return max(LOOK_S, min([end - time.monotonic() for end in ends] + [0.25 if ends else 5.0]))
 
     def _end_late(self) -> None:
-        """Kills what passed a deadline; notices a dead process whose children hold its pipes open."""
+        """Kills processes past a deadline; notices a dead process whose children keep its pipes open."""
         now = time.monotonic()
         if now < self._looked + LOOK_S:
             return
@@ -240,7 +240,7 @@ class Graders:
                 for call in late:
                     if len(running) == 1:
                         call.fail("timeout", f"no answer within {call.deadline_s:g} s; the grader was killed")
-                    call.alone = True  # one of several: which one blocks their event loop shows alone
+                    call.alone = True  # of several, only a retry alone shows which one blocked
                 again = [call for call in reversed(grader.calls.values()) if not call.future.done()]
                 with self._lock:
                     for call in again:

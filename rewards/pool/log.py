@@ -1,4 +1,4 @@
-"""`graders.log`: what graders print, in whole lines, without escape sequences, and never too much of it."""
+"""`graders.log`: the output of graders in whole lines, without escape sequences, of bounded size."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 HALF_BYTES = 4 << 20
-MAX_LINE = 1 << 16  # bytes; of a longer line the rest is a line of its own
+MAX_LINE = 1 << 16  # bytes; the rest of a longer line becomes another line
 
 
 class GraderLog:
-    """A file that several processes may append to. Beyond `HALF_BYTES` it becomes NAME.1 and begins anew."""
+    """A file that several processes may append to. Beyond `HALF_BYTES` it is renamed to NAME.1."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def take(self, unfinished: bytearray, *, ended: bool = False) -> None:
-        """Writes the whole lines of `unfinished`, and takes them out of it; all of it once it has ended."""
+        """Moves the whole lines of `unfinished` to the file; once it has ended, everything."""
         whole = len(unfinished) if ended or len(unfinished) > MAX_LINE else unfinished.rfind(b"\n") + 1
         if not whole:
             return

@@ -1,8 +1,7 @@
 """Grades groups in killable processes: `RewardPool` is the `Scorer` of a run.
 
-Answers come in any order, and what a grader does to itself (hang, crash, raise, return nonsense) costs the
-completion that made it do so and no other: that sample abstains, and the fault is counted. `rewards` says
-what one call holds.
+Answers come in any order. If a grader hangs, crashes, raises or returns nonsense, only the completion that
+caused it is affected: it abstains, and the fault is counted. `rewards` says what one call covers.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ NUM_EXAMPLES = 5
 
 @dataclass
 class Faults:
-    """What went wrong in graders since the last `take_faults`.
+    """The faults of graders since the last `take_faults`.
 
     Attributes:
-        num_graded: completions graded, aborted ones not counted.
-        num_faulty: those of them on which at least one reward failed.
-        counts: kind -> number of calls: timeout, crash, memory, raised, bad_value, infra_error (reported by
-            the reward).
+        num_graded: completions graded, without aborted ones.
+        num_faulty: those of them for which at least one reward failed.
+        counts: calls by kind: timeout, crash, memory, raised, bad_value, infra_error (the reward's own).
         examples: the last few, one line each.
     """
 
@@ -56,8 +54,7 @@ class Faults:
 class RewardPool:
     """Grades with several rewards and composes them (`rewards.compose.compose`).
 
-    Start it before a model is loaded: wrong names and options are errors here, missing columns in
-    `check_columns`.
+    Start it before loading a model. It raises for wrong names and options, `check_columns` for columns.
     """
 
     def __init__(
@@ -72,13 +69,13 @@ class RewardPool:
     ) -> None:
         """
         Args:
-            specs: specs, names, or functions that can be imported by another process.
+            specs: specs, names, or functions that another process can import.
             workers: grader processes.
-            deadline_s: per completion of a call, on the clock; then the grader is killed. A reward with a
-                longer deadline of its own (`code`) gets that.
-            memory_bytes: address space that one grader may take beyond what loading the rewards took.
-            num_steps: of the run; -1: unknown. Functions of TRL's see it as `trainer_state.max_steps`.
-            log: file for what rewards print; it grows to 8 MiB at most.
+            deadline_s: wall-clock seconds per completion of a call; then the grader is killed. A reward with
+                a longer deadline of its own (`code`) gets that one.
+            memory_bytes: address space that a grader may use beyond what loading the rewards used.
+            num_steps: steps of the run; -1: unknown. Functions see it as TRL's `trainer_state.max_steps`.
+            log: file for the output of rewards, of at most 8 MiB.
 
         Raises:
             ValueError: a reward cannot be found, imported or configured, or the gates are wrong.
@@ -118,7 +115,7 @@ class RewardPool:
         """Checks a dataset before anything is sampled from it; `row` is one example.
 
         Raises:
-            ValueError: a column that a reward needs is missing, or holds what is not a JSON value.
+            ValueError: a column that a reward needs is missing, or holds something that is not a JSON value.
         """
         for asks in self.asks:
             for column in asks.required:
@@ -136,7 +133,7 @@ class RewardPool:
                     )
 
     def begin(self, prompt: Prompt) -> Ticket:
-        """Opens a group. Rewards that get one completion at a time start while others are being sampled."""
+        """Opens a group. Rewards that grade single completions can start while others are being sampled."""
         return Ticket(self._grading, prompt)
 
     def submit(self, group: Group) -> Future[ScoredGroup]:
@@ -150,7 +147,7 @@ class RewardPool:
         """Rewards for every completion, in order. A bad sample abstains; deadlines bound the wait.
 
         Raises:
-            TimeoutError: the graders did not answer within four times the sum of all deadlines; a bug.
+            TimeoutError: no answer came within four times the sum of all deadlines, which is a bug.
         """
         futures = [self.submit(group) for group in groups]
         num_calls = len(self.specs) * sum(len(group.completions) for group in groups)
@@ -159,13 +156,13 @@ class RewardPool:
         return [future.result(timeout=limit_s) for future in futures]
 
     def take_faults(self) -> Faults:
-        """The faults since the last call, for the metrics of a step; counting starts anew."""
+        """The faults since the last call, for the metrics of a step; resets the counters."""
         with self._lock:
             taken, self.faults = self.faults, Faults()
         return taken
 
     def pids(self) -> list[int]:
-        """Process ids of the graders alive now."""
+        """Process ids of the living graders."""
         return self._graders.pids()
 
     def close(self) -> None:
@@ -173,7 +170,7 @@ class RewardPool:
         self._graders.close()
 
     def _count(self, prompt: Prompt, faults: Mapping[str, Fault]) -> None:
-        """One graded completion; `faults` maps the rewards that failed on it to kind and detail."""
+        """Counts one graded completion; `faults` maps each reward that failed on it to kind and detail."""
         with self._lock:
             self.faults.num_graded += 1
             self.faults.num_faulty += bool(faults)

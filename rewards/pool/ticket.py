@@ -1,4 +1,4 @@
-"""One group on its way through the graders: completions go in one by one, rewards come back in any order."""
+"""One group on its way through the graders. Completions go in one by one; rewards come back in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ABORTED = Reward(None, Reason.INFRA_ERROR, "the engine aborted this completion; 
 
 @dataclass(frozen=True)
 class Grading:
-    """What all groups of a pool share: the rewards and the processes that run them."""
+    """The rewards of a pool and the processes that run them, shared by all groups."""
 
     specs: Sequence[RewardSpec]
     asks: Sequence[RewardFunction]
@@ -31,7 +31,7 @@ class Grading:
 
 
 class Ticket:
-    """A group on its way: `add` each completion when it is there, then `finish`."""
+    """A group being graded: `add` each completion as it arrives, then `finish`."""
 
     def __init__(self, grading: Grading, prompt: Prompt) -> None:
         self._grading, self._prompt = grading, prompt
@@ -47,12 +47,14 @@ class Ticket:
         self._future: Future[ScoredGroup] = Future()
 
     def add(self, completion: Completion) -> None:
-        """Starts every reward that looks at one completion at a time; an aborted completion is not graded."""
+        """Starts every reward that grades single completions; an aborted completion is not graded."""
         aborted = completion.finish_reason == "abort"
         with self._lock:
             index = len(self._completions)
             self._completions.append(completion)
-            fault = completion.facts.get("fault")  # of its environment; else the engine gave it up
+            fault = completion.facts.get(
+                "fault"
+            )  # a fault of its environment; otherwise the engine aborted it
             verdict = replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
             self._parts.append({asks.name: verdict for asks in self._grading.asks} if aborted else {})
             self._faults.append({})
@@ -64,7 +66,7 @@ class Ticket:
     def finish(self, group: Group | None = None) -> Future[ScoredGroup]:
         """Starts the rewards that get a whole group; the future ends when all have answered.
 
-        The scored group is the given one, or the prompt with what was added, in that order.
+        The scored group is `group`, or else the prompt with the added completions in their order.
         """
         live = [i for i, c in enumerate(self._completions) if c.finish_reason != "abort"]
         for number, asks in enumerate(self._grading.asks):
@@ -76,10 +78,10 @@ class Ticket:
         return self._future
 
     def _take_group(self, number: int, indices: list[int], answer: Answer) -> None:
-        """Files what a call of a whole group gave. If it failed, each completion is called alone, to find out
-        whose fault it is; the others are scored by one more call of the group without those.
+        """Records the answer of a group call. If it failed, each completion is graded alone to find those at
+        fault. One more group call without them scores the others.
 
-        Their scores alone would be wrong for a function that compares completions.
+        Scores from calls alone would be wrong for a function that compares completions.
         """
         name, alone = self._grading.asks[number].name, {}
         if answer.fault is None or len(indices) == 1:
@@ -101,7 +103,7 @@ class Ticket:
             self._call(number, [index], partial(take_one, index))
 
     def _call(self, number: int, indices: list[int], then: Callable[[Answer], None]) -> None:
-        """One call of a reward with these completions; `then` gets its answer, in another thread."""
+        """Calls a reward with these completions; `then` gets the answer, in another thread."""
         asks, completions = self._grading.asks[number], [self._completions[i] for i in indices]
         chat = bool(self._prompt.messages)
         message: dict[str, Any] = {
@@ -130,7 +132,7 @@ class Ticket:
         answer.add_done_callback(lambda a: then(read_answer(a.result(), len(indices))))
 
     def _file(self, name: str, indices: Sequence[int], answer: Answer) -> None:
-        """Files the answer of one call; when none is missing, composes the group."""
+        """Records the answer of one call; once none is missing, composes the group's rewards."""
         with self._lock:
             for index, (reward, fault) in zip(indices, answer.items, strict=True):
                 self._parts[index][name] = reward
@@ -145,7 +147,7 @@ class Ticket:
                 if completion.finish_reason != "abort":
                     self._grading.count(self._prompt, faults)
             self._future.set_result(ScoredGroup(self._group, rewards))
-        except Exception as error:  # a bug; whoever waits must see it
+        except Exception as error:  # a bug, which the waiting caller must see
             self._future.set_exception(error)
 
 

@@ -1,8 +1,8 @@
-"""The grader process: reads calls, answers with scores. Only JSON frames cross, in both directions.
+"""The grader process: it reads calls and answers with scores. Only JSON frames cross, in both directions.
 
-It is killed from outside when a call passes its deadline, so nothing here needs a signal or a thread to stop
-a grader. What graders print goes to stderr, and from there into `graders.log`. A call to an async function
-runs beside others on an event loop; all else runs in the main thread, one at a time.
+Its owner kills it when a call passes its deadline, so no signal or thread is needed here to stop a grader.
+What graders print goes to stderr, and from there to `graders.log`. Calls to async functions run concurrently
+on an event loop; all others run in the main thread, one at a time.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def encode_frame(message: Mapping[str, Any]) -> bytes:
-    """Length (4 bytes, big-endian), then JSON. NaN is refused: scores that cross are finite."""
+    """The length (4 bytes, big-endian), then JSON. NaN is refused, because scores must be finite."""
     body = _encode(message).encode()
     return HEADER.pack(len(body)) + body
 
 
 def take_pipes(parent_pid: int) -> tuple[BinaryIO, int]:
-    """Keeps stdin and stdout for frames: (requests, descriptor of answers); prints go to stderr."""
+    """Reserves stdin and stdout for frames; prints go to stderr. Returns (requests, answer descriptor)."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    # By lines: the process is killed, and would take a longer buffer along.
+    # Line by line: a killed process would lose a longer buffer.
     sys.stdout = os.fdopen(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent_pid)
@@ -52,7 +52,7 @@ def take_pipes(parent_pid: int) -> tuple[BinaryIO, int]:
 
 
 def main(parent_pid: int) -> None:
-    """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
+    """Serves frames from stdin until it ends. The first says what to load; its answer, what was loaded."""
     requests, answers = take_pipes(parent_pid)
     faulthandler.enable()
     hello = read_frame(requests)
@@ -75,7 +75,7 @@ def _loaded(name: str, options: Mapping[str, Any], origin: Mapping[str, Any] | N
 
 
 class Server:
-    """Grades calls and writes the answers; async functions share one event loop, in a thread of its own."""
+    """Grades calls and writes the answers. Async functions share one event loop, in a thread of its own."""
 
     def __init__(self, answers: int, num_steps: int) -> None:
         self.answers, self.num_steps = answers, num_steps
@@ -100,11 +100,11 @@ class Server:
         try:
             values = reward.fn(**_arguments(reward, call, self.num_steps))
             answer = _answer(reward.name, values, len(call["completions"]), start)
-        except BaseException as error:  # also SystemExit: whatever a grader raises is its own
+        except BaseException as error:  # also SystemExit: a grader may raise anything
             answer = _fault_of(error)
         self.send({"id": call["id"], **answer})
         if answer.get("fault") == "memory":
-            os._exit(3)  # what is left of the heap is not to be trusted with other samples
+            os._exit(3)  # the heap is no longer fit to grade other samples
 
     def _serve_async(self, reward: RewardFunction, call: Mapping[str, Any]) -> None:
         import asyncio
@@ -137,7 +137,7 @@ def _arguments(reward: RewardFunction, call: Mapping[str, Any], num_steps: int) 
         "completion_facts": call["completion_facts"],
     }
     prompts, said, ids = [call["prompt"]] * n, call["completions"], call["completion_ids"]
-    return arguments(reward, prompts, said, ids, columns, extras)
+    return arguments(reward, prompts, completions=said, completion_ids=ids, columns=columns, extras=extras)
 
 
 def _answer(name: str, values: Any, num_completions: int, start: float) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def read_frame(requests: Any) -> dict[str, Any] | None:
 
 
 def die_with(parent_pid: int) -> None:
-    """The kernel kills this process when the thread that started it ends (Linux; elsewhere stdin ends)."""
+    """Has the kernel kill this process when the thread that started it ends (Linux; else stdin ends)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -207,7 +207,7 @@ def die_with(parent_pid: int) -> None:
 
 
 def limit_memory(memory_bytes: int) -> None:
-    """Caps the address space at what is mapped now (imports too) plus `memory_bytes`; no core dumps."""
+    """Limits the address space to what is mapped now plus `memory_bytes`; disables core dumps."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):

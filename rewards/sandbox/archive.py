@@ -1,4 +1,4 @@
-"""Imports from an archive in memory, for processes that may open no file. See `rewards.sandbox.pack`."""
+"""Imports from an archive in memory, for processes that may not open files. See `rewards.sandbox.pack`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 
 class ArchiveFinder:
-    """Finds and loads modules of an archive: both the finder and the loader of the import protocol."""
+    """Finds and loads modules of an archive; both the finder and the loader of the import protocol."""
 
     def __init__(self, archive: Any) -> None:
         """`archive`: bytes, or a read-only mmap, as `pack.build_archive` made them."""
@@ -43,7 +43,7 @@ class ArchiveFinder:
 
 
 def import_only_from(finder: ArchiveFinder) -> None:
-    """Ends imports from files: built-in, frozen and archived modules stay."""
+    """Ends imports from files. Built-in, frozen and archived modules can still be imported."""
     builtin, frozen = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
     sys.meta_path[:] = [builtin, frozen, cast(Any, finder)]
     sys.path.clear()

@@ -28,7 +28,7 @@ LANDLOCK_FILE_RIGHTS = 7 | 1 << 14 | 1 << 15  # execute, write, read, truncate, 
 LANDLOCK_EVERYTHING = 0xFFFF
 MAX_PENDING_SIGNALS = 256
 
-# PyDLL keeps the interpreter lock: nothing here waits, and fork must not release it.
+# PyDLL keeps the interpreter lock: no call here waits, and fork must not release it.
 _libc = ctypes.PyDLL(None, use_errno=True)
 
 
@@ -49,7 +49,7 @@ def prctl(option: int, argument: int = 0) -> int:
 
 
 class Filter:
-    """A seccomp program as the kernel takes it; its process ids are patched just before it is installed."""
+    """A seccomp program in the kernel's form; process ids are patched in just before it is installed."""
 
     def __init__(self, program: Sequence[Instruction]) -> None:
         code = b"".join([struct.pack("<HBBI", *instruction) for instruction in program])
@@ -58,18 +58,18 @@ class Filter:
         self._pid_slots = [8 * i + 4 for i, instruction in enumerate(program) if instruction[3] == PID_SLOT]
 
     def for_this_process(self) -> None:
-        """Writes the process id into the program."""
+        """Writes this process's id into the program."""
         for slot in self._pid_slots:
             struct.pack_into("<I", self._buffer, slot, os.getpid())
 
     def install(self) -> None:
-        """Adds the filter to this thread and all that it starts; OSError without seccomp in the kernel."""
+        """Adds the filter to this thread and all that it starts. Raises OSError without seccomp."""
         self.for_this_process()
         _check(_libc.prctl(PR_SET_SECCOMP, 2, self._header, 0, 0), "seccomp filter")
 
 
 def landlock_abi() -> int:
-    """The Landlock version of this kernel; 0 where it is absent or switched off."""
+    """The Landlock version of this kernel; 0 if it is absent or disabled."""
     if ARCHITECTURE < 0:
         return 0
     return max(0, _libc.syscall(number("landlock_create_ruleset", ARCHITECTURE), None, ctypes.c_size_t(0), 1))
@@ -81,7 +81,7 @@ def _landlock(name: str, *arguments: Any, path: str = "") -> int:
 
 
 def restrict_files(rules: Iterable[tuple[str, int]], abi: int) -> None:
-    """Landlock: no port, abstract socket or outside signal; of files, `rules` (path, rights) that exist."""
+    """Landlock: no ports, abstract sockets or outside signals; no files except `rules` (path, rights)."""
     handled = LANDLOCK_ALL_FILES.get(abi, 0xFFFF)
     # Files; bind and connect; abstract sockets and signals.
     fields = [handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0]
@@ -101,9 +101,9 @@ def restrict_files(rules: Iterable[tuple[str, int]], abi: int) -> None:
 
 
 def drop_privileges(own_uid: int, gid: int) -> bool:
-    """Root becomes a user that owns nothing and loses all capabilities. True: it is `own_uid` now."""
+    """If root, becomes a user that owns nothing and drops all capabilities. True if it is now `own_uid`."""
     own = False
-    for uid, group in ((own_uid, gid), (65534, 65534)):  # a user namespace may map few ids
+    for uid, group in ((own_uid, gid), (65534, 65534)):  # a user namespace may map only few ids
         try:
             os.setgroups([])
             os.setresgid(group, group, group)
@@ -120,7 +120,7 @@ def drop_privileges(own_uid: int, gid: int) -> bool:
 
 
 def count_user_tasks() -> int:
-    """Processes and threads of this user, which RLIMIT_NPROC counts together."""
+    """The number of this user's processes and threads, which RLIMIT_NPROC counts together."""
     uid, total = os.getuid(), 0
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -139,9 +139,9 @@ def address_space_bytes() -> int:
 
 
 def writable_shared_memory() -> list[str]:
-    """Names of the mappings that this process shares with others and could write into, tried by mprotect.
+    """Names of memory mappings that this process shares and could write to, as mprotect shows.
 
-    A fork inherits them: what one child writes there, its siblings read.
+    Forks inherit them: siblings could read what one child writes there.
     """
     found = []
     with open("/proc/self/maps") as file:
@@ -159,18 +159,18 @@ def writable_shared_memory() -> list[str]:
 
 
 def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
-    """Hard limits of this process and its children; memory is on top of what this process uses."""
+    """Sets hard limits for this process and its children; memory is on top of current use."""
     lower_limit(resource.RLIMIT_AS, memory_bytes + address_space_bytes())
     lower_limit(resource.RLIMIT_FSIZE, output_bytes)
 
 
 def limit_tasks_and_descriptors(num_tasks: int) -> None:
-    """Hard limits of this process and its children, never above those it has."""
+    """Sets hard limits for this process and its children, never above the current ones."""
     lower_limit(resource.RLIMIT_NPROC, num_tasks)
-    lower_limit(resource.RLIMIT_SIGPENDING, MAX_PENDING_SIGNALS)  # of the user, who may be the trainer's
+    lower_limit(resource.RLIMIT_SIGPENDING, MAX_PENDING_SIGNALS)  # per user, who may also run the trainer
     lower_limit(resource.RLIMIT_NOFILE, 72)
     lower_limit(resource.RLIMIT_CORE, 0)
-    # The main thread of a recursive program; the hard limit stays, because contest programs ask for more.
+    # For the main thread of a recursive program; the hard limit stays, because contest programs raise it.
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     resource.setrlimit(resource.RLIMIT_STACK, (128 << 20 if hard == resource.RLIM_INFINITY else hard, hard))
 
@@ -182,7 +182,7 @@ def lower_limit(limit: int, value: int) -> None:
 
 
 def breach(opens: bool) -> str:
-    """What this process, one to spare as it may fork, can do though it must not; empty if nothing."""
+    """Names a forbidden thing that this disposable process can still do; empty if there is none."""
     attempts = {
         "read /etc/passwd": lambda: os.open("/etc/passwd", os.O_RDONLY),
         "read /proc/self/maps": lambda: os.open("/proc/self/maps", os.O_RDONLY),

@@ -29,9 +29,9 @@ PID_SLOT = 0x7E57F1D5  # stands for the process id; above any real one
 CLONE_THREAD, CLONE_NEW_NAMESPACES = 0x10000, 0x7E020080
 WRITING_OPEN_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 AF_UNIX, SOCK_STREAM, SOCK_TYPE_MASK = 1, 1, 0xF
-MSG_OOB = 1  # nobody needs it, and kernels had a use after free there (CVE-2025-38236)
-# F_SETOWN, F_SETSIG and FIOSETOWN are absent: with them the kernel sends a signal of one's choice to any
-# process of the user.
+MSG_OOB = 1  # unneeded, and kernels had a use after free there (CVE-2025-38236)
+# F_SETOWN, F_SETSIG and FIOSETOWN are absent: they make the kernel send any signal to any process of the
+# user.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)  # DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC, GETPIPE_SZ
 FCNTL_LOCKS = (5, 6, 7)
 # TCGETS, window, FIONREAD, NBIO, NCLEX, CLEX
@@ -43,9 +43,8 @@ PR_SET_VMA, PR_SET_CHILD_SUBREAPER = 0x53564D41, 36
 def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> list[Instruction]:
     """The allow list that a zygote and its children share: no sockets but a stream pair, no other process.
 
-    `opens=False` refuses every open, for kernels without Landlock: then a file can be neither read nor
-    created; else Landlock judges. `commands=True` adds what compilers and other interpreters need, which is
-    sound under Landlock only.
+    `opens=False` refuses every open, for kernels without Landlock: no file can be read or created. With True,
+    Landlock decides. `commands=True` adds what compilers and interpreters need, safe only with Landlock.
     """
     block = partial(_block, architecture)
     program: list[Instruction] = [
@@ -66,7 +65,7 @@ def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> 
         program += block(name, [_returns(ALLOW)] if opens else _open_refused(flags_index))
     program += block("fcntl", _argument_in(1, (*FCNTL_COMMANDS, *(FCNTL_LOCKS if commands else ()))))
     program += block("ioctl", _argument_in(1, IOCTL_COMMANDS))
-    # A datagram pair would reach any datagram socket of the host through sendto's address; a stream pair not.
+    # Through sendto, a datagram pair could reach any datagram socket of the host; a stream pair cannot.
     family = [(LOAD, 0, 0, FIRST_ARGUMENT_OFFSET), (JUMP_EQUAL, 1, 0, AF_UNIX), _returns(ERRNO | errno.EPERM)]
     program += block("socketpair", [*family, *_argument_in(1, (SOCK_STREAM,), mask=SOCK_TYPE_MASK)])
     options = (PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_SET_VMA)
@@ -77,10 +76,10 @@ def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> 
 
 
 def child_filter(architecture: int, *, commands: bool = False, compiles: bool = False) -> list[Instruction]:
-    """What a child loses besides: new processes (threads stay), signals to others, prctl, more filters, and
-    sending descriptors, which the kernel counts by user: too many in flight, and zygotes can send none.
+    """What a child also loses: new processes (threads stay), signals to others, prctl, more filters, and
+    sending descriptors. The kernel counts descriptors in flight per user; a child could use up all.
 
-    `commands` as for the zygote; `compiles=True` leaves a command the right to fork and to change files.
+    `commands` is as for the zygote; `compiles=True` lets a command fork and change files.
     """
     program, block = [(LOAD, 0, 0, NUMBER_OFFSET)], partial(_block, architecture)
     if compiles:
@@ -105,13 +104,13 @@ def _returns(action: int) -> Instruction:
 
 
 def _block(architecture: int, name: str, body: Sequence[Instruction]) -> list[Instruction]:
-    """`body`, which returns on every path, for the call `name`; nothing where the architecture lacks it."""
+    """`body`, which returns on every path, for the call `name`; empty if the architecture lacks the call."""
     call = number(name, architecture)
     return [] if call is None else [(JUMP_EQUAL, 0, len(body), call), *body]
 
 
 def _argument_in(index: int, values: Iterable[int], mask: int | None = None) -> list[Instruction]:
-    """Allows where the argument's low 32 bits (after `mask`) are one of `values`, else EPERM."""
+    """Allows the call if the argument's low 32 bits (after `mask`) are one of `values`, else EPERM."""
     body: list[Instruction] = [(LOAD, 0, 0, FIRST_ARGUMENT_OFFSET + 8 * index)]
     if mask is not None:
         body.append((AND, 0, 0, mask))
@@ -121,6 +120,6 @@ def _argument_in(index: int, values: Iterable[int], mask: int | None = None) -> 
 
 
 def _open_refused(flags_index: int) -> list[Instruction]:
-    """As in a world without files: reading finds none, writing is not permitted."""
+    """Acts as if there were no files: reading finds none, and writing is not permitted."""
     body = [(LOAD, 0, 0, FIRST_ARGUMENT_OFFSET + 8 * flags_index), (AND, 0, 0, WRITING_OPEN_FLAGS)]
     return [*body, (JUMP_EQUAL, 0, 1, 0), _returns(ERRNO | errno.ENOENT), _returns(ERRNO | errno.EACCES)]

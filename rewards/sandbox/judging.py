@@ -1,7 +1,7 @@
-"""The life of a judging process: one job after another, until one of them may have left something behind.
+"""A judging process: it does one job after another, until one may have left something behind.
 
-Runs inside a fork of the zygote, confined. A judge reads what its job gives it and nothing that a program
-could have written: its code was imported before the first program ran.
+It runs inside a confined fork of the zygote. A judge reads its job and nothing that a program could have
+written: its code was imported before the first program ran.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Callable
 from rewards.sandbox import reaper
 
 MAX_SERVED = 256
-# Of memory, since the first job; more may not be garbage and would starve the next.
+# Growth of memory since the first job; more may be lasting and would starve the next job.
 MAX_GROWTH_KIB = 128 << 10
 LINK_IN, LINK_OUT, EXTRA, SOURCE = 3, 4, 5, 6  # descriptors of programs and judges, besides 0, 1 and 2
 
 
 def serve(judge: Callable[[bytes], int], control: socket.socket) -> None:
-    """Judges until the socket closes, an accident happens, or tests or values may have left something."""
+    """Judges until the socket closes, a job fails, or tests or values may have left something behind."""
     builtins_before = dict(vars(builtins))
     size_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    max_cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0] / 2  # the rest is for the last job
+    max_cpu_s = resource.getrlimit(resource.RLIMIT_CPU)[0] / 2  # the other half is for the last job
     again, num_served = True, 0
     while again:
         message, fds, _, _ = socket.recv_fds(control, 16, 4)

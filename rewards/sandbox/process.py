@@ -1,4 +1,4 @@
-"""One zygote process as its owner sees it: start, run, end. `rewards.sandbox.zygote` is the other end."""
+"""The owner's side of one zygote process: start, run, end. `rewards.sandbox.zygote` is the other side."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from typing import Any
 from rewards.sandbox.pack import build_archive
 
 START_TIMEOUT_S = 60.0
-LEAVE_S = 2.0  # for an idle zygote to leave by itself
-GRACE_S = 10.0  # how long past the deadline a zygote may be silent before it is taken for dead
+LEAVE_S = 2.0  # given to an idle zygote to exit by itself
+GRACE_S = 10.0  # a zygote silent for longer past the deadline counts as dead
 MFD_NOEXEC_SEAL = 8
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 class SandboxError(RuntimeError):
-    """A fault of the machine or of this project, never of the program that was to run."""
+    """A fault of the machine or of this library, never of the untrusted program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One process to be: `module.main(source)` in a fork of the zygote.
+    """A program to run: `module.main(source)` in a fork of the zygote.
 
     Attributes:
-        judge: the first of two programs, trusted: it writes its judgement to descriptor 5, and has no output.
-        one_output: stderr goes where stdout goes, which saves a file.
+        judge: it is the first of two programs, is trusted, and writes its verdict to descriptor 5.
+        one_output: stderr goes to the same file as stdout.
     """
 
     module: str
@@ -70,10 +70,10 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command to be: an absolute path and its arguments, run in `folder`.
+    """A command to run in `folder`: an absolute path and its arguments.
 
     Attributes:
-        compiles: it may use the system's compilers, start processes and write `folder`; else it reads only.
+        compiles: it may use the system's compilers, start processes and write `folder`; else only read.
         address_space: False: the memory limit counts data, not addresses.
     """
 
@@ -86,15 +86,15 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What became of one program.
+    """How one program ended.
 
     Attributes:
         exit_code: 0..255, or None after a signal.
         signal: the signal that ended it, or None.
-        timed_out: it was still running at the deadline, or out of CPU time.
+        timed_out: it was still running at the deadline, or ran out of CPU time.
         killed: the sandbox ended it: at the deadline, or because the program it served had ended.
         truncated: stdout or stderr reached its cap.
-        extra: what it wrote to descriptor 5.
+        extra: the bytes that it wrote to descriptor 5.
     """
 
     exit_code: int | None
@@ -110,11 +110,11 @@ class RunResult:
 
 
 class ZygoteDied(Exception):
-    """The zygote ended or fell silent; what it ran can be run again elsewhere."""
+    """The zygote ended or fell silent; its programs can be run again in another."""
 
 
 class Zygote:
-    """The near end of one zygote process, for one thread at a time; SandboxError where no tier works."""
+    """The owner's side of one zygote process, for one thread at a time. SandboxError if no tier works."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         if not sys.executable:
@@ -174,7 +174,10 @@ class Zygote:
                 raise ZygoteDied(f"sending to it: {error}") from error
             answer = self._receive(limits.timeout_s + GRACE_S)
             pairs = zip(described, answer["programs"], strict=True)
-            return [_result(given, done, files, answer["timed_out"], limits) for given, done in pairs]
+            return [
+                _result(given, done, files=files, timed_out=answer["timed_out"], limits=limits)
+                for given, done in pairs
+            ]
         finally:
             for descriptor in files:
                 os.close(descriptor)
@@ -195,7 +198,7 @@ class Zygote:
         return json.loads(message)
 
     def close(self, *, kill: bool) -> None:
-        """Ends the process and what runs in it: at once, or, if idle, when it has reaped its judges."""
+        """Ends the process and everything in it: at once, or, if idle, after it has reaped its judges."""
         self._close_descriptors()
         with contextlib.suppress(subprocess.TimeoutExpired):
             if not kill:
@@ -224,14 +227,14 @@ def _start(settings: dict[str, Any], errors: int) -> subprocess.Popen[bytes]:
             stderr=errors,
             env={"PATH": "/usr/bin:/bin", **one},
             pass_fds=(settings["control"], settings["archive"]),
-            start_new_session=True,  # Ctrl-C and Ctrl-Z are for the owner
+            start_new_session=True,  # Ctrl-C and Ctrl-Z are for the owner only
         )
     except OSError as error:
         raise SandboxError(f"cannot start {sys.executable}: {error}") from error
 
 
 def memory_file(data: bytes = b"") -> int:
-    """An anonymous file in memory, at its start; with data it is an input, sealed against change."""
+    """An anonymous file in memory, at position 0; with data it is an input and sealed against change."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         descriptor = os.memfd_create("sandbox", flags | MFD_NOEXEC_SEAL)
@@ -250,7 +253,7 @@ def read_file(descriptor: int, max_bytes: int) -> bytes:
 
 
 def _result(
-    given: dict[str, Any], done: dict[str, Any], files: list[int], timed_out: bool, limits: Limits
+    given: dict[str, Any], done: dict[str, Any], *, files: list[int], timed_out: bool, limits: Limits
 ) -> RunResult:
     _, stdout, stderr, _, extra = given["fds"]
     cap = limits.output_mib << 20

@@ -9,7 +9,7 @@ import socket
 import time
 from typing import Any
 
-AGAIN, LAST = b"+", b"-"  # a judge has judged, and serves on, or ends
+AGAIN, LAST = b"+", b"-"  # a judge is done and serves on, or ends
 
 
 class Servant:
@@ -21,7 +21,7 @@ class Servant:
         self.alive = True
 
     def wait(self, deadline: float) -> dict[str, Any]:
-        """Its judgement done, its death, or the deadline, whichever is first."""
+        """Waits for its verdict, its death or the deadline, whichever is first."""
         self.socket.settimeout(max(0.001, deadline - time.monotonic()))
         try:
             message = self.socket.recv(1)
@@ -37,7 +37,7 @@ class Servant:
 
 
 def wait_for(pid: int, deadline: float) -> dict[str, Any]:
-    """Waits for the end of a process; kills it at the deadline."""
+    """Waits until a process ends, or kills it at the deadline; returns how it ended."""
     while True:
         remaining = deadline - time.monotonic()
         late = remaining <= 0 or _signal.sigtimedwait((signal.SIGCHLD,), remaining) is None
@@ -49,7 +49,7 @@ def wait_for(pid: int, deadline: float) -> dict[str, Any]:
 
 
 def kill(pid: int) -> dict[str, Any]:
-    """Ends a process and reaps it. `killed` is False for one that had ended by itself."""
+    """Ends a process and reaps it. `killed` is False if it had ended by itself."""
     done, status, usage = os.wait4(pid, os.WNOHANG)
     if done:
         return _ended(status, usage, killed=False)
@@ -59,7 +59,7 @@ def kill(pid: int) -> dict[str, Any]:
 
 
 def end_group(pgid: int) -> None:
-    """Ends a process group and reaps it: its orphans are children of this process, a subreaper."""
+    """Ends a process group and reaps it; its orphans are children of this process, which is a subreaper."""
     try:
         os.killpg(pgid, signal.SIGKILL)
         while True:

@@ -1,15 +1,14 @@
 """Runs untrusted programs: bounded, confined by the kernel, many per second.
 
 A `Sandbox` keeps one warm zygote process per core (`rewards.sandbox.zygote`) and forks from it. Inputs and
-outputs travel in anonymous memory files, so that nothing is written to disk, the caller pumps no pipe, and an
-output cannot exceed its cap.
+outputs travel in anonymous memory files: nothing is written to disk, the caller pumps no pipes, and no output
+exceeds its cap.
 
-Tiers, best first, chosen by a probe that tries what must fail: "landlock+seccomp"; "seccomp", for kernels
-without Landlock, where every open is refused. Both work without privileges, in containers that forbid user
-namespaces, on x86-64 and aarch64 (there the filters are tested, but were never run). Where neither works
-the sandbox refuses to start and says why: sandlock, bubblewrap and WASM are not offered. Programs in other
-languages need Landlock. Without root all workers share a user, and so the number of threads that programs
-may have together.
+There are two tiers, and a probe that tries forbidden actions picks the best that holds: "landlock+seccomp";
+"seccomp", for kernels without Landlock, which refuses every open. Both work without privileges, in containers
+that forbid user namespaces, on x86-64 and aarch64 (where the filters are tested, but were never run). If
+neither works, the sandbox refuses to start and says why; sandlock, bubblewrap and WASM are not supported.
+Programs in other languages need Landlock. Without root all workers share one user's limit of threads.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ class Sandbox:
     """A pool of zygotes. Thread-safe; a process forked from the one that made it must make its own.
 
     Args:
-        num_workers: programs at a time; default: the cores this process may use.
-        tier: "auto" takes the best that passes the probe.
+        num_workers: programs at a time; default: the number of cores that this process may use.
+        tier: "auto" takes the best tier that passes the probe.
         modules: of `rewards`, whose `main(source) -> exit status` programs may name.
         judges: of `rewards`, whose `main(source)` judging programs may name, and what those import of it.
         limits: of a program where `run` gives none; those of `run` may be tighter, or longer, not larger.
-        commands: for programs in other languages (`run_command`) instead of Python; needs Landlock.
-        packages: third-party modules to import beforehand, such as "numpy"; nothing else outside the
-            standard library can be imported.
+        commands: run programs in other languages (`run_command`) instead of Python; needs Landlock.
+        packages: third-party modules to import beforehand, such as "numpy"; otherwise only the standard
+            library can be imported.
 
     Raises:
-        SandboxError: no tier works here; the message says why.
+        SandboxError: no tier works on this machine; the message says why.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Ends all zygotes and what runs in them; safe to call twice."""
+        """Ends all zygotes and everything in them; safe to call twice."""
         with self._lock:
             self._closed = True
             idle, busy = self._idle, self._all.difference(self._idle)
@@ -116,26 +115,26 @@ class Sandbox:
         return self.run_programs([Program("rewards.sandbox.script", source, stdin)], limits=limits)[0]
 
     def run_command(self, command: Command, *, limits: Limits | None = None) -> RunResult:
-        """Runs a command of another language; the sandbox must have been made with `commands=True`."""
+        """Runs a command of another language; the sandbox must be made with `commands=True`."""
         return self.run_programs([command], limits=limits)[0]
 
     def give(self, folder: str) -> None:
-        """Lets commands use a folder that this process has made, and read what lies in it."""
+        """Lets commands use a folder that this process made, and read its files."""
         if os.geteuid() == 0:
             os.chown(folder, -1, self._gid)
             os.chmod(folder, 0o770)
             for entry in os.scandir(folder):
-                os.chmod(entry, 0o644)  # whatever the owner's umask
+                os.chmod(entry, 0o644)  # regardless of the owner's umask
 
     def run_programs(
         self, programs: Sequence[Program | Command], *, limits: Limits | None = None
     ) -> list[RunResult]:
-        """Runs programs at once, two joined by a pipe each way. All end with the first, or at the deadline.
+        """Runs programs at once, two joined by pipes both ways. All end with the first, or at the deadline.
 
-        A zygote that dies on the way is replaced and the programs run again.
+        A zygote that dies meanwhile is replaced, and the programs are run again.
 
         Raises:
-            SandboxError: three zygotes died of it, or none became free.
+            SandboxError: three zygotes died of the programs, or no zygote became free.
         """
         limits = limits or self.limits
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -153,7 +152,7 @@ class Sandbox:
         raise SandboxError(f"the zygote died {MAX_ATTEMPTS} times while it ran a program; see the warnings")
 
     def map(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`[fn(item) for item in items]` in a thread per worker; for an `fn` that runs programs here."""
+        """`[fn(item) for item in items]` with a thread per worker; for an `fn` that runs programs here."""
         listed = list(items)
         num_threads = min(self.num_workers, len(listed))
         if num_threads <= 1:

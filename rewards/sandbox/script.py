@@ -1,4 +1,4 @@
-"""Runs a source as a script: as `__main__`, with stdin, stdout, threads, exit handlers and an exit status."""
+"""Runs source code as a script: as `__main__`, with stdin, stdout, threads, exit handlers, an exit status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_special(file: Any, *arguments: Any, **keywords: Any) -> Any:
 
 
 def module_named(name: str) -> types.ModuleType:
-    """A fresh module under its name, as `dataclasses` and `typing` look it up."""
+    """A fresh module registered under its name, where `dataclasses` and `typing` look it up."""
     module = types.ModuleType(name)
     module.__dict__["__builtins__"] = builtins
     sys.modules[name] = module
@@ -48,7 +48,7 @@ def report_exception() -> None:
 
 
 def main(source: bytes) -> int:
-    """Runs `source`; 0, or 1 after an exception, or what `sys.exit` was given."""
+    """Runs `source`; returns 0, 1 after an exception, or the status given to `sys.exit`."""
     builtins.open = open_special
     module, status = module_named("__main__"), 0
     try:
@@ -64,7 +64,7 @@ def main(source: bytes) -> int:
         if atexit._ncallbacks() != NUM_OWN_EXIT_HANDLERS:  # pyright: ignore[reportAttributeAccessIssue]
             atexit._run_exitfuncs()
         sys.stdout.flush()
-        module.__dict__.clear()  # files that the program left open are flushed when they go
+        module.__dict__.clear()  # this flushes files that the program left open
         cast(Any, sys.__stdout__).flush()
     except BaseException:
         report_exception()

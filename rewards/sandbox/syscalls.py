@@ -14,8 +14,8 @@ def _table(text: str) -> Table:
     return {name: (None if a == "-" else int(a), None if b == "-" else int(b)) for name, a, b in rows}
 
 
-# What a Python program, its threads and the zygote need. None of these names another process, a file or an
-# address.
+# Calls that a Python program, its threads and the zygote need. None of them names another process, a file or
+# an address.
 ALLOWED = _table("""
     read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69,
     pwritev 296 70, preadv2 327 286, pwritev2 328 287, close 3 57, close_range 436 436, lseek 8 62,
@@ -39,13 +39,13 @@ ALLOWED = _table("""
     exit 60 93, exit_group 231 94
 """)
 
-# Allowed for some arguments only, or under other names in `rewards.sandbox.confine`.
+# Calls allowed for some arguments only, or named otherwise in `rewards.sandbox.confine`.
 CHECKED = _table("""
     open 2 -, openat 257 56, creat 85 -, fcntl 72 25, ioctl 16 29, socketpair 53 199, clone 56 220,
     prctl 157 167, prlimit64 302 261, kill 62 129, tgkill 234 131, wait4 61 260, seccomp 317 277
 """)
 
-# What programs in other languages need besides; Landlock judges the paths.
+# Calls that programs in other languages also need; Landlock checks their paths.
 COMMANDS = _table("""
     execve 59 221, readlink 89 -, readlinkat 267 78, getdents 78 -, getdents64 217 61, chdir 80 49,
     fchdir 81 50, fadvise64 221 223, statfs 137 43, fstatfs 138 44, sendfile 40 71, arch_prctl 158 -,
@@ -53,7 +53,7 @@ COMMANDS = _table("""
     mincore 27 232
 """)
 
-# What only their compilers need; Landlock does not judge all of it (chmod, for one).
+# Calls that only their compilers need; Landlock does not check all of them (chmod, for one).
 COMPILERS = _table("""
     fork 57 -, vfork 58 -, waitid 247 95, mkdir 83 -, mkdirat 258 34, rmdir 84 -, unlink 87 -,
     unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, chmod 90 -, fchmod 91 52,

@@ -1,13 +1,13 @@
 """The zygote: a fresh, warm Python process that confines itself, then forks one child per program.
 
-Started as `python -I -S -B -X utf8 zygote.py OPTIONS` by `rewards.sandbox`, one per core. It never
-reads a program, an input or a test: it passes file descriptors on, and a child reads its source from its own.
-One job at a time: a job names its programs, which end together with the first one, or at the deadline of the
-zygote's monotonic clock.
+`rewards.sandbox` starts one per core as `python -I -S -B -X utf8 zygote.py OPTIONS`. The zygote never reads a
+program, an input or a test: it passes file descriptors on, and each child reads its own source. It runs one
+job at a time. A job names its programs, which all end with the first one, or at the deadline of the zygote's
+monotonic clock.
 
-A program owns all of its process, and so whatever that shares with others. A child therefore shares nothing
-that it could write: memory is copied on write, inputs are sealed, descriptors are its own, and judges run
-code that was imported before the first program (`tests/rewards/test_sandbox_leftovers.py`).
+A program controls all of its process, including memory that the process shares with others. A child therefore
+shares nothing that it could write: memory is copied on write, inputs are sealed, descriptors are its own, and
+judges run code that was imported before the first program (`tests/rewards/test_sandbox_leftovers.py`).
 
 Job (JSON, descriptors beside it): {"programs": [{"module", "fds": [stdin, stdout, stderr, source, extra]},
 ...], "timeout_s", "memory_bytes", "output_bytes"}; descriptors are indices, -1 = closed. Of two programs
@@ -39,22 +39,22 @@ if TYPE_CHECKING:
     from rewards.sandbox import archive, confine, filters, judging, reaper
     from rewards.sandbox import command as sandbox_command
 
-# Descriptors of the zygote: received ones and pipes are numbered from FIRST_FREE.
+# The zygote's descriptors: received ones and pipes are numbered from FIRST_FREE.
 NULL, FIRST_FREE, CONTROL = 7, 8, 64
 MAX_MESSAGE, MAX_DESCRIPTORS = 1 << 16, 128
 SERVANT_CPU_S = 3600
 PACKAGES = ("sandbox", "code")  # of `rewards`, whose modules run here
 FIRST_OWN_UID, NUM_TASKS = 1_879_048_192, 192
-RESERVED_TASKS = 1024  # for zygotes and judges: the kernel counts by user, and programs take all they can get
+RESERVED_TASKS = 1024  # for zygotes and judges: the kernel counts per user, and programs may use up theirs
 WARM_ROUNDS = 30
 PROBE_COMMAND = {"command": ["/bin/true"], "folder": "/lib", "compiles": False, "address_space": True}
 
-# What most programs import. All else comes from the archive: every module here makes each fork dearer.
+# Modules that most programs import. Others come from the archive: each module here slows down every fork.
 WARM_MODULES = """
     array bisect cmath collections.abc contextlib copy ctypes datetime enum functools heapq io itertools json
     math operator random re resource signal string struct threading time types typing weakref
 """.split()  # noqa: SIM905
-# Extension modules behind archived ones: they cannot be loaded later, without opening a file.
+# Extension modules that archived modules need; loading them later would open a file.
 EXTENSION_MODULES = """
     _blake2 _contextvars _csv _decimal _hashlib _posixsubprocess _socket binascii fcntl select unicodedata
     zlib
@@ -64,7 +64,7 @@ READABLE = ("/usr/share/zoneinfo", "/etc/localtime", "/dev/urandom", "/dev/rando
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    # Dispositions and masks outlive exec: the owner's must not keep us from our children's ends.
+    # Signal dispositions and masks outlive exec; the owner's must not hide the ends of our children.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control = socket.socket(fileno=fcntl.fcntl(options["control"], fcntl.F_DUPFD, CONTROL))
@@ -85,9 +85,9 @@ def main() -> None:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ends this process when the process `parent` ends, also by kill -9.
+    """Ends this process when the process `parent` ends, even by kill -9.
 
-    The kernel signals when the *thread* that started us ends, so the handler looks for the process.
+    The kernel signals when the *thread* that started us ends, so the handler checks for the process.
     """
     signal.signal(signal.SIGHUP, lambda *_: os._exit(0) if os.getppid() != parent else None)
     confine.prctl(filters.PR_SET_PDEATHSIG, signal.SIGHUP)
@@ -96,8 +96,8 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _prepare(options: dict[str, Any]) -> tuple[int, int]:
-    """Imports what programs may use, then confines this process. Returns the Landlock version in use, 0
-    without, and how many tasks the user may have for a program to start one more.
+    """Imports what programs may use, then confines this process. Returns the Landlock version in use (0:
+    none) and the number of this user's tasks at which a program can still start one more.
     """
     if confine.ARCHITECTURE < 0:
         machine = os.uname().machine
@@ -110,7 +110,7 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     for name in [*EXTENSION_MODULES, *options["packages"]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    # Private: what a child writes into its copy, after mprotect, no judge and no later child sees.
+    # Private: what a child writes to its copy after mprotect stays invisible to judges and later children.
     packed = mmap.mmap(options["archive"], 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     os.close(options["archive"])
     archive.import_only_from(archive.ArchiveFinder(packed))
@@ -129,19 +129,19 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     os.closerange(FIRST_FREE, CONTROL)
     os.chdir("/")
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, the kernel takes a sandboxed program before the trainer
-    # Zygotes for commands share a group, and so folders, but no user, as each would count the others' tasks.
+        file.write("1000")  # out of memory, the kernel kills a sandboxed program before the trainer
+    # Zygotes for commands share a group, and so folders, but not a user, whose tasks would count together.
     is_own = confine.drop_privileges(FIRST_OWN_UID + os.getpid(), FIRST_OWN_UID + options["parent"])
     num_tasks = NUM_TASKS if is_own else confine.count_user_tasks() + 1024
     confine.prctl(confine.PR_SET_DUMPABLE, 0)
     confine.prctl(filters.PR_SET_PDEATHSIG, signal.SIGHUP)  # a change of user has cleared it
     confine.prctl(filters.PR_SET_NO_NEW_PRIVS, 1)
-    confine.prctl(filters.PR_SET_CHILD_SUBREAPER, 1)  # what a compiler leaves is ours to reap
+    confine.prctl(filters.PR_SET_CHILD_SUBREAPER, 1)  # we reap what a compiler leaves behind
     confine.limit_tasks_and_descriptors(num_tasks + RESERVED_TASKS)
     abi = confine.landlock_abi() if options["landlock"] else 0
     if commands and not abi:
         raise NotImplementedError("programs in languages other than Python need Landlock (Linux 5.13)")
-    if not commands:  # commands get rules of their own, which these would cut down
+    if not commands:  # commands get their own rules, which these would restrict further
         confine.limit_memory_and_output(**options["limits"])
         if abi:
             rights = confine.LANDLOCK_READ | confine.LANDLOCK_READ_DIR
@@ -153,7 +153,7 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
 
 
 class Zygote:
-    """Forks confined children. `limits`, "memory_bytes" and "output_bytes", already hold for this process."""
+    """Forks confined children. `limits` ("memory_bytes", "output_bytes") already apply to this process."""
 
     def __init__(self, limits: dict[str, int], abi: int, num_tasks: int, *, commands: bool) -> None:
         self.pid = os.getpid()
@@ -170,7 +170,7 @@ class Zygote:
         gc.freeze()
 
     def _warm_up(self) -> None:
-        """Runs what children run first, so that less is left to specialise, cache and copy in each."""
+        """Runs what every child runs first, so that each has less to specialise, cache and copy."""
         for module in list(sys.modules.values()):
             if module.__name__.startswith("rewards.") and hasattr(module, "warm_up"):
                 module.warm_up()
@@ -179,7 +179,7 @@ class Zygote:
             self.filter.for_this_process()
 
     def probe(self, *, opens: bool) -> str:
-        """What a confined child can still do though it must not; empty if nothing."""
+        """Names a forbidden thing that a confined child can still do; empty if there is none."""
         read_end, write_end = os.pipe()
         pid = confine.fork()
         if pid == 0:
@@ -223,7 +223,7 @@ class Zygote:
                 self._become(program, job, fds, (-1, -1))
             ended = reaper.wait_for(pid, deadline)
             if "command" in program:
-                reaper.end_group(pid)  # what a compiler has left
+                reaper.end_group(pid)  # processes that a compiler left behind
             return {"timed_out": ended["killed"], "programs": [ended]}
         servant = self._servant(judges[0]["module"])
         pipes = [*os.pipe(), *os.pipe()]
@@ -240,7 +240,7 @@ class Zygote:
         return {"timed_out": judged["killed"], "programs": [judged, reaper.kill(pid)]}
 
     def _servant(self, module: str) -> reaper.Servant:
-        """The process that runs this judge's `main` for one job after another; forked where there is none."""
+        """The process that runs this judge's `main` for one job after another; forked if there is none."""
         if module not in self.servants:
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             pid = confine.fork()
@@ -259,7 +259,7 @@ class Zygote:
             given = [fds[index] if index >= 0 else -1 for index in program["fds"]]
             numbers = (0, 1, 2, judging.SOURCE, judging.EXTRA, judging.LINK_IN, judging.LINK_OUT)
             for target, descriptor in zip(numbers, [*given, *links], strict=True):
-                # Not /dev/null of the zygote: whoever inherits an open file shares its flags.
+                # Not the zygote's /dev/null: processes that inherit an open file share its flags.
                 os.dup2(descriptor, target) if descriptor >= 0 else os.close(target)
             os.closerange(NULL, MAX_DESCRIPTORS)
             cpu_s = math.ceil(job["timeout_s"]) + 1
@@ -286,7 +286,7 @@ class Zygote:
         confine.Filter(filters.child_filter(confine.ARCHITECTURE, commands=True, compiles=compiles)).install()
 
     def _become_servant(self, module: str, control: socket.socket) -> NoReturn:
-        """Turns the forked child into a judge, whose module the zygote imported before any program ran."""
+        """Turns the forked child into a judge, whose module was imported before any program ran."""
         try:
             for target in (2, judging.LINK_IN, judging.LINK_OUT, judging.EXTRA, judging.SOURCE):
                 os.dup2(0, target)
@@ -317,7 +317,7 @@ class Zygote:
 
 
 if __name__ == "__main__":
-    # The packages themselves are not run: they import what a zygote must not hold.
+    # The packages' own code is not run: it imports modules that a zygote must not hold.
     rewards = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for name, folder in (("rewards", ""), *((f"rewards.{wing}", wing) for wing in PACKAGES)):
         package = sys.modules[name] = types.ModuleType(name)

@@ -18,7 +18,11 @@ def scores(name, completions, *, options=None, prompts=None, ids=None, **columns
     prompts = prompts or [""] * len(completions)
     return [
         r.score
-        for r in grade(reward, arguments(reward, prompts, completions, ids, columns), len(completions))
+        for r in grade(
+            reward,
+            arguments(reward, prompts, completions=completions, completion_ids=ids, columns=columns),
+            len(completions),
+        )
     ]
 
 

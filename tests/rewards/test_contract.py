@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from contract_rewards import ranked
-from test_pool import completion, group
+from pool_parts import completion, group
 from trl.rewards import (
     accuracy_reward,
     get_cosine_scaled_reward,

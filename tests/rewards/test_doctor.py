@@ -39,8 +39,8 @@ def test_a_sound_reward_on_a_sound_dataset_is_well(examine):
 
 def test_swapped_arguments_are_noticed(examine):
     found, checks = examine(HERE + "verified_swapped")
-    assert checks["gold and completion keep their parts"].ok is False
-    assert "they look swapped" in checks["gold and completion keep their parts"].finding
+    assert checks["gold and completion are not swapped"].ok is False
+    assert "they look swapped" in checks["gold and completion are not swapped"].finding
     assert not found.ok
 
 
@@ -81,7 +81,7 @@ def test_a_reward_that_is_not_to_look_at_the_answer_says_so(examine):
     for spec in (RewardSpec(HERE + "generous", options={"ignores_answer": True}), HERE + "blind"):
         found, checks = examine(spec)
         assert found.ok and "gold of another row" not in checks
-        assert "  -    does not look at the answer: as it is declared" in str(found)
+        assert "  -    does not look at the answer: as declared" in str(found)
         assert checks["no work, no pay"].ok is None
     found, checks = examine(HERE + "length")
     assert found.ok

@@ -18,7 +18,11 @@ from rl.types import Reason, Reward
 def call(name, completions, *, options=None, ids=None, **columns):
     reward = load_reward(name, options)
     return grade(
-        reward, arguments(reward, [""] * len(completions), completions, ids, columns), len(completions)
+        reward,
+        arguments(
+            reward, [""] * len(completions), completions=completions, completion_ids=ids, columns=columns
+        ),
+        len(completions),
     )
 
 

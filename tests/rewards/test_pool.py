@@ -7,22 +7,15 @@ import time
 
 import pytest
 import rewards_for_tests
+from pool_parts import both_ready, completion, group
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
-from rl.types import Completion, Group, Prompt, Reason
+from rl.types import Group, Prompt, Reason
 from tests.waiting import wait_until
 
 HERE = "rewards_for_tests:"
-
-
-def completion(text, token_ids=(1, 2, 3), finish_reason="stop"):
-    return Completion(list(token_ids), [], [True] * len(token_ids), finish_reason, [], text=text)
-
-
-def group(texts, *, id="p/0", messages=(), **columns):
-    return Group(Prompt(id, "question", (1,), messages, columns), [completion(text) for text in texts])
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +34,6 @@ def test_rewards_come_back_in_the_order_of_groups_and_completions(pool):
     scored = pool.score(groups)
     assert [s.group for s in scored] == groups
     assert [[r.score for r in s.rewards] for s in scored] == [[i, i + 1, i + 2] for i in range(20)]
-
-
-def both_ready(pool):
-    return [grader.ready for grader in pool._graders._graders] == [True, True]
 
 
 def holder_of_a_call(pool):

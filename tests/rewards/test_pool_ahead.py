@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from test_pool import both_ready
+from pool_parts import both_ready
 
 from rewards.compose import RewardSpec
 from rewards.pool.grader import AHEAD_S

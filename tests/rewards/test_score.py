@@ -132,7 +132,7 @@ def test_a_completion_of_several_messages_is_what_the_assistant_said(run):
         (
             [{"completion": "a", "answer": x, "group": 1} for x in "ab"],
             [HERE + "exact"],
-            "line 2: its `group` is that of line 1, and its columns are others",
+            "line 2 has the `group` of line 1 but other columns",
         ),
         ([{"completion": "a"}, "{"], [HERE + "length"], "line 2: not JSON"),
         (["[1]"], [HERE + "length"], "line 1: a row is an object"),
