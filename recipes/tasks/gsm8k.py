@@ -18,7 +18,7 @@ def boxed_gsm8k(
     Args:
         source: hub name, or a file with the columns question and answer. Its first `num_examples` rows are
             the examples and are not prompts of their own.
-        size: prompts; None: all.
+        size: number of prompts; None: all.
     """
     count = None if size is None else size + num_examples
     options = {} if Path(source).is_file() else {"name": "main"}

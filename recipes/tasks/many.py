@@ -1,4 +1,4 @@
-"""Prompts of a dataset of many rows: those that a run will consume are rendered, the others are checked."""
+"""Prompts of a large dataset: those that a run will consume are rendered, the others are only checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from recipes.tasks.demonstrations import with_demonstrations
 from recipes.tasks.prompts import make_prompts, without
 from rewards.pool.ticket import is_json
 from rl.config import Config, DataConfig
@@ -15,9 +16,9 @@ from rl.types import Prompt
 from rollout.chat import kept_columns
 from rollout.prompts import PromptStream
 
-MANY = 20_000  # rows; to render so many takes some ten seconds
+MANY = 20_000  # rows; rendering so many takes about ten seconds
 PROBES = ("7 and Zq?", "what\nis (it) in 3 words: x")
-SLACK = 4  # tokens: of a beginning of text, and the space that some tokenizers put before a text
+SLACK = 4  # tokens: a beginning-of-text token, and the space that some tokenizers put before a text
 
 
 class SomePrompts(Sequence[Prompt]):
@@ -40,10 +41,13 @@ def train_prompts(
 ) -> Sequence[Prompt]:
     """The training prompts that are not among the held-out ones, in order, by the rules of `make_prompts`.
 
-    Of many rows of plain text, one that is surely short (a token of such a tokenizer holds a byte at least),
-    sound and not held out is rendered only if the steps will consume it. The others are rendered at once.
+    In a large dataset, sound rows are rendered only if the steps will consume them. These are plain text, not
+    held out, and surely short, since a token holds at least a byte. Other rows are rendered at once.
     """
-    data, note = config.data, said["note"]
+    data, note, teacher = config.data, said["note"], config.teacher
+    if teacher is not None and teacher.demonstration is not None:
+        prompts = without(make_prompts(data, rows, tokenizer, "train", **said), list(heldout), note)
+        return with_demonstrations(prompts, teacher, data=data, rows=rows, tokenizer=tokenizer, **said)
     frame = _frame(data, rows[0], tokenizer, said) if len(rows) > MANY else None
     if frame is None:
         return without(make_prompts(data, rows, tokenizer, "train", **said), list(heldout), note)
@@ -64,9 +68,9 @@ def train_prompts(
     left_out = {i for i in doubtful if i not in ready or ready[i].token_ids in seen}
     kept = [i for i in range(len(rows)) if i not in left_out] if left_out else range(len(rows))
     if not kept:
-        return without([*ready.values()], list(heldout), note)  # which refuses
+        return without([*ready.values()], list(heldout), note)  # raises: nothing is left
     if len(kept) < fit:
-        note(f"{fit - len(kept)} of {fit} training prompts are held out, and left out here")
+        note(f"{fit - len(kept)} of {fit} training prompts are held out too: left out")
     t, dynamic = config.train, config.advantage.dynamic_sampling
     num_consumed = t.steps * t.prompts_per_step * (dynamic.max_rounds if dynamic else 1)
     stream: Any = PromptStream(kept, seed=t.seed, shuffle=data.shuffle)  # pyright: ignore[reportArgumentType]
@@ -75,7 +79,7 @@ def train_prompts(
 
 
 def _is_sound(data: DataConfig, row: dict[str, Any], room: float, taken: set[str]) -> bool:
-    """A prompt of text that surely fits and is not held out, with all columns, which are JSON values."""
+    """Whether the prompt is text that surely fits and is not held out, with all columns as JSON values."""
     value = row.get(data.prompt_column)
     if not isinstance(value, str) or row.get("tools") or not all(name in row for name in data.columns):
         return False
@@ -85,8 +89,8 @@ def _is_sound(data: DataConfig, row: dict[str, Any], room: float, taken: set[str
 
 
 def frame_tokens(before: str, after: str, tokenizer: Any) -> int:
-    """Tokens that a frame takes at most, whatever text stands in it: those of its parts alone, and a byte
-    each for the words and spaces that touch the text, of which tokens may reach into it.
+    """Upper bound of the tokens that a template's frame adds to any text. It counts those of both parts, and
+    one per byte of the words and spaces next to the text, whose tokens may reach into it.
     """
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
     touching = re.search(r"\S*\s*$", before), re.match(r"\s*\S*", after)
@@ -94,16 +98,16 @@ def frame_tokens(before: str, after: str, tokenizer: Any) -> int:
 
 
 def _key(text: str) -> str:
-    """The same for texts of which template and tokenizer may make the same tokens."""
+    """A key that texts share if template and tokenizer may turn them into the same tokens."""
     return unicodedata.normalize("NFC", text.strip())
 
 
 def _frame(
     data: DataConfig, row: dict[str, Any], tokenizer: Any, said: dict[str, Any]
 ) -> tuple[str, str, int] | None:
-    """What is put before and behind each text, and how many bytes of tokenized text come of a byte at most.
+    """(text before each prompt, text after it, most bytes that normalization makes of one byte).
 
-    None if that is not known of this template, tokenizer or dataset.
+    None if that is unknown for this template, tokenizer or dataset.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(row.get(data.prompt_column), str) or row.get("tools"):

@@ -19,14 +19,14 @@ FORMS = {"boxed": "\\boxed{{{answer}}}", "answer": "<answer>{answer}</answer>"}
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task is on the hub, and what becomes of a row; a local file is read by the same columns.
+    """Where a task is on the hub, and how its rows are converted; a local file has the same columns.
 
     Attributes:
-        prompts: names that the column of the prompt has, here or there.
-        made: columns that are made of a row: `answer` or `tests` for graders, a `question`, and `working`, a
-            solution of which a `completion` for fine-tuning is made.
+        prompts: possible names of the prompt's column; the first one that a row has is used.
+        made: computes columns from a row: `answer` or `tests` for graders, a `question`, and `working`, the
+            solution from which a `completion` for fine-tuning is made.
         split: the only one on the hub; empty: data.split.
-        reward: that grades it.
+        reward: name of the reward that grades it.
     """
 
     source: str
@@ -38,10 +38,10 @@ class Task:
 
 
 def split_solution(solution: str) -> tuple[str, str]:
-    """A worked solution without calculator calls, and its number, which stands behind ####.
+    """(solution without calculator calls, number after ####) of a GSM8K solution.
 
     Raises:
-        ValueError: there is no number behind ####.
+        ValueError: there is no number after ####.
     """
     working, mark, answer = CALCULATION.sub("", solution).rpartition("####")
     if not mark or not answer.strip():
@@ -55,7 +55,7 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _math(row: Row) -> Row:
-    """MATH's solutions end in a box, which some copies repeat as a column."""
+    """Takes the answer from the last box of a MATH solution, unless the copy has it in a column."""
     if "solution" not in row:
         return {}
     text, answer = row["solution"], row.get("answer")
@@ -98,7 +98,7 @@ TASKS = {
     "humaneval": Task("openai/openai_humaneval", ("question",), _humaneval, split="test", reward="code"),
     "mbpp": Task("google-research-datasets/mbpp", ("question",), _mbpp, {"name": "full"}, reward="code"),
 }
-"""Any other name is a generator of reasoning-gym, countdown among them."""
+"""Any other name is a generator of reasoning-gym, such as countdown."""
 
 
 def task_rows(name: str, config: DataConfig) -> list[Row]:
@@ -108,20 +108,23 @@ def task_rows(name: str, config: DataConfig) -> list[Row]:
     `data.options.form` names (boxed or answer).
 
     Raises:
-        ValueError: a column is missing, the form is unknown, or as `read_table` says.
+        ValueError: a column is missing, the form is unknown, or `read_table` raises.
     """
     task, options = TASKS[name], dict(config.options)
     place, form = options.pop("source", None), options.pop("form", "boxed")
     if form not in FORMS:
-        raise ValueError(f"data.options.form={form!r} is not among {', '.join(FORMS)}")
+        raise ValueError(f"data.options.form={form!r} is not one of {', '.join(FORMS)}")
     keys: dict[str, Any] = {"source": place, "split": config.split, "options": options}
     if place is None:
         keys = {"source": task.source, "split": task.split or config.split, "options": task.options | options}
     table = DataConfig(**keys, revision=config.revision, size=config.size)
-    return [_made(row, task, name, form, config.prompt_column) for row in read_table(table)]
+    return [
+        _made(row, task, name=name, form=form, prompt_column=config.prompt_column)
+        for row in read_table(table)
+    ]
 
 
-def _made(row: Row, task: Task, name: str, form: str, prompt_column: str) -> Row:
+def _made(row: Row, task: Task, *, name: str, form: str, prompt_column: str) -> Row:
     try:
         row = row | task.made(row)
         prompt = next(row.pop(column) for column in task.prompts if column in row)

@@ -1,7 +1,7 @@
 """Training prompts that an evaluation asks too: equal ones, and those that share 13 consecutive words.
 
-Thirteen words is what GPT-3 (arXiv:2005.14165, appendix C) went by. Words that a fiftieth of the evaluation
-prompts share, or two of fewer than a hundred, are the wording of the task, and give nothing away.
+GPT-3 used 13 words as well (arXiv:2005.14165, appendix C). Word runs that more than 2 % of the evaluation
+prompts share (and at least two) are the task's wording, and do not count.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
+from recipes.tasks import load_rows
+from recipes.tasks.prompts import unrendered_prompt
 from rl.config import Config
+from rl.config.data import OverlapConfig
+from rl.model.messages import messages_of
 
 N = 13
 WORD = re.compile(r"\w+")
@@ -21,7 +26,7 @@ Row = dict[str, Any]
 
 
 def words_of(prompt: Any) -> tuple[str, ...]:
-    """The words of a prompt, of a chat of its last message, without case and punctuation."""
+    """The words of a prompt, or of a chat's last message, without case and punctuation."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         last = prompt[-1] if prompt else ""
         prompt = last.get("content") if isinstance(last, Mapping) else last
@@ -29,12 +34,12 @@ def words_of(prompt: Any) -> tuple[str, ...]:
 
 
 def grams(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Every 13 consecutive words; none of a shorter prompt."""
+    """All runs of 13 consecutive words; a shorter prompt has none."""
     return (words[i : i + N] for i in range(len(words) - N + 1))
 
 
 def overlapping(training: Sequence[Any], heldout: Sequence[Any]) -> tuple[set[int], set[int]]:
-    """(numbers of training prompts that equal a held-out one, of others that share 13 words with one)."""
+    """(indices of training prompts that equal a held-out one, of others that share 13 words with one)."""
     whole = {words_of(prompt) for prompt in heldout}
     counts = Counter(gram for words in whole for gram in set(grams(words)))
     telling = {gram for gram, number in counts.items() if number <= max(1, len(whole) // 50)}
@@ -50,10 +55,10 @@ def overlapping(training: Sequence[Any], heldout: Sequence[Any]) -> tuple[set[in
 def settle_overlap(
     config: Config, rows: list[Row], heldout: Sequence[Row], say: Callable[[str], None]
 ) -> list[Row]:
-    """The training rows that `evaluation.overlap` leaves; says how many there are of which kind.
+    """The training rows that `evaluation.overlap` keeps; reports how many equal or overlap held-out ones.
 
     Raises:
-        ValueError: there are some, and it is `refuse`; or all of them are.
+        ValueError: some overlap and `evaluation.overlap` is `refuse`, or all of them overlap.
     """
     held = config.heldout_data
     if held is None:
@@ -65,16 +70,54 @@ def settle_overlap(
     if config.evaluation.overlap == "warn" and is_alike:  # the same tokens are left out anyway
         same = {repr(prompt) for prompt in asked}
         equal = {index for index in equal if repr(prompts[index]) not in same}
+    return _settled(
+        rows, equal, shared=shared, rule=("evaluation.overlap", config.evaluation.overlap), say=say
+    )
+
+
+def without_asked(
+    overlap: OverlapConfig | None, rows: list[Row], column: str, say: Callable[[str], None]
+) -> list[Row]:
+    """`settle_overlap` of rows to fine-tune on or to sample: those that `overlap` leaves.
+
+    Args:
+        column: of the prompts; of rows without it, what users say in `messages`, or the `text`, counts.
+            Rows are compared with the evaluation's prompts in its template and without it.
+    """
+    if overlap is None:
+        return rows
+
+    def said(row: Row, index: int) -> Any:
+        if column in row:
+            return row[column]
+        messages = messages_of(row.get("messages") or [], f"row {index}: 'messages'")
+        return " ".join(m["content"] for m in messages if m["role"] == "user") or row.get("text")
+
+    held, asked = load_rows(overlap.data), [*map(said, rows, count())]
+    framed = [
+        p.messages or p.text for p in (unrendered_prompt(overlap.data, r, "overlap.data") for r in held)
+    ]
+    bare = [row[overlap.data.prompt_column] for row in held]
+    found = [overlapping(asked, those) for those in (framed, bare)]
+    equal, shared = (set.union(*some) for some in zip(*found, strict=True))
+    shared -= equal
+    return _settled(rows, equal, shared=shared, rule=("overlap.action", overlap.action), say=say)
+
+
+def _settled(
+    rows: list[Row], equal: set[int], *, shared: set[int], rule: tuple[str, str], say: Callable[[str], None]
+) -> list[Row]:
+    key, action = rule
     if not equal | shared:
         return rows
     sentence = (
         f"of {len(rows)} training prompts {len(equal)} equal a held-out one, and {len(shared)} share {N} "
         f"consecutive words with one (such as row {min(equal | shared)})"
     )
-    if config.evaluation.overlap == "refuse":
-        raise ValueError(f"{sentence}; use other rows, or evaluation.overlap=drop to leave these out")
-    if config.evaluation.overlap == "warn":
-        say(f"{sentence}; evaluation.overlap=drop leaves them out")
+    if action == "refuse":
+        raise ValueError(f"{sentence}; use other rows, or {key}=drop to leave these out")
+    if action == "warn":
+        say(f"{sentence}; {key}=drop leaves them out")
         return rows
     say(f"{sentence}; they are left out")
     if len(equal | shared) == len(rows):

@@ -42,7 +42,7 @@ def split_share(
     together.
 
     Raises:
-        ValueError: there is one prompt, or none.
+        ValueError: there are fewer than two distinct prompts.
     """
 
     encode = json.JSONEncoder(sort_keys=True, default=str).encode
@@ -55,7 +55,7 @@ def split_share(
     distinct = sorted(set(marks))
     if len(distinct) < 2:
         raise ValueError(
-            f"evaluation.data.share={share:g} holds out some prompts and leaves others, and data.source has "
+            f"evaluation.data.share={share:g} splits at least two distinct prompts, but data.source has "
             f"{len(distinct)}; give evaluation.data a source of its own"
         )
     chosen = set(distinct[: min(max(1, round(share * len(distinct))), len(distinct) - 1)])
@@ -66,14 +66,14 @@ def split_share(
 
 
 def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[set[str], dict[str, Any]]:
-    """Names of the columns that reach the graders, and one row of them."""
+    """Names of the columns that reach the graders, and their values in the first row."""
     row = rows[0] if rows else {}
     kept = {name: row[name] for name in data.columns or row if name in row and name != data.prompt_column}
     return set(kept), kept
 
 
 def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt of a row as graders see it in training; without token ids, as that takes a tokenizer."""
+    """The prompt of a row as graders see it in training, without token ids, which need a tokenizer."""
     for name in (data.prompt_column, *data.columns):
         if name not in row:
             raise ValueError(f"{where}: the dataset has no column {name!r}; it has {', '.join(row)}")
@@ -121,7 +121,7 @@ def without(prompts: list[Prompt], heldout: list[Prompt], note: Callable[[str], 
     seen = {p.token_ids for p in heldout}
     kept = [p for p in prompts if p.token_ids not in seen]
     if len(kept) < len(prompts):
-        note(f"{len(prompts) - len(kept)} of {len(prompts)} training prompts are held out, and left out here")
+        note(f"{len(prompts) - len(kept)} of {len(prompts)} training prompts are held out too: left out")
     if not kept:
         raise ValueError(
             "every training prompt is among evaluation.data; use another split or seed for one of them"

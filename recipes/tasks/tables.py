@@ -1,4 +1,4 @@
-"""Rows of what `datasets` reads: a file, a folder, a saved data set, or a name on the hub."""
+"""Reads rows with `datasets`: from a file, a folder, a saved dataset, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rl.config import DataConfig
 from rl.config.data import DATA_SUFFIXES, check_source
 
-ROWS_READ = 10_000  # at once: a row alone takes ten times as long
+ROWS_READ = 10_000  # at once: reading them one by one takes ten times as long
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -20,7 +20,7 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
     """The rows of `config.split`, at most `config.size`.
 
     Raises:
-        ValueError: there is no such file or split, or what is there cannot be read.
+        ValueError: the file or split does not exist, or cannot be read.
     """
     source, path = config.source, Path(config.source)
     if not path.exists():
@@ -55,7 +55,7 @@ def _loaded(path: Path, config: DataConfig) -> Any:
 
 
 def _saved(source: str, split: str) -> Any:
-    """A split, or slices such as "train[:10%]", of what `save_to_disk` wrote; a data set alone is "train"."""
+    """A split, or slices such as "train[:10%]", of a dataset saved to disk; without splits it is "train"."""
     import datasets
 
     loaded = datasets.load_from_disk(source)
@@ -67,7 +67,7 @@ def _saved(source: str, split: str) -> Any:
 
 
 def refuse_missing(source: str) -> None:
-    """Raises ValueError for a name that only a file or folder can have: the hub would be asked in vain."""
+    """Raises ValueError for a name that only a file or folder can have, without asking the hub."""
     path = Path(source)
     is_path = (
         path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or source.endswith("/")
@@ -94,7 +94,7 @@ def _check_file(path: Path) -> None:
 
 
 def _reading_fault(error: BaseException, config: DataConfig) -> str:
-    """What went wrong, and at its root: `datasets` often says no more than that something did."""
+    """The error and its root cause: the message of `datasets` alone often says only that it failed."""
     said = str(error)
     if "corresponds to no data" in said:
         return f"data.source={config.source!r} has no rows"
@@ -125,7 +125,7 @@ def _broken_line(path: Path) -> str:
                 return f"line {number}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
             except (ValueError, RecursionError) as error:
                 place = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                return f"line {number}: not JSON ({getattr(error, 'msg', error)}{place}); mend or remove it"
+                return f"line {number}: not JSON ({getattr(error, 'msg', error)}{place}); fix or remove it"
             if not isinstance(row, dict):
                 return f'line {number}: a row is an object such as {{"prompt": "..."}}, not {row!r:.40}'
     return ""

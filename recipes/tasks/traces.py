@@ -1,4 +1,4 @@
-"""Traces: those that somebody else sampled, and which of those that were graded are kept."""
+"""Traces: reads those that were sampled elsewhere, and chooses which graded ones are kept."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rl.config.traces import TracesConfig
 from rl.types import Call, Completion, Group, Prompt, Reward, ScoredGroup
 
 ATTEMPTS, PAUSE_S = 3, 2.0
-NUM_REQUESTS = 32  # at once, unless engine.max_num_seqs says it
+NUM_REQUESTS = 32  # at once, unless engine.max_num_seqs is given
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A verified completion. `sample`: its number among those of its prompt; `pass_rate`: of the prompt."""
+    """A verified completion, number `sample` of its prompt, which has the share `pass_rate` of right ones."""
 
     prompt: Prompt
     sample: int
@@ -39,7 +39,7 @@ class Trace:
 def read_traces(
     data: DataConfig, rows: Sequence[Mapping[str, Any]], column: str
 ) -> tuple[list[Prompt], Callable[[Call], list[Group]]]:
-    """The prompts of a file of traces, each once with one gold answer, and a function that answers from it.
+    """The prompts of a file of traces, each pair of prompt and gold once, and a function that answers them.
 
     A cell is a completion (text, or messages of which the last counts), or a list of texts.
 
@@ -74,10 +74,10 @@ def _texts(cell: Any, where: str) -> list[str]:
 
 
 def ask_endpoint(config: TracesConfig, call: Call) -> list[Group]:
-    """Completions of an OpenAI-compatible server; a thought that it returns apart stands in <think> again.
+    """Completions of an OpenAI-compatible server; reasoning returned in a field of its own goes into <think>.
 
     Raises:
-        RuntimeError: more requests failed than rewards.max_fault_share; one that failed alone is an "abort".
+        RuntimeError: more requests failed than rewards.max_fault_share; fewer become "abort" completions.
     """
     slots, faults = config.engine.max_num_seqs, []
 
@@ -109,7 +109,7 @@ def _answer(config: TracesConfig, prompt: Prompt, seed: int) -> Completion:
     asked = {"messages": list(prompt.messages)} if prompt.messages else {"prompt": prompt.text}
     body = {"model": config.model.name, **asked, "max_tokens": s.max_completion_length, "seed": seed}
     body |= {"temperature": s.temperature, "top_p": s.top_p} | ({"stop": s.stop} if s.stop else {})
-    own = {name: getattr(s, name) for name in ("top_k", "min_p", "stop_token_ids")}  # vLLM's
+    own = {name: getattr(s, name) for name in ("top_k", "min_p", "stop_token_ids")}  # vLLM only
     own["chat_template_kwargs"] = config.data.chat_template_kwargs if prompt.messages else {}
     body |= {name: value for name, value in own.items() if value}
     head = {"Content-Type": "application/json"}
@@ -126,7 +126,7 @@ def _answer(config: TracesConfig, prompt: Prompt, seed: int) -> Completion:
 
 
 def verified(reward: Reward, least: Mapping[str, float]) -> bool | None:
-    """Whether every named reward reached its least score; None: one of them abstained."""
+    """Whether every named reward reached its least score; None if one of them abstained."""
     scores = [reward.parts.get(name) for name in least]
     if any(score is None for score in scores):
         return None
@@ -136,9 +136,9 @@ def verified(reward: Reward, least: Mapping[str, float]) -> bool | None:
 def choose(groups: Iterable[ScoredGroup], config: TracesConfig) -> tuple[list[Trace], dict[str, Any]]:
     """The traces that are kept, in order, and counts.
 
-    Of a prompt they are the first verified ones that ended by themselves, each text once, even where several
-    rows ask it. The pass rate of a row counts completions with a verdict; aborted ones and those whose grader
-    abstained are left out. Of each band of pass rates, the rows that stay are drawn by a hash of seed and id.
+    For each prompt these are the first verified ones that were not cut off, each text once, even if several
+    rows have the prompt. A row's pass rate leaves out aborted completions and those whose grader abstained.
+    In each band of pass rates, the rows that are kept are drawn by a hash of seed and id.
     """
     s, counts = config.sample, Counter[str]()
     bands: list[list[list[Trace]]] = [[] for _ in s.bands]

@@ -1,7 +1,7 @@
 """YAML from a file or an override: plain data of bounded size, in which no key is given twice.
 
-PyYAML alone keeps the last of two equal keys, shares what aliases name, so that ten lines can stand for 10^10
-values, and fails on deep nesting inside its own recursion.
+PyYAML alone keeps the last of two equal keys, and fails on deep nesting inside its own recursion. It shares
+aliased values, so that ten lines can stand for 10^10 values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import yaml
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 MAX_VALUES = 100_000
-_TOO_DEEP = (
-    f"sections and lists are nested more than {MAX_DEPTH} levels deep, and a config has fewer than ten"
-)
+_TOO_DEEP = f"sections and lists are nested more than {MAX_DEPTH} levels deep; a config needs fewer than ten"
 
 _KINDS = {"d": "a folder", "p": "a pipe", "c": "a device", "b": "a device", "s": "a socket"}
 """First character of a mode as `ls -l` shows it -> kind of file."""
@@ -44,7 +42,7 @@ def read_yaml(path: str | Path) -> Any:
     if len(content) > MAX_BYTES:
         raise ValueError(
             f"{path} is larger than {MAX_BYTES:,} bytes, which no config needs; give the YAML file of a run "
-            "(data goes into a file of its own, named by data.source)"
+            "(data goes into a separate file, named by data.source)"
         )
     try:
         return parse_yaml(content.decode("utf-8-sig"))
@@ -57,7 +55,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What YAML text stands for, by PyYAML's safe loader.
+    """The value of YAML text, by PyYAML's safe loader.
 
     Raises:
         ValueError: it is not YAML, nests deeper than `MAX_DEPTH`, gives a key twice, or stands for more than
@@ -76,12 +74,12 @@ class _BoundedLoader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = 0
         self._sizes: dict[yaml.Node, tuple[int, int]] = {}
-        """Node that is read -> (number of values, levels) of what it stands for."""
+        """Node read so far -> (number of values, levels) of what it stands for."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
-        if self._depth > MAX_DEPTH:  # PyYAML reads what is nested by recursion
+        if self._depth > MAX_DEPTH:  # PyYAML reads nested values by recursion
             raise ValueError(f"line {self.get_mark().line + 1}: {_TOO_DEEP}")
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
@@ -103,7 +101,7 @@ class _BoundedLoader(yaml.SafeLoader):
         if size > MAX_VALUES:
             raise ValueError(
                 f"{where}: with its aliases (*name) written out it holds more than {MAX_VALUES:,} values, "
-                "and no config needs as many"
+                "which no config needs"
             )
         if levels > MAX_DEPTH:
             raise ValueError(f"{where}: {_TOO_DEEP}")
@@ -119,14 +117,14 @@ def _check_keys(mapping: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         if (first := lines.get((key.tag, key.value))) is not None:
             raise ValueError(
-                f"{key.value!r} is given twice, in line {first} and in line {line}, and only one of them "
-                "would count; remove one, or put what they hold together"
+                f"{key.value!r} is given twice, in line {first} and in line {line}, but only one of them "
+                "would count; remove one, or merge what they hold"
             )
         lines[key.tag, key.value] = line
 
 
 def _unshared(tree: Any) -> Any:
-    """A copy in which every alias is a value of its own: an override of one must not change the others."""
+    """A copy in which aliases share nothing, so that an override of one does not change the others."""
     if isinstance(tree, dict):
         return {key: _unshared(value) for key, value in tree.items()}
     return [_unshared(value) for value in tree] if isinstance(tree, list) else tree

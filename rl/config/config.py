@@ -34,11 +34,11 @@ from rl.config.teacher import TeacherConfig, check_teacher
 
 
 def check_bias(config: Any) -> None:
-    """Raises ValueError for biases that move beside adapters, in whose checkpoints they are not."""
+    """Raises ValueError if router biases move beside adapters, whose checkpoints do not hold them."""
     if config.moe.bias_rate and config.model.lora:
         raise ValueError(
-            f"moe.bias_rate={config.moe.bias_rate} moves biases of the base, and checkpoints of model.lora "
-            "hold adapters alone; use moe.bias_rate=0, or train all weights"
+            f"moe.bias_rate={config.moe.bias_rate} moves biases of the base model, but checkpoints with "
+            "model.lora hold adapters only; use moe.bias_rate=0, or train all weights"
         )
 
 
@@ -46,12 +46,12 @@ def _check_experts(config: Config) -> None:
     if config.moe.trained_experts and (config.model.lora or config.optimizer.weight_decay):
         raise ValueError(
             "moe.trained_experts trains weights of some experts without adapters, and weight decay would "
-            "shrink the others; leave out model.lora, with optimizer.weight_decay=0"
+            "shrink the others; leave out model.lora, and use optimizer.weight_decay=0"
         )
     check_bias(config)
     if config.moe.router_fp32 and config.is_coarse:
         raise ValueError(
-            "moe.router_fp32=true needs routers in fp32 in policy and engine, and engines compute them in "
+            "moe.router_fp32=true needs routers in fp32 in policy and engine, but engines compute them in "
             "the model's dtype; use model.dtype=fp32 with engine.dtype=auto, or moe.router_fp32=false"
         )
 
@@ -81,7 +81,7 @@ class Config(Section):
 
     @property
     def in_flight(self) -> int:
-        """Most completions that a process has started and not finished, if it is the only one."""
+        """The most unfinished completions that the process of a single-process run may have."""
         t = self.train
         allowed = t.prompts_per_step * t.group_size * (1 + t.max_staleness)
         return min(allowed, t.in_flight or allowed)
@@ -94,8 +94,8 @@ class Config(Section):
 
     @property
     def paid_rewards(self) -> list[RewardSpec]:
-        """What is paid: `rewards.functions`; of a control arm its own reward, and those with weight 0. Of a
-        run without any it is a reward that never applies.
+        """The rewards to pay: `rewards.functions`; of a control arm its own, and the functions with weight 0.
+        A run without functions gets a reward that never applies.
         """
         given, arm = self.rewards.functions, self.rewards.control
         given = given or [RewardSpec(name="none", weight=0.0)]
@@ -109,23 +109,23 @@ class Config(Section):
 
     @property
     def trains_all_rows(self) -> bool:
-        """Whether completions without an advantage are computed too: for a teacher, or a loss of routers."""
+        """Whether completions without an advantage are trained on too: for a teacher, or a router loss."""
         moe, taught = self.moe, self.teacher is not None
         return taught or moe.balance != "none" or moe.z_loss_coef > 0 or moe.bias_rate > 0
 
     @property
     def is_coarse(self) -> bool:
-        """Whether policy or engine compute in bf16; an engine whose dtype is auto may too, on a GPU."""
+        """Whether policy or engine compute in bf16; an engine of dtype auto may do so too, on a GPU."""
         return self.model.dtype != "fp32" or self.engine.dtype == "bfloat16"
 
     @property
     def canary_tolerance(self) -> float | None:
-        """Of a weight sync, nats; None: `rollout.weight_sync.publish` decides by the engine's dtype."""
+        """Tolerance of a weight sync, nats; None: `rollout.weight_sync` decides by the engine's dtype."""
         return self.engine.canary_tolerance or (0.2 if self.is_coarse else None)
 
     @property
     def max_num_seqs(self) -> int:
-        """Completions that an engine samples together; with several processes it may have slots to spare."""
+        """Completions that an engine samples together; with several processes some slots may stay empty."""
         given = self.engine.max_num_seqs
         return given if isinstance(given, int) else max(256, min(self.in_flight, 512))
 
@@ -158,7 +158,7 @@ class Config(Section):
 
 
 def check_rules(config: Config) -> None:
-    """Raises ValueError for keys that are fine alone and not together."""
+    """Raises ValueError for keys that are valid alone but not together."""
     check_data(config.data, "data")
     check_heldout(config.evaluation.data)
     check_staleness(config)
@@ -222,28 +222,28 @@ def check_memory(config: Config) -> None:
     memory, t = config.memory, config.train
     if memory.engine_sleeps is True and t.sample_while_training:
         raise ValueError(
-            "memory.engine_sleeps=true drops the engine's weights while the trainer computes, and "
+            "memory.engine_sleeps=true drops the engine's weights while the trainer computes, but "
             "train.sample_while_training=true samples with them; leave one of the two out"
         )
     if memory.reference_on_host is True and not config.copies_weights:
         raise ValueError(
-            "memory.reference_on_host=true, and this run has no copy of the model as reference: loss.kl_coef "
+            "memory.reference_on_host=true, but this run has no copy of the model as reference: loss.kl_coef "
             "is 0, or the base below model.lora takes its place; leave it out"
         )
     if t.sharding in ("full", "hybrid") and memory.keeps_whole:
         raise ValueError(
-            f"train.sharding={t.sharding} splits moments and reference over the GPUs, and "
+            f"train.sharding={t.sharding} splits moments and reference over the GPUs, but "
             "memory.optimizer_on_host and memory.reference_on_host keep whole ones in host memory; leave "
             "one of the two out"
         )
 
 
 def check_staleness(config: Config) -> None:
-    """Raises ValueError for sampling ahead in a way that cannot be trained on, or that does nothing."""
+    """Raises ValueError for sampling ahead that could not be trained on, or that would do nothing."""
     t = config.train
     if t.max_staleness and config.loss.sampler_correction is None:
         raise ValueError(
-            f"train.max_staleness={t.max_staleness} trains on samples of older policies, and with "
+            f"train.max_staleness={t.max_staleness} trains on samples of older policies, but with "
             "loss.sampler_correction=null they would count as the current policy's own; leave "
             "loss.sampler_correction at its default (level=token, high=2.0), or use train.max_staleness=0"
         )

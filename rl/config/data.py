@@ -53,16 +53,16 @@ TEMPLATES: dict[str, tuple[str, bool]] = {
 
 
 def with_template(values: Any) -> Any:
-    """The keys of a data section with the text of a template that is given by name, and its `chat`.
+    """The keys of a data section, in which a template's name is replaced by its text and its `chat`.
 
-    The text is what a run records, so that a later version of the name changes no run.
+    A run records the text, so that a later version of the named template does not change the run.
     """
     name = values.get("template") if isinstance(values, dict) else None
     if not isinstance(name, str) or name not in TEMPLATES:
         return values
     text, chat = TEMPLATES[name]
     if values.get("chat", chat) is not chat:
-        kind = "a chat" if chat else "plain text, of base models"
+        kind = "a chat" if chat else "plain text of base models"
         raise ValueError(f"template={name} is for {kind}; leave out chat, or use chat={str(chat).lower()}")
     return {**values, "template": text, "chat": chat}
 
@@ -88,7 +88,7 @@ class DataConfig(SourceConfig):
     prompt_column: str = Field(default="prompt", description="text or messages")
     rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
-    system_prompt: str | None = None
+    system_prompt: str | None = Field(default=None, description="put before chats that have none")
     chat: bool = Field(
         default=True, description="a text prompt becomes a user message; false: it stays plain text"
     )
@@ -96,7 +96,7 @@ class DataConfig(SourceConfig):
         default={}, description="variables of the chat template, such as {enable_thinking: false}"
     )
     continue_final_message: bool = Field(
-        default=False, description="completions go on with the last message where the assistant began it"
+        default=False, description="completions continue the last message if it is the assistant's"
     )
     template: str = Field(
         default="{prompt}",
@@ -107,9 +107,9 @@ class DataConfig(SourceConfig):
     )
     too_long: Literal["refuse", "drop"] = Field(
         default="refuse",
-        description="rows above max_prompt_length: end the run before it starts, or go without",
+        description="rows above max_prompt_length: refuse to start the run, or drop them",
     )
-    shuffle: bool = True
+    shuffle: bool = Field(default=True, description="a new order of prompts in each epoch, by train.seed")
 
     @model_validator(mode="before")
     @classmethod
@@ -118,26 +118,26 @@ class DataConfig(SourceConfig):
 
 
 class HeldoutConfig(DataConfig):
-    """Prompts of an evaluation: from a source of their own, or a share of the training rows."""
+    """Prompts of an evaluation: from their own source, or a share of the training rows."""
 
     share: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="of the training rows, held out by a hash of prompt and train.seed; the only key then",
+        description="share of training rows to hold out, by hash of prompt and train.seed; the only key then",
     )
 
 
 class EvaluationConfig(Section):
-    """Held-out accuracy before, every `every` steps and after, on its own prompts and sampling; never touches
-    the training stream.
+    """Measures held-out accuracy before, every `every` steps and after, with its own prompts and sampling. It
+    never touches the training stream.
     """
 
     data: HeldoutConfig | None = Field(default=None, description="default: no evaluation")
     overlap: Literal["warn", "drop", "refuse"] = Field(
         default="warn",
-        description="training prompts that equal a held-out one, or share 13 consecutive words with just one "
-        "(with several: the task's wording): say so, leave them out, or end the run before it starts",
+        description="for training prompts that equal a held-out one, or share 13 consecutive words with just "
+        "one (words shared with several are the task's): warn, drop them, or refuse to start the run",
     )
     every: int = Field(default=0, ge=0, description="0: only before and after")
     metric: str = Field(default="math", description="the reward whose score, cut to 0..1, counts as accuracy")
@@ -145,11 +145,22 @@ class EvaluationConfig(Section):
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
 
 
+class OverlapConfig(Section):
+    """An evaluation whose prompts are looked for among the rows, by the rule of `evaluation.overlap`."""
+
+    data: DataConfig = Field(
+        description="its prompts, such as {source: 'task:gsm8k', split: test}, with the rows' template"
+    )
+    action: Literal["warn", "drop", "refuse"] = Field(
+        default="warn", description="say how many there are, leave them out, or end before the start"
+    )
+
+
 def check_source(keys: SourceConfig, section: str, *, is_local: bool | None = None) -> None:
-    """Refuses `split`, `revision` and `options` where the source takes none.
+    """Raises ValueError for `split`, `revision` or `options` if the source takes none.
 
     Args:
-        is_local: the source is a file or a saved data set; None: as the suffix of its name says.
+        is_local: whether the source is a file or a saved dataset; None: judged by the suffix of its name.
     """
     is_task = keys.source.startswith("task:")
     is_made = ":" in keys.source and not is_task and PurePath(keys.source).suffix not in DATA_SUFFIXES
@@ -179,19 +190,19 @@ def check_data(data: DataConfig, section: str) -> None:
     if "{prompt}" not in data.template:
         raise ValueError(
             f"{section}.template={data.template!r} has no {{prompt}}, so every prompt would be the same "
-            f"text; write {{prompt}} where the row's prompt belongs, or name one of {', '.join(TEMPLATES)}"
+            f"text; write {{prompt}} where the row's prompt goes, or name one of {', '.join(TEMPLATES)}"
         )
     if len(set(data.rename.values())) < len(data.rename):
         raise ValueError(f"{section}.rename={data.rename} gives two columns one name; name each differently")
     if reserved := sorted(RESERVED & data.chat_template_kwargs.keys()):
         raise ValueError(
-            f"{section}.chat_template_kwargs has {', '.join(reserved)}, which is not the template's to "
-            "choose; give variables of the template, such as enable_thinking"
+            f"{section}.chat_template_kwargs has {', '.join(reserved)}, which is not a variable of the "
+            "template; give variables of the template, such as enable_thinking"
         )
 
 
 def check_heldout(held: HeldoutConfig | None) -> None:
-    """Checks `evaluation.data`: a source of its own, or a share of the training rows and nothing else."""
+    """Checks `evaluation.data`: its own source, or a share of the training rows and nothing else."""
     if held is None:
         return
     if held.share is None:

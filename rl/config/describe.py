@@ -15,11 +15,11 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_
 
 
 def described(config: Section, values: Mapping[str, Any] | None = None) -> str:
-    """The resolved config with a comment for every key. Sections that are off, and those of lists, have their
-    keys in comments.
+    """The resolved config with a comment for every key. Keys of sections that are off, or inside lists, are
+    listed in comments.
 
     Args:
-        values: shown in place of the config's own, such as a copy without secrets.
+        values: shown instead of the config's own values, such as a copy without secrets.
     """
     shown = config.model_dump(mode="json") if values is None else values
     return "\n".join(_lines(type(config), shown)) + "\n"
@@ -46,14 +46,14 @@ def _indented(lines: Iterator[str], pad: str) -> Iterator[str]:
 
 
 def _with_comment(lines: list[str], comment: str) -> list[str]:
-    """Behind a key of one line, else above it."""
+    """Puts the comment after a key of one line, else above the key."""
     if not comment:
         return lines
     return [f"{lines[0]}  # {comment}"] if len(lines) == 1 else [f"# {comment}", *lines]
 
 
 def meaning(field: FieldInfo, value: Any, default: Any) -> str:
-    """Description, choices, range, and the default where it is another."""
+    """Description, choices, range, and the default if the value differs from it."""
     said = [field.description or ""]
     if choices := _choices(field.annotation):
         said.append(f"one of {', '.join(choices)}")
@@ -73,7 +73,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _rules(annotation: Any) -> list[Any]:
-    """Those of a number that may be a word instead: `Annotated[int, Field(ge=1)] | Literal["auto"]`."""
+    """Range of a number that may be a word instead: `Annotated[int, Field(ge=1)] | Literal["auto"]`."""
     infos = [m for part in get_args(annotation) for m in getattr(part, "__metadata__", ())]
     return [rule for info in infos for rule in getattr(info, "metadata", ())]
 
@@ -83,7 +83,7 @@ def defaults_of(section: type[BaseModel]) -> dict[str, Any]:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's type names, in a list or with null too."""
+    """The section that a field's type names, even in a list or beside null."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := section_in(part)) is not None), None)

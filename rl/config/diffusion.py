@@ -16,11 +16,11 @@ class TrainConfig(Section):
     steps: int = Field(default=100, ge=1, description="optimizer steps of the whole run")
     examples_per_step: int = Field(default=32, ge=1, description="over all processes")
     token_budget: TokenBudget = "auto"
-    seed: int = Field(default=0, ge=0, description="of masks, order and new weights")
+    seed: int = Field(default=0, ge=0, description="seed of masks, data order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
     )
-    max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
+    max_bad_steps: int = Field(default=3, ge=1, description="consecutive non-finite steps that stop the run")
     shard: bool = Field(
         default=False, description="FSDP2: each process holds a share of weights, gradients and moments"
     )
@@ -39,8 +39,8 @@ class DiffusionModelConfig(TrainedModelConfig):
     )
     from_scratch: dict[str, Any] | None = Field(
         default=None,
-        description="random weights in the shape of the causal checkpoint `name`, with these fields of its "
-        "config.json changed",
+        description="start from random weights in the shape of the causal checkpoint `name`, with these "
+        "fields of its config.json changed",
     )
     compile: bool = Field(default=False, description="torch.compile of every layer")
 
@@ -48,13 +48,13 @@ class DiffusionModelConfig(TrainedModelConfig):
     def check_from_scratch(self) -> DiffusionModelConfig:
         if self.from_scratch is not None and self.lora is not None:
             raise ValueError(
-                "model.lora saves adapters alone, and the random weights of model.from_scratch are in no "
-                "checkpoint that they could be loaded with; use model.lora=null"
+                "model.lora saves adapters only, and no checkpoint would hold the random weights of "
+                "model.from_scratch below them; use model.lora=null"
             )
         return self
 
     def plain(self, name: str) -> ModelConfig:
-        """What tokenizer, dtype and adapters need of it."""
+        """The keys that loaders of tokenizer, dtype and adapters read."""
         return ModelConfig(
             name=name,
             revision=self.revision,
@@ -82,11 +82,11 @@ class TextConfig(SourceConfig):
     chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
     system_prompt: str | None = Field(default=None, description="put before chats that have none")
     template: str = Field(
-        default="{prompt}", description="wraps prompts that are text, as that of `cohort train`"
+        default="{prompt}", description="wraps text prompts, as data.template of `cohort train` does"
     )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
     too_long: Literal["error", "drop"] = Field(
-        default="error", description="what becomes of rows beyond max_length"
+        default="error", description="what to do with rows beyond max_length"
     )
 
     @model_validator(mode="before")
@@ -107,8 +107,8 @@ class TextConfig(SourceConfig):
 class EosConfig(Section):
     """What follows an answer. End-of-text padding is part of the answer: masked, scored and seen.
 
-    It teaches a model that is given a canvas of fixed length to end its text early. Long paddings teach it to
-    end too early; `rainbow` (one end of text, then a cycle of other tokens) is against that.
+    It teaches a model with a canvas of fixed length to end its text before the canvas does. Long padding
+    teaches it to end too early; `rainbow` (one end of text, then a cycle of other tokens) avoids that.
     """
 
     policy: Literal["batch_max", "multiple", "single", "rainbow"] = Field(
@@ -130,8 +130,8 @@ class EosConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """How masks are drawn and weighted (rl/diffusion/objectives.py); `bernoulli`, `systematic: false` is the
-    reference code.
+    """How masks are drawn and weighted (rl/diffusion/objectives.py). LLaDA's reference code is `bernoulli`
+    with `systematic: false`.
     """
 
     scheme: Literal["coupled", "count", "subset", "bernoulli"] = Field(
@@ -140,7 +140,7 @@ class ObjectiveConfig(Section):
     systematic: bool = Field(default=True, description="noise levels spread evenly over the step's examples")
     num_draws: int = Field(default=1, ge=1, description="mask draws per example and step")
     normaliser: Literal["sequence", "token"] = Field(
-        default="sequence", description="each example counts alike (LLaDA), or each token"
+        default="sequence", description="each example counts equally (LLaDA), or each token does"
     )
     random_length_share: float = Field(
         default=0.0, ge=0, le=1, description="`text` cut to a random length; 0.01 in LLaDA's pre-training"
@@ -148,7 +148,7 @@ class ObjectiveConfig(Section):
 
 
 class BoundConfig(Section):
-    """The bound on held-out text, before, every `every` steps and after, with the same masks each time."""
+    """Measures the bound on held-out text before, every `every` steps and after, with the same masks."""
 
     data: TextConfig | None = Field(default=None, description="default: no evaluation")
     every: int = Field(default=0, ge=0, description="0: only before and after")
@@ -159,10 +159,10 @@ class DiffusionConfig(Section):
     """A whole run of pre-training or supervised fine-tuning."""
 
     run_dir: Annotated[Path, HOME] = Field(
-        default=Path("runs/llada"), description="logs, checkpoints and the report; the same one goes on"
+        default=Path("runs/llada"), description="logs, checkpoints and the report; the same folder resumes"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default=[], description="besides metrics.jsonl"
+        default=[], description="receive the metrics too, besides metrics.jsonl"
     )
     train: TrainConfig = TrainConfig()
     model: DiffusionModelConfig = DiffusionModelConfig()
@@ -187,7 +187,7 @@ class DiffusionConfig(Section):
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest example with what pads it."""
+        """Tokens of the longest example, padding included."""
         unit = self.eos.multiple if self.eos.policy == "multiple" else 1
         return -(-self.data.max_length // unit) * unit
 
@@ -206,7 +206,7 @@ class DiffusionConfig(Section):
     def check_shard(self) -> DiffusionConfig:
         if self.train.shard and self.model.lora is not None:
             raise ValueError(
-                "train.shard=true splits what is trained, and adapters are small; use train.shard=false with "
+                "train.shard=true splits what is trained, but adapters are small; use train.shard=false with "
                 "model.lora (model.dtype=bf16 keeps the frozen weights small)"
             )
         return self

@@ -10,7 +10,7 @@ from rl.config import Config, Section
 
 
 class EstimatorConfig(Section):
-    """What stands for the log-prob of a completion (rl/diffusion/estimators.py)."""
+    """What is used as the log-prob of a completion (rl/diffusion/estimators.py)."""
 
     name: Literal["one_step", "elbo", "sandwich", "trace"] = Field(
         default="elbo", description="one_step: diffu-GRPO; elbo: ESPO; sandwich: SPG; trace: TraceRL"
@@ -19,13 +19,13 @@ class EstimatorConfig(Section):
     prompt_mask: float = Field(
         default=0.0, ge=0, lt=1, description="probability of masking a prompt token; all but trace"
     )
-    beta: float = Field(default=1.5, ge=1, description="of the upper bound; sandwich only")
+    beta: float = Field(default=1.5, ge=1, description="exponent of the upper bound; sandwich only")
     mix: float = Field(
         default=0.5, ge=0, le=1, description="share of the upper bound where the advantage is negative"
     )
     merge: int = Field(default=1, ge=1, description="steps of the sampler that share a canvas; trace only")
     max_canvases: int | None = Field(
-        default=None, ge=1, description="of a completion, drawn at random and reweighted; trace only"
+        default=None, ge=1, description="canvases per completion, drawn at random, reweighted; trace only"
     )
 
 
@@ -39,20 +39,20 @@ class MaskedConfig(Section):
         default=None, description="the left neighbour predicts a token (Dream); default: as the model says"
     )
     block_length: int = Field(
-        default=32, ge=1, description="tokens that are decoded to the end before the next ones"
+        default=32, ge=1, description="tokens of a block; it is decoded before the next block begins"
     )
     steps_per_block: int | None = Field(default=None, ge=1, description="default: one per token")
     remasking: Literal["low_confidence", "random", "margin", "entropy"] = Field(
         default="low_confidence", description="which tokens of a step are kept"
     )
     threshold: float | None = Field(
-        default=None, gt=0, le=1, description="commits all that are surer; default: the schedule alone"
+        default=None, gt=0, le=1, description="also commits tokens of higher probability; default: off"
     )
     cache: Literal["none", "prefix", "dual"] = Field(
         default="none",
         description="keys and values kept between steps: of the prefix, or of all outside the block",
     )
-    refresh_every: int = Field(default=0, ge=0, description="steps; 1: exact, 0: only where a block begins")
+    refresh_every: int = Field(default=0, ge=0, description="steps per refresh; 1: exact; 0: once per block")
     estimator: EstimatorConfig = EstimatorConfig()
 
 
@@ -64,7 +64,7 @@ class MaskedRunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def correct_traces_alone(cls, given: Any) -> Any:
-        """Only a trace can be compared with what was sampled from: without one the correction is off."""
+        """Turns the sampler correction off by default; only `trace` can be compared with the sampler."""
         if isinstance(given, dict):
             diffusion, loss = given.get("diffusion", {}), given.get("loss", {})
             estimator = diffusion.get("estimator", {}) if isinstance(diffusion, dict) else {}
@@ -79,7 +79,7 @@ class MaskedRunConfig(Config):
         if e.name == "sandwich" and e.num_draws < 2:
             raise ValueError(
                 "diffusion.estimator.name=sandwich with num_draws=1 scores each token once, and its upper "
-                "bound is then the lower one; use diffusion.estimator.num_draws=2 or more"
+                "bound then equals the lower one; use diffusion.estimator.num_draws=2 or more"
             )
         if e.name != "trace" and loss.sampler_correction is not None:
             raise ValueError(
@@ -89,32 +89,32 @@ class MaskedRunConfig(Config):
             )
         if e.name == "sandwich" and (loss.name != "reinforce" or loss.kl_coef > 0):
             raise ValueError(
-                "diffusion.estimator.name=sandwich has another value for each sign of the advantage, which "
-                f"no ratio or KL survives, and loss is {loss.name} with kl_coef={loss.kl_coef:g}; use "
+                "diffusion.estimator.name=sandwich has another value for each sign of the advantage, so "
+                f"ratio and KL are undefined, but loss is {loss.name} with kl_coef={loss.kl_coef:g}; use "
                 "loss.name=reinforce, loss.kl_coef=0"
             )
         if e.max_canvases is not None and (loss.kl_coef > 0 or loss.entropy_coef > 0):
             raise ValueError(
-                f"diffusion.estimator.max_canvases={e.max_canvases} scores some tokens only, and KL and "
+                f"diffusion.estimator.max_canvases={e.max_canvases} scores only some tokens, but KL and "
                 "entropy terms need all; use loss.kl_coef=0, loss.entropy_coef=0, or max_canvases=null"
             )
         if asked := self.moe.model_dump(exclude_defaults=True):
             raise ValueError(
-                f"moe: {', '.join(asked)} are set, and do nothing for a diffusion model; remove section moe"
+                f"moe: {', '.join(asked)} do nothing for a diffusion model; remove the section moe"
             )
         if self.teacher is not None:
             raise ValueError(
-                "teacher scores sampled tokens from left to right, and a diffusion model has no such "
+                "teacher scores sampled tokens from left to right, but a diffusion model has no such "
                 "log-probs; leave the section out"
             )
         if self.engine.name != "auto":
             raise ValueError(
-                f"engine.name={self.engine.name} serves causal models; a diffusion model has a sampler of "
-                "its own: use engine.name=auto"
+                f"engine.name={self.engine.name} serves causal models; a diffusion model has its own "
+                "sampler: use engine.name=auto"
             )
         if self.advantage.name == "wd1" and loss.name != "reinforce":
             raise ValueError(
-                f"advantage.name=wd1 makes weights for log-probs without a ratio, and loss.name={loss.name} "
+                f"advantage.name=wd1 makes weights for log-probs without a ratio, but loss.name={loss.name} "
                 "has one; use loss.name=reinforce"
             )
         return self

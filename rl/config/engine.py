@@ -1,4 +1,4 @@
-"""The section of who samples."""
+"""The section `engine` of a run: what samples the completions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OF_SERVERS = (*("urls", "token_file", "weights_folder", "weights_url"),)
 
 
 class EngineConfig(Section):
-    """Who samples. `auto`: vLLM where it can be imported, else transformers. `server`: vLLM servers, whose
-    own options decide what `OF_OWN_VLLM` are here.
+    """What samples. `auto`: vLLM if it can be imported, else transformers. `server`: vLLM servers, whose own
+    options replace the keys about vLLM's process and memory.
     """
 
     name: Literal["auto", "vllm", "transformers", "server"] = "auto"
@@ -23,37 +23,37 @@ class EngineConfig(Section):
         default=[], description="servers, such as http://127.0.0.1:8000; `cohort serve` starts one"
     )
     token_file: Annotated[str, HOME] | None = Field(
-        default=None, description="file of the token that servers ask for; `cohort serve` makes it"
+        default=None, description="file with the token that servers ask for; `cohort serve` makes it"
     )
     weights_folder: Annotated[str, HOME] | None = Field(
-        default=None, description="where servers find new weights; default: weights in run_dir"
+        default=None, description="folder where servers find new weights; default: weights in run_dir"
     )
     weights_url: str | None = Field(
         default=None,
         pattern=r"^http://[\w.-]+:\d{1,5}$",
-        description="this host for servers that see no folder of it, such as http://10.0.0.5:9000",
+        description="this host's address for servers that share no folder with it: http://10.0.0.5:9000",
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(default="auto", description="of its weights")
     max_num_seqs: Annotated[int, Field(ge=1)] | Auto | None = Field(
-        default="auto", description="sampled together; auto: all in flight, from 256 to 512, or what fits"
+        default="auto", description="completions at once; auto: all in flight, 256 to 512, or what fits"
     )
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
         default="auto", description="vLLM's share of the GPU; auto: its weights and the cache it can use"
     )
-    kv_cache_gib: float = Field(default=2.0, gt=0, description="vLLM on CPU only")
+    kv_cache_gib: float = Field(default=2.0, gt=0, description="cache of vLLM on a CPU")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
-    process: Literal["auto", "own", "inside"] = Field(default="auto", description="vLLM; auto: own on a GPU")
-    seed_requests: bool | None = Field(default=None, description="vLLM; default: where seeds cost nothing")
-    recompute_kv: bool = Field(default=False, description="of running completions at each weight update")
-    verify_sync: bool = Field(default=True, description="proof of arrival at every weight sync")
+    process: Literal["auto", "own", "inside"] = Field(default="auto", description="of vLLM; auto: own on GPU")
+    seed_requests: bool | None = Field(default=None, description="for vLLM; default: if seeds cost nothing")
+    recompute_kv: bool = Field(default=False, description="rebuild caches of running completions at a sync")
+    verify_sync: bool = Field(default=True, description="prove at every weight sync that weights arrived")
     canary_tolerance: float | None = Field(
-        default=None, gt=0, description="nats, mean; 0.0025 fp32, 0.2 bf16"
+        default=None, gt=0, description="mean log-prob gap, nats; default: 0.0025 in fp32, 0.2 in bf16"
     )
     timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
 
     @property
     def gpu_share(self) -> float:
-        """`gpu_memory_utilization`; of a run that nothing could be planned for, a third or so."""
+        """`gpu_memory_utilization`; about a third if it is auto and nothing could be planned."""
         return 0.35 if self.gpu_memory_utilization == "auto" else self.gpu_memory_utilization
 
     @model_validator(mode="after")

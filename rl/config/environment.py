@@ -10,13 +10,13 @@ from rl.config.sections import Section
 
 
 class EnvironmentConfig(Section):
-    """An episode is a completion: sampling.max_completion_length holds for all that it samples, and, with
-    what it reads, for its row.
+    """An episode is one completion: sampling.max_completion_length limits all tokens that it samples, and
+    the tokens of each row, those of tools and users included.
     """
 
     name: str = Field(description="built-in name, or module:callable that makes an environment or tools")
-    options: dict[str, Any] = Field(default={}, description="arguments of it")
-    max_turns: int = Field(default=8, ge=1, description="an episode that is not over then is cut")
+    options: dict[str, Any] = Field(default={}, description="its arguments")
+    max_turns: int = Field(default=8, ge=1, description="turns after which an unfinished episode is cut")
     max_turn_length: int = Field(
         default=256, ge=1, description="tokens of one turn; a longer one is cut and ends its episode"
     )
@@ -25,13 +25,13 @@ class EnvironmentConfig(Section):
     )
     history: Literal["append", "template"] = Field(
         default="append",
-        description="where the chat template changes earlier turns (it drops thinking): append: they stay as "
-        "they were; template: the episode goes on in a new row",
+        description="if the chat template changes earlier turns (it drops thinking): append: they stay as "
+        "they were; template: the episode continues in a new row",
     )
     calls: Literal["auto", "hermes", "qwen3_coder", "glm", "deepseek", "gpt_oss", "llama3", "pythonic"] = (
         Field(
             default="auto",
-            description="form in which the model calls tools; auto: the one that its chat template writes",
+            description="format in which the model calls tools; auto: the one that its chat template writes",
         )
     )
     workers: int = Field(default=2, ge=1, description="processes that environments run in")
@@ -42,9 +42,9 @@ class EnvironmentConfig(Section):
 
 
 def check_environment(config: Any) -> None:
-    """Raises ValueError for the reward of an environment where there is none."""
+    """Raises ValueError for the reward 'environment' in a run without an environment."""
     if config.environment is None and any(r.name == "environment" for r in config.rewards.functions):
         raise ValueError(
-            "the reward 'environment' is what an environment pays, and this run has none; set "
+            "the reward 'environment' is paid by an environment, but this run has none; set "
             "environment.name, or name another reward in rewards.functions"
         )

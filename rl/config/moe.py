@@ -1,4 +1,4 @@
-"""The section `moe` of a run: what is done about the experts of a mixture-of-experts model."""
+"""The section `moe` of a run: how the experts of a mixture-of-experts model are trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rl.config.sections import HOME, Auto, Section
 
 
 class MoeConfig(Section):
-    """Mixture-of-experts models only; of a model without routers every key does nothing."""
+    """For mixture-of-experts models only; without routers these keys have no effect."""
 
     replay: Auto | Literal["engine", "none"] = Field(
         default="auto",
@@ -26,15 +26,15 @@ class MoeConfig(Section):
     balance: Literal["none", "switch", "sequence", "entropy"] = Field(
         default="none", description="loss that spreads tokens over experts, per layer over the whole batch"
     )
-    balance_coef: float = Field(default=1e-3, ge=0, description="its weight; 1 is a balanced layer's loss")
+    balance_coef: float = Field(default=1e-3, ge=0, description="its weight; a balanced layer's loss is 1")
     z_loss_coef: float = Field(default=0.0, ge=0, description="weight of mean(logsumexp(logits) ** 2)")
     bias_rate: float = Field(
-        default=0.0, ge=0, description="step of the selection bias without a loss (arXiv:2408.15664)"
+        default=0.0, ge=0, description="step of routers' biases: balance without a loss (arXiv:2408.15664)"
     )
     experts_implementation: Auto | Literal["grouped_mm", "batched_mm", "eager"] = Field(
         default="auto",
-        description="how experts are computed; auto: the fastest of a measurement; a run keeps its way, "
-        "another run of the same seed may take another one",
+        description="how experts are computed; auto: the fastest in a measurement, kept for the whole run; "
+        "another run of the same seed may choose another",
     )
     trained_experts: Annotated[str, HOME] | None = Field(
         default=None, description="path of an ESFT json: only the experts it names are trained"

@@ -44,7 +44,7 @@ def validated_run(tree: dict[str, Any], path: str | Path | None = None) -> Confi
 
 
 def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a YAML file of the config would hold, with `given` put over it: keys such as "optimizer.lr", and
+    """What a YAML file of the config would hold, overridden by `given`: keys such as "optimizer.lr", and
     sections as mappings of their keys.
     """
     if isinstance(config, Config):
@@ -66,7 +66,7 @@ def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str
 
 
 def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
-    """The config of whichever command it fits best; of an RL run where two fit alike."""
+    """The config by the schema that it fits best; where two fit equally, that of an RL run."""
     tree = _read_tree(path, overrides)
     run = MaskedRunConfig if "diffusion" in tree else Config
     schemas = (run, DiffusionConfig, SftConfig, TracesConfig, PipelineConfig)
@@ -74,7 +74,7 @@ def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> S
 
 
 def command_of(config: Section) -> str:
-    """The command that takes it."""
+    """The command that takes this config."""
     return next(command for command, schemas in COMMANDS.items() if type(config) in schemas)
 
 
@@ -165,7 +165,7 @@ def _read_scalar(text: str) -> Any:
 
 
 def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str]:
-    """Names of the fields that a config path's last parent has."""
+    """Names of the keys of the section at `location`."""
     section: type[BaseModel] | None = schema
     for part in location:
         if isinstance(part, str):
@@ -177,7 +177,7 @@ def _fields_at(schema: type[Section], location: Sequence[int | str]) -> list[str
 
 
 def _other_command(schema: type[Section], tree: dict[str, Any], num_faults: int) -> list[str]:
-    """A hint where another command has fewer faults in this config, and knows as many of its sections."""
+    """A hint if another command finds fewer faults in this config and knows as many of its sections."""
     known = len(schema.model_fields.keys() & tree)
     others = [(c, other) for c, schemas in COMMANDS.items() if schema not in schemas for other in schemas]
     able = [(c, other) for c, other in others if len(other.model_fields.keys() & tree) >= known]

@@ -1,4 +1,4 @@
-"""Which keys of a config may differ when a run goes on. What is in none of the sets never may."""
+"""Which keys of a config may change when a run resumes. A key in none of these sets may not."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ FREE = {
     "memory.reference_on_host",
     "rewards.workers",
     "rewards.deadline_s",
+    "teacher.url",
+    "teacher.token_file",
+    "teacher.timeout_s",
     "environment.workers",
     "environment.deadline_s",
 }
-"""Without a word: they change no number of a step."""
+"""Keys that may always change: no number of a step depends on them."""
 
 ON_REQUEST = {
     "train.token_budget",
@@ -45,7 +48,7 @@ ON_REQUEST = {
     "rewards.memory_gib",
     "rewards.max_fault_share",
 }
-"""With `--change`: the run goes on as one run, although its steps no longer share one config."""
+"""Keys that may change with `--change`: the run continues, although its steps do not share one config."""
 
 PLACES = {
     f"{section}.{key}"

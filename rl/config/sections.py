@@ -22,13 +22,13 @@ def _from_home(path: Any) -> Any:
 
 
 HOME = BeforeValidator(_from_home)
-"""Of a key that may hold the path of a file or folder."""
+"""Annotates a key that may hold the path of a file or folder."""
 
 Auto = Literal["auto"]
-"""Of a key that `rl.plan` chooses on a GPU, from the model's config, the card and the number of processes."""
+"""Leaves a key to `rl.plan` on a GPU, which knows the model's config, the card and the processes."""
 
 UNPLANNED_TOKENS = 8192
-"""Of a `train.token_budget: auto` where nothing is planned: on a CPU, and for models that are not counted."""
+"""What `train.token_budget: auto` is without a plan: on a CPU, and for models that `rl.plan` cannot size."""
 
 TokenBudget = Annotated[
     Annotated[int, Field(ge=16)] | Auto,
@@ -37,16 +37,16 @@ TokenBudget = Annotated[
 
 
 def tokens_of(token_budget: int | Auto) -> int:
-    """Tokens of a forward pass; of a run that nothing was planned for, what suits a CPU."""
+    """Tokens of a forward pass; without a plan, a number that suits a CPU."""
     return UNPLANNED_TOKENS if token_budget == "auto" else token_budget
 
 
 class TrainConfig(Section):
-    """How much is sampled and how it is trained on. A step samples `prompts_per_step` groups and consumes
+    """How much is sampled, and how it is trained on. A step samples `prompts_per_step` groups and trains on
     each once.
     """
 
-    steps: int = Field(default=100, ge=1, description="of the whole run")
+    steps: int = Field(default=100, ge=1, description="steps of the whole run")
     prompts_per_step: int = Field(default=8, ge=1, description="groups per step, over all processes")
     group_size: int = Field(default=8, ge=1, description="G, completions per prompt")
     num_epochs: int = Field(
@@ -62,23 +62,25 @@ class TrainConfig(Section):
     in_flight: int | None = Field(
         default=None,
         ge=1,
-        description="most completions started and not finished, per process; default: all that age allows",
+        description="most unfinished completions per process; default: all that max_staleness allows",
     )
-    sample_while_training: bool | None = Field(default=None, description="default: not on a GPU")
+    sample_while_training: bool | None = Field(
+        default=None, description="sample while the trainer computes; default: only on a CPU"
+    )
     sharding: Literal["auto", "none", "full", "hybrid"] = Field(
         default="auto",
         description="FSDP2: full: weights, gradients and moments are split over all processes; hybrid: over "
         "those of a host; auto: full where whole copies do not fit the GPUs",
     )
-    seed: int = Field(default=0, ge=0, description="of sampling, order and new weights")
+    seed: int = Field(default=0, ge=0, description="seed of sampling, data order and new weights")
     deterministic: bool = Field(
         default=True, description="torch deterministic algorithms on CPU: exact resume"
     )
-    max_bad_steps: int = Field(default=3, ge=1, description="non-finite steps in a row that stop the run")
+    max_bad_steps: int = Field(default=3, ge=1, description="consecutive non-finite steps that stop the run")
 
 
 class MemoryConfig(Section):
-    """What gives way where a GPU is too small; auto: what must, and what that costs is said."""
+    """What is moved off a GPU that is too small; auto: only what must, and the run says what that costs."""
 
     engine_sleeps: bool | Auto = Field(
         default="auto", description="vLLM drops weights and cache while the trainer computes"
@@ -101,7 +103,7 @@ class LoraConfig(Section):
     alpha: int = Field(default=32, ge=1, description="deltas are scaled by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapters' inputs")
     target_modules: str | list[str] = Field(
-        default="all-linear", description="ends of names in a list, a pattern of whole names, or all-linear"
+        default="all-linear", description="all-linear, a list of name endings, or a regex of whole names"
     )
 
 
@@ -117,7 +119,7 @@ class ReferenceConfig(Section):
 
 
 class TrainedModelConfig(Section):
-    """What models of every kind have."""
+    """Keys that models of every kind have."""
 
     name: Annotated[str, HOME] = Field(
         default="smollm2-135m-instruct", description="hub name, folder, or the built-in smollm2-135m-instruct"
@@ -127,7 +129,7 @@ class TrainedModelConfig(Section):
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
     gradient_checkpointing: bool | Auto = Field(
-        default="auto", description="recomputes activations: less memory, more time; auto: where it must be"
+        default="auto", description="recomputes activations: less memory, more time; auto: if memory is short"
     )
     fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = Field(
@@ -141,7 +143,7 @@ class TrainedModelConfig(Section):
 class ModelConfig(TrainedModelConfig):
     attention: Literal["auto", "packed", "rows"] = Field(
         default="auto",
-        description="packed: rows of a batch in one forward, prompts shared; rows: one sequence at a time",
+        description="packed: a batch in one forward pass, prompts shared; rows: one sequence at a time",
     )
     reference: ReferenceConfig = ReferenceConfig()
 
@@ -152,25 +154,25 @@ class SamplingConfig(Section):
     top_k: int = Field(default=0, ge=0, description="0 = off")
     min_p: float = Field(default=0.0, ge=0, lt=1, description="0 = off")
     max_completion_length: int = Field(default=256, ge=1, description="tokens")
-    stop_token_ids: list[int] = Field(default=[], description="besides the tokenizer's end-of-turn ids")
+    stop_token_ids: list[int] = Field(default=[], description="added to the tokenizer's end-of-turn ids")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="strings; a completion is cut behind the token that completes one. It is sampled to its "
-        "end first: stop_token_ids end sooner",
+        description="strings; a completion is cut after the token that completes one. It is still sampled "
+        "to its end; stop_token_ids stop sampling too",
     )
 
 
 class RewardSpec(Section):
     name: str = Field(description="built-in name, entry point of group cohort.rewards, or module:callable")
-    weight: float = Field(default=1.0, description="in the weighted sum")
+    weight: float = Field(default=1.0, description="weight in the sum of rewards")
     requires: str | None = Field(default=None, description="a reward that must be > 0 for this one to count")
     options: dict[str, Any] = Field(default={}, description="arguments of the reward")
-    clip: tuple[float, float] | None = Field(default=None, description="(low, high) of the score")
+    clip: tuple[float, float] | None = Field(default=None, description="(low, high) to clip the score to")
 
 
 class RewardsConfig(Section):
     functions: list[RewardSpec] = Field(
-        default=[RewardSpec(name="math")], description="what is paid; [] with a teacher alone"
+        default=[RewardSpec(name="math")], description="rewards to pay; []: only a teacher teaches"
     )
     workers: int = Field(default=1, ge=1, description="grader processes")
     deadline_s: float = Field(
@@ -182,8 +184,8 @@ class RewardsConfig(Section):
     )
     control: Literal["none", "random", "format"] = Field(
         default="none",
-        description="a control arm pays 0 or 1 at random, or that the reward of evaluation.metric finds an "
-        "answer, right or wrong; functions are logged with weight 0",
+        description="a control arm. random: pays 0 or 1 at random; format: pays any answer that the reward "
+        "of evaluation.metric finds, right or wrong. functions are then only logged, with weight 0",
     )
 
 
@@ -200,8 +202,8 @@ class AdvantageConfig(Section):
     )
     credit: Literal["episode", "turns"] = Field(
         default="episode",
-        description="of a token: its episode's reward; turns: the rewards from its turn on, less their mean "
-        "over the group's other episodes",
+        description="what a token is credited with. episode: its episode's reward; turns: the rewards from "
+        "its turn on, minus their mean over the group's other episodes",
     )
     dynamic_sampling: DynamicSamplingConfig | None = None
 
@@ -209,8 +211,8 @@ class AdvantageConfig(Section):
     def check_turns(self) -> AdvantageConfig:
         if self.credit == "turns" and (self.name, self.aggregate) != ("rloo", "sum"):
             raise ValueError(
-                "advantage.credit=turns subtracts leave-one-out means and normalises nothing, since that is "
-                "biased by turn; use advantage.name=rloo and aggregate=sum with it, not "
+                "advantage.credit=turns subtracts leave-one-out means and does not normalise, since that "
+                "would be biased by turn; use advantage.name=rloo and aggregate=sum with it, not "
                 f"{self.name} and {self.aggregate}"
             )
         return self
@@ -226,14 +228,14 @@ class AdvantageConfig(Section):
 
 
 class SamplerCorrectionConfig(Section):
-    """Weights the loss by old policy / sampler: truncated importance sampling, for an engine whose numbers
-    differ from the policy's and for samples of an older policy. Below `high` the weight is the exact ratio.
+    """Truncated importance sampling: weights the loss by old policy / sampler. It corrects for an engine
+    whose log-probs differ from the policy's, and for samples of an older policy.
     """
 
-    level: Literal["token", "sequence", "geometric"] = "token"
-    mode: Literal["truncate", "mask"] = "truncate"
-    low: float = Field(default=0.0, ge=0)
-    high: float = Field(default=2.0, gt=0)
+    level: Literal["token", "sequence", "geometric"] = Field(default="token", description="of the ratio")
+    mode: Literal["truncate", "mask"] = Field(default="truncate", description="outside low and high")
+    low: float = Field(default=0.0, ge=0, description="smaller ratios are raised to it; mask: weigh 0")
+    high: float = Field(default=2.0, gt=0, description="larger ratios are cut to it; mask: weigh 0")
 
 
 CLIP_RANGES = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (1.0, 4.0)}
@@ -249,12 +251,12 @@ class LossConfig(Section):
     The clip range defaults to that of the loss's own paper (`CLIP_RANGES`), else to 0.2 and 0.2.
 
     Stale samples (train.max_staleness > 0) get the decoupled objective of arXiv:2110.00641 section 3 and
-    arXiv:2505.24298: the clipped ratio is policy / old, old being the policy before the step, and
-    `sampler_correction` weighs it by old / sampler. With one update per batch old costs no forward pass, the
-    ratio is 1, and the gradient of a token is min(old / sampler, high) A grad log p: the current policy's own
-    where nothing is truncated, except the weight of the tokens before it (level "sequence" has that too, at
-    more variance). A clip of policy / sampler would give no gradient to a token that earlier steps moved by
-    more than the clip range in the direction of its advantage. The KL term is not weighted.
+    arXiv:2505.24298. The clipped ratio is policy / old, where old is the policy before the step;
+    `sampler_correction` weighs it by old / sampler. With one update per batch, old needs no forward pass, and
+    a token's gradient is min(old / sampler, high) A grad log p. Without truncation that is the on-policy
+    gradient, except for the weight of earlier tokens (level "sequence" includes it, with more variance).
+    Clipping policy / sampler instead would give no gradient to a token that earlier steps moved beyond the
+    clip range in the direction of its advantage. The KL term is not weighted.
     """
 
     name: Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"] = "grpo"
@@ -264,18 +266,18 @@ class LossConfig(Section):
         default=None, gt=1, description="upper bound of the ratio where the advantage is negative"
     )
     kl_coef: float = Field(default=0.001, ge=0, description="0: no reference model")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="see rl/losses.py")
     kl_bias_correction: bool = Field(
         default=False,
-        description="KL times the ratio (arXiv:2512.02556): with k1 or k3 its gradient is then the KL's",
+        description="KL times the ratio (arXiv:2512.02556): the gradient of k1 or k3 is then the KL's",
     )
-    entropy_coef: float = Field(default=0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
     mask_truncated: bool = Field(
         default=False, description="completions cut by the length limit give no gradient"
     )
     sampler_correction: SamplerCorrectionConfig | None = SamplerCorrectionConfig()
     sapo_temperatures: tuple[PositiveFloat, PositiveFloat] = Field(
-        default=(1.0, 1.05), description="for positive and other advantages"
+        default=(1.0, 1.05), description="for positive advantages, and for others"
     )
 
     @model_validator(mode="before")
@@ -305,14 +307,14 @@ class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, gt=0, description="learning rate")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
     eps: float = Field(default=1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0, description="of matrices")
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="of the learning rate after the warmup"
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps until lr is reached")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="longer gradients are cut to this norm")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="larger gradients are scaled to this norm")
 
 
 class CheckpointConfig(Section):
     every: int = Field(default=50, ge=0, description="steps; 0: only at the end and on a signal")
-    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
+    keep: int = Field(default=2, ge=1, description="number of newest checkpoints to keep")

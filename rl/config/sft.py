@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, OptimizerConfig, Section
 from rl.config.config import check_bias
-from rl.config.data import check_source
+from rl.config.data import OverlapConfig, check_source
 from rl.config.diffusion import TextConfig
 from rl.config.moe import MoeConfig
 from rl.config.sections import HOME, LoraConfig
@@ -22,7 +22,7 @@ class SftTrainConfig(Section):
     )
     micro_batch: int = Field(default=4, ge=1, description="examples of one forward pass, per process")
     packing: bool = Field(default=False, description="short examples share a row; none attends to another")
-    seed: int = Field(default=0, ge=0, description="of the order and new weights")
+    seed: int = Field(default=0, ge=0, description="seed of the data order and new weights")
 
 
 class SftModelConfig(Section):
@@ -44,7 +44,7 @@ class SftModelConfig(Section):
     )
 
 
-# Defaults of a key hold where other keys of its section are set: a section's own default would not.
+# Defaults are set by key: a section's own default would be lost once a user sets one of its keys.
 class SftOptimizerConfig(OptimizerConfig):
     lr: float = Field(default=1e-5, gt=0, description="learning rate")
 
@@ -59,14 +59,17 @@ class SftConfig(Section):
     """A whole run of supervised fine-tuning."""
 
     run_dir: Annotated[Path, HOME] = Field(
-        default=Path("runs/sft"), description="logs, checkpoints and the report; the same one goes on"
+        default=Path("runs/sft"), description="logs, checkpoints and the report; the same folder resumes"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default=[], description="besides metrics.jsonl"
+        default=[], description="receive the metrics too, besides metrics.jsonl"
     )
     train: SftTrainConfig = SftTrainConfig()
     model: SftModelConfig = SftModelConfig()
     data: TextConfig
+    overlap: OverlapConfig | None = Field(
+        default=None, description="rows that an evaluation asks too; default: not looked for"
+    )
     optimizer: SftOptimizerConfig = SftOptimizerConfig()
     moe: SftMoeConfig = SftMoeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -75,7 +78,7 @@ class SftConfig(Section):
     def check_sources(self) -> SftConfig:
         check_source(self.data, "data")
         if self.moe.replay == "engine":
-            raise ValueError("moe.replay=engine replays what an engine sampled, and here nobody samples")
+            raise ValueError("moe.replay=engine needs an engine, which fine-tuning does not have; remove it")
         check_bias(self)
         if self.moe.router_fp32 and self.model.dtype != "fp32":
             raise ValueError("moe.router_fp32=true needs model.dtype=fp32; use it, or moe.router_fp32=false")

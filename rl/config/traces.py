@@ -9,23 +9,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rl.config import DataConfig, EngineConfig, RewardsConfig, SamplingConfig, Section
-from rl.config.data import check_data
+from rl.config.data import OverlapConfig, check_data
 from rl.config.sections import HOME
 
 
 class TeacherModelConfig(Section):
     name: Annotated[str, HOME] = Field(
         default="smollm2-135m-instruct",
-        description="hub name, folder, adapter or smollm2-135m-instruct; of an endpoint its own name",
+        description="hub name, folder, adapter or smollm2-135m-instruct; with an endpoint, its model's name",
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
-    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of the engine, where its own is auto")
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of the engine if its dtype is auto")
     chat_template: Annotated[str, HOME] | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
 
 
-# An engine has the GPU to itself, every draw has its own seed, and a record is one call.
+# Here the engine has the GPU to itself, every draw has its own seed, and a record is one call.
 class TeacherEngineConfig(EngineConfig):
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         default=0.85, description="vLLM's share of the GPU"
@@ -35,13 +35,13 @@ class TeacherEngineConfig(EngineConfig):
 
 
 class SampleConfig(Section):
-    """What is asked for, and which of it is kept. The keys from `verify` on choose among what is sampled."""
+    """What is sampled, and which of it is kept. The keys from `verify` on choose among the samples."""
 
     num_samples: int = Field(default=8, ge=1, description="completions per prompt")
     prompts_per_record: int = Field(
         default=64, ge=1, description="sampled in one call and recorded together; a kill loses one record"
     )
-    seed: int = Field(default=0, ge=0, description="of the draws, and of the choice within a band")
+    seed: int = Field(default=0, ge=0, description="seed of the draws, and of the choice within a band")
     completion_column: str | None = Field(
         default=None, description="traces are read from this column of data.source; nothing is sampled"
     )
@@ -52,13 +52,13 @@ class SampleConfig(Section):
         "COHORT_ENDPOINT_KEY",
     )
     verify: dict[str, float] = Field(
-        default={}, description="reward: least score; default: the first of rewards.functions, 1.0"
+        default={}, description="reward: minimum score; default: the first of rewards.functions, 1.0"
     )
     max_per_prompt: int | None = Field(default=4, ge=1, description="traces kept of a prompt; null: all")
     bands: list[tuple[float, int | None]] = Field(
         default=[(1.0, None)],
         min_length=1,
-        description="[pass rate up to which, prompts kept], rising to 1.0; null: all of that band",
+        description="[highest pass rate, prompts kept] of each band, rising to 1.0; null: keep all",
     )
 
 
@@ -66,7 +66,7 @@ CHOOSING = frozenset(f"sample.{key}" for key in ("verify", "max_per_prompt", "ba
     "rewards.max_fault_share",
     "rewards.memory_gib",
 }
-"""Keys that may change between starts: they choose among completions that are recorded, or change none."""
+"""Keys that may change between starts: they choose among recorded completions, or affect none."""
 
 
 class TracesConfig(Section):
@@ -77,6 +77,9 @@ class TracesConfig(Section):
     )
     model: TeacherModelConfig = TeacherModelConfig()
     data: DataConfig = DataConfig()
+    overlap: OverlapConfig | None = Field(
+        default=None, description="rows that an evaluation asks too; default: not looked for"
+    )
     sampling: SamplingConfig = SamplingConfig()
     engine: TeacherEngineConfig = TeacherEngineConfig()
     rewards: RewardsConfig = RewardsConfig()
@@ -88,7 +91,7 @@ class TracesConfig(Section):
 
     @property
     def canary_tolerance(self) -> float | None:
-        """Of the weights of an adapter that an engine is sent; see `Config.canary_tolerance`."""
+        """Tolerance when an adapter's weights are sent to the engine; see `Config.canary_tolerance`."""
         return self.engine.canary_tolerance or (None if self.model.dtype == "fp32" else 0.2)
 
     @model_validator(mode="after")
@@ -121,10 +124,10 @@ class TracesConfig(Section):
 
 
 class StageConfig(Section):
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="of its folder in run_dir, and in ${name}")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="its folder in run_dir; ${name} refers to it")
     recipe: str = Field(description="grpo, sft, rejection, llada, eval, upcycle or prune")
     config: dict[str, Any] = Field(
-        default={}, description="of the recipe, without run_dir; ${name} is what an earlier stage made"
+        default={}, description="of the recipe, without run_dir; ${name}: what the earlier stage `name` made"
     )
     arguments: list[str] = Field(
         default=[], description="of eval, upcycle and prune; ${here} is the folder of this stage"
@@ -135,9 +138,9 @@ class PipelineConfig(Section):
     """Stages of a training pipeline, in order."""
 
     run_dir: Annotated[Path, HOME] = Field(
-        default=Path("runs/pipeline"), description="holds a folder per stage; the same one goes on"
+        default=Path("runs/pipeline"), description="holds a folder per stage; the same folder resumes"
     )
-    stages: list[StageConfig] = Field(min_length=1, description="in order, each in a process of its own")
+    stages: list[StageConfig] = Field(min_length=1, description="in order, each in its own process")
 
     @model_validator(mode="after")
     def check_names(self) -> PipelineConfig:

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: staged beside, listed in a manifest, published by one rename.
 
-`RUN/checkpoints/step-000024/` is a plain Hugging Face folder, which `from_pretrained` and vLLM read as it is,
-plus `trainer/` (optimizer, a moving reference, random numbers, counters) and `manifest.json`, which is
+`RUN/checkpoints/step-000024/` is a plain Hugging Face folder, which `from_pretrained` and vLLM read as it is.
+It also has `trainer/` (optimizer, a moving reference, random numbers, counters) and `manifest.json`, which is
 written last.
 """
 
@@ -35,7 +35,7 @@ class CheckpointWriteError(RuntimeError):
 
 
 class CheckpointReadError(ValueError):
-    """There are checkpoints, and none that was asked for is whole."""
+    """There are checkpoints, but none of those asked for is whole."""
 
 
 _FAULTS = {kind.__name__: kind for kind in (CheckpointWriteError, NonFiniteError, RuntimeError)}
@@ -81,16 +81,16 @@ class CheckpointStore:
     def save(
         self, step: int, *, write: Callable[[Path], None], state: TrainerState, team: Team, num_bytes: int = 0
     ) -> Path:
-        """Publishes the checkpoint of `step`, in place of one of that step, and prunes to the newest `keep`.
+        """Publishes the checkpoint of `step`, replacing one of that step, and prunes to the newest `keep`.
 
-        Collective: where any process fails, all raise the error of the first one by rank, and none waits for
-        one that failed. A wish to end (KeyboardInterrupt, SystemExit) goes on in its own process.
+        Collective: if processes fail, all raise the error of the lowest rank among them, and none waits for
+        a failed one. KeyboardInterrupt and SystemExit propagate in their own process.
 
         Args:
-            write: called on every process; writes what it holds of model and tokenizer, or of an adapter, and
-                of the optimizer's state, as safetensors and JSON.
-            num_bytes: what all processes together will write, about; of the first checkpoint nothing else is
-                known.
+            write: called on every process; writes its part of model and tokenizer (or adapter) and of the
+                optimizer's state, as safetensors and JSON.
+            num_bytes: about what all processes together will write; decides whether the first checkpoint
+                has room.
 
         Raises:
             NonFiniteError: a tensor of model or optimizer holds NaN or infinity; nothing is published.
@@ -112,11 +112,11 @@ class CheckpointStore:
         return final
 
     def _together(self, team: Team, step: int, work: Callable[[], None]) -> None:
-        """Does the work of this process, and raises the same error on all if any failed."""
+        """Does the work of this process; if that of any process failed, all raise the same error."""
         own, fault = None, None
         try:
             work()
-        except BaseException as error:  # of any kind: the others wait for this process's word
+        except BaseException as error:  # of any kind: the other processes wait to be told
             own, fault = error, self._named(error, step)
         told = team.gather(fault and [type(fault).__name__, str(fault)])
         first = next((rank for rank, one in enumerate(told) if one), None)
@@ -171,7 +171,7 @@ class CheckpointStore:
         Newest by the step in the manifest: file times mean nothing after a copy.
 
         Raises:
-            CheckpointReadError: there are checkpoints and all are damaged. Never starts over in silence.
+            CheckpointReadError: there are checkpoints, but all are damaged. It never silently starts over.
         """
         skipped: list[str] = []
         for folder in self._newest_first():
@@ -189,7 +189,7 @@ class CheckpointStore:
         )
 
     def load(self, folder: str | Path) -> LoadedCheckpoint:
-        """The checkpoint in `folder`: what the other ranks do with the path that rank 0 found.
+        """Loads the checkpoint in `folder`; other ranks call it with the path that rank 0 found.
 
         Raises:
             CheckpointReadError: it is damaged.
@@ -210,7 +210,7 @@ class CheckpointStore:
         return sorted(steps, key=lambda folder: (steps[folder], folder.name), reverse=True)
 
     def _publish(self, staging: Path, final: Path) -> None:
-        """One rename. One of the same step moves aside first and comes back if the rename does not happen."""
+        """Publishes by one rename. One of the same step moves aside first, and comes back after a failure."""
         aside = self.root / f".replaced-{final.name}"
         if final.exists():
             os.rename(final, aside)
@@ -239,7 +239,7 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _require_space(self, step: int, num_bytes: int) -> None:
-        """What the newest checkpoint takes, or `num_bytes` where there is none to go by, must be free."""
+        """Raises CheckpointWriteError unless the newest checkpoint's size, or else `num_bytes`, is free."""
         needed = num_bytes
         for folder in self._newest_first():
             with suppress(ValueError, OSError):
@@ -248,7 +248,7 @@ class CheckpointStore:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise CheckpointWriteError(
-                f"checkpoint of step {step} needs about {needed / 2**30:,.3f} GiB and {self.root} has "
+                f"checkpoint of step {step} needs about {needed / 2**30:,.3f} GiB, but {self.root} has "
                 f"{free / 2**30:,.3f} GiB free; free some space; the earlier checkpoints are untouched"
             )
 
@@ -286,6 +286,6 @@ def _step_of(folder: Path) -> int:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    # safetensors tells the system's error number in its text only.
+    # safetensors gives the system's error number in its text only.
     number = error.errno if isinstance(error, OSError) else re.search(r"os error (\d+)", str(error))
     return (int(number[1]) if isinstance(number, re.Match) else number) in _DISK_FULL

@@ -1,7 +1,7 @@
 """Files that are whole or absent, and the lock that makes one process the only writer of a run folder.
 
-A rename publishes a file at once, but only what was fsynced before it survives a power cut: first the data,
-then the rename, then the folder that holds the name (LWN 457667, "Ensuring data reaches disk").
+A rename publishes a file at once, but only what was fsynced before it survives a power cut. So data is synced
+first, then renamed, then the folder of the name is synced (LWN 457667, "Ensuring data reaches disk").
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _REMEDIES = {
 
 
 def with_remedy(error: Exception) -> str:
-    """The error as a sentence, with a remedy where it is the operating system's and has none."""
+    """The error as a sentence, with a remedy if it comes from the operating system."""
     number = error.errno if isinstance(error, OSError) else None
     return "; ".join([str(error), *(remedy for numbers, remedy in _REMEDIES.items() if number in numbers)])
 
 
 def gone(path: Path) -> RuntimeError:
-    """The error of a file or folder that was there when the run began to write to it, and is not any more."""
+    """The error for a file or folder that disappeared after the run began to write to it."""
     return RuntimeError(
         f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; put it back "
         "and start again, and the run goes on from its newest checkpoint"
@@ -60,11 +60,11 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A binary file that is at `path`, whole and on disk, once the block ends; not at all if it raises.
+    """A binary file that appears at `path`, whole and on disk, when the block ends; never if it raises.
 
     A process killed inside the block leaves `.partial-NAME`, which the next write of that name replaces.
-    Nothing is written through a link that somebody put under one of the two names. `mode`, less the umask,
-    says who may read the file.
+    Links that somebody put under either name are not followed. `mode`, less the umask, says who may read
+    the file.
 
     Raises:
         OSError: the disk is full or fails, or another process writes the same file.
@@ -88,7 +88,7 @@ def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def is_at(path: Path, status: os.stat_result, *, follow: bool = False) -> bool:
-    """Whether the file of that status is at the path, or behind a link there that may be followed."""
+    """Whether the file of that status is at the path; with `follow`, also behind a link there."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=follow), status)
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def is_at(path: Path, status: os.stat_result, *, follow: bool = False) -> bool:
 
 
 def _create_beside(path: Path, mode: int) -> tuple[Path, int]:
-    """A new file in the same folder, never one that is there, and its descriptor."""
+    """Creates a new file in the same folder, never opening an existing one; its path and descriptor."""
     usual = path.with_name(f".partial-{path.name}")
     for partial in (usual, usual.with_name(f"{usual.name}-{secrets.token_hex(8)}")):
         with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
@@ -104,7 +104,7 @@ def _create_beside(path: Path, mode: int) -> tuple[Path, int]:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             return partial, os.open(partial, flags, mode)
-        except FileExistsError:  # a folder, or somebody was quicker
+        except FileExistsError:  # a folder, or another process was quicker
             continue
     raise FileExistsError(errno.EEXIST, "no free name beside the file", str(path))
 
@@ -112,8 +112,8 @@ def _create_beside(path: Path, mode: int) -> tuple[Path, int]:
 class RunLock:
     """The sole right to write into `run_dir`, from `acquire` (or `with`) to `release` or the process's end.
 
-    The kernel holds the lock, so a killed process leaves none behind; `run.lock.json` only says whom to ask.
-    It is advisory: it binds those who take it.
+    The kernel holds the lock, so a killed process leaves none behind; `run.lock.json` only names the holder.
+    The lock is advisory: it stops only processes that take it too.
     """
 
     def __init__(self, run_dir: str | Path) -> None:

@@ -32,8 +32,8 @@ class Evaluation:
     """Held-out accuracy with its 95 % interval over `n` graded prompts (`recipes.evaluation.statistics`).
 
     Attributes:
-        truncated, abstained: share of the completions cut at the length limit, or not graded.
-        mean_tokens: of a completion.
+        truncated, abstained: shares of the completions cut at the length limit, and not graded.
+        mean_tokens: mean tokens of a completion.
     """
 
     step: int
@@ -73,25 +73,25 @@ class EvaluationLog:
         return None if row is None else record_of(Evaluation, row)
 
     def write(self, evaluation: Evaluation) -> None:
-        """Records an evaluation, in place of an earlier one of its step and of what came after that."""
+        """Records an evaluation, replacing an earlier one of its step and all later ones."""
         self._rows.replace(asdict(evaluation))
 
 
 def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """The whole text or the old file, whatever happens in between; `mode`: who may read it."""
+    """Replaces a file at once: it has the old text or the whole new one; `mode`: who may read it."""
     with written_whole(path, mode=mode) as file:
         file.write(text.encode())
 
 
 def claim_config(config: RunConfig, *, planned: Collection[str] = (), change: bool = False) -> None:
-    """Writes the resolved config into a run folder, or checks that a run that is resumed has the same.
+    """Writes the resolved config into a run folder, or checks that a resumed run has the same one.
 
-    A folder whose run did no step yet, because a fault was found first, takes any config. Where a model or a
-    dataset is now said to be is left to `claim_inputs`, which knows the content. What changes in a run that
-    goes on is left to `write_config`, once its start has succeeded: until then the folder stays as it is.
+    A folder whose run has not done a step yet takes any config. Changed places of models and data are left to
+    `claim_inputs`, which compares contents. Other changes of a resumed run are written by `write_config` once
+    its start has succeeded; until then the folder stays as it is.
 
     Args:
-        planned: keys whose values were chosen for this machine: they may differ.
+        planned: keys whose values were chosen for this machine; they may differ.
         change: keys of `ON_REQUEST` may change.
 
     Raises:
@@ -124,7 +124,7 @@ def _refuse(
 
 
 def claim_inputs(config: RunConfig, found: Fingerprints, warn: Callable[[str], None] = print) -> None:
-    """Writes what a run begins with into `inputs.json`, or checks that a run that is resumed has the same.
+    """Writes what a run begins with into `inputs.json`, or checks that a resumed run has the same.
 
     Raises:
         ValueError: model, tokenizer, chat template or rows are not those that the run began with.
@@ -149,11 +149,10 @@ def claim_inputs(config: RunConfig, found: Fingerprints, warn: Callable[[str], N
 
 
 def write_config(config: RunConfig) -> None:
-    """`config.yaml`, from which the run can be repeated; for its owner alone if there are secrets in it.
+    """Writes `config.yaml`, from which the run can be repeated; only its owner may read one with secrets.
 
-    What differs from the config under which the run did its steps is recorded in `changes.jsonl` by rows
-    {"step", "key", "old", "new"}, and named at the head of `config.yaml`. The step is that of the newest
-    checkpoint.
+    Differences from the config of earlier steps are recorded in `changes.jsonl` by rows {"step", "key",
+    "old", "new"}, and named at the head of `config.yaml`. The step is that of the newest checkpoint.
     """
     path, log = config.run_dir / "config.yaml", config.run_dir / CHANGES
     if has_steps(config.run_dir) and (changed := _changes(config)):
@@ -175,7 +174,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def check_whole(run_dir: Path, *, first: int, last: int) -> None:
-    """Raises RuntimeError if what a run of this process has written, from one step to another, is gone."""
+    """Raises RuntimeError if files or rows that this process wrote between two steps are gone."""
     if first >= last:
         return
     there = {row["step"] for row in read_rows(run_dir / "metrics.jsonl")}
@@ -190,7 +189,7 @@ def check_whole(run_dir: Path, *, first: int, last: int) -> None:
 
 
 def _changes(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Key -> what the run folder's config has and what this one has, without secrets."""
+    """Key -> (value in the run folder's config, value in this one), without secrets."""
     path = config.run_dir / "config.yaml"
     before = read_config(type(config), path) if path.is_file() else config
     old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
@@ -216,8 +215,8 @@ def write_result(
     """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps, the verdict in one
     line, and the newest checkpoint.
 
-    `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`: one that
-    is missing is null, never a number of another step, and `heldout_before_missing` says why.
+    `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`. A missing
+    accuracy is null, never that of another step, and `heldout_before_missing` says why.
     """
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
     if config.evaluation.data is not None:
@@ -236,7 +235,7 @@ def write_result(
 
 
 def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[str, E | None], dict[str, str]]:
-    """What was measured at step 0 and at the last step, by its name in `result.json`; why one is missing."""
+    """Accuracies at step 0 and at the last step, by their names in `result.json`; why one is missing."""
     ends = {"heldout_before": 0, "heldout_after": steps}
     missing = {
         f"{name}_missing": f"{file} has no whole row of step {step}: it was lost or damaged"
@@ -247,12 +246,12 @@ def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[st
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """What `write_result` wrote; empty if there is none, or a damaged one."""
+    """What `write_result` wrote; empty if that is missing or damaged."""
     return _read_object(run_dir / "result.json") or {}
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is none, or a damaged one."""
+    """The JSON object in a file; None if that is missing or damaged."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

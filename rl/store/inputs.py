@@ -1,7 +1,7 @@
 """Fingerprints of what a run began with, by content: model, tokenizer, chat template and rows.
 
-`RUN/inputs.json` keeps them. A run that goes on with other weights, ids or prompts under the same names would
-be none of the two, without a word.
+`RUN/inputs.json` keeps them. They show when a run is resumed with other weights, ids or prompts under the
+same names, which would silently mix two runs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from huggingface_hub import try_to_load_from_cache
 from rl.store.manifest import hash_file
 
 MAY_DIFFER = {"rewards"}
-"""What is mended in the middle of a run: a change is said, and refused nowhere."""
+"""What users fix in the middle of a run: a change is reported, never refused."""
 Fingerprints = dict[str, dict[str, str]]
-"""What it is -> its parts (files) -> size and hash of each."""
+"""Kind of input -> its parts (files) -> size and hash of each."""
 
 MODEL_FILES = re.compile(
     r"(config|generation_config|adapter_config|diffusion)\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin"
@@ -44,10 +44,10 @@ def fingerprints(
     revision: str | None = None,
     rewards: Iterable[str] = (),
 ) -> Fingerprints:
-    """Of a model folder or hub name, its chat template, the rows of each data section, and the files
-    of rewards that are functions of the user's (module:callable).
+    """Fingerprints of a model folder or hub name, its chat template, the rows of each data section, and files
+    of reward functions (module:callable).
 
-    A model of a hub is known by its commit, which names its content.
+    A hub model is identified by its commit, which stands for its content.
     """
     found: Fingerprints = {}
     folder = Path(name)
@@ -68,12 +68,12 @@ def fingerprints(
 
 
 def file_fingerprints(paths: Mapping[str, str | Path | None]) -> Fingerprints:
-    """Of files that a config names; None: it names none."""
+    """Fingerprints of files that a config names; None: it does not name one."""
     return {what: {"file": _file(Path(path))} for what, path in paths.items() if path is not None}
 
 
 def changes(before: Fingerprints, now: Fingerprints) -> dict[str, str]:
-    """What it is -> a sentence, for each that is not what it was; what one side alone has is not a change."""
+    """Kind of input -> a sentence, for each that changed; a kind that only one side has is not a change."""
     said = {}
     for what in sorted(before.keys() & now.keys()):
         old, new = before[what], now[what]
@@ -96,7 +96,7 @@ def _files(folder: Path, names: re.Pattern[str]) -> dict[str, str]:
 
 
 def _file(path: Path) -> str:
-    """Size and hash; of a `config.json` without who saved it, of a very large file from spread blocks."""
+    """Size and hash: of a `config.json` without who saved it, of a very large file by spread blocks."""
     size = path.stat().st_size
     if path.name == "config.json":
         with suppress(ValueError, AttributeError):
@@ -115,7 +115,7 @@ def _file(path: Path) -> str:
 
 
 def _hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a hub name stands for in the cache, once a file of it was loaded."""
+    """The commit that a hub name stands for in the cache, once one of its files was loaded."""
     for file in ("tokenizer_config.json", "tokenizer.json", "config.json"):
         path = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(path, str) and (match := re.search(r"/snapshots/([^/]+)/", path)):
@@ -139,7 +139,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A stand-in for what is not JSON that is the same in every process: no address, no order of a set."""
+    """A stand-in for a value that is not JSON, equal in every process: no addresses, no order of sets."""
     if isinstance(value, bytes | bytearray):
         return xxhash.xxh3_128_hexdigest(bytes(value))
     if isinstance(value, set | frozenset):

@@ -1,10 +1,10 @@
-"""The record of every completion: one file per step and process, there whole or not at all.
+"""The record of every completion: one file per step and process, which is whole or absent.
 
 `RUN/ledger/step-000012-rank0.jsonl.gz` holds a header line and one line per group (`rl.store.ledger_lines`).
 A run that was killed replays the steps recorded after its newest checkpoint instead of sampling them again.
 
-A file may come from somebody else, so what is read of it is bounded before it is decompressed: a kilobyte of
-gzip can hold a megabyte.
+A file may come from somebody else, so reading is bounded before anything is decompressed: a kilobyte of gzip
+can hold a megabyte.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rl.store.safe_read import bounded_lines, open_regular
 from rl.types import Advantage, ScoredGroup
 
 SCHEMA = 2  # 1, which is read too, has neither segments, facts, continuations nor rewards per turn
-MAX_RECORD_BYTES = 4 << 30  # of a record that is read whole, decompressed
-MAX_GLANCE_BYTES = 16 << 20  # of a record of which some groups are shown
+MAX_RECORD_BYTES = 4 << 30  # of a decompressed record that is read whole
+MAX_GLANCE_BYTES = 16 << 20  # of a decompressed record of which some groups are shown
 MAX_GROUP_BYTES = 16 << 20  # of a group that is shown: a million tokens
-MAX_PARTS = 1_000_000  # lists and dicts of a group that is shown: the smallest takes 72 bytes and two in JSON
+MAX_PARTS = 1_000_000  # lists and dicts of a group that is shown: the smallest takes 72 bytes, 2 in JSON
 MAX_BAD = 24  # damaged groups of a file, after which the rest is left out
 MAX_RANKS = 16
 DAMAGE = (BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -42,10 +42,10 @@ class LedgerStep:
     """What one process consumed in one step.
 
     Attributes:
-        cursor_before, cursor_after: the source's cursor around the step, as it was given.
+        cursor_before, cursor_after: the source's cursor before and after the step.
         policy_version: of the weights the step began with; a completion's own versions are in its spans.
-        groups: what was trained on.
-        rejected: what the source sampled and threw away.
+        groups: groups that were trained on.
+        rejected: groups that the source sampled and threw away.
         advantages: per group of `groups`, one per completion; None if they were not recorded.
         counts: what the source counted while it sampled.
     """
@@ -63,11 +63,11 @@ class LedgerStep:
 
 
 class Ledger:
-    """The records of one run as process `rank` of `world_size` sees them: it writes its own and may read all.
+    """The records of one run for process `rank` of `world_size`, which writes its own and may read all.
 
     Attributes:
         damaged: one sentence per file that could not be read; such a file counts as absent.
-        num_expected: steps of which an earlier process of this run left a record (`expect`).
+        num_expected: steps that an earlier process of this run recorded (`expect`).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Ledger:
         self._ranks_gone: set[int] | None = None
 
     def expect(self, num_done: int = 0) -> int:
-        """Finds out how many steps are recorded: by the files, and at least `num_done`, known otherwise."""
+        """Sets and returns `num_expected`: steps recorded by the files, and at least `num_done`."""
         self.num_expected = max([num_done, *(step + 1 for step in self.steps())])
         return self.num_expected
 
@@ -104,14 +104,14 @@ class Ledger:
         counts: Mapping[str, float] | None = None,
         trained_by: Sequence[int] | None = None,
     ) -> Path:
-        """Records a step, in place of an earlier record of it. On disk when this returns.
+        """Records a step, replacing an earlier record of it. The record is on disk when this returns.
 
-        Rank 0 also removes the shares in this step of ranks that the run no longer has.
+        Rank 0 also removes this step's records of ranks that the run no longer has.
 
         Raises:
             ValueError: a number is not finite, a value is not JSON, or lengths disagree; nothing is written.
             OSError: the disk is full or fails; nothing is written.
-            RuntimeError: the folder was taken away since the first write.
+            RuntimeError: the folder was removed since the first write.
         """
         if advantages is not None and len(advantages) != len(groups):
             raise ValueError(f"step {step}: {len(advantages)} lists of advantages for {len(groups)} groups")
@@ -145,9 +145,9 @@ class Ledger:
         return path
 
     def read(self, step: int) -> LedgerStep | None:
-        """This process's record of `step`; None where there is none or it is damaged (see `damaged`).
+        """This process's record of `step`; None if there is none or it is damaged (see `damaged`).
 
-        What another number of processes recorded is dealt anew; its `world_size` stays theirs.
+        Records of another number of processes are dealt out again; `world_size` stays the recorded one.
         """
         own = self._read(step, self.rank)
         if own is not None and own.world_size == self.world_size:
@@ -173,13 +173,13 @@ class Ledger:
         return sorted(step for step, rank in self._present() if rank == self.rank)
 
     def sample(self, max_steps: int, max_groups: int | None = None) -> Iterator[LedgerStep]:
-        """Records of all processes for up to `max_steps` of the recorded steps, evenly spread, first and last
-        included; one in memory at a time.
+        """Yields records of all processes, one at a time, for up to `max_steps` recorded steps: the first,
+        the last, and others evenly between.
 
         Args:
-            max_groups: of each step, for a reader of a run that may be somebody else's: no more than these
-                are read, of at most `MAX_RANKS` processes, and one that is damaged or larger than
-                `rl.store.ledger` takes is left out by itself. Default: whole records only.
+            max_groups: most groups of each step, from at most `MAX_RANKS` processes, for readers of a run
+                that may be somebody else's. A group that is damaged or too large is left out by itself.
+                Default: whole records only.
         """
         present = self._present()
         steps, gaps = sorted({step for step, _ in present}), max(max_steps - 1, 1)
@@ -245,7 +245,7 @@ def _whole(path: Path) -> LedgerStep:
 
 
 def _glance(path: Path, max_groups: int) -> tuple[LedgerStep, list[str]]:
-    """The first groups that were trained on, without their expert routes, and what was left out of them.
+    """The first groups that were trained on, without their expert routes, and what was left out.
 
     Raises:
         one of DAMAGE: not even the header can be read.
@@ -260,8 +260,8 @@ def _glance(path: Path, max_groups: int) -> tuple[LedgerStep, list[str]]:
 
 
 def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[LedgerStep]:
-    """The record without groups, then with one group that was trained on at a time, without its expert
-    routes; `faults` gets what was left out. No more than about `max_bytes` are decompressed.
+    """Yields the record without groups, then with one trained group at a time, without its expert routes.
+    `faults` receives what was left out. No more than about `max_bytes` are decompressed.
 
     Raises:
         one of DAMAGE: not even the header can be read.
@@ -280,7 +280,7 @@ def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[Led
                     if line.count(b"[") + line.count(b"{") > MAX_PARTS:
                         raise ValueError(f"more than {MAX_PARTS:,} lists and objects")
                     if not _is_kept(row := json.loads(line)):
-                        break  # those that the source threw away are the last
+                        break  # groups that the source threw away come last
                     _add(part, row, with_routes=False)
                 except DAMAGE as error:
                     bad[brief(error)] += 1
@@ -297,7 +297,7 @@ def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[Led
 def _dealt(records: Sequence[LedgerStep], rank: int, size: int) -> LedgerStep | None:
     """The share of one of `size` processes in the records of others; None if these are of different tries.
 
-    Groups are taken round, as prompts are dealt: a minibatch then holds the same ones, whoever trains them.
+    Groups are dealt round-robin, as prompts are: a minibatch then holds the same ones, whoever trains them.
     """
     first, own = records[0], slice(rank, None, size)
     if any((r.cursor_before, r.world_size) != (first.cursor_before, len(records)) for r in records):

@@ -38,8 +38,11 @@ def is_score(value: Any) -> bool:
     return value is None or is_number(value) or isinstance(value, bool)
 
 
-# The fields of a record in the order of the file, and what each is there: see `fits`.
-PROMPT = {"id": str, "text": str, "token_ids": [int], "messages": [dict], "columns": dict}
+# The fields of a record in the order of the file, and what each must be: see `fits`.
+PROMPT = {
+    **{"id": str, "text": str, "token_ids": [int], "messages": [dict], "columns": dict},
+    "teacher_token_ids": [int],
+}
 COMPLETION = {
     "token_ids": [int],
     "behavior_logprobs": dict,
@@ -61,12 +64,12 @@ REWARD = {
     "parts": lambda value: fits([*value.values()], [is_score]),
     "turns": [is_score],
 }
-# Left out where they are empty, as they are in nearly all completions; schema 1 has none of them.
-OPTIONAL = {"segments": [], "facts": {}, "continuations": [], "turns": []}
+# Left out where they are empty, as in nearly all completions; schema 1 has none of them.
+OPTIONAL = {"segments": [], "facts": {}, "continuations": [], "turns": [], "teacher_token_ids": []}
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a file is what it should be.
+    """Whether a value of a file has the expected form.
 
     Args:
         kind: a type; a function that decides; [kind] for a list of any length; (kind, kind) for one of two.
@@ -140,7 +143,7 @@ def _row(record: Any, names: Iterable[str], **in_other_form: Any) -> dict[str, A
 def _completion_row(completion: Completion, reward: Reward, where: str) -> dict[str, Any]:
     for name, number in (("score", reward.score), *reward.parts.items(), *enumerate(reward.turns)):
         _require_finite(number, f"{where}: reward {name}")
-    # Masks are all true but where a tool answered; a string of 0 and 1 packs well in that case.
+    # Masks are all true except where a tool answered; a string of 0 and 1 packs well in that case.
     chosen = all(completion.loss_mask) and len(completion.loss_mask) == len(completion.token_ids)
     return _row(
         completion,
@@ -199,7 +202,7 @@ def decode_group(row: dict[str, Any], *, with_routes: bool = True) -> ScoredGrou
     fields, entries = checked(row["prompt"], PROMPT, "prompt."), row["completions"]
     if is_nested_beyond([fields["messages"], fields["columns"]], MAX_DEPTH):
         raise ValueError(f"prompt.columns or prompt.messages is nested more than {MAX_DEPTH} deep")
-    fields |= {name: tuple(fields[name]) for name in ("token_ids", "messages")}
+    fields |= {name: tuple(fields[name]) for name in ("token_ids", "messages", "teacher_token_ids")}
     require(fits(entries, [dict]), "completions")
     completions = [_completion(entry if with_routes else {**entry, "routes": None}) for entry in entries]
     return ScoredGroup(Group(Prompt(**fields), completions), [_reward(entry["reward"]) for entry in entries])

@@ -1,7 +1,7 @@
-"""A folder's files with size and hash: what was written, and whether it still is what was written.
+"""A manifest of a folder's files, with size and hash, to check that they are still what was written.
 
-The hash is xxh3_128. It has to find bit flips and truncation, not forgers, and on a CPU without SHA
-instructions it reads a 538 MB model in 0.10 s where SHA-256 takes 1.5 s and BLAKE2b 0.9 s.
+The hash is xxh3_128, which has to find bit flips and truncation, not forgers. On a CPU without SHA
+instructions it reads a 538 MB model in 0.10 s, where SHA-256 takes 1.5 s and BLAKE2b 0.9 s.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VERSIONED = ("cohort-rl", "torch", "transformers", "accelerate", "peft", "safet
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Forces every file below `folder` to disk, and last of all `manifest.json`, which lists them."""
+    """Forces every file below `folder` to disk, and last `manifest.json`, which lists them."""
     files = {}
     for path in files_below(folder):
         fsync_path(path)
@@ -124,7 +124,7 @@ def unsupported_versions() -> list[str]:
         return []
     now = library_versions()
     return [
-        f"{r.name} {now[r.name]} is installed, and cohort is made for {r.specifier}: "
+        f"{r.name} {now[r.name]} is installed, but cohort is made for {r.specifier}: "
         f"pip install '{r.name}{r.specifier}'"
         for r in wanted
         if r.name in now and not r.specifier.contains(Version(now[r.name]).public, prereleases=True)

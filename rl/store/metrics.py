@@ -1,8 +1,8 @@
-"""Every number of a run once: its name, unit, meaning and healthy range; and the file that keeps them.
+"""Every metric of a run, defined once: name, unit, meaning and healthy range; and the file of their values.
 
-Names are `section/name`. A name that is not in `METRICS` is an error, because a misspelt metric is a plot
-that stays empty; only `reward/` is open, for the parts of a run's rewards: `reward/<part>/mean` and
-`reward/<part>/std`. A run whose policy or loss has metrics of its own gives their names to `MetricsLog`.
+Names are `section/name`. A name that is not in `METRICS` is an error: the plot of a misspelt metric would
+stay empty. Only `reward/` is open, for parts of a run's rewards: `reward/<part>/mean`, `reward/<part>/std`.
+A run whose policy or loss has its own metrics gives their names to `MetricsLog`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from rl.store.rows import RowLog
 
-LEAST_SPREAD = 1e-9  # of the scores of a reward part; all equal are exactly 0
+LEAST_SPREAD = 1e-9  # deviation of a reward part's scores; that of equal scores is exactly 0
 CONSTANT_HINT = (
     "it teaches nothing: check what it reads (a completion of a chat is a list of messages: see "
     "rewards/__init__.py), or drop it"
@@ -35,8 +35,8 @@ class Metric:
         high: the greatest healthy value, inclusive; None: no bound.
         broken_below: the run is broken, not merely unusual, below this; None: never.
         broken_above: likewise above.
-        told_at_once: a run warns of a single value out of range, and does not wait until it is broken.
-        patience: how many values in a row must be out of range before a rule fires; single steps are noisy.
+        told_at_once: a run warns of values out of range, and does not wait until it is broken.
+        patience: consecutive values that must be out of range before a rule fires; single steps are noisy.
         hint: what to do when it is out of range.
     """
 
@@ -93,9 +93,11 @@ _ALL = (
            high=0.05, broken_above=0.5,
            hint="read the engine's log: out of memory, time-outs or a restarted server"),
     Metric("episode/turns", "turns", "mean turns of an episode"),
+    Metric("episode/wait_share", "share",
+           "time of sampling in which the engine had no turn to sample, and waited for environments"),
     Metric("tools/calls", "calls", "mean calls of tools in an episode"),
     Metric("tools/failed", "share", "calls that were malformed, or whose tool raised", high=0.5,
-           hint="read such episodes in the report (failed tool); is environment.calls the model's form?"),
+           hint="read such episodes in the report (failed tool); does environment.calls fit the model?"),
     Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution",
            low=0.02, high=2.5, broken_below=0.001,
            hint="low: the policy has collapsed, lower optimizer.lr, raise loss.clip_high or entropy_coef; "
@@ -105,9 +107,9 @@ _ALL = (
            hint="lower optimizer.lr or raise loss.kl_coef; if the held-out accuracy is flat, stop: the "
                 "reward is being gamed"),
     Metric("teacher/kl", "nats/token", "mean log policy - log teacher of sampled tokens: reverse KL"),
-    Metric("teacher/divergence", "nats/token", "teacher.divergence over the teacher's top-k ids and rest"),
+    Metric("teacher/divergence", "nats/token", "teacher.divergence over its top-k ids and all others as one"),
     Metric("teacher/tail", "share", "the teacher's mass outside its top-k ids",
-           high=0.2, hint="raise teacher.top_k: the divergence takes all other ids for one"),
+           high=0.2, hint="raise teacher.top_k: the divergence counts all other ids as one"),
     Metric("policy/clip_low", "share", "trained tokens whose ratio was clipped at 1 - clip_low"),
     Metric("policy/clip_high", "share", "trained tokens whose ratio was clipped at 1 + clip_high"),
     Metric("policy/clip_fraction", "share", "trained tokens whose ratio was clipped; 0 if on-policy",
@@ -139,17 +141,17 @@ _ALL = (
     Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
     Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
            high=0.02, broken_above=0.5,
-           hint="as for sampler/logprob_gap_mean; keep loss.sampler_correction on; less train.max_staleness"),
+           hint="as for sampler/logprob_gap_mean; keep loss.sampler_correction; lower train.max_staleness"),
     Metric("sync/canary_gap_mean", "nats", "mean log-prob gap on fixed tokens after a sync",
            high=0.15, broken_above=0.2, patience=1, told_at_once=True,
            hint="the engine does not hold the weights it was sent; do not trust the steps after this one"),
     Metric("sync/canary_gap_max", "nats", "greatest log-prob gap on fixed tokens after a sync",
            high=1.0, broken_above=1.6, patience=1, hint="as for sync/canary_gap_mean"),
     Metric("sync/seconds", "s", "time to bring new weights to the engine"),
-    Metric("sync/seconds_inspect", "s", "of it, for fingerprints of what is sent"),
-    Metric("sync/seconds_send", "s", "of it, until the engine has loaded everything"),
-    Metric("sync/seconds_fingerprints", "s", "of it, for fingerprints of what the engine holds"),
-    Metric("sync/seconds_canary", "s", "of it, for log-probs of fixed tokens on both sides"),
+    Metric("sync/seconds_inspect", "s", "of sync/seconds, for fingerprints of what is sent"),
+    Metric("sync/seconds_send", "s", "of sync/seconds, until the engine has loaded everything"),
+    Metric("sync/seconds_fingerprints", "s", "of sync/seconds, for fingerprints of what the engine holds"),
+    Metric("sync/seconds_canary", "s", "of sync/seconds, for log-probs of fixed tokens on both sides"),
     Metric("staleness/mean", "steps", "mean age of the weights that sampled a token of the batch"),
     Metric("staleness/max", "steps", "greatest age of the weights that sampled a token of the batch"),
     Metric("staleness/over_age", "groups", "groups older than train.max_staleness, sampled again",
@@ -162,8 +164,8 @@ _ALL = (
     Metric("time/pack", "s", "time spent building the batch"),
     Metric("time/train", "s", "time spent in forward, backward and optimizer"),
     Metric("time/sync", "s", "time spent bringing weights to the engine"),
-    Metric("time/save", "s", "saving after the step before"),
-    Metric("time/eval", "s", "held-out prompts after the step before"),
+    Metric("time/save", "s", "time spent saving after the previous step"),
+    Metric("time/eval", "s", "time spent on held-out prompts after the previous step"),
     Metric("time/step", "s", "whole step, without saving and held-out prompts"),
     Metric("tokens/completion", "tokens", "tokens sampled in the step"),
     Metric("tokens/trained", "tokens", "tokens that had a gradient"),
@@ -180,15 +182,15 @@ _ALL = (
     Metric("moe/router_entropy", "nats/token", "mean entropy of the routers' probabilities"),
     Metric("moe/load_entropy", "share", "entropy of the experts' load / of an even load; mean of layers"),
     Metric("moe/max_violation", "ratio", "load of the busiest expert / even load - 1; mean of layers"),
-    Metric("moe/max_violation_layer", "ratio", "the same of the worst layer"),
+    Metric("moe/max_violation_layer", "ratio", "load of the busiest expert / even load - 1; worst layer"),
     Metric("moe/violation_growth", "ratio", "moe/max_violation / its value in the first step, or 0.5 if less",
            high=2.0, told_at_once=True,
            hint="experts are used less evenly than at the start: moe.balance=switch, or moe.router=freeze"),
     Metric("moe/min_load", "ratio", "load of the idlest expert of all layers / even load"),
-    Metric("moe/dead_experts", "share", "experts that no token of the last some thousand chose",
+    Metric("moe/dead_experts", "share", "experts that none of the last few thousand tokens chose",
            high=0.05, patience=3, told_at_once=True,
            hint="experts collapse: moe.balance=switch, a larger moe.balance_coef, or moe.router=freeze"),
-    Metric("moe/flip_rate", "share", "replayed tokens, by layer, whose router chose others in training",
+    Metric("moe/flip_rate", "share", "replayed tokens, by layer, with other experts chosen in training",
            high=0.1, told_at_once=True,
            hint="policy and engine choose other experts: moe.router_fp32=true, or engine.dtype=float32; "
                 "sampler/logprob_gap_mean shows what replay leaves of it"),
@@ -230,7 +232,7 @@ def metric_of(name: str, own: Mapping[str, Metric] = MappingProxyType({})) -> Me
 
 
 def shown_metric(name: str) -> Metric:
-    """What a reader sees of a metric: its definition, or the name alone for one that a run has of its own."""
+    """What a reader sees of a metric: its definition, or only the name for a run's own metric."""
     try:
         return metric_of(name)
     except ValueError:
@@ -257,7 +259,7 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run folder: an object a line, {"step": 3, "reward/mean": 0.5}, steps rising.
+    """`metrics.jsonl` of a run folder: one object per line, {"step": 3, "reward/mean": 0.5}, steps rising.
 
     A value that is not finite is written as null and named in "nonfinite", so nobody takes it for a zero.
     """
@@ -265,10 +267,10 @@ class MetricsLog:
     def __init__(self, run_dir: str | Path, own: Iterable[Metric] = ()) -> None:
         """
         Args:
-            own: what this run reports besides `METRICS`.
+            own: metrics that this run reports besides `METRICS`.
 
         Raises:
-            ValueError: one of them is no `section/name`, or is defined already.
+            ValueError: a name is not `section/name`, or is defined already.
         """
         self._own: dict[str, Metric] = {}
         for metric in own:
@@ -287,7 +289,7 @@ class MetricsLog:
 
         Raises:
             ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
-            RuntimeError: the file was taken away during the run.
+            RuntimeError: the file was removed during the run.
         """
         for name in values:
             metric_of(name, self._own)

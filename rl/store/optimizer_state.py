@@ -15,16 +15,16 @@ from rl.store.tensors import TensorFiles, join_tree, read_json, write_tree
 
 KIND = "optimizer"
 
-# The flags say how a step is computed, not from what: the live ones stay, so a GPU's run resumes on a CPU.
+# Flags of how a step is computed. The live ones stay, so that a run of a GPU resumes on a CPU.
 _NOT_HYPERPARAMETERS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
 def optimizer_writer(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> Callable[[Path], None]:
-    """What writes the optimizer's state under parameter names: this process's part of it.
+    """A writer of this process's part of the optimizer's state, under parameter names.
 
-    The tensors are the optimizer's own, not copies: to be called before its next step.
+    It holds the optimizer's own tensors, not copies: call it before the next step.
 
     Raises:
         ValueError: the optimizer holds a parameter that `named_parameters` lacks.
@@ -39,9 +39,9 @@ def optimizer_writer(
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, *, copies: int = 1) -> int:
-    """Bytes of the optimizer's state, and of so many copies of the parameters that it moves.
+    """Bytes of the optimizer's state, and of `copies` copies of the parameters that it moves.
 
-    Of a sharded tensor the whole counts: it is what all processes write together.
+    A sharded tensor counts as a whole, which all processes write together.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     held = [value for p in parameters for value in optimizer.state.get(p, {}).values()]
@@ -51,10 +51,10 @@ def state_bytes(optimizer: torch.optim.Optimizer, *, copies: int = 1) -> int:
 def load_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> None:
-    """Puts what `optimizer_writer` wrote into `optimizer`, bit for bit and in the saved dtypes.
+    """Loads what `optimizer_writer` wrote into `optimizer`, bit for bit and in the saved dtypes.
 
     `Optimizer.load_state_dict` would cast the moments to the parameters' dtype. Sharded parameters get their
-    slices, so the number of processes may differ from the one that saved.
+    slices, so the number of processes may differ from the saved one.
 
     Raises:
         ValueError: parameters, groups or shapes are not the saved ones; the optimizer is left as it was.
@@ -91,14 +91,14 @@ def _members_by_group(
     members = [group["params"] for group in optimizer.param_groups]
     if strangers := [p for parameters in members for p in parameters if id(p) not in names]:
         raise ValueError(
-            f"the optimizer trains a parameter of shape {list(strangers[0].shape)} that is none of the "
+            f"the optimizer trains a parameter of shape {list(strangers[0].shape)} that is not among the "
             f"{len(names)} named ones; pass named_parameters() of the model it was made for"
         )
     return [{names[id(p)]: p for p in parameters} for parameters in members]
 
 
 def _like(value: Any, live: Any) -> Any:
-    """A hyperparameter as the live one is: JSON has no tuples (AdamW's betas), and files know no device."""
+    """A hyperparameter in the live one's form: JSON has no tuples (AdamW's betas), and files no device."""
     if isinstance(live, tuple):
         return tuple(value)
     return value.to(live.device) if isinstance(value, Tensor) and isinstance(live, Tensor) else value

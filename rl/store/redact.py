@@ -1,4 +1,4 @@
-"""Takes out of text what must not reach a screen or a file: secrets, and characters that mislead a reader."""
+"""Removes from text what must not reach a screen or a file: secrets, and characters that mislead a reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECRET_KEY = re.compile(
 _names_secret = lru_cache(1024)(_SECRET_KEY.search)
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
-    r"|((?<=://)|(?<=:/))[^/\s:@]*:[^/\s]+(?=@)"  # user:password@host, of a URL that passed for a path too
+    r"|((?<=://)|(?<=:/))[^/\s:@]*:[^/\s]+(?=@)"  # user:password@host of a URL, even of one read as a path
 )
 _SUSPECT = re.compile(r"[^ -~\n\t]")
 _MARKS = ("hf_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "AKIA", "@")  # of what _SECRET_TEXT finds
@@ -35,9 +35,9 @@ _ESCAPE = re.compile(
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """The value with secrets as `***`: under keys such as `api_key`, in URLs, tokens, this environment's.
+    """The value with `***` for secrets: under keys such as `api_key`, in URLs, tokens, in this environment.
 
-    Mappings and lists are copied; other types than text are returned as they are.
+    Mappings and lists are copied; types other than text are returned as they are.
     """
     if key and _SECRET_KEY.search(key) and value is not None:
         return HIDDEN

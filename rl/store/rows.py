@@ -1,4 +1,4 @@
-"""JSON-lines files with a row per step: appended to, cut back at a restart, missed when they are gone."""
+"""JSON-lines files with a row per step: appended to, cut back at a restart, checked not to disappear."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ R = TypeVar("R")
 class RowLog:
     """A file of rows {"step": 3, ...}, steps rising, which one process writes.
 
-    What a step costs does not depend on how many there were: the file is read once, when it is opened.
+    A step costs the same however many there were: the file is read once, when it is opened.
     """
 
     def __init__(self, path: str | Path, *, durable: bool = False) -> None:
         """
         Args:
-            durable: every row is forced to disk before `append` returns.
+            durable: `append` fsyncs each row before it returns.
         """
         self.path = Path(path)
         self._durable = durable
@@ -53,7 +53,7 @@ class RowLog:
         self._last_step = int(step)
 
     def replace(self, row: Mapping[str, Any]) -> None:
-        """Appends one row, in place of earlier rows of its step and of what came after that."""
+        """Appends one row, replacing earlier rows of its step and all later ones."""
         if self._last() >= row["step"]:
             self.truncate_after(row["step"] - 1)
         self.append(row)
@@ -117,7 +117,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def iter_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """What `read_rows` gives, one at a time."""
+    """The rows of `read_rows`, one at a time."""
     with suppress(FileNotFoundError), open_regular(path) as file:
         for line in file:
             try:

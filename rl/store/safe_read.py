@@ -15,7 +15,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading; never waits for a pipe, and never reads a device.
 
     Raises:
-        OSError: there is none, it cannot be read, or it is something else than a regular file.
+        OSError: it is missing, cannot be read, or is not a regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -44,13 +44,13 @@ def read_at_most(path: str | Path, max_bytes: int) -> bytes:
 def bounded_lines(file: BufferedIOBase, max_bytes: int) -> Iterator[bytes | None]:
     """The lines of a file without their ends; None in place of one that is longer than `max_bytes`.
 
-    The rest of such a line is read only if another one is asked for.
+    The rest of such a line is read only if another line is asked for.
     """
     while line := file.readline(max_bytes + 2):
         if line.endswith(b"\n"):
             yield line[:-1]
         elif len(line) <= max_bytes:
-            yield line  # the last one, perhaps half written
+            yield line  # the last line, perhaps half written
         else:
             yield None
             while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
@@ -58,7 +58,7 @@ def bounded_lines(file: BufferedIOBase, max_bytes: int) -> Iterator[bytes | None
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a number that arithmetic can take: finite, and far from the ends of a float's range."""
+    """Whether it is a number that arithmetic can handle: finite, and far from the ends of a float's range."""
     return type(value) in (int, float) and -1e100 <= value <= 1e100
 
 

@@ -3,10 +3,10 @@
 In memory they are dicts and lists with tensors and JSON values as leaves; in `trainer/NAME.json`
 `{"$tensor": NAME}` stands for a tensor.
 
-`trainer/NAME.safetensors` is the main process's, `trainer/NAME-rank3.safetensors` that of process 3. A whole
-tensor is written by the main process. Of a sharded one (DTensor) each process writes its slice, and the
-file's metadata says where the slice begins in the whole. So a checkpoint can be read by any number of
-processes, each of which reads what it needs.
+`trainer/NAME.safetensors` is the main process's file, `trainer/NAME-rank3.safetensors` that of process 3. The
+main process writes whole tensors. Of a sharded tensor (DTensor) each process writes its slice, and the file's
+metadata says where the slice begins in the whole. So any number of processes can read a checkpoint, each
+what it needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A slice of a tensor in a file; `offset` and `shape`: where it begins in the whole, and its size."""
+    """A slice of a tensor in a file; `offset` is where it begins in the whole."""
 
     file: Path
     offset: tuple[int, ...]
@@ -101,7 +101,7 @@ def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> Non
 
 
 class TensorFiles:
-    """The tensors of one kind in a checkpoint, whichever processes wrote them; without a kind the model's."""
+    """The tensors of one kind in a checkpoint, whichever process wrote them; by default, the model's."""
 
     def __init__(self, folder: Path, kind: str | None = None) -> None:
         self.pieces: dict[str, list[Piece]] = {}
@@ -119,8 +119,8 @@ class TensorFiles:
                     self.pieces.setdefault(name, []).append(Piece(file, tuple(offset), shape))
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """A tensor on the CPU in the dtype it was saved in: all of it, or this process's slice of one that is
-        sharded as `like` is.
+        """A tensor on the CPU in its saved dtype: all of it, or this process's slice of it if `like` is
+        sharded.
 
         Raises:
             ValueError: the files do not hold all of it.
@@ -143,7 +143,7 @@ class TensorFiles:
 def read_tensors(folder: Path, kind: str, into: Mapping[str, Tensor]) -> None:
     """Copies what `write_tensors` wrote into the tensors of the same names; each process its slices."""
     prefix = ""
-    if not _file(folder, kind, 0).exists():  # until 0.1 they stood among the optimizer's
+    if not _file(folder, kind, 0).exists():  # until 0.1 they were among the optimizer's
         kind, prefix = "optimizer", f"optimizer/{kind}/"
     copy_tensors(TensorFiles(folder, kind), into, f"{folder}: the {kind} state", prefix)
 
@@ -157,7 +157,7 @@ def copy_tensors(files: TensorFiles, into: Mapping[str, Tensor], what: str, pref
     """
     for name, tensor in into.items():
         if (shape := files.shapes.get(prefix + name)) != list(tensor.shape):
-            raise ValueError(f"{what} holds {name} of shape {shape}, and it is {list(tensor.shape)} now")
+            raise ValueError(f"{what} holds {name} of shape {shape}, but it is {list(tensor.shape)} now")
         saved = files.read(prefix + name, tensor)
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(saved)
 
@@ -165,7 +165,7 @@ def copy_tensors(files: TensorFiles, into: Mapping[str, Tensor], what: str, pref
 def _overlap(
     piece: Piece, name: str, first: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], Tensor] | None:
-    """(place in the wanted slice, values) of what a piece holds of it; None if that is nothing."""
+    """(place in the wanted slice, values) of the part that a piece holds; None if it holds nothing of it."""
     ends = zip(first, shape, piece.offset, piece.shape, strict=True)
     spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in ends]
     if any(start > end for start, end in spans):
@@ -209,7 +209,7 @@ def join_tree(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants (flat optimizers hand out views)."""
+    """Contiguous tensors that share no memory, as safetensors requires (flat optimizers hand out views)."""
     seen: set[tuple[torch.device, int]] = set()
     result = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What training needs besides weights and optimizer to go on undisturbed: random numbers and counters."""
+"""What exact resume needs besides weights and optimizer: random number generators and counters."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TRAINER_FILES = {
 
 @dataclass(slots=True)
 class TrainerState:
-    """The state of training after `step` optimizer steps, weights and optimizer aside.
+    """The state of training after `step` optimizer steps, without weights and optimizer.
 
     Attributes:
         rng: rank name -> `capture_rng()` of that rank. The caller gathers them.
-        counters: JSON values: prompt cursor, bad steps in a row, ...
+        counters: JSON values: prompt cursor, consecutive bad steps, ...
     """
 
     step: int
@@ -67,7 +67,7 @@ def restore_rng(state: Mapping[str, Any]) -> list[str]:
 
 
 def write_trainer_state(folder: Path, state: TrainerState) -> None:
-    """Writes step, counters and generators into `folder/trainer`, not fsynced. Only the main process does.
+    """Writes step, counters and generators into `folder/trainer`, not fsynced; for the main process only.
 
     Raises:
         ValueError: a value is neither tensor nor JSON (finite numbers, strings, lists, dicts of strings).

@@ -1,8 +1,8 @@
-"""What a trainer asks of one vLLM server besides samples: facts, pauses, weights, proofs. Imports no vLLM.
+"""What a trainer asks of a vLLM server besides samples: facts, pauses, weights, proofs. It imports no vLLM.
 
 Weights go through methods of `rollout.vllm.worker.WeightReceiver`, which vLLM's `/collective_rpc` reaches,
-and not through a backend of vLLM's weight transfer: the same calls work in every version since 0.25.1, one
-call checks, loads and notes what is held, and a fault is an answer instead of the engine's end.
+and not through a backend of vLLM's weight transfer. So the same calls work in every version since 0.25.1. One
+call checks, loads and notes what is held. A fault is an answer instead of the engine's end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONNECT_S = 10.0
 
 
 class ServerDead(EngineError):
-    """A server does not answer, or its engine has failed: it samples nothing until it was started again."""
+    """A server does not answer, or its engine has failed: it samples nothing until it is started again."""
 
 
 class PushRefused(EngineError):
@@ -38,10 +38,10 @@ class Facts:
     Attributes:
         vllm: its version.
         dtype: of its weights, as torch names it.
-        vocab_size: None: only our worker extension tells.
-        has_generate: tokens in and out, `/inference/v1/generate`.
+        vocab_size: None without our worker extension, which tells it.
+        has_generate: it has `/inference/v1/generate`, with token ids in and out.
         has_spans: its answers say which weights sampled which tokens.
-        has_receiver: our worker extension: fingerprints, deltas.
+        has_receiver: it has our worker extension, for fingerprints and deltas.
         logprobs_mode: vLLM's name for the log-probs that it answers with.
     """
 
@@ -58,7 +58,7 @@ class Facts:
 class Control:
     """Calls to one server, on connections of their own: streams of samples do not hold them up.
 
-    Every call is bounded by `timeout_s` and names what it waits for. The faults never hold the token.
+    Every call is bounded by `timeout_s` and names what it waits for. Faults never contain the token.
 
     Args:
         url: such as http://127.0.0.1:8000.
@@ -79,29 +79,29 @@ class Control:
         self._held: Mapping[str, HeldTensor] = {}
 
     def facts(self) -> Facts:
-        """From the routes and the config that the server shows, once.
+        """What the server's routes and config show; they are asked for once.
 
         Raises:
-            ValueError: it is not vLLM's with its development routes, or has several workers.
+            ValueError: the server is not vLLM with its development routes, or has several workers.
         """
         if self._facts is None:
-            api = self._call("GET", "/openapi.json", "the list of routes")
+            api = self.call("GET", "/openapi.json", "the list of routes")
             if missing := [path for path in NEEDED if path not in api["paths"]]:
                 raise ValueError(
                     f"server {self.url} lacks {', '.join(missing)}; start it with `cohort serve`, or "
                     "vLLM's own server with VLLM_SERVER_DEV_MODE=1"
                 )
-            shown = self._call("GET", "/server_info", "its config", params={"config_format": "json"})
+            shown = self.call("GET", "/server_info", "its config", params={"config_format": "json"})
             model, parallel = (shown["vllm_config"][f"{part}_config"] for part in ("model", "parallel"))
             if (number := parallel["world_size"] * parallel["data_parallel_size"]) > 1:
                 raise ValueError(
-                    f"server {self.url} spreads its model over {number} workers, whose slices nobody "
-                    "proves; start one server for each device (cohort serve --devices 0,1)"
+                    f"server {self.url} spreads its model over {number} workers, whose slices cannot "
+                    "be proved; start one server for each device (cohort serve --devices 0,1)"
                 )
             has_receiver = parallel["worker_extension_cls"] == RECEIVER
             told = self._rpc("cohort_facts") if has_receiver else {}
             self._facts = Facts(
-                self._call("GET", "/version", "its version")["version"],
+                self.call("GET", "/version", "its version")["version"],
                 model["dtype"].removeprefix("torch."),
                 model["max_model_len"],
                 told.get("vocab_size"),
@@ -114,14 +114,14 @@ class Control:
 
     def pause(self) -> None:
         """Holds all requests where they are, with no step in flight; safe to call twice."""
-        self._call("POST", "/pause", "the pause", params={"mode": "keep", "clear_cache": "false"})
+        self.call("POST", "/pause", "the pause", params={"mode": "keep", "clear_cache": "false"})
 
     def resume(self) -> None:
         """Goes on with the requests that a pause holds."""
-        self._call("POST", "/resume", "the resumption")
+        self.call("POST", "/resume", "the resumption")
 
     def load(self, push: Push) -> None:
-        """Gives a paused server the weights of `push`; it checks them first, and tells then what it holds.
+        """Gives a paused server the weights of `push`; it checks them first, and then says what it holds.
 
         Raises:
             PushRefused: it did not load them; after a wrong base or a break the next push has to be whole.
@@ -136,19 +136,19 @@ class Control:
             )
             raise PushRefused(f"server {self.url} did not load version {push.version}: {fault}; {state}")
         if self.facts().has_spans:
-            self._call("POST", "/update_weight_version", "its version", json={"new_version": push.content})
+            self.call("POST", "/update_weight_version", "its version", json={"new_version": push.content})
         if (found := self.holds()) != push.content:
             raise PushRefused(f"server {self.url} says it holds {found} after {push.content} was pushed")
 
     def holds(self) -> str:
-        """`Push.content` of the weights that were pushed last; empty: nobody pushed any, or a load broke off.
+        """`Push.content` of the weights that were pushed last; empty if there are none, or a load broke off.
 
         Raises:
-            PushRefused: the server labels its samples otherwise.
+            PushRefused: the server labels its samples differently.
         """
         holds = self._rpc("cohort_facts")["holds"]
         if holds and self.facts().has_spans:
-            label = self._call("GET", "/weight_info", "its version")["weight_version"]
+            label = self.call("GET", "/weight_info", "its version")["weight_version"]
             if label != holds:
                 raise PushRefused(f"server {self.url} labels its samples {label} and holds {holds}")
         return holds
@@ -163,7 +163,7 @@ class Control:
             kind = self._rpc("cohort_facts")["device"]
             if kind != "cpu" and not torch.cuda.is_available():
                 raise ValueError(
-                    f"server {self.url} computes on {kind} and this process has no such device, so that "
+                    f"server {self.url} computes on {kind}, but this process has no such device, so that "
                     "their fingerprints differ; train on a GPU, or serve on a CPU"
                 )
             device = torch.device(kind, torch.cuda.current_device()) if kind != "cpu" else torch.device(kind)
@@ -192,10 +192,16 @@ class Control:
                 "need; start it with `cohort serve`"
             )
         body = {"method": method, "args": list(arguments)}
-        (answer,) = self._call("POST", "/collective_rpc", what or method, json=body)["results"]
+        (answer,) = self.call("POST", "/collective_rpc", what or method, json=body)["results"]
         return answer
 
-    def _call(self, method: str, path: str, what: str, **options: Any) -> Any:
+    def call(self, method: str, path: str, what: str, **options: Any) -> Any:
+        """The JSON that a route answers with.
+
+        Raises:
+            ServerDead: no answer within `timeout_s`, or one of a server that failed.
+            ValueError: the token is wrong, or the request.
+        """
         try:
             answer = self._client.request(method, path, **options)
         except httpx.TimeoutException as error:
@@ -205,7 +211,10 @@ class Control:
         except httpx.HTTPError as error:
             raise ServerDead(f"server {self.url}: {what}: {type(error).__name__} {error}") from error
         if answer.status_code == 401:
-            raise ValueError(f"server {self.url} does not take this token; engine.token_file must be its own")
+            raise ValueError(
+                f"server {self.url} rejects this token; engine.token_file (of a teacher: teacher.token_file) "
+                "must be its own"
+            )
         if answer.status_code != 200:
             kind = ServerDead if answer.status_code >= 500 else ValueError
             raise kind(f"server {self.url}: {what}: {path} answered {answer.status_code} {answer.text[:300]}")

@@ -26,10 +26,10 @@ from rl.teacher import DIVERGENCES, Teacher, check_tokenizers, lesson
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from tests.conftest import word_tokenizer
+from tests.rl.taught import ALONE
 from tests.scoring import alone, prepared
 
 KINDS = ["sampled", *DIVERGENCES]
-ALONE = ("rewards.functions=[]", "loss.kl_coef=0")
 
 
 def make(folder, teacher, kind="sampled", *overrides, top_k=5):
@@ -318,8 +318,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(tiny_model_dir, tmp_path):
     [
         (["rewards.functions=[]"], "pay nothing and there is no teacher"),
         (["rewards.functions=[{name: math, weight: 0}]"], "pay nothing and there is no teacher"),
-        ([*ALONE, "teacher.name=x", "advantage.dynamic_sampling={}"], "without paid rewards all are"),
-        (["teacher.name=x", "loss.name=gspo"], "gspo has one ratio for a sequence"),
+        ([*ALONE, "teacher.name=x", "advantage.dynamic_sampling={}"], "without paid rewards all are equal"),
+        (["teacher.name=x", "loss.name=gspo"], "gspo has one ratio per sequence"),
         (["teacher={name: x, top_k: 0}"], "teacher.top_k"),
         (["teacher.top_k=4"], "teacher.name"),
         (["diffusion={}", "teacher.name=x"], "a diffusion model has no such log-probs"),

@@ -1,0 +1,117 @@
+"""A vLLM server that scores tokens which others sampled, as a teacher does. Any will do; imports no vLLM.
+
+Rows go to `/v1/completions` as token ids, with `prompt_logprobs`: log-probs of raw logits at temperature 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.engine import EngineError
+from rollout.vllm.control import Control
+from rollout.vllm.core import NOT_FINITE
+
+PROBE = "A teacher reads what a student wrote, word by word: 3 + 4 = 7, and so on."
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """For each token of a row except the first: its log-prob and those of the k likeliest ids, in nats."""
+
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+class ScoringServer:
+    """One server. Every wait is bounded by `timeout_s`; a fault is an error that names server and request.
+
+    Args:
+        token: what its lock asks for; empty: it has none.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout_s: float) -> None:
+        self._control = Control(url, token or "none", timeout_s=timeout_s)
+        self.url, self._named = self._control.url, ""
+
+    def model(self) -> tuple[str, int]:
+        """The name or folder of its model, and the most tokens of a row with one that is sampled."""
+        (card, *_) = self._control.call("GET", "/v1/models", "its model")["data"]
+        if not card.keys() >= {"root", "max_model_len"}:
+            raise ValueError(f"server {self.url} does not say what vLLM says of a model; serve it with vLLM")
+        return card["root"], card["max_model_len"]
+
+    def score(self, rows: Sequence[list[int]], k: int) -> list[ScoredRow]:
+        """In order; one request for all rows.
+
+        Raises:
+            EngineError: it does not answer in time, or not with a finite log-prob of every token; or it is
+                now another model than at the first call.
+            ValueError: it refuses the request, such as more than its --max-logprobs.
+        """
+        body = {"prompt": rows, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": k}
+        what = f"log-probs of {len(rows)} rows"
+        answer = self._control.call("POST", "/v1/completions", what, json=body)
+        try:
+            self._named = self._named or answer["model"]
+            if answer["model"] != self._named:
+                raise EngineError(
+                    f"server {self.url} now serves {answer['model']} in place of {self._named}; start the "
+                    "model that the run began with again, and resume"
+                )
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            return [_read(c["prompt_logprobs"], ids, k) for c, ids in zip(choices, rows, strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"server {self.url}: {what}: its answer lacks a log-prob ({type(error).__name__}: {error})"
+            ) from error
+
+    def check(self, tokenizer: Any, longest: int, k: int) -> None:
+        """Compares its tokenizer with the policy's, and looks at the log-probs of a probe.
+
+        Args:
+            longest: tokens of the longest row.
+
+        Raises:
+            EngineError, ValueError: as `score`; ids stand for other tokens, rows are too long for it, or what
+                it answers with are not log-probs.
+        """
+        name, limit = self.model()
+        if longest >= limit:
+            raise ValueError(
+                f"server {self.url}: its model {name} takes {limit - 1} tokens with one to sample, and the "
+                f"longest row may have {longest}; serve it with --max-model-len {longest + 1}"
+            )
+        ids = sorted(tokenizer.get_vocab().values())
+        theirs = self._control.call("POST", "/detokenize", "its vocabulary", json={"tokens": ids})["prompt"]
+        if theirs != (ours := tokenizer.decode(ids)):
+            differing = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+            at = max(0, next(differing, min(len(ours), len(theirs))) - 5)
+            raise ValueError(
+                f"server {self.url}: its model {name} has another tokenizer: ids stand for "
+                f"{ours[at : at + 20]!r} here and {theirs[at : at + 20]!r} there; serve one of the family"
+            )
+        (row,) = self.score([tokenizer(PROBE, add_special_tokens=False)["input_ids"]], max(k, 1))
+        mass = max(math.fsum(map(math.exp, found)) for found in row.top_logprobs)
+        least = min(found[0] for found in row.top_logprobs)  # the likeliest id has 1 / vocabulary or more
+        if not (max(row.logprobs) <= 1e-4 and mass <= 1 + 1e-3 and least >= -math.log(2 * len(ids))):
+            raise ValueError(
+                f"server {self.url}: the {max(k, 1)} likeliest ids of a probe have the mass {mass:.3g}, and "
+                f"one likeliest id has {least:.3g} nats, so these are not log-probs; serve it with "
+                "--logprobs-mode raw_logprobs"
+            )
+
+
+def _read(found: list[Any], ids: list[int], k: int) -> ScoredRow:
+    """Raises ValueError, KeyError or TypeError where something is missing or not finite."""
+    pairs = list(zip(found, ids, strict=True))[1:]
+    own = [at[str(token)]["logprob"] for at, token in pairs]
+    best = [sorted((e["rank"], int(i), e["logprob"]) for i, e in at.items())[:k] for at, _ in pairs]
+    if any(len(one) < k for one in best):
+        raise ValueError(f"fewer than {k} likeliest ids of a token")
+    if not all(NOT_FINITE < x < math.inf for x in own) or any(math.isnan(x) for e in best for *_, x in e):
+        raise ValueError("a log-prob that is not finite")
+    return ScoredRow(own, [[i for _, i, _ in one] for one in best], [[x for *_, x in one] for one in best])
