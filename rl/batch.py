@@ -1,25 +1,26 @@
-"""The packed batch: groups and advantages become micro-batches of a token budget, prompts shared, no padding.
+"""Packs groups and advantages into micro-batches of a token budget, with shared prompts and no padding.
 
 A token's column is the token itself. `predecessors_L` says which column a causal policy predicts it from (the
-last prompt token for the first token of every completion), so the shift happens once, here, and a
+last prompt token for the first token of every completion). So the shift happens once, here, and a
 bidirectional policy ignores it. Nothing writes to a batch once it is packed.
 
-Weights are global: every token carries its share of the loss of the whole optimizer step, all processes
-included, so that summing over micro-batches and processes is exact however the work is cut.
+Weights are global: every token carries its share of the loss of the whole optimizer step, over all processes.
+So sums over micro-batches and processes are exact, however the work is cut.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import commonprefix
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.model.packed import Block, Layout
+from rl.model.packed import Block, Layout, first_fit
 from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
@@ -27,12 +28,13 @@ SumOverProcesses = Callable[[list[float]], list[float]]
 
 @dataclass(frozen=True)
 class Row:
-    """A row to train on, with the weight of each loss token: a completion, or a row of an episode of several.
+    """A row to train on: a completion, or one of several rows of an episode.
 
     Attributes:
-        group_index, index: its episode, which is one sequence in denominators and in losses of that level.
-        part: number of the row within its episode.
+        group_index, index: its episode, which counts as one sequence in denominators and sequence losses.
+        weight, part: weight of each of its loss tokens; number of the row within its episode.
         num_episode_tokens: loss tokens of all rows of the episode.
+        num_context: tokens with which the completion begins that are the end of the row's own prompt.
     """
 
     prompt: Prompt
@@ -44,6 +46,7 @@ class Row:
     in_loss: bool = True
     part: int = 0
     num_episode_tokens: int = 0
+    num_context: int = 0
 
     @property
     def episode(self) -> tuple[int, int]:
@@ -64,16 +67,16 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """One forward pass. N packed tokens, of which L are in the loss, from S sequences (episodes, whole).
+    """The input of a forward pass: N packed tokens, L of them in the loss, from S whole episodes.
 
     Attributes:
-        token_ids_N, positions_N: the packed row; positions restart at a prompt, and go on in completions.
+        token_ids_N, positions_N: the packed row; positions restart at a prompt and run on in completions.
         blocks: prompts and their completions, in column order.
         columns_L, predecessors_L: column of each loss token, and of the token it is predicted from.
-        sequence_ids_L: which of the S sequences a loss token belongs to, 0..S-1.
-        weights_L: share of the step's loss.
-        behavior_logprobs_L: the engine's log-probs, or None if it was asked for none.
-        rows: of the S sequences in column order, for a policy that needs more of them than a packed row.
+        sequence_ids_L: which of the S episodes a loss token belongs to, 0..S-1.
+        weights_L: a token's share of the step's loss.
+        behavior_logprobs_L: the engine's log-probs, or None if the call did not ask for them.
+        rows: the rows in column order, for a policy that needs more than the packed row.
     """
 
     token_ids_N: Int[Tensor, " N"]
@@ -97,7 +100,7 @@ class MicroBatch:
         return Layout(self.blocks, self.token_ids_N.device)
 
     def sequences(self) -> Iterator[tuple[Int[Tensor, " T"], int, int]]:
-        """Of each row: its ids, the prompt's share of them, the completion's first column."""
+        """For each row: its ids, how many of them are the prompt's, and the completion's first column."""
         for block in self.blocks:
             prompt, *completions = self.token_ids_N[block.start : block.end].split(block.lengths)
             start = block.completion_start
@@ -116,8 +119,8 @@ class Batch:
 
     Attributes:
         num_sequences: completions in the denominators, rows without signal included.
-        num_loss_tokens: their loss tokens.
-        num_skipped_rows: rows of this process that cannot change the weights and so cost no forward pass.
+        num_loss_tokens: loss tokens of these completions.
+        num_skipped_rows: rows of this process without a forward pass, as they cannot change the weights.
     """
 
     micro_batches: list[MicroBatch]
@@ -139,8 +142,8 @@ class PackRules:
             average step of this batch) -> weight of each of the row's loss tokens.
         skip_without_signal: leave out rows with advantage 0 (right only without KL and entropy terms).
         mask_truncated: completions cut by the length limit have no loss tokens.
-        share_prompts: completions of a group stand behind one prompt; else each has a copy, which counts in
-            the budget, for a policy that computes one sequence at a time.
+        share_prompts: completions of a group share one copy of the prompt. Else each has its own, which
+            counts in the budget: for a policy that computes one sequence at a time.
     """
 
     token_budget: int
@@ -152,7 +155,7 @@ class PackRules:
 
 
 def idle_micro_batch(token_id: int = 0) -> MicroBatch:
-    """One token of weight 0 behind a prompt of one token: a forward pass that changes nothing."""
+    """One token of weight 0 after a prompt of one token: a forward pass that changes nothing."""
     row = Row(Prompt("idle", "", (token_id,)), Completion([token_id], [0.0], [True], "stop", []), 0, 0, 0.0)
     return micro_batch_of([[row]])
 
@@ -166,9 +169,9 @@ def pack(
     minibatch_of: Sequence[int] | None = None,
 ) -> list[Batch]:
     """One Batch per optimizer step of a pass. Minibatch m takes the m-th contiguous share of the groups, or
-    those of which `minibatch_of` says so.
+    those that `minibatch_of` assigns to it.
 
-    Aborted and empty completions are in no denominator. A sequence above the budget has a micro-batch alone.
+    Aborted and empty completions are in no denominator. A sequence above the budget gets its own micro-batch.
 
     Raises:
         ValueError: the groups do not split into `rules.num_minibatches` equal parts.
@@ -186,13 +189,19 @@ def pack(
     counts = sum_over_processes([float(n) for pair in mine for n in pair])
     tokens_per_step = sum(counts[1::2]) / rules.num_minibatches
     pairs = zip(counts[::2], counts[1::2], strict=True)
-    return [_batch(rows, rules, *pair, tokens_per_step) for rows, pair in zip(parts, pairs, strict=True)]
+    return [
+        _batch(rows, rules, num_sequences=num, num_tokens=tokens, tokens_per_step=tokens_per_step)
+        for rows, (num, tokens) in zip(parts, pairs, strict=True)
+    ]
 
 
 def _rows(
     groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[Advantage]], rules: PackRules
 ) -> Iterator[Row]:
     for i, (group, of_group) in enumerate(zip(groups, advantages, strict=True)):
+        others = [c.prompt_token_ids for made in group.completions for c in made.continuations]
+        shared = commonprefix([group.prompt.token_ids, *others])  # noqa: RUF071  of tuples
+        is_shared = rules.share_prompts and others and 2 * len(shared) > len(group.prompt.token_ids)
         for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True)):
             if completion.finish_reason != "abort" and completion.token_ids:
                 _check_row(group.prompt, completion, advantage)
@@ -204,8 +213,23 @@ def _rows(
                 for part, (prompt, row) in enumerate(zip(prompts, completion.rows, strict=True)):
                     end = begin + len(row.token_ids)
                     own = advantage if isinstance(advantage, float | int) else advantage[begin:end]
-                    yield Row(prompt, row, i, g, own, part=part, **of_episode)
+                    made = Row(prompt, row, i, g, own, part=part, **of_episode)
+                    yield _behind(replace(prompt, token_ids=shared), made) if is_shared else made
                     begin = end
+
+
+def _behind(prompt: Prompt, row: Row) -> Row:
+    """The row behind a prompt that its own begins with; what else that has is context of the completion."""
+    context = list(row.prompt.token_ids[len(prompt.token_ids) :])
+    own, advantage, number = row.completion, row.advantage, len(context)
+    longer = replace(own, token_ids=context + own.token_ids, loss_mask=[False] * number + own.loss_mask)
+    if own.behavior_logprobs:
+        longer.behavior_logprobs = [0.0] * number + own.behavior_logprobs
+    if own.routes is not None:
+        longer.routes = np.pad(own.routes, ((number, 0), (0, 0), (0, 0)), constant_values=-1)
+    if not isinstance(advantage, float | int):
+        advantage = [0.0] * number + list(advantage)
+    return replace(row, prompt=prompt, completion=longer, advantage=advantage, num_context=number)
 
 
 def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> None:
@@ -218,43 +242,41 @@ def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> 
 
 
 def _batch(
-    rows: list[Row], rules: PackRules, num_sequences: float, num_tokens: float, tokens_per_step: float
+    rows: list[Row], rules: PackRules, *, num_sequences: float, num_tokens: float, tokens_per_step: float
 ) -> Batch:
     teaching = {row.episode for row in rows if not rules.skip_without_signal or any(row.loss_advantages)}
+    numbers = num_sequences, num_tokens, tokens_per_step
     kept = [
-        replace(
-            row, weight=rules.row_weight(row.num_episode_tokens, num_sequences, num_tokens, tokens_per_step)
-        )
+        replace(row, weight=rules.row_weight(row.num_episode_tokens, *numbers))
         for row in rows
         if row.num_loss_tokens and row.episode in teaching
     ]
-    parcels = _parcels(kept, rules)
-    micro_batches = [micro_batch_of(bin_) for bin_ in _bins(parcels, rules.token_budget)]
+    micro_batches = [*map(micro_batch_of, _bins(_parcels(kept, rules), rules.token_budget))]
     return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
 
 
 def _parcels(rows: list[Row], rules: PackRules) -> list[list[list[Row]]]:
-    """Blocks that belong into one micro-batch: one by one, but all blocks of an episode of several rows."""
-    number = Counter(row.episode for row in rows)
-    single = [row for row in rows if number[row.episode] == 1]
-    blocks = _blocks(single, rules.token_budget) if rules.share_prompts else [[row] for row in single]
-    several: dict[tuple[int, int], list[list[Row]]] = {}
+    """Blocks that belong into one micro-batch: one by one, but all of an episode with several prompts."""
+    episodes: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        if number[row.episode] > 1:
-            several.setdefault(row.episode, []).append([row])
-    return [*([block] for block in blocks), *several.values()]
+        episodes.setdefault(row.episode, []).append(row)
+    single, several = list[list[Row]](), list[list[Row]]()
+    for own in episodes.values():
+        is_single = rules.share_prompts and len({row.prompt.token_ids for row in own}) == 1
+        (single if is_single else several).append(own)
+    blocks = _blocks(single, rules.token_budget)
+    return [*([block] for block in blocks), *([[row] for row in own] for own in several)]
 
 
-def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
-    """Rows of one group side by side, cut where prompt and completions together would exceed the budget."""
-    blocks: list[list[Row]] = []
-    size, current = 0, None
-    for row in rows:
-        length = len(row.completion.token_ids)
-        if (row.group_index, row.part) != current or row.part or size + length > token_budget:
+def _blocks(episodes: list[list[Row]], token_budget: int) -> list[list[Row]]:
+    """Episodes of one group side by side, cut where their rows and the prompt would exceed the budget."""
+    blocks, size, current = list[list[Row]](), 0, None
+    for rows in episodes:
+        prompt, length = rows[0].prompt.token_ids, sum(len(row.completion.token_ids) for row in rows)
+        if (rows[0].group_index, prompt) != current or size + length > token_budget:
             blocks.append([])
-            size, current = len(row.prompt.token_ids), (row.group_index, row.part)
-        blocks[-1].append(row)
+            size, current = len(prompt), (rows[0].group_index, prompt)
+        blocks[-1] += rows
         size += length
     return blocks
 
@@ -262,13 +284,11 @@ def _blocks(rows: list[Row], token_budget: int) -> list[list[Row]]:
 def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[Row]]]:
     """As few bins as first-fit decreasing needs, filled evenly: the largest parcel into the emptiest bin.
 
-    Even bins have a lower peak of memory than full ones and a small rest. Where the even filling does not
-    stay within the budget, the first-fit one stands.
+    Even bins have a lower memory peak. If one is larger than every first-fit bin, the latter are kept.
     """
     sizes = [sum(_size(block) for block in parcel) for parcel in parcels]
     bins = first_fit(sizes, token_budget)
-    even: list[list[int]] = [[] for _ in bins]
-    filled = [0] * len(bins)
+    even, filled = [list[int]() for _ in bins], [0] * len(bins)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         emptiest = filled.index(min(filled))
         even[emptiest].append(i)
@@ -280,21 +300,6 @@ def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[R
 
 def _size(block: list[Row]) -> int:
     return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
-
-
-def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices by bin, the largest first, each into the first bin with room."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        found = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
-        if found is None:
-            found = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[found].append(index)
-        room[found] -= sizes[index]
-    return bins
 
 
 def micro_batch_of(bin_: list[list[Row]]) -> MicroBatch:
@@ -328,8 +333,7 @@ def micro_batch_of(bin_: list[list[Row]]) -> MicroBatch:
             positions += range(len(prompt), len(prompt) + len(ids))
     if behavior and len(behavior) != len(columns):
         raise ValueError(
-            "some completions of a batch carry behavior log-probs and others do not; ask the engine for all "
-            "or none"
+            "some completions of a batch lack behavior log-probs; ask the engine for all of them or for none"
         )
     return MicroBatch(
         token_ids_N=torch.tensor(token_ids),

@@ -1,4 +1,4 @@
-"""The numbers of a step, from its groups: rewards and their parts, outcomes, lengths, staleness, faults."""
+"""The metrics of a step's groups: rewards and their parts, outcomes, lengths, staleness, faults."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Sum = Callable[[list[float]], list[float]]
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:
-    """Verdicts that are missing because a grader or an environment failed, not because it abstained by right;
-    and how many completions were graded, those that the engine aborted left out.
+    """Rewards that are missing because a grader or environment failed, not because it rightly abstained.
+    Also the number of graded completions, without those that the engine aborted.
     """
     graded = [r for c, r in _pairs(groups) if c.finish_reason != "abort" or "fault" in c.facts]
     return [r for r in graded if r.score is None and r.reason not in NO_FAULT], len(graded)
@@ -41,9 +41,9 @@ def group_metrics(
 ) -> dict[str, float]:
     """Means and extremes over the completions of all processes; a mean over nothing is left out.
 
-    `rejected` are groups that dynamic sampling replaced: they count among the outcomes of groups, the faults
-    of graders and the sampled tokens, and in nothing else.
-    `counts` is what the source of this process counted; all processes count the same things.
+    `rejected` are groups that dynamic sampling replaced: they count only in the outcomes of groups, the
+    faults of graders and the sampled tokens.
+    `counts` is what the source of this process counted, under the same names on all processes.
     """
     pairs, sampled = _pairs(groups), [*groups, *rejected]
     live = [(c, r) for c, r in pairs if c.finish_reason != "abort"]
@@ -62,7 +62,7 @@ def group_metrics(
         "completion/aborted": (len(pairs) - len(live), len(pairs)),
         "staleness/mean": (sum(age * n for age, n in ages), sum(n for _, n in ages)),
     }
-    if any(weights.values()):  # else a teacher alone teaches
+    if any(weights.values()):  # otherwise only a teacher gives a signal
         ratios |= {
             "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
             "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
@@ -82,10 +82,11 @@ def group_metrics(
 
 
 def _episode_metrics(completions: Sequence[Completion], world: World) -> dict[str, float]:
-    """Of episodes, by what their environments counted; empty where there are none. Seconds are the step's."""
+    """Turns and tool calls per episode, and each tool's seconds in the step; empty without episodes."""
     counts: Counter[Any] = Counter()
     for facts in (c.facts for c in completions if isinstance(c.facts.get("counts"), Mapping)):
         counts.update({"/episodes": 1, "/turns": len(facts["rewards"]), "/tools": "tools" in facts})
+        counts.update(dict(zip(("/sampling", "/idle"), facts.get("seconds", (0, 0)), strict=True)))
         counts.update(facts["counts"])
     total: Counter[Any] = Counter()
     for found in world.gather(dict(counts)):
@@ -97,6 +98,8 @@ def _episode_metrics(completions: Sequence[Completion], world: World) -> dict[st
         f"tools/{name.removeprefix('seconds/')}/seconds": value for name, value in seconds.items()
     }
     values["episode/turns"] = total["/turns"] / total["/episodes"]
+    if total["/sampling"]:
+        values["episode/wait_share"] = total["/idle"] / total["/sampling"]
     if total["calls"] or total["/tools"]:
         values["tools/calls"] = total["calls"] / total["/episodes"]
     if total["calls"]:
@@ -105,7 +108,7 @@ def _episode_metrics(completions: Sequence[Completion], world: World) -> dict[st
 
 
 def _moments(scored: Mapping[str, Sequence[float]], world: World) -> dict[str, float]:
-    """Mean and standard deviation of scores by name; of equal ones it is 0 to the last bit."""
+    """Mean and standard deviation of scores by name; the deviation of equal scores is exactly 0."""
     found, values = world.gather(scored), {}
     for name in scored:
         numbers = [x for of_process in found for x in of_process[name]]
@@ -120,8 +123,8 @@ def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_proce
     """A sentence with examples if graders failed on some of the completions, else "".
 
     Raises:
-        RuntimeError: on more than `max_share` of them. A single failure is not enough, though in a small step
-            it is a large share, unless `max_share` is 0.
+        RuntimeError: they failed on more than `max_share` of them. A single failure, which is a large share
+            of a small step, counts only where `max_share` is 0.
     """
     faults, num_graded = grader_faults(groups)
     total_faults, total_graded = sum_over_processes([float(len(faults)), float(num_graded)])
@@ -131,9 +134,9 @@ def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_proce
     sentence = f"graders failed on {total_faults:.0f} of {total_graded:.0f} completions"
     shown = "; ".join(examples) or "see the other processes"
     if total_faults <= max_share * total_graded or (total_faults == 1 and max_share > 0):
-        return f"{sentence}, which count in nothing: {shown}"
+        return f"{sentence}, which are left out: {shown}"
     raise RuntimeError(
         f"{sentence}, more than rewards.max_fault_share={max_share}: {shown}. Nothing was trained on this "
-        "step; mend the reward function (`cohort score` runs it on saved rows), or where the environment "
-        "failed its tools (environment.log), and start again: the run resumes"
+        "step; fix the reward function (`cohort score` runs it on saved rows), or the tools of an "
+        "environment that failed (environment.log), and start again: the run resumes"
     )

@@ -1,7 +1,7 @@
-"""What the processes of a run do together in a step: who trains which group, and the sum of all gradients.
+"""What the processes of a run do together in a step: sharing out groups, and summing gradients.
 
-Groups are sampled by count and trained by predicted cost: the slowest process decides how long a step takes.
-Weights of tokens are global shares, so it does not matter to the gradient who computes a row.
+Processes sample equally many groups, and train groups of about equal predicted cost: the slowest process
+decides how long a step takes. Token weights are global, so gradients do not depend on who computes a row.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from rl.store.ledger_lines import decode_advantages, decode_group, encode_group
 from rl.types import Advantage, ScoredGroup, Team
 
 CONTEXT_COST = 1 / (6 * 2048)
-"""Attention to a token of context, in parts of all else that a token costs: 1 / (6 width of the model)."""
+"""Cost of attention to a token of context / all other cost of a token: 1 / (6 * width of the model)."""
 GAIN = 0.01
-"""Of the mean load: what moving a group must take off the greatest one at least."""
+"""A group moves only if that lowers the greatest load by this share of the mean load or more."""
 Named = Sequence[tuple[str, nn.Parameter]]
 BUCKET_BYTES = 64 << 20
 IN_FLIGHT = 2
-"""Buckets that are on their way at once; each takes its bytes beside the gradients."""
+"""Buckets being sent at once; each takes memory for its bytes beside the gradients."""
 
 
 class SummedGradients:
     """grad <- sum of grad over all processes, in flat buckets; a process without a gradient adds zeros.
 
-    Buckets go in one order on all processes: the last parameters' first, as a backward pass ends with the
-    first ones. From `begin` on a bucket is sent as soon as it and all before it are there; `finish` sends the
-    others. So processes agree however much work each has, and one that has none sends all at the end.
+    All processes send buckets in the same order: the last parameters first, as a backward pass does. After
+    `begin`, a bucket is sent as soon as it and all before it are complete; `finish` sends the others. So
+    processes agree however much work each has; one without work sends everything at the end.
 
     Args:
-        trainable: names and parameters, the same ones in the same order on all processes.
-        num_processes: alone, nothing is summed.
+        trainable: names and parameters, equal and in the same order on all processes.
+        num_processes: 1: nothing is summed.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SummedGradients:
         return in_buckets([p for _, p in self.trainable()][::-1], self.bucket_bytes)
 
     def begin(self, *, last: bool) -> None:
-        """To be called before each backward pass. In deterministic mode all is left to `finish`."""
+        """Call it before each backward pass. In deterministic mode `finish` sends everything."""
         if self.num_processes == 1 or not last or torch.are_deterministic_algorithms_enabled():
             return
         if not self._bucket_of:
@@ -65,7 +65,7 @@ class SummedGradients:
         self._missing = [set(bucket) for bucket in self.buckets]
 
     def finish(self, max_norm: float) -> float:
-        """Sends what was not sent yet, waits for all, clips, and returns the norm before."""
+        """Sends the remaining buckets, waits for all, clips, and returns the norm before clipping."""
         while self.num_processes > 1 and self._next < len(self.buckets):
             self._send()
         while self._sent:
@@ -88,7 +88,7 @@ class SummedGradients:
             self._take()
         bucket = self.buckets[self._next]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        # A large one is summed where it lies: beside a head's gradient there may be no room for another.
+        # A single gradient is summed in place: memory may not hold a second copy of the output head's.
         flat = grads[0].reshape(-1) if len(grads) == 1 else torch.cat([grad.reshape(-1) for grad in grads])
         self._sent.append((self._next, flat, torch.distributed.all_reduce(flat, async_op=True)))
         self._next += 1
@@ -105,7 +105,7 @@ class SummedGradients:
 
 
 def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype, of so many bytes together or a single one."""
+    """Consecutive parameters of one dtype, of at most `bucket_bytes` together or a single one."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:
@@ -118,8 +118,8 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
 
 
 def predicted_cost(group: ScoredGroup, advantages: Sequence[Advantage], rules: PackRules) -> float:
-    """Tokens that are computed for a group, and their attention; 0 where no row of it is trained on."""
-    cost, prompt = 0.0, 0
+    """Tokens to compute for a group, with attention added as tokens; 0 if none of its rows is trained on."""
+    cost, shared = 0.0, len(group.prompt.token_ids) * rules.share_prompts
     for completion, advantage in zip(group.completions, advantages, strict=True):
         has_signal = any([advantage] if isinstance(advantage, float | int) else advantage)
         if completion.finish_reason == "abort" or (rules.skip_without_signal and not has_signal):
@@ -127,15 +127,14 @@ def predicted_cost(group: ScoredGroup, advantages: Sequence[Advantage], rules: P
         prompts = [group.prompt.token_ids, *(c.prompt_token_ids for c in completion.continuations)]
         for ids, row in zip(prompts, completion.rows, strict=True):
             before, own = len(ids), len(row.token_ids)
-            cost += own * (1 + CONTEXT_COST * (before + own / 2)) + before * (not rules.share_prompts)
-            prompt = max(prompt, before)
-    return cost + prompt * rules.share_prompts
+            cost += own * (1 + CONTEXT_COST * (before + own / 2)) + max(before - shared, 0)
+    return cost + shared * (cost > 0)
 
 
 def shared_out(costs: Sequence[Sequence[float]]) -> list[list[int]]:
-    """Who trains each group so that the greatest load is small: costs and result are [process][group].
+    """The process that trains each group, so that the largest load is small; both are [process][group].
 
-    A group moves from the fullest process to the emptiest one as long as that helps; the others stay.
+    A group moves from the most to the least loaded process as long as that helps; the others stay.
     """
     owners = [[rank] * len(mine) for rank, mine in enumerate(costs)]
     loads = [sum(mine) for mine in costs]
@@ -158,9 +157,9 @@ def shared_out(costs: Sequence[Sequence[float]]) -> list[list[int]]:
 
 
 def divide(costs: Sequence[float], num_minibatches: int, team: Team) -> list[int]:
-    """Who trains each of the groups that this process sampled; each minibatch is shared out by itself.
+    """The process that trains each group sampled here; each minibatch is shared out by itself.
 
-    Collective. In deterministic mode everybody trains what it sampled.
+    Collective. In deterministic mode each process trains what it sampled.
     """
     if team.size == 1 or torch.are_deterministic_algorithms_enabled():
         return [team.rank] * len(costs)
@@ -174,13 +173,14 @@ def divide(costs: Sequence[float], num_minibatches: int, team: Team) -> list[int
 def exchange(
     groups: Sequence[ScoredGroup],
     advantages: Sequence[Sequence[Advantage]],
+    *,
     owners: Sequence[int],
     num_minibatches: int,
     team: Team,
 ) -> tuple[list[ScoredGroup], list[list[Advantage]], list[int]]:
     """What this process trains: groups, advantages, and the minibatch of each. Collective.
 
-    They travel in the form that the ledger has them in, and stand in the order of process and group.
+    Groups travel in the ledger's format, and are ordered by the process that sampled them.
     """
     size = max(1, len(groups) // num_minibatches)
     pairs = [(g, list(a), i // size) for i, (g, a) in enumerate(zip(groups, advantages, strict=True))]

@@ -1,10 +1,9 @@
 """An engine that plays episodes: a completion may call a tool or answer an environment, and go on.
 
-It is an engine around an engine. Each turn is a completion of its own: the tokens of the row so far are the
-prompt, so that what is sampled from is what is stored. Many episodes are in flight; where the inner engine
-samples while nobody calls it, tools answer behind that. One that samples only while it is called gets all
-turns that are ready together: which of them share a batch, and with it rounding, does not depend on how long
-tools take.
+It is an engine around an engine. Each turn is a completion of its own. Its prompt is the tokens of the row
+so far: what is sampled from is what is stored. Many episodes are in flight. If the inner engine samples while
+nobody calls it, tools answer meanwhile. An engine that samples only while it is called gets all ready turns
+together. So batches, and with them rounding, do not depend on how long tools take.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rl.types import Call, Completion, FinishReason, Group, Prompt
@@ -28,7 +27,7 @@ from rollout.environment import (
     Turn,
     checked_reply,
 )
-from rollout.play import Play
+from rollout.play import Play, Playing
 from rollout.turns import TurnRenderer
 
 UNDER_WAY = "a call was under way when the run was killed, and it may not be made again"
@@ -38,7 +37,7 @@ CLOSE_S = 10.0
 
 
 class Interrupted(Exception):
-    """An episode that was begun before a kill cannot be opened again."""
+    """An episode that began before a kill cannot be opened again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class EpisodeRules:
     Attributes:
         max_turns: an episode that is not over then is cut; its rewards count.
         max_turn_length: tokens of one turn; a turn that is cut ends its episode, and no tool is asked.
-        parallel: calls of environments at a time.
+        parallel: number of environment calls at a time.
         timeout_s: longest wait of `generate` for any turn or answer.
     """
 
@@ -57,24 +56,11 @@ class EpisodeRules:
     timeout_s: float = 600.0
 
 
-@dataclass(eq=False)
-class Playing:
-    """A group while its episodes are played."""
-
-    prompt: Prompt
-    done: dict[int, Completion] = field(default_factory=dict)
-    plays: list[Play] = field(default_factory=list)
-
-    @property
-    def group(self) -> Group:
-        return Group(self.prompt, [self.done[i] for i in range(len(self.plays))])
-
-
 class EpisodeEngine:
-    """Plays episodes in `environment` with completions of `engine`, which it owns with the environment.
+    """Plays episodes in `environment` with completions of `engine`; it owns both, and closes them.
 
     Args:
-        journal: turns and answers of submitted calls; `generate` writes none.
+        journal: keeps turns and answers of submitted calls; `generate` writes none.
         facts: what every completion carries, such as a hash of the tools' schemas.
         read_calls: finds the calls of tools in a turn; None: the environment looks for them itself.
     """
@@ -101,7 +87,8 @@ class EpisodeEngine:
         self._sampling: dict[str, Play] = {}
         self._asking: dict[Future[Reply], Play] = {}
         self._answered: list[tuple[Play, Mapping[str, Any], bool]] = []
-        self._num_played = 0
+        self._num_played, self._counted_at = 0, 0.0
+        self._seconds = [0.0, 0.0]  # since an episode ended: all, and without a turn to sample
         self._closing: list[Future[Any]] = []
         self._threads = ThreadPoolExecutor(rules.parallel, thread_name_prefix="environment")
 
@@ -143,15 +130,14 @@ class EpisodeEngine:
         return [playing.group for playing in finished]
 
     def generate(self, call: Call) -> list[Group]:
-        """As `Engine.generate`. What was submitted goes on meanwhile."""
+        """As `Engine.generate`. Submitted calls go on meanwhile."""
         check_weights(self.engine)
         asked = self._begin(call, is_journaled=False)
         last, seen = time.monotonic(), -1
         while any(playing in self._playing for playing in asked):
             self._advance(1.0)
-            if (
-                moved := sum(play.turn + len(play.rewards) for p in self._playing for play in p.plays)
-            ) != seen:
+            moved = sum(play.turn + len(play.rewards) for p in self._playing for play in p.plays)
+            if moved != seen:
                 last, seen = time.monotonic(), moved
             elif time.monotonic() - last > self.rules.timeout_s:
                 self.abort([playing.prompt for playing in asked])
@@ -180,7 +166,7 @@ class EpisodeEngine:
         self._playing = [playing for playing in self._playing if playing not in gone]
         self._finished = [playing for playing in self._finished if playing not in gone]
         for future in [future for future, play in self._asking.items() if play in plays]:
-            future.cancel()  # one that runs is waited for, and its answer thrown away
+            future.cancel()  # a running one is waited for, and its answer dropped
         for play in plays - set(self._asking.values()):
             self._close(play)
 
@@ -204,7 +190,7 @@ class EpisodeEngine:
     def close(self) -> None:
         with suppress(EngineError):
             self.abort([playing.prompt for playing in [*self._playing, *self._finished]])
-        self.environment.close()  # what waits in a thread fails now
+        self.environment.close()  # threads that wait for it fail now
         late: list[Future[Any]] = [*self._asking, *self._closing]
         wait(late, CLOSE_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -212,6 +198,7 @@ class EpisodeEngine:
 
     def _advance(self, timeout_s: float) -> None:
         """Starts what is ready, and takes what is sampled or answered within `timeout_s`."""
+        self._counted_at = time.monotonic()
         if self._ready and (self.engine.runs_alone or not self._asking):
             self._sample()
         if self._sampling:
@@ -221,10 +208,18 @@ class EpisodeEngine:
             self._ask([pair for pair in pairs if self._is_whole(*pair)])
         elif self._asking and not self._answered:
             wait(self._asking, timeout_s, FIRST_COMPLETED)
+            self._seconds[1] += self._count()
         self._take_answers()
+        self._count()
+
+    def _count(self) -> float:
+        """Adds the seconds since it was called last, or `_advance` began, to all of them; returns them."""
+        before, self._counted_at = self._counted_at, time.monotonic()
+        self._seconds[0] += self._counted_at - before
+        return self._counted_at - before
 
     def _sample(self) -> None:
-        """Submits the turns that are ready, by how long they may be, in the order of their episodes."""
+        """Submits the ready turns in the order of their episodes, in one call for each sampling setting."""
         ready = sorted(self._ready, key=lambda play: play.number)
         self._ready = []
         waves: dict[tuple[Any, bool], list[Play]] = {}
@@ -238,7 +233,7 @@ class EpisodeEngine:
             self.engine.submit(Call(prompts, 1, sampling, seeds, with_logprobs))
 
     def _is_whole(self, play: Play, completion: Completion) -> bool:
-        """Takes a turn; whether it ended by itself. A cut one ends its episode, and no tool is asked."""
+        """Adds a turn; returns whether it ended by itself. A cut one ends its episode without a tool."""
         if completion.finish_reason == "abort" or not completion.token_ids:
             self._fail(play, {})
             return False
@@ -248,7 +243,7 @@ class EpisodeEngine:
         return completion.finish_reason == "stop"
 
     def _ask(self, pairs: Sequence[tuple[Play, Completion]]) -> None:
-        """Asks the environment, unless the journal has the answer. That it is asked is on disk before."""
+        """Asks the environment, unless the journal has the answer. The question is on disk first."""
         asked, entries = [], []
         for play, completion in pairs:
             known = self.journal.find(play.key) if play.is_journaled else None
@@ -266,7 +261,7 @@ class EpisodeEngine:
             self._asking[self._threads.submit(self._step, play, turn)] = play
 
     def _step(self, play: Play, turn: Turn) -> Reply:
-        """In a thread: the episode's answer. It is opened when it is first asked, or again after a kill."""
+        """Runs in a thread: returns the episode's answer, after opening it at first or after a kill."""
         if play.episode is None:
             if turn.number and play.state is None:
                 raise Interrupted
@@ -295,7 +290,7 @@ class EpisodeEngine:
                 self._end(play, "length", "tokens")
 
     def _took(self, play: Play, entry: Mapping[str, Any]) -> bool:
-        """Takes an answer; whether the episode goes on."""
+        """Takes an answer; returns whether the episode goes on."""
         if "reply" not in entry:
             self._fail(play, {name: entry[name] for name in ("fault", "interrupted") if name in entry})
             return False
@@ -311,15 +306,17 @@ class EpisodeEngine:
         return not reply.done and play.turn + 1 < self.rules.max_turns
 
     def _fail(self, play: Play, why: Mapping[str, str]) -> None:
-        """The episode abstains: the engine aborted a turn, the environment failed ("fault"), or it cannot be
-        gone on with after a kill ("interrupted"), which is nobody's fault.
+        """Lets the episode abstain. The engine aborted a turn, the environment failed ("fault"), or a kill
+        interrupted what cannot be resumed ("interrupted"); that is nobody's fault.
         """
         completion = aborted()
         completion.facts = {**self.facts, **why, "said": play.said}
         self._put(play, completion)
 
     def _end(self, play: Play, reason: FinishReason, limit: str) -> None:
-        self._put(play, play.completion(reason, {**self.facts, "limit": limit}))
+        self._count()
+        seconds, self._seconds = [round(s, 4) for s in self._seconds], [0.0, 0.0]
+        self._put(play, play.completion(reason, {**self.facts, "limit": limit, "seconds": seconds}))
 
     def _put(self, play: Play, completion: Completion) -> None:
         playing = next(playing for playing in self._playing if play in playing.plays)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-from rl.model.messages import messages_of, without_none
+from rl.model.messages import messages_of
 from rl.types import Message
 
 
@@ -32,7 +29,7 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
         )
     elif template != "{prompt}":
         raise ValueError(
-            f"{where}: data.template wraps prompts that are text, and this one is a list of messages; leave "
+            f"{where}: data.template wraps prompts that are text, but this one is a list of messages; leave "
             "data.template out and put its words into the messages or data.system_prompt"
         )
     else:
@@ -40,7 +37,7 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and not (message["content"] or message.get("tool_calls")):
                 raise ValueError(
-                    f"{where}: message {index} of the assistant says nothing and calls no tool; remove it"
+                    f"{where}: message {index} of the assistant has no text and no tool call; remove it"
                 )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
@@ -48,10 +45,10 @@ def chat_messages(value: Any, system_prompt: str | None, template: str, where: s
 
 
 def check_last(messages: tuple[Message, ...], may_continue: bool, where: str) -> bool:
-    """Whether completions go on with the last message, which is the assistant's.
+    """Whether completions continue the last message because it is the assistant's.
 
     Raises:
-        ValueError: it is, and completions would be a second turn of the assistant; or it has no text.
+        ValueError: it is the assistant's, and may not be continued or has no text.
     """
     last = messages[-1]
     if last["role"] != "assistant":
@@ -66,26 +63,3 @@ def check_last(messages: tuple[Message, ...], may_continue: bool, where: str) ->
     if not isinstance(last.get("content"), str) or not last["content"].strip():
         raise ValueError(f"{where}: the assistant's last message has no text to go on with; remove it")
     return True
-
-
-def read_tools(value: Any, where: str) -> list[Any] | None:
-    """The row's tools as JSON schemas: a list of mappings, or such a list as JSON text; None without any.
-
-    `datasets` fills what one row's schema lacks and another has with None, which is taken out.
-
-    Raises:
-        ValueError: the column holds something else.
-    """
-    tools = value or []
-    if isinstance(value, str) and value.strip():
-        with suppress(json.JSONDecodeError):
-            tools = json.loads(value)
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(
-            f"{where}: the column 'tools' goes to the chat template and must be a list of JSON schemas, or "
-            f"such a list as JSON text, not {type(value).__name__} {value!r:.60}; mend it, or give the "
-            "column another name with data.rename={tools: ...}"
-        )
-    return [without_none(tool) for tool in tools]

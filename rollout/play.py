@@ -16,6 +16,7 @@ from rl.types import (
     Completion,
     Continuation,
     FinishReason,
+    Group,
     Message,
     Prompt,
     Segment,
@@ -87,11 +88,11 @@ class Play:
     """An episode: completion `index` of a prompt.
 
     Attributes:
-        call: what was asked for; its sampling's `max_completion_length` is of the episode.
-        number: of the episode in the order in which they were submitted.
+        call: what was asked for; its sampling's `max_completion_length` is that of the whole episode.
+        number: of the episode, in the order in which episodes were submitted.
         turn: number of the turn that is sampled, or was sampled last.
-        counts: numbers of the facts, summed over the turns.
-        said: the conversation behind the prompt, for readers.
+        counts: numeric facts, summed over the turns.
+        said: the conversation after the prompt, for readers.
         last, shown: the turn that was sampled last; the messages that follow it, as the model gets them.
     """
 
@@ -122,7 +123,7 @@ class Play:
 
     @property
     def asked(self) -> Prompt:
-        """The prompt of the turn to come: all tokens of the row, as they are."""
+        """The prompt of the next turn: all tokens of the row, as they are."""
         ids = (*self.row.prompt_token_ids, *self.row.token_ids)
         return Prompt(f"{self.prompt.id}, completion {self.index}, turn {self.turn}", "", ids)
 
@@ -132,7 +133,7 @@ class Play:
 
     @property
     def key(self) -> str:
-        """Of the turn in a journal: who asks, and a hash of all that the environment is asked with."""
+        """The turn's key in a journal: episode, turn, and a hash of all tokens with which it is asked."""
         said = json.dumps([self.seed, [(r.prompt_token_ids, r.token_ids) for r in self.rows]])
         digest = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
         return f"{self.prompt.id}/{self.index}/{self.turn}/{digest}"
@@ -146,8 +147,8 @@ class Play:
         return self.room_behind(self.row.length)
 
     def room_behind(self, length: int) -> int:
-        """Tokens that may still be sampled behind so many of a row: the episode samples no more than a
-        completion may have, and no row is longer than the prompt with one.
+        """Tokens that may still be sampled after `length` tokens of a row. An episode samples at most the
+        length of one completion, and no row is longer than the prompt with one completion.
         """
         limit = self.call.sampling.max_completion_length
         return min(limit - self.num_sampled, len(self.prompt.token_ids) + limit - length)
@@ -173,8 +174,8 @@ class Play:
         self.said += [{"role": m["role"], "content": m["content"]} for m in reply.messages]
 
     def add_step(self, step: Step) -> bool:
-        """Adds what stands between the last turn and the next, unless it leaves no room for that; whether it
-        did. An end of turn that was sampled stays, and is not put behind itself again.
+        """Adds what stands between the last turn and the next; returns False if that leaves no room for the
+        next. An end of turn that was sampled stays, and is not added a second time.
         """
         tokens = step.tokens
         self.counts["drift"] += step.has_drifted
@@ -207,3 +208,16 @@ class Play:
         rewards = [*self.rewards, *[None] * (num_turns - len(self.rewards))]
         first.facts = {"rewards": rewards, "said": self.said, "counts": numbers, **facts}
         return first
+
+
+@dataclass(eq=False)
+class Playing:
+    """A group while its episodes are played."""
+
+    prompt: Prompt
+    done: dict[int, Completion] = field(default_factory=dict)
+    plays: list[Play] = field(default_factory=list)
+
+    @property
+    def group(self) -> Group:
+        return Group(self.prompt, [self.done[i] for i in range(len(self.plays))])

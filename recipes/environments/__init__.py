@@ -27,7 +27,7 @@ def found(path: str) -> Any:
     """The object at module:name.
 
     Raises:
-        ValueError: the path has another form, or nothing is there.
+        ValueError: the path has another form, or its object cannot be found.
     """
     module, _, name = path.partition(":")
     if not module or not name:
@@ -42,10 +42,10 @@ def found(path: str) -> Any:
 
 
 def load(name: str, options: Mapping[str, Any]) -> Environment:
-    """The environment of that name: built in, or what `module:callable` makes of the options.
+    """The environment of that name: a built-in one, or what `module:callable` returns for the options.
 
     Raises:
-        ValueError: there is none, it takes other options, or it makes something else.
+        ValueError: it does not exist, it takes other options, or it is not an environment.
     """
     path, what = BUILT_IN.get(name, name), f"environment.name={name!r}"
     if ":" not in path:
@@ -53,13 +53,13 @@ def load(name: str, options: Mapping[str, Any]) -> Environment:
         raise ValueError(f"{what} is neither built in (such as {', '.join(near)}) nor module:callable")
     try:
         made = found(path)(**options)
-    except Exception as error:  # code of the user's may raise anything
+    except Exception as error:  # the user's code may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{what} with options {dict(options)} failed: {said}") from error
     if not all(hasattr(made, part) for part in ("open", "close", "repeatable", "tools")):
         raise ValueError(
-            f"{what} makes a {type(made).__name__}, and an environment has open, close, repeatable and tools "
-            "(rollout.environment)"
+            f"{what} makes a {type(made).__name__}; an environment must have open, close, repeatable and "
+            "tools (rollout.environment)"
         )
     return made
 

@@ -1,7 +1,7 @@
-"""A program of the user's as an environment: it asks an OpenAI-compatible endpoint, and the policy answers.
+"""A user's program as an environment: it asks an OpenAI-compatible endpoint, and the policy answers.
 
-The endpoint is on loopback, and each episode has a token of its own. What a request adds behind the last
-answer is what the policy reads next, so that the ids that were sampled are those that are trained on.
+The endpoint is on loopback, and each episode has its own token. What a request adds after the last answer is
+the policy's next input. So the policy is trained on exactly the ids that it sampled.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MAX_BODY_BYTES = 4 << 20
 
 
 class Agent(Environment):
-    """Runs `agent(base_url, api_key, row, seed)` in a thread; a number that it returns pays the episode.
+    """Runs `agent(base_url, api_key, row, seed)` in a thread; a number that it returns is the reward.
 
     It posts to /v1/chat/completions, without streaming, as the package openai does. Its first request is
-    row["prompt"]; each later one begins with the messages and the answer before it. The run's own sampling
-    holds, and not the request's.
+    row["prompt"]; each later one begins with the earlier messages and the last answer. Sampling follows the
+    run's settings, not the request's.
 
     Args:
         tools: JSON schemas in OpenAI's form; requests with others are refused.
-        repeatable: the program does the same again when it is told the same, so that it is run again after a
-            kill, with the answers that it had.
-        timeout_s: that it may compute between an answer and its next request, or before its first; less than
-            half of environment.deadline_s. What its module imports at its top is not counted.
+        repeatable: the program does the same again if it gets the same answers. After a kill it is then run
+            again with the answers that it had.
+        timeout_s: how long it may compute before its first request, or between an answer and the next; less
+            than half of environment.deadline_s. Imports at the top of its module are not counted.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Agent(Environment):
 
 
 class Talking(Episode):
-    """An episode. `said` are the policy's turns; a request waits in `answers` until there is one more."""
+    """An episode. `said` holds the policy's turns; a request waits on `answers` for the next one."""
 
     def __init__(self, owner: Agent, row: Mapping[str, Any], seed: int, said: list[Turn]) -> None:
         self.owner, self.said, self.is_over = owner, said, False
@@ -74,7 +74,7 @@ class Talking(Episode):
             for turn in said:
                 self._tell(turn)
         except EnvironmentFault:
-            self.close()  # nobody else has it
+            self.close()  # the caller gets no reference
             raise
 
     def _run(self, url: str, row: dict[str, Any], seed: int) -> None:
@@ -93,9 +93,9 @@ class Talking(Episode):
         return Reply(tuple(new), state=state)
 
     def _tell(self, turn: Turn) -> list[dict[str, str]] | float | None:
-        """Answers the request that waits; what the next one adds, or what the program returned."""
+        """Answers the waiting request; returns what the next one adds, or what the program returned."""
         if self.is_over:
-            raise EnvironmentFault("the agent ended before it heard all that was said")
+            raise EnvironmentFault("the agent ended before it got all answers of the policy")
         self.messages.append({"role": "assistant", "content": turn.text})
         self.answers.put(turn)
         return self._next()
@@ -104,7 +104,7 @@ class Talking(Episode):
         try:
             event = self.asked.get(timeout=self.owner.timeout_s)
         except queue.Empty:
-            raise EnvironmentFault(f"the agent asked nothing for {self.owner.timeout_s:g} s") from None
+            raise EnvironmentFault(f"the agent sent no request for {self.owner.timeout_s:g} s") from None
         if isinstance(event, EnvironmentFault):
             raise event
         if not isinstance(event, list):
@@ -113,8 +113,8 @@ class Talking(Episode):
         known = len(self.messages)
         if event[:known] != self.messages or (len(event) == known) is not is_first:
             raise EnvironmentFault(
-                "a request is the messages and the answer before it, and something new; the first one is "
-                "row['prompt']; an agent that rewrites its history cannot be trained here"
+                "a request must be the earlier messages, the last answer, and something new; the first one "
+                "must be row['prompt']; an agent that rewrites its history cannot be trained here"
             )
         self.messages = event
         return event[known:]
@@ -138,23 +138,23 @@ class Endpoint(BaseHTTPRequestHandler):
         try:
             size = int(self.headers.get("Content-Length") or 0)
             if self.path != "/v1/chat/completions" or not 0 < size <= MAX_BODY_BYTES:
-                raise ValueError("what is served is POST /v1/chat/completions, of at most 4 MiB")
+                raise ValueError("only POST /v1/chat/completions of at most 4 MiB is served")
             asked = json.loads(self.rfile.read(size))
             if asked.get("stream") or asked.get("n", 1) != 1 or list(asked.get("tools") or tools) != tools:
-                raise ValueError("stream, n above 1, and tools other than those of environment.options")
+                raise ValueError("not served: stream, n above 1, tools not in environment.options")
             messages = [_plain(message) for message in asked["messages"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             return self._send(400, {"error": {"message": f"{type(error).__name__}: {error}"}})
         talk.asked.put(messages)
         turn = talk.answers.get()
         if turn is None:
-            talk.answers.put(None)  # for others that wait
+            talk.answers.put(None)  # for other waiting requests
             return self._send(410, {"error": {"message": "the episode is over"}})
         self._send(200, _completion(turn))
 
     def _send(self, status: int, body: Mapping[str, Any]) -> None:
         data = json.dumps(body).encode()
-        with suppress(OSError):  # who asked may be gone
+        with suppress(OSError):  # the client may be gone
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -174,7 +174,7 @@ def _plain(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _completion(turn: Turn) -> dict[str, Any]:
-    """The answer of an OpenAI-compatible server. `content` is all that was said, calls of tools included."""
+    """The answer of an OpenAI-compatible server. Its `content` is the whole turn, tool calls included."""
     message: dict[str, Any] = {"role": "assistant", "content": turn.text}
     if calls := openai_calls(turn):
         message["tool_calls"] = calls

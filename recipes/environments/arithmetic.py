@@ -1,4 +1,4 @@
-"""Values of arithmetic expressions that a model wrote: a syntax tree is walked, and nothing is evaluated."""
+"""Computes arithmetic that a model wrote by walking its syntax tree; nothing is evaluated as Python."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def value_of(expression: str) -> str:
     """The exact value if it is an integer, else 15 digits.
 
     Raises:
-        ValueError: it is not arithmetic, too long, or its value has too many digits.
-        ZeroDivisionError: it divides by 0.
+        ValueError: the expression is not arithmetic or too long, or its value has too many digits.
+        ZeroDivisionError: the expression divides by 0.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"the expression has more than {MAX_CHARACTERS} characters")
@@ -53,7 +53,7 @@ def _value(node: ast.expr) -> Fraction:
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
-        raise ValueError("exponents are integers")
+        raise ValueError("exponents must be integers")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if bits * abs(exponent.numerator) > MAX_BITS and bits > 1:
         raise ValueError("the value has too many digits")

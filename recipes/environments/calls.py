@@ -1,8 +1,8 @@
-"""Tool calls in what a model says, and their answers. What a model writes is parsed, and never evaluated.
+"""Finds the tool calls in a model's text and answers them. The text is parsed, and never evaluated.
 
-Hermes' form, of Qwen2.5 and Qwen3, is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`,
-any number of times; `forms` reads others. A call that cannot be made is answered with what is wrong, so that
-the model can learn.
+The Hermes form, of Qwen2.5 and Qwen3, is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`,
+any number of times; `forms` reads others. A malformed call is answered with what is wrong, so that the model
+can learn.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ from rollout.environment import EnvironmentFault, ToolCall, Turn
 
 MARK = re.compile(r"<tool_call>\s*|</think>")
 END = re.compile(r"\s*(?:</tool_call>|\Z)")
-SKIPPED = re.compile(r"</tool_call>|(?=</think>)|\Z")  # up to here a malformed call goes
-MAX_CALLS = 8  # of one turn
+SKIPPED = re.compile(r"</tool_call>|(?=</think>)|\Z")  # a malformed call ends here
+MAX_CALLS = 8  # per turn
 MAX_DEPTH = 64  # of arguments
 TOO_DEEP = "the call is nested too deep"
-CALL: ContextVar[str] = ContextVar("what the generator and the clock of a call are made of", default="")
+CALL: ContextVar[str] = ContextVar("seed of a call's generator and clock", default="")
+
+
+class ToolError(Exception):
+    """A call that failed by its arguments: the text is the answer as it stands, and it is counted."""
 
 
 def seed_call(*parts: Any) -> None:
-    """From here on chance and time are those of a seed, a turn, and a call in it."""
+    """From here on, `random`, `generator()` and `now()` depend only on `parts`: seed, turn, call."""
     CALL.set("/".join(map(str, parts)))
     random.seed(CALL.get())
 
 
 def generator() -> random.Random:
-    """Of the call that is answered: a replay after a kill draws the same numbers."""
+    """The current call's random generator: a replay after a kill draws the same numbers."""
     return random.Random(CALL.get())
 
 
 def now() -> datetime:
-    """The time of the call that is answered: a day by the episode's seed, one minute more for each turn."""
+    """The current call's time: a day drawn from the episode's seed, plus one minute per turn."""
     seed, _, rest = CALL.get().partition("/")
     day = datetime(2026, 1, 1, 12, tzinfo=UTC) + timedelta(days=random.Random(seed).randrange(365))
     return day + timedelta(minutes=int(rest.partition("/")[0] or 0))
 
 
 def calls_in(text: str) -> list[ToolCall]:
-    """The calls of a turn, in order; what stands in its thinking is not a call, a tag in a string is text."""
+    """The calls of a turn, in order. Calls within its thinking do not count; a tag in a string is text."""
     found, at = list[ToolCall](), 0
     while mark := MARK.search(text, at):
         at, after = mark.end(), None
@@ -71,12 +75,12 @@ def calls_in(text: str) -> list[ToolCall]:
 
 
 def calls_of(turn: Turn) -> Sequence[ToolCall]:
-    """The calls of a turn; where nobody looked for any, those in Hermes' form."""
+    """The calls of a turn; if it has not been searched for calls yet, those in the Hermes form."""
     return calls_in(turn.text) if turn.calls is None else turn.calls
 
 
 def openai_calls(turn: Turn) -> list[dict[str, Any]]:
-    """The calls of a turn that can be made, as an OpenAI-compatible server gives them."""
+    """The well-formed calls of a turn, as an OpenAI-compatible server returns them."""
     made = [{"name": c.name, "arguments": json.dumps(c.arguments)} for c in calls_of(turn) if not c.fault]
     return [{"id": f"{turn.number}-{i}", "type": "function", "function": f} for i, f in enumerate(made)]
 
@@ -85,14 +89,14 @@ def _call(found: Any) -> ToolCall:
     if not isinstance(found, dict):
         return ToolCall(fault='a call is a JSON object with "name" and "arguments"')
     arguments = found.get("arguments", {})
-    if isinstance(arguments, str):  # some models write the object as text once more
+    if isinstance(arguments, str):  # some models write the object as a JSON string
         with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     return checked_call(found.get("name"), arguments)
 
 
 def checked_call(name: Any, arguments: Any) -> ToolCall:
-    """The call, if it can cross to the process of a tool as JSON; else one with what is wrong."""
+    """The call, if it can be sent to a tool's process as JSON; else one that says what is wrong."""
     if not isinstance(name, str):
         return ToolCall(fault='a call is a JSON object with "name" and "arguments"')
     if not isinstance(arguments, dict):
@@ -102,19 +106,19 @@ def checked_call(name: Any, arguments: Any) -> ToolCall:
     try:
         json.dumps(arguments, allow_nan=False)
     except (ValueError, TypeError) as error:
-        return ToolCall(name, fault=f"arguments are plain JSON values: {error}")
+        return ToolCall(name, fault=f"arguments must be plain JSON values: {error}")
     return ToolCall(name, arguments)
 
 
 def answer_calls(
     turn: Turn, tools: Mapping[str, Callable[..., Any]], seed: int = 0
 ) -> tuple[list[Message], dict[str, float]]:
-    """A message for each call, and counts: of calls, malformed ones, tools that raised, seconds by tool.
+    """A message for each call, and counts of calls, malformed calls, tool errors and seconds per tool.
 
-    `random`, `generator()` and `now()` are functions of the episode's seed, the turn and the call.
+    `random`, `generator()` and `now()` depend only on the episode's seed, the turn and the call.
 
     Raises:
-        EnvironmentFault: a tool raised it: it failed by no fault of the call.
+        EnvironmentFault: a tool raised it, because it failed through no fault of the call.
     """
     messages: list[Message] = []
     counts: dict[str, float] = {"calls": 0, "malformed": 0, "tool_errors": 0}
@@ -135,9 +139,10 @@ def answer_calls(
                 content = _as_text(tools[call.name](**(call.arguments or {})))
             except EnvironmentFault:
                 raise
-            except Exception as error:  # arguments of the model's choice
+            except Exception as error:  # the model chose the arguments
                 counts["tool_errors"] += 1
-                content = f"error: {type(error).__name__}: {error}"
+                given = isinstance(error, ToolError)
+                content = str(error) if given else f"error: {type(error).__name__}: {error}"
             seconds = f"seconds/{call.name}"
             counts[seconds] = round(counts.get(seconds, 0.0) + time.monotonic() - began, 4)
         messages.append({"role": "tool", "name": call.name, "content": content})

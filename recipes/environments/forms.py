@@ -1,7 +1,7 @@
-"""The forms in which families of models write tool calls, and which of them a chat template writes.
+"""Readers of the forms in which model families write tool calls, and the form that a chat template uses.
 
-The package `renderers` (0.1.12, Apache-2.0) reads those that its families use, on token ids: a tag that a
-model spells in letters is text. Hermes' form (Qwen2.5, Qwen3) is `calls.calls_in`.
+The package `renderers` (0.1.12, Apache-2.0) reads most forms from token ids, so that a tag spelled in letters
+is text. The Hermes form (Qwen2.5, Qwen3) is read by `calls.calls_in`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THINK = {"think_id": "<think>", "think_end_id": "</think>"}
 HARMONY = {f"{key}_id": f"<|{key}|>" for key in ("return", "call", "start", "end", "channel", "message")}
 HARMONY["constrain_id"] = "<|constrain|>"
 MAY_LACK = (*THINK, "constrain_id")
-RENDERED: dict[str, tuple[str, Mapping[str, str]]] = {  # function of renderers.parsing, ids that it takes
+RENDERED: dict[str, tuple[str, Mapping[str, str]]] = {  # (function of renderers.parsing, its ids)
     "qwen3_coder": ("parse_qwen35", {**THINK, **{k: v for k, v in TAGS.items() if "tool" in k}}),
     "glm": ("parse_glm", {**THINK, **TAGS}),
     "deepseek": ("parse_deepseek_v3", DEEPSEEK),
@@ -40,16 +40,16 @@ WRONG = {
     "missing_name": "the call has no name",
 }
 MAX_PYTHONIC = 20_000  # characters
-MAX_TAGS = 100  # of XML in a turn: its reader takes time by their number times the length
+MAX_TAGS = 100  # of XML in a turn: the reader's time grows with their number times the length
 PROBE = ("probe_call", {"text": "a b", "number": 3})
 SCHEMA = {"text": {"type": "string", "description": "t"}, "number": {"type": "integer", "description": "n"}}
 
 
 def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> ReadCalls:
-    """What reads calls of a form.
+    """A function that reads calls of a form.
 
     Args:
-        tools: JSON schemas; forms without types take those of the arguments from them.
+        tools: JSON schemas; they give the arguments' types in forms that do not write types.
 
     Raises:
         ValueError: the package `renderers` is missing.
@@ -63,7 +63,7 @@ def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> 
         from renderers import parsing
     except ImportError as error:
         raise ValueError(
-            f"environment.calls={form} is read by the package renderers, which cannot be imported ({error}); "
+            f"environment.calls={form} needs the package renderers, which cannot be imported ({error}); "
             "pip install --no-deps renderers==0.1.12 prime-pydantic-config==0.4.3"
         ) from None
     name, tokens = RENDERED[form]
@@ -71,7 +71,7 @@ def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> 
     ids: dict[str, Any] = {key: _id(tokenizer, token) for key, token in tokens.items()}
     if form in ("qwen3_coder", "glm"):
         ids["tools"] = list(tools)
-    start = tokenizer("assistant", add_special_tokens=False)["input_ids"]  # of gpt-oss, in the prompt
+    start = tokenizer("assistant", add_special_tokens=False)["input_ids"]  # gpt-oss has it in the prompt
     header = [ids["start_id"], *start] if form == "gpt_oss" else []
     tag = _id(tokenizer, "<|python_tag|>")
 
@@ -101,12 +101,12 @@ def _read_safely(read: ReadCalls, *asked: Sequence[int]) -> Sequence[ToolCall]:
         return read(*asked)
     except RecursionError:
         return [ToolCall(fault=TOO_DEEP)]
-    except Exception as error:  # of a foreign reader, by what a model wrote
+    except Exception as error:  # the package may raise anything on a model's text
         return [ToolCall(fault=f"the call cannot be read: {type(error).__name__}: {error}")]
 
 
 def _checked(call: Any) -> ToolCall:
-    """A `renderers.base.ParsedToolCall` as ours; a tool that does not exist is its caller's to name."""
+    """Converts a `renderers.base.ParsedToolCall`; whether its tool exists is for the caller to check."""
     status = str(call.status)
     if status not in ("ok", "unknown_tool"):
         return ToolCall(str(call.name or ""), fault=WRONG.get(status, "the call is malformed"))
@@ -114,8 +114,8 @@ def _checked(call: Any) -> ToolCall:
 
 
 def pythonic(text: str) -> list[ToolCall]:
-    """Calls as a Python list, `[f(a=1), g(b="x")]` (Llama 4, LFM2, there between tags): a syntax tree is
-    walked, and nothing is evaluated.
+    """Reads calls that are a Python list, `[f(a=1), g(b="x")]` (Llama 4, and LFM2 between tags), from its
+    syntax tree; nothing is evaluated.
     """
     said = text.partition("<|tool_call_start|>")[2].partition("<|tool_call_end|>")[0] or text
     said = said.replace("<|python_tag|>", "").strip()
@@ -127,7 +127,7 @@ def pythonic(text: str) -> list[ToolCall]:
                 return [_python_call(call) for call in calls]
         raise ValueError
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return [ToolCall(fault='calls are a list such as [name(argument="value")], with plain values')]
+        return [ToolCall(fault='calls must be a list such as [name(argument="value")] of plain values')]
 
 
 def _python_call(call: ast.expr) -> ToolCall:
@@ -138,11 +138,11 @@ def _python_call(call: ast.expr) -> ToolCall:
 
 
 def form_of(tokenizer: Any, variables: Mapping[str, Any], file: str | None, asked: str = "auto") -> str:
-    """The form in which the chat template writes calls: the first one whose reader gives back a call that the
-    template wrote. "hermes" if the template writes none. A form that is asked for is checked.
+    """The form in which the chat template writes calls: the first one whose reader gives back a probe call
+    that the template wrote. It is "hermes" if the template writes none. An asked form is only checked.
 
     Raises:
-        ValueError: it writes calls, and no reader reads them; or the tokenizer lacks a tag of the form.
+        ValueError: no form reads the calls that it writes, or the tokenizer lacks a tag of the asked form.
     """
     tags = [tag for key, tag in RENDERED.get(asked, ("", {}))[1].items() if key not in MAY_LACK]
     if lacking := [tag for tag in tags if _id(tokenizer, tag) is None]:
@@ -155,7 +155,7 @@ def form_of(tokenizer: Any, variables: Mapping[str, Any], file: str | None, aske
     function = {"name": PROBE[0], "description": "d", "parameters": {"type": "object", "properties": SCHEMA}}
     tools = [{"type": "function", "function": function}]
     writes = False
-    for arguments in (PROBE[1], json.dumps(PROBE[1])):  # templates want one or the other
+    for arguments in (PROBE[1], json.dumps(PROBE[1])):  # templates expect one or the other
         call = {"type": "function", "id": "abcdefghi", "function": {"name": PROBE[0], "arguments": arguments}}
         asking: Any = {"role": "user", "content": "zzz"}
         calling: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -166,7 +166,7 @@ def form_of(tokenizer: Any, variables: Mapping[str, Any], file: str | None, aske
             continue
         whole, header = (text.rpartition("zzz")[2] for text in (whole, header))
         writes = writes or PROBE[0] in whole
-        said = whole.removeprefix(header).removesuffix(header)  # where header is an end of turn, and a header
+        said = whole.removeprefix(header).removesuffix(header)  # the header may also end a turn
         ids = tokenizer(said, add_special_tokens=False)["input_ids"]
         for form in FORMS if writes else ():
             if reader_of(form, tokenizer, tools)((), ids, ()) == [ToolCall(*PROBE)]:
@@ -174,6 +174,6 @@ def form_of(tokenizer: Any, variables: Mapping[str, Any], file: str | None, aske
     if not writes:
         return "hermes"
     raise ValueError(
-        f"the chat template writes tool calls in a form that is none of {', '.join(FORMS)}; use another "
+        f"the chat template writes tool calls in none of the forms {', '.join(FORMS)}; use another template "
         "by model.chat_template, or name the form that the model writes with environment.calls"
     )

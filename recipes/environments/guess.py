@@ -13,8 +13,8 @@ from rollout.environment import Environment, Episode, Reply, Turn
 class GuessNumber(Environment):
     """An integer from `low` to `high`, drawn from the seed; a right guess pays 1 and ends the episode.
 
-    A policy that hears no answers finds it with k different guesses of n numbers with probability k / n, and
-    no such policy does better. `environment.max_turns` is k.
+    Without hints, k different guesses find one of n numbers with probability k / n, and no policy without
+    hints does better. `environment.max_turns` is k.
     """
 
     repeatable, tools = True, ()
@@ -43,6 +43,6 @@ class Guessing(Episode):
 
 
 def rows(num_rows: int = 1000, low: int = 1, high: int = 10) -> list[dict[str, Any]]:
-    """Prompts of the game; the number of an episode comes from its seed, which is another for each prompt."""
+    """Prompts of the game; an episode's number is drawn from its seed, which differs between prompts."""
     text = f"I think of a number from {low} to {high} . Guess it . Say a number ."
     return [{"prompt": text, "game": i} for i in range(num_rows)]

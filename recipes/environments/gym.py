@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym in several turns: an answer that is not right yet is told what is wrong with it."""
+"""Tasks of reasoning-gym in several turns: after a wrong answer, the model is told what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def spoken_answer(text: str) -> str:
-    """What stands in the last <answer></answer>, else all that is said after thinking."""
+    """The text inside the last <answer></answer>, else everything after the thinking."""
     spoken = text.rpartition("</think>")[2]
     return (ANSWER.findall(spoken) or [spoken])[-1].strip()
 
 
 def countdown(answer: str, entry: Mapping[str, Any]) -> str:
-    """Of an expression: its value, and numbers that it may not use or uses too often."""
+    """Feedback on an expression: its value, and numbers that it may not use, or not so often."""
     facts = entry["metadata"]
     try:
         value = value_of(answer)
@@ -35,7 +35,7 @@ def countdown(answer: str, entry: Mapping[str, Any]) -> str:
 
 
 def mini_sudoku(answer: str, entry: Mapping[str, Any]) -> str:
-    """Of a grid: the first rule that it breaks."""
+    """Feedback on a grid: the first rule that it breaks."""
     grid = [re.findall(r"\d", line) for line in answer.strip().splitlines() if line.strip()]
     if len(grid) != 4 or any(len(row) != 4 for row in grid):
         return "the grid must have 4 rows of 4 digits"
@@ -53,7 +53,7 @@ def mini_sudoku(answer: str, entry: Mapping[str, Any]) -> str:
 
 
 def number_sorting(answer: str, entry: Mapping[str, Any]) -> str:
-    """Of a list: numbers that are missing or too many, else the first pair in the wrong order."""
+    """Feedback on a list: missing or surplus numbers, else where its order is first wrong."""
     given, said = (re.findall(r"-?\d+(?:\.\d+)?", str(x)) for x in (entry["answer"], answer))
     if missing := Counter(given) - Counter(said):
         return f"missing: {', '.join(missing.elements())}"
@@ -67,7 +67,7 @@ FEEDBACK = {each.__name__: each for each in (countdown, mini_sudoku, number_sort
 
 
 def _if_arithmetic(score: Callable[..., float], answer: str, entry: Mapping[str, Any]) -> float:
-    """reasoning-gym evaluates an expression as Python, for as long as that takes."""
+    """Scores plain arithmetic only: reasoning-gym would evaluate any Python, for as long as that takes."""
     try:
         value_of(answer)
     except (ValueError, ZeroDivisionError):
@@ -76,7 +76,7 @@ def _if_arithmetic(score: Callable[..., float], answer: str, entry: Mapping[str,
 
 
 class GymFeedback(Environment):
-    """Rows of `data.source: reasoning_gym:NAME`; its own scorer pays a turn that is right with 1.
+    """For rows of `data.source: reasoning_gym:NAME`; a turn that their own scorer finds right pays 1.
 
     Args:
         name: countdown, mini_sudoku or number_sorting.
@@ -88,7 +88,7 @@ class GymFeedback(Environment):
         import reasoning_gym
 
         if name not in FEEDBACK:
-            raise ValueError(f"there is feedback for {', '.join(FEEDBACK)}, and not for {name!r}")
+            raise ValueError(f"name={name!r} has no feedback; use one of {', '.join(FEEDBACK)}")
         self.feedback = FEEDBACK[name]
         score: Any = reasoning_gym.get_score_answer_fn(name)
         self.score = partial(_if_arithmetic, score) if name == "countdown" else score

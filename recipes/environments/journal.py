@@ -1,4 +1,4 @@
-"""Turns and answers of episodes on disk: what a killed run need not ask for again."""
+"""Turns and answers of episodes on disk, so that a run resumed after a kill need not repeat them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NAME = re.compile(r"v(\d+)-rank(\d+)\.jsonl")
 
 
 class FileJournal:
-    """`FOLDER/v000012-rank0.jsonl` holds what was asked and answered under the weights of version 12.
+    """`FOLDER/v000012-rank0.jsonl` holds turns and answers under the weights of version 12.
 
-    A step's record in the ledger is on disk before new weights are published, so that entries of versions
-    that no episode in flight can have begun with are removed then.
+    The ledger has a step on disk before new weights are published. Entries of versions that no episode in
+    flight can have started with are then removed.
 
     Args:
         max_staleness: of the run.
@@ -31,7 +31,7 @@ class FileJournal:
         self._entries: dict[str, dict[str, Any]] = {}
 
     def begin(self, version: int) -> None:
-        """Goes on in the file of this version, and reads what an earlier process left."""
+        """Opens the file of this version for appending, and reads what an earlier process left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.close()
         self._entries = {}
@@ -44,7 +44,7 @@ class FileJournal:
         path = self.folder / f"v{version:06d}-rank{self.rank}.jsonl"
         self._file = open(path, "ab")  # noqa: SIM115  closed by `close`
         if self._file.tell():
-            self._file.write(b"\n")  # behind a line that a kill tore
+            self._file.write(b"\n")  # ends a line that a kill cut short
         fsync_path(self.folder)
 
     def find(self, key: str) -> Mapping[str, Any] | None:
@@ -64,7 +64,7 @@ class FileJournal:
 
 
 def read_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """The newest entry of each key; a line that a kill tore is left out."""
+    """The newest entry of each key; a line that a kill cut short is skipped."""
     found = {}
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from recipes.environments.calls import answer_calls
+from recipes.environments.calls import ToolError, answer_calls
 from recipes.environments.tools import schemas
 from rewards.sandbox import Limits, Sandbox, SandboxError
 from rollout.environment import Environment, EnvironmentFault, Episode, Reply, Turn
@@ -60,7 +60,7 @@ class Session(Episode):
         """
         limits, left = self.owner.sandbox.limits, self.until - time.monotonic()
         if left < LEAST_S:
-            return _failed("", f"no end within {limits.timeout_s:g} s of the calls of a turn")
+            raise _failed("", f"no end within {limits.timeout_s:g} s of the calls of a turn")
         mark = f"\x1e{secrets.token_hex(8)}\x1e"  # on a line before the output of the newest cell, and after
         source = "\n".join([self.seeded, *self.cells, f"print({mark!r})", code, "", f"print({mark!r})"])
         try:
@@ -70,17 +70,17 @@ class Session(Episode):
         parts = result.stdout.decode("utf-8", "replace").split(f"{mark}\n")
         out = parts[1] if len(parts) > 1 else ""
         if result.timed_out:
-            return _failed(out, f"no end within {limits.timeout_s:g} s")
+            raise _failed(out, f"no end within {limits.timeout_s:g} s")
         if result.truncated:
-            return _failed(out, f"more than {limits.output_mib} MiB of output")
+            raise _failed(out, f"more than {limits.output_mib} MiB of output")
         if result.exit_code != 0:
             said = result.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-            return _failed(out, "".join(said) or f"signal {result.signal}")
+            raise _failed(out, "".join(said) or f"signal {result.signal}")
         if len(parts) < 3:
-            return _failed(out, "the program ended the session")
+            raise _failed(out, "the program ended the session")
         self.cells.append(code)
         return out or "(no output)"
 
 
-def _failed(out: str, why: str) -> str:
-    return f"{out}error: {why}" if len(out) < LONG else f"error: {why}\n{out}"
+def _failed(out: str, why: str) -> ToolError:
+    return ToolError(f"{out}error: {why}" if len(out) < LONG else f"error: {why}\n{out}")

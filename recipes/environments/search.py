@@ -1,4 +1,4 @@
-"""Search over a generated knowledge base, with questions of several hops, whose answers nobody can know."""
+"""Search over a generated knowledge base: a model cannot know the answers to its multi-hop questions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class World:
 
     @classmethod
     def drawn(cls, num_people: int, seed: int) -> World:
-        if not 2 <= num_people <= 2000:  # names of three syllables are soon used up
+        if not 2 <= num_people <= 2000:  # three-syllable names run out soon
             raise ValueError(f"num_people={num_people} must be from 2 to 2000; use num_people=200")
         draw, used = random.Random(seed), set()
 
@@ -75,11 +75,11 @@ class World:
 
 
 class Search(Environment):
-    """The tool `search`, by BM25 (bm25s); a turn without a call ends the episode, and pays 1 if it is right.
+    """The tool `search` by BM25 (bm25s). A turn without a call ends the episode and pays 1 if it is right.
 
     Args:
         num_people, seed: of the knowledge base, as for `rows`.
-        num_found: documents that a search gives.
+        num_found: number of documents that a search returns.
     """
 
     repeatable = True
@@ -113,11 +113,11 @@ class Search(Environment):
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Calling:
         wanted = str(row["answer"]).casefold()
         paid = lambda turn: float(spoken_answer(turn.text).rstrip(".").casefold() == wanted)  # noqa: E731
-        return Calling({"search": self.search}, seed, paid)
+        return Calling({"search": self.search}, seed, paid=paid)
 
 
 def rows(num_rows: int = 1000, hops: int = 2, num_people: int = 200, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions about the knowledge base of that seed; an answer belongs into <answer> and </answer>."""
+    """Questions about the knowledge base of that seed; the answer goes between <answer> and </answer>."""
     world, draw = World.drawn(num_people, seed), random.Random(seed + 1)
     asked = [world.question(draw.choice(list(world.mother)), hops) for _ in range(num_rows)]
     told = "Search for what you need. Put the answer, one word, into <answer> and </answer>."

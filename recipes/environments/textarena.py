@@ -1,4 +1,4 @@
-"""Single-player games of TextArena 0.7.4, each loaded by itself: importing the whole package asks the net."""
+"""Single-player games of TextArena 0.7.4, each loaded alone: importing the whole package uses the network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rollout.environment import Environment, EnvironmentFault, Episode, Reply, T
 
 GAMES = ("FrozenLake", "LightsOut", "Mastermind", "Minesweeper", "TowerOfHanoi")
 
-DIGITS = re.compile(r"\d{18,}")  # Python reads no number of thousands of digits, and the games let it raise
+DIGITS = re.compile(r"\d{18,}")  # int() raises on thousands of digits, and the games do not catch it
 
 
 def game_class(name: str) -> Any:
@@ -39,7 +39,7 @@ def game_class(name: str) -> Any:
 
 
 class Game(Environment):
-    """The game pays what TextArena pays at its end. `rows` makes the prompts, with the same options.
+    """A game; TextArena's own reward pays it at its end. `rows` makes the prompts, with the same options.
 
     Args:
         game: one of `GAMES`; further options are those of its class.
@@ -49,7 +49,7 @@ class Game(Environment):
 
     def __init__(self, game: str, **options: Any) -> None:
         self.made, self.options = game_class(game), options
-        Playing(self, 0)  # so that wrong options are said at once
+        Playing(self, 0)  # so that wrong options fail at once
 
     def open(self, row: Mapping[str, Any], seed: int, state: Any = None) -> Playing:
         playing = Playing(self, int(row["game_seed"]))
@@ -63,7 +63,7 @@ class Game(Environment):
 
 
 class Playing(Episode):
-    """A game; `shown` is what it says first."""
+    """A game in progress; `shown` is its first message."""
 
     def __init__(self, owner: Game, seed: int) -> None:
         self.game, self.seed, self.actions = owner.made(**owner.options), seed, list[str]()

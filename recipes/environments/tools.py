@@ -1,6 +1,6 @@
 """Environments in TRL's shape: functions as tools, and classes whose public methods are tools.
 
-The schemas that the model sees are made of names, types and docstrings by transformers, as in TRL.
+transformers makes the schemas that the model sees from names, types and docstrings, as in TRL.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NO_TOOLS = {"reset", "get_reward", "close"}
 
 
 def schemas(functions: Sequence[Callable[..., Any]]) -> list[dict[str, Any]]:
-    """What the model is told of them; ValueError if a type or a line of a docstring is missing."""
-    from transformers.utils import get_json_schema  # it takes seconds, and only tools need it
+    """JSON schemas that the model is shown. Raises ValueError if a type or a docstring's line is missing."""
+    from transformers.utils import get_json_schema  # its import takes seconds, and only tools need it
 
     return [get_json_schema(function) for function in functions]
 
 
 class Functions(Environment):
-    """Tools that keep nothing between calls; a turn without a call ends the episode.
+    """Tools that keep no state between calls; a turn without a call ends the episode.
 
     Args:
         functions: as module:name, with types and a docstring in Google's form.
@@ -43,10 +43,10 @@ class Functions(Environment):
 
 
 class Factory(Environment):
-    """A class of TRL's `environment_factory`: an object for each episode.
+    """A class for TRL's `environment_factory`; each episode gets an object of it.
 
-    `reset(**row)` begins it; a text that it returns is refused, since prompts are rendered before. If there
-    is `get_reward`, it pays the episode once it is over. Attributes that are JSON values are the state.
+    `reset(**row)` starts it; text that it returns is refused, since prompts are already rendered. If there is
+    a `get_reward`, it pays the finished episode. Attributes that are JSON values are the state.
 
     Args:
         factory: as module:name.
@@ -72,7 +72,7 @@ class Factory(Environment):
             said = made.reset(**{name: value for name, value in row.items() if name not in hidden})
             if said:
                 raise EnvironmentFault(
-                    f"reset returned the text {said!r:.60}, which belongs into the prompt; put it into the "
+                    f"reset returned the text {said!r:.60}, which belongs in the prompt; put it into the "
                     "column of prompts"
                 )
         else:
@@ -81,9 +81,9 @@ class Factory(Environment):
         return Calling(
             methods(made),
             seed,
-            lambda turn: None if pay is None else float(pay()),
-            lambda: json_or_none(dict(vars(made))),
-            getattr(made, "close", lambda: None),
+            paid=lambda turn: None if pay is None else float(pay()),
+            state=lambda: json_or_none(dict(vars(made))),
+            close=getattr(made, "close", lambda: None),
         )
 
 
@@ -94,7 +94,7 @@ def methods(made: Any) -> dict[str, Callable[..., Any]]:
 
 
 def json_or_none(state: dict[str, Any]) -> dict[str, Any] | None:
-    """The state, if JSON gives it back as it is."""
+    """The state, or None if JSON does not give it back unchanged."""
     try:
         return state if json.loads(json.dumps(state, allow_nan=False)) == state else None
     except (TypeError, ValueError, RecursionError):
@@ -102,12 +102,13 @@ def json_or_none(state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Calling(Episode):
-    """An episode: calls are answered; the first turn without one ends it, and is paid by `paid`."""
+    """An episode that answers calls; the first turn without a call ends it and is paid by `paid`."""
 
     def __init__(
         self,
         tools: Mapping[str, Callable[..., Any]],
         seed: int = 0,
+        *,
         paid: Callable[[Turn], float | None] = lambda turn: None,
         state: Callable[[], Any] = dict,
         close: Callable[[], Any] = lambda: None,

@@ -1,5 +1,5 @@
-"""Environments of verifiers (0.1.6 to 0.1.14): `load_environment()` makes an object with `is_completed`,
-`env_response`, perhaps `setup_state` and `oai_tools`, and a rubric. The package is not imported here.
+"""Environments of the package verifiers (0.1.6 to 0.1.14), not imported here: `load_environment()` makes an
+object with `is_completed`, `env_response`, a rubric, and perhaps `setup_state` and `oai_tools`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rollout.environment import Environment, Episode, Reply, Turn
 
 
 class Verifiers(Environment):
-    """What `module:load_environment` makes of the options; the rubric pays an episode once it is over.
+    """What `module:load_environment` returns for the options; its rubric pays an episode once it is over.
 
     `rows` makes the prompts: data.source=recipes.environments.verifiers:rows, with the same options.
     """
@@ -28,7 +28,7 @@ class Verifiers(Environment):
         self.loop = asyncio.new_event_loop()
         self.rewards = list(_rewards(self.inner.rubric))
         if any({"states", "completions"} & set(inspect.signature(f).parameters) for f, _, _ in self.rewards):
-            raise ValueError("the rubric has a function that scores groups, and an episode is paid alone")
+            raise ValueError("the rubric has a function that scores groups, but episodes are paid singly")
 
     def run(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
         made = function(*given, **named)
@@ -71,7 +71,7 @@ class Playing(Episode):
         return Reply(tuple(kept), facts=facts, state=json_or_none(self.state))
 
     def _paid(self, facts: Mapping[str, Any]) -> Reply:
-        """The rubric's weighted sum. Its own scoring pays 0 where a function raises; here that is a fault."""
+        """The rubric's weighted sum. verifiers would pay 0 where a function raises; here that is a fault."""
         total, scores = 0.0, {}
         for function, weight, objects in self.owner.rewards:
             wanted = inspect.signature(function).parameters
@@ -85,7 +85,7 @@ class Playing(Episode):
 
 
 def _rewards(rubric: Any) -> Iterator[tuple[Callable[..., Any], float, Mapping[str, Any]]]:
-    """(function, weight, objects that it may take) of a rubric, or of all in a group."""
+    """(function, weight, objects that it may take) of a rubric, or of all rubrics of a group."""
     for inner in getattr(rubric, "rubrics", ()):
         yield from _rewards(inner)
     for function, weight in zip(rubric.funcs, rubric.weights or [1.0] * len(rubric.funcs), strict=True):
@@ -93,5 +93,5 @@ def _rewards(rubric: Any) -> Iterator[tuple[Callable[..., Any], float, Mapping[s
 
 
 def rows(load: str, **options: Any) -> list[dict[str, Any]]:
-    """The prompts of an environment, with what its rubric reads."""
+    """The prompts of an environment, with the columns that its rubric reads."""
     return list(map(dict, found(load)(**options).get_dataset()))

@@ -19,15 +19,15 @@ from rollout.turns import TurnRenderer
 
 
 def open_environment(config: Config, closing: ExitStack) -> Workers | None:
-    """The environment of a config in its processes, which end with `closing`; None: there is none.
+    """The environment of a config in its processes, which `closing` ends; None if the config has none.
 
     Raises:
-        ValueError: it cannot be found or made, or the model does not sample token after token.
+        ValueError: it cannot be found or made, or the model does not sample token by token.
     """
     if (asked := config.environment) is None:
         return None
     if type(config) is not Config:
-        raise ValueError("environment needs a model that samples token after token; leave the section out")
+        raise ValueError("environment needs a model that samples token by token; leave the section out")
     limits: Any = {"workers": asked.workers, "deadline_s": asked.deadline_s}
     limits["memory_bytes"] = int(asked.memory_gib * 2**30)
     made = Workers(asked.name, asked.options, log=config.run_dir / "environment.log", **limits)
@@ -41,8 +41,8 @@ def with_tools(rows: list[dict[str, Any]], environment: Workers | None) -> list[
         return rows
     if any(row.get("tools") for row in rows):
         raise ValueError(
-            "the rows have a column 'tools', and the environment brings its own, or none; give the column "
-            "another name with data.rename={tools: ...}"
+            "the rows have a column 'tools', but the environment alone says which tools there are; rename "
+            "the column with data.rename={tools: ...}"
         )
     return [{**row, "tools": environment.tools} for row in rows] if environment.tools else rows
 
@@ -52,19 +52,25 @@ def tool_metrics(environment: Workers | None) -> list[Metric]:
     if environment is None:
         return []
     names = [tool.get("function", tool)["name"] for tool in environment.tools]
-    said = "computed in calls of the step"
+    said = "spent in calls during the step"
     return [Metric(f"tools/{name}/seconds", "s", f"{name}: time {said}") for name in (*names, "environment")]
 
 
 def schema_hash(tools: Sequence[Any]) -> str:
-    """Of what the model is told of its tools: another docstring is another prompt."""
+    """Hash of the tools' schemas that the model is shown: another docstring is another prompt."""
     return hashlib.sha256(json.dumps(list(tools), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def playing(
-    engine: Engine, environment: Workers | None, config: Config, tokenizer: Any, model: ModelConfig, rank: int
+    engine: Engine,
+    environment: Workers | None,
+    *,
+    config: Config,
+    tokenizer: Any,
+    model: ModelConfig,
+    rank: int,
 ) -> Engine:
-    """An engine that plays the episodes of a run with `engine`, and closes both; without any, `engine`."""
+    """An engine that plays a run's episodes with `engine` and closes both; `engine` if it has none."""
     asked = config.environment
     if asked is None or environment is None:
         return engine

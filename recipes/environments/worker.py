@@ -1,4 +1,4 @@
-"""A process in which environments run, so that one that hangs can be killed. Only JSON frames cross."""
+"""A process that runs environments, so that a hanging one can be killed. It exchanges only JSON frames."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_BYTES = 16 << 20  # of an answer, its facts and state included
 
 
 def main(parent_pid: int) -> None:
-    """Serves frames from stdin until it ends; the first says what to load, its answer what was loaded."""
+    """Serves frames from stdin until it ends. The first says what to load; its answer, what was loaded."""
     requests, descriptor = take_pipes(parent_pid)
     answers = os.fdopen(descriptor, "wb")
     hello = read_frame(requests)
@@ -29,9 +29,7 @@ def main(parent_pid: int) -> None:
     def send(message: Mapping[str, Any]) -> None:
         frame = encode_frame(message)
         if len(frame) > MAX_BYTES:
-            frame = encode_frame(
-                {"fault": f"it answered {len(frame):,} bytes, and {MAX_BYTES:,} are allowed"}
-            )
+            frame = encode_frame({"fault": f"its answer has {len(frame):,} bytes, over {MAX_BYTES:,}"})
         answers.write(frame)
         answers.flush()
 
@@ -50,6 +48,7 @@ def main(parent_pid: int) -> None:
 def _answer(
     environment: Environment, episodes: dict[int, Episode], call: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Plays a turn of an episode, opened first if `call` has "open"; a call without "turn" closes it."""
     try:
         if "turn" not in call:
             if (over := episodes.pop(call["episode"], None)) is not None:
@@ -60,7 +59,7 @@ def _answer(
         if "open" in call:
             episodes[call["episode"]] = environment.open(**call["open"])
         began = time.monotonic()
-        seed_call(call["seed"], turn.number, "step")  # whatever other episodes drew
+        seed_call(call["seed"], turn.number, "step")  # no matter what other episodes drew
         reply = asdict(checked_reply(episodes[call["episode"]].step(turn)))
         own = {f"seconds/{tool.get('function', tool)['name']}" for tool in environment.tools}
         facts = {n: v for n, v in reply["facts"].items() if n in own or not n.startswith("seconds/")}
@@ -72,9 +71,9 @@ def _answer(
         return {"reply": reply}
     except EnvironmentFault as error:
         return {"fault": str(error)[:MAX_TEXT]}
-    except BaseException as error:  # also SystemExit: whatever an environment raises is its own
+    except BaseException as error:  # also SystemExit: whatever it raises is the environment's fault
         error.__traceback__ = None  # its frames may hold what filled the memory
-        # What is left of such a heap is not to be trusted with other episodes.
+        # After a MemoryError the heap cannot be trusted with other episodes.
         return {
             "fault": f"{type(error).__name__}: {error}"[:MAX_TEXT],
             "ends": isinstance(error, MemoryError),

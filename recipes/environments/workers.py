@@ -1,7 +1,7 @@
-"""An environment in killable processes: deadlines are kept from outside, and what hangs or dies is replaced.
+"""An environment in killable processes: deadlines are enforced from outside, hung or dead ones replaced.
 
-Each process holds many episodes and answers one call at a time. When it is killed, the call abstains; the
-other episodes that it held are opened anew from the state of their last reply.
+Each process holds many episodes and answers one call at a time. When it is killed, the episode of the call
+abstains; its other episodes are reopened from the state of their last reply.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAIN = "recipes.environments.worker"
 
 
 class Worker:
-    """A process, started when it is first called. `generation` counts those that were started."""
+    """A process, started when it is first called. `generation` counts how often it was started."""
 
     def __init__(self, hello: Mapping[str, Any], log: GraderLog | None) -> None:
         self.hello, self.log = encode_frame(hello), log
@@ -38,7 +38,7 @@ class Worker:
         self.is_closed = False
 
     def start(self) -> dict[str, Any]:
-        """Starts the process, and gives what it says of its environment.
+        """Starts the process, and returns what it says of its environment.
 
         Raises:
             ValueError: it does not find the environment.
@@ -63,7 +63,7 @@ class Worker:
         """Sends a message and waits for the answer.
 
         Raises:
-            EnvironmentFault: there is none in time, or the process died; it is gone then.
+            EnvironmentFault: no answer came in time, or the process died. It is killed in either case.
         """
         assert self.child is not None
         self.child.outbox += encode_frame(message)
@@ -85,7 +85,7 @@ class Worker:
         )
 
     def kill(self) -> str:
-        """Kills and reaps the process and its session; how it ended."""
+        """Kills and reaps the process and its session; returns how it ended."""
         child, self.child = self.child, None
         if child is None:
             return "closed"
@@ -95,10 +95,10 @@ class Worker:
 
 
 class Workers:
-    """The environment of that name in `workers` processes: an `Environment` itself.
+    """The environment of that name in `workers` processes. It is an `Environment` itself.
 
     Args:
-        deadline_s: of a call, from the moment that a process gets it.
+        deadline_s: of a call, from the moment that a process receives it.
         memory_bytes: address space that a process may take beyond what loading the environment took.
         log: file for what environments print.
 
@@ -161,7 +161,7 @@ class RemoteEpisode:
                 self.worker.start()
             if self.generation != self.worker.generation:
                 if self.generation >= 0 and self.opening["state"] is None:
-                    raise EnvironmentFault("its process died under another episode, and its state is lost")
+                    raise EnvironmentFault("its process died in a call of another episode; its state is lost")
                 call["open"] = self.opening
             answer = self.worker.exchange(call, self.owner.deadline_s)
             self.generation = self.worker.generation
@@ -172,7 +172,7 @@ class RemoteEpisode:
         try:
             reply = Reply(**answer["reply"])
         except (KeyError, TypeError) as error:
-            raise EnvironmentFault(f"the process of the environment answered no reply: {error}") from None
+            raise EnvironmentFault(f"the process of the environment sent no valid reply: {error}") from None
         self.opening["state"] = reply.state
         return reply
 

@@ -1,6 +1,6 @@
-"""What is written beside an adapter: the mask token and the shift that it was trained with.
+"""A record beside an adapter: the mask token and the shift that it was trained with.
 
-A base that is a causal model knows neither.
+They are recorded because a causal base model knows neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RECORD = "diffusion.json"
 
 
 def recorded(adapter: Adapter) -> dict[str, Any]:
-    """`mask_token_id` and `diffusion_shift`, in the words of a model's config.json; empty in a folder that
+    """`mask_token_id` and `diffusion_shift`, as a model's config.json names them; empty for folders that
     others wrote.
     """
     record = adapter.folder / RECORD
@@ -23,6 +23,6 @@ def recorded(adapter: Adapter) -> dict[str, Any]:
 
 
 def write_record(folder: Path, *, mask_token_id: int, shift: bool) -> None:
-    """Beside an adapter: what `recorded` reads back."""
+    """Writes beside an adapter what `recorded` reads back."""
     record = {"mask_token_id": mask_token_id, "diffusion_shift": shift}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The one estimator of the bound on a log-likelihood, and the packed rows it is computed on."""
+"""The estimator of the bound on a log-likelihood (ELBO), and the packed rows that it is computed on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.batch import first_fit
 from rl.diffusion.objectives import Noised
 from rl.model.bidirectional import Documents
+from rl.model.packed import first_fit
 
 Scorer = Callable[..., tuple[Tensor, Tensor]]
 """`DiffusionScorer`, or anything with its call: (token ids, documents, columns, targets) -> (log-probs,
@@ -21,7 +21,7 @@ entropies).
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Noised copies side by side in one row, each a document of its own.
+    """Noised copies side by side in one row; each is its own document.
 
     Attributes:
         columns_L: scored columns of the row; `targets_L`, `weights_L` and `examples_L` belong to them.
@@ -40,8 +40,8 @@ class PlanRow:
 
 
 def pack_plan(plan: Sequence[Noised], token_budget: int) -> list[PlanRow]:
-    """Rows of at most `token_budget` tokens, filled first-fit with the longest copies first. A longer copy
-    has a row of its own.
+    """Rows of at most `token_budget` tokens, filled first-fit with the longest copies first. A copy beyond
+    the budget has its own row.
     """
     bins = first_fit([len(copy.token_ids_T) for copy in plan], token_budget)
     return [_row([plan[i] for i in members]) for members in bins]
@@ -56,10 +56,10 @@ def idle_row(mask_token_id: int) -> PlanRow:
 def masked_elbo(
     scorer: Scorer, rows: Sequence[PlanRow], num_examples: int
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " L"]]:
-    """Estimates of the E examples' ELBOs in nats (fp64), sum of weight * log p over scored tokens; and those
+    """Estimates of the E examples' ELBOs in nats (fp64): sum of weight * log p over scored tokens. Also those
     log p, detached, in the order of the rows.
 
-    Differentiable. An estimate is complete over all rows of a plan: those of single rows add up to it.
+    Estimates are differentiable. Those of single rows add up to the estimate over all rows of a plan.
     """
     estimates, scored = [], []
     for row in rows:

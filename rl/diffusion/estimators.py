@@ -1,7 +1,7 @@
-"""What stands for the log-prob of a completion in RL, since a masked diffusion model cannot say it.
+"""Estimates of a completion's log-prob for RL, since a masked diffusion model cannot compute it.
 
-Every estimator draws noised copies of a sequence (data: they are kept, so that old, current and reference
-policy see the same masks) and makes one number per loss token of the log-probs of what is masked in them:
+Every estimator draws noised copies of a sequence. They are data, so that old, current and reference policy
+see the same masks. From the log-probs of masked tokens it makes one number per loss token:
 
     one_step   log p(token | prompt, nothing of the completion)                 d1 arXiv:2504.12216, wd1
     elbo       the sequence's ELBO over its length, the same for every token:   ESPO arXiv:2512.03759
@@ -12,11 +12,10 @@ policy see the same masks) and makes one number per loss token of the log-probs 
                with blocks of one column the exact log-prob from left to right  JustGRPO
 
 Only `elbo` and the `trace` of a left-to-right sampler estimate a bound, or the value, of the log-likelihood
-without bias. One step ignores what the tokens of a completion say about each other: by design it is far off.
+without bias. `one_step` is far off by design: it ignores what tokens of a completion say about each other.
 
-Copies see the prompt, the completion and masks for the rest of the canvas, as the sampler did: tokens that
-it wrote behind the end are not part of the completion, and masked they are averaged out. `trace` shows them
-as they were.
+Copies see the prompt, the completion and masks for the rest of the canvas. Tokens that the sampler wrote
+after the end are not part of the completion; masking averages them out. `trace` shows them as they were.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from rl.diffusion.objectives import Example, Noised, make_plan, step_generator
 
 @dataclass(frozen=True)
 class Plan:
-    """The copies of a micro-batch's sequences in packed rows; `slots` of each row say which of the L loss
+    """The copies of a micro-batch's sequences in packed rows; for each row, `slots` says which of the L loss
     tokens its scored columns are.
     """
 
@@ -68,13 +67,13 @@ def draw_plan(
     token_budget: int,
     repeats: Mapping[tuple[int, int], int] | None = None,
 ) -> Plan:
-    """Masks for every sequence of a micro-batch, a function of the seed, the sequence and `draw` alone.
+    """Masks for every sequence of a micro-batch: a function of seed, sequence and `draw` only.
 
     Args:
-        repeats: of the whole step (`count_repeats`); default: of this micro-batch.
+        repeats: `count_repeats` of the whole step; default: of this micro-batch.
 
     Raises:
-        ValueError: `trace` without the sampler's trace, or a sequence with the mask token in it.
+        ValueError: `trace` lacks the sampler's trace, or a sequence contains the mask token.
     """
     copies: list[Noised] = []
     tables: list[Tensor] = []
@@ -97,7 +96,7 @@ def draw_plan(
 
 
 def count_repeats(rows: Iterable[Row]) -> dict[tuple[int, int], int]:
-    """(group, index in it) -> how many equal completions of the group come before it."""
+    """(group, index in it) -> the number of earlier completions of the group that are equal to it."""
     seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
     found = {}
     for row in sorted(rows, key=lambda row: (row.group_index, row.index)):
@@ -111,8 +110,8 @@ def score(
 ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
     """The estimate of each loss token and the mean entropy of the distributions it was scored under.
 
-    With more than one row, the backward pass computes each row again instead of keeping it: the copies of a
-    sequence may be many, and no more of them than one row is in memory.
+    With several rows, the backward pass recomputes each row instead of keeping it. So memory holds one row,
+    however many copies a sequence has.
     """
 
     def of_row(row: PlanRow) -> tuple[Tensor, Tensor]:
@@ -133,18 +132,20 @@ def score(
 
 
 def one_step_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
-    """The whole completion masked, and each prompt token with probability `prompt_mask`."""
+    """Copies with the whole completion masked, and each prompt token with probability `prompt_mask`."""
     ids, scored = _canvas(row, mask), _scored_columns(row)
     copies = []
     for _ in range(config.num_draws):
-        noisy = _masked_prompt(ids, row, config, mask, generator).index_fill(0, scored, mask)
+        noisy = _masked_prompt(ids, row, config=config, mask=mask, generator=generator).index_fill(
+            0, scored, mask
+        )
         weights = torch.full((len(scored),), 1.0 / config.num_draws)
         copies.append(Noised(0, noisy, scored, ids[scored], weights))
     return copies
 
 
 def bound_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
-    """Coupled masks: each token is scored once per draw, in one of two complementary masks."""
+    """Copies with coupled masks: each token is scored once per draw, in one of two complementary masks."""
     ids, length = _canvas(row, mask), len(row.prompt.token_ids) + len(row.completion.token_ids)
     maskable = torch.zeros(length, dtype=torch.bool).index_fill(0, _scored_columns(row), True)
     example = Example(ids[:length], maskable)
@@ -152,19 +153,23 @@ def bound_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.
     copies = []
     for copy in plan:
         whole = torch.cat([copy.token_ids_T, ids[length:]])
-        copies.append(replace(copy, token_ids_T=_masked_prompt(whole, row, config, mask, generator)))
+        copies.append(
+            replace(
+                copy, token_ids_T=_masked_prompt(whole, row, config=config, mask=mask, generator=generator)
+            )
+        )
     return copies
 
 
 def trace_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
-    """A canvas for each step that committed a token of the completion (or `merge` steps together).
+    """A canvas for each step that committed a token of the completion (or for `merge` steps together).
 
-    Of more than `max_canvases` that many are drawn; their gradients weigh what they stand for.
+    If there are more than `max_canvases`, that many are drawn, and their weights make up for the others.
     """
     trace, prompt = row.completion.facts.get("trace"), list(row.prompt.token_ids)
     if trace is None:
         raise ValueError(
-            f"diffusion.estimator.name=trace needs the sampler's commit steps, and a completion of prompt "
+            f"diffusion.estimator.name=trace needs the sampler's commit steps, but a completion of prompt "
             f"{row.prompt.id} has none; sample with the diffusion engine"
         )
     ids = torch.tensor([*prompt, *row.completion.token_ids, *trace["tail_ids"]])
@@ -209,11 +214,11 @@ def sequence_mean(scored: Scored, batch: MicroBatch, config: EstimatorConfig) ->
 
 
 def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
-    """sum w log p where the advantage is not negative; else 1 - mix of it and mix of 1/beta log sum w p^beta.
+    """sum w log p if the advantage is not negative; else (1 - mix) of it plus mix / beta log sum w p^beta.
 
-    Lowering the second lowers a bound from above (Jensen's inequality) in the limit of many draws; of few,
-    the log of a sum is too low on average, and of one it is log p itself, without beta. SPG masks in
-    blocks, this in all of the completion.
+    With many draws the second term is an upper bound (Jensen's inequality). With few, the log of a sum is
+    too low on average; with one it is log p itself, without beta. SPG masks in blocks, this estimator in all
+    of the completion.
     """
     lower_L = summed(scored, batch, config)
     greatest_L = torch.full_like(lower_L, -torch.inf).scatter_reduce(
@@ -226,11 +231,11 @@ def sandwiched(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Fl
 
 
 def traced(scored: Scored, batch: MicroBatch, config: EstimatorConfig) -> Float[Tensor, " L"]:
-    """log p at the step that committed the token; its gradient times the weight.
+    """log p at the step that committed the token; the weight multiplies only its gradient.
 
     A token of a canvas that was not drawn has the sampler's own log-prob, and no gradient. The sampler never
-    draws the mask token and this leaves it its probability: where that is not small, as before any training,
-    `loss.sampler_correction` sees the difference.
+    draws the mask token, but this log p leaves it its probability. Where that is not small, as before any
+    training, `loss.sampler_correction` sees the difference.
     """
     behavior_L = batch.behavior_logprobs_L
     values_K = scored.logprobs_K.detach()
@@ -253,14 +258,14 @@ def _sums(values_K: Tensor, owners_K: Tensor, size: int) -> Tensor:
 
 
 def _mean_entropies(scored: Scored, num_tokens: int) -> Float[Tensor, " L"]:
-    """Tokens that were not scored get the mean of the others."""
+    """Mean entropy per token; tokens that were not scored get the mean of the others."""
     sums_L = _sums(scored.entropies_K, scored.slots_K, num_tokens)
     counts_L = scored.slots_K.bincount(minlength=num_tokens)
     return torch.where(counts_L > 0, sums_L / counts_L.clamp(min=1), scored.entropies_K.detach().mean())
 
 
 def _canvas(row: Row, mask: int) -> Int[Tensor, " T"]:
-    """Prompt, completion, and masks where the sampler's canvas went on."""
+    """Prompt, completion, and masks for the rest of the sampler's canvas."""
     trace = row.completion.facts.get("trace")
     rest = len(trace["tail_ids"]) if trace is not None else 0
     return torch.tensor([*row.prompt.token_ids, *row.completion.token_ids, *[mask] * rest])
@@ -271,7 +276,7 @@ def _scored_columns(row: Row) -> Int[Tensor, " n"]:
 
 
 def _masked_prompt(
-    ids_T: Tensor, row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator
+    ids_T: Tensor, row: Row, *, config: EstimatorConfig, mask: int, generator: torch.Generator
 ) -> Int[Tensor, " T"]:
     if not config.prompt_mask:
         return ids_T
@@ -280,8 +285,8 @@ def _masked_prompt(
 
 
 def _fingerprint(row: Row, repeat: int, draw: int) -> int:
-    """62 bits of the sequence and the policy that wrote it: its masks do not depend on what it is packed
-    with, or on which process. Equal completions of a group have masks of their own.
+    """A 62-bit hash of the sequence and the policy version that wrote it, so that masks do not depend on
+    packing or process. Equal completions of a group get different masks.
     """
     numbers = [row.completion.policy_version, repeat, draw]
     words = [numbers, list(row.prompt.token_ids), list(row.completion.token_ids)]

@@ -1,4 +1,4 @@
-"""A diffusion model as a model of lm-eval (EleutherAI's evaluation harness), which need not be installed.
+"""A diffusion model for lm-eval (EleutherAI's evaluation harness), which need not be installed.
 
 from lm_eval import simple_evaluate
 results = simple_evaluate(model=harness_model(scorer, tokenizer, mask_token_id=...), tasks=["hellaswag"])
@@ -20,18 +20,18 @@ from rl.diffusion.objectives import Example
 from rl.model.loading import context_length
 
 Generate = Callable[[Sequence[list[int]], dict[str, Any]], list[str]]
-"""Token ids of prompts and their common settings (`until`, `max_gen_toks`, ...) to texts; the sampler's."""
+"""The sampler: (token ids of prompts, their common settings `until`, `max_gen_toks`, ...) -> texts."""
 
 
 class DiffusionHarness:
-    """Answers lm-eval's three kinds of requests: log-likelihoods by Algorithm 3, all requests of a call in
-    shared rows.
+    """Answers lm-eval's three kinds of requests. Log-likelihoods are computed by Algorithm 3, with all
+    requests of a call in shared rows.
 
     Args:
+        max_length: most tokens; a longer context loses its beginning. Default: the model's positions.
+        generate: the sampler for tasks that sample; without it they are refused.
+        gen_length: tokens that `generate` adds to a prompt.
         options: of `log_likelihoods`: num_draws (128), scheme, seed, token_budget, reference_batch.
-        generate: for tasks that sample; without one they are refused.
-        gen_length: tokens that `generate` puts behind a prompt.
-        max_length: tokens; a longer context loses its beginning. Default: the model's positions.
 
     Raises:
         ValueError: `max_length` is beyond the model's positions, or `gen_length` leaves no room for a prompt.
@@ -74,7 +74,7 @@ class DiffusionHarness:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as text; without a generation prompt its last message is to be continued."""
+        """A chat as text; without a generation prompt, the model will continue its last message."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -98,7 +98,7 @@ class DiffusionHarness:
             room = self.max_length - len(continuation)
             if not continuation or room < len(self._start):
                 raise ValueError(
-                    f"request {index}: the continuation has {len(continuation)} tokens, and a model with "
+                    f"request {index}: the continuation has {len(continuation)} tokens, but a model with "
                     f"{self.max_length} positions takes 1 to {self.max_length - len(self._start)}; leave "
                     f"this document out: {request.args[1][:60]!r}"
                 )
@@ -107,7 +107,7 @@ class DiffusionHarness:
         return [(v, False) for v in self._score([(last(c, room), rest) for c, rest, room in pairs])]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """The bound on log p(text), in pieces of `max_length` tokens that see nothing of each other."""
+        """The bound on log p(text), in pieces of `max_length` tokens that do not see each other."""
         pieces, owners = [], []
         size = self.max_length - len(self._start)
         for owner, request in enumerate(requests):
@@ -121,13 +121,13 @@ class DiffusionHarness:
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Texts by the sampler, cut at the first of each request's `until`. Requests with equal settings are
-        sampled together.
+        """Texts by the sampler, cut at the first of each request's `until`. It samples requests with equal
+        settings together.
         """
         if self.generate is None:
             raise ValueError(
-                "this task samples text and the harness has no sampler; pass generate=, such as one made of "
-                "rollout.diffusion"
+                "this task samples text, but the harness has no sampler; pass generate=, such as one made "
+                "with rollout.diffusion"
             )
         prompts = [encode(self.tokenizer, request.args[0]) for request in requests]
         room = self.max_length - self.gen_length
@@ -180,13 +180,13 @@ def harness_model(scorer: DiffusionScorer, tokenizer: Any, **settings: Any) -> A
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids; a text that begins as chat templates do, with the beginning-of-text token, gets no other."""
+    """Token ids. A text that already begins with the beginning-of-text token (a chat) gets no second one."""
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not begun)["input_ids"]
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids on both sides; a context's last spaces belong to the continuation, as in lm-eval."""
+    """Token ids of both; a context's trailing spaces belong to the continuation, as in lm-eval."""
     bare = context.rstrip()
     whole = encode(tokenizer, context + continuation)
     size = len(encode(tokenizer, bare)) if bare else 0
@@ -199,7 +199,7 @@ def last(ids: list[int], room: int) -> list[int]:
 
 
 def cut_at(text: str, until: str | Sequence[str]) -> str:
-    """The text up to the first of the stops."""
+    """The text up to the first stop string."""
     for stop in [until] if isinstance(until, str) else until:
         text = text.split(stop)[0] if stop else text
     return text

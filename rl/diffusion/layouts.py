@@ -1,8 +1,7 @@
 """Checkpoint layouts of masked diffusion models, read and written without remote code.
 
-LLaDA-8B (arXiv:2502.09992) is a Llama with bidirectional attention under other names; iLLaDA and Dream have
-the names of Llama and Qwen 2 already. The mixtures of experts (LLaDA-MoE, LLaDA 2) are recognised and
-refused.
+LLaDA-8B (arXiv:2502.09992) is a Llama with bidirectional attention under other names; iLLaDA and Dream use
+the names of Llama and Qwen 2. The mixtures of experts (LLaDA-MoE, LLaDA 2) are recognised and refused.
 """
 
 from __future__ import annotations
@@ -79,11 +78,11 @@ def llada_key(llama_key: str) -> str:
 
 
 def native_config(raw: Mapping[str, Any], name: str) -> tuple[PreTrainedConfig, bool] | None:
-    """The transformers config of a diffusion checkpoint's blocks and whether its logits are shifted (Dream);
-    None if the checkpoint is none of the known diffusion layouts.
+    """The transformers config of a diffusion checkpoint's blocks, and whether its logits are shifted (Dream).
+    It is None if the layout is not a known one.
 
     Raises:
-        ValueError: a layout that is known and not supported, or a LLaDA with blocks other than Llama's.
+        ValueError: the layout is known but not supported, or a LLaDA has blocks other than Llama's.
     """
     architecture = (raw.get("architectures") or [""])[0]
     if architecture in _REFUSED or (raw.get("model_type") == "llada" and raw.get("num_experts")):
@@ -108,7 +107,7 @@ def read_llada_tensors(folder: Path, raw: Mapping[str, Any], name: str) -> dict[
     """All weights of a LLaDA checkpoint under Llama's names, in their stored dtype.
 
     Raises:
-        ValueError: a weight is missing, unknown, or there are no safetensors files.
+        ValueError: a weight is missing or unknown, or there are no safetensors files.
     """
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -131,10 +130,10 @@ def read_llada_tensors(folder: Path, raw: Mapping[str, Any], name: str) -> dict[
 
 
 def export_llada(model: PreTrainedModel, folder: Path, *, max_shard_size: str | int = "5GB") -> None:
-    """Writes a model that was loaded from a LLaDA checkpoint back in LLaDA's layout: its own config.json and
-    its keys and dtype, so that the hub's remote code, or a conversion of anybody, reads it.
+    """Writes a model that was loaded from a LLaDA checkpoint back in LLaDA's layout: config.json, keys and
+    dtype. So the hub's remote code, or anybody's conversion, can read it.
 
-    An untouched model comes back byte for byte, also if it was held in fp32 meanwhile.
+    An untouched model comes back byte for byte, even if it was held in fp32 meanwhile.
 
     Raises:
         ValueError: the model does not come from a LLaDA checkpoint, or holds adapters (merge them first).
@@ -170,7 +169,7 @@ def _llada_config(raw: Mapping[str, Any], name: str) -> LlamaConfig:
     for key, allowed in _LLADA_RULES.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"{name}: config.json says {key}={raw[key]!r}, and a LLaDA is read as Llama blocks only with "
+                f"{name}: config.json says {key}={raw[key]!r}, but a LLaDA is read as Llama blocks only with "
                 f"{key}={allowed[0]!r}"
             )
     heads = raw["n_heads"]

@@ -1,7 +1,7 @@
-"""What a diffusion model thinks of given text: bounds on log-likelihoods, multiple choice, perplexity.
+"""How likely given text is under a diffusion model: bounds on log-likelihoods, multiple choice, perplexity.
 
-Algorithm 3 of LLaDA (arXiv:2502.09992) in its unbiased form: sizes of the mask lie evenly over 1..m with one
-random offset. The published script's rounding can be asked for, to compare with its numbers.
+It is Algorithm 3 of LLaDA (arXiv:2502.09992) in its unbiased form: mask sizes are spread evenly over 1..m
+with one random offset. The rounding of the published script is available, to compare with its numbers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def log_likelihoods(
 ) -> Float[Tensor, " E"]:
     """Estimates, in nats, of the ELBO of each example's maskable tokens given the others.
 
-    One maskable token needs no draws: its value is exact. All requests of a call share their rows.
+    A single maskable token needs one draw, whose value is exact. All examples of a call share rows.
 
     Args:
         num_draws: masks per example; the paper uses 128.
@@ -82,16 +82,16 @@ def log_likelihoods(
 
 
 def check_lengths(examples: Sequence[Example], limit: int | None) -> None:
-    """Refuses examples of more tokens than a model has positions: their numbers would mean nothing.
+    """Checks that no example has more tokens than the model has positions: its value would be meaningless.
 
     Raises:
-        ValueError: with the first such example.
+        ValueError: an example is too long; the message names the first one.
     """
     for index, example in enumerate(examples):
         length = len(example.token_ids_T)
         if limit is not None and length > limit:
             raise ValueError(
-                f"example {index} has {length} tokens, and the model has {limit} positions; shorten it to "
+                f"example {index} has {length} tokens, but the model has {limit} positions; shorten it to "
                 f"{limit} tokens, or leave it out"
             )
 
@@ -110,7 +110,7 @@ class Bound:
     """An upper bound on the negative log-likelihood of text, in nats per token, over `num_tokens` tokens.
 
     Attributes:
-        error: standard error over the examples; it has both their spread and that of the masks.
+        error: standard error over the examples, which includes the spread of the masks.
     """
 
     nats_per_token: float
@@ -143,10 +143,10 @@ def bound(
 ) -> Bound:
     """The bound on a set of texts by coupled, systematic masks; with a world, its processes share the work.
 
-    The same generator state gives the same masks, so that two models are compared on equal terms.
+    The same generator state gives the same masks, so that models can be compared on equal terms.
 
     Args:
-        in_step: the processes do equally many forward passes, as a model that is sharded over them needs.
+        in_step: all processes do equally many forward passes, as a sharded model requires.
 
     Raises:
         ValueError: there are no examples; or as `log_likelihoods`.
@@ -171,7 +171,7 @@ def bound(
         elbos = torch.tensor(world.sum(elbos.tolist()), dtype=torch.float64)
     counts = torch.tensor([e.num_maskable for e in examples], dtype=torch.float64)
     mean = -(elbos.sum() / counts.sum()).item()
-    # A ratio of sums: its residuals are what each example adds beyond its share.
+    # For the error of a ratio of sums, an example's residual is its sum minus the mean times its tokens.
     residuals = -elbos - mean * counts
     n = len(examples)
     error = (residuals.square().sum() * n / max(n - 1, 1)).sqrt().item() / counts.sum().item()
@@ -179,7 +179,7 @@ def bound(
 
 
 class BoundLog:
-    """`likelihood.jsonl` of a run folder: the held-out bound, a step at most once."""
+    """`likelihood.jsonl` of a run folder: the held-out bound, at most once per step."""
 
     def __init__(self, run_dir: Path) -> None:
         self._rows = RowLog(run_dir / "likelihood.jsonl", durable=True)
@@ -196,5 +196,5 @@ class BoundLog:
         return None if row is None else record_of(Bound, row)
 
     def write(self, step: int, found: Bound) -> None:
-        """Records the bound after a step, in place of an earlier one of it and of what came after that."""
+        """Records the bound after a step, replacing an earlier one of that step and all later ones."""
         self._rows.replace({"step": step, **asdict(found)})

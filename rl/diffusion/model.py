@@ -1,9 +1,9 @@
 """Masked diffusion language models as plain transformers models with bidirectional attention.
 
-A loaded model is an ordinary `LlamaForCausalLM` (or Qwen, ...) whose config says what it is: `is_causal`
-False, `mask_token_id`, and `diffusion_shift` where the hidden state of a token's left neighbour predicts it
-(Dream). Any causal checkpoint becomes one: same weights, another attention, a vocabulary row that text never
-uses as the mask token. Nothing takes padded batches: sequences are packed into one row (`Documents`).
+A loaded model is an ordinary `LlamaForCausalLM` (or Qwen, ...) whose config has `is_causal` False,
+`mask_token_id` and `diffusion_shift`. A shifted model (Dream) predicts a token from the hidden state of its
+left neighbour. Any causal checkpoint can become one: same weights, another attention, a vocabulary row that
+text never uses as mask token. There are no padded batches: sequences are packed into one row (`Documents`).
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def load_diffusion_model(
     mask_token_id: int | None = None,
     shift: bool | None = None,
 ) -> PreTrainedModel:
-    """A masked diffusion model from a folder or hub name: LLaDA-8B, iLLaDA and Dream checkpoints, those that
-    this project saved, adapters, which are merged into their base, and any causal one, which is converted.
+    """A masked diffusion model from a folder or hub name. It reads checkpoints of LLaDA-8B, iLLaDA, Dream and
+    this project, merges adapters into their base, and converts any causal checkpoint.
 
     Args:
-        mask_token_id: default: what the checkpoint says. A causal checkpoint says nothing, an adapter what
-            it was trained with.
+        mask_token_id: default: what the checkpoint says. A causal checkpoint names none; an adapter names
+            what it was trained with.
         shift: default: what the checkpoint says; False for a causal one.
 
     Raises:
-        ValueError: an unsupported layout, no mask token, a model whose attention stays causal, an adapter
-            without its base, or a model that only code of its own folder reads.
+        ValueError: the layout is not supported, a mask token or an adapter's base is missing, attention stays
+            causal, or reading needs code of the model's folder.
     """
     raw = raw_config(name, revision)
     if (adapter := find_adapter(name, revision)) is not None:
@@ -77,7 +77,7 @@ def load_diffusion_model(
         if hasattr(config, "llada"):
             tensors = read_llada_tensors(checkpoint_folder(name, revision), raw, name)
             model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-            model.name_or_path = model.config.name_or_path = name  # what is made from tensors has none
+            model.name_or_path = model.config.name_or_path = name  # a model made from tensors has none
         else:
             kind: Any = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
             model = kind.from_pretrained(name, revision=revision, config=config, dtype=dtype)
@@ -99,17 +99,17 @@ def random_diffusion_model(
     mask_token_id: int,
     shift: bool | None = None,
 ) -> PreTrainedModel:
-    """A masked diffusion model with weights drawn at random, in the shape of a causal checkpoint.
+    """A masked diffusion model with random weights, in the shape of a causal checkpoint.
 
     Args:
-        changes: fields of the checkpoint's config.json with other values, such as {"num_hidden_layers": 6}.
+        changes: new values of fields of the checkpoint's config.json, such as {"num_hidden_layers": 6}.
 
     Raises:
         ValueError: `name` is a LLaDA or Dream, or `changes` do not fit its config.
     """
     if native_config(raw_config(name, revision), name) is not None:
         raise ValueError(
-            f"model.from_scratch takes its shape from a causal checkpoint, and {name} is a diffusion model"
+            f"model.from_scratch takes its shape from a causal checkpoint, but {name} is a diffusion model"
         )
     config = changed_config(model_config(name, revision), changes, name)
     try:
@@ -135,8 +135,8 @@ def changed_config(config: PreTrainedConfig, changes: dict[str, Any], name: str)
 
 
 def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = False) -> PreTrainedModel:
-    """Turns a causal model into a masked diffusion model in place, and proves that its attention is
-    bidirectional: changing the last token of a document changes its first hidden state, and no other
+    """Turns a causal model into a masked diffusion model in place, and checks that its attention is
+    bidirectional. Changing the last token of a document must change its first hidden state, but no other
     document.
 
     Raises:
@@ -147,7 +147,8 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not 0 <= mask_token_id < rows:
         raise ValueError(
-            f"mask_token_id={mask_token_id} (model.mask_token) is none of the model's {rows} vocabulary rows"
+            f"mask_token_id={mask_token_id} (model.mask_token) is not one of the model's {rows} "
+            "vocabulary rows"
         )
     if mask_token_id in ends:
         raise ValueError(
@@ -164,8 +165,8 @@ def to_diffusion(model: PreTrainedModel, *, mask_token_id: int, shift: bool = Fa
 
 
 def use_fused_diffusion_layers(model: PreTrainedModel, config: ModelConfig) -> None:
-    """`rl.model.loading.use_fused_layers`, which compares hidden states of plain calls, of a diffusion model
-    on a CUDA device.
+    """`rl.model.loading.use_fused_layers` for a diffusion model on CUDA. Its check makes plain calls, which
+    need another attention.
     """
     model.set_attn_implementation("sdpa")
     try:
@@ -175,9 +176,8 @@ def use_fused_diffusion_layers(model: PreTrainedModel, config: ModelConfig) -> N
 
 
 def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int | None = None) -> int:
-    """The id to use as mask: `wanted` (a token or an id), else the checkpoint's or the tokenizer's own, else
-    a row that no text uses: the first row beyond the tokenizer's ids, or a special token whose name says that
-    it is spare.
+    """The id to use as mask: `wanted` (a token or an id), else the checkpoint's or the tokenizer's own. Else
+    it is a row that no text uses: the first beyond the tokenizer's ids, or a special token named as spare.
 
     Raises:
         ValueError: there is none, or `wanted` is not in the vocabulary; the message lists special tokens.
@@ -208,7 +208,7 @@ def find_mask_token(tokenizer: Any, config: PreTrainedConfig, wanted: str | int 
 def hidden_states(
     model: PreTrainedModel, token_ids_N: Int[Tensor, " N"], documents: Documents
 ) -> Float[Tensor, "N D"]:
-    """Hidden state of every token of a packed row after the last norm; each token sees its whole document.
+    """Hidden states of all tokens of a packed row after the last norm; each token sees its whole document.
 
     Raises:
         ValueError: the model attends causally, or the documents do not cover the row.
@@ -216,12 +216,13 @@ def hidden_states(
     implementation = model.config.get_text_config()._attn_implementation
     if implementation != BIDIRECTIONAL:
         raise ValueError(
-            f"{type(model).__name__} attends by {implementation!r}, which is causal, and a diffusion model "
+            f"{type(model).__name__} attends by {implementation!r}, which is causal, but a diffusion model "
             "must see both sides; convert it with rl.diffusion.model.to_diffusion"
         )
     if documents.num_tokens != len(token_ids_N):
         raise ValueError(
-            f"documents of {documents.num_tokens} tokens do not cover a row of {len(token_ids_N)}"
+            f"documents of {documents.num_tokens} tokens do not cover a row of {len(token_ids_N)}; pass "
+            "Documents.of the lengths of the row's sequences"
         )
     return model.base_model(
         input_ids=token_ids_N[None],
@@ -239,9 +240,9 @@ def is_shifted(model: PreTrainedModel) -> bool:
 def predicting_columns(
     model: PreTrainedModel, columns_L: Int[Tensor, " L"], documents: Documents
 ) -> Int[Tensor, " L"]:
-    """The columns whose hidden states predict the tokens at `columns_L`: those columns themselves, or with
-    the shifted alignment their left neighbours. A document's first token has none and would share the state
-    that predicts the second; training never masks it (`rl.diffusion.text.encode_rows`).
+    """The columns whose hidden states predict the tokens at `columns_L`: those columns themselves, or in a
+    shifted model (Dream) their left neighbours. A document's first token has no neighbour, so training never
+    masks it (`rl.diffusion.text.encode_rows`); here its own state predicts it.
     """
     if not is_shifted(model):
         return columns_L
@@ -254,14 +255,14 @@ def logits_at(
     columns_L: Int[Tensor, " L"],
     documents: Documents,
 ) -> Float[Tensor, "L V"]:
-    """Logits of the tokens at `columns_L`, in the model's dtype. L x V numbers: mind the memory."""
+    """Logits [L, V] of the tokens at `columns_L`, in the model's dtype; they may take much memory."""
     return head_logits(model, hidden_ND[predicting_columns(model, columns_L, documents)])
 
 
 class DiffusionScorer(nn.Module):
-    """A diffusion model that answers with log-probs of given tokens: the head runs on scored tokens only.
+    """A diffusion model that returns log-probs of given tokens: the head runs on scored tokens only.
 
-    A module of its own, so that FSDP2 and `torch.compile` wrap a forward that includes the head.
+    It is a module, so that FSDP2 and `torch.compile` wrap a forward that includes the head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -270,8 +271,8 @@ class DiffusionScorer(nn.Module):
         self.random_in_training = True
 
     def train(self, mode: bool = True) -> DiffusionScorer:
-        """A fine-tuning keeps the dropout of the checkpoint's config. Where log-probs are compared with each
-        other, as in RL, `random_in_training` is False and nothing random is active in either mode.
+        """Fine-tuning keeps the dropout of the checkpoint's config. If log-probs are compared, as in RL,
+        `random_in_training` is False and nothing random is active in either mode.
         """
         super().train(mode)
         if not self.random_in_training:

@@ -1,4 +1,4 @@
-"""What to mask, and what a masked token's log-prob weighs: plans, as data.
+"""Which tokens to mask, and the weight of each masked token's log-prob: plans, as data.
 
 Let m tokens of an example be maskable (an answer; everything in pre-training) and S the masked ones. All
 schemes estimate the same bound on the log-likelihood, the ELBO (LLaDA, arXiv:2502.09992, equations 3 to 6):
@@ -9,13 +9,13 @@ schemes estimate the same bound on the log-likelihood, the ELBO (LLaDA, arXiv:25
 
 The last is the first with 1/t averaged out: given that t masked k tokens, 1/t is (m+1)/k on average.
 
-A plan lists noised copies of examples with a weight for each scored token, such that the weighted sum of
-log-probs over all copies of an example is an estimate of its ELBO. It is drawn before any forward pass, from
-an explicit generator, so that a second model (old policy, reference) sees the same masks.
+A plan lists noised copies of examples with a weight for each scored token. The weighted sum of log-probs over
+all copies of an example estimates its ELBO. A plan is drawn before any forward pass, from an explicit
+generator, so that a second model (old policy, reference) sees the same masks.
 
-Copies of the formula with 1/(t+L) in place of 1/(t L) misprint it: per-sequence training losses divide by
-t times L, and the reference code (GUIDELINES.md) does too. Dividing by the number of masked tokens is another
-objective: on a toy it gives -7.9 where the bound is -8.9 (`normalisers` has the divisor by L).
+Some prints of the formula have 1/(t+L) by mistake: per-sequence training losses divide by t times L, as the
+reference code (GUIDELINES.md) does. Dividing by the number of masked tokens is another objective: on a toy
+model it gives -7.9 where the bound is -8.9. `normalisers` divides by L.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIN_RATE = 1e-3  # of "bernoulli", as in the reference: masked with p = (1 - 1e-
 
 @dataclass(frozen=True)
 class Example:
-    """Clean token ids and which of them may be masked: never the prompt."""
+    """Clean token ids, and which of them may be masked (never the prompt)."""
 
     token_ids_T: Int[Tensor, " T"]
     maskable_T: Bool[Tensor, " T"]
@@ -45,18 +45,18 @@ class Example:
         return int(self.maskable_T.sum())
 
     def cut(self, length: int) -> Example:
-        """The first `length` tokens, or as many as there are up to the first that may be masked."""
+        """The first `length` tokens, but at least up to the first one that may be masked."""
         length = max(length, 1 + int(self.maskable_T.int().argmax()))
         return Example(self.token_ids_T[:length], self.maskable_T[:length])
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A copy of an example with masks, of which the columns K are scored.
+    """A copy of an example with masks, in which K columns are scored.
 
     Attributes:
         example: its index in the batch that was planned.
-        weights_K: of log p(target) in the estimate of the example's ELBO.
+        weights_K: weights of log p(target) in the estimate of the example's ELBO.
     """
 
     example: int
@@ -75,16 +75,16 @@ def make_plan(
     systematic: bool = True,
     num_draws: int = 1,
 ) -> list[Noised]:
-    """Noised copies of every example, copies without a masked token left out.
+    """Noised copies of every example, without copies that mask no token.
 
     Args:
-        generator: on the CPU. Draws depend on the batch as a whole: plan it as one, on every process alike,
+        generator: on the CPU. Draws depend on the whole batch: plan it as one, equally on every process, and
             then split the plan.
-        scheme: "bernoulli": Algorithms 1 and 2 of the paper. "subset": Algorithm 3. "count": what "bernoulli"
-            becomes when 1/t is averaged out. "coupled": "count" with every mask and its complement
-            (arXiv:2512.03759), two copies a draw; each maskable token is scored once.
-        systematic: noise levels of the batch lie evenly over all levels with one random offset, instead of
-            independently: each alone has the same distribution.
+        scheme: "bernoulli": Algorithms 1 and 2 of the paper. "subset": Algorithm 3. "count": "bernoulli" with
+            1/t averaged out. "coupled": "count" with every mask and its complement (arXiv:2512.03759), two
+            copies per draw; each maskable token is scored once.
+        systematic: noise levels of the batch are spread evenly with one random offset instead of drawn
+            independently; the distribution of each level stays the same.
         num_draws: draws per example; their mean is the estimate.
 
     Raises:
@@ -105,14 +105,14 @@ def make_plan(
             )
         ]
     return [
-        _noised(examples[index], index, mask, weight / num_draws, mask_token_id)
+        _noised(examples[index], index, mask_m=mask, weight=weight / num_draws, mask_token_id=mask_token_id)
         for index, mask, weight in draws
         if mask.any()
     ]
 
 
 def normalisers(examples: Sequence[Example], per: Literal["sequence", "token"]) -> list[float]:
-    """What each example's ELBO is multiplied with in the loss of an optimizer step; pass all of the step.
+    """Factor of each example's ELBO in the loss of an optimizer step; pass all examples of the step.
 
     "sequence": 1 / (B m), the mean over examples of the bound per token, as LLaDA trains. "token": 1 over all
     maskable tokens of the step, so that long answers count more.
@@ -126,11 +126,11 @@ def normalisers(examples: Sequence[Example], per: Literal["sequence", "token"]) 
 def random_lengths(
     examples: Sequence[Example], generator: torch.Generator, *, share: float = 0.01, whole_batch: bool = False
 ) -> list[Example]:
-    """A share of the examples is cut to a length from U{1..T}, so that a model also learns short texts
-    (Algorithm 1's pre-training).
+    """Cuts a share of the examples to a length from U{1..T}, so that a model also learns short texts
+    (pre-training by Algorithm 1).
 
     Args:
-        whole_batch: one draw for all, in the order of the reference code's random numbers.
+        whole_batch: one draw for all, with random numbers in the order of the reference code.
     """
     if whole_batch:
         if torch.rand(1, generator=generator).item() >= share:
@@ -147,7 +147,7 @@ def random_lengths(
 
 
 def step_generator(*numbers: int) -> torch.Generator:
-    """A generator that is a function of the numbers, such as (seed, step): the same on every process and
+    """A generator that depends only on the numbers, such as (seed, step): it is the same on every process and
     after every restart.
     """
     state = np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0]
@@ -173,8 +173,8 @@ def _subset(level: float, m: int) -> list[tuple[int, float]]:
 def _coupled(level: float, m: int) -> list[tuple[int, float]]:
     """k and m - k, complementary, each with half its weight (m + 1) / k.
 
-    Levels cover half the range: the pair of k is the pair of m - k, and evenly spread levels are then twice
-    as dense.
+    Levels cover half the range, since k and m - k give the same pair. So evenly spread levels are twice as
+    dense.
     """
     k = min(int(level / 2 * (m + 1)), m)
     return [(size, (m + 1) / max(size, 1) / 2) for size in (k, m - k)]
@@ -191,7 +191,7 @@ COUNTS: dict[str, Callable[[float, int], list[tuple[int, float]]]] = {
 def _levels(
     num_examples: int, num_draws: int, generator: torch.Generator, systematic: bool
 ) -> list[list[float]]:
-    """Noise levels in [0, 1) by draw and example: those of one example are as even as those of one draw."""
+    """Noise levels in [0, 1) by draw and example, evenly spread within a draw and within an example."""
     shape = (num_draws, num_examples)
     if not systematic:
         return torch.rand(shape, generator=generator, dtype=torch.float64).tolist()
@@ -203,7 +203,7 @@ def _levels(
 def _masks(
     m: int, sizes: Sequence[tuple[int, float]], generator: torch.Generator
 ) -> list[tuple[Bool[Tensor, " m"], float]]:
-    """Disjoint random subsets of m maskable tokens, of the given sizes."""
+    """For each (size, weight) a random subset of m maskable tokens, with its weight; subsets are disjoint."""
     order = torch.randperm(m, generator=generator)
     masks = []
     for size, weight in sizes:
@@ -215,11 +215,11 @@ def _masks(
 def _bernoulli_masks(
     examples: Sequence[Example], generator: torch.Generator, systematic: bool, num_draws: int
 ) -> list[tuple[int, Bool[Tensor, " m"], float]]:
-    """Masks and 1/p as the reference code draws them: t for each row, then a rectangle B x longest in which
-    prompts and padding have numbers that nobody uses. Independent draws repeat it bit by bit.
+    """Masks and 1/p as the reference code draws them: t for each row, then a rectangle B x longest. Numbers
+    for prompts and padding are not used. Independent draws repeat the reference bit by bit.
 
-    Without the floor on p the estimator would have no finite variance; with it the bound is off by 6e-4 of
-    its size.
+    Without the floor on p the estimator would have no finite variance; with it, the bound has a relative
+    error of 6e-4.
     """
     found = []
     longest = max(len(e.token_ids_T) for e in examples)
@@ -242,8 +242,8 @@ def reference_likelihood_plan(
 ) -> list[Noised]:
     """Algorithm 3 with the rounding of the published get_log_likelihood.py, for comparison with its numbers.
 
-    Sizes come from `round(linspace(...))`, and round goes half to even: where L / batch_size has a fraction
-    of one half, even sizes are drawn more often (L = 4, batch 8: 1/8, 3/8, 1/8, 3/8), which is biased.
+    Sizes come from `round(linspace(...))`, which rounds halves to even. If L / batch_size has a fraction of
+    one half, even sizes are drawn more often (L = 4, batch 8: 1/8, 3/8, 1/8, 3/8), which is a bias.
 
     Raises:
         ValueError: `num_draws` is not a positive multiple of `batch_size`.
@@ -261,12 +261,14 @@ def reference_likelihood_plan(
         sizes = (torch.round(steps).long() - 1) % m + 1
         for size in sizes.tolist():
             mask = (torch.arange(m) < size)[torch.randperm(m, generator=generator)]
-            plan.append(_noised(example, 0, mask, m / size / num_draws, mask_token_id))
+            plan.append(
+                _noised(example, 0, mask_m=mask, weight=m / size / num_draws, mask_token_id=mask_token_id)
+            )
     return plan
 
 
 def _noised(
-    example: Example, index: int, mask_m: Bool[Tensor, " m"], weight: float, mask_token_id: int
+    example: Example, index: int, *, mask_m: Bool[Tensor, " m"], weight: float, mask_token_id: int
 ) -> Noised:
     columns = example.maskable_T.nonzero().squeeze(-1)[mask_m]
     return Noised(

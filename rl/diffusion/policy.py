@@ -1,4 +1,4 @@
-"""The diffusion model being trained: loading, scoring, adapters, and folders to save it in."""
+"""The diffusion model being trained: loading, scoring, adapters, and saving."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class DiffusionPolicy:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        # FSDP averages gradients over processes, and weights are global shares: they add up.
+        # FSDP averages gradients over processes, but they must add up, as weights are global shares.
         (loss * self.accelerator.num_processes if self.sharded else loss).backward()
 
     def finish_gradients(self, max_norm: float) -> float:
@@ -121,7 +121,7 @@ class DiffusionPolicy:
         load_optimizer(folder, optimizer, self.trainable())
 
     def load_weights(self, folder: Path) -> None:
-        """Weights (or the adapter) that `write_model` wrote, bit for bit."""
+        """Loads the weights (or the adapter) that `write_model` wrote, bit for bit."""
         if self.peft_model is not None:
             load_adapter(self.peft_model, folder, self.device)
             return
@@ -133,7 +133,7 @@ class DiffusionPolicy:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 assert isinstance(p, DTensor)
-                # Every process has read the whole tensor, so none has to send it.
+                # Every process has read the whole tensor, so nothing has to be sent.
                 share = distribute_tensor(
                     whole[name].to(self.device), p.device_mesh, p.placements, src_data_rank=None
                 )
@@ -148,7 +148,7 @@ class DiffusionPolicy:
         self.sharded = True
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights on the CPU of the main process, which the others help to gather; None: they are not
+        """All weights on the CPU of the main process, gathered with the others' help; None if they are not
         split.
         """
         if not self.sharded:
@@ -162,10 +162,10 @@ class DiffusionPolicy:
         return found
 
     def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """A Hugging Face folder that `load_diffusion_model` opens (an adapter's folder with LoRA), and the
-        tokenizer.
+        """Writes a Hugging Face folder that `load_diffusion_model` opens (with LoRA an adapter's folder), and
+        the tokenizer.
 
-        Its architecture has a name that no engine for causal models knows, so that none serves it as one.
+        Engines for causal models do not know the name of its architecture, so none serves it as causal.
         """
         save_model(self.peft_model or self.model, self.model, folder, state_dict=weights)
         if self.peft_model is not None:

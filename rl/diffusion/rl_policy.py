@@ -23,15 +23,15 @@ from rl.types import WeightStream
 
 
 class MaskedPolicy:
-    """The model being trained. Its log-probs are the estimates of `diffusion.estimator`, on masks that are
-    drawn in `prepare`: old, current and reference policy see the same. Each pass of `train.num_epochs` has
-    masks of its own, as d1 and ESPO have.
+    """The model being trained. Its log-probs are the estimates of `diffusion.estimator`, on masks drawn in
+    `prepare`: old, current and reference policy see the same ones. Each pass of `train.num_epochs` has its
+    own masks, as in d1 and ESPO.
 
     Args:
         name: folder or hub name; `config.model.name` with built-in names resolved.
     """
 
-    shares_prompts = True  # its estimator counts the copies it makes in a budget of its own
+    shares_prompts = True  # its estimator counts the copies it makes in its own budget
     in_step = False
 
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
@@ -42,7 +42,7 @@ class MaskedPolicy:
         self.temperature = config.sampling.temperature if self.estimator.name == "trace" else 1.0
         try:
             self.trained = DiffusionPolicy(diffusion_model_config(config), accelerator, name=name)
-        except ValueError as error:  # by the keys of recipes.llada
+        except ValueError as error:  # it names the keys of recipes.llada
             said = re.sub(r"\bmodel\.(mask_token|shift)\b", r"diffusion.\1", str(error))
             raise ValueError(said) from error
         self.scorer.random_in_training = False
@@ -55,7 +55,7 @@ class MaskedPolicy:
 
     @property
     def redraws(self) -> bool:
-        """Whether log-probs are estimates on random masks, new ones for each pass over a batch."""
+        """Whether log-probs are estimates on random masks, drawn anew for each pass over a batch."""
         e = self.estimator
         if e.name == "trace":
             return e.max_canvases is not None
@@ -89,13 +89,13 @@ class MaskedPolicy:
         return prepared
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
-        """The estimate for each loss token, and the entropy of what it was scored under.
+        """The estimate for each loss token, and the entropy of the distribution it was scored under.
 
         Raises:
-            ValueError: other ids are asked for; an estimate is made of what was sampled alone.
+            ValueError: `ids_LK` is given; only sampled tokens have estimates.
         """
         if ids_LK is not None:
-            raise ValueError("a masked diffusion policy estimates the sampled tokens alone, not other ids")
+            raise ValueError("a masked diffusion policy estimates only the sampled tokens, not other ids")
         return self.score_by(self.scorer, prepared)
 
     def score_by(self, scorer: nn.Module, prepared: Prepared) -> Scores:
@@ -111,8 +111,8 @@ class MaskedPolicy:
 class MaskedWeights:
     """Every weight and LoRA adapter under its own name; and the canary of a diffusion model.
 
-    Adapters are not merged: at small learning rates the bf16 sum of weight and delta is the weight itself for
-    a hundred updates, and the engine would sample from the base model.
+    Adapters are not merged. At small learning rates, the bf16 sum of weight and delta rounds to the weight
+    for a hundred updates: the engine would sample from the base model.
     """
 
     def __init__(self, policy: MaskedPolicy) -> None:
@@ -125,8 +125,8 @@ class MaskedWeights:
     def canary(self) -> tuple[list[int], list[float]]:
         """Ids from all over the vocabulary, and log p(ids[i] | ids[0] and masks) for i >= 1.
 
-        Where bf16 is in play the likeliest ids: in it a log-prob of -20 is uncertain by more than what a lost
-        weight would change.
+        Under bf16 they are the likeliest ids: rounding moves a log-prob of -20 by more than a lost weight
+        would.
         """
         policy, mask = self.policy, self.policy.trained.mask_token_id
         size = policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ class MaskedWeights:
 
 
 def diffusion_model_config(config: MaskedRunConfig) -> DiffusionModelConfig:
-    """What loading needs of a run's config."""
+    """The keys of a run's config that loading needs."""
     shared = ("name", "revision", "dtype", "fused_layers", "gradient_checkpointing", "lora", "chat_template")
     return DiffusionModelConfig(
         mask_token=config.diffusion.mask_token,

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and its tokenizer: never by its weights, nor by code of its folder."""
+"""Config and tokenizer of a checkpoint, read without its weights and without code of its folder."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from rl.model.adapter_folder import find_adapter
 from rl.model.loading import load_tokenizer
 
 SAME_FILES: dict[str, Any] = {"DreamTokenizer": Qwen2Tokenizer}
-"""Classes of others that read the files of one in transformers in the same way."""
+"""Tokenizer class of a checkpoint's own code -> a class of transformers that reads the same files."""
 
 
 def raw_config(name: str, revision: str | None) -> dict[str, Any]:
-    """config.json; of an adapter that of its base, with what was recorded beside the adapter.
+    """config.json; for an adapter that of its base, with the record beside the adapter.
 
     Raises:
-        ValueError: there is none, or the base of an adapter is not where the adapter says.
+        ValueError: it is missing, or the base of an adapter is not where the adapter says.
     """
     if (adapter := find_adapter(name, revision)) is not None:
         try:
             return raw_config(adapter.base, adapter.revision) | recorded(adapter)
         except ValueError as error:
             raise ValueError(
-                f"{name} holds an adapter, and its base cannot be read: {error}; base_model_name_or_path in "
+                f"{name} holds an adapter, but its base cannot be read: {error}; base_model_name_or_path in "
                 "its adapter_config.json says where the base is"
             ) from None
     try:
@@ -50,8 +50,8 @@ def raw_config(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def model_config(name: str, revision: str | None) -> PreTrainedConfig:
-    """The transformers config of a checkpoint (of an adapter that of its base), with `mask_token_id` and
-    `diffusion_shift` where the checkpoint says them.
+    """The transformers config of a checkpoint (for an adapter that of its base), with `mask_token_id` and
+    `diffusion_shift` if the checkpoint names them.
 
     Raises:
         ValueError: it cannot be read, or only by code of its folder.
@@ -71,7 +71,7 @@ def model_config(name: str, revision: str | None) -> PreTrainedConfig:
 
 
 def refuse_code(raw: dict[str, Any], name: str) -> None:
-    """Raises ValueError if transformers does not know the model, and its folder brings code for it."""
+    """Raises ValueError if transformers does not know the model and its folder brings code for it."""
     kind = raw.get("model_type")
     if raw.get("auto_map") and kind not in CONFIG_MAPPING:
         raise ValueError(
@@ -81,11 +81,11 @@ def refuse_code(raw: dict[str, Any], name: str) -> None:
 
 
 def refuse_masked(name: str, revision: str | None) -> None:
-    """Raises ValueError if what is to be trained as a causal model is a masked diffusion model."""
+    """Raises ValueError if a model that will be trained as a causal one is a masked diffusion model."""
     try:
         raw = raw_config(name, revision)
     except ValueError:
-        return  # whoever loads it says what is wrong
+        return  # loading it will say what is wrong
     if "diffusion_shift" in raw or native_config(raw, name) is not None:
         raise ValueError(
             f"model.name={name!r}: this is a masked diffusion model; add a `diffusion:` section to the "
@@ -94,11 +94,11 @@ def refuse_masked(name: str, revision: str | None) -> None:
 
 
 def load_diffusion_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """`rl.model.loading.load_tokenizer` of a LLaDA, Dream or causal checkpoint; of an adapter its own, else
-    its base's.
+    """`rl.model.loading.load_tokenizer` for a LLaDA, Dream or causal checkpoint; an adapter's own tokenizer,
+    or else its base's.
 
     Raises:
-        ValueError: there is none, or nothing but code of its folder reads it.
+        ValueError: there is none, or only code of its folder reads it.
     """
     try:
         settings = get_tokenizer_config(config.name, revision=config.revision)
@@ -112,6 +112,7 @@ def load_diffusion_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _reader(config: ModelConfig, settings: dict[str, Any]) -> Any:
+    """The class that reads the tokenizer's files: AutoTokenizer, unless that would run code of the folder."""
     name = settings.get("tokenizer_class") or ""
     if not settings.get("auto_map") or tokenizer_class_from_name(name) is not None:
         return AutoTokenizer

@@ -1,7 +1,7 @@
-"""Rows of a dataset in TRL's formats as token ids, once, and as examples with the padding of a step.
+"""Rows of a dataset in TRL's formats as token ids, and as examples with the padding of a step.
 
-A prompt is tokenised as generation will see it, header of the answer included, and the answer on its own:
-no token spans the boundary, and none of the header counts as answer.
+A prompt is tokenised as generation will see it, with the header of the answer; the answer is tokenised
+separately. So no token spans the boundary, and the header does not count as answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from rl.config.diffusion import EosConfig, TextConfig
 from rl.diffusion.objectives import Example
-from rl.model.messages import Messages, messages_of, refuse_lost_calls, rendered
+from rl.model.messages import Messages, messages_of, read_tools, refuse_lost_calls, rendered
 
 Row = Mapping[str, Any]
 PROBE = "COHORTANSWER"  # an answer that no template changes
@@ -24,8 +24,8 @@ PROBE = "COHORTANSWER"  # an answer that no template changes
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt (maybe none), never masked, and of what follows it: an answer with its
-    end-of-text token, or a piece of text.
+    """Token ids of a prompt (maybe empty) and of what follows it: an answer with its end-of-text token, or a
+    piece of text. Prompts are never masked.
     """
 
     prompt: np.ndarray
@@ -43,22 +43,24 @@ def encode_rows(
     mask_token_id: int | None = None,
     shift: bool = False,
 ) -> tuple[list[Encoded], int]:
-    """All examples of a dataset, and how many were dropped as too long. Held in memory, 4 bytes a token.
+    """All examples of a dataset, in memory at 4 bytes per token, and how many were dropped as too long.
+
+    A row's `tools` are shown to the template, as in the prompts of `cohort train`.
 
     Args:
-        shift: the left neighbour predicts a token (Dream). The first token has none, so it is never masked:
+        shift: the left neighbour predicts a token (Dream). The first token has none and is never masked:
             without a prompt it becomes the prompt, and an example of one token is left out.
 
     Raises:
-        ValueError: unknown columns, messages that are none, an empty answer, a chat template that is missing
-            or does not keep what it was given, the mask token in a text, or an example longer than
-            `max_length`, with its row.
+        ValueError: columns are unknown, or the chat template is missing or changes what it was given. Or a
+            row, which is named, is too long, contains the mask token, has malformed messages or an empty
+            answer.
     """
     kind = row_format(rows, config)
     if kind == "text":
         kept, dropped = _chunks(rows, config, tokenizer, mask_token_id), 0
     else:
-        kept, dropped = _examples(rows, config, kind, tokenizer, mask_token_id)
+        kept, dropped = _examples(rows, config, kind=kind, tokenizer=tokenizer, mask_token_id=mask_token_id)
     if shift:
         kept = [e if len(e.prompt) else Encoded(e.answer[:1], e.answer[1:]) for e in kept if len(e) > 1]
     if not kept:
@@ -67,12 +69,13 @@ def encode_rows(
 
 
 def _examples(
-    rows: Sequence[Row], config: TextConfig, kind: str, tokenizer: Any, mask_token_id: int | None
+    rows: Sequence[Row], config: TextConfig, *, kind: str, tokenizer: Any, mask_token_id: int | None
 ) -> tuple[list[Encoded], int]:
     kept, dropped = [], 0
     for index, row in enumerate(rows):
+        tools = read_tools(row.get("tools"), f"row {index}")
         for prompt, answer in _pairs(row, config, kind, f"row {index}"):
-            encoded = _encode(prompt, answer, tokenizer, f"row {index}")
+            encoded = _encode(prompt, answer, tools=tools, tokenizer=tokenizer, where=f"row {index}")
             if len(encoded) <= config.max_length:
                 ids = np.concatenate([encoded.prompt, encoded.answer])
                 _refuse_mask(ids, mask_token_id, f"row {index} of {config.source}")
@@ -89,10 +92,10 @@ def _examples(
 
 
 def padding_ids(config: EosConfig, tokenizer: Any, *, num_rows: int, mask_token_id: int) -> list[int]:
-    """The cycle of ids that follows an answer's end: the end-of-text token, or the rainbow's.
+    """The cycle of ids that pads an answer: the end-of-text token, or the rainbow's tokens.
 
     Args:
-        num_rows: of the model's vocabulary, which may have more than the tokenizer.
+        num_rows: rows of the model's vocabulary, which may be more than the tokenizer's.
 
     Raises:
         ValueError: a rainbow token is not a row of the vocabulary, or is the mask token.
@@ -109,7 +112,7 @@ def padding_ids(config: EosConfig, tokenizer: Any, *, num_rows: int, mask_token_
     ids = [vocabulary[t] if isinstance(t, str) else t for t in config.rainbow_tokens]
     if outside := [i for i in ids if not 0 <= i < num_rows]:
         raise ValueError(
-            f"eos.rainbow_tokens: {', '.join(map(str, outside))} is none of the model's {num_rows} "
+            f"eos.rainbow_tokens: {', '.join(map(str, outside))} is not among the model's {num_rows} "
             f"vocabulary rows; use ids from 0 to {num_rows - 1}, or tokens by name"
         )
     if mask_token_id in ids:
@@ -121,13 +124,13 @@ def padding_ids(config: EosConfig, tokenizer: Any, *, num_rows: int, mask_token_
 
 
 def padded_examples(batch: Sequence[Encoded], config: EosConfig, padding: Sequence[int]) -> list[Example]:
-    """The examples of one optimizer step, all processes', with the padding that their policy asks for."""
+    """The examples of one optimizer step, over all processes, with the padding that `config` asks for."""
     longest = max(len(encoded) for encoded in batch)
     return [_padded(encoded, config, padding, longest) for encoded in batch]
 
 
 def padded_length(length: int, config: EosConfig, longest: int) -> int:
-    """Tokens of an example of `length` after padding, in a step whose longest has `longest`."""
+    """Tokens of an example of `length` after padding, in a step whose longest example has `longest`."""
     padded = {"single": length, "multiple": -(-length // config.multiple) * config.multiple}
     return padded.get(config.policy, longest)
 
@@ -140,7 +143,7 @@ def _padded(encoded: Encoded, config: EosConfig, padding: Sequence[int], longest
 
 
 def row_format(rows: Sequence[Row], config: TextConfig) -> str:
-    """prompt_completion, messages or text: by the columns of the first row unless the config says it."""
+    """prompt_completion, messages or text: as the config says, else by the columns of the first row."""
     if not rows:
         raise ValueError(f"{config.source} has no rows; check data.source, data.split and data.size")
     needed = {
@@ -154,7 +157,7 @@ def row_format(rows: Sequence[Row], config: TextConfig) -> str:
             return kind
     wanted = " or ".join(" and ".join(map(repr, needed[kind])) for kind in kinds)
     raise ValueError(
-        f"{config.source} has the columns {', '.join(map(repr, rows[0]))}, and {wanted} are needed; name "
+        f"{config.source} has the columns {', '.join(map(repr, rows[0]))}, but {wanted} are needed; name "
         "yours with data.prompt_column and data.completion_column"
     )
 
@@ -162,9 +165,9 @@ def row_format(rows: Sequence[Row], config: TextConfig) -> str:
 def _pairs(
     row: Row, config: TextConfig, kind: str, where: str
 ) -> list[tuple[Messages | str, Messages | str]]:
-    """(prompt, answer) pairs of a row: every assistant message with what came before it, and nothing after.
+    """(prompt, answer) pairs of a row: every assistant message with the messages before it.
 
-    An answer that is masked while its successors are visible would be guessed from the future.
+    If later messages were visible, a masked answer could be guessed from the future.
     """
     named = f"{where} of {config.source}"
     if kind == "prompt_completion":
@@ -181,7 +184,7 @@ def _pairs(
         if not isinstance(prompt, str):
             if config.template != "{prompt}":
                 raise ValueError(
-                    f"{named}: data.template wraps text, and this prompt is a chat; leave it out"
+                    f"{named}: data.template wraps text, but this prompt is a chat; leave it out"
                 )
             turns = messages_of(answer, f"{named}: {config.completion_column!r}")
             if {turns[0]["role"], turns[-1]["role"]} != {"assistant"}:
@@ -198,7 +201,7 @@ def _pairs(
     messages = messages_of(row.get("messages") or [], f"{named}: 'messages'")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise ValueError(f"{named}: no message has the role 'assistant', so nothing to learn")
+        raise ValueError(f"{named}: no message has the role 'assistant', so there is nothing to learn")
     return [(_with_system(messages[:i], config), [messages[i]]) for i in turns]
 
 
@@ -208,14 +211,16 @@ def _with_system(messages: Messages, config: TextConfig) -> Messages:
     return [{"role": "system", "content": config.system_prompt}, *messages]
 
 
-def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, where: str) -> Encoded:
+def _encode(
+    prompt: Messages | str, answer: Messages | str, *, tools: Sequence[Any] | None, tokenizer: Any, where: str
+) -> Encoded:
     if isinstance(prompt, str):
         assert isinstance(answer, str)
         prompt_ids = tokenizer(prompt)["input_ids"]
         answer_text = answer
     else:
         assert not isinstance(answer, str)
-        prompt_text, answer_text = _rendered(prompt, answer, tokenizer, where)
+        prompt_text, answer_text = _rendered(prompt, answer, tools=tools, tokenizer=tokenizer, where=where)
         prompt_ids = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answer_text, add_special_tokens=False)["input_ids"]
     if not answer_text.strip() or not answer_ids:
@@ -225,29 +230,31 @@ def _encode(prompt: Messages | str, answer: Messages | str, tokenizer: Any, wher
     return Encoded(np.array(prompt_ids, np.int32), np.array(answer_ids, np.int32))
 
 
-def _rendered(prompt: Messages, answer: Messages, tokenizer: Any, where: str) -> tuple[str, str]:
+def _rendered(
+    prompt: Messages, answer: Messages, *, tools: Sequence[Any] | None, tokenizer: Any, where: str
+) -> tuple[str, str]:
     """The prompt with the header of its answer, and the answer up to its end-of-turn token.
 
-    What a template writes behind that token (a line break, LLaDA-8B-Base: another header) is not an answer.
-    Where an answer ends is learned from another in its place: its own text may occur in the template's.
+    What a template writes after that token (a line break; LLaDA-8B-Base: another header) is not an answer.
+    A probe in its place finds where an answer ends, since its text may occur in the template's.
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, and the rows are chats; set model.chat_template to a Jinja "
+            "the tokenizer has no chat template, but the rows are chats; set model.chat_template to a Jinja "
             "file, use the instruct model, or data.chat=false for plain text"
         )
     if not prompt:
         raise ValueError(f"{where}: the chat begins with an answer; put a user's message before it")
-    head = rendered(prompt, tokenizer, where, answer_follows=True)
+    head = rendered(prompt, tokenizer, where, tools=tools, answer_follows=True)
     refuse_lost_calls(prompt, head, where)
     last, calls = answer[-1], bool(answer[-1].get("tool_calls"))
     content = last["content"].strip()
     if not content and not calls:
         raise ValueError(f"{where}: the answer is empty; leave the row out")
-    whole = rendered([*prompt, *answer], tokenizer, where)
+    whole = rendered([*prompt, *answer], tokenizer, where, tools=tools)
     spoken = {key: value for key, value in last.items() if key != "tool_calls"}
     probe = [*prompt, *answer[:-1], spoken | {"content": PROBE}]
-    tail = rendered(probe, tokenizer, where).rpartition(PROBE)[2]
+    tail = rendered(probe, tokenizer, where, tools=tools).rpartition(PROBE)[2]
     end = len(whole) - len(tail)
     kept = whole.startswith(head) and whole.endswith(tail) and end > len(head)
     refuse_lost_calls(answer, whole.removeprefix(head), where)

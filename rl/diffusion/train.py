@@ -1,8 +1,8 @@
 """The loop of pre-training and fine-tuning: draw masks, score what they hide, step.
 
-Every random number is a function of the seed and the step, drawn for the step's whole batch on every process
-alike; each process then computes its own examples. So a gradient does not depend on how many there are, and a
-run that was killed goes on bit by bit from its checkpoint.
+Every random number is a function of the seed and the step. Every process draws the same numbers for the whole
+batch of a step, then computes its own examples. So gradients do not depend on the number of processes, and a
+killed run resumes bit by bit from its checkpoint.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ ORDER, MASKS, HELD_OUT = range(3)  # streams of random numbers
 
 @dataclass
 class DiffusionRun:
-    """The collaborators of a run, and where it stands.
+    """The parts of a run (policy, examples, logs ...), and how far it is.
 
     Attributes:
-        padding: the cycle of ids that follows an answer's end.
+        padding: the cycle of ids that pads an answer.
     """
 
     config: DiffusionConfig
@@ -61,7 +61,7 @@ class DiffusionRun:
         return (self.bounds,)
 
     def evaluate(self, step: int) -> None:
-        """The bound on held-out text after `step` steps, unless it is known."""
+        """Measures the bound on held-out text after `step` steps, unless it is known."""
         if not self.heldout or self.bounds.at(step) is not None:
             return
         config, policy = self.config, self.policy
@@ -89,10 +89,10 @@ class DiffusionRun:
 
 
 def train(run: DiffusionRun) -> int:
-    """Does steps up to `config.train.steps`; returns how many are done when it stops.
+    """Trains up to `config.train.steps` steps; returns how many are done when it stops.
 
     Raises:
-        RuntimeError: `train.max_bad_steps` non-finite steps in a row. The newest checkpoint stays valid.
+        RuntimeError: `train.max_bad_steps` consecutive steps were not finite. The newest checkpoint is valid.
     """
     for step in steps(run):
         values = train_step(run, step)
@@ -103,7 +103,7 @@ def train(run: DiffusionRun) -> int:
 
 
 def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
-    """One optimizer step; its numbers over all processes."""
+    """Does one optimizer step; returns its metrics over all processes."""
     config, world, policy = run.config, run.world, run.policy
     objective = config.objective
     with run.phases("pack"):
@@ -123,7 +123,7 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
         )
         mine = [copy for copy in plan if copy.example % world.size == world.rank]
         rows = pack_plan(mine, config.token_budget)
-        if policy.sharded:  # its forward passes gather weights from all processes
+        if policy.sharded:  # forward passes gather weights from all processes
             most = int(world.max([len(rows)])[0])
             rows += [idle_row(policy.mask_token_id)] * (most - len(rows))
         rows = [row.to(policy.device) for row in rows]
@@ -157,7 +157,7 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
 
 
 def step_examples(run: DiffusionRun, step: int) -> list[Example]:
-    """The examples of a step, all processes': epochs are permutations of the dataset, one after another."""
+    """The examples of a step, over all processes; epochs are consecutive permutations of the dataset."""
     config, n = run.config, len(run.examples)
     size = config.train.examples_per_step
     orders: dict[int, list[int]] = {}

@@ -31,14 +31,14 @@ class Adapter:
         if is_named and Path(name).absolute() != self.folder.absolute():
             return name
         raise ValueError(
-            f"{self.folder} holds an adapter, and its adapter_config.json names no base model "
+            f"{self.folder} holds an adapter, but its adapter_config.json names no base model "
             f"(base_model_name_or_path is {name!r}); write there the folder or hub name of the model that "
             "was adapted"
         )
 
     @property
     def revision(self) -> str | None:
-        """Of the base."""
+        """Revision of the base model."""
         return self.settings.get("revision")
 
 
@@ -46,7 +46,7 @@ def find_adapter(name: str, revision: str | None) -> Adapter | None:
     """The adapter that a folder or hub repository holds; None: it holds no adapter."""
     try:
         file = find_adapter_config_file(name, revision=revision)
-    except OSError:  # no folder and no name of a repository: whoever loads it says so
+    except OSError:  # neither a folder nor a repository: loading it will say so
         file = None
     return None if file is None else Adapter(checkpoint_folder(name, revision), read_settings(Path(file)))
 
@@ -67,7 +67,7 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> Any:
     """Peft's wrapper of the base model with the adapter beside its weights, on the CPU.
 
     Raises:
-        ValueError: it holds tensors for other modules than this base has, or lacks some.
+        ValueError: the adapter has tensors for modules that this base lacks, or lacks some.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 

@@ -19,19 +19,19 @@ from rl.model.exactness import backbone
 from rl.model.loading import first_line, read_config
 
 Plan = Callable[[PreTrainedModel, LoraConfig], dict[str, Any] | None]
-"""What of a model to adapt, as peft's settings; None: what peft makes of `target_modules` itself."""
+"""Chooses what to adapt, as settings of peft; None leaves `target_modules` to peft."""
 BASE = ".base_layer."
 FORMS = (
     *("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters"),
     *("layers_to_transform", "trainable_token_indices", "lora_bias", "bias"),
 )
-"""Settings of peft beside rank and targets: with another one the same tensors are another adapter."""
+"""Settings of peft besides rank and targets: under other values the same tensors are another adapter."""
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
-    """Raises ValueError, with near names, if a target of an adapter fits no module: peft would leave it out.
+    """Raises ValueError, with near names, if a target fits no module: peft would silently leave it out.
 
-    A name in a list fits modules that end with it, a text is "all-linear" or a pattern of whole names.
+    A name in a list fits modules that end with it; a text is "all-linear" or a regex of whole names.
     """
     if targets == "all-linear":
         return
@@ -54,16 +54,16 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ";"
     if isinstance(targets, str):
-        hint = "; a text fits whole names, a list such as [q_proj, v_proj] their ends:"
+        hint = "; a text must fit whole names, items of a list such as [q_proj, v_proj] their ends:"
     called = " or ".join(missing) or "nothing"
     raise ValueError(
         f"model.lora.target_modules={targets!r}: no module is called {called}{hint} there are "
-        f"{', '.join(known)}, and all-linear takes every linear layer but the head"
+        f"{', '.join(known)}, and all-linear takes every linear layer except the head"
     )
 
 
 def peft_config_of(config: ModelConfig, model: PreTrainedModel, plan: Plan | None) -> Any:
-    """Raises ValueError if a target fits nothing."""
+    """peft's config of `config.lora`; raises ValueError if a target fits nothing."""
     from peft import LoraConfig as PeftConfig
 
     lora = config.lora
@@ -81,7 +81,7 @@ def peft_config_of(config: ModelConfig, model: PreTrainedModel, plan: Plan | Non
 
 
 def difference(adapter: Adapter, config: ModelConfig, plan: Plan | None = None) -> str:
-    """In what `model.lora` asks for another adapter than the one of a folder; "" where it is the same.
+    """How the adapter that `model.lora` asks for differs from a folder's; "" if it does not.
 
     Targets are compared by the names and shapes of their tensors, on a model without weights.
     """
@@ -104,7 +104,7 @@ def difference(adapter: Adapter, config: ModelConfig, plan: Plan | None = None) 
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig, plan: Plan | None = None) -> Any:
-    """Adapters added to `model` in place. The head stays frozen, and embeddings that are the head as well.
+    """Adds adapters to `model` in place. The head stays frozen, and so do embeddings tied to it.
 
     Raises:
         ValueError: one of `target_modules` fits nothing, or the head; or the reference is to follow.
@@ -115,7 +115,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, plan: Plan | None = No
     assert lora is not None
     if config.reference.update_every:
         raise ValueError(
-            "model.reference.update_every moves a copy of the weights, and with model.lora the reference is "
+            "model.reference.update_every moves a copy of the weights, but with model.lora the reference is "
             "the base model without a copy; use model.reference.update_every=0"
         )
     named = f"model.lora.target_modules={lora.target_modules!r}"
@@ -128,26 +128,25 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, plan: Plan | None = No
         adapted = get_peft_model(model, asked, revision=config.revision)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
-    # Of a model made from tensors peft knows no name, and a relative one is lost with the working directory.
+    # peft knows no name of a model made from tensors, and a relative one is lost with the working directory.
     adapted.peft_config["default"].base_model_name_or_path = name
     for part, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is not None and any(base is layer for layer in frozen):
             raise ValueError(
-                f"{named} adapts {part}, and log-probs are computed from the head's own weights: the adapter "
-                "would not be trained, or only the engine would have it; leave the output head out, and "
+                f"{named} adapts {part}, but log-probs are computed from the head's own weights: the adapter "
+                "would not be trained, or only the engine would have it; leave out the output head, and "
                 "embeddings that are tied to it"
             )
     return adapted
 
 
 def load_adapter(peft_model: Any, folder: Path, device: torch.device) -> None:
-    """Puts the adapter that was saved in `folder` into peft's wrapper, bit for bit."""
+    """Loads the adapter saved in `folder` into peft's wrapper, bit for bit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    where = (
-        "cpu" if device.type == "cpu" else str(device)
-    )  # safetensors refuses the cpu:0 of several processes
+    # In a run of several processes a CPU is called cpu:0, which safetensors refuses.
+    where = "cpu" if device.type == "cpu" else str(device)
     set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device=where))
 
 
@@ -155,8 +154,8 @@ def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
     """Checks that the model computes with its adapters.
 
     Raises:
-        ValueError: PEFT wrapped what only looks like a linear layer, such as a router that returns more than
-            a tensor; or a layer whose weight its parent reads itself, past the adapter.
+        ValueError: peft wrapped a layer that it cannot replace, such as a router that returns several
+            tensors, or a layer whose parent reads its weight directly, past the adapter.
     """
     assert config.lora is not None
     named = f"model.lora.target_modules={config.lora.target_modules!r}"
@@ -177,11 +176,11 @@ def check_adapted(model: PreTrainedModel, config: ModelConfig) -> None:
             hook.remove()
     for module, name in names.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        # An expert that got no token is not called either, nor is its parent.
+        # A module whose parent was not called either may be an expert that got no token.
         if hasattr(module, "base_layer") and module not in called and parent in called:
             raise ValueError(
                 f"{named} adapts {name}, whose weight {type(parent).__name__} reads past the adapter: it "
-                "would be sent and not computed with; name the layers to adapt without it, such as "
+                "would be sent but not computed with; name the layers to adapt without it, such as "
                 "[q_proj, v_proj]"
             )
 
@@ -194,14 +193,14 @@ def original_name(name: str) -> str:
 
 
 def adapter_parameters(model: PreTrainedModel) -> set[int]:
-    """Ids of the parameters that adapters have beside what they adapt; they are not streamed themselves."""
+    """Ids of the adapters' own parameters, which are not streamed themselves."""
     layers = (module for module in model.modules() if hasattr(module, "base_layer"))
     return {id(p) for layer in layers for part, p in layer.named_parameters() if "base_layer." not in part}
 
 
 def unsent(model: PreTrainedModel) -> list[str]:
-    """Trainable tensors whose change would not reach the engine: they are neither streamed themselves, nor
-    part of an adapter whose delta has the shape of a streamed tensor.
+    """Trainable tensors whose change would not reach the engine. They are not streamed themselves, nor part
+    of an adapter whose delta has the shape of a streamed tensor.
     """
     own, covered = adapter_parameters(model), set()
     with torch.no_grad():
@@ -215,7 +214,7 @@ def unsent(model: PreTrainedModel) -> list[str]:
 
 
 def adapters_of(model: PreTrainedModel, name: str) -> Iterator[Any]:
-    """The adapters of one tensor: a chain stands before a module, and each adapts one of its tensors."""
+    """The adapters of one tensor: they wrap its module in a chain, and each adapts one of its tensors."""
     if BASE not in name:
         return
     path, leaf = name.split(BASE)[0], name.rsplit(BASE, 1)[1]

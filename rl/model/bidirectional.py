@@ -2,8 +2,8 @@
 
 Every token sees its whole document and nothing else. The documents travel as the keyword argument
 `cohort_documents` through the model's forward, so they survive gradient checkpointing. The mask that
-transformers passes (None for an unknown implementation) is never used, because with stock `sdpa` a None mask
-can mean causal, and nobody is told.
+transformers passes (None for an unknown implementation) is never used: with stock `sdpa` a None mask can
+silently mean causal attention.
 """
 
 from __future__ import annotations
@@ -70,23 +70,23 @@ def bidirectional_attention(
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
     """softmax(q k^T * scaling) v over the document of each query; an attention function of transformers.
 
-    On CUDA with 16-bit inputs all documents go through one variable-length flash kernel, elsewhere through
-    one scaled_dot_product_attention per document (one in all if their lengths are equal).
+    On CUDA with 16-bit inputs, one variable-length flash kernel computes all documents. Elsewhere there is
+    one scaled_dot_product_attention per document, or a single one if their lengths are equal.
 
     Raises:
-        ValueError: no documents were passed, more than one row, or a kind of attention that has no
-            bidirectional form here (soft cap, sinks, a window shorter than a document).
+        ValueError: there are no documents, or several rows, or attention has no bidirectional form here
+            (soft cap, sinks, a window shorter than a document).
     """
     name, documents = type(module).__name__, cohort_documents
     if documents is None:
         raise ValueError(
-            f"{name} got no cohort_documents, so nobody knows what a token may see: call the model through "
-            "rl.diffusion.model.hidden_states; if you did, it does not hand keyword arguments to its "
+            f"{name} got no cohort_documents, which say what a token may see: call the model through "
+            "rl.diffusion.model.hidden_states; if you did, it does not pass keyword arguments to its "
             "attention and cannot be used as a diffusion model"
         )
     if len(query) != 1:
         raise ValueError(f"{name} got {len(query)} rows; pack the sequences into one, Documents.of(lengths)")
-    check_plain(name, max(documents.lengths), sliding_window, softcap, s_aux)
+    check_plain(name, max(documents.lengths), sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
     if torch.is_autocast_enabled(query.device.type):
         # Norms of query and key (Qwen 3) give fp32 under autocast, and only SDPA itself would cast them.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -105,18 +105,18 @@ def bidirectional_attention(
 
 
 def check_plain(
-    name: str, longest: int, sliding_window: int | None, softcap: float | None, s_aux: Tensor | None
+    name: str, longest: int, *, sliding_window: int | None, softcap: float | None, s_aux: Tensor | None
 ) -> None:
     """Raises ValueError for a kind of attention that has no bidirectional form at this length."""
     if softcap is not None or s_aux is not None:
         raise ValueError(
-            f"{name} caps its attention logits or has sinks; there is no bidirectional form of it: use a "
+            f"{name} caps its attention logits or has sinks, which have no bidirectional form here; use a "
             "Llama, Qwen or SmolLM model"
         )
     if sliding_window is not None and longest > sliding_window:
         raise ValueError(
-            f"{name} attends within a window of {sliding_window} tokens and a document has {longest}; a "
-            "diffusion model sees its whole document: use a model without a window, or shorter sequences"
+            f"{name} attends within a window of {sliding_window} tokens, but a document has {longest}, and a "
+            "diffusion model sees all of it; use a model without a window, or shorter sequences"
         )
 
 
@@ -129,7 +129,7 @@ def attend_both_ways(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Float[Tensor, "B Hq T Dv"]:
-    """softmax(q k^T * scale) v over all positions, or those that the mask shows; key heads may be shared."""
+    """softmax(q k^T * scale) v over all positions, or those where `mask` is True; key heads may be shared."""
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=False, scale=scale)

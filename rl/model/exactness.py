@@ -1,5 +1,5 @@
-"""What makes log-probs exact: nothing random is active, attention honours the model's config, and the lengths
-at which a model changes its behaviour are known.
+"""Exact log-probs: nothing random is active, attention honours the model's config, and the lengths at which
+a model changes its behaviour are known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PROBE_LIMIT = 1024  # tokens: how far a probe reaches when nobody says how long sequences become
+PROBE_LIMIT = 1024  # tokens of a probe when the longest sequence is not known
 EAGER_LIMIT = 2048  # tokens: eager attention holds the square of this for every head
 SWITCHES = ("window", "chunk", "local_attention", "index_topk", "indexer_budget")
 
@@ -24,9 +24,9 @@ SWITCHES = ("window", "chunk", "local_attention", "index_topk", "indexer_budget"
 def quiet(model: nn.Module, *, checkpointing: bool) -> None:
     """Turns off whatever is random in a model: dropout, layer drop, router noise.
 
-    Samples are drawn without them, so log-probs with them belong to another distribution: the ratio of an
-    unchanged policy would not be 1. Gradients do not depend on this. Gradient checkpointing does, because
-    transformers skips it outside of training: its layers look as if in training until they compute.
+    Engines sample without them, so with them log-probs would belong to another distribution: the ratio of an
+    unchanged policy would not be 1. Gradients work in evaluation mode too, but transformers then skips
+    gradient checkpointing. So checkpointed layers claim to be in training until they compute.
     """
     model.eval()
     for layer in model.modules():
@@ -39,8 +39,8 @@ def quiet(model: nn.Module, *, checkpointing: bool) -> None:
 
 
 def _compute_quietly(layer: Any) -> None:
-    """A layer that is recomputed looks as if in training to whatever decides that, and never while it
-    computes. transformers decides around the layer's hooks before 5.20, and behind them in 5.24.
+    """Makes a checkpointed layer claim to be in training when transformers decides on recomputation, but
+    never while it computes. Before 5.20, transformers decides outside the layer's hooks, in 5.24 inside.
     """
     checkpoint = layer._gradient_checkpointing_func
 
@@ -68,14 +68,14 @@ def _end(layer: Any, arguments: Any, output: Any) -> None:
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """The part below the output head. Llama 4 names another attribute as its base model than it has."""
+    """The part below the output head. Llama 4's `base_model` names an attribute that it does not have."""
     below = cast(Any, model.base_model)
     return below if below is not model else cast(Any, model).model
 
 
 def honouring_attention(model: PreTrainedModel) -> str:
-    """The model's own choice of attention, or eager where that choice drops an argument that the family's own
-    attention uses: `sdpa` knows no soft cap of logits (Gemma 2).
+    """The model's own choice of attention, or eager if that choice drops an argument that the family's own
+    attention uses: `sdpa` ignores a soft cap of logits (Gemma 2).
     """
     chosen = cast(str, model.config._attn_implementation)
     if chosen != "sdpa":
@@ -101,7 +101,7 @@ def honouring_attention(model: PreTrainedModel) -> str:
 
 
 def switch_lengths(config: PreTrainedConfig) -> Iterator[int]:
-    """Lengths beyond which a model attends otherwise: windows, chunks, tokens that an index keeps."""
+    """Lengths beyond which a model attends differently: windows, chunks, tokens that an index keeps."""
     pending: list[Any] = [config.get_text_config().to_dict()]
     while pending:
         for key, value in pending.pop().items():
@@ -112,8 +112,8 @@ def switch_lengths(config: PreTrainedConfig) -> Iterator[int]:
 
 
 def moving_rope(model: PreTrainedModel) -> tuple[str, int] | None:
-    """(type, length) of rotary frequencies that depend on the longest position of a forward pass, and the
-    length from which on they do; None: they are fixed.
+    """(type, length) of rotary frequencies that depend on the longest position of a forward pass once it
+    exceeds that length; None: they are fixed.
     """
     for module, layer_type, name in _rotary(model):
         if name == "longrope":
@@ -124,7 +124,7 @@ def moving_rope(model: PreTrainedModel) -> tuple[str, int] | None:
 
 
 def take_long_factors(model: PreTrainedModel) -> None:
-    """Fixes longrope at its long factors, as vLLM does for every sequence of an engine that may exceed the
+    """Fixes longrope at its long factors, as vLLM does for all sequences once an engine may exceed the
     original length (`Phi3LongRoPEScaledRotaryEmbedding`).
     """
     for module, layer_type, name in _rotary(model):
@@ -140,7 +140,7 @@ def take_long_factors(model: PreTrainedModel) -> None:
 
 
 def _rotary(model: PreTrainedModel) -> Iterator[tuple[Any, str | None, str]]:
-    """(module, type of layers, type of its frequencies); None: it has the same for all layers."""
+    """(module, type of layers or None for all layers, type of the frequencies)."""
     for module in model.modules():
         found = getattr(module, "rope_type", None)
         types = found if isinstance(found, dict) else {None: found}

@@ -1,6 +1,6 @@
-"""Token log-probs and entropies from hidden states, in chunks: all tokens x vocabulary are never held.
+"""Token log-probs and entropies from hidden states, in chunks: logits of all tokens are never held at once.
 
-The backward pass recomputes a chunk's logits instead of keeping them, which costs one more matrix product of
+The backward pass recomputes a chunk's logits instead of keeping them. This costs one more matrix product of
 the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 inputs stay fp64).
 """
 
@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from rl.model.self_check import reproduces
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"""Logits held at once: small on a CPU (they fit the cache), large on a GPU (one product fills it)."""
+"""Bytes of logits held at once: small on a CPU (fits the cache), large on a GPU (one product fills it)."""
 NO_MASS = -69.0
-"""Nats, 1e-30: the log-prob that stands for none."""
+"""log 1e-30, in nats, which stands for the log of probability 0."""
 
 
 def token_logprobs(
@@ -64,10 +64,10 @@ def head_logprobs(
 def asked_logprobs(
     model: Any, hidden_LD: Float[Tensor, "L D"], ids_LK: Int[Tensor, "L K"], *, temperature: float
 ) -> tuple[Float[Tensor, "L K"], Float[Tensor, " L"]]:
-    """log p(id) for K ids of each token, and the log of what all other ids have together, in nats.
+    """log p(id) for K ids of each token, and the log of all other ids' total probability, in nats.
 
-    A chunk of tokens at a time, whose logits are computed again in the backward pass. The others are summed,
-    not subtracted from 1, so that a small rest is exact; without any it is about NO_MASS.
+    It works on chunks of tokens, whose logits are recomputed in the backward pass. The other ids are summed,
+    not subtracted from 1, so that a small rest is exact; if there are none, it is about NO_MASS.
     """
 
     def found(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,18 +83,18 @@ def asked_logprobs(
 
 
 def top_ids(model: Any, hidden_LD: Float[Tensor, "L D"], k: int, *, num_ids: int) -> Int[Tensor, "L k"]:
-    """The k likeliest of the first `num_ids` ids of each token, a chunk of tokens at a time."""
+    """The k likeliest of the first `num_ids` ids for each token, computed in chunks of tokens."""
     chunks = hidden_LD.split(_full_rows(model, hidden_LD))
     return torch.cat([head_logits(model, x)[:, :num_ids].topk(k).indices for x in chunks])
 
 
 def _full_rows(model: Any, hidden: Tensor) -> int:
-    """Tokens of a chunk of which autograd keeps four tensors of logits."""
+    """Tokens of a chunk for which autograd keeps four tensors of logits."""
     return _chunk_rows(hidden.device, 4 * 4 * len(model.get_output_embeddings().weight), 16)
 
 
 def head_settings(model: Any) -> dict[str, Any]:
-    """What stands between the head's product and the logits (Cohere, Granite, Inkling; Gemma, xLSTM)."""
+    """Scale (Cohere, Granite, Inkling) and soft cap (Gemma, xLSTM) from the head's product to the logits."""
     config = model.config.get_text_config()
     divisors = (getattr(config, k, None) for k in ("logits_scaling", "logits_mup_width_multiplier"))
     scale = getattr(config, "logit_scale", None) or 1.0 / next(filter(None, divisors), 1.0)
@@ -170,7 +170,7 @@ class _Head:
         """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H).
 
         Args:
-            grads: of the loss by log-prob and by entropy, one number per row; None: 0.
+            grads: slopes of the loss by log-prob and by entropy, one number per row; None: 0.
         """
         grad_logprobs, grad_entropy = grads
         factor = self.scale / self.temperature
@@ -199,8 +199,8 @@ class _Head:
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> tuple[_Head, int]:
     """The head in the hidden states' dtype, and the rows of a chunk.
 
-    Autocast does not reach inside a backward pass, so both passes cast by hand. The Triton kernels serve
-    16-bit logits on a CUDA device with nothing between them and the softmax.
+    Autocast does not reach inside a backward pass, so both passes cast by hand. The Triton kernels take
+    16-bit logits on a CUDA device, without bias and soft cap.
     """
     compute = hidden.dtype
     *_, softcap = settings
@@ -212,7 +212,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Setting
 
 @cache
 def kernels_work() -> bool:
-    """Compares the Triton kernels with plain torch once, and says so if they cannot be used."""
+    """Compares the Triton kernels with plain torch once, and warns if they cannot be used."""
     installed = importlib.util.find_spec("triton") is not None
     exactly = torch.autocast("cuda", enabled=False)
     return installed and reproduces("the fused log-prob kernel", exactly(_kernel_gap), 5e-3)

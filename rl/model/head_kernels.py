@@ -1,7 +1,7 @@
 """Triton kernels over a chunk of logits: their statistics in one read, the gradient in one pass.
 
-Written for 16-bit logits of a large vocabulary, where moving them costs more than the arithmetic, which is in
-fp32. Imported only where Triton is installed; `rl.model.head` checks them against plain torch on first use.
+They are for 16-bit logits of a large vocabulary, where moving them costs more than the (fp32) arithmetic.
+The module is imported only if Triton is installed; `rl.model.head` first compares it with plain torch.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def logit_gradient_(
     *,
     factor: float,
 ) -> Float[Tensor, "R V"]:
-    """Overwrites the logits with the gradient of the loss by them, and returns them.
+    """Overwrites the logits with the gradient of the loss with respect to them, and returns them.
 
-    `statistics` are, one number per row: log-sum-exp, entropy, and the loss's slopes by log-prob and entropy.
+    `statistics` are log-sum-exp, entropy, and the loss's slopes by log-prob and entropy: one number per row.
     """
     num_rows, num_columns = logits_RV.shape
     rows = [x.contiguous() for x in statistics]

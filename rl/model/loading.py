@@ -29,15 +29,15 @@ from rl.model.exactness import backbone
 
 
 def base_of(config: ModelConfig) -> ModelConfig:
-    """The config with the name of the model that `name` stands on: of an adapter its base, else itself."""
+    """The config with an adapter's name replaced by that of its base model; else the config itself."""
     if (adapter := find_adapter(config.name, config.revision)) is None:
         return config
     return base_of(config.model_copy(update={"name": adapter.base, "revision": adapter.revision}))
 
 
 def storage_dtype(config: TrainedModelConfig) -> torch.dtype:
-    """What the model's own weights are kept in. Under LoRA they are frozen: bf16 loses nothing that bf16
-    compute would see, and the adapters stay fp32.
+    """The dtype of the model's own weights. Under LoRA they are frozen: bf16 loses nothing that bf16 compute
+    would see, and the adapters stay fp32.
     """
     if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
         return torch.bfloat16
@@ -49,14 +49,14 @@ def _stored(config: ModelConfig) -> Literal["bf16", "fp32"]:
 
 
 def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
-    """The model's tokenizer (of an adapter its own, else its base's) with the configured chat template;
-    without a pad token it pads by end-of-text.
+    """The model's tokenizer with the configured chat template; without a pad token it pads by end-of-text.
+    An adapter's own tokenizer is used if it has one, else that of its base.
 
     Args:
         reader: a tokenizer class of transformers; default: the one that its files ask for.
 
     Raises:
-        ValueError: there is none that can be read, or it has neither a pad nor an end-of-text token.
+        ValueError: no tokenizer can be read, or it has neither a pad nor an end-of-text token.
     """
     try:
         if not get_tokenizer_config(config.name, revision=config.revision):
@@ -66,7 +66,7 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
         refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r} gives no tokenizer: {first_line(error)} It must be a folder that "
-            "holds a model and its tokenizer, or such a name on a hub that can be reached"
+            "holds a model and its tokenizer, or the name of such a model on a hub that can be reached"
         ) from error
     if config.chat_template is not None:
         if not Path(config.chat_template).is_file():
@@ -85,21 +85,21 @@ def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTr
 
 
 def refuse_custom_code(name: str, error: Exception) -> None:
-    """Raises ValueError where transformers failed because a model brings Python code of its own.
+    """Raises ValueError if transformers failed because a model brings its own Python code.
 
     transformers would ask on the terminal, and a `y` would run that code in the trainer, with all its rights.
     """
     if "trust_remote_code" in str(error):
         raise ValueError(
-            f"model.name={name!r} needs Python code that comes with it (auto_map in its config files), and "
+            f"model.name={name!r} needs Python code that comes with it (auto_map in its config files), but "
             "cohort runs no code of a model folder; use a model whose architecture this transformers knows, "
             "or convert it to one and leave auto_map out"
         ) from error
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model in its storage dtype. An adapter is merged into its base, or, with `lora`, left to whoever
-    goes on with it.
+    """The model in its storage dtype. An adapter is merged into its base, or with `lora` left to the caller,
+    who trains it further.
 
     Raises:
         ValueError: its files cannot be read, or transformers does not know its architecture; or an adapter
@@ -126,8 +126,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
-    Triton norms, rotary embedding and gated MLP where `liger-kernel` is installed and knows the family; not
-    in mixtures of experts.
+    Triton norms, rotary embedding and gated MLP. The latter need `liger-kernel` and a family that it knows;
+    mixtures of experts are left out.
 
     Raises:
         ValueError: the fused layers do not reproduce the model's own hidden states.
@@ -136,7 +136,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
         return
     embedding = cast(Any, model.get_input_embeddings())
     embedding.register_forward_hook(_narrow_under_autocast)
-    # Liger's kernel of stacked experts does not heed autocast, and its norms alone move a mixture's routes.
+    # Liger's kernel of stacked experts ignores autocast, and its norms alone change a mixture's routes.
     has_experts = any(p.ndim == 3 for p in model.parameters())
     if not config.fused_layers or has_experts or importlib.util.find_spec("liger_kernel") is None:
         return
@@ -163,9 +163,9 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
 @contextmanager
 def _for_one_instance(family: ModuleType, rotary: str = "apply_rotary_pos_emb") -> Iterator[None]:
-    """Puts back what Liger replaces in a whole family of models when it is given one of them: classes whose
-    kernels refuse a CPU, where an engine's copy is loaded. The instance has methods of its own, except the
-    rotary embedding, which is looked up in the family: there CUDA tensors get the fused one.
+    """Undoes what Liger replaces in the module of a whole family, whose kernels would fail for an engine's
+    copy on a CPU. The patched instance keeps its own methods. Only the rotary embedding is looked up in the
+    module: there CUDA tensors get the fused one.
     """
     before = dict(vars(family))
     try:
@@ -187,8 +187,8 @@ def _for_one_instance(family: ModuleType, rotary: str = "apply_rotary_pos_emb") 
 
 
 def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a bf16 model computes in fp32. Its weights come back as they were, as fp32 holds every bf16;
-    buffers, such as rotary frequencies, are wider and stay alone.
+    """What a bf16 model computes in fp32. Its weights are restored exactly, since fp32 holds every bf16.
+    Buffers, such as rotary frequencies, are wider and not touched.
     """
     narrow = [p for p in model.parameters() if p.dtype == torch.bfloat16]
     for p in narrow:
@@ -201,14 +201,14 @@ def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> tor
 
 
 def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
-    """Autocast leaves embeddings in fp32, and with them every residual sum and norm of the model."""
+    """Narrows embeddings: autocast leaves them in fp32, and so every residual sum and norm of the model."""
     if not torch.is_autocast_enabled(output.device.type):
         return output
     return output.to(torch.get_autocast_dtype(output.device.type))
 
 
 def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
-    """Checks what the model's config alone tells, before its weights are read.
+    """Checks what the model's config alone can tell, before its weights are read.
 
     Args:
         longest: tokens of the longest prompt and the completion that may follow it.
@@ -220,16 +220,16 @@ def check_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, longes
     positions = context_length(found)
     if positions is not None and longest > positions:
         raise ValueError(
-            f"the longest prompt and its completion may have {longest} tokens, and {config.name} has "
+            f"the longest prompt and its completion may have {longest} tokens, but {config.name} has "
             f"{positions} positions; lower sampling.max_completion_length (or that of evaluation.sampling), "
-            "lower data.max_prompt_length, or take another model"
+            "lower data.max_prompt_length, shorten demonstrations, or take another model"
         )
     if (num_ids := getattr(found, "vocab_size", None)) is not None:
         check_vocabulary(num_ids, tokenizer)
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The model's config of transformers; raises ValueError if it has none, or has quantised weights."""
+    """The model's transformers config; raises ValueError if it cannot be read, or weights are quantised."""
     try:
         base = base_of(config)
         whole = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False)
@@ -259,18 +259,18 @@ def check_not_quantised(quantisation: Any, name: str) -> None:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """A model's positions; None: its config names no limit."""
+    """The number of a model's positions; None: its config names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_vocabulary(num_ids: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer can produce an id that the embedding has no row for."""
+    """Raises ValueError if the tokenizer can produce an id for which the embedding has no row."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= num_ids:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, the model's embedding {num_ids} rows; they do not "
-            "belong together: set model.name to a folder that holds the matching tokenizer, or resize the "
-            "embedding and save the model first"
+            f"the tokenizer has ids up to {largest}, but the model's embedding has {num_ids} rows; they do "
+            "not belong together: set model.name to a folder that holds the matching tokenizer, or resize "
+            "the embedding and save the model first"
         )
 
 

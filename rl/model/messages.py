@@ -1,9 +1,11 @@
-"""Chats of a dataset's rows, checked, in the form that chat templates take; of prompts and examples alike."""
+"""Chats of a dataset's rows (prompts or examples), checked and in the form that chat templates take."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,13 +15,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """The messages of a chat, content in parts as one text, a line each, as vLLM's server joins them.
+    """The messages of a chat. Parts of a content are joined by line breaks, as vLLM's server does.
 
-    Keys without a value are left out, in tool calls too: in a table every row has the keys of all.
+    Keys without a value are left out, in tool calls too: in a table every row has the keys of all rows.
 
     Raises:
-        ValueError: no list of messages, or a message without a role, with content other than text, or with
-            tool calls that name no function; it names the message.
+        ValueError: `value` is not a list of messages; or a message has no role, content other than text, or
+            tool calls without a function's name.
     """
     if not isinstance(value, list | tuple):
         raise ValueError(
@@ -30,28 +32,46 @@ def messages_of(value: Any, where: str) -> Messages:
 
 
 def refuse_lost_calls(messages: Messages, text: str, where: str) -> None:
-    """Raises ValueError if what the chat template made of messages does not name the functions they call."""
+    """Raises ValueError if the rendered `text` of messages does not name the functions that they call."""
     calls = [call for message in messages for call in message.get("tool_calls", [])]
     if lost := [name for call in calls if (name := call.get("function", call)["name"]) not in text]:
         raise ValueError(
-            f"{where}: a message calls {lost[0]}, and the chat template does not write calls of tools; set "
+            f"{where}: a message calls {lost[0]}, but the chat template does not write tool calls; set "
             "model.chat_template to one that does, write the call into the content, or leave the row out"
         )
 
 
-def rendered(messages: Messages, tokenizer: Any, where: str, *, answer_follows: bool = False) -> str:
-    """The chat as text, with the header of an answer behind it where one follows.
+def rendered(
+    messages: Messages,
+    tokenizer: Any,
+    where: str,
+    *,
+    tools: Sequence[Any] | None = None,
+    answer_follows: bool = False,
+) -> str:
+    """The chat as text; if an answer follows, the header of that answer is at its end.
 
     Raises:
-        ValueError: the template refuses the messages.
+        ValueError: the template refuses the messages, or leaves out a tool.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        text: str = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=answer_follows
+        )
     except (TemplateError, TypeError) as error:
         raise ValueError(
             f"{where}: the chat template refuses the messages ({' '.join(str(error).split())}); change them "
             "or data.system_prompt, or set model.chat_template to another Jinja file"
         ) from None
+    names = [str((tool.get("function") or tool).get("name", "")) for tool in tools or ()]
+    # A message may name a tool as well.
+    is_same = names and text == rendered(messages, tokenizer, where, answer_follows=answer_follows)
+    if lost := [name for name in names if is_same or name not in text]:
+        raise ValueError(
+            f"{where}: the chat template shows nothing of the tool {lost[0]}; set model.chat_template to one "
+            "that has a place for tools, or give the column another name with data.rename={tools: ...}"
+        )
+    return text
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
@@ -90,8 +110,8 @@ def _text(content: Any, whose: str) -> str:
         odd = next(part for part, text in zip(content, texts, strict=True) if not isinstance(text, str))
         if isinstance(odd, Mapping) and odd.get("type", "text") != "text":
             raise ValueError(
-                f"{whose} has a part of type {odd['type']!r}, and a model of text reads text; leave the row "
-                "out, or describe in text what the part shows"
+                f"{whose} has a part of type {odd['type']!r}, but a text model reads only text; leave the "
+                "row out, or describe in text what the part shows"
             )
     raise ValueError(
         f"{whose} is {type(content).__name__}, not text or parts of text ({odd!r:.60}); make it text, or "
@@ -116,3 +136,26 @@ def without_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_none(item) for item in value]
     return value
+
+
+def read_tools(value: Any, where: str) -> list[Any] | None:
+    """The row's tools as JSON schemas: a list of mappings, or such a list as JSON text; None without any.
+
+    `datasets` fills in None for keys that only schemas of other rows have; these are taken out.
+
+    Raises:
+        ValueError: the column holds something else.
+    """
+    tools = value or []
+    if isinstance(value, str) and value.strip():
+        with suppress(json.JSONDecodeError):
+            tools = json.loads(value)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(
+            f"{where}: the column 'tools' goes to the chat template and must be a list of JSON schemas, or "
+            f"such a list as JSON text, not {type(value).__name__} {value!r:.60}; fix it, or give the "
+            "column another name with data.rename={tools: ...}"
+        )
+    return [without_none(tool) for tool in tools]

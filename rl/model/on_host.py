@@ -15,17 +15,17 @@ from rl.model.exactness import backbone
 
 _ALIGNMENT = 256
 PIECE_BYTES = 1 << 30
-"""An optimizer's moments that come to the GPU together; at least those of one parameter."""
+"""Bytes of an optimizer's moments that come to the GPU at once; at least those of one parameter."""
 
 
 def host_like(tensors: Iterable[Tensor], *, pinned: bool) -> list[Tensor]:
-    """Tensors of these shapes and dtypes in host memory, not set; `pinned` ones travel at full speed.
+    """Uninitialised tensors of these shapes and dtypes in host memory; `pinned` ones travel at full speed.
 
-    They lie in one piece, and each has a storage of its own, as a file of tensors wants it. It is registered
-    and not torch's own pinned memory, which rounds each size up to a power of two.
+    They share one block of memory, but each has its own storage, as safetensors requires. The block is
+    registered with CUDA: torch's own pinned memory would round each size up to a power of two.
 
     Raises:
-        MemoryError: this machine has not so much memory that may be pinned.
+        MemoryError: this machine cannot pin that much memory.
     """
     found, ends, end = list(tensors), [], 0
     for tensor in found:
@@ -46,18 +46,18 @@ def host_like(tensors: Iterable[Tensor], *, pinned: bool) -> list[Tensor]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of its list of decoder layers; none if there is no such list."""
+    """The model's decoder layers; empty if it does not keep them in a list."""
     number = model.config.get_text_config().num_hidden_layers
     lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     return list(lists[0]) if lists else []
 
 
 def layers_to_host(model: PreTrainedModel, *, narrow: torch.dtype | None) -> None:
-    """Each decoder layer stays in host memory, and comes to the device for its own forward pass alone.
+    """Keeps each decoder layer in host memory, and moves it to the device only for its own forward pass.
 
     Args:
-        narrow: dtype in which matrices of linear layers are kept, if that is what autocast makes of them
-            anyway: then nothing that they compute changes. None: all keep their own.
+        narrow: dtype in which matrices of linear layers are kept. It must be autocast's, which makes them
+            so anyway: then results do not change. None: all keep their own.
 
     Raises:
         ValueError: the model has no list of decoder layers.

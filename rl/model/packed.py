@@ -1,7 +1,7 @@
 """Attention for packed rows with shared prompts, registered with transformers under the name `cohort_packed`.
 
 A packed row is a list of blocks: one prompt followed by completions that all continue it. A completion token
-sees the prompt and its own completion up to itself, and nothing of its siblings; the prompt's keys and values
+sees the prompt and its own completion up to itself, and nothing of its siblings. The prompt's keys and values
 are computed once for all of them. The layout travels as a keyword argument through the model's forward, so it
 survives gradient checkpointing. The attention mask that transformers passes (None for an unknown
 implementation) is never used: the layout is the mask.
@@ -9,6 +9,7 @@ implementation) is never used: the layout is the mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -26,7 +27,7 @@ PACKED = "cohort_packed"
 
 @dataclass(frozen=True)
 class Block:
-    """A prompt and the completions that share it, in one run of columns: [prompt | completion 0 | ...].
+    """A prompt and the completions that share it, in consecutive columns: [prompt | completion 0 | ...].
 
     Attributes:
         start: column of the prompt's first token.
@@ -103,10 +104,10 @@ def packed_attention(
     """softmax(q k^T * scaling) v within each block of the layout; an attention function of transformers.
 
     Raises:
-        ValueError: no layout was passed: the model dropped the keyword argument, and packed rows need it.
+        ValueError: no layout was passed: the model dropped the keyword argument that packed rows need.
     """
     if cohort_layout is None:
-        raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
+        raise ValueError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
     whole = sliding_window is None or cohort_layout.longest <= sliding_window
     if whole and softcap is None and s_aux is None and dropout == 0 and flash_serves(query, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -126,7 +127,7 @@ def packed_attention(
         q, *own = (_rectangle(x[2 * i + 1], slots, num_completions, width) for x in pieces)
         shared = (x.expand(num_completions, -1, -1, -1) for x in prompt[1:])
         k, v = (torch.cat(both, dim=2) for both in zip(shared, own, strict=True))
-        # Right padding stays behind every real query, so causality alone hides it.
+        # Padding is on the right, after every real query, so causality alone hides it.
         answer = attend(q, k, v).transpose(0, 1).flatten(1, 2)
         outputs.append(answer.index_select(1, slots))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
@@ -135,7 +136,7 @@ def packed_attention(
 def _rectangle(
     x_HnD: Float[Tensor, "H n D"], slots: Int[Tensor, " n"], num_completions: int, width: int
 ) -> Float[Tensor, "G H C D"]:
-    """Completions side by side become rows, zeros on the right."""
+    """Turns consecutive completions into rows of equal width, with zeros on the right."""
     num_heads, _, size = x_HnD.shape
     flat = x_HnD.new_zeros(num_heads, num_completions * width, size).index_copy(1, slots, x_HnD)
     return flat.unflatten(1, (num_completions, width)).transpose(0, 1)
@@ -180,3 +181,18 @@ def _attend(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: indices by bin, the largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found = next((b for b, free in enumerate(room) if sizes[index] <= free), None)
+        if found is None:
+            found = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[found].append(index)
+        room[found] -= sizes[index]
+    return bins

@@ -1,4 +1,4 @@
-"""A model in Hugging Face form, whatever its generation config holds; a proof that it can be written."""
+"""Saves a model in Hugging Face form, whatever its generation config holds; checks early that this works."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any
 
 
 def save_settings(model: PreTrainedModel, folder: Path) -> None:
-    """All that `model.save_pretrained(folder)` writes besides the weights."""
+    """Writes all that `model.save_pretrained(folder)` writes, except the weights."""
     config: Any = model.config
     config.architectures = [type(model).__name__]
     with _default_generation_config(model) as loaded:
@@ -48,12 +48,12 @@ def check_saving(
     reference: bool = False,
     warn: Callable[[str], None] = print,
 ) -> None:
-    """Writes all of a checkpoint but its tensors into a temporary folder below `root`, and compares the size
-    of its tensors with the free space there.
+    """Writes all of a checkpoint except its tensors into a temporary folder below `root`. The size of its
+    tensors is compared with the free space there.
 
     Args:
         adapter: only the trained parameters are saved, not the whole model.
-        keep: checkpoints that stay, and beside them there is the next one while it is written.
+        keep: checkpoints to keep; the next one needs room beside them while it is written.
         reference: a moving copy of the model is part of a checkpoint.
 
     Raises:
@@ -65,8 +65,8 @@ def check_saving(
     size = 2 * trained + (trained if adapter else whole) + whole * reference
     free, more = shutil.disk_usage(root).free, max(1, keep + 1 - len(list(root.glob("step-*"))))
     sentence = (
-        f"one checkpoint needs about {size / 1e6:,.0f} MB (weights and two moments of the optimizer), "
-        f"and {root} has {free / 1e6:,.0f} MB free"
+        f"one checkpoint needs about {size / 1e6:,.0f} MB (weights and two moments of the optimizer); "
+        f"{root} has {free / 1e6:,.0f} MB free"
     )
     if free < size:
         raise ValueError(f"{sentence}; free some space, or set run_dir to another disk")
@@ -83,14 +83,14 @@ def check_saving(
         except (OSError, ValueError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the model cannot be saved, so its first checkpoint would be lost: {first}; mend its "
+                f"the model cannot be saved, so its first checkpoint would be lost: {first}; correct its "
                 "config.json or tokenizer files in a copy of its folder, and set model.name to the copy"
             ) from error
 
 
 @contextmanager
 def _default_generation_config(model: Any) -> Iterator[Any]:
-    """Puts a generation config that can be saved in the place of the model's own, which it yields."""
+    """Replaces the model's generation config by one that can be saved; yields the original."""
     loaded = model.generation_config
     model.generation_config = type(loaded)() if loaded is not None else None
     try:

@@ -1,4 +1,4 @@
-"""A fast path is used only where it is seen to compute what the plain one does."""
+"""Checks that a fast path computes what the plain one does, before it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 def reproduces(name: str, gap: Callable[[], float], limit: float) -> bool:
     """Whether `gap()`, the difference of a fast path from the plain one, is below `limit`.
 
-    If it is not, or cannot be measured, a warning says so with the reason.
+    If it is not, or cannot be measured, a warning gives the reason.
     """
     try:
         found = gap()

@@ -1,4 +1,4 @@
-"""What of a model goes to an engine."""
+"""The tensors of a model that go to an engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 SELECTION = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""Buffers that a router adds to its scores before it selects; balancing without a loss moves them."""
+"""Buffers that a router adds to its scores before it selects experts; loss-free balancing moves them."""
 
 
 def streamed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

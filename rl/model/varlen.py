@@ -1,10 +1,10 @@
 """Packed attention with fused kernels: two variable-length calls, merged by their log-sum-exps.
 
-Every prompt and every completion attends causally to itself in one call; the completions of a group attend to
-the prompt that they share in a second one. Softmax over the union of two key sets is the mean of the two
-softmaxes, weighted by the exponentials of their log-sum-exps, as in ring attention (arXiv:2310.01889). The
-backward kernel needs nothing but the merged output and log-sum-exp of each row, so it is called twice with
-those, and the prompt's keys and values are computed, kept and differentiated once per group.
+In one call, every prompt and every completion attends causally to itself. In a second one, the completions of
+a group attend to their shared prompt. Softmax over the union of two key sets is the mean of both softmaxes,
+weighted by the exponentials of their log-sum-exps (ring attention, arXiv:2310.01889). The backward kernel
+needs only the merged output and log-sum-exp of each row, so it is called twice with those. The prompt's keys
+and values are computed, kept and differentiated once per group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rl.model.self_check import reproduces
 
 @dataclass(frozen=True)
 class Segments:
-    """Consecutive runs of a packed axis. `ends` [S+1] are cumulative lengths from 0, int32, on the device."""
+    """Consecutive runs of a packed axis. `ends` [S+1], int32: 0, n1, n1 + n2, ... for runs of n1, n2, ..."""
 
     ends: Int[Tensor, " S1"]
     longest: int
@@ -41,10 +41,10 @@ class VarlenPlan:
 
     Attributes:
         own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
-            its completion where it has only one.
+            its completion if it has only one.
         answers_C, prompts_P: columns of the completions that share a prompt, and of those prompts.
         answer_groups, prompt_groups: their runs, one of each per shared prompt, in the same order.
-        causal: whether a run's columns see only what precedes them in it.
+        causal: whether a column sees only what precedes it in its run.
     """
 
     own: Segments
@@ -61,7 +61,7 @@ class VarlenPlan:
 
     @staticmethod
     def of(blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> VarlenPlan:
-        """From (prompt length, completion lengths) of each block, contiguous in the row."""
+        """The plan of contiguous blocks, given as (prompt length, completion lengths)."""
         own: list[int] = []
         answers: list[Tensor] = []
         prompts: list[Tensor] = []
@@ -124,7 +124,7 @@ FLASH = Kernels(_flash_forward, _flash_backward)
 
 
 def flash_serves(query: Float[Tensor, "1 Hq N D"], value: Float[Tensor, "1 Hk N Dv"]) -> bool:
-    """Whether torch's flash kernels take these: a CUDA device, 16 bits, equal head sizes, a multiple of 8."""
+    """Whether torch's flash kernels take them: on CUDA, 16 bits, equal head sizes that are multiples of 8."""
     size = query.shape[-1]
     narrow = query.dtype in (torch.bfloat16, torch.float16)
     fits = size == value.shape[-1] and size % 8 == 0 and size <= 256
@@ -133,12 +133,12 @@ def flash_serves(query: Float[Tensor, "1 Hq N D"], value: Float[Tensor, "1 Hk N 
 
 @cache
 def flash_works() -> bool:
-    """Compares a small row and its gradients with plain attention once, and says so if they are off."""
+    """Compares a small row and its gradients with plain attention once, and warns if they differ."""
     return reproduces("varlen flash attention", _flash_gap, 2e-2)
 
 
 def _flash_gap() -> float:
-    """Largest difference in units of the largest number, of the output and of each gradient."""
+    """Largest relative difference of the output and of each gradient, by their largest numbers."""
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, grad = (
         torch.randn(12, heads, 64, device="cuda", generator=generator).bfloat16() for heads in (4, 2, 2, 4)
@@ -180,15 +180,16 @@ def run_attention(
     query: Float[Tensor, "1 Hq N D"],
     key: Float[Tensor, "1 Hk N D"],
     value: Float[Tensor, "1 Hk N D"],
+    *,
     ends_S: Int[Tensor, " S"],
     longest: int,
     scale: float,
 ) -> Float[Tensor, "N Hq D"] | None:
-    """Attention in both directions within consecutive runs, without a gradient; None: flash cannot serve.
+    """Bidirectional attention within consecutive runs, without a gradient; None if flash kernels do not fit.
 
     Args:
-        ends_S: cumulative lengths of the runs from 0, int32, on the device.
-        longest: at least the tokens of the longest run.
+        ends_S: 0, n1, n1 + n2, ... for runs of n1, n2, ... columns; int32, on the device.
+        longest: columns of the longest run, or an upper bound of them.
     """
     if not flash_serves(query, value):
         return None

@@ -70,7 +70,7 @@ def hold_all_but(gib: float) -> torch.Tensor:
 
 
 def used_bytes() -> int:
-    """Of the whole GPU; 0 without one, where what is left of the command can be tried."""
+    """Bytes of the whole GPU; 0 without one, where what is left of the command can be tried."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()

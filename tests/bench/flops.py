@@ -10,7 +10,7 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak_flops() -> float:
-    """Of this machine's GPU; NaN where it is not in the table."""
+    """Peak of this machine's GPU; NaN where it is not in the table."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -228,7 +228,7 @@ def steady(load: Load) -> None:
 
 
 def profile(load: Load) -> None:
-    """Of an engine in this process, while a burst runs out: 24 steps by the clock, 12 by torch's profiler."""
+    """Profiles an engine in this process as a burst runs out: 24 steps by clock, 12 by torch's profiler."""
     from torch.autograd import DeviceType
 
     engine = load.engine

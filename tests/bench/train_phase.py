@@ -27,7 +27,9 @@ from rl.config.read import load_config
 from rl.model import head as logprobs
 from rl.model import varlen as shared_prompt
 from rl.optimizer import weight_decay_groups
-from rl.plan.memory import GIB, ModelSize, probe, training_bytes
+from rl.plan.memory import GIB, training_parts
+from rl.plan.probe import probe
+from rl.plan.sizes import ModelSize
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
@@ -92,8 +94,9 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
     on_gpu = policy.device.type == "cuda"
     if on_gpu:
         size = ModelSize.of(policy.model.config, fused_layers=config.model.fused_layers)
-        predicted = sum(training_bytes(size, config, config.train.token_budget).values())
-        held = probe(policy, config, pack_rules(config), None)
+        parts = training_parts(size, config, config.token_budget)
+        predicted = sum(part.bytes for part in parts if part.phase != "update")
+        held = probe(policy, config, rules=pack_rules(config), reference=None)
         print(f"memory: predicted {predicted / GIB:.1f} GiB, probe {held / GIB:.1f} GiB", flush=True)
         torch.cuda.reset_peak_memory_stats()
 

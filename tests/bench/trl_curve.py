@@ -94,9 +94,10 @@ class Trainer(GRPOTrainer):
 
 def rows(config: Config, tokenizer: Any) -> list[dict[str, Any]]:
     """The prompts in the order in which Cohort's source consumes them, with the graders' columns."""
-    held = config.evaluation.data
-    heldout = make_prompts(held, load_rows(held), tokenizer, "heldout") if held else []
-    prompts = without(make_prompts(config.data, load_rows(config.data), tokenizer, "train"), heldout, print)
+    held, said = config.evaluation.data, {"template_file": config.model.chat_template, "note": print}
+    heldout = make_prompts(held, load_rows(held), tokenizer, "heldout", **said) if held else []
+    made = make_prompts(config.data, load_rows(config.data), tokenizer, "train", **said)
+    prompts = without(made, heldout, print)
     stream = PromptStream(prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     chosen = [stream.at(n) for n in range(config.train.steps * config.train.prompts_per_step)]
     keys = {key for prompt in chosen for key, value in prompt.columns.items() if isinstance(value, str)}

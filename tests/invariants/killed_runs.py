@@ -101,7 +101,7 @@ def run(config: str, run_dir: Path, before_phase: Callable[[str, int], None] | N
 def main(config: str, out: str, *kills: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     number = 1
-    if kills[0].startswith("--processes="):
+    if kills and kills[0].startswith("--processes="):
         number, kills = int(kills[0].partition("=")[2]), kills[1:]
     ends: dict[str, list[Ends]] = {"whole": [in_forks(lambda rank: run(config, Path(out) / "whole"), number)]}
     for kill in kills:

@@ -41,7 +41,7 @@ def whole(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
 
 def work(mode: str, case: dict[str, Any], out: Path) -> int:
     world = World(Accelerator(cpu=True))
-    config, policy, _ = make_policy(case, world)
+    config, policy, *_ = make_policy(case, world)
     optimizer = make_optimizer(policy.trainable(), config.optimizer)
     groups, advantages = groups_of(case["rows"], world)
     rules = pack_rules(config, share_prompts=policy.shares_prompts)

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def work(cases: str, out: str) -> int:
         assert policy.in_step == (world.size > 1)
         rules = pack_rules(config, share_prompts=policy.shares_prompts)
         groups, advantages = groups_of(case["rows"], world)
+        for scored in groups if "demonstrations" in case["name"] else ():
+            ids = scored.prompt.token_ids
+            scored.group.prompt = replace(scored.prompt, teacher_token_ids=(*ids[::-1], 7, *ids))
         batches = pack(groups, advantages, rules, sum_over_processes=world.sum)
         optimizer = Recorder(policy.trainable(), case.get("lr", 0.0))
         result = update_policy(

@@ -92,7 +92,7 @@ def main(out: str) -> None:
 
 
 def alone_gradients(net: Net, passes: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Of both processes' work in this one."""
+    """The gradients of both processes' work, in this one."""
     totals = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for rank, number in enumerate(passes):
         own = (

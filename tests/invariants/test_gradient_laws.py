@@ -11,6 +11,7 @@ from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.references import Copy
 from rl.update import pack_rules
+from tests.scoring import relative_error
 
 LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo", "reinforce"]
 
@@ -42,14 +43,6 @@ def reference(policy) -> Copy:
         for parameter in reference.scorer.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return reference
-
-
-def relative_error(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
-    size = sum(a[n].double().square().sum() for n in a) ** 0.5
-    assert size > 1e-3
-    return (difference / size).item()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

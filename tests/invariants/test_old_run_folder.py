@@ -8,9 +8,6 @@ and metrics of the same run undisturbed.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipes.grpo import main
 from rl.store.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -37,15 +35,14 @@ def folder(tmp_path_factory) -> Path:
     return out / "old"
 
 
-def test_a_run_folder_of_an_earlier_release_goes_on_to_the_same_weights(folder):
+def test_a_run_folder_of_an_earlier_release_goes_on_to_the_same_weights(folder, monkeypatch, capsys):
     before = read_manifest(folder / "run/checkpoints/step-000002")
     assert "trainer/scheduler.json" in before["files"]  # the old form
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "recipes.grpo", "config.yaml", "run_dir=run"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from run/checkpoints/step-000002" in done.stdout
-    assert "sampled again" not in done.stdout  # steps 3 and 4 are in the ledger
+    monkeypatch.chdir(folder)
+    assert main(["config.yaml", "run_dir=run"]) == 0
+    said = capsys.readouterr().out
+    assert "going on from run/checkpoints/step-000002" in said
+    assert "sampled again" not in said  # steps 3 and 4 are in the ledger
     found = load_file(folder / "run/checkpoints/step-000004/model.safetensors")
     wanted = load_file(folder / "after.safetensors")
     assert found.keys() == wanted.keys()

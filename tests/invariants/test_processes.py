@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.diffusion.processes import launch
-
-SCRIPT = Path(__file__).with_name("two_processes.py")
+from tests.invariants import two_processes
+from tests.invariants.two_processes import compare
 
 
 def test_gradient_does_not_depend_on_the_number_of_processes(tiny_model_dir, ragged_groups, tmp_path):
@@ -57,20 +56,5 @@ def run_both(model: Path, groups: list, advantages: list, folder: Path, losses: 
     ]
     (folder / "data.json").write_text(json.dumps(rows))
     arguments = [str(model), str(folder / "data.json"), str(folder), losses, *overrides]
-    launch(SCRIPT, arguments, 1)
-    launch(SCRIPT, arguments, 2)
-
-
-def compare(folder: Path, loss: str) -> None:
-    one = load_file(folder / f"{loss}-rank0of1.safetensors")
-    for rank in (0, 1):
-        two = load_file(folder / f"{loss}-rank{rank}of2.safetensors")
-        assert one.keys() == two.keys()
-        difference = sum((one[n] - two[n]).double().square().sum() for n in one) ** 0.5
-        size = sum(one[n].double().square().sum() for n in one) ** 0.5
-        assert size > 1e-3 and (difference / size).item() <= 1e-5
-    files = [f"{loss}-{name}.json" for name in ("rank0of1", "rank0of2", "rank1of2")]
-    metrics = [json.loads((folder / f).read_text()) for f in files]
-    for name in metrics[0].keys() - {"memory/peak", "facts"}:  # each process has its own
-        expected = pytest.approx(metrics[0][name], rel=1e-4, abs=1e-5)
-        assert metrics[1][name] == metrics[2][name] == expected, name
+    two_processes.main(*arguments)
+    launch(Path(two_processes.__file__), arguments, 2)

@@ -78,7 +78,7 @@ def timeless(group: Group) -> Group:
     completions = []
     for c in group.completions:
         counts = {n: v for n, v in c.facts.get("counts", {}).items() if not n.startswith("seconds/")}
-        completions.append(replace(c, facts={**c.facts, "counts": counts}))
+        completions.append(replace(c, facts={**c.facts, "counts": counts, "seconds": None}))
     return Group(group.prompt, completions)
 
 

@@ -8,26 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariants import test_resume as laws
-from tests.invariants.test_resume import (  # the same laws, on the runs below  # noqa: F401
+from tests.invariants.resume_laws import (  # noqa: F401
     NAMES,
-    start,
+    STEPS,
+    kill_and_resume,
+    tensors,
     test_every_prompt_is_consumed_once_and_in_the_same_order,
     test_metrics_have_neither_gaps_nor_doubles,
     test_two_checkpoints_are_kept_and_load_as_plain_models,
     test_weights_and_optimizer_are_bitwise_those_of_an_undisturbed_run,
-    write_config,
 )
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+def runs(request, tiny_model_dir, tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     out = tmp_path_factory.mktemp("sharded")
-    write_config(tiny_model_dir, out, sharding="full")
-    start("killed_runs.py", out, "--processes=2", *laws.KILLS)
-    return out, json.loads((out / "report.json").read_text())
+    return kill_and_resume(request, tiny_model_dir, out, "--processes=2", sharding="full")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,7 +40,7 @@ def test_the_other_process_ends_within_a_minute_and_all_finish_later(runs, name)
 
 
 def test_the_weights_were_split(runs):
-    names = laws.tensors(runs[0] / "whole", laws.STEPS, "trainer")
+    names = tensors(runs[0] / "whole", STEPS, "trainer")
     assert {name.partition(" ")[0] for name in names} == {
         f"{kind}{rank}.safetensors" for kind in ("optimizer", "reference") for rank in ("", "-rank1")
     }

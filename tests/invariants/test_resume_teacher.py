@@ -25,16 +25,25 @@ def start(script: list[str], timeout_s: int = 240) -> subprocess.CompletedProces
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["sampled", "reverse"])
+@pytest.mark.parametrize("kind", ["sampled", "reverse", "self"])
 def test_a_killed_distillation_goes_on_bit_for_bit(tiny_model_dir, other_model_dir, tmp_path, kind):
-    """Without rewards, each group of completions samples its teacher's words more often as it goes."""
+    """Without rewards, each group of completions samples its teacher's words more often as it goes; self: the
+    policy teaches itself by top-k ids, and reads a demonstration for that.
+    """
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"What is w{i} ?"}) + "\n" for i in range(10)))
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": f"What is w{i} ?", "solution": f"w{9 * i % 17} w{i}"}) + "\n"
+            for i in range(10)
+        )
+    )
     teacher = tmp_path / "teacher"
     teacher.symlink_to(other_model_dir)
     config = {
         "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
-        "teacher": {"name": str(teacher), "dtype": "fp32", "divergence": kind, "top_k": 8},
+        "teacher": {"name": str(teacher), "dtype": "fp32", "divergence": kind, "top_k": 8}
+        if kind != "self"
+        else {"demonstration": "solution", "divergence": "forward"},
         "data": {"source": str(data), "max_prompt_length": 32},
         "sampling": {"max_completion_length": 10},
         "engine": {"name": "transformers"},
@@ -64,15 +73,20 @@ def test_a_killed_distillation_goes_on_bit_for_bit(tiny_model_dir, other_model_d
     ]
     assert rows[0] == rows[1] and len(rows[0]) == STEPS
     kls = [row["teacher/kl"] for row in rows[0]]
-    assert 0.1 < kls[-1] < 0.8 * kls[0]
-    assert ("teacher/tail" in rows[0][0]) == (kind == "reverse")
+    assert (0.1 if kind != "self" else 0.0) < kls[-1] < 0.8 * kls[0]
+    assert ("teacher/tail" in rows[0][0]) == (kind != "sampled")
     assert not {"reward/abstained", "groups/without_spread"} & rows[0][0].keys()
     assert "teacher/kl" in (tmp_path / "whole" / "report.html").read_text()
+    again = ["-m", "recipes.cli", "train", str(file), f"run_dir={tmp_path / 'train'}", "train.steps=8"]
     if kind == "reverse":
         teacher.unlink()
         teacher.symlink_to(tiny_model_dir)
-        again = ["-m", "recipes.cli", "train", str(file), f"run_dir={tmp_path / 'train'}", "train.steps=8"]
-        refused = start(again)
-        assert refused.returncode != 0
-        assert "began with another model" in refused.stderr
-        assert "teacher: model.safetensors (changed)" in refused.stderr
+    elif kind == "self":  # a model of its own in place of the policy
+        again.append(f"teacher.name={teacher}")
+    else:
+        return
+    refused = start(again)
+    assert refused.returncode != 0
+    assert "began with another model" in refused.stderr
+    changed = "model.safetensors (changed)" if kind == "reverse" else "config.json (new)"
+    assert f"teacher: {changed}" in refused.stderr

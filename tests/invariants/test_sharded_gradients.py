@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.conftest import selected
 from tests.diffusion.processes import launch
 
 SCRIPT = Path(__file__).with_name("sharded_update.py")
@@ -51,6 +52,11 @@ CASES = {
         "tied",
         [ALONE, LORA, "model.dtype=bf16-mixed", "teacher={name: TEACHER, divergence: forward, top_k: 5}"],
     ),
+    "demonstrations": ("tied", [KL, "rewards.functions=[]", "teacher={demonstration: solution}"]),
+    "rows with demonstrations": (
+        "tied",
+        [ALONE, "model.attention=rows", "teacher={demonstration: solution}", "train.num_epochs=2"],
+    ),
     "hybrid": ("untied", [KL, "train.sharding=hybrid"]),
 }
 
@@ -78,16 +84,21 @@ def models(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+OFTEN = ("tied", "two minibatches twice", "rows", "all together")
+NAMES = [pytest.param(n, marks=[] if n in OFTEN else [pytest.mark.rotation("rarer cases")]) for n in CASES]
+
+
 @pytest.fixture(scope="module")
-def found(models, other_model_dir, ragged_groups, tmp_path_factory) -> Path:
-    """What one process and two say of every case."""
+def found(request, models, other_model_dir, ragged_groups, tmp_path_factory) -> Path:
+    """What one process and two say of every case that is asked for."""
     out, cases = tmp_path_factory.mktemp("gradients"), []
     groups, advantages = ragged_groups(num_groups=8)
     rows: list[Any] = [
         [list(g.prompt.token_ids), [[c.token_ids, c.behavior_logprobs] for c in g.completions], a]
         for g, a in zip(groups, advantages, strict=True)
     ]
-    for name, (model, overrides) in CASES.items():
+    for name in selected(request, "name"):
+        model, overrides = CASES[name]
         overrides = [x.replace("TEACHER", str(other_model_dir)) for x in overrides]
         case = {"name": name, "model": str(models[model]), "rows": rows, "overrides": overrides}
         if name.startswith("two minibatches"):
@@ -115,7 +126,7 @@ def error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5 / size)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, name):
     sizes = (1, 4 if name == "hybrid" else 2)
     one, two = (load_file(found / f"{name}-of-{size}.safetensors") for size in sizes)
@@ -135,9 +146,10 @@ def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, na
     assert facts[0]["shares_prompts"] == facts[1]["shares_prompts"] == ("rows" not in name)
 
 
-def test_a_process_with_fewer_sequences_makes_as_many_model_calls(found):
+@pytest.mark.parametrize("name", ["rows"])
+def test_a_process_with_fewer_sequences_makes_as_many_model_calls(found, name):
     """One per sequence with a signal, where a call computes a single one."""
-    case = next(case for case in json.loads((found / "cases.json").read_text()) if case["name"] == "rows")
+    case = next(case for case in json.loads((found / "cases.json").read_text()) if case["name"] == name)
     counts = [sum(a != 0 for _, _, row in case["rows"][rank::2] for a in row) for rank in (0, 1)]
     assert counts[0] != counts[1]
     assert json.loads((found / "rows-of-2.json").read_text())["calls"] == max(counts)

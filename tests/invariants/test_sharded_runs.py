@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rl.store.rows import read_rows
-from tests.invariants.test_resume import STEPS, start, write_config
+from tests.invariants.resume_laws import STEPS, start, write_config
 
 pytestmark = pytest.mark.timeout(600)
 

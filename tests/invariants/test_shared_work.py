@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl.store.rows import read_rows
-from tests.invariants.test_resume import start, tensors, write_config
+from tests.invariants.resume_laws import start, tensors, write_config
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.rotation]
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from recipes.models import teacher_model
 from rl.batch import pack
@@ -78,7 +79,7 @@ def one_loss(
     if not config.train.deterministic:
         costs = [predicted_cost(g, a, rules) for g, a in zip(groups, advantages, strict=True)]
         owners = divide(costs, 1, world)
-        groups, advantages, _ = exchange(groups, advantages, owners, 1, world)
+        groups, advantages, _ = exchange(groups, advantages, owners=owners, num_minibatches=1, team=world)
         load = sum(predicted_cost(g, a, rules) for g, a in zip(groups, advantages, strict=True))
         facts = {"facts": {"owners": owners, "before": sum(costs), "load": load}}
     batches = pack(groups, advantages, rules, sum_over_processes=world.sum)
@@ -88,6 +89,21 @@ def one_loss(
     name = f"{out}/{loss}-rank{world.rank}of{world.size}"
     save_file(gradients, f"{name}.safetensors")
     Path(f"{name}.json").write_text(json.dumps(result.metrics | facts))
+
+
+def compare(folder: Path, loss: str) -> None:
+    one = load_file(folder / f"{loss}-rank0of1.safetensors")
+    for rank in (0, 1):
+        two = load_file(folder / f"{loss}-rank{rank}of2.safetensors")
+        assert one.keys() == two.keys()
+        difference = sum((one[n] - two[n]).double().square().sum() for n in one) ** 0.5
+        size = sum(one[n].double().square().sum() for n in one) ** 0.5
+        assert size > 1e-3 and (difference / size).item() <= 1e-5
+    files = [f"{loss}-{name}.json" for name in ("rank0of1", "rank0of2", "rank1of2")]
+    metrics = [json.loads((folder / f).read_text()) for f in files]
+    for name in metrics[0].keys() - {"memory/peak", "facts"}:  # each process has its own
+        expected = pytest.approx(metrics[0][name], rel=1e-4, abs=1e-5)
+        assert metrics[1][name] == metrics[2][name] == expected, name
 
 
 if __name__ == "__main__":
