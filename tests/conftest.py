@@ -17,6 +17,8 @@ import torch
 
 from tests import shapes
 
+for asserting in ("scoring", "invariants.resume_laws", "invariants.two_processes"):
+    pytest.register_assert_rewrite(f"tests.{asserting}")
 SHAPES = shapes.install()
 
 
@@ -30,24 +32,40 @@ ROTATED = Path(__file__).with_name("rotated.txt")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out slow tests, except part k of n with COHORT_ROTATION=k/n (0/1: all), and those given by name.
 
-    Those marked `rotation` are dealt one by one. Those of rotated.txt are dealt by file, since the tests
-    of a file share what they set up.
+    Lines of rotated.txt are dealt first, then marked tests. Files of the part begin first, so that no process
+    waits for a long one at the end.
     """
     if any("::" in argument for argument in config.args):
         return
-    named = tuple(
-        line for line in ROTATED.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")
-    )
-    part_of = {
-        item: item.nodeid if item.get_closest_marker("rotation") else item.nodeid.partition("::")[0]
-        for item in items
-        if item.get_closest_marker("rotation") or item.nodeid.startswith(named)
-    }
+    lines = [x for x in ROTATED.read_text(encoding="utf-8").splitlines() if x[:1] not in ("", "#")]
+    units = {item: unit for item in items if (unit := rotation_unit(item, lines))}
     k, _, n = os.environ.get("COHORT_ROTATION", "").partition("/")
-    now = set(list(dict.fromkeys(part_of.values()))[int(k) % int(n) :: int(n)]) if n else set()
-    later = {item for item, part in part_of.items() if part not in now}
-    config.hook.pytest_deselected(items=list(later))
-    items[:] = [item for item in items if item not in later]
+    part = dealt([*lines, *units.values()], int(n)) if n else {}
+    now = {item for item, unit in units.items() if n and part[unit] == int(k) % int(n)}
+    config.hook.pytest_deselected(items=[item for item in units if item not in now])
+    first = {item.path for item in now}
+    items[:] = sorted((x for x in items if x in now or x not in units), key=lambda x: x.path not in first)
+
+
+def dealt(units: Sequence[str], n: int) -> dict[str, int]:
+    """The part of each: 0 to n - 1 and back (0 1 2 2 1 0 0 ...), so that parts of a sorted list are even."""
+    rounds = [*range(n), *reversed(range(n))]
+    return {unit: rounds[i % (2 * n)] for i, unit in enumerate(dict.fromkeys(units))}
+
+
+def rotation_unit(item: pytest.Item, lines: list[str]) -> str | None:
+    """What a slow test is dealt with: all that a line names, all whose mark has the same name, or itself."""
+    if line := next((line for line in lines if item.nodeid.startswith(line)), None):
+        return line
+    mark = item.get_closest_marker("rotation")
+    return mark and (f"{item.nodeid.partition('::')[0]} {mark.args[0]}" if mark.args else item.nodeid)
+
+
+def selected(request: pytest.FixtureRequest, parameter: str) -> list:
+    """Values of a parameter in the tests of this file that will run, each once, in order."""
+    items = [item for item in request.session.items if item.path == request.path]
+    found = [item.callspec.params.get(parameter) for item in items if hasattr(item, "callspec")]
+    return [value for value in dict.fromkeys(found) if value is not None]
 
 
 WORDS = [f"w{i}" for i in range(80)] + list("0123456789+-=.?") + ["\\boxed{", "}", "What", "is", "the"]

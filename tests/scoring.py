@@ -25,3 +25,12 @@ def alone(policy: Any = None) -> World:
     """The only process of a run, on the policy's device."""
     trained = getattr(policy, "trained", policy)
     return World(Accelerator(cpu=True) if policy is None else trained.accelerator)
+
+
+def relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative distance of gradients, over all tensors."""
+    assert a.keys() == b.keys()
+    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
+    size = sum(a[n].double().square().sum() for n in a) ** 0.5
+    assert size > 1e-3
+    return (difference / size).item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import sys
 import threading
@@ -13,6 +15,7 @@ from rl.config.read import load_config
 from tests.bench import grpo_vs_trl, launch, learning_curves, on_gpu
 from tests.bench.on_gpu import JOBS, Job, Jobs
 
+BENCHES, HOUSE = JOBS.parent, ("rl", "rollout", "rewards", "recipes", "tests")
 PASSES, FAILS = "platform", "no_such_module"
 
 
@@ -28,6 +31,16 @@ def test_every_job_can_be_started(tmp_path):
         assert all(str(data) in word for word in arguments if "a folder" in word), job.name
         if module == "recipes.grpo":
             load_config(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("file", sorted(BENCHES.glob("*.py")), ids=lambda file: file.stem)
+def test_a_benchmark_imports_only_what_there_is(file):
+    """Most of them need a GPU, so that nothing else would notice a name that has moved."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in HOUSE:
+            module = importlib.import_module(node.module)
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
 
 
 def test_what_failed_and_what_needed_it_is_named(tmp_path, capsys):

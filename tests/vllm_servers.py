@@ -27,7 +27,16 @@ def free_port() -> int:
 class ServerProcess:
     """A server in a process group of its own; killed with all of its processes."""
 
-    def __init__(self, model: Path, token_file: Path, log: Path, *, port: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        token_file: Path,
+        log: Path,
+        *,
+        port: int = 0,
+        reads_text: bool = False,
+        **options: Any,
+    ) -> None:
         self.port, self.log = port or free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
         options = {
@@ -35,6 +44,7 @@ class ServerProcess:
             "max-model-len": 128,
             "max-num-seqs": 32,
             "kv-cache-memory-bytes": "64M",
+            "logprobs-mode": "processed_logprobs",
         } | options
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
@@ -42,12 +52,11 @@ class ServerProcess:
         command += [
             "--worker-extension-cls",
             RECEIVER,
-            "--logprobs-mode",
-            "processed_logprobs",
             "--seed",
             "0",
         ]
-        command += ["--middleware", "rollout.vllm.lock.RequireToken", "--skip-tokenizer-init"]
+        command += ["--middleware", "rollout.vllm.lock.RequireToken"]
+        command += [] if reads_text else ["--skip-tokenizer-init"]
         command += ["--block-size", "32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
         environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",

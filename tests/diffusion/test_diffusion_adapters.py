@@ -204,5 +204,5 @@ def test_a_base_that_is_gone_or_another_is_named(adapter, kind, base, tiny_model
 
 def test_random_weights_take_no_adapters():
     keys = ["data.source=x", "model.from_scratch={}", "model.lora={}"]
-    with pytest.raises(ValueError, match=r"random weights of model.from_scratch are in no checkpoint"):
+    with pytest.raises(ValueError, match=r"no checkpoint would hold the random weights"):
         read_config(DiffusionConfig, None, keys)

@@ -73,7 +73,7 @@ CANVAS = torch.tensor([*PROMPT, *IDS, MASK, MASK])
 @pytest.mark.parametrize("num_draws", [1, 2])
 def test_the_mean_of_elbo_is_the_exact_bound(scorer, num_draws):
     """2,000 copies of a sequence, whose masks differ by their policy version, against all 2^5 masks. The
-    canvas goes on for two columns behind the end, which are masked. The same number stands at each token.
+    canvas goes on for two columns after the end, which are masked. The same number stands at each token.
     """
     n = 2000
     batch = batch_of([completion(IDS, version=v, steps=[0] * 7, tail=TAIL) for v in range(n)])

@@ -26,7 +26,7 @@ from rollout.diffusion.denoise import denoise, prompt_canvas
 from rollout.diffusion.model import TransformersDenoiser
 from rollout.diffusion.steps import DenoisingParams
 from rollout.sampler import completion_seed
-from tests.diffusion.test_likelihood import write_lm_eval_tasks
+from tests.diffusion.lm_eval_tasks import write_lm_eval_tasks
 
 MASK = 2  # <unk>
 
@@ -208,11 +208,11 @@ LONG = "w1 " * 600
 @pytest.mark.parametrize(
     ("option", "row", "said"),
     [
-        ("--perplexity", {"prompt": "w1", "completion": LONG}, "has 602 tokens, and the model has 512 posi"),
+        ("--perplexity", {"prompt": "w1", "completion": LONG}, "has 602 tokens, but the model has 512 posi"),
         (
             "--choices",
             {"prompt": LONG, "choices": ["w1"], "answer": 0},
-            "row 1 has 601 tokens, and the model",
+            "row 1 has 601 tokens, but the model",
         ),
         ("--choices", {"prompt": "w1", "choices": ["<unk>"], "answer": 0}, "row 1 contains the mask token"),
         (
@@ -224,7 +224,7 @@ LONG = "w1 " * 600
         (
             "--generate",
             {"prompt": "w1 " * 500},
-            "row 1 has 500 tokens and --gen-length 128 more, and the model",
+            "row 1 has 500 tokens and --gen-length 128 more, but the model",
         ),
         ("--generate", {"prompt": "w1 <unk>"}, "row 1 contains the mask token (id 2)"),
     ],
@@ -288,7 +288,7 @@ def test_options_and_files_are_checked_before_the_model_is_loaded(tmp_path, caps
         (
             "--generate",
             {"prompt": "w1 " * 500},
-            "row 0 has 500 tokens and --gen-length 128 more, and the",
+            "row 0 has 500 tokens and --gen-length 128 more, but the",
         ),
     ],
 )
@@ -306,7 +306,7 @@ def test_rows_are_checked_before_anything_is_computed(tiny_model_dir, tmp_path, 
     [
         (["--mask-token", "<mask>"], "--mask-token='<mask>' is not in the vocabulary; special tokens are"),
         (["--mask-token", ""], "--mask-token='' is not in the vocabulary"),
-        (["--mask-token", "99999"], "--mask-token 99999 is none of the model's 105 vocabulary rows"),
+        (["--mask-token", "99999"], "--mask-token 99999 is not one of the model's 105 vocabulary rows"),
         (["--mask-token", "-4"], "--mask-token='-4' is not in the vocabulary"),
         (["--mask-token", "<eos>"], "--mask-token 1 is also the end-of-text token"),
         (["--mask-token", "w1"], "choose a token that your text never uses (--mask-token)"),
@@ -356,7 +356,7 @@ def test_the_sampler_s_options_are_its_own(tiny_model_dir, scorer, tokenizer, tm
 
 
 def test_the_shift_is_an_option(tiny_model_dir, tmp_path, capsys):
-    """Of a causal model, whose folder says nothing, and against a checkpoint that says what it is."""
+    """It holds for a causal model's folder that says nothing, and against a checkpoint that says more."""
     file = write(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3 w4"}])
     outs = []
     for flags in ([], ["--no-shift"], ["--shift"]):

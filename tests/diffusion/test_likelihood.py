@@ -6,11 +6,9 @@ packages that it needs (300 MB), and puts python-dateutil back to 2.9.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +23,7 @@ from rl.diffusion.model import DiffusionScorer, load_diffusion_model, to_diffusi
 from rl.diffusion.objectives import Example, step_generator
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
 from tests.diffusion.exact_bound import by_size, logprob_table
+from tests.diffusion.lm_eval_tasks import write_lm_eval_tasks
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +173,10 @@ def test_lm_eval_samples_of_equal_settings_share_a_call_and_keep_their_order(har
 
 
 def test_examples_beyond_the_context_are_refused(scorer):
-    """The model has 256 positions; its rotary embedding would go on without a word."""
+    """The model has 256 positions; its rotary embedding would go on silently."""
     longest, longer = example(2, 254, 0), example(3, 254, 0)
     log_likelihoods(scorer, [longest], mask_token_id=MASK, num_draws=1)
-    said = "example 1 has 257 tokens, and the model has 256 positions; shorten it to 256 tokens"
+    said = "example 1 has 257 tokens, but the model has 256 positions; shorten it to 256 tokens"
     with pytest.raises(ValueError, match=said):
         log_likelihoods(scorer, [longest, longer], mask_token_id=MASK, num_draws=1)
     with pytest.raises(ValueError, match=said):
@@ -247,50 +246,6 @@ def test_without_lm_eval_its_model_class_cannot_be_made(harness, scorer, monkeyp
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # makes the import fail
     with pytest.raises(ValueError, match=r"lm-eval cannot be imported .*; pip install lm-eval==0.4.13"):
         harness_model(scorer, harness.tokenizer, mask_token_id=MASK)
-
-
-TASK = """
-task: tiny_{name}
-output_type: {kind}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-doc_to_text: "{text}"
-doc_to_target: {target}
-metric_list:
-{metrics}
-"""
-LAST_WORD = """
-generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
-filter_list:
-  - name: last
-    filter: [{function: regex, regex_pattern: "(w[0-9]+)", group_select: -1}, {function: take_first}]
-"""
-
-
-def write_lm_eval_tasks(folder: Path) -> list[dict]:
-    """Tasks of lm-eval over eight local rows: tiny_choices, tiny_texts (perplexity) and tiny_samples."""
-    rows = [
-        {
-            "prompt": f"What is w{i}",
-            "choices": [f"w{i + 1} w4", f"w{i + 9}"],
-            "answer": i % 2,
-            "wanted": f"w{i}",
-        }
-        for i in range(8)
-    ]
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = {
-        "choices": ("multiple_choice", "{{prompt}}", "answer", ["acc"], "doc_to_choice: choices\n"),
-        "texts": ("loglikelihood_rolling", "", '"{{prompt}}"', ["word_perplexity"], ""),
-        "samples": ("generate_until", "{{prompt}}", "wanted", ["exact_match"], LAST_WORD),
-    }
-    for name, (kind, text, target, metrics, more) in tasks.items():
-        listed = "\n".join(f"  - metric: {metric}" for metric in metrics)
-        config = TASK.format(name=name, kind=kind, file=file, text=text, target=target, metrics=listed)
-        (folder / f"{name}.yaml").write_text(config + more)
-    return rows
 
 
 def test_lm_eval_itself_evaluates_its_three_kinds_of_tasks(tiny_model_dir, tmp_path):

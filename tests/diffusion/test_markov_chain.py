@@ -35,7 +35,7 @@ class Chain:
 
     @property
     def entropy(self) -> float:
-        """Of a whole sequence, in nats: H(start) + (T - 1) H(next | last)."""
+        """Entropy of a whole sequence, in nats: H(start) + (T - 1) H(next | last)."""
         move = -(self.start[:, None] * self.moves * np.log(self.moves)).sum()
         return -(self.start * np.log(self.start)).sum() + (LENGTH - 1) * move
 

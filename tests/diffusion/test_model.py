@@ -166,7 +166,7 @@ def test_models_that_cannot_see_both_sides_are_refused():
         to_diffusion(gemma, mask_token_id=MASK)
     mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, sliding_window=6))
     model = to_diffusion(mistral, mask_token_id=MASK)
-    with pytest.raises(ValueError, match="window of 6 tokens and a document has 12"):
+    with pytest.raises(ValueError, match="window of 6 tokens, but a document has 12"):
         all_logits(model, IDS, LENGTHS)
 
 
@@ -180,7 +180,7 @@ def test_misuse_gets_a_sentence():
         hidden_states(model, IDS, Documents.of([22]))
     with pytest.raises(ValueError, match="each needs at least one"):
         Documents.of([3, 0])
-    with pytest.raises(ValueError, match="none of the model's 60 vocabulary rows"):
+    with pytest.raises(ValueError, match="not one of the model's 60 vocabulary rows"):
         to_diffusion(tiny(), mask_token_id=60)
     with pytest.raises(ValueError, match="also the end-of-text token"):
         to_diffusion(tiny(), mask_token_id=1)

@@ -203,7 +203,7 @@ def test_two_processes_share_one_run(config_file, shard):
         (["data.max_length=5"], "raise it, or leave such rows out with data.too_long=drop"),
         (["data.max_length=1024"], "beyond the model's context of 512 tokens"),
         (["eos.policy=rainbow"], "list them in eos.rainbow_tokens"),
-        (["eos={policy: rainbow, rainbow_tokens: [99999]}"], "99999 is none of the model's"),
+        (["eos={policy: rainbow, rainbow_tokens: [99999]}"], "99999 is not among the model's"),
         (
             ["eos={policy: multiple, multiple: 600}"],
             "examples of up to 10 tokens to 600, beyond the model's context of 512 tokens; "

@@ -248,7 +248,7 @@ def test_the_engine_is_proved_to_hold_the_weights(tiny_model_dir, lora):
     assert report.canary_max_gap < 1e-4 and report.compared_share == 1.0 and engine.version == 1
     # The same weights, read in another way: only the canary sees it.
     engine.plain.shift = True
-    with pytest.raises(WeightSyncError, match="computes otherwise"):
+    with pytest.raises(WeightSyncError, match="computes differently"):
         publish(engine, policy.weights(), version=2, tolerance=None)
 
 

@@ -387,7 +387,9 @@ def test_within_a_block_nothing_is_read_back_from_the_device(denoiser, params):
     """No operation whose result decides a shape or a branch; tests/gpu asks the driver itself."""
     batch = Batch(denoiser, params)
     for i, prompt in enumerate(PROMPTS):
-        batch.rows.append(Row.of(i, prompt_canvas(prompt, params, MASK), i, params, denoiser))
+        batch.rows.append(
+            Row.of(i, prompt_canvas(prompt, params, MASK), seed=i, params=params, model=denoiser)
+        )
     with torch.no_grad(), Operations() as seen:
         assert batch.step() == []
     assert "index_put" in seen.names or "index_put_" in seen.names

@@ -204,7 +204,7 @@ def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
         ended(tokenizer, policy="rainbow", rainbow_tokens=["<x>"])
     for outside in (NUM_ROWS, 99999, -1):
         with pytest.raises(
-            ValueError, match=rf"{outside} is none of the model's 93 vocabulary rows; use ids from 0"
+            ValueError, match=rf"{outside} is not among the model's 93 vocabulary rows; use ids from 0"
         ):
             ended(tokenizer, policy="rainbow", rainbow_tokens=["w78", outside])
     assert ended(tokenizer, policy="rainbow", rainbow_tokens=[NUM_ROWS - 1])[1] == ""
@@ -220,7 +220,7 @@ def test_end_policies_pad_with_tokens_of_the_answer(tokenizer):
         (
             {"question": "w1"},
             {},
-            r"has the columns 'question', and 'prompt' and 'completion' or 'messages' or",
+            r"has the columns 'question', but 'prompt' and 'completion' or 'messages' or",
         ),
         ({"prompt": "w1", "completion": ""}, {}, "row 0: the answer is empty"),
         ({"prompt": "w1", "completion": ""}, {"chat": False}, "row 0: the answer is empty"),
@@ -305,7 +305,7 @@ ASSISTANT = {"role": "assistant", "content": "w2"}
         ({"messages": [{"role": "user"}, ASSISTANT]}, r"message 0 \(user\) has no content; give it a text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ASSISTANT]},
-            r"content has a part of type 'image', and a model of text reads text; leave the row",
+            r"content has a part of type 'image', but a text model reads only text; leave the row",
         ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": None}]}]},
@@ -383,7 +383,7 @@ def test_a_call_that_the_template_leaves_out_is_refused(tokenizer, content):
     tool = {"role": "tool", "content": "w3"}
     for row in ({"messages": [USER, call]}, {"prompt": [USER, call, tool], "completion": [ASSISTANT]}):
         with pytest.raises(
-            ValueError, match=r"row 0: a message calls weather, and the chat template does not"
+            ValueError, match=r"row 0: a message calls weather, but the chat template does not"
         ):
             encode([row], tokenizer)
 

@@ -39,7 +39,9 @@ def make_run(model_dir: str, data: str, run_dir: str, *overrides: str) -> Diffus
     config = read_config(DiffusionConfig, None, [*base, *overrides])
     config.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(Accelerator(cpu=True))
-    run, _ = build(config, world, StopSignal(), Display(1, is_main=False), time.monotonic())
+    run, _ = build(
+        config, world, stop=StopSignal(), display=Display(1, is_main=False), began=time.monotonic()
+    )
     return run
 
 

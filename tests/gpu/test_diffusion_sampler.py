@@ -78,7 +78,9 @@ def test_no_step_within_a_block_waits_for_the_device(model, temperature, remaski
     denoiser = TransformersDenoiser(model, MASK)
     batch = Batch(denoiser, params)
     for i, prompt in enumerate(PROMPTS):
-        batch.rows.append(Row.of(i, prompt_canvas(prompt, params, MASK), i, params, denoiser))
+        batch.rows.append(
+            Row.of(i, prompt_canvas(prompt, params, MASK), seed=i, params=params, model=denoiser)
+        )
     with torch.no_grad():
         batch.step()
         torch.cuda.set_sync_debug_mode("error")

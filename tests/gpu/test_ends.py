@@ -17,14 +17,14 @@ import torch
 import yaml
 
 from rl.store.rows import read_rows
-from rollout.vllm.start import vllm_available
 from tests.bench.workload import Workload, write_model
+from tests.vllm_engines import needs_vllm
 
 COUNTS = [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(vllm_available() is not None, reason="needs vLLM"),
+    needs_vllm,
 ]
 
 

@@ -19,15 +19,14 @@ from rl.moe.policy import MoePolicy
 from rl.moe.routers import find_routers
 from rl.types import Prompt, Reward, SamplingParams, ScoredGroup
 from rl.update import pack_rules
-from rollout.vllm.start import vllm_available
 from tests.calling import call
 from tests.scoring import prepared
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(vllm_available() is not None, reason="needs vLLM"),
+    needs_vllm,
 ]
 LAYERS, EXPERTS, CHOSEN, LENGTH = 4, 8, 2, 48
 

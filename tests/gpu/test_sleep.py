@@ -13,16 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.types import Prompt, SamplingParams
 from rollout.engine import EngineError
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
 from tests.bench.workload import Workload, write_model
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(vllm_available() is not None, reason="needs vLLM"),
+    needs_vllm,
 ]
 GIB = 2**30
 SHARE, LENGTH = 0.3, 96

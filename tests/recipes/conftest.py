@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,22 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
+ROOT = Path(__file__).parents[2]
 TOYS = Path(__file__).parents[1] / "invariants"
+REWARDS = """
+import re
+
+def even(completions, **columns):
+    \"\"\"1 if the first w-word has an even number, None without any.\"\"\"
+    found = [re.search(r"w(\\d+)", c[-1]["content"]) for c in completions]
+    return [w and float(int(w[1]) % 2 == 0) for w in found]
+
+def breaks(completions, answer, **columns):
+    \"\"\"Fails on one prompt.\"\"\"
+    if answer[0] == "w5":
+        raise OSError("no such service")
+    return even(completions)
+"""
 
 
 @pytest.fixture
@@ -60,3 +76,24 @@ def patched(tmp_path_factory):
         patch.setattr(sys, "path", [str(TOYS), *sys.path])
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         yield patch
+
+
+@pytest.fixture
+def traces_config(tiny_model_dir, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    (tmp_path / "even_rewards.py").write_text(REWARDS)
+    config = {
+        "run_dir": str(tmp_path / "traces"),
+        "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
+        "data": {"source": str(write_rows(tmp_path / "train.jsonl", range(12)))},
+        "sampling": {
+            "max_completion_length": 24,
+            "stop": ["+", "-", "=", ".", "?", "What", "is", "the"],
+        },
+        "engine": {"name": "transformers"},
+        "rewards": {"functions": [{"name": "even_rewards:even"}]},
+        "sample": {"num_samples": 8, "prompts_per_record": 3, "seed": 5},
+    }
+    path = tmp_path / "traces.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

@@ -56,7 +56,7 @@ SAME = "model.lora={r: 2, alpha: 4, target_modules: [q_proj, v_proj]}"
     ("lora", "said"),
     [
         ([], "is merged into its base"),
-        ([SAME], "goes on being trained; a KL term holds it to its base"),
+        ([SAME], "is trained further; a KL term keeps it near its base"),
         ([SAME.replace("r: 2", "r: 3")], "as r is 2 there and 3 in model.lora"),
         ([SAME.replace("alpha: 4", "alpha: 8")], "as lora_alpha is 4 there and 8 in model.lora"),
         ([SAME.replace("v_proj", "k_proj")], "as it adapts other layers than model.lora"),

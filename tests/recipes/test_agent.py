@@ -106,11 +106,11 @@ def test_a_repeatable_program_is_run_again_after_a_kill():
     ("name", "message"),
     [
         ("rewrites", "an agent that rewrites its history cannot be trained here"),
-        ("asks_otherwise", r"the first one is row\['prompt'\]"),
+        ("asks_otherwise", r"the first one must be row\['prompt'\]"),
         ("streams", "BadRequestError.*stream, n above 1"),
         ("guesses_a_token", "AuthenticationError.*no episode has this token"),
         ("raises", "the agent raised KeyError: 'no such key'"),
-        ("sleeps", "the agent asked nothing for 0.5 s"),
+        ("sleeps", "the agent sent no request for 0.5 s"),
     ],
 )
 def test_a_program_that_fails_is_a_fault(name, message):

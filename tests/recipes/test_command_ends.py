@@ -73,7 +73,7 @@ def test_few_open_files_are_raised_where_they_may_be_and_else_named(config_file,
     )
     assert done.returncode == code, done.stderr[-2000:]
     if code:
-        assert "cohort: this process may have 64 files open (ulimit -n)" in done.stderr
+        assert "cohort: this process may open only 64 files (ulimit -n)" in done.stderr
         assert "ulimit -n 4096" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -19,12 +19,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 @pytest.mark.parametrize(
     ("key", "lines"),
     [
-        ("train.steps", ["train.steps (integer)", "  of the whole run; at least 1; default 100"]),
+        ("train.steps", ["train.steps (integer)", "  steps of the whole run; at least 1; default 100"]),
         ("data.too_long", ["data.too_long (choice)", "one of refuse, drop; default refuse"]),
         ("lr", ["optimizer.lr (number)", "learning rate; above 0; default 1.0e-06"]),
         ("model.lora.r", ["model.lora.r (integer)", "  rank; at least 1; default 16"]),
         ("rewards.functions.name", ["rewards.functions.name (text)", "or module:callable; required"]),
-        ("train", ["train (section)", "A step samples", "  seed (integer): of sampling, order"]),
+        ("train", ["train (section)", "A step samples", "  seed (integer): seed of sampling, data order"]),
         ("diffusion.remasking", ["one of low_confidence, random, margin, entropy"]),
         ("loss.name", ["one of grpo, dr_grpo", "of the section loss: DeepSeek-R1 (arXiv:2501.12948)"]),
     ],
@@ -47,9 +47,9 @@ def test_a_key_of_another_command_says_whose_it_is(capsys):
 
 def test_without_a_key_every_key_is_explained(capsys):
     assert cohort(["config", "--explain"]) == 0
-    assert "  steps: 100  # of the whole run; at least 1\n" in capsys.readouterr().out
+    assert "  steps: 100  # steps of the whole run; at least 1\n" in capsys.readouterr().out
     assert cohort(["config", "--explain", str(CONFIGS[-1])]) == 0
-    assert "  steps: 24  # of the whole run; at least 1; default 100\n" in capsys.readouterr().out
+    assert "  steps: 24  # steps of the whole run; at least 1; default 100\n" in capsys.readouterr().out
 
 
 def test_an_unknown_key_gets_near_ones(capsys):
@@ -80,4 +80,4 @@ def test_the_schema_without_a_config_is_that_of_a_run(capsys):
     assert cohort(["config", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     steps = schema["$defs"]["TrainConfig"]["properties"]["steps"]
-    assert (steps["minimum"], steps["default"], steps["description"]) == (1, 100, "of the whole run")
+    assert (steps["minimum"], steps["default"], steps["description"]) == (1, 100, "steps of the whole run")

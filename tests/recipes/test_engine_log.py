@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import recipes.engines
 from recipes.engines import naming, start_into
 from rollout.engine import EngineError
 
@@ -43,8 +45,14 @@ with Display(1) as display, start_into(Path({str(tmp_path / "engine.log")!r})):
 @pytest.mark.parametrize("kind", [ValueError, EngineError])
 def test_a_fault_names_the_file_if_something_is_in_it(tmp_path, kind):
     log = tmp_path / "engine.log"
-    with pytest.raises(kind, match=f"^it died; what it wrote is in {log}$"), start_into(log):
+    with pytest.raises(kind, match=f"^it died; its output is in {log}$"), start_into(log):
         os.write(2, b"why\n")
         raise kind("it died")
     with pytest.raises(kind, match=r"^it died$"), naming(log):
         raise kind("it died")
+
+
+def test_a_run_that_samples_with_transformers_does_not_wait_for_the_import_of_vllm(monkeypatch):
+    monkeypatch.setattr(recipes.engines, "vllm_available", lambda: pytest.fail("vLLM is imported"))
+    given = {"trained": nn.Linear(1, 1), "long_factors": False}
+    assert recipes.engines._engine_name("transformers", "model", print, **given) == "transformers"

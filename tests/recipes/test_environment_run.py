@@ -81,7 +81,7 @@ def test_a_run_plays_episodes_evaluates_them_and_records_their_turns(config_file
         ([environment("guess_number", hihg=3)], "unexpected keyword argument 'hihg'"),
         ([environment("tools", functions=["tools_in_trls_shape:nothing"])], "no attribute 'nothing'"),
         (["environment={max_turns: 3}"], "environment.name"),
-        ([], "the reward 'environment' is what an environment pays, and this run has none"),
+        ([], "the reward 'environment' is paid by an environment, but this run has none"),
         ([environment("played_environments:Misbehaves", raises=True)], "environment.name"),
     ],
 )
@@ -126,7 +126,7 @@ def test_another_docstring_of_a_tool_is_another_prompt(config_file, capsys):
 @pytest.mark.parametrize("name", ["guess_number", "calculator"])
 def test_tools_in_a_column_are_refused_with_any_environment(name):
     """Later turns would be rendered without them, and the model would see others than its prompt had."""
-    with pytest.raises(ValueError, match="the rows have a column 'tools', and the environment brings"):
+    with pytest.raises(ValueError, match="the rows have a column 'tools', but the environment alone says"):
         with_tools([{"prompt": "w1", "tools": [{"name": "f"}]}], load(name, {}))
 
 

@@ -72,7 +72,7 @@ def test_a_neighbour_without_state_abstains_with_the_reason(path):
     neighbour.step(Turn(0, "go"))
     with pytest.raises(EnvironmentFault):
         episode.step(Turn(0, "die"))
-    with pytest.raises(EnvironmentFault, match="its process died under another episode"):
+    with pytest.raises(EnvironmentFault, match="its process died in a call of another episode"):
         neighbour.step(Turn(1, "go"))
     fresh = workers.open({}, 3)
     assert said(fresh.step(Turn(0, "go"))).startswith("turn 1 in ")
@@ -110,7 +110,11 @@ def test_ten_megabytes_and_nul_bytes_come_back_as_text(workers):
         ("gess_number", {}, "neither built in (such as guess_number) nor module:callable"),
         ("guess_number", {"low": 5, "high": 4}, "low=5 must not be above high=4"),
         ("guess_number", {"hihg": 4}, "unexpected keyword argument 'hihg'"),
-        ("json:loads", {"s": "{}"}, "makes a dict, and an environment has open, close, repeatable and tools"),
+        (
+            "json:loads",
+            {"s": "{}"},
+            "makes a dict; an environment must have open, close, repeatable and tools",
+        ),
     ],
 )
 def test_what_is_no_environment_is_refused_with_a_sentence(name, options, message):

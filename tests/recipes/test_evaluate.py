@@ -176,7 +176,7 @@ def test_a_run_whose_base_has_changed_since_is_refused(config_file, heldout, tin
     assert train([str(config_file), *heldout, "model.lora={r: 4}", f"model.name={base}"]) == 0
     shutil.copy(_moved(base, base.with_name("moved")) / "model.safetensors", base)
     assert cohort(["eval", str(config_file.parent / "run"), *flags]) == 1
-    assert "began with, by its inputs.json; put that back" in capsys.readouterr().err
+    assert "began (see its inputs.json); restore it" in capsys.readouterr().err
 
 
 def test_completions_are_graded_again_by_another_grader_and_disagreements_listed(
@@ -205,7 +205,7 @@ def test_completions_are_graded_again_by_another_grader_and_disagreements_listed
             "train.steps=3: an evaluation takes keys of evaluation.",
         ),
         (["MODEL", "--task", "TASK", "--base"], "need a run's folder"),
-        (["MODEL", "--task", "TASK", "--base", "--checkpoint", "2"], "name one of them"),
+        (["MODEL", "--task", "TASK", "--base", "--checkpoint", "2"], "give one of them"),
         (
             ["MODEL", "--task", "TASK", "--by", "prompt"],
             "--by prompt: the dataset has no such column for graders (data.columns); it has answer",
@@ -218,8 +218,8 @@ def test_completions_are_graded_again_by_another_grader_and_disagreements_listed
             ["MODEL", "--task", "TASK", "--by", "level"],
             "--by level: the dataset has no such column; it has answer",
         ),
-        (["MODEL", "--task", "TASK", "--out", "RUN"], "is a run, whose kept completions are its own"),
-        (["--compare", "MODEL"], "--compare two"),
+        (["MODEL", "--task", "TASK", "--out", "RUN"], "is the folder of a run; name another"),
+        (["--compare", "MODEL"], "two folders to --compare"),
         (["--compare", "MODEL", "TASK"], "is not an evaluation that cohort eval wrote"),
     ],
 )

@@ -218,8 +218,8 @@ def test_what_cannot_be_exported_is_refused_by_name(full_run, lora_run, tiny_mod
     source, checkpoint = edited(lora_run, tmp_path / "run")
     settings = json.loads((checkpoint / "adapter_config.json").read_text())
     for change, words, said in (
-        ({"use_dora": True}, ["--merge"], "--merge proves plain LoRA, and this adapter has use_dora=True"),
-        ({"base_model_name_or_path": str(tiny_model_dir)}, [], "a local folder (model), which nobody else"),
+        ({"use_dora": True}, ["--merge"], "--merge proves plain LoRA only; this adapter has use_dora=True"),
+        ({"base_model_name_or_path": str(tiny_model_dir)}, [], "a local folder (model), which only you have"),
     ):
         (checkpoint / "adapter_config.json").write_text(json.dumps(settings | change))
         sealed(checkpoint)
@@ -305,7 +305,7 @@ def test_a_file_that_would_carry_a_path_away_is_refused_by_name(full_run, tmp_pa
     for local in (str(source), yaml.safe_load((source / "config.yaml").read_text())["model"]["name"]):
         path.write_text(json.dumps(settings | {"note": {"from": f"{local}/x"}}))
         sealed(checkpoint)
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json would carry the local path /"):
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json contains the local path /"):
             export(source, to=tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -366,7 +366,7 @@ def test_two_exports_at_once_do_not_mix_and_a_killed_one_leaves_no_half(full_run
     first = threading.Thread(target=export, args=(full_run,), kwargs={"to": to})
     first.start()
     assert inside.wait(60) and not to.exists()
-    with pytest.raises(ValueError, match="another process is exporting there"):
+    with pytest.raises(ValueError, match=f"another process exports to {tmp_path}; wait"):
         export(full_run, to=to)
     go_on.set()
     first.join(60)

@@ -71,7 +71,7 @@ def test_a_form_whose_tags_the_tokenizer_lacks_is_refused():
 
 
 def test_a_template_with_a_form_that_is_not_read_is_refused():
-    with pytest.raises(ValueError, match=r"a form that is none of hermes, pythonic, .*environment\.calls"):
+    with pytest.raises(ValueError, match=r"in none of the forms hermes, pythonic, .*environment\.calls"):
         form_of(tokenizer_of("gemma4"), {}, None)
 
 
@@ -133,7 +133,7 @@ def test_arguments_that_cannot_cross_to_a_process_are_the_calls_fault_and_not_th
     calls = reader_of(FORM[family], tokenizer, Functions([multiply]).tools)((), ids_of(tokenizer, said), ())
     encode_frame(asdict(Turn(0, "", tuple(calls))))
     assert len(calls) == 1 and calls[0].arguments is None
-    assert calls[0].fault.startswith(("arguments are plain JSON values", "the call is nested too deep"))
+    assert calls[0].fault.startswith(("arguments must be plain JSON values", "the call is nested too deep"))
 
 
 @pytest.mark.parametrize("tag", ["<function=", "<parameter=", "<parameter=a>"])
@@ -168,7 +168,7 @@ def test_a_call_in_thinking_that_the_prompt_began_is_not_made():
     ["[f(1)]", "[f(**x)]", "[f(a=g())]", "[f(a=", "[f(a=1), 3]", "[os.f(a=1)]", "[f(a=" + "(" * 9_000 + ")]"],
 )
 def test_pythonic_calls_are_plain_values_and_nothing_is_evaluated(text):
-    assert [c.fault[:20] for c in pythonic(text)] == ["calls are a list suc"]
+    assert [c.fault[:20] for c in pythonic(text)] == ["calls must be a list"]
     assert pythonic("[1, 2]") == pythonic("see f(a=1)") == []
 
 

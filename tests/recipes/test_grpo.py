@@ -59,7 +59,7 @@ def test_a_model_of_bytes_trains_to_the_end(config_file, tiny_model_dir, tmp_pat
     rows = read_rows(config_file.parent / "run" / "metrics.jsonl")
     assert len(rows) == 2 and max(row["sampler/logprob_gap_mean"] for row in rows) < 1e-4
     out = capsys.readouterr().out
-    assert "packed attention is off: BltSelfAttention does not hand keyword arguments" in out
+    assert "packed attention is off: BltSelfAttention does not pass keyword arguments" in out
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_single_grader_fault_is_counted_and_shown_and_trained_around(config_fi
     rows = read_rows(config_file.parent / "run" / "metrics.jsonl")
     assert [row["graders/faults"] for row in rows] == [1 / 8, 0.0]
     out = capsys.readouterr().out
-    assert "warning: step 1: graders failed on 1 of 8 completions, which count in nothing" in out
+    assert "warning: step 1: graders failed on 1 of 8 completions, which are left out" in out
     assert "only once" in out
 
 
@@ -148,7 +148,7 @@ def test_a_log_begins_with_what_is_trained(config_file, heldout, capsys):
         assert said, first
         assert said[1].endswith("model") and said[4] == str(folder)
         assert (said[2] == said[3]) == (not lora)
-        assert second == "1 of 8 training prompts are held out, and left out here"
+        assert second == "1 of 8 training prompts are held out too: left out"
     assert said[2] == "384"
 
 
@@ -211,7 +211,7 @@ def test_a_finished_run_can_be_extended_and_not_be_changed(config_file, capsys):
 
 
 def test_a_start_that_failed_does_not_hold_the_folder(config_file, heldout, capsys):
-    """A mended config goes on in the same run_dir, and measures its start anew."""
+    """A corrected config goes on in the same run_dir, and measures its start anew."""
     run = config_file.parent / "run"
     broken = "rewards.functions=[{name: 'toy_rewards:broken'}]"
     assert main([str(config_file), "data.prompt_column=nothing"]) == 1

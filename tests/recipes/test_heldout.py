@@ -70,7 +70,7 @@ def test_a_control_arm_says_what_it_is_and_is_measured_by_the_real_reward(config
     overrides = [MATH, "evaluation.metric=math", f"rewards.control={arm}", *heldout[:1], heldout[2]]
     assert main([str(config_file), *overrides]) == 0
     run, out = config_file.parent / "run", capsys.readouterr().out
-    assert f"warning: control arm: rewards.control={arm} pays no right answer" in out
+    assert f"warning: control arm: rewards.control={arm} ignores right answers" in out
     assert f"verdict: Control arm ({arm} reward). " in out
     result = json.loads((run / "result.json").read_text())
     assert result["control"] == arm and result["verdict"].startswith(f"Control arm ({arm} reward). ")

@@ -82,14 +82,14 @@ def test_what_cannot_be_graded_is_left_to_fill_in(made, tmp_path, capsys):
     assert (config.data.prompt_column, config.rewards.functions[0].name) == ("Instruction", "rewards:score")
     text = (tmp_path / "my rows.yaml").read_text()
     assert "FILL IN: no answers were found" in text and "def score(prompts, completions" in text
-    assert "first fill in what my rows.yaml marks with FILL IN" in capsys.readouterr().out
+    assert "first complete the lines of my rows.yaml that say FILL IN" in capsys.readouterr().out
 
 
 def test_a_file_that_is_there_is_not_written_over(made, tmp_path, capsys):
     made(MATH)
     before = (tmp_path / "my rows.yaml").read_text()
     assert cohort(["init", "my rows.jsonl"]) == 1
-    assert "my rows.yaml is there already; name another file with --out" in capsys.readouterr().err
+    assert "my rows.yaml already exists; name another file with --out" in capsys.readouterr().err
     assert (tmp_path / "my rows.yaml").read_text() == before
     assert cohort(["init", "my rows.jsonl", "--out", "other.yaml"]) == 0
 
@@ -116,5 +116,5 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, capsys, name
 def test_a_dataset_that_cannot_be_looked_at_gets_a_config_to_fill_in(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cohort(["init", "nobody/nothing"]) == 0
-    assert "nobody/nothing could not be looked at" in capsys.readouterr().out
+    assert "the rows of nobody/nothing could not be read" in capsys.readouterr().out
     assert load_config("nothing.yaml").data.source == "nobody/nothing"

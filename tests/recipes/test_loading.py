@@ -94,7 +94,7 @@ def test_a_callable_that_fails_or_returns_no_rows_is_named():
     [
         ("a.jsonl", b"", "is an empty file"),
         ("a.csv", b"prompt,answer\n", "has no rows"),
-        ("a.jsonl", b'{"prompt": "a"\nxx', "line 1: not JSON .*; mend or remove it"),
+        ("a.jsonl", b'{"prompt": "a"\nxx', "line 1: not JSON .*; fix or remove it"),
         ("a.csv", b"prompt,answer\nWhat \xe9,x\n", "could not be read: .*UTF8"),
     ],
 )

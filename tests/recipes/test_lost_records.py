@@ -103,7 +103,7 @@ def test_lost_rows_of_metrics_are_named_when_the_run_goes_on(config_file, capsys
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
     assert main([str(config_file), "train.steps=4"]) == 0
-    assert "metrics.jsonl has no rows of steps 2: lost, or damaged" in capsys.readouterr().out
+    assert "metrics.jsonl lacks the rows of steps 2: lost, or damaged" in capsys.readouterr().out
 
 
 def test_a_diffusion_run_whose_first_bound_was_lost_has_none(tiny_model_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""Of many rows only the prompts that a run consumes are rendered, and nothing else is different."""
+"""Only the prompts that a run consumes are rendered, and nothing else is different."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_long_and_held_out_rows_are_left_out_alike(prompts):
     heldout = [{"prompt": "  What is w3 ? ", "answer": "w3"}, {"prompt": "other", "answer": "w1"}]
     some, all_of_them, said, expected = prompts(rows, "data.too_long=drop", heldout=heldout)
     assert said == expected and said[0].startswith("2 of 32 rows of train have more than")
-    assert said[1] == "1 of 30 training prompts are held out, and left out here"
+    assert said[1] == "1 of 30 training prompts are held out too: left out"
     assert list(some) == all_of_them and len(some) == 29
 
 

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes.grpo import main
 from rl.store.rows import read_rows
-from rollout.vllm.start import vllm_available
+from tests.vllm_engines import needs_vllm
 
 pytestmark = [
     pytest.mark.rotation,
-    pytest.mark.skipif(vllm_available() is not None, reason=f"no vLLM here: {vllm_available()}"),
+    needs_vllm,
 ]
 SAVING = [f"memory.{key}=true" for key in ("engine_sleeps", "optimizer_on_host", "reference_on_host")]
 

@@ -19,12 +19,9 @@ from transformers import AutoTokenizer
 from recipes.grpo import main
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
-from rollout.vllm.start import vllm_available
 from tests.recipes.conftest import TOYS
 from tests.rl.moe.tiny import save
-from tests.vllm_engines import start_vllm
-
-needs_vllm = pytest.mark.skipif(vllm_available() is not None, reason=f"no vLLM here: {vllm_available()}")
+from tests.vllm_engines import needs_vllm, start_vllm
 
 
 @pytest.fixture

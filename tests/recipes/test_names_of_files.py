@@ -1,4 +1,4 @@
-"""Files of the user's that are named like packages of ours are found, and do not hide ours."""
+"""A user's files that are named like packages of ours are found, and do not hide ours."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def test_signals_reach_the_stage_and_changes_of_what_is_finished_are_refused(
     write_pipeline(folder, two_of_a_file(folder))
     shutil.move("pipe/a", "aside")
     assert main(["pipeline.yaml"]) == 1
-    assert "stage a is not finished, and b has begun with what it made" in capfd.readouterr().err
+    assert "stage a is not finished, but b has begun with its result" in capfd.readouterr().err
 
 
 @pytest.mark.rotation

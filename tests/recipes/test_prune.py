@@ -65,7 +65,7 @@ def test_a_student_is_the_teacher_without_the_other_layers(teacher, tmp_path, ca
     assert vocabularies[0] == vocabularies[1]
     assert "layers 0, 2, 4 of 5;" in capsys.readouterr().out
     assert main([str(teacher), str(tmp_path / "student"), "--layers", "2"]) != 0
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists; name a new folder" in capsys.readouterr().err
 
 
 def test_channels_without_weight_are_the_first_to_go(teacher, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,7 +12,6 @@ from typing import ClassVar
 
 import pyarrow.parquet
 import pytest
-import yaml
 
 from recipes.cli import main as cohort
 from recipes.tasks.traces import choose, read_traces, verified
@@ -25,44 +23,8 @@ from rl.model.loading import load_tokenizer
 from rl.store.folder import write_config
 from rl.store.ledger import Ledger
 from rl.types import Call, Completion, Group, Prompt, Reason, Reward, SamplingParams, ScoredGroup
-from tests.recipes.conftest import write_rows
 
 ROOT = Path(__file__).parents[2]
-REWARDS = """
-import re
-
-def even(completions, **columns):
-    \"\"\"1 if the first w-word has an even number, None without any.\"\"\"
-    found = [re.search(r"w(\\d+)", c[-1]["content"]) for c in completions]
-    return [w and float(int(w[1]) % 2 == 0) for w in found]
-
-def breaks(completions, answer, **columns):
-    \"\"\"Fails on one prompt.\"\"\"
-    if answer[0] == "w5":
-        raise OSError("no such service")
-    return even(completions)
-"""
-
-
-@pytest.fixture
-def traces_config(tiny_model_dir, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    (tmp_path / "even_rewards.py").write_text(REWARDS)
-    config = {
-        "run_dir": str(tmp_path / "traces"),
-        "model": {"name": str(tiny_model_dir), "dtype": "fp32"},
-        "data": {"source": str(write_rows(tmp_path / "train.jsonl", range(12)))},
-        "sampling": {
-            "max_completion_length": 24,
-            "stop": ["+", "-", "=", ".", "?", "What", "is", "the"],
-        },
-        "engine": {"name": "transformers"},
-        "rewards": {"functions": [{"name": "even_rewards:even"}]},
-        "sample": {"num_samples": 8, "prompts_per_record": 3, "seed": 5},
-    }
-    path = tmp_path / "traces.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 def rows_of(run_dir: Path) -> list[dict]:
@@ -239,7 +201,7 @@ def test_a_failing_grader_abstains_and_too_many_faults_end_the_run(traces_config
     assert "graders failed on 8 of 24 completions" in capsys.readouterr().err
     assert Ledger(tmp_path / "traces").steps() == [0]  # the record with the fault is not written
     assert cohort([*words, "rewards.max_fault_share=0.4", "run_dir=" + str(tmp_path / "b")]) == 0
-    assert "which count in nothing" in capsys.readouterr().out
+    assert "which are left out" in capsys.readouterr().out
     result = json.loads((tmp_path / "b/result.json").read_text())
     assert result["prompts"] == 12 and all(
         row["prompt_id"] != "sample/000005" for row in rows_of(tmp_path / "b")

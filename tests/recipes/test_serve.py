@@ -62,7 +62,7 @@ def test_a_server_is_stock_and_locked_and_options_come_last():
 
 @pytest.mark.parametrize("words", [["--api-key", "x"], ["--api-key=x"]])
 def test_a_key_of_vllms_own_is_refused(words):
-    with pytest.raises(ValueError, match="--api-key guards some routes only"):
+    with pytest.raises(ValueError, match="--api-key guards only some routes"):
         server_command("m", words)
 
 
@@ -118,5 +118,5 @@ def test_a_server_that_cannot_start_ends_the_command(tmp_path):
     assert told.returncode == 1 and told.stdout == ""
     assert "unrecognized arguments: --no-such-option" in told.stderr
     url = f"http://127.0.0.1:{port}"
-    last = f"cohort: server {url} ended with exit code 2 while it started: its own words are above"
+    last = f"cohort: server {url} ended with exit code 2 while it started: its output is above"
     assert told.stderr.splitlines()[-1] == last

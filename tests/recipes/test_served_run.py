@@ -21,12 +21,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rl.store.ledger import Ledger
 from rollout.vllm.lock import make_token
-from rollout.vllm.start import vllm_available
+from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import ServerProcess, free_port
 
 HERE = Path(__file__).parent
-REASON = vllm_available()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 STEPS = 4
 
 

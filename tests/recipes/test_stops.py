@@ -132,7 +132,7 @@ def test_a_process_that_does_not_end_with_the_others_is_killed(monkeypatch):
 def test_more_processes_than_gpus_are_refused(config_file, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cohort(["train", str(config_file), "--processes", "2"]) == 1
-    assert "--processes 2, and there are 1 GPUs" in capsys.readouterr().err
+    assert "--processes 2, but the number of GPUs is 1" in capsys.readouterr().err
 
 
 def test_the_processes_of_a_killed_launcher_save_and_end(config_file):

@@ -23,6 +23,7 @@ from rl.diffusion.text import encode_rows
 from rl.store.ledger import Ledger
 from rollout.chat import render_prompts
 from tests.conftest import make_tiny_tokenizer
+from tests.recipes.planted import LONG, text
 
 DATA = Path(os.environ.get("COHORT_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -49,7 +50,7 @@ def test_worked_solutions_give_an_answer_and_a_completion_with_its_thought(tmp_p
     (row,) = rows_of("math", written(tmp_path / "b.jsonl", MATH))
     assert row["prompt"] == "Half of 1?" and row["answer"] == "\\frac{1}{2}" and row["level"] == "Level 1"
     assert row["completion"] == "<think>\nIt is $\\boxed{\\frac{1}{2}}$.\n</think>\n\\boxed{\\frac{1}{2}}"
-    with pytest.raises(ValueError, match="form='box' is not among boxed, answer"):
+    with pytest.raises(ValueError, match="form='box' is not one of boxed, answer"):
         rows_of("gsm8k", written(tmp_path / "a.jsonl", GSM8K), form="box")
     with pytest.raises(ValueError, match="task:gsm8k: the rows have problem, level, solution, which are not"):
         rows_of("gsm8k", written(tmp_path / "b.jsonl", MATH))
@@ -203,7 +204,7 @@ def test_a_template_that_would_do_nothing_or_hide_the_prompt_is_refused(tmp_path
     chat = [{"role": "user", "content": "2 + 2?"}]
     row = {"prompt": chat, "completion": [{"role": "assistant", "content": "4"}]}
     config = TextConfig.model_validate({"source": "x", "template": "boxed"})
-    with pytest.raises(ValueError, match=r"data\.template wraps text, and this prompt is a chat"):
+    with pytest.raises(ValueError, match=r"data\.template wraps text, but this prompt is a chat"):
         encode_rows([row], config, make_tiny_tokenizer(tmp_path / "t"))
 
 
@@ -213,33 +214,11 @@ def test_a_run_records_the_text_of_its_template_and_a_base_template_is_no_chat(t
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert read_config(Config, tmp_path / "c.yaml") == config
     with pytest.raises(
-        ValueError, match=r"template=r1-zero is for plain text, of base models; .* use chat=false"
+        ValueError, match=r"template=r1-zero is for plain text of base models; .* use chat=false"
     ):
         read_config(Config, None, ["data.template=r1-zero", "data.chat=true"])
     with pytest.raises(ValueError, match="or name one of r1-zero, base-boxed, boxed"):
         read_config(Config, None, ["data.template=r1zero"])
-
-
-LONG = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-]
-
-
-def text(*words: str) -> str:
-    return " ".join(words)
 
 
 def test_thirteen_planted_words_are_found_and_twelve_are_not():

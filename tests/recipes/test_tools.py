@@ -57,7 +57,7 @@ TOOLS["says"] = lambda text: len(text)
             1,
             0,
         ),
-        (called("add", a=float("nan")), "error: arguments are plain JSON values", 1, 0),
+        (called("add", a=float("nan")), "error: arguments must be plain JSON values", 1, 0),
         ("<tool_call>" * 9_000, "error: the call is not valid JSON", 1, 0),
         (called("gives"), '{"\\u00e9": [1]}', 0, 0),
         ("<tool_call>{'name': 'add'}</tool_call>", "error: the call is not valid JSON: Expecting", 1, 0),
@@ -162,7 +162,7 @@ def test_trls_environment_runs_as_it_is_and_goes_on_from_its_attributes():
         assert one.step(Turn(1, called("increment", step=2))).messages[0]["content"] == "5"
         last = one.step(Turn(2, "done"))
         assert (last.done, last.reward) == (True, 1.0)
-    with pytest.raises(EnvironmentFault, match="belongs into the prompt"):
+    with pytest.raises(EnvironmentFault, match="belongs in the prompt"):
         environment.open({"says": "Count."}, 0)
     other = load("trl", {"factory": "tools_in_trls_shape:KeepsMore"})
     assert other.open({}, 0).step(Turn(0, called("increment", step=2))).state is None
@@ -180,12 +180,14 @@ def test_a_python_session_keeps_names_and_goes_on_from_its_cells():
         assert said(run("x = 6\nprint('six')")) == "six\n"
         assert said(run("print(x * 7)")) == "42\n"
         assert said(run("y = 1")) == "(no output)"
-        assert said(run("print('a'); 1 / 0")) == "a\nerror: ZeroDivisionError: division by zero"
+        divided = run("print('a'); 1 / 0")
+        assert said(divided) == "a\nerror: ZeroDivisionError: division by zero"
+        assert divided.facts["tool_errors"] == 1 and divided.facts["seconds/python"] > 0
         assert "SyntaxError" in said(run("def"))
         assert said(run("while True: pass")) == "error: no end within 3 s"
         assert said(run("import socket; socket.socket()")).startswith("error: ")
         last = run("print(x + y)")
-        assert said(last) == "7\n"
+        assert said(last) == "7\n" and last.facts["tool_errors"] == 0
         assert said(run("print('z' * 3_000_000)")).startswith("error: more than 1 MiB of output\nz")
         assert (
             said(run("import sys; print('a', end=''); sys.exit()")) == "aerror: the program ended the session"

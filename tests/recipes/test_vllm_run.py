@@ -15,13 +15,12 @@ from recipes.grpo import main
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
 from rl.types import Prompt, SamplingParams
-from rollout.vllm.start import vllm_available
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(vllm_available() is not None, reason=f"no vLLM here: {vllm_available()}"),
+    needs_vllm,
 ]
 
 
@@ -69,9 +68,7 @@ def test_a_script_without_a_guard_and_vllm_in_its_own_process(config_file, wide_
         rows = read_rows(tmp_path / "run" / "metrics.jsonl")
         assert len(rows) == 2 and max(row["sampler/logprob_gap_max"] for row in rows) < 1e-3
         assert "graded" in (tmp_path / "run" / "graders.log").read_text()
-        (tmp_path / "run").rename(
-            tmp_path / ("second" if "goes on being trained" in done.stdout else "first")
-        )
+        (tmp_path / "run").rename(tmp_path / ("second" if "is trained further" in done.stdout else "first"))
     assert (tmp_path / "second").is_dir()
     assert (tmp_path / "began.txt").read_text() == "xxxx"  # twice the script and its grader
 

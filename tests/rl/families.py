@@ -8,14 +8,31 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rl.causal import CausalPolicy
+from rl.config import Config
+from rl.config.read import load_config
 
 
 def words(text: str) -> list[str]:
     return text.split()
 
 
+REFUSED = {"modernbert-decoder": "its output head does more than a linear layer"}
+# The default of target_modules, all-linear, is refused by name: PEFT refuses Mamba, routers return more than
+# a tensor, a parent reads the weight past its adapter, or layers share their weights.
+NO_LORA = set(
+    words(
+        "deepseek_v4 falcon_h1 falcon_mamba jamba llama4_text longcat_flash mamba mamba2 "
+        "nemotron_h phimoe zamba"
+    )
+)
+ALWAYS = set(
+    words("llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite deepseek_v3 qwen3_moe gpt_oss mamba")
+)
 WINDOW = 12  # tokens; the sequences of the tests are longer
 SIZES = dict.fromkeys(
     words(
@@ -227,3 +244,11 @@ def save_tiny(name: str, folder: Path, config: transformers.PreTrainedConfig | N
                 torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     return folder
+
+
+def load(name: str, folder: Path, tokenizer_folder: Path, *overrides: str) -> tuple[CausalPolicy, Config]:
+    save_tiny(name, folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    settings = [f"model.name={folder}", "model.dtype=fp32", "loss.kl_coef=0", "loss.sampler_correction=null"]
+    config = load_config(None, [*settings, "sampling.temperature=0.8", *overrides])
+    return CausalPolicy(config.model, Accelerator(cpu=True), temperature=0.8), config

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from rl.batch import PackRules, idle_micro_batch, pack
@@ -78,7 +81,7 @@ def test_groups_that_do_not_split_into_minibatches_are_refused():
 
 def test_mixed_behavior_logprobs_are_refused():
     bare = Completion([1], [], [True], "stop", [VersionSpan(0, 1)])
-    with pytest.raises(ValueError, match="all or none"):
+    with pytest.raises(ValueError, match="all of them or for none"):
         pack([scored([9], completion([1, 2]), bare)], [[1.0, 1.0]], rules())
 
 
@@ -136,6 +139,35 @@ def test_further_rows_of_an_episode_stand_behind_prompts_of_their_own():
     assert by_token == {1: 0.5, 2: 0.25, 3: -1.0, 4: 2.0}
     with pytest.raises(ValueError, match="of prompt p has 3 tokens and 2 advantages"):
         pack([scored([9], first)], [[[0.5, 0.25]]], rules())
+
+
+def test_rows_of_episodes_that_begin_with_the_groups_prompt_share_it():
+    """Prompt [9, 8]; the second row of the first episode is [9, 8, 7 | 3], and 7 is read and not trained.
+
+    Where a further row leaves the prompt at its end, all rows share what is left of it, if that is most.
+    """
+    first = completion([1, 2])
+    first.continuations = [Continuation((9, 8, 7), completion([3]))]
+    first.continuations[0].completion.routes = np.full((1, 2, 1), 5)
+    group = scored([9, 8], first, completion([4]))
+    (batch,) = pack([group], [[[0.5, 0.25, -1.0], 2.0]], rules())
+    (m,) = batch.micro_batches
+    assert m.blocks == (Block(0, 2, (2, 2, 1)),)
+    assert m.token_ids_N.tolist() == [9, 8, 1, 2, 7, 3, 4] and m.positions_N.tolist() == [0, 1, 2, 3, 2, 3, 2]
+    assert m.columns_L.tolist() == [2, 3, 5, 6] and m.predecessors_L.tolist() == [1, 2, 4, 1]
+    assert m.advantages_L.tolist() == [0.5, 0.25, -1.0, 2.0] and m.sequence_ids_L.tolist() == [0, 0, 0, 1]
+    assert m.rows[1].completion.routes[:, 0, 0].tolist() == [-1, 5]
+    assert first.continuations[0].completion.token_ids == [3]  # nothing writes to what was sampled
+    group.group.prompt = replace(group.group.prompt, token_ids=(9, 8, 6))
+    (batch,) = pack([group], [[1.0, 2.0]], rules())
+    assert batch.micro_batches[0].token_ids_N.tolist() == [9, 8, 6, 1, 2, 7, 3, 6, 4]
+    assert batch.micro_batches[0].columns_L.tolist() == [3, 4, 6, 8]
+    group.group.prompt = replace(group.group.prompt, token_ids=(9, 6, 5, 4))
+    (batch,) = pack([group], [[1.0, 2.0]], rules())
+    assert sorted(b.prompt_length for m in batch.micro_batches for b in m.blocks) == [3, 4, 4]
+    group.group.prompt = replace(group.group.prompt, token_ids=(9, 8))
+    (batch,) = pack([group], [[1.0, 2.0]], rules(budget=6))  # 2 + 4 tokens of the first, 2 + 1 of the other
+    assert [m.blocks for m in batch.micro_batches] == [(Block(0, 2, (2, 2)),), (Block(0, 2, (1,)),)]
 
 
 def test_a_row_knows_its_group_and_its_index_in_it():

@@ -136,7 +136,7 @@ def test_too_little_space_for_the_first_checkpoint_is_noticed_before_anything_is
     with pytest.raises(CheckpointWriteError) as error:
         store.save(1, write=lambda folder: pytest.fail("wrote"), state=state, team=ALONE, num_bytes=needed)
     assert str(error.value) == (
-        f"checkpoint of step 1 needs about 3.000 GiB and {tmp_path} has 3.000 GiB free; free some space; "
+        f"checkpoint of step 1 needs about 3.000 GiB, but {tmp_path} has 3.000 GiB free; free some space; "
         "the earlier checkpoints are untouched"
     )
     assert names(tmp_path) == []

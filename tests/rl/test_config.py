@@ -16,7 +16,9 @@ from rl.config.traces import PipelineConfig, TracesConfig
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
 
-OTHERS = {"gsm8k_traces": TracesConfig, "pipeline_r1": PipelineConfig, "pipeline_sums": PipelineConfig}
+OTHERS = {"gsm8k_traces": TracesConfig} | dict.fromkeys(
+    ("pipeline_r1", "pipeline_sums", "pipeline_python_tool"), PipelineConfig
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -24,7 +24,7 @@ def kind_of(path: Path) -> type:
         return DiffusionConfig
     if path.stem.startswith("moe_sft"):
         return SftConfig
-    if path.stem in ("gsm8k_traces", "pipeline_r1", "pipeline_sums"):
+    if path.stem == "gsm8k_traces" or path.stem.startswith("pipeline_"):
         return TracesConfig if path.stem == "gsm8k_traces" else PipelineConfig
     return MaskedRunConfig if path.stem.startswith("llada_rl") else Config
 
@@ -53,13 +53,13 @@ def test_cohort_config_prints_every_shipped_config_as_itself(path, tmp_path, cap
                 "  token_budget: 16384  # packed tokens of one forward pass; auto: what fits, 8192 on a CPU",
                 "  mask_token: null  # token or id; default: the checkpoint's own, else a spare",
                 "eos:  # What follows an answer. End-of-text padding is part of the",
-                "  normaliser: sequence  # each example counts alike (LLaDA), or each token; one of",
+                "  normaliser: sequence  # each example counts equally (LLaDA), or each token does; one of",
             ],
         ),
         (
             "llada_rl_gsm8k",
             [
-                "  threshold: null  # commits all that are surer; default: the schedule alone; above 0",
+                "  threshold: null  # also commits tokens of higher probability; default: off; above 0",
                 "    merge: 8  # steps of the sampler that share a canvas; trace only; at least 1; default 1",
             ],
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def load(folder, *overrides):
 
 
 def gradients(policy, config, groups, advantages, *, packed: bool = True):
-    """Of a step, and its batches."""
+    """The gradient of a step, and its batches."""
     policy.set_packed(packed)
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
     batches = pack(groups, advantages, pack_rules(config, share_prompts=policy.shares_prompts))
@@ -118,6 +119,25 @@ def test_an_episode_of_several_rows_has_the_gradient_of_its_rows_with_one_reward
         rows += [(ids, c, advantage) for ids, c in parts]
         weights += [1 / (3 * number)] * len(parts)
     assert_same(found, plain_gradients(tiny_model_dir, rows, weights))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_that_share_the_groups_prompt_have_the_same_gradient(tiny_model_dir, packed):
+    """Further rows that go on from the prompt, and not as the first row did."""
+    policy, config = load(tiny_model_dir, "loss.sampler_correction=null")
+    prompt = Prompt("p", "", (5, 6, 7))
+    completions = [episode(1), episode(2, 1, 2)]
+    completions[1].continuations = [
+        replace(c, prompt_token_ids=(5, 6, 7, *c.prompt_token_ids)) for c in completions[1].continuations
+    ]
+    group = ScoredGroup(Group(prompt, completions), [Reward(1.0)] * 2)
+    found, (batch,) = gradients(policy, config, [group], [[0.5, -1.5]], packed=packed)
+    if packed:  # 15 and 15 + (7 + 4) + (7 + 5) tokens behind one prompt
+        assert batch.num_packed_tokens == 3 + 15 + 15 + 11 + 12
+    rows = [(prompt.token_ids, completions[0], 0.5), (prompt.token_ids, completions[1], -1.5)]
+    rows += [(c.prompt_token_ids, c.completion, -1.5) for c in completions[1].continuations]
+    number = 9 + sum(sum(c.completion.loss_mask) for c in completions[1].continuations)
+    assert_same(found, plain_gradients(tiny_model_dir, rows, [1 / (2 * 9), *[1 / (2 * number)] * 3]))
 
 
 def test_tokens_of_scaffold_and_tools_have_no_gradient(tiny_model_dir):

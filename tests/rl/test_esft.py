@@ -118,5 +118,5 @@ def test_the_file_has_deepseeks_form_and_comes_back(tmp_path):
         ValueError, match=r"moe\.trained_experts=.*bad\.json: 'experts'; the file must have the form"
     ):
         load_experts(tmp_path / "bad.json")
-    with pytest.raises(ValueError, match="layer 10 has 0 routed experts, and expert 3 is not one of them"):
+    with pytest.raises(ValueError, match="layer 10 has 0 routed experts, but expert 3 is not one of them"):
         train_only(tiny(), chosen)

@@ -192,9 +192,9 @@ def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family)
     policy, _ = load(folder)
     assert "(dynamic) of a whole row change" in (policy.settle_attention() or "")
     assert far_from(eager(folder), policy, row_of([54, 20])) < 1e-5
-    with pytest.raises(ValueError, match="a sequence of 65 tokens exceeds the 64 from which on the dynamic"):
+    with pytest.raises(ValueError, match="a sequence of 65 tokens exceeds 64, beyond which the dynamic"):
         logprobs(policy, row_of([20, 55]))
-    with pytest.raises(ValueError, match="a sequence of 90 tokens exceeds the 64"):
+    with pytest.raises(ValueError, match="a sequence of 90 tokens exceeds 64"):
         load(folder)[0].settle_attention(90)
     assert load(folder)[0].settle_attention(64) is None
 

@@ -278,7 +278,7 @@ def test_what_is_kept_whole_in_host_memory_is_not_split(key):
 
 
 def test_parts_of_split_weights_are_those_by_hand():
-    """Of three processes; two layers and the head in bf16, and the gradients of a layer in bf16 and fp32."""
+    """On three processes: two layers and the head in bf16, gradients of a layer in bf16 and fp32."""
     config = load_config(None, ["loss.kl_coef=0.1", "train.sharding=full"])
     parts = {p.name: p.bytes for p in training_parts(ModelSize.of(SMALL, fused_layers=True), config, 1000, 3)}
     third = -(-4 * PARAMETERS // 3)
@@ -287,7 +287,7 @@ def test_parts_of_split_weights_are_those_by_hand():
     assert parts["gathered weights"] == 2 * (LINEAR + 800) + PARAMETERS // 2 * (2 + 4)
     # 7.6e9 weights in fp32, and the reference's.
     fault = plan_of("7b", config, 24, processes=64).fault
-    assert fault == "56.7 GiB of weights stand on each GPU before they are split"
+    assert fault == "56.7 GiB of weights are on each GPU before they are split"
 
 
 def test_where_the_engine_sleeps_it_and_training_do_not_add_up():

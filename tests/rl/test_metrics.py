@@ -214,7 +214,7 @@ def test_one_bad_canary_is_enough():
 
 
 def test_a_gap_to_the_engine_is_told_in_the_first_step():
-    """0.44 nats is a sampler that computes otherwise: not yet broken, and nothing to wait five steps for."""
+    """0.44 nats is a sampler that computes differently: not broken yet, but not worth waiting for."""
     assert Watch().broken(1, {"sampler/logprob_gap_mean": 0.05}) == []
     (finding,) = Watch().broken(1, {"sampler/logprob_gap_mean": 0.44, "policy/kl": 0.9})
     assert (finding.level, finding.metric, finding.since) == ("Warning", "sampler/logprob_gap_mean", 1)
@@ -292,7 +292,9 @@ def test_a_tracker_that_fails_at_start_is_reported_once_and_dropped(tmp_path):
         trackers.log(step, {"reward/mean": 1.0})
     trackers.close()
     assert len(warnings) == 2
-    assert "tracker tensorboard did not start" in warnings[0] and "metrics.jsonl goes on" in warnings[0]
+    assert (
+        "tracker tensorboard did not start" in warnings[0] and "metrics.jsonl is still written" in warnings[0]
+    )
     assert "accelerate has no tracker 'nonesuch'" in warnings[1]
 
 

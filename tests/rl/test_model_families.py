@@ -12,17 +12,15 @@ import math
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
 
 from rl.batch import MicroBatch, pack
 from rl.causal import CausalPolicy
-from rl.config.read import load_config
 from rl.types import Prompt, SamplingParams
 from rl.update import pack_rules
 from rollout.transformers import TransformersEngine
 from rollout.weight_sync import publish
 from tests.calling import call
-from tests.rl.families import FAMILIES, save_tiny, words
+from tests.rl.families import ALWAYS, FAMILIES, NO_LORA, REFUSED, load, words
 from tests.scoring import logprobs
 
 # One at a time: state runs along the row, positions are those of columns, attention takes no layout, or a
@@ -35,18 +33,6 @@ ROWS = set(
         "nemotron nemotron_h olmo_hybrid openai-gpt phimoe qwen3_5_moe_text qwen3_5_text qwen3_next "
         "qwen4_exp_text recurrent_gemma rwkv stablelm xglm xlstm zamba zamba2 zaya"
     )
-)
-REFUSED = {"modernbert-decoder": "its output head does more than a linear layer"}
-# The default of target_modules, all-linear, is refused by name: PEFT refuses Mamba, routers return more than
-# a tensor, a parent reads the weight past its adapter, or layers share their weights.
-NO_LORA = set(
-    words(
-        "deepseek_v4 falcon_h1 falcon_mamba jamba llama4_text longcat_flash mamba mamba2 "
-        "nemotron_h phimoe zamba"
-    )
-)
-ALWAYS = set(
-    words("llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite deepseek_v3 qwen3_moe gpt_oss mamba")
 )
 LENGTH = 40  # tokens of the longest completion
 
@@ -61,14 +47,6 @@ def plain_logprobs(model, batch: MicroBatch, temperature: float) -> torch.Tensor
         logprobs = (logits.float() / temperature).log_softmax(-1)
         pieces.append(logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0])
     return torch.cat(pieces)
-
-
-def load(name: str, folder, tokenizer_folder, *overrides: str) -> tuple[Policy, object]:
-    save_tiny(name, folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    settings = [f"model.name={folder}", "model.dtype=fp32", "loss.kl_coef=0", "loss.sampler_correction=null"]
-    config = load_config(None, [*settings, "sampling.temperature=0.8", *overrides])
-    return CausalPolicy(config.model, Accelerator(cpu=True), temperature=0.8), config
 
 
 PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.rotation]) for n in FAMILIES]

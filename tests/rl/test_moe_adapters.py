@@ -23,8 +23,7 @@ from rl.moe.adapters import (
 )
 from rl.moe.routers import UnknownRouter, find_routers
 from rl.weights import PolicyWeights
-from tests.rl.families import FAMILIES, tiny_config
-from tests.rl.test_model_families import NO_LORA
+from tests.rl.families import FAMILIES, NO_LORA, tiny_config
 
 IDS = torch.arange(24)[None] * 5 % 120
 ALWAYS = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen2_moe", "gpt_oss", "phimoe", "jamba", "granitemoe")
@@ -149,7 +148,7 @@ def test_split_experts_have_the_loss_and_the_gradients_of_pefts_own(name):
 
 
 def test_no_merged_weight_of_experts_is_kept_for_the_backward_pass():
-    """Of peft's way autograd keeps W + s A B of each layer; of the split way only parameters themselves."""
+    """In peft's way autograd keeps W + s A B of each layer; in the split way only parameters themselves."""
 
     def kept(model):
         stacks, found = (4, 32, 32), []

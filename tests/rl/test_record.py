@@ -147,12 +147,13 @@ def test_metrics_of_episodes_count_each_episode_once_and_sum_the_seconds_of_a_to
         "counts": {"calls": 1, "tool_errors": 1, "seconds/f": 0.5},
     }
     group.completions[2].facts = {"rewards": [None, None, 0.0], "counts": {"turns": 9}}  # a name of its own
+    group.completions[0].facts["seconds"], group.completions[2].facts["seconds"] = (3.0, 0.25), (1.0, 0.25)
     values = metrics([group])
-    assert values["episode/turns"] == (2 + 1 + 3) / 3
+    assert values["episode/turns"] == (2 + 1 + 3) / 3 and values["episode/wait_share"] == 0.5 / 4
     assert values["tools/calls"] == 4 / 3 and values["tools/failed"] == 2 / 4
     assert values["tools/python/seconds"] == 1.5 and values["tools/f/seconds"] == 0.75
     for completion in group.completions:  # nobody called one of the tools that there are
         completion.facts = {"rewards": [0.0], "counts": {}, "tools": "a hash"}
     values = metrics([group])
-    assert values["tools/calls"] == 0.0 and "tools/failed" not in values
+    assert values["tools/calls"] == 0.0 and not {"tools/failed", "episode/wait_share"} & values.keys()
     assert not [name for name in metrics([scored(1.0, 0.0)]) if name.startswith(("tools/", "episode/"))]

@@ -320,7 +320,7 @@ def test_a_report_lists_what_changed_while_the_run_went_on(tmp_path):
     (tmp_path / "changes.jsonl").write_text(json.dumps(row) + "\n{torn")
     words = " ".join(Page(build_report(tmp_path).read_text()).text.split())
     assert (
-        "Changed while the run went on After step Setting Before From then on 2 optimizer.lr 0.001 <b>0.5"
+        "Changed when the run was resumed After step Setting Before From then on 2 optimizer.lr 0.001 <b>0.5"
         in words
     )
     (tmp_path / "changes.jsonl").unlink()

@@ -77,6 +77,6 @@ def test_diffusion_models_with_rewards_are_not_split(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(f"run_dir: {tmp_path}/run\ndiffusion: {{}}\ntrain: {{sharding: full}}\n")
     assert recipes.grpo.main([str(config)]) == 1
-    assert "splits causal models, and this run trains a diffusion" in " ".join(
+    assert "splits causal models, but this run trains a diffusion" in " ".join(
         capsys.readouterr().err.split()
     )

@@ -10,7 +10,7 @@ import torch
 from rl.batch import PackRules, pack
 from rl.store.ledger import Ledger
 from rl.together import CONTEXT_COST, divide, exchange, predicted_cost, shared_out
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,12 @@ def test_a_groups_cost_is_its_tokens_and_their_attention():
     assert predicted_cost(group, [1.0, -1.0, 0.0], copied) == pytest.approx(all_rows)
     assert predicted_cost(group, [0.0, 0.0, 0.0], rules()) == 0
     assert predicted_cost(group, [[0.0] * 4, [0.0] * 5 + [1.0], 0.0], rules()) < 10 + 6 * 1.1
+    # Further rows of 2 tokens behind prompts of 25 and 20: they share 10 of them with the group, or none.
+    further = Completion([5, 6], [-0.1] * 2, [True] * 2, "stop", [VersionSpan(0, 2)])
+    group.completions[0].continuations = [Continuation((1,) * n, further) for n in (25, 20)]
+    for given, tokens in ((rules(), 14 + 10 + 15 + 10), (rules(share_prompts=False), 14 + 20 + 25 + 20)):
+        expected = tokens + CONTEXT_COST * (attention + 2 * (25 + 1) + 2 * (20 + 1))
+        assert predicted_cost(group, [1.0, -1.0, 0.0], given) == pytest.approx(expected)
     group.completions[0].finish_reason = "abort"
     assert predicted_cost(group, [1.0, 0.0, 0.0], rules()) == 0
 
@@ -82,10 +88,10 @@ def test_what_travels_arrives_as_it_was_and_in_its_minibatch(tmp_path):
     for rank in (0, 1):
         member = Member(rank, 2, [])
         with pytest.raises(TypeError):  # nobody answers yet: what it sends is what counts
-            exchange(hands[rank], weights[rank], owners[rank], 2, member)  # type: ignore[arg-type]
+            exchange(hands[rank], weights[rank], owners=owners[rank], num_minibatches=2, team=member)  # type: ignore[arg-type]
         said.append(member.said[0])
     first, second = (
-        exchange(hands[r], weights[r], owners[r], 2, Member(r, 2, [[*said]]))  # type: ignore[arg-type]
+        exchange(hands[r], weights[r], owners=owners[r], num_minibatches=2, team=Member(r, 2, [[*said]]))  # type: ignore[arg-type]
         for r in (0, 1)
     )
     assert first == ([hands[0][1], hands[1][1]], [[1.0, 2.0], [4.0]], [1, 1])

@@ -160,7 +160,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(tmp_path):
 def test_a_parameter_without_a_name_is_refused():
     model = nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that is none of the 1 named ones"):
+    with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that is not among the 1 named ones"):
         optimizer_writer(optimizer, [("weight", model.weight)])
 
 
@@ -237,7 +237,7 @@ def test_check_finite_names_what_is_broken_and_only_that():
 
 def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(tmp_path):
     write_tensors(tmp_path, "reference", {"w": torch.ones(1, 3)})
-    with pytest.raises(ValueError, match=r"holds w of shape \[1, 3\], and it is \[4, 3\] now"):
+    with pytest.raises(ValueError, match=r"holds w of shape \[1, 3\], but it is \[4, 3\] now"):
         read_tensors(tmp_path, "reference", {"w": torch.zeros(4, 3)})
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from rl.model.adapters import unsent
 from rl.weights import check_streamed
-from tests.rl.test_model_families import ALWAYS, FAMILIES, NO_LORA, REFUSED, load
+from tests.rl.families import ALWAYS, FAMILIES, NO_LORA, REFUSED, load
 
 NAMES = [n for n in FAMILIES if n not in REFUSED]
 PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.rotation]) for n in NAMES]
@@ -66,7 +66,7 @@ def test_all_adapters_are_in_the_stream_as_peft_merges_them(name, tiny_model_dir
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_adapters_of_chosen_modules_are_in_the_stream_as_peft_merges_them(name, tiny_model_dir, tmp_path):
-    """Of the first and the last linear layer below the head, by the ends of their names."""
+    """Targets: the first and the last linear layer below the head, by the ends of their names."""
     policy, _ = load(name, tmp_path, tiny_model_dir)
     head = policy.model.get_output_embeddings()
     ends = [
@@ -95,6 +95,6 @@ def test_a_run_whose_adapter_has_no_delta_to_stream_is_refused_by_name(tiny_mode
     check_streamed(policy.model)
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, adapter: torch.zeros(3, 3))
     with pytest.raises(
-        ValueError, match=r"mlp\.experts\..*lora_A.* would be trained and not reach the engine"
+        ValueError, match=r"mlp\.experts\..*lora_A.* would be trained but not reach the engine"
     ):
         check_streamed(policy.model)

@@ -25,13 +25,11 @@ from rollout.engine import EngineError
 from rollout.in_flight import GroupSampling
 from rollout.prompts import PromptStream
 from rollout.source import Admission, RolloutSource
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 LONG = SamplingParams(60)
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_gib": 0.03, "dtype": torch.float32}
 

@@ -242,7 +242,7 @@ def test_a_role_that_is_misspelt_is_refused_as_in_fine_tuning(tokenizer):
 
 def test_an_assistants_message_without_words_or_calls_is_refused(tokenizer):
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant"}, {"role": "user", "content": "w2"}]
-    with pytest.raises(ValueError, match="train row 0: message 1 of the assistant says nothing and calls no"):
+    with pytest.raises(ValueError, match="train row 0: message 1 of the assistant has no text and no tool"):
         render(tokenizer, [{"prompt": chat}])
 
 

@@ -23,12 +23,10 @@ from rollout.engine import EngineError
 from rollout.in_flight import GroupSampling
 from rollout.prompts import PromptStream
 from rollout.source import Admission, DynamicSampling, RolloutSource
-from rollout.vllm.start import vllm_available
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 PROMPTS = make_prompts(4, 9, 17, 5, 12)
 SAMPLING = SamplingParams(40, stop_token_ids=tuple(range(2, 300, 12)))  # about 12 tokens, at most 40
 B, G, SEED = 3, 2, 5

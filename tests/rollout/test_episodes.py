@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,13 @@ def collected(episodes, number: int, patience_s: float = 20.0):
     while len(groups) < number and time.monotonic() < deadline:
         groups += episodes.collect(timeout_s=0.5)
     assert len(groups) == number
+    return timeless(groups)
+
+
+def timeless(groups):
+    """The groups without the seconds that were measured."""
+    for completion in [c for group in groups for c in group.completions]:
+        completion.facts = {name: fact for name, fact in completion.facts.items() if name != "seconds"}
     return groups
 
 
@@ -172,7 +180,7 @@ def test_a_failure_is_an_abort_with_its_reason_and_no_reward():
         (Reply(({"role": "assistant", "content": "x"},)), "role 'assistant'"),
         (Reply(({"role": "user", "content": None},)), "content NoneType"),
         (Reply(({"role": "user", "content": "x"},), float("nan")), "a reward of nan"),
-        (Reply(), "answered nothing, and the episode is not over"),
+        (Reply(), "answered nothing, but the episode is not over"),
         (Reply((), 1.0, True, {"x": object()}), "must be JSON values"),
     ],
 )
@@ -285,10 +293,9 @@ def test_two_hundred_episodes_with_random_delays_are_all_played():
     assert 1 < most <= 8
     _, plain = make(Counting(last=4, answer=lambda turn: turn.text))
     by_id = {group.prompt.id: group for group in groups}
-    assert [by_id[group.prompt.id] for group in plain.generate(asked(50, num_completions=4))] == [
-        by_id[f"p{i}"] for i in range(50)
-    ]
-    for group in plain.generate(asked(50, num_completions=4)):
+    again = timeless(plain.generate(asked(50, num_completions=4)))
+    assert [by_id[group.prompt.id] for group in again] == [by_id[f"p{i}"] for i in range(50)]
+    for group in again:
         assert group == by_id[group.prompt.id]
 
 
@@ -305,6 +312,40 @@ def test_an_engine_that_is_only_called_gets_all_turns_of_a_round_together():
     assert engine.waves == [20, 20, 20]
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_only_time_without_any_turn_to_sample_counts_as_waiting_for_the_environment(others):
+    """The first answer takes 0.6 s. Another episode fills that time with six turns of 0.1 s each."""
+    slow = iter([0.6])
+    environment = Counting(last=6, answer=lambda turn: time.sleep(next(slow, 0.0)) or "go on")
+    engine, episodes = make(environment, max_turns=9)
+    engine.runs_alone, collect = True, engine.collect
+    engine.collect = lambda timeout_s: time.sleep(0.1) or collect(timeout_s=timeout_s)
+    began = time.monotonic()
+    (group,) = episodes.generate(asked(1, num_completions=1 + others))
+    took = time.monotonic() - began
+    sampling, idle = (sum(c.facts["seconds"][i] for c in group.completions) for i in (0, 1))
+    assert 0.9 * took < sampling <= took
+    assert idle < 0.4 if others else idle > 0.5
+
+
+@pytest.mark.parametrize("end", ["answer", "cut"])
+def test_what_ends_an_episode_counts_in_its_seconds(end):
+    """The last answer takes 0.3 s, or the turn that is cut: waiting is a part of all, and nothing is left."""
+    environment = Counting(last=1, answer=lambda turn: time.sleep(0.3) or "over")
+    engine, episodes = make(
+        environment, lambda seed: "0123456789", max_turn_length=10 if end == "cut" else 99
+    )
+    collect, slow = engine.collect, 0.3 if end == "cut" else 0.0
+    engine.collect = lambda timeout_s: time.sleep(slow) or collect(timeout_s=timeout_s)
+    for _ in range(2):
+        began = time.monotonic()
+        (group,) = episodes.generate(asked(1, num_completions=1))
+        took = time.monotonic() - began
+        sampling, idle = group.completions[0].facts["seconds"]
+        assert 0.3 <= sampling <= took + 0.01 and sampling > 0.9 * took
+        assert 0.28 < idle <= sampling if end == "answer" else idle < 0.02
+
+
 def test_waits_are_bounded():
     released = threading.Event()
     _, episodes = make(Counting(answer=lambda turn: released.wait(30)), timeout_s=0.3)
@@ -319,11 +360,14 @@ def test_waits_are_bounded():
 @pytest.mark.parametrize("history", ["append", "template"])
 def test_no_row_is_longer_than_a_completion_may_be(history):
     """Also where an answer is longer than what is left: it is not put behind the last turn."""
+    _, episodes = make(Counting(last=9), lambda seed: "0123456789")
+    episodes.render.history = history
     for most in range(1, 60):
-        _, episodes = make(Counting(last=9), lambda seed: "0123456789")
-        episodes.render.history = history
-        (completion,) = episodes.generate(asked(1, num_completions=1, most=most))[0].completions
-        assert len(completion.token_ids) <= most
+        one = asked(1, num_completions=1, most=most)
+        episodes.submit(replace(one, prompts=(replace(one.prompts[0], id=str(most)),)))
+    for group in collected(episodes, 59):
+        (completion,) = group.completions
+        assert len(completion.token_ids) <= int(group.prompt.id)
         assert completion.loss_mask[-1] and completion.segments[-1].origin == "sampled"
 
 

@@ -13,8 +13,16 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from test_streaming import collect_all
-from tiny_llama import END, Stream, make_model, make_prompts, make_tokenizer, save, token_logprobs
+from tiny_llama import (
+    END,
+    Stream,
+    collect_all,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    save,
+    token_logprobs,
+)
 
 from rl.types import Group, Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
@@ -25,16 +33,14 @@ from rollout.vllm.engine import VllmEngine
 from rollout.vllm.fleet import Fleet
 from rollout.vllm.lock import make_token, read_token
 from rollout.vllm.member import connect
-from rollout.vllm.start import vllm_available
 from rollout.vllm.weight_files import WeightFiles
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 from tests.vllm_servers import ServerProcess
 from tests.waiting import wait_until
 
-REASON = vllm_available()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
 LONG = SamplingParams(90)
 SHORT = SamplingParams(24, stop_token_ids=(END,))
 

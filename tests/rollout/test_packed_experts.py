@@ -4,13 +4,11 @@ import pytest
 import torch
 from tiny_llama import CANARY, make_tokenizer
 
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 from tests.rl.families import save_tiny, tiny_config
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 SIZES = {  # heads of 32 and a hidden size that is a multiple of 32: vLLM's kernels on a CPU have no others
     "vocab_size": 300,
     "hidden_size": 64,

@@ -5,19 +5,16 @@ from dataclasses import asdict
 import pytest
 import torch
 from accelerate import Accelerator
-from test_served_families import served_config
 
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rollout.fingerprint import compared_part, fingerprints, mismatches
-from rollout.vllm.start import vllm_available
 from rollout.vllm.weight_files import WeightFiles
 from tests.conftest import make_tiny_tokenizer
 from tests.rl.families import save_tiny
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, served_config, start_vllm
 
-REASON = vllm_available()
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.rotation]
+pytestmark = [needs_vllm, pytest.mark.rotation]
 
 MIXTURES = ("qwen3_moe", "mixtral", "exaone_moe")  # experts by three names
 

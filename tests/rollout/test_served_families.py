@@ -1,44 +1,20 @@
 """Mixtures of experts on real vLLM: after two syncs log-probs are transformers', or the family is refused."""
 
-import dataclasses
-
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from recipes.engines import unserved_by_vllm
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rollout.vllm.families import REFUSED, REFUSED_ON_CPU, SERVED
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
 from tests.conftest import make_tiny_tokenizer
 from tests.rl.families import save_tiny, tiny_config
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, served_config, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-# Heads and rows of 32: vLLM's kernels on a CPU have no smaller ones.
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 64,
-}
-
-
-def served_config(name, **changes):
-    kind = CONFIG_MAPPING[name]
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-    config = tiny_config(name, **{k: v for k, v in (SIZES | changes).items() if k in known})
-    if name == "glm4_moe":  # its own checkpoints name it, and vLLM asks for it
-        config.head_dim = 32
-    return config
+pytestmark = needs_vllm
 
 
 @pytest.mark.rotation

@@ -5,6 +5,7 @@ import torch
 from tiny_llama import (
     END,
     Stream,
+    collect_all,
     largest_gap,
     make_model,
     make_prompts,
@@ -17,13 +18,10 @@ from rl.types import Prompt, SamplingParams, VersionSpan
 from rollout.calls import version_spans
 from rollout.engine import EngineError
 from rollout.transformers import TransformersEngine
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import publish
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-needs_vllm = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LONG = 40
 
 
@@ -37,7 +35,10 @@ def folder(models, tmp_path_factory):
     return save(models[0], tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=["one step at a time", "one step in flight"])
+AT_A_TIME = pytest.param("one step at a time", marks=pytest.mark.rotation("one step at a time"))
+
+
+@pytest.fixture(scope="module", params=[AT_A_TIME, "one step in flight"])
 def vllm(folder, request):
     """On a GPU vLLM schedules a step while another runs. It can on a CPU too, and has no use for it there."""
     from vllm.platforms import current_platform
@@ -79,13 +80,6 @@ def submit(engine, prompts, seeds, length=LONG, num_completions=2, **kwargs):
     )
 
 
-def collect_all(engine):
-    groups = []
-    while engine.in_flight:
-        groups += engine.collect(timeout_s=60.0)
-    return groups
-
-
 def steps(engine, number):
     """An engine in this process takes one step each time that nothing is waited for."""
     for _ in range(number):
@@ -94,7 +88,7 @@ def steps(engine, number):
 
 @torch.no_grad()
 def mixed_logprobs(old, new, prompt, token_ids, num_old):
-    """Of the tokens from `num_old` on, by `new`, with the keys and values that `old` left behind.
+    """Log-probs of the tokens from `num_old` on, by `new`, with the keys and values that `old` left behind.
 
     When the weights change, all tokens but the newest one have keys and values.
     """

@@ -55,8 +55,8 @@ def test_an_engine_that_computes_otherwise_on_one_process_ends_both(ends):
     errors = {end["error"] for end in ends["second_computes_otherwise"]}
     assert len(errors) == 1
     assert errors.pop().startswith(
-        "process 1 of 2: engine transformers holds version 5 and computes otherwise: the canary's log-probs "
-        "are 1 nats from the policy's"
+        "process 1 of 2: engine transformers holds version 5 but computes differently: the canary's "
+        "log-probs are 1 nats from the policy's"
     )
 
 

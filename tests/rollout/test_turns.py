@@ -40,6 +40,8 @@ FAMILIES = [  # role of the replies; whether the template writes earlier turns a
     ("cohere2", "user", True),
     ("phi3", "user", True),
 ]
+OFTEN = {("qwen2_5", "tool"), ("qwen3", "user"), ("llama3", "tool"), ("gemma3", "user"), ("gptoss", "tool")}
+CASES = [pytest.param(*f, marks=[] if f[:2] in OFTEN else [pytest.mark.rotation]) for f in FAMILIES]
 SAYS = [
     "plain words",
     " leading and trailing space ",
@@ -122,7 +124,7 @@ def rows_of(prompt, completion):
 
 
 @pytest.mark.parametrize("history", ["append", "template"])
-@pytest.mark.parametrize(("family", "role", "is_kept"), FAMILIES)
+@pytest.mark.parametrize(("family", "role", "is_kept"), CASES)
 def test_ids_sent_at_each_turn_are_those_stored(family, role, is_kept, history):
     if (family, history) == ("gptoss", "template"):
         with pytest.raises(ValueError, match=r"use environment\.history=append"):
@@ -165,7 +167,7 @@ def test_ids_sent_at_each_turn_are_those_stored(family, role, is_kept, history):
 
 @pytest.mark.parametrize(("family", "role"), [("qwen2_5", "tool"), ("phi3", "user"), ("qwen3", "tool")])
 def test_a_row_reads_as_the_template_writes_the_chat(family, role):
-    """Of the last row: special tokens in answers read as they are written, letter by letter."""
+    """In the last row, special tokens in answers read as they are written, letter by letter."""
     tokenizer, _, groups = play(family, role, "template")
     for group in groups:
         for completion in group.completions:
@@ -200,7 +202,7 @@ def test_a_template_that_drops_a_role_or_a_turn_is_refused():
     prompt = Prompt("p", "<|user|>\nHi<|end|>\n<|assistant|>\n", (1,), ({"role": "user", "content": "Hi"},))
     talk = Talk(prompt)
     talk.say("yes")
-    with pytest.raises(ValueError, match="shows the model nothing of a message with role 'tool'"):
+    with pytest.raises(ValueError, match="silently drops messages with role 'tool'"):
         TurnRenderer(tokenizer).follow([talk], [[{"role": "tool", "content": "42"}]])
     tokenizer = byte_tokenizer("{% for m in messages if m.role == 'user' %}<u>{{ m.content }}{% endfor %}")
     talk = Talk(Prompt("p", "<u>Hi", (1,), ({"role": "user", "content": "Hi"},)))

@@ -10,7 +10,7 @@ import llvmlite.binding  # noqa: F401  # numba loads it, and vLLM reads every mo
 import numpy as np
 import pytest
 import torch
-from test_weight_sync import FAULTS, Q0
+from sync_faults import FAULTS, Q0
 from tiny_llama import (
     CANARY,
     END,
@@ -26,13 +26,11 @@ from tiny_llama import (
 from rl.types import Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
 from rollout.sampler import sampling_logprobs
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 TINY = {"max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}
 
 
@@ -331,9 +329,8 @@ def test_bfloat16_agrees_with_transformers_in_bfloat16_and_a_float32_policy_sync
     assert max(gaps) < 0.1 and sum(gaps) / len(gaps) < 0.02
 
 
-def test_more_prompt_tokens_than_one_batch_holds_are_sampled_with_their_seeds(engines):
+def test_more_prompt_tokens_than_one_batch_holds_are_sampled_with_their_seeds(engine):
     """80 prompts of 100 tokens do not fit into the 4,096 tokens of one prefill; none may be cut in two."""
-    engine = engines.get(torch.float32)
     prompts = [Prompt(f"long{i}", "", tuple(5 + (i + j) % 200 for j in range(100))) for i in range(80)]
     sampling = SamplingParams(max_completion_length=2, stop_token_ids=(END,))
     groups = engine.generate(call(prompts, num_completions=1, sampling=sampling, seeds=list(range(80))))

@@ -8,12 +8,10 @@ from tiny_llama import make_model, make_tokenizer, save
 
 from rollout.vllm import internals
 from rollout.vllm.names import Names
-from rollout.vllm.start import vllm_available
 from rollout.vllm.weights import find_slots
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 
 
 def start(tmp_path):

@@ -19,12 +19,12 @@ import psutil
 import pytest
 import torch
 import transformers
-from test_streaming import collect_all
-from test_weight_sync import FAULTS, Q0
+from sync_faults import FAULTS, Q0
 from tiny_llama import (
     CANARY,
     END,
     Stream,
+    collect_all,
     largest_gap,
     make_model,
     make_prompts,
@@ -37,14 +37,13 @@ from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm import bucket as vllm_bucket
 from rollout.vllm import start as vllm_start
-from rollout.vllm.start import CORE_LOG_LEVEL, vllm_available
+from rollout.vllm.start import CORE_LOG_LEVEL
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
 from tests.rl.families import save_tiny, tiny_config
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512}
 LAUNCHER = {"WORLD_SIZE": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 TINY = {"dtype": torch.float32, "max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.03}

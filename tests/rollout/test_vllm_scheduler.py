@@ -11,11 +11,10 @@ from tiny_llama import make_model, save
 
 from rollout.vllm.internals import NUM_VOID, num_void_attribute, returns_routes
 from rollout.vllm.scheduler import LOGPROBS, MARKS
-from rollout.vllm.start import vllm_available
 from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
+from tests.vllm_engines import needs_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 END = 2
 
 

@@ -10,9 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +29,11 @@ from rollout.fingerprint import compared_part, fingerprints, mismatches
 from rollout.vllm.control import Control, PushRefused, ServerDead
 from rollout.vllm.file_server import INDEX
 from rollout.vllm.lock import read_token
-from rollout.vllm.start import vllm_available
 from rollout.vllm.weight_files import WeightFiles
+from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import free_port
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 Q0, Q1 = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1))
 DOWN, EMBED, HEAD = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 
@@ -193,7 +192,7 @@ def test_every_route_asks_for_the_token(running):
                 sent += 1
         assert client.get("/health").status_code == 200
         assert client.get("/metrics", headers={"Authorization": f"Bearer {token}"}).status_code == 200
-    with pytest.raises(ValueError, match="does not take this token") as caught:
+    with pytest.raises(ValueError, match="rejects this token") as caught:
         Control(running.url, "0123456789abcdef").facts()
     assert "0123456789abcdef" not in str(caught.value)
 
@@ -324,16 +323,15 @@ def test_a_completion_under_way_says_which_weights_sampled_which_tokens(control,
         pytest.skip("this vLLM answers without spans: the client cuts them")
     load(control, files.write(make_model(1).named_parameters(), version=1))
     files.commit()
-    found = {}
     request = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-    thread = threading.Thread(target=lambda: found.update(generate(control, **request)))
-    thread.start()
-    time.sleep(0.15)
-    control.pause()
-    control.load(files.write(changed(make_model(1)).named_parameters(), version=2))
-    control.resume()
-    thread.join(60)
-    spans = found["choices"][0]["weight_versions"]
+    with ThreadPoolExecutor(32) as pool:  # one alone may be over before the pause
+        asked = [pool.submit(generate, control, **request) for _ in range(32)]
+        time.sleep(0.15)
+        control.pause()
+        control.load(files.write(changed(make_model(1)).named_parameters(), version=2))
+        control.resume()
+        found = [answer.result(60)["choices"][0]["weight_versions"] for answer in asked]
+    spans = next(spans for spans in found if len(spans) > 1)
     assert [span["version"].partition(".")[0] for span in spans] == ["1", "2"]
     assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 100)
 

@@ -243,5 +243,5 @@ def test_files_come_over_http_to_who_bears_the_token_until_the_end(tmp_path, mon
     assert token not in str(caught.value)
     files.close()
     assert not folder.exists()
-    with pytest.raises(ValueError, match=r"weights did not come from http://.*: ConnectError"):
+    with pytest.raises(ValueError, match=r"cannot fetch weights from http://.*: ConnectError"):
         fetch(push.where, tmp_path)

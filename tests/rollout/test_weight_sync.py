@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sync_faults import DOWN, FAULTS, Q0, dropped, lora_missing, stale, swapped
 from tiny_llama import (
     CANARY,
     Stream,
@@ -29,9 +30,6 @@ from rollout.transformers import TransformersEngine
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
 
-Q0, Q1 = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1))
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -47,48 +45,6 @@ def engine(folder):
 def policy():
     """Another model than the engine was started from."""
     return make_model(1)
-
-
-def lora_delta():
-    """A LoRA update of rank 2 for DOWN [64, 96]."""
-    generator = torch.Generator().manual_seed(5)
-    return 0.01 * torch.randn(64, 2, generator=generator) @ torch.randn(2, 96, generator=generator)
-
-
-def dropped(tensors):
-    return {name: t for name, t in tensors.items() if name != Q0}
-
-
-def swapped(tensors):
-    return tensors | {Q0: tensors[Q1], Q1: tensors[Q0]}
-
-
-def stale(tensors):
-    """The engine's own old tensor instead of the policy's."""
-    return tensors | {Q0: dict(make_model(0).named_parameters())[Q0].detach()}
-
-
-def lora_missing(tensors):
-    return tensors | {DOWN: tensors[DOWN] - lora_delta()}
-
-
-def lora_twice(tensors):
-    return tensors | {DOWN: tensors[DOWN] + lora_delta()}
-
-
-def transposed_rows(tensors):
-    """Two rows exchanged: sums and norms stay the same."""
-    return tensors | {Q0: tensors[Q0][[1, 0, *range(2, 64)]]}
-
-
-FAULTS = {
-    dropped: [Q0],
-    swapped: [Q0, Q1],
-    stale: [Q0],
-    lora_missing: [DOWN],
-    lora_twice: [DOWN],
-    transposed_rows: [Q0],
-}
 
 
 def test_after_a_sync_the_engine_computes_as_the_policy_does(engine, policy):
@@ -126,7 +82,7 @@ def test_a_tensor_that_is_missing_from_the_stream_is_refused_before_sending(engi
 @pytest.mark.parametrize("fault", [lora_missing, swapped, stale], ids=lambda f: f.__name__)
 def test_a_stream_that_is_wrong_throughout_is_caught_by_the_canary(engine, policy, fault):
     """Fingerprints agree, since both passes are wrong; only the policy's own log-probs tell."""
-    with pytest.raises(WeightSyncError, match=r"computes otherwise: the canary's log-probs are .* nats"):
+    with pytest.raises(WeightSyncError, match=r"computes differently: the canary's log-probs are .* nats"):
         publish(engine, Stream(policy, {1: fault, 2: fault}), version=1, tolerance=None)
 
 

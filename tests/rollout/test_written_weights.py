@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_weight_sync import FAULTS
+from sync_faults import FAULTS
 from tiny_llama import (
     CANARY,
     Stream,
@@ -17,13 +17,11 @@ from tiny_llama import (
 from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm.bucket import Bucket
-from rollout.vllm.start import vllm_available
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
-from tests.vllm_engines import start_vllm
+from tests.vllm_engines import needs_vllm, start_vllm
 
-REASON = vllm_available()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_vllm
 
 
 def policy(seed):

@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rl.types import Prompt
+from rl.types import Group, Prompt
+from rollout.engine import Engine
 
 END = 2
 CANARY = [(i * 37 + 5) % 300 for i in range(24)]
@@ -70,6 +71,13 @@ def token_logprobs(model: LlamaForCausalLM, ids: list[int], temperature: float =
 
 def largest_gap(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def collect_all(engine: Engine) -> list[Group]:
+    groups: list[Group] = []
+    while engine.in_flight:
+        groups += engine.collect(timeout_s=60.0)
+    return groups
 
 
 class Stream:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
@@ -27,15 +27,7 @@ from rl.moe.balance import (
 )
 from rl.moe.routers import find_routers
 from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup
-
-E, K = 8, 2
-
-
-def mixtral(layers: int = 2, **fields) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 100, "num_local_experts": E, "num_experts_per_tok": K, "initializer_range": 0.3}
-    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers, **sizes, **fields)).train()
+from tests.rl.moe.tiny import E, K, mixtral
 
 
 def batch() -> tuple[Tensor, Tensor]:

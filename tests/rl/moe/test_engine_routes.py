@@ -58,7 +58,7 @@ def test_rows_of_other_tokens_are_refused():
     assert found[:-1].tolist() == rows[1:].tolist() and (found[-1] == -1).all()
     assert completion_routes(rows + 200, 4).dtype == np.int16
     assert completion_routes(None, 4) is None
-    with pytest.raises(EngineError, match="experts of 4 tokens, and for 5 sampled ones"):
+    with pytest.raises(EngineError, match="experts of 4 tokens for 5 sampled ones"):
         completion_routes(rows, 5)
 
 

@@ -12,7 +12,7 @@ from rl.moe.balance import Load
 from rl.moe.health import FILE, Health, load_metrics, overlap, routes_of
 from rl.moe.routers import find_routers
 from rl.report.verdict import Watch
-from tests.rl.moe.test_balance import mixtral
+from tests.rl.moe.tiny import mixtral
 
 
 def load(counts: list[list[float]]) -> Load:

@@ -16,8 +16,8 @@ from rl.config.sft import SftConfig
 from rl.moe.balance import bias_of
 from rl.references import make_reference
 from rl.update import pack_rules
-from tests.invariants.test_gradient_laws import relative_error
 from tests.rl.moe.tiny import load, random_routes, save
+from tests.scoring import relative_error
 
 LORA = "model.lora={r: 4, alpha: 8, target_modules: all-linear}"
 

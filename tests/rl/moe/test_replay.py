@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from rl.batch import pack
 from rl.moe.routers import find_routers, observed, watching
 from rl.references import make_reference
-from rl.update import pack_rules
 from tests.rl.families import words
-from tests.rl.moe.tiny import live_routes, load, random_routes, save
+from tests.rl.moe.tiny import batches, live_routes, load, random_routes, routed, save
 from tests.scoring import prepared
 
 ALWAYS = ["qwen3_moe", "deepseek_v3"]
@@ -30,21 +26,6 @@ def folder(tmp_path_factory, tiny_model_dir):
 @pytest.fixture(scope="module")
 def policy(folder):
     return load(folder)[0]
-
-
-def routed(groups, make):
-    """Copies of the groups whose completions carry `make(prompt, ids, number)`."""
-    groups, number = copy.deepcopy(groups), 0
-    for group in groups:
-        for completion in group.completions:
-            completion.routes = make(group.prompt.token_ids, completion.token_ids, number)
-            number += 1
-    return groups
-
-
-def batches(policy, config, groups, advantages):
-    rules = pack_rules(config, share_prompts=policy.shares_prompts)
-    return pack(groups, advantages, rules)[0].micro_batches
 
 
 def loss_and_metrics(policy, micro_batch):
@@ -189,7 +170,7 @@ def test_reentrant_checkpointing_is_refused(folder, ragged_groups):
     [
         (lambda routes: routes[:-1], "tokens and this model need integers of"),
         (lambda routes: routes[:, :2], "4 or more layers, 2"),
-        (lambda routes: np.where(routes < 0, routes, routes + 8), "name expert 15, and the model has 8"),
+        (lambda routes: np.where(routes < 0, routes, routes + 8), "name expert 15, but the model has 8"),
         (lambda routes: routes.astype(float), "need integers"),
     ],
 )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.diffusion.processes import launch
-from tests.invariants.test_gradient_laws import relative_error
-from tests.invariants.test_processes import SCRIPT, compare
-from tests.invariants.two_processes import main
-from tests.rl.moe.test_replay import batches, routed
-from tests.rl.moe.tiny import load, random_routes, save
+from tests.invariants import two_processes
+from tests.invariants.drawn_episodes import episodes
+from tests.rl.moe.tiny import batches, load, random_routes, routed, save
+from tests.scoring import prepared, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,24 @@ def test_gradient_does_not_depend_on_the_cut(least, options, folder, given, expe
     assert relative_error(found, expected) <= 1e-5
 
 
+def test_rows_that_share_a_groups_prompt_are_replayed_as_rows_alone(folder, gradients):
+    """Also the share of replayed tokens, and a balance loss: what rows have of their own prompts counts."""
+    policy, _ = load(folder)
+    groups, advantages = episodes(1)
+    for number, completion in enumerate(row for g in groups for c in g.completions for row in c.rows):
+        completion.routes = random_routes(policy, len(completion.token_ids), number)
+    found = {}
+    for attention in ("auto", "rows"):
+        options = ["moe.balance=switch", "moe.balance_coef=1.0", f"model.attention={attention}"]
+        policy, config = load(folder, *options, "train.token_budget=100000")
+        (whole,) = batches(policy, config, groups, advantages)
+        assert any(row.num_context for row in whole.rows) == (attention == "auto")
+        sums = policy.score(prepared(policy, whole)).metrics["moe/replayed"]
+        found[attention] = gradients(policy, config, groups, advantages), [x.item() for x in sums]
+    assert relative_error(found["auto"][0], found["rows"][0]) <= 1e-5
+    assert found["auto"][1] == found["rows"][1] and 0 < found["auto"][1][0] < found["auto"][1][1]
+
+
 @pytest.mark.rotation
 def test_gradient_does_not_depend_on_the_number_of_processes(folder, given, tmp_path):
     rows = [
@@ -68,8 +86,8 @@ def test_gradient_does_not_depend_on_the_number_of_processes(folder, given, tmp_
     ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     arguments = [str(folder), str(tmp_path / "data.json"), str(tmp_path), "grpo"]
-    main(*arguments)
-    launch(SCRIPT, arguments, 2)
-    compare(tmp_path, "grpo")
+    two_processes.main(*arguments)
+    launch(Path(two_processes.__file__), arguments, 2)
+    two_processes.compare(tmp_path, "grpo")
     metrics = json.loads((tmp_path / "grpo-rank0of1.json").read_text())
     assert metrics["moe/flip_rate"] > 0.9 and 0.6 < metrics["moe/replayed"] < 0.9

@@ -75,7 +75,7 @@ def test_a_router_of_another_version_is_refused():
     model = tiny("olmoe")
     sites = find_routers(model)
     shorter = lambda _module, _args, output: output[1:]  # noqa: E731
-    refused = pytest.raises(UnknownRouter, match="OlmoeTopKRouter answers 2 tensors")
+    refused = pytest.raises(UnknownRouter, match="OlmoeTopKRouter returns 2 tensors")
     with model.model.layers[0].mlp.gate.register_forward_hook(shorter), refused:
         self_check(model, sites)
 

@@ -88,17 +88,19 @@ def test_a_dense_model_keeps_the_busiest_experts_in_proportion_to_their_load():
 
 
 def test_what_cannot_be_upcycled_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"made of llama \(mixtral or qwen2_moe\), .* and not of mixtral$"):
+    with pytest.raises(
+        ValueError, match=r"made from llama \(mixtral or qwen2_moe\), .* but not from mixtral$"
+    ):
         upcycle(upcycle(dense()))
-    with pytest.raises(ValueError, match="and not of qwen3 as mixtral"):
+    with pytest.raises(ValueError, match="but not from qwen3 as mixtral"):
         upcycle(dense("qwen3_moe"), family="mixtral")
-    with pytest.raises(ValueError, match="qwen2_moe has heads of 8 units, and this model others"):
+    with pytest.raises(ValueError, match="qwen2_moe needs heads of 8 units, unlike this model"):
         upcycle(LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=16)), family="qwen2_moe")
-    with pytest.raises(ValueError, match="and not of llama with attention_bias"):
+    with pytest.raises(ValueError, match="but not from llama with attention_bias"):
         upcycle(LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)))
     with pytest.raises(ValueError, match="top_k=9 must be 1 to num_experts=8"):
         upcycle(dense(), top_k=9)
-    with pytest.raises(ValueError, match="this one is of llama and has them in 0 of 2 layers"):
+    with pytest.raises(ValueError, match="this one is llama, with experts in 0 of 2 layers"):
         dense_of(dense(), torch.ones(2, 4), num_experts=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,27 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from rl.batch import pack
 from rl.causal import CausalPolicy
 from rl.config import Config
 from rl.config.read import load_config
 from rl.moe.adapters import lora_plan
 from rl.moe.policy import MoePolicy
 from rl.moe.routers import find_routers, observed, watching
+from rl.update import pack_rules
 from tests.rl.families import save_tiny, tiny_config
 
+E, K = 8, 2
 SIZES: dict[str, dict[str, Any]] = {"qwen3_moe": {"num_local_experts": 8, "norm_topk_prob": True}}
+
+
+def mixtral(layers: int = 2, **fields: Any) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 100, "num_local_experts": E, "num_experts_per_tok": K, "initializer_range": 0.3}
+    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers, **sizes, **fields)).train()
 
 
 def save(name: str, folder: Path, tokenizer_folder: Path, **changes: Any) -> Path:
@@ -68,3 +80,18 @@ def random_routes(policy: Any, length: int, seed: int) -> np.ndarray:
     routes[draw.random(length) < 0.2] = -1
     routes[-1] = -1
     return routes
+
+
+def routed(groups, make):
+    """Copies of the groups whose completions carry `make(prompt, ids, number)`."""
+    groups, number = copy.deepcopy(groups), 0
+    for group in groups:
+        for completion in group.completions:
+            completion.routes = make(group.prompt.token_ids, completion.token_ids, number)
+            number += 1
+    return groups
+
+
+def batches(policy, config, groups, advantages):
+    rules = pack_rules(config, share_prompts=policy.shares_prompts)
+    return pack(groups, advantages, rules)[0].micro_batches
