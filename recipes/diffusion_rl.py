@@ -1,4 +1,4 @@
-"""What a masked diffusion model needs of `recipes/grpo.py`: its policy, and its sampler as the engine."""
+"""What `recipes/grpo.py` needs for a masked diffusion model: its policy, and its sampler as the engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_canvas(config: MaskedRunConfig) -> None:
     """Refuses lengths and steps that do not fit each other, before anything is loaded."""
     if config.train.sharding not in ("auto", "none"):
         raise ValueError(
-            f"train.sharding={config.train.sharding} splits causal models, and this run trains a diffusion "
+            f"train.sharding={config.train.sharding} splits causal models, but this run trains a diffusion "
             "model with rewards; use train.sharding=none, and model.lora where memory is short"
         )
     sections = {"sampling": config.sampling}
@@ -53,7 +53,7 @@ def check_canvas(config: MaskedRunConfig) -> None:
     for name, sampling in sections.items():
         if sampling.stop:
             raise ValueError(
-                f"{name}.stop={sampling.stop} cuts a completion behind a token, and a diffusion model writes "
+                f"{name}.stop={sampling.stop} cuts a completion after a token, but a diffusion model writes "
                 f"in any order; use {name}.stop_token_ids, which end a block"
             )
         try:
@@ -73,7 +73,7 @@ def make_masked_policy(
     longest: int,
     note: Callable[[str], None],
 ) -> MaskedPolicy:
-    """The policy, after a look at its context. Loading has proved that attention is bidirectional.
+    """The policy, if its context is long enough. Loading proves that its attention is bidirectional.
 
     Raises:
         ValueError: a prompt and its completion may have more tokens (`longest`) than the model's positions.
@@ -84,7 +84,7 @@ def make_masked_policy(
     room = policy.trained.context_length
     if room is not None and longest > room:
         raise ValueError(
-            f"the longest prompt and its completion may have {longest} tokens, and {config.model.name} has "
+            f"the longest prompt and its completion may have {longest} tokens, but {config.model.name} has "
             f"{room} positions; lower sampling.max_completion_length, or leave out long prompts"
         )
     return policy
@@ -93,7 +93,7 @@ def make_masked_policy(
 def make_masked_engine(
     config: MaskedRunConfig, model: ModelConfig, policy: MaskedPolicy, *, dtype: torch.dtype
 ) -> Engine:
-    """The sampler on a copy of the model of its own."""
+    """The sampler, on its own copy of the model."""
     own = copy_of_model(config, model, policy, dtype)
     return DiffusionEngine(
         own,
@@ -108,7 +108,7 @@ def make_masked_engine(
 def copy_of_model(
     config: MaskedRunConfig, model: ModelConfig, policy: MaskedPolicy, dtype: torch.dtype
 ) -> Any:
-    """The model on the policy's device, with adapters of its own where the policy has some."""
+    """A copy of the model on the policy's device, with its own adapters if the policy has some."""
     own: Any = load_diffusion_model(
         model.name,
         revision=model.revision,

@@ -1,4 +1,4 @@
-"""Engine names to engines. `auto` takes vLLM where it can be used and says why when it cannot."""
+"""Makes the engine that `engine.name` asks for. `auto` takes vLLM where it can be used, else says why not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rollout.vllm.start import CORE_LOG_LEVEL, start_parts, vllm_available
 from rollout.vllm.weight_files import WeightFiles
 
 ENGINE_LOG = "engine.log"
-CONTROL_S = 300.0  # longest wait for a server to do what is not sampling
+CONTROL_S = 300.0  # longest wait for a server's answer to anything except sampling
 OF_CORE = (  # keys of `engine` that are vLLM's own
     *("process", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
 )
@@ -37,8 +37,8 @@ OF_CORE = (  # keys of `engine` that are vLLM's own
 
 @contextmanager
 def start_into(log: Path) -> Iterator[None]:
-    """What this process writes to its standard streams meanwhile goes into `log`, and what its new children
-    write for good: an engine's own words, of libraries in C too. A fault of the engine names the file.
+    """Sends this process's standard streams into `log` within the block, and those of children that start in
+    it for good. So all output of an engine lands there, even of C libraries. Its faults name the file.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     settle()
@@ -58,7 +58,7 @@ def start_into(log: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> Iterator[None]:
-    """A fault of an engine names `log`, if something was written there meanwhile."""
+    """Adds the name of `log` to an engine's fault, if something was written there within the block."""
     before = size_of(log)
     try:
         yield
@@ -67,11 +67,11 @@ def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> It
         if size_of(log) == before:
             raise
         kind = EngineError if isinstance(error, EngineError) else ValueError
-        raise kind(f"{error}; what it wrote is in {log}") from error
+        raise kind(f"{error}; its output is in {log}") from error
 
 
 def said_of_start(log: Path, begin: int, seconds: float) -> str | None:
-    """Where the seconds of an engine's start went, by what it wrote from byte `begin` on; None: not said."""
+    """What took how long in an engine's start, from its log after byte `begin`; None if it does not say."""
     with log.open("rb") as file:
         file.seek(begin)
         parts = start_parts(file.read().decode(errors="replace"))
@@ -109,9 +109,9 @@ def make_engine(
 
     Args:
         trained: the policy's model, whose weights the engine will be sent.
-        attention: of the transformers engine: what the policy settled on.
+        attention: for the transformers engine: what the policy settled on.
         long_factors: the policy computes every sequence with the long factors of longrope, as vLLM does.
-        routed: a policy that replays routes; it records them, or hears why there are none.
+        routed: a policy that replays routes; it records them, or is told why there are none.
 
     Raises:
         ValueError: `engine.name=vllm` cannot be used here, or not with this model, with the reason; or the
@@ -159,13 +159,13 @@ def served_engine(
     sends: bool,
     note: Callable[[str], None],
 ) -> Engine:
-    """The servers of `config.engine` as an engine, which holds no weights before the first are sent.
+    """The servers of `config.engine` as an engine, which has no weights until the first are sent.
 
     Args:
-        sends: this process gives them weights; others of the run take over what it has proved.
+        sends: this process sends the weights; the run's other processes adopt what it has proved.
 
     Raises:
-        ValueError: the token, or a server that is not fit for the run, with what would make it so.
+        ValueError: the token is wrong, or a server does not fit the run; the message says what would.
         EngineError: no server answers.
     """
     e = config.engine
@@ -210,7 +210,8 @@ def _engine_name(
         raise ValueError(
             "engine.name=server is for training; add engine.name=auto engine.urls=[] engine.token_file=null"
         )
-    unserved = unserved_by_vllm(trained) if trained is not None else None
+    wanted = name != "transformers"  # else the import of vLLM would take its seconds for nothing
+    unserved = unserved_by_vllm(trained) if wanted and trained is not None else None
     if name == "vllm" and unserved is not None:
         raise ValueError(f"engine.name=vllm: {unserved}; use engine.name=transformers")
     if name == "auto":

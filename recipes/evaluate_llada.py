@@ -1,7 +1,7 @@
 """Evaluation of masked diffusion models: `python -m recipes.evaluate_llada MODEL --perplexity FILE ...`.
 
-Perplexity and multiple choice by Algorithm 3 of LLaDA (arXiv:2502.09992), generation by the sampler, and the
-tasks of lm-eval by both. The model: a LLaDA or Dream, what recipes.llada saved, or a causal one, converted.
+It measures perplexity and multiple choice by Algorithm 3 of LLaDA (arXiv:2502.09992), generation by sampling,
+and lm-eval's tasks by both. The model is a LLaDA, a Dream, from recipes.llada, or a causal one, converted.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from rollout.sampler import completion_seed
 
 Row = dict[str, Any]
 Measure = Callable[[], None]
-"""Computes and prints; whatever could be refused was refused before it was made."""
+"""Computes and prints a result. What could be refused was refused before this function was made."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what was asked for. The exit code: 0 done, 1 a fault the user can mend, as one sentence."""
+    """Prints what was asked for. The exit code is 0, or 1 after a fault, which is one sentence on stderr."""
     a = arguments(argv, (__doc__ or "").partition("\n\n")[2])
     return run_command(lambda: run(a), in_words=in_options)
 
 
 def run(a: argparse.Namespace) -> int:
-    """Options, config.json and files are checked before weights are read, and rows before any is computed."""
+    """Checks options, config.json and files before weights are read, and all rows before any is computed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = denoising_params(a)
     raw_config(resolve_model(a.model), None)
@@ -75,10 +75,10 @@ def run(a: argparse.Namespace) -> int:
 
 
 def load(a: argparse.Namespace) -> DiffusionPolicy:
-    """The model as recipes.llada loads it, with what the command line says of it instead of the checkpoint.
+    """The model as recipes.llada loads it; the command line overrides what the checkpoint says.
 
     Raises:
-        ValueError: started in several processes; no model there.
+        ValueError: it runs in several processes, or there is no model.
     """
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
@@ -104,7 +104,7 @@ def load(a: argparse.Namespace) -> DiffusionPolicy:
 def perplexity(
     policy: DiffusionPolicy, engine: DiffusionEngine, rows: Sequence[Row], a: argparse.Namespace
 ) -> Measure:
-    """The bound on texts, or on completions given their prompts, as recipes.llada has it of held-out text."""
+    """The bound on texts, or on completions given prompts, as recipes.llada computes it on held-out text."""
     room = policy.context_length or sys.maxsize
     size = min(a.max_length, room) if "text" in rows[0] else sys.maxsize  # long rows are refused by `bound`
     config = TextConfig(source=str(a.perplexity), chat=a.chat, max_length=size)
@@ -144,13 +144,13 @@ def check_choices(rows: Sequence[Row], path: Path) -> None:
 def multiple_choice(
     policy: DiffusionPolicy, engine: DiffusionEngine, rows: Sequence[Row], a: argparse.Namespace
 ) -> Measure:
-    """Accuracy: the choice with the greatest log-likelihood, whole and per character (lm-eval's acc_norm)."""
+    """Accuracy of the choice of greatest log-likelihood, whole or per character (lm-eval's acc_norm)."""
     prompts = rendered(rows, policy, a, a.choices)
     examples = []
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         for choice in row["choices"]:
             ids = policy.tokenizer(choice, add_special_tokens=False)["input_ids"]
-            fits(policy, a.choices, index, [*prompt.token_ids, *ids], 0)
+            fits(policy, a.choices, index=index, ids=[*prompt.token_ids, *ids], gen_length=0)
             maskable = torch.arange(len(prompt.token_ids) + len(ids)) >= len(prompt.token_ids)
             examples.append(Example(torch.tensor([*prompt.token_ids, *ids]), maskable))
 
@@ -177,10 +177,10 @@ def multiple_choice(
 def generation(
     policy: DiffusionPolicy, engine: DiffusionEngine, rows: Sequence[Row], a: argparse.Namespace
 ) -> Measure:
-    """Samples, a few of them shown, and the share that the math grader finds right."""
+    """Samples completions, prints a few, and prints the share that the math grader finds right."""
     prompts = rendered(rows, policy, a, a.generate)
     for index, prompt in enumerate(prompts):
-        fits(policy, a.generate, index, list(prompt.token_ids), a.gen_length)
+        fits(policy, a.generate, index=index, ids=list(prompt.token_ids), gen_length=a.gen_length)
 
     def measure() -> None:
         texts = [c.text for c in sample(engine, prompts, a.temperature, a)]
@@ -199,7 +199,7 @@ def generation(
 
 
 def task_manager(a: argparse.Namespace) -> Any:
-    """lm-eval's finder of tasks.
+    """lm-eval's `TaskManager`, which finds tasks by name.
 
     Raises:
         ValueError: lm-eval cannot be imported, or has no such task.
@@ -227,7 +227,7 @@ def task_manager(a: argparse.Namespace) -> Any:
 def lm_eval_tasks(
     policy: DiffusionPolicy, engine: DiffusionEngine, manager: Any, a: argparse.Namespace
 ) -> Measure:
-    """lm-eval's own table of its tasks."""
+    """Prints lm-eval's own table of its tasks."""
     model = harness_model(
         policy.scorer,
         policy.tokenizer,
@@ -266,8 +266,8 @@ def generate(
     prompts: Sequence[list[int]],
     settings: dict[str, Any],
 ) -> list[str]:
-    """Texts for lm-eval. The canvas is the command line's; a task's `max_gen_toks` cuts what is in it, and
-    its temperature counts where it samples (`do_sample`).
+    """Texts for lm-eval. The command line sets the canvas; a task's `max_gen_toks` cuts the text, and its
+    temperature counts if it samples (`do_sample`).
     """
     temperature = settings.get("temperature", a.temperature) if settings.get("do_sample") else a.temperature
     asked = [Prompt(f"lm-eval/{i:06d}", "", tuple(ids)) for i, ids in enumerate(prompts)]
@@ -278,7 +278,7 @@ def generate(
 def sample(
     engine: DiffusionEngine, prompts: Sequence[Prompt], temperature: float, a: argparse.Namespace
 ) -> list[Completion]:
-    """A completion per prompt; that of prompt i depends on --seed and i alone."""
+    """A completion per prompt; that of prompt i depends only on --seed and i."""
     ends = end_token_ids(engine.tokenizer, generation_config=engine.model.generation_config)
     sampling = SamplingParams(a.gen_length, temperature=temperature, stop_token_ids=ends)
     seeds = tuple(completion_seed(a.seed, i) for i in range(len(prompts)))
@@ -310,14 +310,14 @@ def rendered(rows: Sequence[Row], policy: DiffusionPolicy, a: argparse.Namespace
     )
 
 
-def fits(policy: DiffusionPolicy, path: Path, index: int, ids: Sequence[int], gen_length: int) -> None:
+def fits(policy: DiffusionPolicy, path: Path, *, index: int, ids: Sequence[int], gen_length: int) -> None:
     """Refuses a row that the model has no positions for, or that contains the mask token."""
     room = policy.context_length
     if room is not None and len(ids) + gen_length > room:
         beside = f" and --gen-length {gen_length} more" if gen_length else ""
         lower = " or lower --gen-length" if gen_length else ""
         raise ValueError(
-            f"{path} row {index} has {len(ids)} tokens{beside}, and the model has {room} positions; shorten "
+            f"{path} row {index} has {len(ids)} tokens{beside}, but the model has {room} positions; shorten "
             f"the row, leave it out{lower}"
         )
     if policy.mask_token_id in ids:

@@ -22,7 +22,7 @@ WORDS = {
     "name yours with data.prompt_column and data.completion_column": "rename yours",
     "data.source=": "the file ",
 }
-"""What a config calls it -> what this command does."""
+"""What a config calls it -> what this command calls it."""
 
 
 def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -35,12 +35,12 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     add("--lm-eval", metavar="TASK,TASK", help="tasks of lm-eval (pip install lm-eval==0.4.13)")
     add("--lm-eval-path", type=Path, metavar="FOLDER", help="YAML files of tasks of your own")
     add("--chat", action=argparse.BooleanOptionalAction, help="default: if there is a chat template")
-    add("--limit", type=positive, metavar="N", help="the first rows of every file and task")
-    add("--seed", type=not_negative, default=0)
+    add("--limit", type=positive, metavar="N", help="use the first N rows of every file and task")
+    add("--seed", type=not_negative, default=0, help="of masks and samples")
     add("--num-draws", type=positive, help="masks per example; default: 128, and 4 for --perplexity")
-    add("--max-length", type=positive, default=1024, help="tokens of a piece of text for --perplexity")
+    add("--max-length", type=positive, default=1024, help="tokens per piece of text for --perplexity")
     add("--token-budget", type=positive, default=8192, help="packed tokens of one forward pass")
-    add("--show", type=not_negative, default=3, metavar="N", help="completions that are printed")
+    add("--show", type=not_negative, default=3, metavar="N", help="how many completions to print")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU")
     add("--mask-token", help="token or id; default: the checkpoint's own, else a spare vocabulary row")
     add(
@@ -58,21 +58,21 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling, for --generate and --lm-eval").add_argument
     add("--gen-length", type=positive, default=128, help="tokens of a completion at most")
-    add("--block-length", type=positive, default=32)
+    add("--block-length", type=positive, default=32, help="columns that are filled before the next ones")
     add("--steps", type=positive, help="model calls per completion; default: one per token")
-    add("--temperature", type=float, default=0.0)
+    add("--temperature", type=float, default=0.0, help="0: the most likely token")
     add("--remasking", choices=REMASKING, default="low_confidence", help="which tokens of a step are kept")
-    add("--threshold", type=float, help="keep all tokens that are surer than this; default: the schedule")
-    add("--cfg-scale", type=float, default=0.0, help="of classifier-free guidance; 0: none")
+    add("--threshold", type=float, help="keep all tokens of higher confidence; default: the schedule")
+    add("--cfg-scale", type=float, default=0.0, help="scale of classifier-free guidance; 0: none")
     add("--cache", choices=CACHES, default="none", help="keys and values that are kept between steps")
-    add("--refresh-every", type=not_negative, default=0, help="steps; 1: exact, 0: only where a block begins")
+    add("--refresh-every", type=not_negative, default=0, help="steps; 1: exact, 0: only when a block begins")
 
 
 def denoising_params(a: argparse.Namespace) -> DenoisingParams:
     """How canvases are filled.
 
     Raises:
-        ValueError: options that do not fit each other, by their names on the command line.
+        ValueError: options do not fit each other; the message has their command-line names.
     """
     try:
         return DenoisingParams(**{name: getattr(a, name) for name in SAMPLER})

@@ -1,4 +1,4 @@
-"""A checkpoint as a clean Hugging Face folder: proved, without optimizer and local paths, whole or absent."""
+"""Exports a checkpoint as a clean Hugging Face folder: proved, whole, without optimizer or local paths."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def export(
     dtype: str | None = None,
     push: str | None = None,
 ) -> Path:
-    """The folder of the export of a run, or of RUN/checkpoints/step-N; pushed if that was asked for.
+    """Exports a run or RUN/checkpoints/step-N, pushes the export if asked to, and returns its folder.
 
     Raises:
         ValueError: a checkpoint is damaged, a proof fails, or the target exists; nothing is left there.
@@ -69,20 +69,20 @@ def export(
         try:
             address = HfApi().create_repo(push, private=True)
             HfApi().upload_folder(repo_id=push, folder_path=target, commit_message="Export from cohort")
-        except Exception as error:  # of the hub, and of whatever client of HTTP its library has
+        except Exception as error:  # errors of the hub, or of its library's HTTP client
             raise ValueError(
-                f"--push {push}, a new repository, failed: {first_line(error)} The export is whole, and "
-                f"`hf upload --private {push} {target}` sends it later, or into one that exists"
+                f"--push {push}, a new repository, failed: {first_line(error)} The export is complete; "
+                f"`hf upload --private {push} {target}` sends it later, also to an existing repository"
             ) from error
         print(f"pushed: {address}")
     return target
 
 
 def copy_checkpoint(run: Path, step: int | None, folder: Path) -> dict[str, Any]:
-    """Copies the newest checkpoint, or that of a step, without the trainer's state; returns its manifest,
-    whose hashes the copies have. Raises ValueError if they do not, or if there is none.
+    """Copies the newest checkpoint, or that of `step`, without the trainer's state, and returns its manifest.
+    Raises ValueError if there is none, or if a copy does not have its hash.
     """
-    for _ in range(3):  # a run that is alive may remove it meanwhile
+    for _ in range(3):  # a live run may remove it meanwhile
         there = sorted(path.name for path in run.glob("checkpoints/step-*"))
         name = f"step-{step:06d}" if step is not None else there[-1] if there else "step-N"
         if name not in there:
@@ -106,7 +106,7 @@ def copy_checkpoint(run: Path, step: int | None, folder: Path) -> dict[str, Any]
 def _write(
     source: Path, stage: Path, run: Path, *, masked: bool, merge: bool, dtype: str | None
 ) -> dict[str, Any]:
-    """Writes all but the card; returns the form, the base, a digest of the weights and what was proved.
+    """Writes all except the card; returns the form, the base, a digest of the weights and what was proved.
 
     An adapter without --merge and a diffusion model are exported as they are: their hashes are the proof.
     """
@@ -118,7 +118,7 @@ def _write(
         revision = (None if is_local(adapter.base) else facts["revision"]) or adapter.revision
         below = fingerprints(adapter.base, None, {}, revision=revision).get("model")
         if "base model" not in inputs and below and began and below != began:
-            raise ValueError(f"the base {adapter.base} is not what the run began with; put that back")
+            raise ValueError(f"the base {adapter.base} is not what the run began with; restore that")
         adapter = replace(adapter, settings=adapter.settings | {"revision": revision})
         (source / "adapter_config.json").write_text(json.dumps(adapter.settings, indent=2) + "\n")
         facts |= {"base": adapter.base, "revision": revision}
@@ -126,12 +126,12 @@ def _write(
     as_it_is = masked or (adapter is not None and not merge)
     if (merge and (as_it_is or not adapter)) or (dtype and as_it_is):
         raise ValueError(
-            "--merge goes with the LoRA adapter of a causal model, --dtype with what is merged or whole, and "
+            "--merge needs the LoRA adapter of a causal model, --dtype a merged or whole causal model, and "
             f"this is {'a diffusion model' if masked else 'an adapter' if adapter else 'a whole model'}"
         )
     if as_it_is and adapter and is_local(adapter.base):
         raise ValueError(
-            f"this adapter belongs to a local folder ({Path(adapter.base).name}), which nobody else has; "
+            f"this adapter belongs to a local folder ({Path(adapter.base).name}), which only you have; "
             "write the whole model with --merge"
         )
     if as_it_is:
@@ -145,13 +145,13 @@ def _write(
 
 
 def check_clean(stage: Path, local: set[str]) -> None:
-    """Raises ValueError if a file holds a local path; of tensors the header is read."""
+    """Raises ValueError if a file holds a local path; of safetensors files only the header is read."""
     for path in files_below(stage):
         with path.open("rb") as file:
             is_tensors = path.suffix == ".safetensors"
             text = file.read(int.from_bytes(file.read(8), "little")) if is_tensors else file.read()
         if hits := [name for name in local if name.encode() in text]:
-            raise ValueError(f"{path.name} would carry the local path {hits[0]} away; take it out of it")
+            raise ValueError(f"{path.name} contains the local path {hits[0]}; remove it from this file")
 
 
 @contextmanager
@@ -167,12 +167,12 @@ def _staging(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except Timeout:
-        raise ValueError("another process is exporting there; wait for it, or use another --to") from None
+        raise ValueError(f"another process exports to {folder.parent}; wait, or use another --to") from None
 
 
 def _publish(stage: Path, target: Path) -> None:
     for path in files_below(stage):
-        path.chmod((stage / "README.md").stat().st_mode)  # safetensors makes files for their owner alone
+        path.chmod((stage / "README.md").stat().st_mode)  # safetensors makes files for their owner only
         fsync_path(path)
     fsync_path(stage)
     os.rename(stage, target)

@@ -1,4 +1,4 @@
-"""Whether the run of a folder is done, before torch, model and engine cost their time."""
+"""Tells whether a run has already finished, before torch, model and engine are loaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rl.store.folder import read_result
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the folder's result is that of this config with all its steps; the main process says so.
+    """Whether the run folder holds this config's result after all its steps; if so, prints that.
 
-    One that lacks something, such as a held-out number or its checkpoint, is left to a start, which mends it;
-    so are several processes, which may not see the same files.
+    False if something is missing, such as a held-out number or the checkpoint: starting the run adds it.
+    Also False for several processes, which may not see the same files.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return False

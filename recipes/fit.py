@@ -1,4 +1,4 @@
-"""What `auto` becomes on this machine's GPUs, before anything is loaded, and the file that remembers it."""
+"""Chooses what `auto` becomes on this machine's GPUs, before anything is loaded, and keeps it in a file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from rl.world import World
 
 FILE = "plan.json"
 UNPLANNED = {"train.token_budget": UNPLANNED_TOKENS, "model.gradient_checkpointing": False}
-"""Where nothing is planned: on a CPU, and for models whose memory is not predicted."""
+"""Values where nothing is planned: on a CPU, and for models whose memory cannot be predicted."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A config without `auto` where it could be planned, and what there is to say and to keep.
+    """A config whose `auto` keys have values where it could be planned, and what to report and to keep.
 
     Attributes:
         chosen: values of keys that were auto; an earlier run of this folder may have had others.
         notes: sentences for the user.
         plan, size: None on a CPU, and where nothing can be predicted.
-        costs: seconds of a step that keys of `memory` cost, predicted.
+        costs: predicted seconds per step that each key of `memory` costs.
     """
 
     config: Any
@@ -51,14 +51,14 @@ class Fitted:
         return {*self.chosen, *(key for key in PLANNED if is_auto(self.config, key))}
 
     def compare(self, held: int | None, note: Callable[[str], None]) -> None:
-        """Says what a full micro-batch held, in bytes, and what was predicted."""
+        """Reports how many bytes a full micro-batch held, and how many were predicted."""
         if held is None:
             return
         predicted = f" ({self.plan.training / GIB:.1f} were predicted)" if self.plan else ""
         note(f"a full micro-batch of the longest completions holds {held / GIB:.1f} GiB{predicted}")
 
     def write(self) -> None:
-        """`plan.json` of the run folder."""
+        """Writes `plan.json` into the run folder."""
         if self.card is None:
             return
         parts = [asdict(part) for part in self.plan.parts] if self.plan else []
@@ -69,11 +69,11 @@ class Fitted:
 
 
 def fit_to_cards(config: Planned, world: World) -> Fitted:
-    """The config for this run's processes; a run that goes on where it began keeps the values that it had.
+    """The config for this run's processes; a run that is resumed on the same GPUs keeps its values.
 
     Raises:
-        ValueError: the groups of a step do not split over the processes; or nothing that is left open makes
-            the run fit, with overrides that do.
+        ValueError: the groups of a step do not split over the processes, or no values of the `auto` keys
+            make the run fit. The message then has overrides that do.
     """
     if isinstance(config, Config):
         check_processes(config, world.size)
@@ -83,7 +83,7 @@ def fit_to_cards(config: Planned, world: World) -> Fitted:
     free, total = torch.cuda.mem_get_info()
     capacity, free = (-int(n) for n in world.max([-float(total), -float(free)]))
     fitted, shared = Fitted(config), {"refusal": ""}
-    if world.is_main:  # others may have another name of the card, or other packages
+    if world.is_main:  # other processes may see another card or other packages
         try:
             card = Card(torch.cuda.get_device_name(), capacity, world.size, free)
             fitted = fit_to(config, card, before)
@@ -99,7 +99,7 @@ def fit_to_cards(config: Planned, world: World) -> Fitted:
 
 
 def values_before(config: Any, world: World) -> dict[str, Any] | None:
-    """What `read_plan` finds on the main process, for all; None: the folder holds no run that goes on."""
+    """What `read_plan` finds on the main process, for all; None if the folder holds no run to resume."""
     goes_on = world.is_main and has_steps(config.run_dir)
     return world.gather(read_plan(config) if goes_on else None)[0]
 
@@ -117,7 +117,7 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
     kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
     try:
         left_open = replaced(config, kept)
-    except ValueError:  # what is given now excludes what was planned
+    except ValueError:  # keys that are given now contradict what was planned
         kept, left_open = {}, config
     found = fit(size, left_open, card, length)
     if found is None and not kept and has_choice(size, config, card.processes):
@@ -132,7 +132,7 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
 
 def said_costs(costs: Mapping[str, float]) -> str:
     said = ", ".join(f"{key} about {seconds:.1f} s" for key, seconds in costs.items())
-    return f"; of each step it costs: {said}" if costs else ""
+    return f"; this costs per step: {said}" if costs else ""
 
 
 def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
@@ -143,6 +143,7 @@ def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None =
 
 
 def _moved(before: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> list[str]:
+    """A sentence if the plan has other values than the run had before, else nothing."""
     known = before["chosen"] if before else {}
     moved = [
         f"{key} {known[key]} -> {chosen[key]}" for key in chosen if known.get(key, chosen[key]) != chosen[key]
@@ -151,13 +152,13 @@ def _moved(before: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> list[
         return []
     return [
         f"planned anew, as the run began on {before['card']['processes']} x {before['card']['name']}: "
-        f"{', '.join(moved)}; sums are taken in another order, so weights are not bitwise those of a run "
-        "that stays"
+        f"{', '.join(moved)}; sums are taken in another order, so weights will not be bitwise those that the "
+        "first plan gives"
     ]
 
 
 def as_overrides(values: Mapping[str, Any]) -> str:
-    """`key=value ...`, to be copied behind a command."""
+    """`key=value ...`, to be appended to a command."""
     return " ".join(f"{key}={_word(value)}" for key, value in values.items())
 
 
@@ -180,7 +181,7 @@ def _sentence(plan: MemoryPlan, card: Card, chosen: Mapping[str, Any]) -> str:
 
 
 def refusal(size: ModelSize, config: Planned, card: Card) -> str:
-    """That a run does not fit, and the least change of its config that does, to be copied."""
+    """Says that a run does not fit, and the smallest change of its config that does, ready to be copied."""
     found = remedy(size, config, card, config.longest_sequence)
     head = f"this run does not fit {card.name} of {card.capacity / GIB:.0f} GiB"
     if found is None:
@@ -193,7 +194,7 @@ def _identity(card: Card) -> dict[str, Any]:
 
 
 def read_plan(config: Any) -> dict[str, Any] | None:
-    """Values that this folder's run has, given or chosen, and the card that it was planned for, or None."""
+    """The values of this folder's run, given or chosen, and the card it was planned for; None: no run."""
     try:
         stored = read_config(type(config), config.run_dir / "config.yaml")
     except ValueError:

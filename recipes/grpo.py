@@ -1,8 +1,8 @@
 """GRPO: `accelerate launch -m recipes.grpo recipes/configs/NAME.yaml key=value ...`, or `cohort train CONFIG
 ...`.
 
-Wires task + rewards + engine + policy from one config and runs `rl.train.train`. Started again with the same
-run_dir it goes on where it stopped.
+It wires task, rewards, engine and policy from one config and runs `rl.train.train`. Started again with the
+same run_dir, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from recipes.environments.workers import Workers
 from recipes.evaluation.heldout import make_evaluator
 from recipes.finished import is_finished
 from recipes.fit import Fitted, fit_to_cards
-from recipes.kinds import kind_of, make_models
-from recipes.models import open_adapter, resolve_model, teacher_model
+from recipes.kinds import Kind, kind_of, make_models
+from recipes.models import open_adapter, resolve_model, teacher_model, teacher_server
 from recipes.program import (
     call_program,
     first_line,
@@ -37,6 +38,7 @@ from recipes.program import (
 )
 from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
+from recipes.tasks.demonstrations import longest_taught
 from recipes.tasks.many import SomePrompts, train_prompts
 from recipes.tasks.overlap import settle_overlap
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
@@ -46,7 +48,7 @@ from rewards.pool.pool import RewardPool
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config, run_tree, validated_run
 from rl.driver import Progress, go_on
-from rl.model.loading import base_of
+from rl.model.loading import base_of, check_config
 from rl.model.saving import check_saving
 from rl.optimizer import make_optimizer
 from rl.phases import Phases, StopSignal
@@ -70,7 +72,7 @@ from rollout.prompts import PromptStream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; the exit code is `recipe_main`'s."""
+    """Trains; returns the exit code of `recipe_main`."""
 
     def work(arguments: list[str], stop: StopSignal, began: float) -> int:
         (path, *overrides), change = without_change(arguments)
@@ -89,19 +91,19 @@ def run(
 ) -> dict[str, Any]:
     """Trains as `cohort train` does, from a script or a notebook; returns what `result.json` holds.
 
-    The same call again goes on where the run stopped. A script needs no `if __name__ == "__main__":`.
+    The same call again resumes where the run stopped. A script needs no `if __name__ == "__main__":`.
 
     Args:
         config: the path of a YAML file, a dict of its form, or a `Config`.
-        rewards: functions of this program by name, for the names in `rewards.functions` of the config; where
-            it names none, these are the rewards. A function of a script is imported again, of a notebook its
-            source is sent: graders are processes that can be killed (`rewards.functions`).
-        change: a run that goes on may have another learning rate and such (`rl.config.resume`).
+        rewards: functions by the names that the config's `rewards.functions` gives them; if it names none,
+            these are the rewards. Graders are killable processes: they import a script's function again, and
+            are sent the source of a notebook's (`rewards.functions`).
+        change: allows a resumed run another learning rate and such (`rl.config.resume`).
         overrides: sections, such as train={"steps": 20}, or keys, such as **{"optimizer.lr": 1e-5}.
 
     Raises:
-        ValueError: what a user can mend, in the words of `cohort train`.
-        KeyboardInterrupt: Ctrl-C, once the step is saved; a second one comes at once.
+        ValueError: a fault that the user can fix, in the words of `cohort train`.
+        KeyboardInterrupt: on Ctrl-C, once the step is saved; on a second one, at once.
     """
     refuse_reimport()
     tree = run_tree(config, overrides)
@@ -115,7 +117,7 @@ def run(
 
 
 def _train(config: Config, stop: StopSignal, began: float, origins: Origins, *, change: bool) -> int:
-    # Their bars break up the panel; the display says what is waited for. Downloads keep theirs.
+    # Progress bars of these libraries break up the display, which names each wait. Downloads keep theirs.
     disable_progress_bar()
     disable_progress_bars()
     if is_finished(config):
@@ -123,7 +125,7 @@ def _train(config: Config, stop: StopSignal, began: float, origins: Origins, *, 
     return run_program(
         stop,
         settle=lambda world: fit_to_cards(config, world),
-        build=lambda fitted, world, display: build(fitted, world, stop, display, began, origins),
+        build=partial(build, stop=stop, began=began, origins=origins),
         train=_train_steps,
         conclude=conclude,
         engine_timeout_s=config.engine.timeout_s,
@@ -138,7 +140,7 @@ def _train_steps(run: Run) -> int:
 
 
 def conclude(run: Run, steps: int) -> None:
-    """Writes and prints the results; those of a run that was finished before stay as they are."""
+    """Writes and prints the results; those of a run that had already finished are kept."""
     config, evaluations = run.config, run.evaluations.read()
     result = read_result(config.run_dir)
     if run.progress.start_step < steps or result.get("steps") != steps:
@@ -153,10 +155,10 @@ def conclude(run: Run, steps: int) -> None:
 
 
 def build(
-    fitted: Fitted, world: World, stop: StopSignal, display: Display, began: float, origins: Origins
+    fitted: Fitted, world: World, display: Display, *, stop: StopSignal, began: float, origins: Origins
 ) -> tuple[Run, Any]:
-    """A Run from its config, put back to its newest checkpoint, and the function that ends engine, graders
-    and trackers.
+    """A Run from its config, restored to its newest checkpoint, and a function that closes its engine,
+    graders and trackers.
 
     Cheap checks come first: config, dataset columns and rewards are refused before any model is loaded.
     """
@@ -166,22 +168,22 @@ def build(
     kind.check(config)
     display.hold()
     if (arm := config.rewards.control) != "none":
-        display.warn(f"control arm: rewards.control={arm} pays no right answer; compare it with control=none")
+        display.warn(f"control arm: rewards.control={arm} ignores right answers; compare with control=none")
     with ExitStack() as closing:
         scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
-        inputs = read_inputs(config, scorer, world, display, closing)
-        model, longest, heldout = inputs.model, inputs.longest, inputs.heldout
-        policy, reference, teacher = make_models(config, model, world, inputs.tokenizer, longest, display)
+        inputs = read_inputs(config, scorer, world=world, display=display, closing=closing)
+        given = {"tokenizer": inputs.tokenizer, "longest": (inputs.longest, inputs.longest_taught)}
+        policy, reference, teacher = make_models(config, inputs.model, world=world, display=display, **given)
         with display.phase("a full micro-batch to be tried"):
             fitted.compare(kind.try_out(config, policy, reference, teacher), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
-        engine = _started(config, lambda: kind.engine(config, model, policy, longest, display.note), display)
-        engine = playing(engine, inputs.environment, config, inputs.tokenizer, model, world.rank)
+        engine = _started(config, kind, inputs=inputs, policy=policy, display=display, rank=world.rank)
         closing.callback(engine.close)
         display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
-        source = make_source(config, world, engine, scorer, stream, ends, phases)
+        parts = {"engine": engine, "scorer": scorer, "ends": ends}
+        source = make_source(config, world, stream=stream, phases=phases, **parts)
         closing.callback(source.close)
         observer = RunObserver(display, config, is_main=world.is_main, each_step=kind.each_step(policy))
         closing.callback(observer.close)
@@ -195,7 +197,7 @@ def build(
                 policy.trainable(), config.optimizer, hosted=config.memory.optimizer_on_host is True
             ),
             source=source,
-            measure=make_evaluator(config, world, engine, scorer, heldout, ends) if heldout else None,
+            measure=make_evaluator(config, world, prompts=inputs.heldout, **parts),
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
             ledger=Ledger(config.run_dir, world.rank, world.size),
             log=MetricsLog(config.run_dir, own=[*kind.metrics, *tool_metrics(inputs.environment)]),
@@ -208,40 +210,46 @@ def build(
         closing.callback(run.log.close)
         closing.callback(run.evaluations.close)
         _go_on(run, observer)
-        if world.is_main and run.progress.step < config.train.steps:
-            _check_saving(run, policy)
+        _check_saving(run, policy)
         return run, closing.pop_all().close
 
 
-def _started(config: Config, start: Callable[[], Engine], display: Display) -> Engine:
+def _started(
+    config: Config, kind: Kind, *, inputs: Inputs, policy: Any, display: Display, rank: int
+) -> Engine:
+    """The engine with the policy's weights, in the environment of the run."""
     waiting, log = display.phase(f"the engine to start ({config.engine.name})"), config.run_dir / ENGINE_LOG
     began, begin = time.monotonic(), size_of(log)
     with waiting, start_into(log):
-        engine = start()
+        engine = kind.engine(config, inputs.model, policy, inputs.longest, display.note)
     if (sentence := said_of_start(log, begin, time.monotonic() - began)) is not None:
         display.note(sentence)
     if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
-        display.note("memory.engine_sleeps has no effect: only a vLLM of this run can give memory back")
-    return engine
+        display.note("memory.engine_sleeps has no effect: only a vLLM of this run can release memory")
+    own = {"config": config, "tokenizer": inputs.tokenizer, "model": inputs.model, "rank": rank}
+    return playing(engine, inputs.environment, **own)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run begins with. `longest`: tokens of the longest prompt with the completion that may follow."""
+    """What a run begins with. `longest` counts the most tokens that the policy reads with a completion,
+    `longest_taught` those that the teacher reads with a demonstration (0 without any).
+    """
 
     model: ModelConfig
     tokenizer: Any
     prompts: Sequence[Prompt]
     heldout: list[Prompt]
     longest: int
+    longest_taught: int
     environment: Workers | None
 
 
 def read_inputs(
-    config: Config, scorer: RewardPool, world: World, display: Display, closing: ExitStack
+    config: Config, scorer: RewardPool, *, world: World, display: Display, closing: ExitStack
 ) -> Inputs:
-    """Prompts of training and held-out ones, rendered; rows, tokenizer and model are those the run began
-    with. `closing` ends the environment.
+    """Renders training and held-out prompts; refuses rows, a tokenizer or a model other than those the run
+    began with. `closing` closes the environment.
     """
     environment = open_environment(config, closing)
     held = config.heldout_data
@@ -252,7 +260,7 @@ def read_inputs(
     named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)
-    teacher = teacher_model(config.teacher) if config.teacher else None
+    teacher, server = teacher_model(config.teacher), teacher_server(config.teacher)
     if teacher is not None:
         check_tokenizers(teacher, tokenizer, config.longest_sequence)
     if world.is_main:
@@ -263,6 +271,8 @@ def read_inputs(
             found["base model"] = _fingerprint(base)
         if teacher is not None:
             found["teacher"] = _fingerprint(base_of(teacher)) | _fingerprint(teacher)
+        elif config.teacher is not None:
+            found["teacher"] = {"model": server.model()[0] if server else "the policy"}
         found["rewards"] |= sources_of(scorer.specs)
         found |= file_fingerprints({"moe.trained_experts": config.moe.trained_experts})
         if environment is not None:
@@ -272,8 +282,13 @@ def read_inputs(
     heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
     rows = settle_overlap(config, rows, heldout_rows, display.warn)
     prompts = train_prompts(config, rows, heldout, tokenizer, **said)
-    longest = _longest(config, prompts, heldout)
-    return Inputs(model, tokenizer, prompts, heldout, longest, environment)
+    longest, taught = _longest(config, prompts, heldout), longest_taught(config, prompts)
+    longest = max(longest, taught) if teacher is None and server is None else longest
+    if teacher is not None and taught:
+        check_config(teacher, tokenizer, taught)
+    if server is not None and config.teacher is not None:
+        server.check(tokenizer, max(taught, config.longest_row), config.teacher.asked_ids)
+    return Inputs(model, tokenizer, prompts, heldout, longest, taught, environment)
 
 
 def _fingerprint(model: ModelConfig) -> dict[str, str]:
@@ -296,6 +311,8 @@ def _go_on(run: Run, observer: RunObserver) -> None:
 
 def _check_saving(run: Run, policy: Any) -> None:
     config = run.config
+    if not run.world.is_main or run.progress.step >= config.train.steps:
+        return
     check_saving(
         policy.model,
         policy.tokenizer,
@@ -320,13 +337,12 @@ def make_scorer(config: Config, origins: Origins) -> RewardPool:
 
 
 def _longest(config: Config, prompts: Sequence[Prompt], heldout: list[Prompt]) -> int:
-    """Tokens of the longest prompt with the completion that may follow it. Of many prompts, of which some are
-    rendered, it is the longest that there may be: it may not depend on the number of steps.
+    """Tokens of the longest prompt plus its longest completion. Where only some of many prompts are rendered,
+    `data.max_prompt_length` is taken, so that the result does not depend on the number of steps.
     """
-    is_some = isinstance(prompts, SomePrompts)
+    is_some, others = isinstance(prompts, SomePrompts), [len(p.token_ids) for p in heldout]
     longest = config.data.max_prompt_length if is_some else max(len(p.token_ids) for p in prompts)
-    sampling, others = config.sampling, [len(p.token_ids) for p in heldout]
-    ends = [longest + sampling.max_completion_length]
+    ends = [longest + config.sampling.max_completion_length]
     return max(ends + [n + config.evaluation.sampling.max_completion_length for n in others])
 
 

@@ -1,8 +1,7 @@
 """Diffusion language models: `accelerate launch -m recipes.llada recipes/configs/NAME.yaml key=value ...`.
 
-Pre-training (rows with `text`) and supervised fine-tuning (prompts and answers) of LLaDA, or of a causal
-model that becomes a diffusion model on the way. Started again with the same run_dir it goes on where it
-stopped.
+It pre-trains (rows with `text`) or fine-tunes (prompts and answers) LLaDA, or a causal model that becomes a
+diffusion model on the way. Started again with the same run_dir, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from rollout.template import check_template
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; the exit code is `recipe_main`'s."""
+    """Trains; returns the exit code of `recipe_main`."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         (path, *overrides), change = without_change(arguments)
@@ -58,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_program(
             stop,
             settle=lambda world: settle(config, world),
-            build=lambda fitted, world, display: build(fitted.config, world, stop, display, began),
+            build=lambda fitted, world, display: build(
+                fitted.config, world, stop=stop, display=display, began=began
+            ),
             train=train,
             conclude=conclude,
             change=change,
@@ -68,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def settle(config: DiffusionConfig, world: World) -> Fitted:
-    """The config as this run has it; raises ValueError if weights cannot be split over the processes."""
+    """The config with values for `auto`; raises ValueError if weights cannot be split over processes."""
     if config.train.shard and world.size == 1:
-        raise ValueError("train.shard=true splits the weights over processes, and there is one; launch more")
+        raise ValueError("train.shard=true splits the weights over processes, but there is one; launch more")
     return fit_to_cards(config, world)
 
 
@@ -82,9 +83,9 @@ def conclude(run: DiffusionRun, steps: int) -> None:
 
 
 def build(
-    config: DiffusionConfig, world: World, stop: StopSignal, display: Display, began: float
+    config: DiffusionConfig, world: World, *, stop: StopSignal, display: Display, began: float
 ) -> tuple[DiffusionRun, Any]:
-    """A run from its config, put back to its newest checkpoint, and the function that ends what it opened."""
+    """A run from its config, restored to its newest checkpoint, and a function that closes what it opened."""
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     display.hold()
     rows, held = load_rows(config.data.rows()), config.evaluation.data
@@ -134,7 +135,7 @@ def build(
 def _load(
     config: DiffusionConfig, world: World, sections: dict[str, Any], display: Display
 ) -> DiffusionPolicy:
-    """The policy; model, tokenizer and rows are those the run began with."""
+    """Loads the policy; refuses a model, tokenizer or rows other than those the run began with."""
     name = resolve_model(config.model.name)
     check_not_quantised(raw_config(name, config.model.revision).get("quantization_config"), name)
     policy = DiffusionPolicy(config.model, world.accelerator, name=name)
@@ -166,7 +167,7 @@ def _examples(
 
 
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
-    """`result.json`: seconds, steps, and the bound on held-out text before and after."""
+    """Writes `result.json`: seconds, steps, and the bound on held-out text before and after."""
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
     result["checkpoint"] = str(run.store.path(steps).resolve())
     if run.heldout:

@@ -1,8 +1,8 @@
-"""Stages of training, each a recipe: `python -m recipes.pipeline CONFIG.yaml [run_dir=FOLDER]`.
+"""Runs stages of training, each a recipe: `python -m recipes.pipeline CONFIG.yaml [run_dir=FOLDER]`.
 
-A stage has a process and a folder of its own, and `${name}` stands for what an earlier stage made. All of it
-is read and checked before the first stage starts. Started again it goes on: a stage is over when its own
-files say so, and one that is not goes on as its recipe does.
+Each stage has its own process and folder, and `${name}` stands for what an earlier stage made. All stages are
+read and checked before the first one starts. Started again, it skips stages whose own files say that they are
+finished, and resumes an unfinished one as its recipe does.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A module with a `main`, and what it makes: a path below its folder, for its config.
+    """A module with a `main`, and a function from its config to its result's path below its folder.
 
     Attributes:
-        command: whose configs it takes (`rl.config.read.COMMANDS`); empty: a program that takes arguments,
-            of which `arguments` are always the same.
+        command: whose configs it takes (`rl.config.read.COMMANDS`). If empty, it is a program that takes
+            arguments, of which `arguments` come first.
     """
 
     module: str
@@ -76,7 +76,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with its references filled in. `config`: None: a program, which is called with `words`."""
+    """A stage with its references filled in. If `config` is None, it is a program called with `words`."""
 
     name: str
     recipe: Recipe
@@ -90,15 +90,15 @@ class Stage:
 
     @property
     def file(self) -> Path:
-        """What the stage is started with."""
+        """The file with the config or the words that the stage is started with."""
         return self.folder.with_name(f"{self.name}.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stages; 0, the exit code of the stage that failed, or 128 + the signal that stopped it."""
+    """Runs the stages; returns 0, the exit code of a failed stage, or 128 + the signal that stopped it."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pipeline", description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("config", help="a YAML file, such as recipes/configs/pipeline_sums.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run_dir=FOLDER")
     arguments = parser.parse_args(argv)
     return run_command(lambda: run(arguments.config, arguments.overrides))
 
@@ -112,8 +112,8 @@ def run(path: str, overrides: Sequence[str] = ()) -> int:
         first = done.index(False) if False in done else len(stages)
         if later := [stage.name for stage in stages[first + 1 :] if stage.folder.exists()]:
             raise ValueError(
-                f"stage {stages[first].name} is not finished, and {later[0]} has begun with what it made; "
-                f"put its folder back, or remove {config.run_dir / later[0]}"
+                f"stage {stages[first].name} is not finished, but {later[0]} has begun with its result; "
+                f"restore its folder, or remove {config.run_dir / later[0]}"
             )
         for stage in stages[first:]:
             with of_stage(stage.name):
@@ -123,7 +123,7 @@ def run(path: str, overrides: Sequence[str] = ()) -> int:
             say(f"stage {number} of {len(stages)}: {stage.name} ({stage.recipe.module})")
             code = run_stage(stage, running, heard)
             if code and not heard and is_done(stage):  # a library's threads may abort a process at its end
-                say(f"stage {stage.name} was over when its process ended with exit code {code}")
+                say(f"stage {stage.name} was finished when its process ended with exit code {code}")
             elif code:
                 say(f"stage {stage.name} ended with exit code {code}; the same command goes on from there")
                 return code
@@ -135,8 +135,8 @@ def resolved(config: PipelineConfig) -> list[Stage]:
     """The stages with checked configs.
 
     Raises:
-        ValueError: an unknown recipe, a reference to what is not made before, a fault in a stage's config, or
-            a file of data that is missing.
+        ValueError: a recipe is unknown, a reference names no earlier stage, a stage's config has a fault, or
+            a file of data is missing.
     """
     stages: list[Stage] = []
     for own in config.stages:
@@ -203,7 +203,7 @@ def is_done(stage: Stage) -> bool:
     """Whether the stage's own files say that it is over.
 
     Raises:
-        ValueError: it is over, with other settings than it has now.
+        ValueError: it is finished, but with other settings than it has now.
     """
     if stage.config is None:
         if not stage.output.exists():
@@ -224,7 +224,7 @@ def is_done(stage: Stage) -> bool:
         lines = "\n  ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed)
         raise ValueError(
             f"stage {stage.name} is finished with other settings:\n  {lines}\nput them back, use another "
-            f"run_dir, or remove {stage.folder} and the folders of later stages to do them again"
+            f"run_dir, or remove {stage.folder} and the folders of later stages to redo them"
         )
     if isinstance(stage.config, Config):
         return is_finished(stage.config)
@@ -233,7 +233,7 @@ def is_done(stage: Stage) -> bool:
 
 
 def pass_signals_on() -> tuple[list[subprocess.Popen[bytes]], list[int]]:
-    """A list whose processes get what asks this one to stop, and the list of the signals that came."""
+    """(processes to which signals that ask to stop are passed on, signals that came); both lists are live."""
     running, heard = list[subprocess.Popen[bytes]](), list[int]()
 
     def pass_on(number: int, frame: Any) -> None:
@@ -249,7 +249,7 @@ def pass_signals_on() -> tuple[list[subprocess.Popen[bytes]], list[int]]:
 def run_stage(stage: Stage, running: list[subprocess.Popen[bytes]], heard: Sequence[int]) -> int:
     """Runs the recipe in a process of its own; returns its exit code, or 128 + the signal that came.
 
-    The folder that a program makes is put into its place once it is whole.
+    The folder that a program makes is renamed into place once it is whole.
     """
     making = stage.folder
     if stage.config is None:
@@ -258,13 +258,13 @@ def run_stage(stage: Stage, running: list[subprocess.Popen[bytes]], heard: Seque
         if stage.output == stage.folder:
             making = stage.folder.with_name(f".making-{stage.name}")
             shutil.rmtree(making, ignore_errors=True)
-            # Not the start of another stage's name.
+            # The lookahead spares paths of stages whose names begin with this one's.
             words = [re.sub(f"{re.escape(str(stage.folder))}(?![^/])", str(making), word) for word in words]
     else:
         write_atomically(stage.file, dump_config(stage.config), mode=0o600)
         words = [str(stage.file)]
     boot = [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path), stage.recipe.module, *words]
-    # A session of its own: Ctrl-C reaches the pipeline alone, which passes it on once.
+    # In a session of its own: Ctrl-C reaches only the pipeline, which passes it on once.
     child = subprocess.Popen(
         boot, env={**os.environ, "COHORT_LAUNCHED": str(os.getpid())}, start_new_session=True
     )
@@ -276,7 +276,7 @@ def run_stage(stage: Stage, running: list[subprocess.Popen[bytes]], heard: Seque
     if making != stage.folder:
         os.rename(making, stage.folder)
     if not stage.output.exists():
-        raise RuntimeError(f"stage {stage.name} ended well, and {stage.output} is not there")
+        raise RuntimeError(f"stage {stage.name} ended with exit code 0, but {stage.output} is missing")
     return 128 + heard[0] if heard else 0
 
 

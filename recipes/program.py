@@ -37,8 +37,8 @@ def recipe_main(
         run: gets the arguments, the signals that ask to stop, and when the program began (monotonic).
 
     Returns:
-        The exit code: 0 done, 1 a fault the user can mend, 2 no arguments, 128 + n stopped by signal n (run
-        again to go on).
+        The exit code: 0 if done, 1 after a fault, 2 without arguments, 128 + n if signal n stopped the run.
+        The same command resumes a stopped run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -68,11 +68,11 @@ def without_change(words: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def call_program(run: Callable[[StopSignal, float], int]) -> None:
-    """A run within a program of the user's: faults are raised. A signal that stopped it does what it does in
-    that program, once the step is saved: Ctrl-C raises KeyboardInterrupt.
+    """Runs inside a user's program, where faults are raised. A signal that stopped the run takes its usual
+    effect there once the step is saved: Ctrl-C raises KeyboardInterrupt.
     """
     stop, began = StopSignal(), time.monotonic()
-    if threading.current_thread() is threading.main_thread():  # others get no signals
+    if threading.current_thread() is threading.main_thread():  # other threads get no signals
         stop.install()
     try:
         raise_open_files()
@@ -80,8 +80,8 @@ def call_program(run: Callable[[StopSignal, float], int]) -> None:
     finally:
         stop.restore()
     if code and stop.received is not None:
-        signal.raise_signal(stop.received)
-        raise KeyboardInterrupt("the run is saved and not finished; the same call goes on")
+        signal.raise_signal(stop.received)  # ends here, unless the program has a handler that returns
+        raise KeyboardInterrupt("the run is saved but not finished; the same call resumes it")
 
 
 def refuse_reimport() -> None:
@@ -94,11 +94,11 @@ def refuse_reimport() -> None:
 
 
 def _refuse_shards() -> None:
-    """accelerate's FSDP would reduce gradients in bf16, and on a CPU it is dropped in silence."""
+    """Refuses accelerate's own sharding: its FSDP reduces gradients in bf16, and does nothing on a CPU."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
             raise ValueError(
-                f"accelerate is set up for {name}, and recipes split the weights themselves: launch with "
+                f"accelerate is set up for {name}, but recipes shard weights themselves: launch with "
                 "--multi_gpu, or by cohort train CONFIG --processes N, and set train.sharding=full "
                 "(recipes.llada: train.shard=true)"
             )
@@ -115,15 +115,15 @@ def run_program(
     change: bool = False,
     judged: bool = False,
 ) -> int:
-    """A training run from its config to its report, under the lock of its folder; returns the exit code.
+    """Does a training run from config to report, under the lock of its folder; returns the exit code.
 
     Args:
         settle: the config for this number of processes and their devices, or a refusal.
-        build: the run, put back to its newest checkpoint, and the function that ends what it opened.
-        train: does the steps, and says how many are done.
+        build: the run, restored to its newest checkpoint, and a function that closes what it opened.
+        train: does the steps, and returns how many are done.
         conclude: writes and prints the results of a run that is done; on the main process.
         change: a run that goes on may have other settings (`rl.config.resume.ON_REQUEST`).
-        judged: the verdict's rules hold for this kind of run.
+        judged: the verdict's rules apply to this kind of run.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _refuse_shards()
@@ -163,7 +163,7 @@ def run_program(
 
 
 def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None], fitted: Fitted) -> int:
-    """Records what changed in a run that goes on, now that its start has succeeded, and trains."""
+    """Records what changed in a resumed run, now that its start has succeeded, and trains."""
     try:
         if run.world.is_main:
             write_config(fitted.config)
@@ -178,7 +178,7 @@ def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None], f
 
 
 def first_line(config: Any, policy: Any, *, rows: int, engine: str) -> str:
-    """What a log begins with: what is trained, on what, and where it goes."""
+    """The first line of a log: what is trained, on which rows and device, and in which folder."""
     trained = sum(parameter.numel() for _, parameter in policy.trainable())
     total = sum(parameter.numel() for parameter in policy.model.parameters())
     sampled = f"engine {engine}, " if engine else ""
@@ -189,7 +189,7 @@ def first_line(config: Any, policy: Any, *, rows: int, engine: str) -> str:
 
 
 def make_deterministic(seed: int, *, kernels: bool) -> None:
-    """Seeds torch; `kernels`: those of a CPU give the same bits each time."""
+    """Seeds torch; with `kernels`, those of a CPU give the same bits each time."""
     torch.manual_seed(seed)
     if kernels and not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""A small student from a model, to be distilled: `python -m recipes.prune MODEL FOLDER --layers 12`."""
+"""Makes a small student of a model, for distillation: `python -m recipes.prune MODEL FOLDER --layers 12`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rl.report.safe_stream import say
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.prune", description=__doc__)
     parser.add_argument("model", help="hub name, folder, or smollm2-135m-instruct")
-    parser.add_argument("folder", type=Path, help="to write; it must not exist")
+    parser.add_argument("folder", type=Path, help="the new folder to write")
     parser.add_argument(
         "--layers", help="how many to keep, evenly spaced, or which: 0,1,2,28,29; default: all"
     )
@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_layers(asked: str, number: int) -> list[int]:
-    """Layers to keep of `number`: those listed, or so many, evenly spaced, the first and the last among them.
+    """Layers to keep of `number`: those listed, or so many, evenly spaced, including the first and the last.
 
-    One of two in order is DistilBERT's rule (arXiv:1910.01108 section 3). Minitron (arXiv:2408.11796) removes
-    neighbours between the first and the last layers: list the others.
+    DistilBERT keeps every second layer (arXiv:1910.01108, section 3). Minitron (arXiv:2408.11796) removes
+    consecutive layers: list the others.
 
     Raises:
-        ValueError: they are not rising numbers of layers of the model, or there are not so many.
+        ValueError: they are not layers of the model in rising order, or there are not so many.
     """
     words = [int(word) for word in asked.split(",") if word.isdecimal()]
     if asked.isdecimal() and 2 <= words[0] <= number:
@@ -58,7 +58,7 @@ def kept_layers(asked: str, number: int) -> list[int]:
 
 
 def cut_depth(model: Any, keep: Sequence[int]) -> None:
-    """Leaves the layers `keep`, in place, and what the config says of each layer."""
+    """Removes, in place, all layers except `keep`, also from lists in the config with an entry per layer."""
     config, body = model.config.get_text_config(), backbone(model)
     number, body.layers = len(body.layers), nn.ModuleList(body.layers[i] for i in keep)
     lists = {k: v for k, v in config.to_dict().items() if isinstance(v, list) and len(v) == number}
@@ -69,10 +69,10 @@ def cut_depth(model: Any, keep: Sequence[int]) -> None:
 
 @torch.no_grad()
 def cut_width(model: Any, size: int) -> None:
-    """Leaves `size` channels of each gated MLP, in place: those with the greatest |gate| |up| |down|.
+    """Keeps, in place, the `size` channels of each gated MLP with the greatest |gate| |up| |down|.
 
-    That bounds what a channel adds for inputs of one length. The activations by which Minitron chooses
-    (arXiv:2407.14679) would need data.
+    That product bounds what a channel adds for inputs of equal norm. Minitron chooses by activations
+    (arXiv:2407.14679), which would need data.
 
     Raises:
         ValueError: a layer has no gated MLP of plain matrices, or fewer channels.
@@ -100,7 +100,7 @@ def cut_width(model: Any, size: int) -> None:
 def _write(arguments: argparse.Namespace) -> int:
     target: Path = arguments.folder
     if target.exists():
-        raise ValueError(f"{target} is there already; name a folder that is not")
+        raise ValueError(f"{target} already exists; name a new folder")
     config = ModelConfig(name=resolve_model(arguments.model), dtype="fp32")
     model: Any = load_model(config).eval()
     number, before = len(backbone(model).layers), model.num_parameters()
@@ -118,8 +118,8 @@ def _write(arguments: argparse.Namespace) -> int:
         ours, theirs = (m(input_ids=ids, use_cache=False).logits for m in (model, saved))
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError(
-                f"{model.config.model_type} has settings of layers that are not lists in its config, and the "
-                "saved model would be another one; nothing is written"
+                f"{model.config.model_type} has settings of layers that are not lists in its config, so the "
+                "saved model would compute something else; nothing is written"
             )
         os.replace(folder, target)
     said = f"layers {', '.join(map(str, keep))} of {number}"

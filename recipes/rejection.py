@@ -1,8 +1,8 @@
 """Rejection sampling: `cohort sample CONFIG [key=value ...]` writes verified traces that `recipes.sft` reads.
 
-Every completion goes into a ledger, a record per call, which is there whole or not at all; a start samples
-the records that are missing. `traces.parquet` is chosen from the ledger once it is whole, so a killed run
-ends with the traces of an undisturbed one, each once.
+Every completion goes into a ledger. It has a record per call, written whole or not at all; a restart samples
+the missing ones. `traces.parquet` is chosen from the complete ledger, so that a killed run ends with the
+traces of an undisturbed one, each once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recipes.models import resolve_model
 from recipes.program import make_deterministic, recipe_main
 from recipes.sources import sampling_params
 from recipes.tasks import find_modules_beside, load_rows
+from recipes.tasks.overlap import without_asked
 from recipes.tasks.prompts import grader_columns, make_prompts, unrendered_prompt
 from recipes.tasks.traces import Trace, ask_endpoint, choose, read_traces
 from rewards.compose import reward_specs
@@ -53,7 +54,7 @@ TRACES = "traces.parquet"
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who answers, to which prompts, and what both are by content."""
+    """The prompts, the function that answers them, fingerprints of both, and ids that end a completion."""
 
     prompts: Sequence[Prompt]
     generate: Callable[[Call], list[Group]]
@@ -62,7 +63,7 @@ class Teacher:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Samples; the exit code is `recipe_main`'s."""
+    """Samples; returns the exit code of `recipe_main`."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         path, *overrides = arguments
@@ -108,11 +109,11 @@ def sample(config: TracesConfig, stop: StopSignal) -> int:
         teacher = make_teacher(config, pool, world, stack)
         if world.is_main:
             claim_inputs(config, teacher.found, say)
-            for name in ("result.json", TRACES):  # first: with a new config they would count as its own
+            for name in ("result.json", TRACES):  # first: beside a new config they would pass for its own
                 (config.run_dir / name).unlink(missing_ok=True)
             write_config(config)
         world.wait()
-        is_stopped = not record_all(config, teacher, pool, world, stop)
+        is_stopped = not record_all(config, teacher, pool=pool, world=world, stop=stop)
         if is_stopped and world.is_main:
             say("stopped; the same command goes on from the records that are there")
         elif world.is_main:
@@ -124,13 +125,13 @@ def sample(config: TracesConfig, stop: StopSignal) -> int:
 def make_teacher(config: TracesConfig, pool: RewardPool, world: World, stack: ExitStack) -> Teacher:
     data, s = config.data, config.sample
     note = say if world.is_main else lambda text: None
-    rows = load_rows(data)
+    rows = without_asked(config.overlap, load_rows(data), data.prompt_column, note)
     pool.check_columns(*grader_columns(data, rows))
     own, names = config.model.model_dump(), [spec.name for spec in config.rewards.functions]
     found = fingerprints("none/none", None, {"data": rows}, rewards=names) | {"versions": library_versions()}
     if s.endpoint or s.completion_column:
         if needy := [asks.name for asks in pool.asks if asks.needs_ids]:
-            raise ValueError(f"reward {needy[0]!r} counts tokens, which traces of others do not have")
+            raise ValueError(f"reward {needy[0]!r} counts tokens, which traces sampled elsewhere lack")
         if s.completion_column:
             return Teacher(*read_traces(data, rows, s.completion_column), found)
         prompts = [unrendered_prompt(data, row, f"sample/{i:06d}") for i, row in enumerate(rows)]
@@ -143,18 +144,22 @@ def make_teacher(config: TracesConfig, pool: RewardPool, world: World, stack: Ex
     longest = max(len(p.token_ids) for p in prompts) + config.sampling.max_completion_length
     check_config(model, tokenizer, longest)
     found |= fingerprints(model.name, tokenizer, {"data": rows}, revision=model.revision, rewards=names)
-    engine = stack.enter_context(open_engine(config, model, tokenizer, longest, world, note, config.run_dir))
+    engine = stack.enter_context(
+        open_engine(
+            config, model, tokenizer=tokenizer, longest=longest, world=world, note=note, out=config.run_dir
+        )
+    )
     ends = end_token_ids(tokenizer, (), generation_config(model))
     return Teacher(prompts, engine.generate, found | {"engine": {"name": engine.name}}, ends)
 
 
 def record_all(
-    config: TracesConfig, teacher: Teacher, pool: RewardPool, world: World, stop: StopSignal
+    config: TracesConfig, teacher: Teacher, *, pool: RewardPool, world: World, stop: StopSignal
 ) -> bool:
-    """Samples and grades what is missing, record by record; False if a signal came before the last one.
+    """Samples and grades the missing records, one by one; returns False if a signal came before the last.
 
-    A record does not depend on the processes that there are: its prompts and their seeds are those of its
-    number. Too many faults of graders end the run before the record is written.
+    A record does not depend on the number of processes: its own number determines its prompts and seeds. Too
+    many faults of graders end the run before the record is written.
     """
     s, prompts, ledger = config.sample, teacher.prompts, Ledger(config.run_dir)
     params, began, sums = sampling_params(config.sampling, teacher.ends), time.monotonic(), [0, 0, 0]
@@ -190,7 +195,7 @@ def record_all(
 
 
 def recorded(config: TracesConfig, num_records: int) -> Iterator[ScoredGroup]:
-    """Every group of the ledger, in order; raises RuntimeError where a record is missing."""
+    """Every group of the ledger, in order; raises RuntimeError if a record is missing."""
     ledger = Ledger(config.run_dir)
     for index in range(num_records):
         if (record := ledger.read(index)) is None:
@@ -199,13 +204,13 @@ def recorded(config: TracesConfig, num_records: int) -> Iterator[ScoredGroup]:
 
 
 def conclude(config: TracesConfig, teacher: Teacher) -> None:
-    """Writes the traces and `result.json`; raises ValueError if there is none."""
+    """Writes the traces and `result.json`; raises ValueError if no trace is kept."""
     num_records = -(-len(teacher.prompts) // config.sample.prompts_per_record)
     traces, counts = choose(recorded(config, num_records), config)
     if not traces:
         raise ValueError(
             f"of {counts['completions']} completions {counts['verified']} are verified by {config.verify} "
-            f"(graded: {counts['graded']}), and none of these ended by itself; lower sample.verify, raise "
+            f"(graded: {counts['graded']}), and none of these was complete; lower sample.verify, raise "
             f"sampling.max_completion_length, or look at them with cohort report {config.run_dir}"
         )
     graders = described({spec.name: spec.options for spec in config.rewards.functions})

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning by TRL: `accelerate launch -m recipes.sft recipes/configs/NAME.yaml key=value ...`.
+"""Fine-tuning with TRL: `accelerate launch -m recipes.sft recipes/configs/NAME.yaml key=value ...`.
 
-Dense models, and mixtures of experts, whose balance is exact over the whole optimizer step: TRL's own loss
-pools the layers and takes each micro-batch by itself. Started again with the same run_dir it goes on.
+It trains dense models and mixtures of experts. Their balance loss is exact per layer and over the whole step;
+TRL's pools the layers and takes each micro-batch alone. Started again with the same run_dir, it resumes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from recipes.cli.command import leave
 from recipes.models import resolve_model
 from recipes.program import make_deterministic, recipe_main
 from recipes.tasks import find_modules_beside, load_rows
+from recipes.tasks.overlap import without_asked
 from rl.config import ModelConfig
 from rl.config.read import dump_config, flatten, read_config
 from rl.config.sft import SftConfig
@@ -46,12 +47,12 @@ try:
     from recipes.sft_trainer import BalancedTrainer
 except ImportError as error:
     raise SystemExit(
-        f"cohort: recipes.sft trains by TRL, which is missing ({error}): pip install trl==1.16.0"
+        f"cohort: recipes.sft trains with TRL, which is missing ({error}): pip install trl==1.16.0"
     ) from error
 
 OWN = (
-    Metric("sft/loss", "nats/token", "cross-entropy of the answers' tokens, and the balance loss"),
-    Metric("sft/token_accuracy", "share", "answers' tokens that are the model's first choice"),
+    Metric("sft/loss", "nats/token", "cross-entropy of the answers' tokens, plus the balance loss"),
+    Metric("sft/token_accuracy", "share", "answers' tokens that the model ranks first"),
     Metric("sft/tokens", "tokens", "tokens computed so far"),
 )
 NAMES = {
@@ -62,12 +63,12 @@ NAMES = {
     "grad_norm": "policy/grad_norm",
     "learning_rate": "policy/lr",
 }
-PROBE_LENGTH = 64  # tokens of the first example, on which routing is compared with the first step's
+PROBE_LENGTH = 64  # tokens of the first example; routing on them is compared with the first step's
 
 
 class RunFiles(TrainerCallback):
-    """Writes `metrics.jsonl` and manifests of checkpoints as other recipes do, and stops after the step in
-    which a signal came.
+    """Writes `metrics.jsonl` and the checkpoints' manifests as other recipes do; after a signal it stops at
+    the end of the step.
     """
 
     def __init__(self, config: SftConfig, stop: StopSignal, world: World, display: Display) -> None:
@@ -85,12 +86,12 @@ class RunFiles(TrainerCallback):
         control.should_save |= control.should_training_stop or state.global_step >= state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A manifest makes a checkpoint one that a run may go on from; older ones go when it is on disk."""
+        """Writes the manifest, which makes a checkpoint valid to resume from, then deletes older ones."""
         self.world.gather(None)  # each process has written its part
         if self.world.is_main:
             write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step)
             for old in checkpoints_of(self.config.run_dir)[: -self.config.checkpoint.keep]:
-                (old / "manifest.json").unlink()  # first: what a killed removal leaves is not a checkpoint
+                (old / "manifest.json").unlink()  # first, so that a killed removal leaves no checkpoint
                 shutil.rmtree(old)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -103,7 +104,7 @@ class RunFiles(TrainerCallback):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; the exit code is `recipe_main`'s."""
+    """Trains; returns the exit code of `recipe_main`."""
 
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         path, *overrides = arguments
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: SftConfig, stop: StopSignal) -> int:
     newest = claim(config)
     if newest is not None and int(newest.rpartition("-")[2]) >= config.train.steps:
-        if is_first():  # the trainer would do a step more
+        if is_first():  # the trainer would do one more step
             say(f"already finished: {write_result(config)}")
         return 0
     trainer, rows, dropped = make_trainer(config, newest)
@@ -150,11 +151,12 @@ def train(config: SftConfig, stop: StopSignal) -> int:
 
 
 def make_trainer(config: SftConfig, newest: str | None = None) -> tuple[BalancedTrainer, Any, int]:
-    """The trainer, with the model of the newest checkpoint; its rows; how many of them were too long."""
+    """(trainer with the newest checkpoint's model, its rows, number of rows that were too long)."""
     make_deterministic(config.train.seed, kernels=True)
     args, model = arguments_of(config), model_of(config)
     tokenizer = load_tokenizer(model)
-    rows = load_rows(config.data.rows())
+    warn = say if is_first() else lambda text: None
+    rows = without_asked(config.overlap, load_rows(config.data.rows()), config.data.prompt_column, warn)
     examples, dropped = encode_rows(rows, config.data, tokenizer)
     columns = {"input_ids": [[*e.prompt.tolist(), *e.answer.tolist()] for e in examples]}
     columns["labels"] = [[-100] * len(e.prompt) + e.answer.tolist() for e in examples]
@@ -202,7 +204,7 @@ def arguments_of(config: SftConfig) -> SFTConfig:
         warmup_steps=o.warmup_steps,
         max_length=config.data.max_length,
         packing=t.packing,
-        router_aux_loss_coef=0.0,  # TRL's own pools the layers
+        router_aux_loss_coef=0.0,  # TRL's own loss pools the layers
         gradient_checkpointing=config.model.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=config.model.dtype == "bf16-mixed",
@@ -220,7 +222,7 @@ def is_first() -> bool:
 
 
 def write_result(config: SftConfig) -> str:
-    """`result.json` of the newest checkpoint, and that in words."""
+    """Writes `result.json` for the newest checkpoint, and returns a summary of it."""
     path = checkpoints_of(config.run_dir)[-1]
     result = {"steps": int(path.name.rpartition("-")[2]), "checkpoint": str(path)}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
@@ -228,10 +230,10 @@ def write_result(config: SftConfig) -> str:
 
 
 def claim(config: SftConfig) -> str | None:
-    """The newest checkpoint of the run.
+    """The newest undamaged checkpoint of the run, or None.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or checkpoints that are all damaged.
+        ValueError: the folder holds a run with other settings, or all its checkpoints are damaged.
     """
     file, found = config.run_dir / "config.yaml", checkpoints_of(config.run_dir)
     newest = next((str(path) for path in reversed(found) if find_fault(path, {}) is None), None)
@@ -255,7 +257,7 @@ def claim(config: SftConfig) -> str | None:
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """Checkpoints that were written to their end, the oldest first."""
+    """Complete checkpoints, the oldest first."""
     found = (run_dir / "checkpoints").glob("checkpoint-*/manifest.json")
     return sorted((path.parent for path in found), key=lambda path: int(path.name.rpartition("-")[2]))
 

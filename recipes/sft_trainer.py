@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the balance of a mixture's experts, exact over the whole optimizer step."""
+"""TRL's SFTTrainer with a balance loss for mixtures of experts, exact over the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SEEN = ("input_ids", "attention_mask", "position_ids")
 
 
 class BalancedTrainer(SFTTrainer):
-    """TRL's trainer with the losses of `rl.moe.balance`; of a dense model it is TRL's alone.
+    """TRL's trainer with the losses of `rl.moe.balance`; for a dense model it is TRL's unchanged.
 
     Attributes:
-        health: what becomes of the routing; the metrics are logged with TRL's own.
+        health: watches the routing; its metrics are logged with TRL's own.
     """
 
     def balance(self, config: SftConfig, probe: Tensor) -> None:
-        """To be called before `train`. A step of several passes is counted in others, without a graph."""
+        """Call it before `train`. If a step has several passes, passes without a graph count its load."""
         model = cast(Any, self.accelerator.unwrap_model(self.model))
         self.plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.sites, self.probe = find_routers(self.plain), probe.to(self.plain.device)
@@ -40,7 +40,7 @@ class BalancedTrainer(SFTTrainer):
         if not self.sites:
             if asked := config.moe.model_dump(exclude_defaults=True):
                 raise ValueError(
-                    f"moe: {', '.join(asked)} are set, and {config.model.name} has no routers; remove the "
+                    f"moe: {', '.join(asked)} are set, but {config.model.name} has no routers; remove the "
                     "section moe"
                 )
             return
@@ -67,8 +67,8 @@ class BalancedTrainer(SFTTrainer):
         return cast(Tensor, self.accelerator.reduce(values, "sum"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads adapters; a whole model was loaded from there before. transformers' trainer goes by the names
-        on disk, and leaves experts and routers that have others as they were, with a warning.
+        """Loads adapters only, since a whole model was loaded from there before. transformers' trainer goes
+        by names on disk: experts and routers under other names would stay as they were, with a warning.
         """
         if hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -139,6 +139,6 @@ class BalancedTrainer(SFTTrainer):
 
 
 def rows_of(inputs: Any) -> Rows:
-    """TRL packs without a mask and pads with one."""
+    """The rows of a batch; TRL packs without a mask and pads with one."""
     mask = inputs.get("attention_mask")
     return Rows.of_positions(inputs["position_ids"]) if mask is None else Rows.of_mask(mask)

@@ -18,13 +18,14 @@ from rollout.source import Admission, DynamicSampling, RolloutSource, WeightSync
 def make_source(
     config: Config,
     world: World,
+    *,
     engine: Engine,
     scorer: Scorer,
     stream: PromptStream,
     ends: Sequence[int],
     phases: Phases,
 ) -> Source:
-    """On-policy, or sampling ahead by `train.max_staleness` steps."""
+    """A source that samples on-policy, or ahead by `train.max_staleness` steps."""
     t = config.train
     return RolloutSource(
         engine,
@@ -62,6 +63,7 @@ def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingPa
 
 
 def dynamic_sampling(config: Config) -> DynamicSampling:
+    """Keeps only groups that can teach (`group_outcome` "mixed") if the config asks for it, else all."""
     dynamic = config.advantage.dynamic_sampling
     if dynamic is None:
         return DynamicSampling()

@@ -1,4 +1,4 @@
-"""A mixture of experts from a dense model: `python -m recipes.upcycle MODEL FOLDER --experts 8 --top-k 2`."""
+"""Turns a dense model into a mixture: `python -m recipes.upcycle MODEL FOLDER --experts 8 --top-k 2`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rl.report.safe_stream import say
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.upcycle", description=__doc__)
     parser.add_argument("model", help="hub name, folder, or smollm2-135m-instruct")
-    parser.add_argument("folder", type=Path, help="to write; it must not exist")
+    parser.add_argument("folder", type=Path, help="the new folder to write")
     parser.add_argument("--experts", type=int, default=8, metavar="E", help="copies of each layer's MLP")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts of a token")
-    parser.add_argument("--family", default=None, help="of the mixture; default: mixtral of a Llama")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token")
+    parser.add_argument("--family", default=None, help="of the mixture; default: mixtral for a Llama")
     parser.add_argument(
         "--noise", type=float, default=0.0, help="added to the copies, in standard deviations of the weights"
     )
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(arguments: argparse.Namespace) -> int:
     if arguments.folder.exists():
-        raise ValueError(f"{arguments.folder} is there already; name a folder that is not")
+        raise ValueError(f"{arguments.folder} already exists; name a new folder")
     config = ModelConfig(name=resolve_model(arguments.model), dtype="fp32")
     mixture = upcycle(
         load_model(config),

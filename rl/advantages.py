@@ -1,7 +1,7 @@
 """Rewards of a step -> advantages: one dict `ADVANTAGES`, name -> function of one group's rewards.
 
-Python floats (fp64): groups are tiny, and a group without spread gets exactly 0, so its rows may be skipped.
-Abstained rewards (score None) and aborted completions leave every mean and deviation and get advantage 0.
+Numbers are Python floats (fp64): groups are tiny, and one without spread gets exactly 0 and may be skipped.
+Abstained rewards (score None) and aborted completions are in no mean or deviation and get advantage 0.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def rloo_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[fl
 def max_rl_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
     """(r - mean(r)) / mean(r), 0 for a group without success (MaxRL, arXiv:2602.02710 algorithm 1).
 
-    Derived for binary rewards, where a prompt of pass rate p weighs about 1 / p as under maximum likelihood.
+    It is derived for binary rewards: a prompt of pass rate p weighs about 1 / p, as in maximum likelihood.
     A positive factor on all rewards changes nothing.
 
     Raises:
-        ValueError: a reward is negative; the mean could then be 0 or turn the sign around.
+        ValueError: a reward is negative; the mean could then be 0 or flip the sign.
     """
     if min(rewards, default=0.0) < 0:
         raise ValueError(
@@ -70,8 +70,8 @@ def batch_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[f
 
 
 def wd1_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
-    """softmax(A) - softmax(-A) over the group, A = r - mean(r): what wd1 (arXiv:2507.08838) weighs log-probs
-    with, its positive and its negative samples in one. 0 without spread; for loss.name=reinforce.
+    """softmax(A) - softmax(-A) over the group, A = r - mean(r): the weights of log-probs in wd1
+    (arXiv:2507.08838), its positive and negative terms added. 0 without spread; for loss.name=reinforce.
     """
     centered = centered_advantages(rewards)
     up, down = ([math.exp(sign * a) for a in centered] for sign in (1, -1))
@@ -95,17 +95,17 @@ def compute_advantages(
     weights: Mapping[str, float],
     reduce_moments: ReduceMoments | None = None,
 ) -> list[list[Advantage]]:
-    """One advantage per completion of every group of a step, in order; credit="turns": one per token
-    (`turn_advantages`).
+    """One advantage per completion of every group of a step, in order. With credit="turns" it is one per
+    token (`turn_advantages`).
 
     aggregate="sum" normalises `Reward.score`, already the weighted sum. aggregate="gdpo" (arXiv:2601.05242)
-    normalises each of `Reward.parts` within its group as "grpo" does, sums them with `weights`, and divides
-    by the deviation of those sums over the step, plus 1e-4; their mean over the step is 0 by construction.
+    normalises each of `Reward.parts` within its group as "grpo" does, and sums them with `weights`. Then it
+    divides by the deviation of the sums over the step, plus 1e-4. Their mean is 0 by construction.
 
     Args:
         groups: this process's groups; they may be ragged.
-        weights: reward name -> weight; read by gdpo only.
-        reduce_moments: sums numbers over the processes; called twice, whatever the config. None: one process.
+        weights: reward name -> weight; only gdpo reads it.
+        reduce_moments: sums numbers over processes; called twice, whatever the config. None: one process.
 
     Raises:
         ValueError: a score is not finite; gdpo finds no parts or one without a weight; max_rl a score < 0.
@@ -129,12 +129,12 @@ def compute_advantages(
 
 
 def turn_advantages(scored: ScoredGroup) -> list[Advantage]:
-    """A_t = G_t - mean over the group's other episodes of their G_t, of the tokens sampled in turn t; 0 of
-    others. G_t is the sum of the rewards from turn t on, and 0 of an episode that is over.
+    """A_t = G_t - mean of G_t over the group's other episodes, for tokens sampled in turn t; 0 for others.
 
-    The mean is over all other episodes, so that nothing of an episode's own actions is in what is subtracted:
-    unbiased, also where the policy decides when to stop. Over those alone that have a turn t, itself
-    included, another turn would cost its mean reward.
+    G_t is the sum of the rewards from turn t on, and 0 once an episode is over. The baseline is a mean over
+    all other episodes, so it does not depend on this episode's actions. That keeps it unbiased even where
+    the policy decides when to stop. A mean over only the episodes that reach turn t, this one included,
+    would charge a further turn its mean reward.
 
     Raises:
         ValueError: a reward is not finite, or an episode has no reward for each of its turns.
@@ -153,21 +153,21 @@ def turn_advantages(scored: ScoredGroup) -> list[Advantage]:
 
 
 def _returns(scored: ScoredGroup, index: int) -> list[float]:
-    """G_t of a completion."""
+    """G_t of a completion for each of its turns."""
     turns = [reward or 0.0 for reward in scored.rewards[index].turns]
     rows = scored.completions[index].rows
     num_turns = sum(segment.origin == "sampled" for row in rows for segment in row.segments)
     if not turns or len(turns) != num_turns or not all(map(math.isfinite, turns)):
         raise ValueError(
             f"advantage.credit=turns: completion {index} of prompt {scored.prompt.id} has {num_turns} turns "
-            f"and {turns} as their rewards; use an environment that gives each turn a finite one, with the "
-            "reward 'environment' alone in rewards.functions, or advantage.credit=episode"
+            f"and {turns} as their rewards; use an environment that gives each turn a finite reward, and "
+            "'environment' alone in rewards.functions, or set advantage.credit=episode"
         )
     return [math.fsum(turns[t:]) for t in range(len(turns))]
 
 
 def _per_token(completion: Completion, per_turn: Sequence[float]) -> list[float]:
-    """The k-th number for each token of the k-th sampled segment, of all rows; 0 for the others."""
+    """The k-th number for each token of the k-th sampled segment over all rows; 0 for other tokens."""
     values, numbers = [], iter(per_turn)
     for row in completion.rows:
         for segment in row.segments:
@@ -177,11 +177,11 @@ def _per_token(completion: Completion, per_turn: Sequence[float]) -> list[float]
 
 
 def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapping[str, float]) -> Outcome:
-    """Whether a group can teach: "mixed" if some advantage can differ from 0, else why none does.
+    """Whether a group has a training signal: "mixed" if an advantage can differ from 0, else why none can.
 
     "all_right": all valid scores are equal, positive and at least half of what the weights can pay (rewards
-    up to 1), so that a format bonus does not count; "all_wrong": equal and less; "unscored": none valid.
-    Under gdpo a group with equal scores is mixed if a part that has a weight has spread.
+    up to 1). A format bonus alone is less. "all_wrong": equal and below that. "unscored": none is valid.
+    Under gdpo a group with equal scores is mixed if one of its weighted parts has spread.
     """
     ids = valid_completions(scored)
     if not ids:
@@ -199,7 +199,7 @@ def group_outcome(scored: ScoredGroup, *, config: AdvantageConfig, weights: Mapp
 
 
 def valid_completions(scored: ScoredGroup) -> list[int]:
-    """Indices of the completions that count in the group's baseline: sampled without abort, and scored."""
+    """Indices of the completions that count in the group's baseline: those not aborted, and scored."""
     assert len(scored.rewards) == len(scored.completions), f"{scored.prompt.id}: one reward each"
     pairs = zip(scored.completions, scored.rewards, strict=True)
     return [i for i, (c, r) in enumerate(pairs) if c.finish_reason != "abort" and r.score is not None]
@@ -216,7 +216,7 @@ def sample_std(values: Sequence[float]) -> float:
 
 
 def _std_over_step(values: Sequence[Sequence[float]], reduce_moments: ReduceMoments | None) -> float:
-    """Sample deviation of all values of all processes, in two passes: a large mean cancels no digits."""
+    """Sample deviation of all values of all processes, in two passes: a large mean costs no digits."""
     reduce = reduce_moments or (lambda moments: moments)
     flat = [x for group in values for x in group]
     count, total = reduce([float(len(flat)), math.fsum(flat)])
@@ -244,7 +244,7 @@ def _sum_of_normalised(scored: ScoredGroup, ids: Sequence[int], weights: Mapping
 
 
 def _scores(scored: ScoredGroup, ids: Sequence[int], part: str | None = None) -> dict[int, float]:
-    """Index -> score of the reward, or of one of its parts where that applies."""
+    """Index -> score of the reward, or of one of its parts; completions without such a score are left out."""
     scores: dict[int, float] = {}
     for i in ids:
         reward = scored.rewards[i]

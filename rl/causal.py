@@ -1,4 +1,4 @@
-"""The causal policy: a transformers model that every process holds whole."""
+"""The causal policy: a transformers model of which every process holds a full copy."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class CausalScorer(nn.Module):
         self.longest = sys.maxsize
 
     def check_length(self, num_tokens: int) -> None:
-        """Raises ValueError beyond the length from which on dynamic rotary frequencies depend on the longest
-        sequence so far, so that a log-prob has no value of its own.
+        """Raises ValueError for a length at which dynamic rotary frequencies change. Log-probs would then
+        depend on the longest sequence computed so far.
         """
         if num_tokens > self.longest:
             raise ValueError(
-                f"a sequence of {num_tokens} tokens exceeds the {self.longest} from which on the dynamic "
-                "rotary frequencies of this model depend on what was computed before; lower "
+                f"a sequence of {num_tokens} tokens exceeds {self.longest}, beyond which the dynamic rotary "
+                "frequencies of this model depend on earlier sequences; lower "
                 "sampling.max_completion_length and leave out long prompts"
             )
 
@@ -74,7 +74,7 @@ class CausalScorer(nn.Module):
     def answers(
         self, hidden_LD: Float[Tensor, "L D"], batch: MicroBatch, temperature: float, ids_LK: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Log-prob and entropy of each loss token; log-probs of asked ids, and of all others together."""
+        """Log-prob and entropy of each loss token; log-probs of `ids_LK`, and of all other ids together."""
         found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
         if ids_LK is None:
             return *found, None, None
@@ -84,7 +84,7 @@ class CausalScorer(nn.Module):
         return own_logprobs(self.model, ids_T)
 
     def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        """What the head makes log-probs of."""
+        """Hidden states from which the head computes the log-probs of the loss tokens."""
         return self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
@@ -102,14 +102,14 @@ class CausalScorer(nn.Module):
         for row, prompt_length, start in batch.sequences():
             self.check_length(len(row))
             hidden_TD = below(input_ids=row[None], use_cache=False).last_hidden_state[0]
-            # Not the prompt's columns of a sibling: a rotary embedding may depend on the row's length.
+            # Prompt states of a sibling's row are not reused: rotary embeddings may depend on its length.
             own = batch.columns_L[batch.columns_L >= start] - start
             pieces.append(hidden_TD[own[own < len(row) - prompt_length] + prompt_length - 1])
         return torch.cat(pieces)
 
 
 class CausalPolicy:
-    """The model being trained and its tokenizer. Its log-probs are exact, and the same in each pass."""
+    """The model being trained and its tokenizer. Its log-probs are exact and equal in every pass."""
 
     redraws = in_step = False
 
@@ -159,8 +159,8 @@ class CausalPolicy:
         return self.scorer.packed
 
     def set_packed(self, packed: bool) -> None:
-        """Chooses between packed rows and one sequence at a time, to which it keeps where packed rows were
-        found to be wrong. A copy of the scorer, as a reference has it, stays as it was.
+        """Chooses between packed rows and one sequence at a time. Packed rows stay off once they were found
+        to be inexact. A reference's copy of the scorer is not switched.
         """
         self.scorer.packed = packed and self.packing_fault is None
         self.model.set_attn_implementation(PACKED if self.scorer.packed else self.own_attention)
@@ -176,14 +176,14 @@ class CausalPolicy:
             self.set_packed(packed)
 
     def settle_attention(self, longest: int | None = None) -> str | None:
-        """Turns packed rows on if they give this model's log-probs of single sequences; else says why not.
+        """Turns packed rows on if their log-probs equal those of single sequences; else returns why not.
 
         Args:
             longest: tokens of the longest sequence that will be trained on.
 
         Raises:
-            ValueError: the head is not a plain linear layer, so that log-probs from hidden states would be
-                wrong; or attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
+            ValueError: the head is not a plain linear layer, so log-probs from hidden states would be wrong;
+                or attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
         """
         rope = exactness.moving_rope(self.model)
         if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
@@ -215,7 +215,7 @@ class CausalPolicy:
 
     def _settle_rows(self, batch: MicroBatch) -> Float[Tensor, " L"]:
         """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
-        every config. Where they differ because of the model's own attention, eager takes its place.
+        every config. If the model's own attention is the reason for a difference, eager replaces it.
         """
         own = self.own_attention
         if batch.layout.longest <= exactness.EAGER_LIMIT:
@@ -240,8 +240,8 @@ class CausalPolicy:
         )
 
     def _compare_packed(self, batch: MicroBatch, expected_L: Tensor) -> str | None:
-        """Why packed rows may not be used: they are off in the storage dtype, or off in the compute dtype by
-        more than rounding moves one sequence at a time (fused kernels take 16 bits only).
+        """Why packed rows may not be used, or None. Their log-probs are compared in the storage dtype, and in
+        the compute dtype: there they may differ by what rounding does (fused kernels take 16 bits only).
         """
         try:
             with self.autocast():
@@ -250,8 +250,8 @@ class CausalPolicy:
             gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
             if not gap <= self.tolerance:
                 return (
-                    f"packed log-probs differ by {gap:.2g} nats: something beside attention looks along the "
-                    "row, or attention takes distances or a window from elsewhere"
+                    f"packed log-probs differ by {gap:.2g} nats: another layer than attention mixes tokens "
+                    "of the row, or attention does not take distances or its window from the positions"
                 )
             with self.autocast():
                 gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
@@ -259,7 +259,7 @@ class CausalPolicy:
             return str(error).splitlines()[0]
         except (TypeError, AttributeError, RuntimeError):
             name = type(self.model).__name__
-            return f"the layers of {name} need an attention mask, or a shape that a packed row does not have"
+            return f"the layers of {name} need an attention mask, or shapes that a packed row does not have"
         if not gap <= 4 * rounded + self.tolerance:
             return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
         return None
@@ -270,7 +270,7 @@ class CausalPolicy:
         return 2e-4 if loading.storage_dtype(self.config) == torch.float32 else 0.15
 
     def _gap(self, ours_L: Tensor, theirs_L: Tensor) -> float:
-        """The greatest gap in nats; of weights in bf16 the mean, as rounding has single tokens at 0.3."""
+        """The largest gap in nats; in bf16 the mean gap, as rounding alone moves single tokens by 0.3."""
         gaps_L = (ours_L - theirs_L).abs()
         return (gaps_L.max() if loading.storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
 
@@ -283,7 +283,7 @@ class CausalPolicy:
         return [Prepared(micro_batch.to(self.device)) for micro_batch in batch.micro_batches]
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
-        """Under the sampling distribution: temperature applied."""
+        """Log-probs under the sampling distribution, that is, with the temperature applied."""
         return self.score_by(self.scorer, prepared, ids_LK=ids_LK)
 
     def score_by(self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Tensor | None = None) -> Scores:
@@ -315,7 +315,7 @@ class CausalPolicy:
         load_optimizer(folder, optimizer, self.trainable())
 
     def load_weights(self, folder: Path) -> None:
-        """Weights (or the adapter) that `write_model` wrote, bit for bit."""
+        """Loads the weights (or the adapter) that `write_model` wrote, bit for bit."""
         if self.peft_model is not None:
             load_adapter(self.peft_model, folder, self.device)
             return
@@ -336,10 +336,10 @@ class CausalPolicy:
         return ids.tolist(), logprobs.tolist()
 
     def write_model(self, folder: Path, save: Callable[[Path], None] | None = None) -> None:
-        """Plain Hugging Face form: the model's folder, or the adapter's with LoRA; the tokenizer beside it.
+        """Writes Hugging Face form: the model's folder, or with LoRA the adapter's, and the tokenizer.
 
-        Weights keep their dtype; config.json names the compute dtype, by which others load them. `save`
-        writes what other processes do not; default: all.
+        Weights keep their dtype; config.json names the compute dtype, in which others load them. `save`
+        replaces the writing of the weights and settings; by default this process writes all of them.
         """
         compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         with self.in_rows():

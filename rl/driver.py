@@ -1,9 +1,9 @@
-"""What every training loop shares: when to stop, log, save and evaluate, and how a run goes on from a stop.
+"""What every training loop shares: when to stop, log, save and evaluate, and how a run resumes.
 
-A loop is `for step in steps(run): ...`; `rl.train.train` is the one of reinforcement learning.
+A loop is `for step in steps(run): ...`; `rl.train.train` is the loop of reinforcement learning.
 
-A run that was killed goes on exactly, since every random number is a function of the seed and of what it is
-for, not of a stream's state. Logs are cut back to the checkpoint: metrics have neither gaps nor doubles.
+A killed run resumes exactly: every random number is a function of the seed and of its purpose, not of a
+stream's state. Logs are cut back to the checkpoint, so metrics have neither gaps nor duplicates.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from rl.world import World
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run is.
 
     Attributes:
-        step: how many are done.
-        start_step: how many were done when this process began.
+        step: steps done.
+        start_step: steps done when this process began.
         saved_step: step of the newest checkpoint; 0 if there is none.
-        bad_steps_in_row, skipped_steps: optimizer steps left out, as something was not finite.
+        bad_steps_in_row, skipped_steps: optimizer steps skipped because loss or gradient was not finite.
         began: `time.monotonic()` when this process was started.
-        seconds_before: what earlier processes of this run took, up to the checkpoint that it goes on from.
+        seconds_before: seconds that earlier processes of this run took, up to the checkpoint it resumed from.
         values: the metrics of the step under way; the loop's body fills it.
     """
 
@@ -74,7 +74,7 @@ class Loop(Protocol):
     Attributes:
         config: has `train.steps`, `train.max_bad_steps`, `checkpoint.every` and `evaluation.every`.
         reference: the model of a KL term, or None.
-        logs: what is cut back to the checkpoint besides the metrics.
+        logs: files to cut back to the checkpoint in addition to the metrics.
     """
 
     config: Any
@@ -96,30 +96,30 @@ class Loop(Protocol):
     def logs(self) -> Sequence[Log]: ...
 
     def evaluate(self, step: int) -> None:
-        """Measures the weights after `step` steps on held-out data, unless that is known or there is none."""
+        """Measures the weights after `step` steps on held-out data, unless that is done or there is none."""
         ...
 
     def counters(self) -> dict[str, Any]:
-        """JSON values that a checkpoint keeps besides the driver's own."""
+        """JSON values that a checkpoint keeps in addition to the driver's own."""
         ...
 
     def put_back(self, counters: Mapping[str, Any]) -> None:
-        """Puts the run back to what `counters` gave."""
+        """Restores what `counters` returned."""
         ...
 
 
 def steps(run: Loop) -> Iterator[int]:
-    """The numbers of the steps to do, from 0. Between two it logs, evaluates, saves, and looks for a stop.
+    """Yields the steps to do, from 0. Between two it logs, evaluates, saves, and checks for a stop signal.
 
     The body of the loop does the step, and puts its metrics into `run.progress.values`.
 
     Raises:
-        RuntimeError: a tensor is not finite; or the disk fails and the run is about to end.
+        RuntimeError: a tensor to save is not finite; or the disk fails and the run is about to end.
     """
     at, total = run.progress, run.config.train.steps
     if at.step == 0 or at.step >= total or every(at.step, run.config.evaluation.every):
         run.evaluate(at.step)
-    run.phases.take()  # drops the seconds that came before the first step
+    run.phases.take()  # drops what was timed before the first step
     while at.step < total and not run.stop.requested():
         at.values, at.step_began = {}, time.monotonic()
         yield at.step
@@ -151,13 +151,13 @@ def _log(run: Loop) -> None:
 
 
 def count_bad_steps(run: Loop, bad_steps: int, *, where: str) -> None:
-    """Notes how many optimizer steps the last update left out, as loss or gradient were not finite.
+    """Counts optimizer steps that the last update skipped because loss or gradient was not finite.
 
     Args:
-        where: what a reader may look at, in words.
+        where: end of the message, which says where to look.
 
     Raises:
-        RuntimeError: that was so `train.max_bad_steps` times in a row.
+        RuntimeError: this was the case `train.max_bad_steps` times in a row.
     """
     at = run.progress
     at.skipped_steps += bad_steps
@@ -174,7 +174,7 @@ def count_bad_steps(run: Loop, bad_steps: int, *, where: str) -> None:
 
 
 def save(run: Loop, *, must: bool = False) -> None:
-    """Publishes a checkpoint; a full disk is reported and survived, since the earlier ones are untouched.
+    """Publishes a checkpoint. A full disk only causes a warning, since earlier checkpoints are untouched.
 
     Raises:
         RuntimeError: a tensor is not finite; or the disk fails and `must`, because the run is about to end.
@@ -195,7 +195,7 @@ def save(run: Loop, *, must: bool = False) -> None:
         try:
             run.store.save(at.step, write=write, state=state, team=run.world, num_bytes=num_bytes)
         except CheckpointWriteError as error:
-            sentence = f"{error}; started again, the run repeats what follows them"
+            sentence = f"{error}; if started again, the run repeats the steps after them"
             if must:
                 raise RuntimeError(sentence) from error
             run.observer.warn(sentence)
@@ -204,7 +204,7 @@ def save(run: Loop, *, must: bool = False) -> None:
 
 
 def go_on(run: Loop) -> LoadedCheckpoint | None:
-    """Puts a run back to its newest valid checkpoint, and says what was skipped; None if there is none."""
+    """Resumes a run from its newest valid checkpoint and warns of skipped ones; None if there is none."""
     newest = run.store.load_newest() if run.world.is_main else None
     folder = run.world.gather(str(newest.path) if newest else None)[0]
     loaded = newest or (run.store.load(Path(folder)) if folder else None)
@@ -217,7 +217,7 @@ def go_on(run: Loop) -> LoadedCheckpoint | None:
         for log in (run.log, *run.logs):
             log.truncate_after(step)
         if lost := sorted(set(range(1, step + 1)) - {row["step"] for row in run.log.read()}):
-            run.observer.warn(f"metrics.jsonl has no rows of steps {_spans(lost)}: lost, or damaged")
+            run.observer.warn(f"metrics.jsonl lacks the rows of steps {_spans(lost)}: lost, or damaged")
     run.world.wait()
     return loaded
 

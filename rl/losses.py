@@ -22,19 +22,19 @@ Level = Literal["token", "sequence", "geometric"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What is known of the loss tokens of one micro-batch. Log-probs are nats at the sampling temperature.
+    """The loss tokens of one micro-batch. Log-probs are nats at the sampling temperature.
 
     Attributes:
         logprobs_N: of the policy being trained; differentiable.
-        advantages_N: of the completion a token belongs to.
-        mask_N: False: no loss, no gradient, in no metric, whatever the other numbers are, NaN included.
+        advantages_N: of the completion that a token belongs to, or of the token.
+        mask_N: False keeps a token out of loss, gradient and metrics, even where its numbers are NaN.
         sequence_ids_N: 0..num_sequences-1.
         weights_N: share of a token in the loss of the whole step (`aggregation_weight`).
         token_mean_weight: 1 / loss tokens of the step over all processes; scales the entropy bonus.
-        old_logprobs_N: of the policy before the first update on this batch; None: no update yet, ratio 1.
-        behavior_logprobs_N: the engine's; NaN where it has none, which corrects nothing there.
-        reference_logprobs_N: of the KL term.
-        entropy_N: nats; differentiable if `entropy_coef` is to do anything.
+        old_logprobs_N: of the policy before the first update on this batch; None before it (ratio 1).
+        behavior_logprobs_N: of the engine; NaN where it gave none, and the token is not corrected.
+        reference_logprobs_N: of the reference in the KL term.
+        entropy_N: nats; must be differentiable where `entropy_coef` is not 0.
     """
 
     logprobs_N: Float[Tensor, " N"]
@@ -52,11 +52,11 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The share of a micro-batch in the loss of the step, and numbers for `rl/store/metrics.py`, detached.
+    """A micro-batch's share of the loss of the step, and detached numbers for `rl/store/metrics.py`.
 
     Attributes:
         metrics: name -> (sum, count): add both over micro-batches and processes, then divide.
-        maxima, minima: name -> value; -inf and inf where no token is in the loss.
+        maxima, minima: name -> value; -inf and inf if no token is in the loss.
     """
 
     loss: Float[Tensor, ""]
@@ -81,22 +81,22 @@ class Terms:
 def kl_k1(logprobs_N: Float[Tensor, " N"], reference_logprobs_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """-d: unbiased, may be negative.
 
-    Its gradient as a loss is not that of the KL: grad log p has mean 0, so it is noise that pulls nowhere.
-    Times the ratio (`loss.kl_bias_correction`) its mean is right.
+    As a loss its gradient is not that of the KL: grad log p has mean 0, so it is pure noise.
+    Times the ratio (`loss.kl_bias_correction`), its mean gradient is KL(policy || reference)'s.
     """
     return logprobs_N - reference_logprobs_N
 
 
 def kl_k2(logprobs_N: Float[Tensor, " N"], reference_logprobs_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """d^2 / 2: biased, never negative. On-policy its mean gradient as a loss is KL(policy || reference)'s."""
+    """d^2 / 2: biased, never negative. On-policy, its mean gradient is that of KL(policy || reference)."""
     return (logprobs_N - reference_logprobs_N).square() / 2
 
 
 def kl_k3(logprobs_N: Float[Tensor, " N"], reference_logprobs_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """exp(d) - d - 1: unbiased, never negative (DeepSeek-R1, arXiv:2501.12948 equation (2)).
 
-    On-policy its mean gradient as a loss is KL(reference || policy)'s; times the ratio
-    (`loss.kl_bias_correction`) it is KL(policy || reference)'s.
+    On-policy, its mean gradient is that of KL(reference || policy). Times the ratio
+    (`loss.kl_bias_correction`), it is that of KL(policy || reference).
     """
     d_N = reference_logprobs_N - logprobs_N
     return torch.expm1(d_N) - d_N
@@ -122,7 +122,7 @@ def clipped_loss(terms: Terms, config: LossConfig) -> Float[Tensor, " N"]:
 def cispo_loss(terms: Terms, config: LossConfig) -> Float[Tensor, " N"]:
     """-stop_gradient(clamp(r, 1 - clip_low, 1 + clip_high)) A log p (MiniMax-M1, arXiv:2506.13585 (4), (5)).
 
-    Clips the weight of a token, never its gradient. TRL's cap is `epsilon_high`, here it is 1 + clip_high.
+    It clips the weight of a token, never its gradient. TRL's cap is `epsilon_high`; ours is 1 + clip_high.
     """
     weights_N = terms.ratio_N.detach().clamp(1 - config.clip_low, 1 + config.clip_high)
     return -weights_N * terms.advantages_N * terms.logprobs_N
@@ -185,9 +185,9 @@ def aggregation_weight(
     aggregation: Aggregation,
     max_completion_length: int,
 ) -> float:
-    """Weight, in the sum that is the loss, of each loss token of a sequence with `num_loss_tokens` of them.
+    """Weight in the step's loss of each loss token of a sequence with `num_loss_tokens` of them.
 
-    "sequence": mean over sequences of their token means; one without loss tokens counts as 0 in that mean.
+    "sequence": mean over sequences of their token means; a sequence without loss tokens counts as 0.
     "constant": sum / (sequences * max_completion_length). "step_tokens": token mean of the optimizer step.
     "batch_tokens": sum / tokens of an average step, so a minibatch of longer completions weighs more.
 
@@ -205,10 +205,10 @@ def aggregation_weight(
 
 
 def log_ratio_at(level: Level, log_ratio_N: Float[Tensor, " N"], x: LossInputs) -> Float[Tensor, " N"]:
-    """Of the token itself, or, for each token, the sum or the mean over the loss tokens of its sequence.
+    """Per token: its own log-ratio, or the sum or mean over the loss tokens of its sequence.
 
-    exp of the sum ("sequence") is the unbiased weight of a sampler's token, and spreads with the length; exp
-    of the mean ("geometric") does not spread.
+    exp of the sum ("sequence") is the unbiased importance weight, but its variance grows with length. That
+    of exp of the mean ("geometric") does not.
     """
     if level == "token":
         return log_ratio_N
@@ -258,11 +258,13 @@ def policy_loss(inputs: LossInputs, *, config: LossConfig) -> LossOutput:
     total = (token_loss_N * x.weights_N).sum()
     if config.entropy_coef and x.entropy_N is not None:
         total = total - config.entropy_coef * x.token_mean_weight * x.entropy_N.sum()
-    return LossOutput(total, *_metrics(x, terms, kl_N, gap_N, sampler_ratio_N, config=config))
+    return LossOutput(
+        total, *_metrics(x, terms, kl_N=kl_N, gap_N=gap_N, sampler_ratio_N=sampler_ratio_N, config=config)
+    )
 
 
 def _metrics(
-    x: LossInputs, terms: Terms, kl_N: Tensor, gap_N: Tensor, sampler_ratio_N: Tensor, *, config: LossConfig
+    x: LossInputs, terms: Terms, *, kl_N: Tensor, gap_N: Tensor, sampler_ratio_N: Tensor, config: LossConfig
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """Means, maxima and minima over the loss tokens; a term whose input is absent is left out."""
     means, maxima, minima = {"policy/ratio_mean": terms.ratio_N}, {"policy/ratio_max": terms.ratio_N}, {}
@@ -294,7 +296,7 @@ def _metrics(
 
 
 def _where(mask_N: Bool[Tensor, " N"], values_N: Shaped[Tensor, " N"], fill: float) -> Float[Tensor, " N+1"]:
-    """Detached values with `fill` where masked, and one `fill` more: a maximum exists without any token."""
+    """Detached values, `fill` where masked, and one `fill` more, so that a maximum exists without tokens."""
     values_N = values_N.detach().to(torch.promote_types(values_N.dtype, torch.float32))
     return torch.cat([torch.where(mask_N, values_N, fill), values_N.new_full((1,), fill)])
 
@@ -304,7 +306,7 @@ def _beyond(ratio_N: Tensor, correction: SamplerCorrectionConfig) -> Bool[Tensor
 
 
 def _masked(inputs: LossInputs) -> LossInputs:
-    """Every float in one dtype of at least 32 bits, and 0 where masked: no NaN behind the mask gets out."""
+    """Every float in one dtype of at least 32 bits, and 0 where masked, so that no masked NaN spreads."""
     dtype = torch.promote_types(inputs.logprobs_N.dtype, torch.float32)
     columns = {
         name: torch.where(inputs.mask_N, column.to(dtype), 0.0)

@@ -25,9 +25,9 @@ def make_optimizer(named: Named, config: OptimizerConfig, *, hosted: bool = Fals
 
 
 class HostedAdamW(torch.optim.AdamW):
-    """AdamW whose moments stay in pinned host memory, and come to the parameters' device piece by piece.
+    """AdamW whose moments stay in pinned host memory and visit the parameters' device piece by piece.
 
-    A step is bitwise that of AdamW, whose arithmetic is elementwise. It moves the moments there and back.
+    A step is bitwise that of AdamW, whose arithmetic is elementwise.
     """
 
     moments_on_host = True
@@ -37,7 +37,7 @@ class HostedAdamW(torch.optim.AdamW):
         everything = [p for group in self.param_groups for p in group["params"]]
         grads = [(p, p.grad) for p in everything if p.grad is not None]
         for parameter, _ in grads:
-            parameter.grad = None  # AdamW leaves out what has no gradient
+            parameter.grad = None  # AdamW skips parameters without a gradient
         for piece in in_pieces(grads, PIECE_BYTES):
             homes = self._bring(piece)
             for parameter, grad in piece:
@@ -54,7 +54,7 @@ class HostedAdamW(torch.optim.AdamW):
             torch.cuda.synchronize()  # before anybody reads the moments
 
     def _bring(self, piece: Pairs) -> dict[tuple[nn.Parameter, str], Tensor]:
-        """Puts moments on the device; where they stay, which for new and loaded ones is yet to be pinned."""
+        """Copies moments to the device; returns their host tensors, made here for new and loaded moments."""
         homes: dict[tuple[nn.Parameter, str], Tensor] = self.__dict__.setdefault("homes", {})
         if new := [(p, name) for p, _ in piece for name in MOMENTS if (p, name) not in homes]:
             is_cuda = new[0][0].is_cuda
@@ -68,7 +68,7 @@ class HostedAdamW(torch.optim.AdamW):
 
 
 def in_pieces(grads: Pairs, size: int) -> Iterator[Pairs]:
-    """Parameters with their gradients, in order, in pieces of so many bytes of moments, or a single one."""
+    """Splits the pairs, in order, into pieces whose moments take at most `size` bytes, or of one pair."""
     piece: Pairs = []
     held = 0
     for parameter, grad in grads:
@@ -90,7 +90,7 @@ def weight_decay_groups(named: Named, weight_decay: float) -> list[dict[str, obj
 
 
 def finish_gradients(named: Named, max_norm: float, *, num_processes: int) -> float:
-    """Sums gradients over processes (weights are global shares: no mean), clips, returns the norm before."""
+    """Sums gradients over processes (no mean: weights are global), clips; returns the norm before that."""
     return SummedGradients(lambda: named, num_processes).finish(max_norm)
 
 
@@ -107,7 +107,7 @@ def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_s
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int
 ) -> None:
-    """A pure function of the step, so that a resumed run needs no scheduler state."""
+    """Sets the rate as a pure function of the step, so that a resumed run needs no scheduler state."""
     factor = learning_rate_factor(
         step, schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=total_steps
     )

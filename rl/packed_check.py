@@ -1,4 +1,4 @@
-"""A packed row and the plain forward passes it is compared with, at lengths where a model changes."""
+"""A packed row and the plain forward passes it is compared with, at lengths where a model switches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
 def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
-    """Ragged groups with shared prompts, beyond every length at which the model switches, if any is reached.
+    """Ragged groups with shared prompts, longer than every switch length that the run will reach.
 
     Args:
-        longest: tokens of the longest sequence to come; None: `PROBE_LIMIT`.
+        longest: tokens of the longest sequence of the run; None: `PROBE_LIMIT`.
     """
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize

@@ -52,18 +52,17 @@ class Phases:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point; the same one again,
-    `REPEAT_S` later or more, ends it at once.
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next safe point. The same signal again,
+    at least `REPEAT_S` later, ends it at once.
 
-    A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is the same wish.
-    So is the same signal twice in a moment: the kernel sends one for every thread of a launcher that dies.
-    Handlers run late, when torch returns from a long call, so a thread notes when signals arrive, and says
-    so by `say`. In a run of several processes all stop at the same step, because `any_process` combines their
-    wishes.
+    A launcher may add a SIGTERM to the SIGINT that a terminal sent to all processes: that is one request.
+    So is a signal repeated at once: the kernel sends one for every thread of a launcher that dies.
+    Handlers run only when torch returns from a long call, so a thread notes the time of arrival and tells
+    the user by `say`. All processes stop at the same step: `any_process` combines their requests.
 
     Args:
-        may_exit: where the second signal has not ended the program within `PATIENCE_S`, the thread does, as a
-            kill would: the run folder holds what the run goes on from.
+        may_exit: if the second signal has not ended the program within `PATIENCE_S`, the thread ends it. That
+            is like a kill: the run folder holds what is needed to resume.
     """
 
     def __init__(self, any_process: Callable[[bool], bool] = bool, *, may_exit: bool = False) -> None:
@@ -90,7 +89,7 @@ class StopSignal:
         self._restore_handlers()
         if self._sockets:
             signal.set_wakeup_fd(self._previous_fd)
-            self._sockets[1].close()  # the thread reads the end of it
+            self._sockets[1].close()  # the thread reads end of file and returns
             self._sockets = ()
 
     def _restore_handlers(self) -> None:
@@ -112,12 +111,12 @@ class StopSignal:
             self.received, self._received_at = number, time.monotonic()
         elif self.received == number and not is_again:
             is_again = self._last_arrival(number) - self._received_at >= REPEAT_S
-        if is_again:  # or both came during one long call, which is one call of this handler
+        if is_again:  # set by the thread if both came during one long call: then this handler runs once
             self._restore_handlers()
             signal.raise_signal(number)
 
     def _last_arrival(self, number: int) -> float:
-        time.sleep(SETTLE_S)  # for the thread
+        time.sleep(SETTLE_S)  # lets the thread note the arrival
         return self._arrived.get(number, time.monotonic())
 
     def _note_arrivals(self, reader: socket.socket) -> None:
@@ -143,7 +142,7 @@ class StopSignal:
 
 
 def stop_with_launcher() -> None:
-    """Where a launcher started this process, its end sends this one SIGTERM, however it ended (Linux only).
+    """Asks the kernel to send SIGTERM to this process when its launcher ends, however it ends (Linux only).
 
     `accelerate launch` ends on a SIGTERM without passing it on, which would leave an orphan that trains on.
     """
@@ -151,5 +150,5 @@ def stop_with_launcher() -> None:
     launched = launcher is not None or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if launcher is not None and os.getppid() != int(launcher):  # it ended before that
+        if launcher is not None and os.getppid() != int(launcher):  # it ended before the call of prctl
             signal.raise_signal(signal.SIGTERM)

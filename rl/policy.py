@@ -1,7 +1,7 @@
-"""What the loop needs of a model that is trained, and of the one that it is compared with.
+"""The protocols of the model being trained (`Policy`) and of the model in the KL term (`Reference`).
 
-`rl.causal.CausalPolicy` is a policy, and so is anything with these methods (`recipes/kinds.py` names others).
-A policy owns what is random or replayed in a forward pass: it draws once, in `prepare`, for every model.
+`rl.causal.CausalPolicy` is a policy; `recipes/kinds.py` names others. A policy owns what is random or
+replayed in a forward pass: it draws once, in `prepare`, and the reference scores with the same draw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rl.batch import Batch, MicroBatch
 from rl.types import WeightStream
 
 Writer = Callable[[Path], None]
-"""Writes what it holds into a folder; called on every process."""
+"""Writes a snapshot into a folder; every process calls it."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Prepared:
     """A micro-batch on its device, ready to be scored any number of times.
 
     Attributes:
-        drawn: what the policy drew or replays for it (masks, routes); no one else looks at it.
-        is_idle: it weighs nothing and counts nowhere; it keeps processes in step.
+        drawn: what the policy drew or replays for it (masks, routes); only the policy reads it.
+        is_idle: a dummy of weight 0 that counts nowhere; it keeps collective model calls in step.
     """
 
     batch: MicroBatch
@@ -41,11 +41,11 @@ class Scores:
     """What a model says about the L loss tokens of a micro-batch, in nats, at the sampling temperature.
 
     Attributes:
-        logprobs_LK: log-probs of the K asked ids at each loss token.
-        rest_L: log of the mass of all ids that were not asked for.
-        ids_LK: the asked ids, where the model chose them itself.
-        extra_loss: a scalar that is added to the loss, such as a balance of experts; its share of the step's.
-        metrics: name -> (sum, count) over what this micro-batch holds.
+        logprobs_LK: log-probs of the K requested ids at each loss token.
+        rest_L: log of the total probability of all other ids.
+        ids_LK: the K ids, where the model chose them itself.
+        extra_loss: a scalar to add to the loss, such as a load-balancing term; this micro-batch's share.
+        metrics: name -> (sum, count) over this micro-batch.
     """
 
     logprobs_L: Float[Tensor, " L"]
@@ -68,22 +68,22 @@ class Trained(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of `loss`; gradients may be reduced over processes on the last of a step."""
+        """Adds the gradient of `loss`; on the last call of a step it may start to sum over processes."""
         ...
 
     def finish_gradients(self, max_norm: float) -> float:
-        """Sums gradients over processes (weights are global shares), clips them, and returns the norm before.
+        """Sums gradients over processes (no mean: weights are global), clips; returns the norm before that.
 
-        Collective. The norm is not finite where any gradient is not.
+        Collective. The norm is not finite if any gradient is not.
         """
         ...
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
-        """Collective. What writes the weights in Hugging Face form, and the optimizer's state beside them."""
+        """A writer of the weights in Hugging Face form and of the optimizer's state. Collective."""
         ...
 
     def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Collective. Puts back, bit for bit, what a snapshot wrote; each process reads what it holds."""
+        """Restores bit for bit what a snapshot wrote; each process reads only its share. Collective."""
         ...
 
 
@@ -92,8 +92,8 @@ class Policy(Trained, Protocol):
 
     Attributes:
         shares_prompts: a prompt is computed once for all its completions in a micro-batch.
-        redraws: its log-probs are estimates on what it draws, anew for each pass over a batch.
-        in_step: its forward passes are collective; `prepare` pads with idle ones to equally many everywhere.
+        redraws: its log-probs are estimates from random draws, which it renews for each pass over a batch.
+        in_step: its forward passes are collective; `prepare` adds idle ones until all processes have as many.
     """
 
     @property
@@ -110,20 +110,20 @@ class Policy(Trained, Protocol):
         ...
 
     def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
-        """One per micro-batch, and idle ones; `draw` numbers the passes over the batch. Writes to nothing."""
+        """One per micro-batch, and idle ones. `draw` is the number of the pass; `batch` is not changed."""
         ...
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
-        """Log-probs of the loss tokens, with a graph if gradients are on; of `ids_LK` as well if given."""
+        """Log-probs of the loss tokens, and of `ids_LK` if given; with a graph if gradients are on."""
         ...
 
     def step_metrics(self) -> dict[str, float]:
-        """Numbers of the step that ended, over all processes, besides those of its scores. Collective."""
+        """Metrics of the step that ended, over all processes, besides `Scores.metrics`. Collective."""
         ...
 
 
 class Reference(Protocol):
-    """The model of the KL term: frozen, or following the policy. It sees what the policy drew."""
+    """The model in the KL term: frozen, or following the policy. It scores with the policy's draws."""
 
     def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
         """Log-probs of the loss tokens, without a graph."""
@@ -134,9 +134,9 @@ class Reference(Protocol):
         ...
 
     def snapshot(self) -> Writer | None:
-        """What writes its state into a checkpoint; None if it is loaded again from where it came."""
+        """A writer of its state into a checkpoint; None if it can be loaded from its source again."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Puts back what its snapshot wrote."""
+        """Restores what its snapshot wrote."""
         ...

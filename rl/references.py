@@ -1,6 +1,6 @@
-"""References of the KL term: a copy of the policy, frozen or following it, and the base below an adapter.
+"""References of the KL term: a copy of the policy, frozen or following it, or the base below an adapter.
 
-They score through their policy, so that whatever it drew, and however it computes, holds for them too.
+They score through their policy, and so with its draws and its way of computing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scoring(Protocol):
 
 
 def make_reference(policy: Scoring, *, moves: bool, hosted: bool = False) -> Reference:
-    """The policy as it is now. It `moves` if it will `follow`: then it is part of a checkpoint.
+    """A reference equal to the policy as it is now; with `moves` it will `follow`, so checkpoints save it.
 
     Args:
         hosted: the layers of a copy stay in host memory, and come to the device one at a time.
@@ -66,7 +66,7 @@ class Copy:
         self.scorer = copy.deepcopy(policy.scorer).requires_grad_(False).eval()
 
     def to_host(self) -> None:
-        """Matrices that autocast narrows are kept narrow, unless they move: log-probs stay what they are."""
+        """Moves layers to host memory, in the dtype to which autocast casts them, unless the copy moves."""
         with self.policy.autocast():
             kind = self.policy.device.type
             narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -91,7 +91,7 @@ class Copy:
 
 
 class BaseModel:
-    """The model below the policy's adapter, which trains nothing else."""
+    """The base model below the policy's adapter; only the adapter is trained."""
 
     def __init__(self, policy: Scoring) -> None:
         self.policy = policy

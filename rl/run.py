@@ -1,4 +1,4 @@
-"""The collaborators of a run of `rl.train`, as its loop sees them."""
+"""`Run`: everything that the loop of `rl.train` works with."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rl.world import World
 
 @dataclass
 class Run:
-    """The collaborators of a run, and where it stands.
+    """The parts of a run (policy, source, logs ...), and how far it is.
 
     Attributes:
-        measure: held-out accuracy of the weights after so many steps; None: there are no held-out prompts.
+        measure: measures held-out accuracy after a number of steps; None without held-out prompts.
         num_recorded: steps that an earlier process of this run recorded in the ledger.
     """
 
@@ -57,7 +57,7 @@ class Run:
         return (self.evaluations,)
 
     def evaluate(self, step: int) -> None:
-        """Held-out accuracy, unless it is known; never moves the training stream."""
+        """Measures held-out accuracy, unless it is known; never consumes training prompts."""
         if self.measure is None or self.evaluations.at(step) is not None:
             return
         with self.phases("eval"):
@@ -74,12 +74,12 @@ class Run:
         self.source.cursor = counters["cursor"]
 
     def recorded(self, step: int) -> LedgerStep | None:
-        """What this process trained on in a step of a run that was stopped; None: the step has to be sampled.
+        """What this process trained on in a step of a run that was stopped; None: the step must be sampled.
 
-        Records of another number of processes are dealt anew. Where one is lost or damaged on any process,
-        all sample the step again, and the file is named. With train.max_staleness > 0 what was in flight is
-        sampled again too, by newer weights: every prompt is still consumed once and in order, and no step is
-        trained on two different batches.
+        Records of a run with another number of processes are dealt out again. If one process finds its
+        record lost or damaged, all sample the step again, and a warning names the file. With
+        train.max_staleness > 0, completions in flight are sampled again too, by newer weights. Every prompt
+        is still consumed once and in order, and no step is trained on two different batches.
         """
         found = self.ledger.read(step)
         fits = found is not None and found.cursor_before == self.source.cursor
@@ -90,6 +90,6 @@ class Run:
             fault = self.ledger.fault(step) if found is None else ""
             if faults := [text for text in self.world.gather(fault) if text]:
                 self.observer.warn(
-                    f"step {step + 1} is sampled again, perhaps otherwise than before: {'; '.join(faults)}"
+                    f"step {step + 1} is sampled again and may differ from before: {'; '.join(faults)}"
                 )
         return None

@@ -1,8 +1,8 @@
 """The causal policy under FSDP2: each process holds a share of weights, gradients and moments.
 
-Units are the embedding (where the head is not tied to it), each decoder layer, and what is left: norm and
-head. A unit is gathered when it computes and let go again, so all processes make equally many model calls.
-Gradients are sums over processes, reduced in fp32, as everywhere in this library.
+Units are the embedding (unless the head is tied to it), each decoder layer, and the rest: norm and head.
+A unit is gathered while it computes and then freed, so all processes must make equally many model calls.
+Gradients are sums over processes, as everywhere in this library, and reduced in fp32.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ INDEX = "model.safetensors.index.json"
 
 
 class ShardedPolicy:
-    """`rl.policy.Policy` around a causal policy. What it does not name is the causal policy's own.
+    """`rl.policy.Policy` around a causal policy, which answers for everything not defined here.
 
     Args:
-        inner: with the same weights on every process; they are split in place.
-        reference: of the KL term; a copy of the weights is split as well.
+        inner: has the same weights on every process; they are split in place.
+        reference: of the KL term; if it is a copy of the weights, it is split as well.
         sharding: full: over all processes; hybrid: over those of a host, with a copy on each host.
-        sent: dtype of the engine's weights; the stream is rounded to it before it is gathered.
+        sent: dtype of the engine's weights; tensors are rounded to it before they are gathered.
     """
 
     in_step = True
@@ -62,17 +62,15 @@ class ShardedPolicy:
         copies = [reference.scorer] if isinstance(reference, Copy) else []
         for scorer in (inner.scorer, *copies):
             shard(scorer, mesh, compute=torch.float32 if inner.config.dtype == "fp32" else torch.bfloat16)
-        with (
-            torch.no_grad()
-        ):  # settles in which dtype gradients are reduced, by what is trainable: adapters on
-            inner.score(self._idle())
+        with torch.no_grad():
+            inner.score(self._idle())  # FSDP settles gradient dtypes here: adapters must be on
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
 
     def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
-        """One per micro-batch, and idle ones. Where a model call computes a single row, one per episode, and
-        in each of them as many rows everywhere.
+        """One per micro-batch, and idle ones. Where a model call computes a single row: one per episode,
+        padded to equally many rows on all processes.
         """
         parts, calls = batch.micro_batches, [1] * len(batch.micro_batches)
         if not self.inner.shares_prompts:
@@ -91,7 +89,7 @@ class ShardedPolicy:
         loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
-        """Gradients are summed by then; the norm is over all shards."""
+        """Clips gradients, which are summed already; returns the norm over all shards before that."""
         norm: Any = nn.utils.clip_grad_norm_([p for _, p in self.inner.trainable()], max_norm)
         return norm.full_tensor().item()
 
@@ -99,7 +97,7 @@ class ShardedPolicy:
         return GatheredWeights(self.inner.weights(), self.sent)
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
-        """Every process writes whole tensors, its share of the model's; adapters are the main one's."""
+        """A writer: each process writes its share of the model's tensors, the main one also an adapter."""
         write_optimizer = optimizer_writer(optimizer, self.inner.trainable())
         named = self._saved()
         owners = [0] * len(named) if self.inner.peft_model else deal_tensors(named, self.world.size)
@@ -132,7 +130,7 @@ class ShardedPolicy:
         load_optimizer(folder, optimizer, self.inner.trainable())
 
     def _saved(self) -> dict[str, Tensor]:
-        """What a checkpoint's model holds, by name: the trained part of an adapter, else the whole model."""
+        """Tensors of a checkpoint's model by name: the trained part of an adapter, else the whole model."""
         adapted, model = self.inner.peft_model, self.inner.model
         if adapted is not None:
             return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
@@ -140,7 +138,7 @@ class ShardedPolicy:
         return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
 
     def _in_files(self) -> dict[str, Tensor]:
-        """The same by their names in files."""
+        """The same tensors by their names in the files."""
         if self.inner.peft_model is None:
             return self._saved()
         from peft import get_peft_model_state_dict
@@ -149,7 +147,7 @@ class ShardedPolicy:
 
 
 def one_by_one(batch: MicroBatch) -> list[MicroBatch]:
-    """The same rows, those of each episode in a micro-batch of their own: a model call for each row."""
+    """The same rows with one micro-batch per episode, in which each row is a model call."""
     episodes: dict[tuple[int, int], list[list[Row]]] = {}
     for row in batch.rows:
         episodes.setdefault(row.episode, []).append([row])
@@ -157,7 +155,7 @@ def one_by_one(batch: MicroBatch) -> list[MicroBatch]:
 
 
 def with_rows(batch: MicroBatch, number: int) -> MicroBatch:
-    """At least so many rows, the further ones without loss tokens: model calls that change nothing."""
+    """The batch with `number` rows or more; added rows have no loss tokens, so they change nothing."""
     if number <= len(batch.rows):
         return batch
     blank = Completion([0], [0.0], [False], "stop", [])
@@ -166,7 +164,7 @@ def with_rows(batch: MicroBatch, number: int) -> MicroBatch:
 
 
 class GatheredWeights:
-    """A policy's stream whose tensors are rounded, then gathered on every process, one after another."""
+    """A policy's weights, each rounded and then gathered on every process, one after another."""
 
     def __init__(self, weights: WeightStream, dtype: torch.dtype) -> None:
         self.weights, self.dtype, self.canary = weights, dtype, weights.canary
@@ -182,7 +180,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def make_mesh(device: torch.device, size: int, sharding: str) -> DeviceMesh:
-    """Processes by the share that they hold; of a hybrid [hosts, processes of a host].
+    """The mesh of processes over which weights are split; for hybrid [hosts, processes of a host].
 
     Raises:
         ValueError: hybrid on a single host, or hosts with different numbers of processes.
@@ -193,38 +191,38 @@ def make_mesh(device: torch.device, size: int, sharding: str) -> DeviceMesh:
     if own == size or size % own:
         raise ValueError(
             "train.sharding=hybrid splits weights over the processes of a host, with a copy on each host, "
-            f"and {own} of {size} processes are on this one; use train.sharding=full"
+            f"but {own} of {size} processes are on this one; use train.sharding=full"
         )
     return init_device_mesh(device.type, (size // own, own), mesh_dim_names=("hosts", "cards"))
 
 
 def shard(scorer: Any, mesh: DeviceMesh, *, compute: torch.dtype) -> None:
-    """Splits a model in place. Other entries than `forward` need the hooks that gather its units, too."""
+    """Splits a model in place (`units`); it then computes in the dtype `compute`."""
     policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*units(scorer.model), scorer):
-        # Of the root as well: between passes, names and optimizer must find shares and not whole tensors.
+        # The root is resharded too: between passes, names and optimizer must see shards, not whole tensors.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other factor than 1 or the mean
-    register_fsdp_forward_method(scorer, "own_logprobs")
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports only the factor 1 and the mean
+    register_fsdp_forward_method(scorer, "own_logprobs")  # does not go through forward, whose hooks gather
 
 
 def units(model: PreTrainedModel) -> list[nn.Module]:
-    """Parts that are gathered on their own: decoder layers, and an embedding that is not tied to the head."""
+    """Parts that are gathered separately: decoder layers, and an embedding not tied to the head."""
     embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     tied = cast(Any, embedding).weight is head.weight
     return [*([] if tied else [embedding]), *decoder_layers(model)]
 
 
 def check_shardable(model: PreTrainedModel) -> None:
-    """Raises ValueError, by the family's name, for a model that cannot be split in this way."""
+    """Raises ValueError, naming the family, for a model that cannot be split in this way."""
     parts, named, reason = units(model), dict(model.named_parameters()), None
     seen = [id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
     meta = {name: torch.empty_like(p, device="meta") for name, p in named.items()}
     if any(p.ndim == 3 for p in named.values()):
-        reason = "it has experts, of which processes choose different ones"
+        reason = "it has experts, and processes choose different ones"
     elif not any(isinstance(part, nn.Module) and list(part.children()) for part in parts):
         reason = "it has no list of decoder layers"
     elif len(set(seen)) < len(seen):
@@ -241,7 +239,7 @@ def check_shardable(model: PreTrainedModel) -> None:
 
 
 def deal_tensors(named: dict[str, Tensor], size: int) -> list[int]:
-    """Which process writes each tensor: spans of about as many bytes, in order."""
+    """The process that writes each tensor: consecutive spans of about equally many bytes."""
     total, before, owners = sum(t.nbytes for t in named.values()), 0, []
     for tensor in named.values():
         owners.append(before * size // max(total, 1))

@@ -22,11 +22,11 @@ Advantages = list[list[Advantage]]
 
 
 def train(run: Run) -> int:
-    """Does steps up to `config.train.steps`; returns how many are done when it stops.
+    """Trains up to `config.train.steps` steps; returns how many are done when it stops.
 
     Raises:
-        RuntimeError: `train.max_bad_steps` non-finite steps in a row, graders that fail too often, or weights
-            that did not arrive in the engine. The newest checkpoint stays valid.
+        RuntimeError: `train.max_bad_steps` consecutive steps were not finite, graders failed too often, or
+            weights did not arrive in the engine. The newest checkpoint stays valid.
     """
     config, source, policy, phases = run.config, run.source, run.policy, run.phases
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
@@ -35,7 +35,9 @@ def train(run: Run) -> int:
         groups, advantages, owners = collect(run, step, rules)
         with phases("pack"):
             parts = rules.num_minibatches
-            mine, weighed, minibatch_of = exchange(groups, advantages, owners, parts, run.world)
+            mine, weighed, minibatch_of = exchange(
+                groups, advantages, owners=owners, num_minibatches=parts, team=run.world
+            )
             batches = pack(mine, weighed, rules, sum_over_processes=run.world.sum, minibatch_of=minibatch_of)
         with phases("train"):
             set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
@@ -55,13 +57,13 @@ def train(run: Run) -> int:
         if run.reference is not None and every(step + 1, config.model.reference.update_every):
             run.reference.follow(policy, config.model.reference.mixup)
         sync = source.publish(policy.weights(), version=step + 1)
-        run.progress.values |= metrics(run, step, groups, update, sync)
+        run.progress.values |= metrics(run, step, groups=groups, update=update, sync=sync)
     return run.progress.step
 
 
 def collect(run: Run, step: int, rules: PackRules) -> tuple[list[ScoredGroup], Advantages, list[int]]:
-    """The groups of a step, and which process trains each: from the ledger if a killed run sampled them, else
-    fresh ones, now recorded.
+    """The groups of a step, their advantages, and the process that trains each. Groups come from the ledger
+    if a killed run recorded them; else they are sampled and recorded now.
     """
     source, recorded, cursor = run.source, run.recorded(step), run.source.cursor
     if recorded is not None:
@@ -93,9 +95,9 @@ def collect(run: Run, step: int, rules: PackRules) -> tuple[list[ScoredGroup], A
 
 
 def metrics(
-    run: Run, step: int, groups: Sequence[ScoredGroup], update: UpdateResult, sync: Mapping[str, float]
+    run: Run, step: int, *, groups: Sequence[ScoredGroup], update: UpdateResult, sync: Mapping[str, float]
 ) -> dict[str, float]:
-    """The numbers of a step, over all processes."""
+    """The metrics of a step, over all processes."""
     values = group_metrics(
         groups,
         rejected=run.source.last_rejected,

@@ -1,4 +1,4 @@
-"""One step of learning: a packed batch in, new weights and the step's numbers out."""
+"""One step of training: a packed batch in, new weights and metrics out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rl.world import World
 
 @dataclass
 class UpdateResult:
-    """What an update did. `metrics`: means over all processes; `bad_steps`: steps skipped as not finite."""
+    """What an update did. `metrics` are over all processes; `bad_steps` were not finite and skipped."""
 
     metrics: dict[str, float]
     num_updates: int = 0
@@ -30,7 +30,7 @@ class UpdateResult:
 
 
 def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
-    """How the configured loss weighs tokens, and which rows it needs no forward pass for."""
+    """How the configured loss weighs tokens, and which rows need no forward pass."""
     loss = config.loss
     weight = {"max_completion_length": config.sampling.max_completion_length}
     return PackRules(
@@ -45,8 +45,8 @@ def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
 
 @dataclass
 class Part:
-    """A batch that is ready for an optimizer step, and what other models, or the policy itself before its
-    first update, say about it; None where nothing does.
+    """A batch ready for an optimizer step, with log-probs of other models and of the policy before its first
+    update. None stands for those that are not needed.
     """
 
     batch: Batch
@@ -68,16 +68,20 @@ def update_policy(
     num_epochs: int = 1,
     max_grad_norm: float = 1.0,
 ) -> UpdateResult:
-    """`num_epochs` passes over the batches of a step, one optimizer step each.
+    """Does `num_epochs` passes over the batches of a step, with one optimizer step per batch.
 
-    A step of one update needs no forward pass for old log-probs: the ratio is 1. Otherwise they are those
-    before the first update: kept from the first pass over the first batch, and computed beforehand for the
-    others, and for the passes on other draws of a policy that `redraws`. An update without any signal on any
-    process changes nothing, moments included; one whose gradient is not finite is skipped and counted.
+    With a single update the ratio is 1 and needs no old log-probs. Otherwise these are from before the first
+    update. The first batch keeps those of its first pass. For other batches, and for each new draw of a
+    policy that `redraws`, they are computed beforehand. An update without signal on any process changes
+    nothing, not even moments; one whose gradient is not finite is skipped and counted.
     """
     tally, result = Tally(), UpdateResult({})
     draws = range(num_epochs if policy.redraws else 1)
-    parts = [_part(policy, batch, reference, teacher, draw) for draw in draws for batch in batches]
+    parts = [
+        _part(policy, batch, reference=reference, teacher=teacher, draw=draw)
+        for draw in draws
+        for batch in batches
+    ]
     for part in parts[1:]:
         with torch.no_grad():
             part.old = [policy.score(p).logprobs_L for p in part.prepared]
@@ -87,7 +91,7 @@ def update_policy(
         for i, prepared in enumerate(part.prepared):
             taught = part.taught[i]
             scores = policy.score(prepared, ids_LK=taught.ids_LK if taught else None)
-            output = _loss(loss, part, i, scores, teacher)
+            output = _loss(loss, part, index=i, scores=scores, teacher=teacher)
             extra = scores.extra_loss
             policy.backward(
                 output.loss if extra is None else output.loss + extra, last=i + 1 == len(part.prepared)
@@ -110,14 +114,14 @@ def update_policy(
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most this process has held so far: on its GPU as torch allocated it, on a CPU resident."""
+    """This process's memory peak so far: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _part(
-    policy: Policy, batch: Batch, reference: Reference | None, teacher: Teacher | None, draw: int
+    policy: Policy, batch: Batch, *, reference: Reference | None, teacher: Teacher | None, draw: int
 ) -> Part:
     prepared = policy.prepare(batch, draw=draw)
     nothing: list[Tensor | None] = [None] * len(prepared)
@@ -126,7 +130,9 @@ def _part(
     return Part(batch, prepared, list(nothing), list(theirs), taught)
 
 
-def _loss(config: LossConfig, part: Part, index: int, scores: Scores, teacher: Teacher | None) -> LossOutput:
+def _loss(
+    config: LossConfig, part: Part, *, index: int, scores: Scores, teacher: Teacher | None
+) -> LossOutput:
     prepared, micro_batch = part.prepared[index], part.prepared[index].batch
     mask_N = torch.full_like(micro_batch.columns_L, not prepared.is_idle, dtype=torch.bool)
     advantages_N, more, own = micro_batch.advantages_L, 0.0, {}
@@ -154,7 +160,7 @@ def _loss(config: LossConfig, part: Part, index: int, scores: Scores, teacher: T
 
 @dataclass
 class Tally:
-    """Loss metrics of a step as running sums on the device; read once, at the end, by one exchange."""
+    """Loss metrics of a step as running sums on the device, which are read and exchanged once, at the end."""
 
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
@@ -162,7 +168,7 @@ class Tally:
     loss: Tensor | None = None
 
     def add(self, output: LossOutput, of_policy: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Adds a micro-batch: of the loss, and what the policy reports of itself."""
+        """Adds a micro-batch: the loss, its metrics, and those that the policy reports."""
         self.loss = output.loss.detach() + (0 if self.loss is None else self.loss)
         for name, (total, count) in (*output.metrics.items(), *of_policy.items()):
             old_total, old_count = self.sums.get(name, (0, 0))
@@ -173,8 +179,8 @@ class Tally:
             self.minima[name] = torch.minimum(value, self.minima.get(name, value))
 
     def means(self, world: World, num_losses: int) -> dict[str, float]:
-        """Name -> value over all processes; names without a token anywhere are left out. The loss is the mean
-        of `num_losses`, one for each optimizer step.
+        """Name -> value over all processes; names that cover no token are left out. `policy/loss` is the mean
+        of `num_losses` optimizer steps.
         """
         ratios = {name: (total.item(), count.item()) for name, (total, count) in self.sums.items()}
         loss = 0.0 if self.loss is None else self.loss.item()

@@ -16,14 +16,14 @@ def check_streamed(model: PreTrainedModel) -> None:
     """Raises ValueError if a trainable tensor of the model changes nothing that an engine is sent."""
     if lost := unsent(model):
         raise ValueError(
-            f"model.lora.target_modules: {len(lost)} weights such as {lost[0]} would be trained and not "
+            f"model.lora.target_modules: {len(lost)} weights such as {lost[0]} would be trained but not "
             "reach the engine, because their adapter has no delta in the shape of the weight it adapts; name "
             "other layers"
         )
 
 
 class PolicyWeights:
-    """Every weight under its Hugging Face name: nothing is merged in place, nothing drifts."""
+    """Every weight under its Hugging Face name. Deltas are added to copies: merging in place would drift."""
 
     def __init__(self, model: PreTrainedModel, canary: Callable[[], tuple[list[int], list[float]]]) -> None:
         self.model, self.canary = model, canary

@@ -18,15 +18,15 @@ from torch import Tensor
 PEER_WAIT_S = 1800.0
 LOOPBACK = "127.0.0.1"
 STORE_FD = "COHORT_STORE_FD"
-"""Variable for the processes of `cohort train`: rank 0's descriptor of the socket where all meet; else -1."""
+"""Environment variable of `cohort train`: rank 0's file descriptor of the meeting socket; else -1."""
 _TENSOR = "$tensor"
 
 
 def make_accelerator(engine_timeout_s: float = 0.0) -> Accelerator:
-    """On this process's GPU, or on the CPU where there is none.
+    """An accelerator on this process's GPU, or on the CPU if there is none.
 
     Processes wait for each other at most `PEER_WAIT_S`, or three times what one of them may wait for its
-    engine. NCCL's own ten minutes are no more than that wait, and end a process by SIGABRT.
+    engine. NCCL's default of ten minutes can be shorter than that, and ends a process by SIGABRT.
     """
     wait = timedelta(seconds=max(PEER_WAIT_S, 3 * engine_timeout_s))
     if STORE_FD in os.environ:
@@ -36,7 +36,7 @@ def make_accelerator(engine_timeout_s: float = 0.0) -> Accelerator:
 
 
 def listen_on_loopback() -> socket.socket:
-    """A socket for `STORE_FD`. torch's own store would listen on every address of the machine."""
+    """A socket for `STORE_FD`. By itself, torch's store would listen on every address of the machine."""
     server = socket.socket()
     server.bind((LOOPBACK, 0))
     server.listen(512)
@@ -44,13 +44,13 @@ def listen_on_loopback() -> socket.socket:
 
 
 def loopback_environment() -> dict[str, str]:
-    """Variables that keep what gloo and NCCL send between processes of one machine on that machine."""
+    """Environment variables that keep gloo and NCCL traffic on the loopback interface of this machine."""
     name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name} if name else {}
 
 
 def _meet_on_loopback(listening_fd: int, wait: timedelta) -> None:
-    """Makes the default process group; -1 as descriptor: rank 0 has the socket."""
+    """Makes the default process group; rank 0 holds the socket, the others pass -1."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     port = int(os.environ["MASTER_PORT"])
     server = {"is_master": True, "master_listen_fd": listening_fd} if listening_fd >= 0 else {}
@@ -61,7 +61,7 @@ def _meet_on_loopback(listening_fd: int, wait: timedelta) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """All processes call each method equally often."""
+    """The processes of a run. All of them call each method equally often."""
 
     accelerator: Accelerator
 
@@ -97,15 +97,15 @@ class World:
         return self.sum([float(wish)])[0] == self.size
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Every process gets the main one's values, in place."""
+        """Copies the main process's values into the tensors of every process."""
         for tensor in tensors if self.size > 1 else ():
             torch.distributed.broadcast(tensor, 0)
 
     def gather(self, mine: Any) -> list[Any]:
         """An object of every process, in rank order: JSON values with string keys, and tensors among them.
 
-        It travels as JSON and safetensors, never as a pickle: whoever could join the group would run code in
-        the others. Tuples arrive as lists, and tensors on the CPU.
+        It travels as JSON and safetensors: with pickle, whoever joins the group could run code in the
+        others. Tuples arrive as lists, and tensors on the CPU.
         """
         if self.size == 1:
             return [mine]
@@ -123,8 +123,8 @@ class World:
         maxima: Mapping[str, float],
         minima: Mapping[str, float],
     ) -> dict[str, float]:
-        """Numbers by name: sum / count of the (sum, count) of all processes, left out where nothing counts;
-        the greatest and the least of the others. A name may be missing on some processes.
+        """Numbers by name over all processes: total sum / total count of `ratios` (left out at count 0), the
+        largest of `maxima` and the smallest of `minima`. A name may be missing on some processes.
         """
         tables = zip(*self.gather([dict(ratios), dict(maxima), dict(minima)]), strict=True)
         pairs, highs, lows = map(_by_name, tables)
@@ -134,7 +134,7 @@ class World:
         return values | {name: float(min(found)) for name, found in lows.items()}
 
     def exposure(self) -> str | None:
-        """Who else can reach the processes' meeting point; None: nobody outside this machine."""
+        """A warning that others can reach the processes' meeting point; None if nobody else can."""
         if self.size == 1 or "COHORT_LAUNCHED" in os.environ:
             return None
         where = f"{os.environ.get('MASTER_ADDR', 'this machine')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -148,7 +148,7 @@ class World:
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """The last that a process does in a run that ended well: none leaves before the others are done."""
+        """Ends a successful run: no process leaves before the others are done."""
         if self.size > 1:
             self.wait()
             torch.distributed.destroy_process_group()

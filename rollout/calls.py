@@ -1,4 +1,4 @@
-"""What every engine says about one sampling call: whether it can be sampled, and what came out of it."""
+"""What all engines share of a sampling call: checks before it, completions and faults after it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def completion(
 
 
 def version_spans(versions: Sequence[int], ends: Sequence[int]) -> list[VersionSpan]:
-    """`versions[k]` sampled the tokens up to number `ends[k]`."""
+    """Spans of tokens by policy version: `versions[k]` sampled the tokens before index `ends[k]`."""
     spans: list[VersionSpan] = []
     for version, (first, last) in zip(versions, pairwise([0, *ends]), strict=True):
         if spans and spans[-1].policy_version == version:
@@ -44,18 +44,18 @@ def completion_routes(rows: np.ndarray | None, num_tokens: int) -> np.ndarray | 
     """Experts of each completion token, [tokens, layers, K] of int8 where they fit; -1: unknown.
 
     Args:
-        rows: of the last prompt token and of each completion token except the last, for which nothing was
-            computed. A row is from the call that sampled the next token: both are of one policy version.
+        rows: experts of the last prompt token and of each completion token except the last, which no model
+            call has read. A row comes from the call that sampled the next token, so their version is one.
 
     Raises:
-        EngineError: another number of rows.
+        EngineError: there are not as many rows as tokens.
     """
     if rows is None or num_tokens == 0:
         return None
     if len(rows) != num_tokens:
         raise EngineError(
-            f"the engine gave the experts of {len(rows)} tokens, and for {num_tokens} sampled ones it "
-            f"computes as many; use moe.replay=none"
+            f"the engine gave the experts of {len(rows)} tokens for {num_tokens} sampled ones, but it must "
+            f"give as many; use moe.replay=none"
         )
     routes = np.full((num_tokens, *rows.shape[1:]), -1, np.int8 if rows.max(initial=0) < 128 else np.int16)
     routes[:-1] = rows[1:]
@@ -67,9 +67,9 @@ def aborted() -> Completion:
 
 
 def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequence[str] = ()) -> None:
-    """Cuts completions at stop strings, and fills in the texts without the end and pad tokens behind them.
+    """Cuts completions at stop strings, and fills in their texts, without end and pad tokens at the end.
 
-    Other special tokens stay: `<think>` or a channel's name is what a grader looks for.
+    Other special tokens stay: graders look for `<think>` or a channel's name.
     """
     filled = [c for c in completions if c.token_ids]
     if not filled:
@@ -131,7 +131,7 @@ def prompt_faults(
 
 
 def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: float, *, late: bool) -> None:
-    """Raises EngineError if not one completion of the call is usable; single failures are data."""
+    """Raises EngineError if no completion of the call is usable; single failures are data."""
     if any(c.finish_reason != "abort" for group in groups for c in group.completions) or not groups:
         return
     if late:
@@ -144,8 +144,8 @@ def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: 
 
 
 class CallQueue:
-    """`submit`, `collect`, `generate` and `abort` of an engine that works off whole calls, with the weights
-    of that moment.
+    """`submit`, `collect`, `generate` and `abort` of an engine that samples one whole call after another,
+    each with the weights of that moment.
 
     Args:
         sample: (call, deadline of time.monotonic()) -> what was sampled by then; the rest is aborted.
@@ -165,7 +165,7 @@ class CallQueue:
         self._calls.append(call)
 
     def collect(self, *, timeout_s: float) -> list[Group]:
-        """Samples all that was submitted, however long it takes up to the engine's own `timeout_s`."""
+        """Samples all submitted calls; only the engine's own `timeout_s` bounds how long each takes."""
         if self._calls:
             check_weights(self.engine)
         calls, self._calls = self._calls, []

@@ -1,5 +1,5 @@
-"""Messages to token ids, once. What is rendered here is what the engine samples from and what the policy
-trains on.
+"""Turns messages into token ids, once: the engine samples from the ids rendered here, and the policy trains
+on them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
+from rl.model.messages import read_tools
 from rl.types import Prompt
-from rollout.messages import chat_messages, check_last, check_text, read_tools
+from rollout.messages import chat_messages, check_last, check_text
 from rollout.template import Chat, render_chats
 
 
@@ -35,21 +36,21 @@ def render_prompts(
 ) -> list[Prompt]:
     """Rows of a dataset as Prompts with ids `prefix/000000`, ...
 
-    A prompt column of text becomes one user message (`chat`) or stays plain text; a list of messages is
+    A prompt column of text becomes one user message (`chat`) or stays plain text. A list of messages is
     rendered as it is, with the row's `tools`. Other columns, or those named, are kept for graders.
 
     Args:
-        rows: all, or some by their numbers; then there are `num_rows`, and the others are not too long.
+        rows: all rows; or some of `num_rows`, by their numbers, of which the others are not too long.
         template_file: where the chat template was read from, for errors; None: the tokenizer's own.
         note: is told how many rows were left out as too long.
 
     Raises:
         ValueError: no rows; the prompt column or a named column is missing (with the columns there are); the
-            tokenizer has no chat template, or the template refuses a chat; a prompt is empty, no text or list
-            of messages, or longer than `max_prompt_length`; a column holds what is not a JSON value.
+            tokenizer has no chat template, or the template refuses a chat; a prompt is empty, not text
+            or messages, or longer than `max_prompt_length`; a column holds what is not a JSON value.
     """
     numbered = dict(rows) if isinstance(rows, Mapping) else dict(enumerate(rows))
-    texts, chats, prompts, lengths = {}, {}, [], {}
+    texts, chats, prompts, lengths, total = {}, {}, [], {}, num_rows or len(numbered)
     if not numbered:
         raise ValueError(f"the dataset {prefix} has no rows; check data.source, data.split and data.size")
     for index, row in numbered.items():
@@ -73,7 +74,7 @@ def render_prompts(
         kept = _checked(kept_columns(row, prompt_column, columns), where)
         prompts.append(Prompt(f"{prefix}/{i:06d}", texts[i], tuple(ids), said, kept))
     if lengths:
-        _leave_out(lengths, num_rows or len(numbered), prefix, max_prompt_length, too_long, note)
+        _leave_out(lengths, total, prefix=prefix, limit=max_prompt_length, too_long=too_long, note=note)
     return prompts
 
 
@@ -87,6 +88,7 @@ def _ids(tokenizer: Any, text: str, where: str, *, is_plain: bool) -> list[int]:
 def _leave_out(
     lengths: dict[int, int],
     num_rows: int,
+    *,
     prefix: str,
     limit: int,
     too_long: str,
@@ -119,7 +121,7 @@ def _refuse_idle(where: str, system_prompt: str | None, variables: Mapping[str, 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of plain text: a beginning-of-text token once where the tokenizer adds one, and no end of text.
 
-    An end of text behind the prompt, which some tokenizers add, would tell the model that all is said.
+    Some tokenizers add an end of text after the prompt, which would tell the model that nothing follows.
     """
     ids, bare = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (True, False))
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -144,7 +146,7 @@ def end_token_ids(
 
 
 def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str], where: str) -> Any:
-    """The prompt of a row that has it and the named columns."""
+    """The prompt of a row; raises ValueError if its column or a named one is missing."""
     for name in (prompt_column, *columns):
         if name not in row:
             near = difflib.get_close_matches(name, list(row), n=1)
@@ -157,13 +159,13 @@ def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str
 
 
 def _checked(columns: dict[str, Any], where: str) -> dict[str, Any]:
-    """The columns, which go to grader processes and into the ledger, both as JSON."""
+    """The columns; raises ValueError if JSON cannot carry them to grader processes and the ledger."""
     for name, value in columns.items():
         try:
             json.dumps({name: value}, allow_nan=False)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{where}: column {name!r} holds {type(value).__name__} {value!r:.60}, and columns must be "
+                f"{where}: column {name!r} holds {type(value).__name__} {value!r:.60}, but columns must be "
                 "JSON values (text, finite numbers, booleans, lists, dicts); convert it, or name only the "
                 "columns that graders need in data.columns"
             ) from None
@@ -171,5 +173,5 @@ def _checked(columns: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def kept_columns(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """What graders get of a row: the named columns, or all, and never the prompt."""
+    """The columns of a row that graders get: the named ones, or all, and never the prompt."""
     return {name: row[name] for name in (columns or row) if name != prompt_column}

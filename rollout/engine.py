@@ -14,7 +14,7 @@ WEIGHTS_UNKNOWN = -1
 
 
 class EngineError(RuntimeError):
-    """The engine can do nothing with a call: all prompts failed, time ran out, or its weights are unknown."""
+    """The engine cannot serve a call: all prompts failed, time ran out, or its weights are unknown."""
 
 
 class Engine(Protocol):
@@ -26,7 +26,7 @@ class Engine(Protocol):
         tensors: every parameter it holds, under Hugging Face names.
         runs_alone: it samples while nobody calls it, in a process of its own.
         held_while_training: it shares a GPU with the trainer, which calls `hold` before it computes.
-        sleeps_while_training: it gives its memory back meanwhile: the trainer calls `hold(release=True)`.
+        sleeps_while_training: it frees its memory meanwhile; the trainer calls `hold(release=True)`.
     """
 
     name: str
@@ -63,31 +63,31 @@ class Engine(Protocol):
         ...
 
     def abort(self, prompts: Collection[Prompt]) -> None:
-        """Gives up what was submitted for prompts of these ids and not collected: nothing of it is handed
-        out, and it is in flight no longer.
+        """Gives up what was submitted for prompts of these ids and not collected yet. It is not handed out,
+        and is no longer in flight.
         """
         ...
 
     def generate(self, call: Call) -> list[Group]:
         """One Group per prompt, in order. Completions end at `sampling.stop_token_ids`, the id included, or
-        behind the token that completes one of `sampling.stop`.
+        after the token that completes one of `sampling.stop`.
 
         A completion does not depend on what else is sampled, up to the rounding of the kernels. With
         temperature 0 the log-probs are those of the distribution at temperature 1. What was submitted stays
         in flight.
 
         Raises:
-            EngineError: every completion failed, or nothing was finished within the time limit. One that
-                failed alone has `finish_reason` "abort".
+            EngineError: every completion failed, or nothing was finished within the time limit. If only
+                some failed, their `finish_reason` is "abort".
         """
         ...
 
     def hold(self, *, release: bool = False) -> None:
-        """Stops what is in flight where it is, until new weights or a call that waits for completions.
+        """Pauses what is in flight, until new weights come or a call waits for completions.
 
         Args:
-            release: if it `sleeps_while_training`, it drops weights and cache. Then it takes `update_weights`
-                alone, and `close`; what is in flight goes on with the new weights, its cache computed again.
+            release: an engine that `sleeps_while_training` drops weights and cache. Until `update_weights`,
+                it takes no call except `close`; what is in flight then goes on with its cache recomputed.
 
         Raises:
             EngineError: it sleeps.
@@ -95,7 +95,7 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Replaces every weight; any dtype and device. After a broken-off update nothing is sampled.
+        """Replaces every weight, of any dtype and device. After an update that broke off, nothing is sampled.
 
         Allowed while completions are in flight: they pause, none is aborted, and their `version_spans` say
         which version sampled which token.
@@ -103,7 +103,7 @@ class Engine(Protocol):
         ...
 
     def adopt(self, version: int) -> None:
-        """Another process has given the engine that both use the weights of this version."""
+        """Notes that another process has sent this version's weights to the engine that both use."""
         ...
 
     def fingerprints(self) -> Mapping[str, int]:

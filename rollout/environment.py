@@ -1,5 +1,5 @@
-"""What a completion of several turns plays in: the protocol of environments and of the journal of an engine
-that plays episodes (`rollout.episodes`).
+"""Protocols of the environments in which completions of several turns play, and of the journal that the
+engine of such episodes keeps (`rollout.episodes`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ROLES = ("tool", "user", "system")
 
 
 class EnvironmentFault(RuntimeError):
-    """An environment failed, by no fault of the policy: the episode abstains, and is never a reward of 0."""
+    """An environment failed through no fault of the policy: the episode abstains, not with a reward of 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool by its name, or why what the model wrote cannot be made."""
+    """A call of a tool by its name, or the `fault` because of which it cannot be made."""
 
     name: str = ""
     arguments: Mapping[str, Any] | None = None
@@ -37,7 +37,7 @@ class Turn:
     """What the policy said in turn `number`, counted from 0, without the end-of-turn token.
 
     Attributes:
-        calls: of tools, in the form that the model writes; None: nobody looked for any.
+        calls: tool calls that were found in the text; None if nobody has looked for them.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Turn:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Turn:
-        """A turn from what `dataclasses.asdict` made of it, JSON in between or not."""
+        """A turn from what `dataclasses.asdict` made of it, whether or not it went through JSON."""
         calls = values["calls"]
         calls = None if calls is None else tuple(ToolCall(**call) for call in calls)
         return cls(values["number"], values["text"], calls)
@@ -54,15 +54,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What an environment says to a turn.
+    """An environment's answer to a turn.
 
     Attributes:
         messages: what the policy reads next, of roles tool, user or system; content is text.
         reward: of this turn; None: it has none.
         done: the episode is over.
         facts: JSON values, for graders and the report; numbers are summed over the turns.
-        state: a JSON value from which `Environment.open` goes on in another process, {} if there is nothing
-            to know. None: the environment cannot say, so that an episode that is interrupted abstains.
+        state: a JSON value from which `Environment.open` goes on in another process, {} if it needs none.
+            None: there is no such value, so that an interrupted episode abstains.
     """
 
     messages: tuple[Message, ...] = ()
@@ -115,7 +115,7 @@ class Journal(Protocol):
     """Turns and answers that outlive a killed run."""
 
     def find(self, key: str) -> Mapping[str, Any] | None:
-        """The newest entry of a turn: "ids" that are asked with, or a "reply", "fault" or "interrupted"."""
+        """The newest entry of a turn: its "ids" when it was asked, or a "reply", "fault" or "interrupted"."""
         ...
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -123,7 +123,7 @@ class Journal(Protocol):
         ...
 
     def begin(self, version: int) -> None:
-        """New weights: forgets what no step to come can ask for."""
+        """Called with new weights: forgets entries that no later step can ask for."""
         ...
 
 
@@ -132,10 +132,10 @@ def _encodable(text: str) -> str:
 
 
 def checked_reply(reply: Any, calls: Sequence[ToolCall] = ()) -> Reply:
-    """The reply with text that a tokenizer takes; answers of tools without a name have those of the calls.
+    """The reply with text that a tokenizer takes; messages of tools without a name get that of their call.
 
     Raises:
-        EnvironmentFault: it is malformed.
+        EnvironmentFault: the reply is malformed.
     """
     if not isinstance(reply, Reply):
         raise EnvironmentFault(f"the environment answered {type(reply).__name__} instead of a Reply")
@@ -144,7 +144,7 @@ def checked_reply(reply: Any, calls: Sequence[ToolCall] = ()) -> Reply:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
             raise EnvironmentFault(
-                f"the environment answered a message with role {role!r} and content "
+                f"the environment answered with a message of role {role!r} and content "
                 f"{type(content).__name__}; the role is one of {', '.join(ROLES)}, and the content is text"
             )
         if role == "tool" and (name := next(names, "")):
@@ -153,7 +153,7 @@ def checked_reply(reply: Any, calls: Sequence[ToolCall] = ()) -> Reply:
     if reply.reward is not None and not math.isfinite(reply.reward):
         raise EnvironmentFault(f"the environment gave a reward of {reply.reward}")
     if not (reply.done or messages):
-        raise EnvironmentFault("the environment answered nothing, and the episode is not over")
+        raise EnvironmentFault("the environment answered nothing, but the episode is not over")
     try:
         json.dumps([dict(reply.facts), reply.state, messages], allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """64-bit fingerprints of weights, equal on both sides of a sync exactly when the compared bytes are equal.
 
-A fault that shuffles, scales, truncates or forgets values changes a fingerprint; they are not a defence
-against an adversary.
+A fault that shuffles, scales, truncates or forgets values changes a fingerprint. Fingerprints are not a
+defence against an adversary.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BATCH_ROWS = 8192  # 64 MiB, hashed by half a dozen kernels
 
 @dataclass(frozen=True, slots=True)
 class HeldTensor:
-    """One tensor that an engine holds, as the sender has to see it to compute the same fingerprint.
+    """A tensor that an engine holds, with all that its sender needs to compute the same fingerprint.
 
     Attributes:
         shape: of the whole tensor under its Hugging Face name.
         dtype: what the engine keeps; a sender's float32 is rounded to it first.
         device: where both sides hash, since CPU and CUDA use different hash functions.
-        source: the name that carries these weights in a stream; differs from the own name only for a tied
+        source: the name that carries these weights in a stream; another one than its own only for a tied
             copy.
         sampled: the engine cannot show the bytes (a kernel packed them), only multiply by them. The
             fingerprint then covers `sampled_columns` of this sync instead of all columns.
@@ -107,7 +107,7 @@ def mismatches(sent: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
 def hash_words(flats: Iterable[Tensor]) -> list[int]:
     """length + sum over r of p_r * (sum over c of (w_rc xor (w_rc >> 32)) * m_c) mod 2^64, for each tensor.
 
-    The w_rc are its bytes as 64-bit words in rows of 1,024, padded with zeros; the m_c and p_r are
+    The w_rc are its bytes as 64-bit words in rows of 1,024, padded with zeros. The m_c and p_r are
     pseudo-random and odd, so the sum depends on the order. Integer sums do not depend on how a device adds.
     The shift brings the high bytes down, where every bit of a multiplier acts on them.
 
@@ -115,8 +115,8 @@ def hash_words(flats: Iterable[Tensor]) -> list[int]:
         flats: uint8 [number of bytes], all on one device.
     """
     lengths: list[int] = []
-    owners: list[int] = []  # of each piece, which tensor it is of
-    numbers: list[Tensor] = []  # of each piece, its rows
+    owners: list[int] = []  # of each piece, the index of its tensor
+    numbers: list[Tensor] = []  # of each piece, the numbers of its rows
     sums: list[Tensor] = []
     batch: list[Tensor] = []
     size = 0

@@ -1,8 +1,8 @@
 """Requests on their way through engine and graders, in the order in which they were started.
 
 An engine in a process of its own can sample while the trainer computes. Between `begin_overlap` and
-`end_overlap` a thread takes in what it finishes, hands it to the graders, which are processes too, and
-refills the engine. Outside of that only the caller's thread touches the engine, so no lock is needed.
+`end_overlap` a thread collects what it finishes, hands it to the graders, which are processes too, and
+refills the engine. At all other times only the caller's thread touches the engine, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Request:
     Attributes:
         attempt: 0; higher if it was sampled again because it was over-age. Part of its sampling seed.
         submitted: the engine has been asked for it.
-        scored: there once it is sampled; ends when it is graded.
+        scored: not None once it is sampled; done once it is graded.
     """
 
     ordinal: int
@@ -51,7 +51,7 @@ class Request:
 
     @property
     def id(self) -> str:
-        """Unlike the prompt's own, unique: a small dataset comes round while it is still in flight."""
+        """Unique, unlike the prompt's own id: a small dataset may come round while a prompt is in flight."""
         return f"{self.prompt.id} (number {self.ordinal}, attempt {self.attempt})"
 
     def seed(self, run_seed: int) -> int:
@@ -63,9 +63,9 @@ class InFlight:
     """A queue of requests. Whatever finishes goes to the graders at once, and keeps its place in the queue.
 
     Args:
-        limit: most completions that are submitted and not collected, at least one group; None: no limit.
-            Refills wait until a quarter of it is free: a prefill in every decode step costs an engine more
-            than a few idle places.
+        limit: highest number of completions submitted and not collected, at least one group; None: no limit.
+            Refills wait until a quarter of it is free, since a prefill in every decode step costs an engine
+            more than a few idle places.
         timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
     """
 
@@ -96,7 +96,7 @@ class InFlight:
         self._queue += requests
 
     def clear(self) -> None:
-        """Forgets all requests, and ends what the engine still samples of them."""
+        """Forgets all requests, and aborts those that the engine still samples."""
         self._abort(self._queue)
         self._queue = []
 
@@ -136,7 +136,7 @@ class InFlight:
             request.submitted = True
 
     def pump(self, timeout_s: float = 0.0) -> bool:
-        """Refills the engine and sends what it finishes within `timeout_s` to the graders; whether it did."""
+        """Refills the engine and grades what it finishes within `timeout_s`; returns whether anything was."""
         self.refill()
         finished = self.engine.collect(timeout_s=timeout_s)
         asked = {request.id: request for request in self._queue} if finished else {}
@@ -147,10 +147,10 @@ class InFlight:
         return bool(finished)
 
     def begin_overlap(self) -> None:
-        """Goes on in a thread until `end_overlap`, if the engine does; the caller keeps off it meanwhile.
+        """Pumps in a thread until `end_overlap`, if the engine runs alone; the caller must not touch it.
 
-        An engine that would only take turns with the trainer is held instead, and one that sleeps meanwhile
-        drops its weights and cache; graders go on in any case.
+        An engine that would only take turns with the trainer is held instead. One that sleeps meanwhile drops
+        its weights and cache. Graders go on in any case.
         """
         if self.engine.sleeps_while_training:
             self.engine.hold()
@@ -168,7 +168,7 @@ class InFlight:
             self._thread.start()
 
     def end_overlap(self) -> None:
-        """The caller may use the engine again; safe to call at any time.
+        """Ends the thread, so that the caller may use the engine again; safe to call at any time.
 
         Raises:
             EngineError: the engine failed meanwhile, or did not come back from a call.
@@ -194,16 +194,16 @@ class InFlight:
             while self._has_work() and not self._stop.is_set():
                 self.pump(OVERLAP_POLL_S)
         except Exception as error:
-            self._fault = error  # `end_overlap` raises it where somebody can act on it
+            self._fault = error  # `end_overlap` raises it in the caller's thread
 
     def wait_for_engine(self, requests: Sequence[Request]) -> None:
-        """Returns when all of `requests` are sampled; what else is finished by then is graded as well.
+        """Returns when all of `requests` are sampled; other groups that finish by then are graded as well.
 
-        Where no group was finished for `timeout_s`, those that lack are given up: their completions count as
+        If no group finishes for `timeout_s`, the missing ones are given up: their completions count as
         aborted.
 
         Raises:
-            EngineError: all of them lack.
+            EngineError: all of them are missing.
         """
         last = time.monotonic()
         while True:
@@ -248,6 +248,6 @@ class InFlight:
         return sum(request.scored is not None and request.scored.done() for request in self._queue)
 
     def sample_again(self, request: Request) -> None:
-        """In its old place in the queue, so that the order of prompts stays, with other random numbers."""
+        """Samples it with other random numbers in its old place, so that the order of prompts stays."""
         request.attempt += 1
         request.submitted, request.scored = False, None

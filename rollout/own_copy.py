@@ -18,12 +18,12 @@ def held_tensors(model: Any) -> dict[str, HeldTensor]:
 
 @torch.no_grad()
 def copy_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises ValueError for a name or shape that the model does not have; what came before it is in place."""
+    """Raises ValueError for a name or shape that the model lacks; weights before it have been copied."""
     own = dict(streamed(model))
     for name, tensor in weights:
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(
-                f"this model has no weight {name} of shape {tuple(tensor.shape)}; send its own kind"
+                f"this model has no weight {name} of shape {tuple(tensor.shape)}; send the same model's"
             )
         own[name].copy_(tensor)
 

@@ -1,4 +1,4 @@
-"""In which order prompts are consumed, and from which seeds: the same on any number of processes and after a
+"""The order in which prompts are consumed, and their seeds: the same on any number of processes and after a
 restart.
 """
 
@@ -50,7 +50,7 @@ def deal(first: int, wanted: Sequence[int]) -> list[list[int]]:
 
 
 def shortest_cursor(next_ordinal: int, pending: list[int]) -> Any:
-    """Pending numbers at the end of the order count as not dealt yet; `pending` ascends."""
+    """The shortest form of a cursor. Pending numbers at the end count as not dealt; `pending` ascends."""
     while pending and pending[-1] == next_ordinal - 1:
         next_ordinal = pending.pop()
     return {"next": next_ordinal, "pending": pending} if pending else next_ordinal

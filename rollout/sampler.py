@@ -89,7 +89,7 @@ class SeededSampler:
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
     def chosen_logprobs(self) -> list[list[float]]:
-        """Per row, the log-prob of the token of each step, those after the row's end included; or nothing."""
+        """Per row, the log-prob of each step's token, also after the row's end; empty without log-probs."""
         if not self._chosen_logprobs:
             return [[] for _ in range(len(self.failed_at_B))]
         return torch.stack(self._chosen_logprobs, dim=1).tolist()

@@ -4,14 +4,14 @@ Sampling may go on across training steps, and no token is older than `max_stalen
 every group is sampled with the newest weights, and no thread is started.
 
 Training consumes prompts strictly in the order in which they were started. A group that finishes early waits
-in the queue for its turn, so which groups are trained does not depend on how long they took: the lengths that
-are trained are those that were sampled. Taking whatever finishes first would prefer short completions.
+in the queue for its turn, so which groups are trained does not depend on how long they took. Taking whatever
+finishes first would prefer short completions.
 
-Age is bounded by admission, not by throwing work away. With version v in the engine the step to come is step
-v, and at most (1 + max_staleness) steps' worth of prompts are started and not consumed. A step consumes at
-least its own size from the head of the queue, so what is started at version v is trained at step
-v + max_staleness at the latest, and none of its tokens is older than v. An over-age group can only mean that
-the engine sampled with weights it should have replaced: it is counted, and sampled again in its place.
+Age is bounded by admission, not by throwing work away. With version v in the engine, step v comes next, and
+at most (1 + max_staleness) steps' worth of prompts are started and not consumed. A step consumes at least its
+own size from the head of the queue. So what is started at version v is trained at step v + max_staleness at
+the latest. None of its tokens is older than v. An over-age group can only mean that the engine sampled
+with weights it should have replaced. It is counted, and sampled again in its place.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Admission:
 class DynamicSampling:
     """Groups that fail `keep_fn` are replaced by the next of the queue (DAPO section 3.2, arXiv:2503.14476).
 
-    A step goes round at most `max_rounds` times. What is missing then is filled with rejected groups, so that
-    a step has its size.
+    A step takes at most `max_rounds` rounds. Then rejected groups fill it up, so that every step has its
+    size.
     """
 
     keep_fn: Callable[[ScoredGroup], bool] = lambda group: True
@@ -105,9 +105,9 @@ class RolloutSource:
 
     @property
     def cursor(self) -> Any:
-        """Without what is in flight: a restart samples that again, and every prompt is consumed once. Uneven
-        dynamic sampling of several processes leaves holes in the order: then it is {"next": n,
-        "pending": [...]}, with every number below n consumed but the pending ones.
+        """The position in the stream, without what is in flight: a restart samples that again. Uneven dynamic
+        sampling of several processes may leave holes in the order. Then it is {"next": n, "pending": [...]},
+        and all numbers below n are consumed except the pending ones.
         """
         return self._cursor
 
@@ -118,14 +118,14 @@ class RolloutSource:
         self._in_flight.end_overlap()
         self._in_flight.clear()
         self._start(pending[self.team.rank :: self.team.size])
-        if self.engine.sleeps_while_training:  # what comes is training on what the ledger holds, or a sync
+        if self.engine.sleeps_while_training:  # next comes training on recorded groups, or a sync
             self.engine.hold(release=True)
 
     def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
         """As `Source.groups`, in the order of their start; rejected ones that fill a step up come last.
 
-        The first group comes when all are there, since rounds are collective: what the caller does between
-        two groups may be too. An engine that keeps weights that were replaced raises RuntimeError, too.
+        The first group comes when all are there: rounds are collective, and what the caller does between two
+        groups may be, too. RuntimeError is also raised if the engine keeps weights that were replaced.
         """
         self._in_flight.end_overlap()
         self._share = num_groups // self.team.size
@@ -151,7 +151,7 @@ class RolloutSource:
         yield from kept + rejected[:missing]
 
     def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
-        """Gives the engine the policy's weights, under what is in flight, and starts what they admit."""
+        """Sends the engine the policy's weights, with requests in flight, and starts what they admit."""
         self._in_flight.end_overlap()
         with self.phase("sync"):
             report = publish(self.engine, weights, version=version, team=self.team, **asdict(self.sync))
@@ -170,7 +170,7 @@ class RolloutSource:
         self.engine.close()
 
     def _room(self, lacking: int) -> int:
-        """How many more prompts may be started while the step to come lacks `lacking` groups."""
+        """How many more prompts may be started while the next step still needs `lacking` groups."""
         ahead = self.admission.max_staleness
         if self.admission.num_steps is not None:
             ahead = min(ahead, self.admission.num_steps - 1 - self.policy_version)
@@ -201,7 +201,7 @@ class RolloutSource:
             for request, group in late:
                 self._sample_again(request, group)
         if all(is_engine_fault(c) for group in groups for c in group.completions):
-            # `collect` hands failures out as data. Asked once more, the engine itself says why.
+            # `collect` returns failures as data; `generate` makes the engine say what is wrong.
             self.engine.generate(self._in_flight.call(heads))
             raise EngineError(f"engine {self.engine.name} failed for all completions of {count} prompts")
         self._in_flight.drop(count)
@@ -233,7 +233,7 @@ class RolloutSource:
 
 
 def is_engine_fault(completion: Completion) -> bool:
-    """Whether the engine gave it up, and not an environment."""
+    """Whether the engine, and not an environment, gave up the completion."""
     named = completion.facts.keys() & {"fault", "interrupted"}
     return completion.finish_reason == "abort" and not named
 

@@ -1,7 +1,7 @@
 """Ends completions at stop strings: on the sampled ids, which are never tokenised again.
 
-A completion is sampled on to its end id or length, and cut here. So every engine cuts alike, and nothing that
-the sampler computes depends on text.
+A completion is sampled up to its end id or length limit, and then cut here. So every engine cuts alike, and
+nothing that the sampler computes depends on text.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from rl.types import Completion, VersionSpan
 
 
 def cut_at_stop(tokenizer: Any, completions: Sequence[Completion], stop: Sequence[str]) -> list[bool]:
-    """Cuts each completion behind the token that completes the first of the stop strings; which ones had one.
+    """Cuts each completion after the token that completes its first stop string; returns which were cut.
 
-    The string and the rest of that token stay in it. What the engine failed to sample stays as it is.
+    The string and the rest of that token stay. Aborted completions are left as they are.
     """
     return [_cut(c, tokenizer, stop) for c in completions]
 

@@ -1,4 +1,4 @@
-"""Chats as text by a model's own Jinja template, in a child process that ends when a template does too much.
+"""Renders chats by a model's own Jinja template, in a child process that dies if a template takes too much.
 
 transformers renders in a sandbox that keeps a template from the file system and from Python's internals. It
 bounds neither time nor memory: nested loops, a repeated string or a doubled one take all there is.
@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from rl.types import Message
 
 CPU_S = 10.0  # of one chat; a thousand times what a long one takes
-STALL_S = 300  # wall clock of one chat: a child that waits for a lock it cannot get
+STALL_S = 300  # wall clock of one chat: ends a child that waits for a lock it cannot get
 MEMORY_BYTES = 1 << 30  # beyond what this process has
 MAX_CHARACTERS = 1 << 24
 
@@ -55,7 +55,7 @@ class Answer:
 def render_chats(
     tokenizer: Any, chats: Sequence[Chat], variables: Mapping[str, Any], *, file: str | None
 ) -> list[str]:
-    """The text of each chat, with the header of the completion behind it.
+    """The text of each chat, followed by the header of the completion.
 
     Args:
         variables: the template's own, such as enable_thinking.
@@ -91,10 +91,10 @@ def check_template(tokenizer: Any, *, file: str | None) -> None:
 
 
 def _check_variables(tokenizer: Any, variables: Mapping[str, Any], *, has_tools: bool) -> None:
-    """Raises ValueError without a chat template, or for what the template would not look at."""
+    """Raises ValueError if there is no chat template, or if it does not read a variable or the tools."""
     if not tokenizer.chat_template:
         raise ValueError(
-            "the tokenizer has no chat template, and the prompts are chats; set model.chat_template to a "
+            "the tokenizer has no chat template, but the prompts are chats; set model.chat_template to a "
             "Jinja file, use the instruct model, or data.chat=false for plain text"
         )
     found = tokenizer.chat_template
@@ -103,12 +103,12 @@ def _check_variables(tokenizer: Any, variables: Mapping[str, Any], *, has_tools:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise ValueError(
-                f"data.chat_template_kwargs has {name!r}, and the chat template reads no such variable"
+                f"data.chat_template_kwargs has {name!r}, but the chat template reads no such variable"
                 + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
             )
     if has_tools and "tools" not in names:
         raise ValueError(
-            "the prompts come with tools, and the chat template has no place for them; set "
+            "the prompts come with tools, but the chat template has no place for them; set "
             "model.chat_template to one that has. Tools are those of the environment, or a column 'tools' of "
             "the rows, which data.rename={tools: ...} gives another name"
         )
@@ -160,7 +160,7 @@ def _answers(tokenizer: Any, chats: Sequence[Chat], variables: Mapping[str, Any]
                     yield Answer(**json.loads(line))
     finally:
         if num_answers < len(chats):
-            os.kill(child, signal.SIGKILL)  # a reader that stopped early; no harm to one that is dead
+            os.kill(child, signal.SIGKILL)  # the reader stopped early, or the child is dead already
         status = os.waitpid(child, 0)[1]
     if num_answers < len(chats):
         yield Answer(fault=_death(status), is_bomb=True)

@@ -1,4 +1,4 @@
-"""The transformers engine: slow, exact, always there."""
+"""The transformers engine: slow, exact, always available."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TransformersEngine:
         version: policy version of the weights in `model`.
         attention: how transformers computes attention. Eager honours every config; what the policy settled on
             is as exact and may be faster.
-        recorder: (model); what records the experts that each token was computed with; default: nothing does.
+        recorder: (model); makes what records the experts of each token; default: nothing records them.
     """
 
     name = "transformers"
@@ -113,7 +113,7 @@ class TransformersEngine:
 
     def _cache_fault(self) -> str | None:
         """Why `self.cache` may not be used: sampling with it raises, or does not give the log-probs of whole
-        sequences. The longest prompt exceeds what the model's window remembers.
+        sequences. The longest prompt of this check exceeds the model's attention window.
         """
         config = self.model.config.get_text_config()
         spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
@@ -125,13 +125,15 @@ class TransformersEngine:
         )
         prompts, gaps = [short, long, short], []
         try:
-            sampled = self._sample(prompts, [0, 1, 2], SamplingParams(4), True, math.inf)
+            sampled = self._sample(
+                prompts, [0, 1, 2], sampling=SamplingParams(4), with_logprobs=True, deadline=math.inf
+            )
             for prompt, found in zip(prompts, sampled, strict=True):
                 whole = self.prompt_logprobs([*prompt, *found.token_ids])[len(prompt) - 1 :]
                 gaps += [abs(a - b) for a, b in zip(whole, found.behavior_logprobs, strict=True)]
         except Exception as error:  # each family has a cache of its own, and its own ways to fail
             return f"it raises {type(error).__name__} ({(str(error).splitlines() or [''])[0]})"
-        # In 16 bits single tokens are off by much, and the mean by 0.1 nats.
+        # In 16 bits single tokens are far off, and the mean is off by 0.1 nats.
         coarse = self.model.dtype != torch.float32
         gap, allowed = (sum(gaps) / len(gaps), 0.3) if coarse else (max(gaps), 0.0025)
         return None if gap <= allowed else f"log-probs with it differ by {gap:.2g} nats from those without"
@@ -149,7 +151,9 @@ class TransformersEngine:
             row_seeds = [completion_seed(call.seeds[i], g) for i, g in chunk]
             row_ids = [prompts[i].token_ids for i, _ in chunk]
             try:
-                sampled = self._sample(row_ids, row_seeds, sampling, call.with_logprobs, deadline)
+                sampled = self._sample(
+                    row_ids, row_seeds, sampling=sampling, with_logprobs=call.with_logprobs, deadline=deadline
+                )
             except RuntimeError as error:
                 faults |= {i: str(error) for i, _ in chunk}
                 continue
@@ -181,6 +185,7 @@ class TransformersEngine:
         self,
         prompts: Sequence[tuple[int, ...]],
         seeds: Sequence[int],
+        *,
         sampling: SamplingParams,
         with_logprobs: bool,
         deadline: float,
@@ -190,7 +195,10 @@ class TransformersEngine:
         """
         if self.cache == "none" and len(prompts) > 1:
             rows = zip(prompts, seeds, strict=True)
-            return [self._sample([p], [s], sampling, with_logprobs, deadline)[0] for p, s in rows]
+            return [
+                self._sample([p], [s], sampling=sampling, with_logprobs=with_logprobs, deadline=deadline)[0]
+                for p, s in rows
+            ]
         sampler = SeededSampler(seeds, sampling, device=self.device, with_logprobs=with_logprobs)
         unique = list(dict.fromkeys(prompts))
         rows_B = torch.tensor([unique.index(p) for p in prompts], device=self.device)
@@ -223,7 +231,7 @@ class TransformersEngine:
         return completions
 
     def _prefill(self, ids_UT: Tensor, mask_UT: Tensor, rows_B: Tensor) -> DynamicCache | None:
-        """Keys and values of all prompt tokens but the last, once per prompt; None: each row has its own."""
+        """Keys and values of all prompt tokens except the last, once per prompt; None: none are shared."""
         if ids_UT.shape[1] < 2 or self.cache != "shared" or getattr(self.model, "_is_stateful", False):
             return None
         cache = DynamicCache(config=self.model.config)

@@ -1,8 +1,8 @@
-"""From one turn to the next, token for token: what was sampled stays, and only what follows it is rendered.
+"""Makes the tokens between two turns: sampled tokens stay as they are, and only what follows is rendered.
 
-The template renders the whole chat as text. Where that text begins with the text of the row so far, what is
-beyond it is tokenised and appended. Where it does not, the template changed what was said (it drops earlier
-thinking, trims, or writes calls anew): that is drift, and `history` says what becomes of it.
+The template renders the whole chat as text. If that text begins with the text of the row so far, the rest is
+tokenised and appended. If not, the template changed what was said: it drops earlier thinking, trims, or
+rewrites calls. That is drift, and `history` says how it is handled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rollout.template import Chat, render_chats
 
 History = Literal["append", "template"]
 Tokens = list[tuple[int, Origin]]
-BEGIN, END = "\ue000", "\ue001"  # of a mark that stands for a string in a text: private use, so nobody's
+BEGIN, END = "\ue000", "\ue001"  # around a mark that stands for a string: private-use characters
 MARK = re.compile(f"{BEGIN}(\\d+){END}")
 TURN = f"{BEGIN}turn{END}"
 CHARACTERS_PER_TOKEN = 64  # more than any tokenizer puts into one on average
@@ -65,10 +65,10 @@ class Step:
     """What follows a turn.
 
     Attributes:
-        tokens: ids and origins; of a new row its whole prompt.
+        tokens: ids and origins; for a new row those of its whole prompt.
         text: of the row with them.
         is_new_row: the prefix changed, and the episode goes on in another row.
-        has_drifted: the template would render the row in another way than it was.
+        has_drifted: the template would now render the row differently.
     """
 
     tokens: Tokens
@@ -87,7 +87,7 @@ def escaped(text: str, numbers: Mapping[str, int]) -> str:
 
 
 class TurnRenderer:
-    """Renders what environments say, by the model's own chat template; their words are text and no tokens.
+    """Renders what environments say by the model's chat template; special tokens in it become plain text.
 
     Args:
         variables: of the template, such as enable_thinking.
@@ -120,8 +120,8 @@ class TurnRenderer:
         self.is_harmony = {"<|channel|>", "<|call|>"} <= set(self.strings)
         if self.is_harmony and history == "template":
             raise ValueError(
-                "environment.history=template: the template of this model takes turns apart by channel, "
-                "which is not done here; use environment.history=append"
+                "environment.history=template: the template of this model splits turns by channel, which "
+                "is not supported here; use environment.history=append"
             )
 
     def shown(self, message: Message) -> tuple[Message, bool]:
@@ -134,7 +134,7 @@ class TurnRenderer:
             kept = encoded["input_ids"][: self.max_answer_length]
             offsets = encoded.get("offset_mapping")
             short = short[: offsets[len(kept) - 1][1]] if offsets else self.tokenizer.decode(kept)
-        # A special token is one token above, and letters for the model.
+        # Above, a special token counts as one token; the model gets its letters.
         while (number := len(self._tokens(escaped(short, self.numbers), ()))) > self.max_answer_length:
             short, is_cut = short[: len(short) * self.max_answer_length // number], True
         others = {
@@ -146,8 +146,8 @@ class TurnRenderer:
         return {**message, **others, "content": content}, is_cut
 
     def said(self, turn: Completion, stop_token_ids: Sequence[int]) -> tuple[str, str]:
-        """What a turn said, with marks where it spelled a token's name in letters; and the end of turn that
-        was sampled, empty if that stands in the text or there was none.
+        """(text of a turn, with marks where it spelled a token's name in letters; its sampled end of turn).
+        The latter is empty if it stands in the text, or if none was sampled.
         """
         last, said = turn.token_ids[-1], escaped(turn.text, {})
         ending = self._word([last]) if last in stop_token_ids and last in self.unsaid else ""
@@ -198,14 +198,14 @@ class TurnRenderer:
         return steps
 
     def _prove(self, talk: Talk, messages: Sequence[Message]) -> None:
-        """Some templates drop messages of roles that they do not know, without a word."""
+        """Raises ValueError if the template silently drops messages of a role that it does not know."""
         for role in {message["role"] for message in messages} - self.proved:
             probe = {"role": role, "content": TURN}
             (text,) = self._render([(talk.prompt, [*talk.messages, probe], talk.text, [probe])])
             if TURN not in text:
                 raise ValueError(
-                    f"the chat template shows the model nothing of a message with role {role!r}; use an "
-                    "environment that answers as user, or another template by model.chat_template"
+                    f"the chat template silently drops messages with role {role!r}; use an environment that "
+                    "answers as user, or another template by model.chat_template"
                 )
             self.proved.add(role)
 
@@ -217,7 +217,7 @@ class TurnRenderer:
         else:
             _, found, rest = marked.rpartition(TURN)
             if self.is_harmony and talk.ending in rest:
-                rest = rest[rest.index(talk.ending) :]  # behind the JSON of a call
+                rest = rest[rest.index(talk.ending) :]  # after the JSON of a call
             is_broken = True
             if not found:
                 raise ValueError(
@@ -228,7 +228,7 @@ class TurnRenderer:
         return Step(self._tokens(rest, messages), talk.text + rest, has_drifted=is_broken)
 
     def _render(self, asked: Sequence[tuple[Prompt, list[Message], str, Sequence[Message]]]) -> list[str]:
-        """The text of each chat with the header of the next turn; a plain prompt goes on as it stands."""
+        """The text of each chat with the header of the next turn; a plain prompt is continued as text."""
         chats = {
             i: Chat(f"prompt {prompt.id}, after a turn", tuple(messages), self.tools or None)
             for i, (prompt, messages, _, _) in enumerate(asked)
@@ -272,7 +272,7 @@ class TurnRenderer:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=has_offsets)
 
     def _as_text(self, string: str) -> list[int]:
-        """Ids of a special token's name that are its letters, and never the token.
+        """Ids that spell the name of a special token in letters, and never the token itself.
 
         Raises:
             ValueError: the tokenizer knows no other way to write it.
@@ -289,7 +289,7 @@ class TurnRenderer:
 
 
 def _harmony_turn(messages: Sequence[Message], said: str) -> Any:
-    """A turn that such messages may follow: the header of a tool's answer names the tool that was called."""
+    """A turn that `messages` may follow: the header of a tool's answer names the tool that was called."""
     name = next((m.get("name", "") for m in messages if m["role"] == "tool"), None)
     if name is None:
         return {"role": "assistant", "content": said}

@@ -1,4 +1,4 @@
-"""Versioned weights to the engine, with proof that they arrived: law 5 of the architecture."""
+"""Sends versioned weights to the engine, and proves that they arrived (law 4 of the README)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rollout.engine import Engine
 from rollout.fingerprint import compared_part, covered_share, fingerprints, mismatches
 
 MAX_NAMED = 8
-WORST_TOKEN = 8  # a canary token may be off by so many times the mean that is allowed
+WORST_TOKEN = 8  # a canary token may be off by this many times the allowed mean
 
 
 class WeightSyncError(RuntimeError):
@@ -32,9 +32,9 @@ class SyncReport:
         parts: seconds to "inspect" what is sent, to "send" it (until the engine has loaded it), to compare
             "fingerprints" and the "canary".
         num_bytes: as the engine stores them.
-        compared_share: share of these bytes that the fingerprints compared; below 1 where a kernel packed the
-            weights and only sampled columns can be read back (vLLM on a CPU). The columns move with every
-            version.
+        compared_share: share of these bytes that the fingerprints compared. It is below 1 where a kernel
+            packed the weights and only sampled columns can be read back (vLLM on a CPU). The columns move
+            with every version.
     """
 
     num_tensors: int
@@ -50,7 +50,7 @@ class SyncReport:
 
     @property
     def verify_seconds(self) -> float:
-        """Of the whole sync, for the proof."""
+        """Seconds of the sync that the proof took."""
         return self.seconds - self.parts["send"]
 
     @property
@@ -75,23 +75,23 @@ def publish(
     """Gives the engine the policy's weights of `version` and proves that it computes with them.
 
     Before sending, every tensor is checked to be finite, expected and of the engine's shape, and
-    fingerprinted as the engine will store it; a fault here leaves the engine as it was. After sending, the
+    fingerprinted as the engine will store it. A fault here leaves the engine as it was. After sending, the
     version, the fingerprint of every tensor that the engine holds, and log-probs of fixed tokens are
     compared.
 
     The processes of `team` stay in step, since a stream may be collective: each iterates every pass to its
-    end, whatever breaks off meanwhile. A fault is kept, gathered behind the pass, and raised on all.
+    end, whatever breaks off meanwhile. A fault is kept, gathered after the pass, and raised on all.
 
     Args:
         weights: iterated twice, so that a stream that changes between two passes is caught as well.
         sends: False: this process iterates along, and its engine adopts the version that others have sent.
         tolerance: largest mean gap of the canary's log-probs, nats; None: 0.0025 if the engine is all
-            float32, else 0.2. One token may be off by `WORST_TOKEN` times as much: a bf16 engine with the
+            float32, else 0.2. One token may be off by `WORST_TOKEN` times as much. A bf16 engine with the
             right weights has a mean of 0.03 to 0.1, and some tokens at 0.4.
-        verify: False only checks that everything is finite. The same on all processes.
+        verify: False only checks that everything is finite. It must be the same on all processes.
 
     Raises:
-        WeightSyncError: naming the tensors, the version or the gap, and the process if there are several.
+        WeightSyncError: it names the tensors, the version or the gap, and the process if there are several.
     """
     parts: dict[str, float] = {}
     gaps = [float("nan")]
@@ -110,7 +110,7 @@ def publish(
         with _part("canary", parts, team):
             ids, expected = weights.canary()
             if sends:
-                gaps = _canary_gaps(engine, ids, expected, version, tolerance)
+                gaps = _canary_gaps(engine, ids, expected=expected, version=version, tolerance=tolerance)
     if not sends:
         engine.adopt(version)
     return _report(engine, gaps, parts, is_proved=verify and sends)
@@ -155,7 +155,7 @@ def _iterated(
     work: Callable[[Iterator[tuple[str, Tensor]]], Any] = lambda stream: {},
     what: str = "the policy's stream",
 ) -> Any:
-    """What `work` makes of a pass, which is iterated to its end even if `work` breaks off."""
+    """Returns what `work` makes of a pass, which is iterated to its end even if `work` breaks off."""
     stream, place = iter(weights), "before the first tensor"
 
     def noted() -> Iterator[tuple[str, Tensor]]:
@@ -230,7 +230,7 @@ def _compare(engine: Engine, sent: dict[str, int], version: int) -> None:
 
 
 def _canary_gaps(
-    engine: Engine, ids: list[int], expected: list[float], version: int, tolerance: float | None
+    engine: Engine, ids: list[int], *, expected: list[float], version: int, tolerance: float | None
 ) -> list[float]:
     """Absolute gaps between the engine's log-probs of fixed tokens and the policy's, in nats."""
     if tolerance is None:
@@ -239,7 +239,7 @@ def _canary_gaps(
     mean, worst = sum(gaps) / len(gaps), max(gaps)
     if not (mean <= tolerance and worst <= WORST_TOKEN * tolerance):
         raise WeightSyncError(
-            f"engine {engine.name} holds version {version} and computes otherwise: the canary's log-probs "
+            f"engine {engine.name} holds version {version} but computes differently: the canary's log-probs "
             f"are {mean:.3g} nats from the policy's on average and {worst:.3g} at most, more than "
             f"{tolerance:g} and {WORST_TOKEN * tolerance:g} (engine.canary_tolerance)"
         )

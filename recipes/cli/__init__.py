@@ -1,4 +1,4 @@
-"""The `cohort` command. A command's module is imported when it is called for, and torch when it runs."""
+"""The `cohort` command. A subcommand's module is imported only when called, and torch only when it runs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from importlib.metadata import version
 from recipes.cli.command import run_command, say_fault
 
 COMMANDS = {
-    "train": ("recipes.cli.train", "train with GRPO; started again, it goes on where it stopped"),
+    "train": ("recipes.cli.train", "train with GRPO; the same command again resumes a stopped run"),
     "report": (
         "recipes.cli.report",
         "rebuild report.html from a run folder, finished or not; or compare runs",
     ),
     "denoising": (
         "recipes.cli.denoising",
-        "show in which order a diffusion model wrote completions of a run",
+        "show the order in which a diffusion model wrote a run's completions",
     ),
-    "init": ("recipes.cli.init", "write a config for a dataset of your own, from a look at it"),
+    "init": ("recipes.cli.init", "write a config for your own dataset, after a look at its first rows"),
     "config": ("recipes.cli.config", "check a config, print or explain its keys, or print their JSON schema"),
     "plan": ("recipes.cli.plan", "predict a run's GPU memory, and the settings that fill the GPU"),
-    "export": ("recipes.cli.export", "write a checkpoint as a clean Hugging Face folder, with proofs"),
+    "export": ("recipes.cli.export", "write a checkpoint as a clean Hugging Face folder, and verify it"),
     "eval": ("recipes.cli.eval", "measure models, checkpoints and runs on a task, and compare them"),
     "sample": ("recipes.cli.sample", "sample, verify and keep traces to fine-tune on (rejection sampling)"),
     "serve": ("recipes.cli.serve", "start vLLM servers for a run, locked by a token"),
@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code; a fault the user can mend is one sentence on stderr."""
+    """Runs one subcommand and returns its exit code; a fault that the user can fix is one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--version"]:
         print(f"cohort {version('cohort-rl')}")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cohort", description="Reinforcement-learning post-training for language models."
     )
-    parser.add_argument("--version", action="store_true", help="print the version and end")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text)

@@ -1,4 +1,4 @@
-"""How every command begins and ends: its streams, its limits, a fault as one safe line, its exit code."""
+"""How every command starts and ends: standard streams, limits, a fault as one safe line, the exit code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rl.store.durable import with_remedy
 from rl.store.redact import safe_text
 
 OPEN_FILES = 256
-"""Descriptors that a run may need: graders have four each, vLLM and datasets some dozens."""
+"""File descriptors that a run may need: four per grader, and some dozens for vLLM and datasets."""
 OPEN_FILES_MOST = 65_536
-# `python -m recipes.grpo` would take ./recipes.py of the working directory for ours. The imports of a program
-# take seconds, in which its launcher may be killed.
+# `python -m recipes.grpo` would import a ./recipes.py of the working directory. `stop_with_launcher` comes
+# first, because the launcher may be killed during the seconds that a program's imports take.
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from importlib import import_module; "
     "from rl.phases import stop_with_launcher; stop_with_launcher(); "
@@ -29,13 +29,13 @@ BOOT = (
 
 
 def run_command(work: Callable[[], int], *, in_words: Callable[[str], str] = str) -> int:
-    """The exit code of `work`; 1 for a fault, which is said on stderr without secrets and escape sequences.
+    """Returns the exit code of `work`, or 1 after a fault, whose message goes to stderr without secrets.
 
-    What a user can mend is one sentence; anything else comes with its traceback. Standard output that is
-    closed or full changes no exit code. COHORT_DEBUG=1 lets faults through.
+    A fault that the user can fix is one sentence; any other comes with its traceback. A closed or full
+    standard output does not change the exit code. With COHORT_DEBUG=1, faults are raised.
 
     Args:
-        in_words: puts a sentence of the library into the words of this command.
+        in_words: rewrites a message of the library in this command's words.
     """
     _open_standard_streams()
     try:
@@ -51,10 +51,10 @@ def run_command(work: Callable[[], int], *, in_words: Callable[[str], str] = str
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process as `sys.exit(code)` does, except for the destructors of libraries.
+    """Ends this process as `sys.exit(code)` does, but does not run the destructors of libraries.
 
-    Those of threads in C++ abort the process now and then after all is done ("terminate called without an
-    active exception", exit code 134: seen with TRL and datasets loaded).
+    Destructors of C++ threads sometimes abort the process after all is done ("terminate called without an
+    active exception", exit code 134). This was seen with TRL and datasets loaded.
     """
     cast(Any, threading)._shutdown()  # joins threads that are not daemons
     cast(Any, atexit)._run_exitfuncs()
@@ -67,7 +67,7 @@ def say_fault(text: str) -> None:
 
 
 def raise_open_files() -> None:
-    """Raises the soft limit of open files to the hard one.
+    """Raises the soft limit on open files to the hard one.
 
     Raises:
         ValueError: the hard limit is too low for a run.
@@ -78,13 +78,13 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < OPEN_FILES:
         raise ValueError(
-            f"this process may have {most} files open (ulimit -n), and a run needs up to {OPEN_FILES}; raise "
+            f"this process may open only {most} files (ulimit -n), but a run needs up to {OPEN_FILES}; raise "
             "the limit before the start: ulimit -n 4096, or LimitNOFILE=4096 in a systemd unit"
         )
 
 
 def _open_standard_streams() -> None:
-    """Where a descriptor below 3 is closed, the next file opened would get it, and with it others' output."""
+    """Opens closed standard streams on /dev/null: else the next opened file would receive their output."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

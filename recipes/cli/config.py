@@ -1,4 +1,4 @@
-"""`cohort config`: a config of any kind, checked, with every key and what it means. It loads no torch."""
+"""`cohort config`: checks a config of any kind and prints every key with its meaning, without torch."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ KINDS = (Config, MaskedRunConfig, DiffusionConfig, SftConfig, TracesConfig, Pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="default: every key at its default")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("config", nargs="?", help="a YAML file; default: all defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=20")
     parser.add_argument(
         "--explain",
         nargs="?",
         const="",
         metavar="KEY",
-        help="what a key or section means, its range and choices, such as loss.name; default: every key",
+        help="explain a key or section, such as loss.name: meaning, range, choices; default: every key",
     )
-    parser.add_argument("--schema", action="store_true", help="the JSON schema of its kind, for an editor")
+    parser.add_argument("--schema", action="store_true", help="print this kind's JSON schema, for an editor")
     take_flags_anywhere(parser)
 
 
@@ -78,13 +78,13 @@ def schema_of(kind: type[Section]) -> dict[str, Any]:
 
 
 def explained(key: str, config: Section | None = None) -> str:
-    """What a key or section means; of a key's last word alone, each key that ends in it.
+    """What a key or section means. A last word alone, such as `lr`, explains each key that ends in it.
 
     Raises:
-        ValueError: no config has it; near ones are named.
+        ValueError: no config has this key; the message names similar ones.
     """
     kinds = KINDS if config is None else (type(config),)
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: key not in dict(_keys(kind))):  # whole keys before last words
         keys = dict(_keys(kind))
         if named := [key] if key in keys else [name for name in keys if name.endswith(f".{key}")]:
             said = "\n\n".join("\n".join(_lines(name, *keys[name], config)) for name in named)
@@ -100,7 +100,7 @@ def explained(key: str, config: Section | None = None) -> str:
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, tuple[type[BaseModel], str]]]:
-    """(dotted key, (its section, its name)) of every key, sections and those of lists included."""
+    """(dotted key, (its section, its name)) of every key, including sections and keys of listed sections."""
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}", (schema, name)
         if (section := section_in(field.annotation)) is not None:
@@ -127,7 +127,7 @@ def _lines(key: str, schema: type[BaseModel], name: str, config: Section | None)
 
 
 def _value_of(config: Section, key: str) -> Any:
-    """The value that a config has there; `UNSET` in lists and sections that are off."""
+    """The config's value of a key; `UNSET` inside lists and inside sections that are off."""
     value: Any = redact(config.model_dump(mode="json"))
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -137,7 +137,7 @@ def _value_of(config: Section, key: str) -> Any:
 
 
 def _doc(section: type[BaseModel]) -> str:
-    """The section's own docstring, not pydantic's or that of `Section`."""
+    """The section's own docstring, never one inherited from `Section` or pydantic."""
     text = section.__dict__.get("__doc__") or ""
     return "\n\n  ".join(" ".join(part.split()) for part in text.split("\n\n"))
 

@@ -1,4 +1,4 @@
-"""`cohort denoising`: in which order a diffusion model wrote completions of a run."""
+"""`cohort denoising`: the order in which a diffusion model wrote the tokens of a run's completions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rl.types import Completion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir")
-    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("run_dir", help="the folder of a run of a masked diffusion model")
+    parser.add_argument("--frames", type=int, default=6, help="steps to show of each completion")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def denoising_frames(completion: Completion, num_frames: int = 6) -> Group:
-    """The completion at evenly spread steps, first to last; what was still masked is shown as dots.
+    """The completion at evenly spaced steps, first to last; tokens that were still masked are dots.
 
     Raises:
         ValueError: the completion has no trace.

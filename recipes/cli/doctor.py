@@ -1,4 +1,4 @@
-"""`cohort doctor rewards`: does each reward of a config do on its dataset what it is meant to?"""
+"""`cohort doctor rewards`: checks that each reward of a config works as intended on its dataset."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rl.config.read import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check the rewards of a config against its dataset, before a run."
-    parser.add_argument("what", choices=["rewards"])
+    parser.add_argument("what", choices=["rewards"], help="what to check")
     parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.size=100")
-    parser.add_argument("--rows", type=int, default=200, help="rows of the dataset that are tried")
+    parser.add_argument("--rows", type=int, default=200, help="number of dataset rows to try")
     parser.add_argument("--gold", help="the column that holds the right answer (default: found by its name)")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="grader processes")
     add_deadline(parser)
     take_flags_anywhere(parser)
 

@@ -1,4 +1,4 @@
-"""`cohort eval`: measures a model, a checkpoint or a run on a task; grades again; compares."""
+"""`cohort eval`: measures a model, checkpoint or run on a task; regrades or compares evaluations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rewards.score import take_flags_anywhere
 
-PATIENCE_S = 2400.0  # a third of what processes wait for each other: one may have the long answers
+PATIENCE_S = 2400.0  # a third of how long processes wait for each other: one may have all the long answers
 HELP = """\
 cohort eval runs/quickstart                                     its newest checkpoint on its held-out prompts
 cohort eval MODEL --task gsm8k_test.jsonl                       a folder or hub name; a file or a name
 cohort eval MODEL --task aime24 evaluation.num_samples=16 evaluation.sampling.temperature=0.6
-cohort eval A B --task FILE                                     both, and a paired test
-cohort eval --compare A/eval.json B/eval.json                   of what was measured before
-cohort eval --regrade FOLDER --graders math,math-verify         completions graded again"""
+cohort eval A B --task FILE                                     both models, and a paired test
+cohort eval --compare A/eval.json B/eval.json                   a paired test of two evaluations
+cohort eval --regrade FOLDER --graders math,math-verify         grade its completions again"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,17 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="+", help="one or two models, adapters, checkpoints or runs; key=value")
     parser.add_argument("--task", help="file, name, hub name or reasoning_gym:NAME; default: the run's own")
     parser.add_argument(
-        "--checkpoint", type=int, metavar="STEP", help="of a run; default: the newest whole one"
+        "--checkpoint", type=int, metavar="STEP", help="of a run; default: the newest complete one"
     )
-    parser.add_argument("--base", action="store_true", help="the model that the run began with")
-    parser.add_argument("--graders", "--grader", default="", help="rewards, by commas; the first one counts")
-    parser.add_argument("--by", metavar="COLUMN", help="a table by this column of the dataset")
-    parser.add_argument("--seed", type=int, help="of sampling; default: the run's, or 0")
-    parser.add_argument("--out", type=Path, help="folder; default: evals/NAME-STEP-TASK")
+    parser.add_argument("--base", action="store_true", help="measure the model that the run began with")
+    parser.add_argument(
+        "--graders", "--grader", default="", help="rewards, separated by commas; the first one counts"
+    )
+    parser.add_argument("--by", metavar="COLUMN", help="add a table grouped by this column of the dataset")
+    parser.add_argument("--seed", type=int, help="of the sampler; default: the run's, or 0")
+    parser.add_argument("--out", type=Path, help="output folder; default: evals/NAME-STEP-TASK")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="prompts are split over them")
     parser.add_argument("--regrade", action="store_true", help="grade the completions of an evaluation again")
-    parser.add_argument("--compare", action="store_true", help="a paired test of two evaluations")
-    parser.add_argument("--force", action="store_true", help="pair what is not the same, and say so")
+    parser.add_argument("--compare", action="store_true", help="run a paired test of two evaluations")
+    parser.add_argument("--force", action="store_true", help="compare despite other settings, and name them")
     take_flags_anywhere(parser)
 
 
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     a, overrides = arguments, [word for word in arguments.what if "=" in word]
     places, graders = [word for word in a.what if "=" not in word], list(filter(None, a.graders.split(",")))
     if len(places) not in ((2,) if a.compare else (1,) if a.regrade else (1, 2)):
-        raise ValueError(f"cohort eval takes one or two models, --compare two, --regrade one; not {places}")
+        raise ValueError(f"give one or two models, two folders to --compare, one to --regrade; not {places}")
     from recipes.evaluation.evaluations import compare, regrade
 
     if a.regrade:
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(words: list[str]) -> None:
-    """Raises ValueError, or ends the program, if an evaluation could not be settled with these words."""
+    """Raises ValueError, or exits, if `cohort eval` would refuse these arguments."""
     from recipes.evaluate import Ask, settle
 
     parser = argparse.ArgumentParser(prog="cohort eval")

@@ -1,4 +1,4 @@
-"""`cohort init`: a commented config for one's own data, from a look at its first rows, without torch."""
+"""`cohort init`: writes a commented config for a dataset after a look at its first rows, without torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWN_REWARD = """\
 
 @dataclass(frozen=True)
 class Look:
-    """What the first rows show. `prompt`, `gold`: names of columns; `reward`: one that fits the golds."""
+    """What the first rows show: the prompt's and the gold's column, and a reward that fits the golds."""
 
     rows: Sequence[dict[str, Any]]
     prompt: str | None
@@ -43,39 +43,39 @@ class Look:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write a commented config for a dataset, from a look at its first rows."
+    parser.description = "Write a commented config for a dataset, after a look at its first rows."
     parser.add_argument("data", help="a .jsonl, .json, .csv or .parquet file, or the name of a hub dataset")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="hub name or folder")
-    parser.add_argument("--out", type=Path, help="default: the name of the data with .yaml")
+    parser.add_argument("--out", type=Path, help="the file to write; default: NAME_OF_DATA.yaml")
     take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """
     Raises:
-        ValueError: the data cannot be read, or there is a file where the config would go.
+        ValueError: the data cannot be read, or the config file already exists.
     """
     data, stem = arguments.data, Path(arguments.data).stem
     out = (arguments.out or Path(f"{stem}.yaml")).expanduser()
     if out.exists():
-        raise ValueError(f"{out} is there already; name another file with --out, or remove it")
+        raise ValueError(f"{out} already exists; name another file with --out, or remove it")
     rows, fault = first_rows(data)
     look = look_at(rows)
-    out.write_text(config_text(data, look, arguments.model, stem, out))
+    out.write_text(config_text(data, look, model=arguments.model, stem=stem, out=out))
     print(f"wrote {out}: prompts from {look.prompt!r}, golds from {look.gold!r}, reward {look.reward}")
     if fault:
         print(fault)
     if not look.prompt or look.reward not in TEMPLATES:
-        print(f"first fill in what {out} marks with FILL IN")
+        print(f"first complete the lines of {out} that say FILL IN")
     print(f"then: cohort config {out}; cohort doctor rewards {out}; cohort train {out}")
     return 0
 
 
 def first_rows(data: str) -> tuple[list[dict[str, Any]], str]:
-    """The first rows, and why those of a hub or a folder could not be looked at.
+    """The first rows, and the reason if a hub dataset or a folder could not be read.
 
     Raises:
-        ValueError: a file is missing, of a kind that runs do not read, or damaged.
+        ValueError: a file is missing, damaged, or of a type that runs cannot read.
     """
     path = Path(data)
     if not path.is_file():
@@ -85,7 +85,7 @@ def first_rows(data: str) -> tuple[list[dict[str, Any]], str]:
         try:
             return list(islice(datasets.load_dataset(data, split="train", streaming=True), NUM_ROWS)), ""
         except Exception as error:  # the hub and its readers raise whatever they like
-            return [], f"{data} could not be looked at ({type(error).__name__})"
+            return [], f"the rows of {data} could not be read ({type(error).__name__})"
     if path.suffix not in FILE_LOADERS:
         raise ValueError(f"{data}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}")
     rows = _of_file(path)
@@ -108,14 +108,14 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
         try:
             rows = json.loads(path.read_bytes())
         except ValueError:
-            rows = None  # lines, or neither, which `read_rows` says
+            rows = None  # JSON lines, or neither; `read_rows` below reports it
         if isinstance(rows, list) and all(isinstance(row, dict) for row in rows[:NUM_ROWS]):
             return rows[:NUM_ROWS]
     return [row for _, row in islice(read_rows(path), NUM_ROWS)]
 
 
 def look_at(rows: Sequence[dict[str, Any]]) -> Look:
-    """Columns by their usual names, and the reward that fits what is in them."""
+    """Finds columns by their usual names, and a reward that fits their values."""
     columns = {name.lower(): name for name in reversed(list(rows[0] if rows else ()))}
     prompt = next((columns[name] for name in PROMPTS if name in columns), None)
     tests, golds = (
@@ -132,11 +132,11 @@ def look_at(rows: Sequence[dict[str, Any]]) -> Look:
 
 
 def _is_math(text: str) -> bool:
-    """A number, or a text that shows its answer: in a box, or behind #### as GSM8K does."""
+    """Whether it is a number, or marks its answer with a LaTeX box or with #### (as GSM8K does)."""
     return NUMBER.fullmatch(text) is not None or "\\boxed{" in text or "####" in text
 
 
-def config_text(data: str, look: Look, model: str, stem: str, out: Path) -> str:
+def config_text(data: str, look: Look, *, model: str, stem: str, out: Path) -> str:
     reward = json.dumps(look.reward)
     return f"""\
 # Made by `cohort init {data}` from {len(look.rows)} rows.
@@ -147,8 +147,8 @@ model:
   # dtype: fp32  # faster on a CPU
 data:
 {_data(data, look)}\
-  max_prompt_length: 1024  # tokens; longer rows end the run before it starts,
-  # too_long: drop         # or are left out
+  max_prompt_length: 1024  # tokens; a longer prompt stops the run before it starts,
+  # too_long: drop         # or is left out
 sampling:
   max_completion_length: 512  # tokens
 rewards:
@@ -169,7 +169,7 @@ checkpoint: {{every: 50}}  # steps
 
 
 def _data(data: str, look: Look) -> str:
-    """The section's keys down to the template, each with an example where it names a column."""
+    """The lines of the section `data`, down to the template; a key that names a column shows an example."""
     row = look.rows[0] if look.rows else {}
     shown = {name: " ".join(repr(value).split())[:60] for name, value in row.items()}
     said = f"such as {shown[look.prompt]}" if look.prompt else f"FILL IN, one of: {', '.join(row)}"
@@ -181,7 +181,7 @@ def _data(data: str, look: Look) -> str:
     if look.gold:
         lines.append(f"# `{wanted}` is such as {shown[look.gold]}")
     if look.reward == "code":
-        lines.append("# which forms `tests` may have: rewards/code/tests.py; cohort doctor says which fit")
+        lines.append("# forms that `tests` may have: rewards/code/tests.py; cohort doctor says which fit")
     if isinstance(row.get(look.prompt or ""), str) and look.reward in TEMPLATES:
         lines.append(f"template: {TEMPLATES[look.reward]}")
     return "".join(f"  {line}\n" for line in lines)

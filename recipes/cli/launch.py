@@ -1,4 +1,4 @@
-"""The processes of a run on this machine."""
+"""Starts the processes of a run on this machine, and ends them together."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ POLL_S = 0.1
 
 
 def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.grpo") -> int:
-    """Runs `main` of `program` with the words of `recipe` in several processes; returns its exit code.
+    """Runs `main` of `program` with the arguments `recipe` in several processes; returns one exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on, and the run has the time its step takes to save and stop. When
-    a process fails, the others, which wait for it, are killed after `PATIENCE_S`. Only the first one speaks;
-    of another one that fails before it, the last words are shown.
+    SIGTERM, SIGINT and SIGUSR1 are passed on; the run may take as long as its step needs to save and stop.
+    When a process fails, the others would wait for it, so they are killed after `PATIENCE_S`. Only rank 0
+    prints. If another rank fails first, its last lines are shown.
     """
     with ExitStack() as stack:
         meeting = stack.enter_context(listen_on_loopback())
@@ -77,7 +77,7 @@ def _environment(num_processes: int, port: int) -> dict[str, str]:
 def _start(
     recipe: Sequence[str], environment: dict[str, str], log: IO[str] | None, descriptors: Sequence[int]
 ) -> Child:
-    # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+    # In a session of its own: Ctrl-C reaches only the launcher, which passes it on once.
     return subprocess.Popen(
         [sys.executable, "-P", "-c", BOOT, json.dumps(sys.path), *recipe],
         env=environment,
@@ -99,10 +99,10 @@ def _pass_signals_on(children: Sequence[Child]) -> None:
 
 
 def _wait(children: Sequence[Child]) -> int:
-    """Waits for the end of all and returns the rank that failed first, or -1.
+    """Waits for all ranks to end and returns the one that failed first, or -1.
 
-    One that a signal ended goes before those that complain of its absence, which may end sooner. Ranks end
-    together: from the first one's end the others have `ENDING_S`, or `PATIENCE_S` if it failed.
+    A rank killed by a signal is blamed before ranks that only lost contact with it, which may end sooner.
+    Once one rank has ended, the others have `ENDING_S` left, or `PATIENCE_S` if it failed.
     """
     well = {None, 0, *(128 + number for number in ASKS_TO_STOP)}
     failed: list[int] = []

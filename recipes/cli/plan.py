@@ -1,4 +1,4 @@
-"""`cohort plan`: what a run will take of a GPU's memory, whether that fits, and the settings that do."""
+"""`cohort plan`: predicts a run's GPU memory, says whether it fits, and names settings that do."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from rl.config.read import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpu-gib", type=float, default=None, help="default: this machine's GPU")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="each with a GPU of its own")
+    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bf16")
+    parser.add_argument(
+        "--gpu-gib", type=float, default=None, help="memory of the GPU to plan for; default: this machine's"
+    )
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the run, one GPU each")
     take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what the run will hold, part by part, and the values of what is auto.
+    """Prints the predicted memory, part by part, and the values chosen for keys that are `auto`.
 
     Returns:
-        0; 1 if what is given does not fit.
+        0, or 1 if the given settings do not fit.
 
     Raises:
-        ValueError: nothing that is left open makes it fit, with overrides that do; or no prediction.
+        ValueError: no choice for the `auto` keys fits (the message has overrides that do), or no prediction.
     """
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
     import torch
@@ -35,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rl.plan.search import Card
 
     if gib is None and not torch.cuda.is_available():
-        raise ValueError("this machine has no GPU to plan for; name its memory, such as --gpu-gib 80")
+        raise ValueError("this machine has no GPU; give the memory to plan for, such as --gpu-gib 80")
     if gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpu-gib {gib:g} is not a GPU's memory; use more than 0, such as --gpu-gib 80")
     if arguments.processes < 1:

@@ -1,4 +1,4 @@
-"""`cohort report`: the page about a run, or about several side by side, from the files of their folders."""
+"""`cohort report`: writes report.html from a run's folder, or a page that compares several runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from rl.report.shelf import PAGE_BYTES, SIDE_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, nargs="+", help="several: one page compares them")
     parser.add_argument(
-        "--out", type=Path, default=None, help="default: RUN/report.html, of several runs compare.html here"
+        "run_dir", type=Path, nargs="+", help="the folder of a run; several are compared on one page"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: RUN/report.html; for several runs ./compare.html"
     )
     parser.add_argument(
         "--page-mb",
         type=int,
         default=PAGE_BYTES >> 20,
-        help="MiB of completions in the page itself; older ones go into a folder beside it (%(default)s)",
+        help="MiB of completions on the page itself; older ones go to a folder beside it (%(default)s)",
     )
     parser.add_argument(
         "--side-mb",
         type=int,
         default=SIDE_BYTES >> 20,
-        help="MiB of that folder; the oldest completions beyond it are left to the ledger (%(default)s)",
+        help="MiB of that folder; still older completions are only in the ledger (%(default)s)",
     )
 
 

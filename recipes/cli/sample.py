@@ -1,4 +1,4 @@
-"""`cohort sample`: verified traces of a model, a server or a file, for `recipes.sft`."""
+"""`cohort sample`: samples from a model, server or file and keeps verified traces for `recipes.sft`."""
 
 from __future__ import annotations
 

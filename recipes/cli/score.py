@@ -33,7 +33,7 @@ NUM_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Grade rows of a file, or a run's completions again: a result each, and a summary."
+    parser.description = "Grade rows of a file, or a run's completions again; print results and a summary."
     parser.add_argument("name", help="a reward: built-in name, entry point or module:callable")
     parser.add_argument(
         "file",
@@ -43,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="options of the reward, values as JSON"
     )
-    parser.add_argument("--out", type=Path, help="where results go (default: stdout, the summary to stderr)")
-    parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)))
+    parser.add_argument("--out", type=Path, help="file for results (default: stdout; the summary to stderr)")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)), help="grader processes"
+    )
     add_deadline(parser)
     parser.add_argument("--memory-gib", type=float, default=2.0, help="address space of one grader")
     parser.add_argument(
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Grades and prints; 0, or 1 if graders failed on more than a twentieth of the rows.
+    """Grades and prints; returns 1 if graders failed on more than 5 % of the rows, else 0.
 
     Raises:
         ValueError: the file, a row, the reward or an option is wrong.
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_options(words: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words; a value is JSON, or else a string.
+    """Options from `key=value` words; a value that is not JSON is a string.
 
     Raises:
         ValueError: a word has no "=".
@@ -108,7 +110,7 @@ def _of_file(pool: RewardPool, args: argparse.Namespace) -> Graded:
 
 
 def _of_run(pool: RewardPool, args: argparse.Namespace) -> Graded:
-    """Each recorded completion, with what the run gave it: the part of that name, or its whole reward."""
+    """Each recorded completion graded again, with the run's score: the part of that name, or the reward."""
     ledger = Ledger(args.file)
     for step in ledger.sample(sys.maxsize):
         asked = [group.group for group in step.groups]
@@ -131,7 +133,7 @@ def _options_of_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def agreement(pairs: Sequence[tuple[str, Reward, float | None]]) -> list[str]:
-    """How many completions of a run score as they did then, the means, and some that do not."""
+    """How many completions score as in the run, the mean now and then, and some that differ."""
     differing = [pair for pair in pairs if not _is_same(pair[1].score, pair[2])]
     means = [
         f"{sum(known) / len(known):.4f}" if (known := [s for s in scores if s is not None]) else "none"

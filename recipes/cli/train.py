@@ -1,4 +1,4 @@
-"""`cohort train`: GRPO from a config, in this process or in several of this machine."""
+"""`cohort train`: trains with GRPO from a config, in this process or in several on this machine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=None,
         metavar="N",
-        help="default: one per GPU, one on a CPU machine",
+        help="default: one per GPU; without a GPU, one",
     )
     parser.add_argument(
         "--change",
         action="store_true",
-        help="go on with another learning rate and such; the run's changes.jsonl will name it",
+        help="resume with other settings, such as another learning rate; changes.jsonl records them",
     )
     take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Checks the config before torch is loaded, then trains; the exit code of the run."""
+    """Checks the config before torch is loaded, then trains; returns the run's exit code."""
     if is_finished(load_config(arguments.config, arguments.overrides)):
         return 0
     import torch
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     gpus = torch.cuda.device_count()
     processes = arguments.processes or max(1, gpus)
     if 0 < gpus < processes:
-        raise ValueError(f"--processes {processes}, and there are {gpus} GPUs; one process needs one GPU")
+        raise ValueError(f"--processes {processes}, but the number of GPUs is {gpus}; each needs its own")
     recipe = [arguments.config, *arguments.overrides, *(["--change"] if arguments.change else [])]
     if processes == 1:
         from recipes.grpo import main as grpo

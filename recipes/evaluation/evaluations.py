@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `eval.json`, its table, completions graded again, and paired tests."""
+"""Saved evaluations: `eval.json`, its table, grading the kept completions again, and paired tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAME = ("prompts", "rows", "chat_template", "sampling", "num_samples", "seed", "
 
 
 def described(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Graders by name, the first of which counts: options, and the version of the package that grades."""
+    """For each grader, of which the first counts: its options, and the version of its package."""
     versions = {name: version_of(PACKAGES.get(name, "cohort-rl")) for name in options}
     return {name: {"options": options[name], "version": versions[name]} for name in options}
 
@@ -42,10 +42,10 @@ def version_of(package: str) -> str | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What an `eval.json`, or the one of a folder, holds.
+    """The contents of an `eval.json`, given as a file or as its folder.
 
     Raises:
-        ValueError: there is none, or a damaged one.
+        ValueError: the file is missing or damaged.
     """
     file = path / "eval.json" if path.is_dir() else path
     try:
@@ -55,7 +55,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def regrade(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Grades the completions that an evaluation kept again, by other graders too, and writes its results."""
+    """Grades an evaluation's kept completions again, also with other graders, and writes the results."""
     head, ledger = read_evaluation(folder), Ledger(folder, folder="evaluations")
     records = ledger.read_all(head["step"]) or []  # a folder may hold the completions of other steps too
     groups = [group.group for record in records for group in record.groups]
@@ -74,7 +74,7 @@ def regrade(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def concluded(head: dict[str, Any], groups: Sequence[ScoredGroup], team: Team, out: Path) -> dict[str, Any]:
-    """Results by grader, where graders disagree, and each score; the main process writes and prints them."""
+    """Adds results by grader, disagreements and all scores to `head`; rank 0 writes and prints them."""
     names = list(head["graders"])
     rows = {
         name: gathered([Sampled.of(g, name, head["by"], votes=name == names[0]) for g in groups], team)
@@ -109,7 +109,7 @@ def disagreements(groups: Sequence[ScoredGroup], names: Sequence[str]) -> list[d
 
 
 def table(result: Mapping[str, Any], out: Path) -> str:
-    """The numbers by grader with their intervals, and beside them what they depend on."""
+    """The numbers by grader with their intervals, and the settings that they depend on."""
     found, sampling = result["results"], result["sampling"]
     first = next(iter(found.values()))
     lines = [f"{result['model']}, step {result['step']}, on {result['data']}: {first['n']:,} prompts"]
@@ -157,7 +157,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> str:
     """A paired test of two evaluations on the same prompts, by the first grader of each.
 
     Raises:
-        ValueError: prompts, answers, template, sampler, seed, engine or first grader differ, by name.
+        ValueError: prompts, answers, template, sampler, seed, engine or first grader differ; it names them.
     """
     a, b = (read_evaluation(path) for path in paths)
     other = [name for name in SAME if a[name] != b[name]]

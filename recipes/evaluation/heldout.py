@@ -1,4 +1,4 @@
-"""Held-out accuracy of a run: its own prompts and sampling, and never a step of the training stream."""
+"""Held-out accuracy of a run. It has its own prompts and sampling, and leaves the training stream alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from rl.world import World
 from rollout.engine import Engine
 from rollout.source import is_engine_fault, sample_and_score
 
-MAX_KEPT = 2048  # completions of an evaluation that a reader of the report finds, those of the first prompts
+MAX_KEPT = 2048  # completions of an evaluation that are kept for the report, those of the first prompts
 
 
 def make_evaluator(
     config: Config,
     world: World,
+    *,
     engine: Engine,
     scorer: RewardPool,
     prompts: list[Prompt],
     ends: Sequence[int],
 ) -> Any:
+    """Measures the held-out prompts at a step; None without prompts."""
+    if not prompts:
+        return None
     e = config.evaluation
     kept = Ledger(config.run_dir, world.rank, world.size, folder="evaluations")
 
@@ -57,7 +61,7 @@ def make_evaluator(
 
 
 def check_real_rewards(num_faulty: int, num_graded: int, config: Config, world: World) -> None:
-    """Raises RuntimeError if graders failed that a control arm does not pay, and so does not miss."""
+    """Raises RuntimeError if too many graders failed in a control arm, whose own rewards do not show it."""
     (total,), limit = world.sum([float(num_faulty)]), config.rewards.max_fault_share
     if config.rewards.control != "none" and total > limit * num_graded:
         raise RuntimeError(

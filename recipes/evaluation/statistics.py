@@ -1,6 +1,6 @@
-"""What the scores of an evaluation come to: avg@k, pass@k, maj@k, intervals by prompt, paired tests.
+"""Statistics of an evaluation's scores: avg@k, pass@k, maj@k, intervals by prompt, paired tests.
 
-A sample on which the grader abstained is left out, and its share stands beside the numbers: it is never a 0.
+A sample on which the grader abstained is left out, never counted as 0, and the share of these is reported.
 A prompt without a graded sample is left out of `n`. A sample is right if its score, cut to 0..1, is 1.
 """
 
@@ -25,13 +25,13 @@ from rl.types import ScoredGroup, Team
 NUM_RESAMPLES = 10_000
 _FRACTION = re.compile(r"\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:/\d{1,30})?|\d{0,30}\.\d{1,30})", re.ASCII)
-MAX_ROWS = 12  # of a table by a column; numbers with more values are put into quarters
+MAX_ROWS = 12  # of a table by a column; a numeric column with more values is split at its quartiles
 _LOOK = re.compile(r"\\(?:left|right|[,;:! ]|(?:text|mathrm|mbox)(?=\{))|[$\s]|(?<=\d),(?=\d{3}\b)")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The samples of a prompt, as JSON values: scores, extracted answers, lengths in tokens, cut or not."""
+    """The samples of a prompt as JSON values: scores, extracted answers, lengths in tokens, cut or not."""
 
     id: str
     scores: list[float | None]
@@ -42,7 +42,7 @@ class Sampled:
 
     @staticmethod
     def of(group: ScoredGroup, grader: str, by: str | None = None, *, votes: bool = True) -> Sampled:
-        """`votes`: the extracted answers are this grader's, so that they can be counted by its scores."""
+        """With `votes`, the extracted answers are this grader's own, so that a majority can be counted."""
         parts = [reward.parts.get(grader) for reward in group.rewards]
         value = group.prompt.columns.get(by) if by else None
         return Sampled(
@@ -60,11 +60,11 @@ class Sampled:
 
     @property
     def votes(self) -> tuple[int, list[int], int]:
-        """(right samples, sizes of the classes of other answers, samples without an answer).
+        """(number of right samples, sizes of the classes of wrong answers, number without an answer).
 
-        Right samples are one class, by the grader's own equality with the gold. Others are the same answer
-        if their texts are, up to spaces and the value of a number: other spellings of a wrong answer split
-        its votes.
+        All samples that the grader found right are one class. Wrong answers are one class if their texts
+        agree up to spaces and the value of a number. Other spellings of a wrong answer therefore split its
+        votes.
         """
         pairs = [(s, a) for s, a in zip(self.scores, self.answers, strict=True) if s is not None]
         wrong = Counter(same_text(a) for s, a in pairs if s < 1 and a is not None)
@@ -73,13 +73,13 @@ class Sampled:
 
 
 def gathered(mine: Sequence[Sampled], team: Team) -> list[Sampled]:
-    """The prompts of all processes, in the order of their ids: sums do not depend on who had them."""
+    """The prompts of all processes, sorted by id, so that sums do not depend on which process had them."""
     rows = [Sampled(**row) for rows in team.gather([asdict(one) for one in mine]) for row in rows]
     return sorted(rows, key=lambda row: row.id)
 
 
 def same_text(answer: str) -> str:
-    """An answer without what changes its look alone; of a number its value: 1/2 and 0.5 are one answer."""
+    """An answer without what changes only its look. A number becomes its value, so that 1/2 equals 0.5."""
     text = _LOOK.sub("", answer).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
     plain = _FRACTION.sub(lambda m: f"{m[1] or m[2]}/{m[3] or m[4]}", text)
     with suppress(ZeroDivisionError):
@@ -88,14 +88,14 @@ def same_text(answer: str) -> str:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples hold a right one (arXiv:2107.03374)."""
+    """1 - C(n - right, k) / C(n, k): the chance that k of n samples hold a right one (arXiv:2107.03374)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def maj_at(right: int, others: Sequence[int], blank: int, ks: Sequence[int]) -> list[float]:
     """maj@k (cons@k) for each k: the chance that the majority of k of the samples is right, over all subsets.
 
-    Samples without an answer do not vote. Among tied answers one is drawn evenly; no vote at all is wrong.
+    Samples without an answer do not vote. One of tied answers is drawn uniformly. Without votes, it is wrong.
     """
     n, most = right + sum(others) + blank, max(ks)
     won = dict.fromkeys(ks, 0.0)
@@ -114,11 +114,11 @@ def maj_at(right: int, others: Sequence[int], blank: int, ks: Sequence[int]) -> 
 
 
 def share_interval(values_P: Sequence[float], num_samples: int) -> tuple[float, float]:
-    """95 % interval of the mean of values in 0..1, one for each prompt, over `num_samples` samples in all.
+    """95 % interval of the mean of values in 0..1, one per prompt, from `num_samples` samples in total.
 
-    Wilson's interval at the effective size p (1 - p) / s^2, s^2 being the variance of the mean between
-    prompts, kept between the numbers of prompts and of samples: those of a prompt are a cluster (Franco et
-    al. 2019, J. Survey Statistics and Methodology 7:334). With one sample each it is Wilson's own.
+    It is Wilson's at the effective size p (1 - p) / s^2, where s^2 is the variance of the mean between
+    prompts: samples of a prompt are a cluster (Franco et al. 2019, J. Survey Statistics and Methodology
+    7:334). The size is kept between the numbers of prompts and of samples.
     """
     n = len(values_P)
     p = fmean(values_P) if n else 0.0
@@ -129,7 +129,7 @@ def share_interval(values_P: Sequence[float], num_samples: int) -> tuple[float, 
 
 
 def summary(prompts: Sequence[Sampled]) -> dict[str, Any]:
-    """Every number of an evaluation, with intervals; tables have k or a column's value as their keys.
+    """All numbers of an evaluation, with intervals; the tables' keys are k or the values of a column.
 
     Raises:
         ValueError: no sample was graded.
@@ -140,7 +140,7 @@ def summary(prompts: Sequence[Sampled]) -> dict[str, Any]:
         raise ValueError(f"the grader abstained on all of {len(scores)} samples, so there is no accuracy")
     lengths, truncated = ([x for p in prompts for x in getattr(p, name)] for name in ("lengths", "truncated"))
     most = max(len(p.graded) for p in graded)
-    ks = sorted({*(2**i for i in range(most.bit_length())), most})
+    ks = sorted({*(2**i for i in range(most.bit_length())), most})  # powers of 2, and all samples
     found: dict[str, Any] = {
         "n": len(graded),
         "num_samples": most,
@@ -152,7 +152,7 @@ def summary(prompts: Sequence[Sampled]) -> dict[str, Any]:
         "mean_tokens": fmean(lengths),
     }
     has_answers = any(a is not None for p in graded for a in p.answers)
-    for k in ks:  # of prompts with fewer graded samples nothing can be said
+    for k in ks:  # prompts with fewer graded samples are left out
         enough = [p for p in graded if len(p.graded) >= k]
         passes = [pass_at_k(len(p.graded), sum(s == 1 for s in p.graded), k) for p in enough]
         found["pass"][str(k)] = _mean(passes, num)
@@ -195,8 +195,8 @@ def paired(
 ) -> dict[str, Any]:
     """Mean of b - a over the same prompts, with a 95 % interval by a bootstrap over them.
 
-    The two-sided p is that of random signs (Fisher 1935, The Design of Experiments, section 21), which a few
-    prompts cannot make small: with one sample each it is McNemar's.
+    The two-sided p is that of a random-sign test (Fisher 1935, The Design of Experiments, section 21). A few
+    prompts cannot make it small. With one sample each it is McNemar's.
     """
     differences = np.subtract(b_P, a_P)
     rng, n = np.random.default_rng(seed), len(differences)
@@ -215,7 +215,7 @@ def paired(
 
 
 def mcnemar(a_P: Sequence[float], b_P: Sequence[float]) -> dict[str, Any]:
-    """McNemar's exact test, two-sided, of right answers of one sample each: a alone, b alone, and p."""
+    """McNemar's exact two-sided test, one sample per prompt: number right in a alone, in b alone, and p."""
     pairs = Counter((a == 1, b == 1) for a, b in zip(a_P, b_P, strict=True))
     only_a, only_b = pairs[True, False], pairs[False, True]
     n = only_a + only_b

@@ -1,6 +1,6 @@
-"""Adapters of mixture-of-experts models: what `model.lora.target_modules` adapts, what is trained in the
-end, and experts that are adapted without a copy of their weights. E experts, S tokens times experts per
-token, r rank."""
+"""Adapters of mixture-of-experts models: what `model.lora.target_modules` adapts, what is really trained, and
+experts adapted without a copy of their weights. E experts, r rank, S rows: tokens times experts per token.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS: tuple[str, ...] = (
     "router",
     "embeddings and head",
 )
-# Linear layers of an expert, by the names that they had before transformers kept all experts in one tensor.
+# Linear layers of an expert, by their names from before transformers kept all experts in one tensor.
 _OF_EXPERTS = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
@@ -42,13 +42,13 @@ _MAMBA, _OF_MAMBA = ("nemotron_h",), (".out_proj", ".conv1d")  # peft refuses ad
 def lora_plan(model: nn.Module, lora: LoraConfig) -> dict[str, Any] | None:
     """peft's target_modules and target_parameters for a model with experts; None: it has none.
 
-    peft's own all-linear adapts other parts in each family: the router in some, no experts in others, and
-    with experts no shared ones. Here "all-linear" is every linear layer and every routed expert, except
-    routers and the head. In a list, gate_proj, up_proj and down_proj (w1, w3, w2) are those of dense
-    layers, shared experts and routed experts alike; `experts` are the routed ones. A text is a pattern of
-    whole names.
+    What peft's own all-linear adapts depends on the family: routers in some, no experts in others. Here
+    "all-linear" is every linear layer and every routed expert, except routers and the head. In a list,
+    gate_proj, up_proj and down_proj (w1, w3, w2) are those of dense layers, shared and routed experts;
+    `experts` are the routed ones. A text is a regex of whole names.
+
     Raises:
-        ValueError: experts are asked for and keep no tensor that an adapter can be put on; or gate without
+        ValueError: experts are asked for but have no tensor that an adapter can be put on; or gate without
             up.
     """
     stacks = expert_stacks(model)
@@ -81,30 +81,30 @@ def lora_plan(model: nn.Module, lora: LoraConfig) -> dict[str, Any] | None:
             not any(f".{n}".endswith(f".{t}") for n in layers) and _OF_EXPERTS.get(t, t) not in known
             for t in targets
         ):
-            return None  # peft's way refuses the name that fits nothing
+            return None  # peft then refuses the name that fits nothing
         found = (
             [n for n in layers if f".{n}".endswith(ends)],
             [n for n in matrices if n.endswith(ends) or n.split(".")[-1] in fused],
         )
     if not matrices and (targets == "all-linear" or "experts" in targets):
         raise ValueError(
-            f"{named} asks for experts, and {type(model).__name__} keeps them in no tensor of its own that "
+            f"{named} asks for experts, but {type(model).__name__} keeps them in no tensor of its own that "
             "peft can adapt; name the layers to adapt, such as [q_proj, v_proj]"
         )
     modules = sorted(n for n in found[0] if n.rpartition(".")[2] not in _OF_EXPERTS)
-    # As parameters, since peft takes layers of these names for the routed experts and drops them.
+    # Given as parameters: peft mistakes modules of these names for routed experts and drops them.
     parameters = sorted([*found[1], *(f"{n}.weight" for n in found[0] if n not in modules)])
     return {"target_modules": modules, "target_parameters": parameters} if modules or parameters else None
 
 
 def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold the routed experts of a layer, by name, adapters around them or not."""
+    """Modules that hold the routed experts of a layer, by name, whether adapters wrap them or not."""
     return {n: m for n, m in model.named_modules() if EXPERTS.search(type(m).__name__)}
 
 
 def part_of(model: nn.Module, name: str) -> str:
-    """The one of `PARTS` that a parameter or module of this name belongs to; adapters are part of what
-    they adapt.
+    """The one of `PARTS` that a parameter or module of this name belongs to; adapters belong to what they
+    adapt.
     """
     at: Any = model
     for step in name.split("."):
@@ -126,7 +126,7 @@ def part_of(model: nn.Module, name: str) -> str:
 
 
 def innermost(module: Any) -> nn.Module:
-    """What is below the adapters of a module."""
+    """The module below its adapters."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
@@ -143,10 +143,10 @@ def audit(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_trained(model: nn.Module, lora: LoraConfig | None) -> str:
-    """One line about what is trained of each part.
+    """One line about how much of each part is trained.
 
     Raises:
-        ValueError: adapters of experts were asked for and no routed expert has one.
+        ValueError: adapters of experts were asked for, but no routed expert has one.
     """
     found = audit(model)
     targets = lora.target_modules if lora is not None else ""
@@ -160,7 +160,7 @@ def check_trained(model: nn.Module, lora: LoraConfig | None) -> str:
     )
     if asked and not shared_only and found["routed experts"][1] and not found["routed experts"][0]:
         raise ValueError(
-            f"model.lora.target_modules={targets!r} asks for experts, and none of the "
+            f"model.lora.target_modules={targets!r} asks for experts, but none of the "
             f"{found['routed experts'][1]:,} values of routed experts would be trained; name the layers to "
             "adapt, such as [q_proj, v_proj]"
         )
@@ -178,16 +178,16 @@ def _short(number: int) -> str:
 
 
 def split_experts(model: nn.Module, *, mixed: bool = False) -> list[str]:
-    """Lets experts with adapters compute y = x W + s (x A) B instead of x (W + s A B); names of those that
-    do.
+    """Lets experts with adapters compute y = x W + s (x A) B instead of x (W + s A B). It returns the names
+    of those that do.
 
-    peft makes W + s A B of all experts of a layer in every forward pass, keeps it for the backward pass, and
-    takes a gradient of its size. The parameters, their names and what is saved stay peft's own. Experts with
-    biases, transposed ones, and those that transformers does not dispatch keep peft's way.
+    In every forward pass, peft builds W + s A B for all experts of a layer. It keeps that for the backward
+    pass, whose gradient has its size too. Parameters, their names and saved files stay peft's own. Experts
+    that have biases, are transposed, or are not dispatched by transformers keep peft's way.
 
     Args:
-        mixed: experts without adapters too: transformers' grouped_mm does not heed autocast, and would
-        compute experts whose weights are fp32 in fp32.
+        mixed: includes experts without adapters: transformers' grouped_mm ignores autocast, and would
+            compute experts whose weights are fp32 in fp32.
     """
     done = []
     for name, outer in list(model.named_modules()):
@@ -206,7 +206,7 @@ def split_experts(model: nn.Module, *, mixed: bool = False) -> list[str]:
         adapters, at = {}, cast(Any, outer)
         while at is not experts:
             adapters[at.parameter_name], at = at, at.base_layer
-        # A dict, not attributes of their own: a module would list them as its parts, in a circle.
+        # In a dict: as plain attributes, modules would become parts of each other in a circle.
         experts.adapters, experts.forward = {"of": adapters}, MethodType(_split_forward, experts)
         if adapters:
             cast(Any, outer).forward = MethodType(_past_adapters, outer)
@@ -221,7 +221,7 @@ def _past_adapters(outer: Any, *arguments: Any, **named: Any) -> Tensor:
 def _split_forward(
     experts: Any, x_TD: Float[Tensor, "T D"], idx_TK: Int[Tensor, "T K"], weights_TK: Float[Tensor, "T K"]
 ) -> Float[Tensor, "T D"]:
-    """As transformers' `grouped_mm_experts_forward`, and a product with each adapter beside that with its
+    """transformers' `grouped_mm_experts_forward`, plus a product with each adapter beside that with its
     weight.
     """
     if not experts.adapters["of"] and experts.config._experts_implementation != "grouped_mm":
@@ -249,7 +249,7 @@ def _product(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
         return y
     for active in adapter.active_adapters:
         a_ErI, b_EOr = expert_factors(adapter, active)
-        # The kernel takes rows of whole 16 bytes: further ranks of zeros change nothing.
+        # The kernel needs rows of multiples of 16 bytes: additional ranks of zeros change nothing.
         more = -a_ErI.shape[1] % (16 // dtype.itemsize)
         a_ErI, b_EOr = functional.pad(a_ErI, (0, 0, 0, more)), functional.pad(b_EOr, (0, more))
         y = y + multiply(multiply(rows, a_ErI), b_EOr) * adapter.scaling[active]
@@ -257,12 +257,12 @@ def _product(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def expert_factors(adapter: Any, active: str) -> tuple[Float[Tensor, "E r I"], Float[Tensor, "E O r"]]:
-    """A and B by expert. peft stacks A with the expert outermost, and B with the expert innermost."""
+    """A and B of each expert. In peft's stacks the expert is A's outermost and B's innermost axis."""
     a, b = adapter.lora_A[active].weight, adapter.lora_B[active].weight
     number = adapter.num_experts
     return a.view(number, -1, a.shape[1]), b.view(b.shape[0], -1, number).permute(2, 0, 1).contiguous()
 
 
 def peft_weights(a_ErI: Tensor, b_EOr: Tensor) -> tuple[Float[Tensor, "Er I"], Float[Tensor, "O rE"]]:
-    """The weights of peft's lora_A and lora_B of these factors; the other direction of `expert_factors`."""
+    """The weights of peft's lora_A and lora_B for these factors: the inverse of `expert_factors`."""
     return a_ErI.reshape(-1, a_ErI.shape[2]), b_EOr.permute(1, 2, 0).reshape(b_EOr.shape[1], -1)

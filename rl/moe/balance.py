@@ -1,10 +1,10 @@
 """Losses that spread tokens over experts, exact over the whole optimizer step, and the loss-free bias.
 
-Every loss is a mean over layers of one per layer: layers that are pooled before f and P are multiplied
-cancel each other. Once the sums of the whole step (`Load`) are known, its loss is a sum over its passes,
-micro-batches and processes alike: the gradient does not depend on how the step is cut. L layers, E experts,
-K per token, N rows of a pass, G segments and S sequences in it; f is a layer's share of choices, P its mean
-probability.
+Every loss is a mean of losses per layer: if layers were pooled before f and P are multiplied, their
+imbalances could cancel. Given the sums of the whole step (`Load`), the step's loss is a sum over its
+micro-batches and processes. So the gradient does not depend on how the step is cut. L layers, E experts, K
+per token, N rows of a pass, G segments and S sequences in it. In a layer, f_i is expert i's share of choices
+and P_i its mean probability.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rl.config.moe import MoeConfig
 from rl.moe.routers import RouterSite, observed, scores, watching
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-BIASES = ("e_score_correction_bias", "expert_bias")  # of a router; added to scores when experts are chosen
+BIASES = ("e_score_correction_bias", "expert_bias")  # of routers; added to scores when experts are chosen
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rows:
     Attributes:
         segments_N: segment of each row; -1: padding.
         members_SG: 1 where a sequence contains a segment. A prompt that several completions share is one
-            segment of several sequences, and so weighs as often as its copies would.
+            segment of several sequences, and so counts as often as its copies would.
     """
 
     segments_N: Int[Tensor, " N"]
@@ -41,20 +41,20 @@ class Rows:
 
     @classmethod
     def of_mask(cls, mask_BT: Tensor) -> Rows:
-        """Of a padded batch; a mask is not 0 at tokens."""
+        """The rows of a padded batch; its mask is 0 at padding only."""
         rows = torch.arange(len(mask_BT), device=mask_BT.device)[:, None].expand_as(mask_BT)
         segments = torch.where(mask_BT != 0, rows, -1).reshape(-1)
         return cls(segments, torch.eye(len(mask_BT), device=mask_BT.device))
 
     @classmethod
     def of_positions(cls, positions_BT: Tensor) -> Rows:
-        """Of packed sequences, each of which begins at position 0."""
+        """The rows of packed sequences, each of which begins at position 0."""
         segments = (positions_BT.reshape(-1) == 0).cumsum(0) - 1
         return cls(segments, torch.eye(int(segments[-1]) + 1, device=segments.device))
 
     @classmethod
     def of_batch(cls, batch: MicroBatch, *, packed: bool) -> Rows:
-        """Of a micro-batch: as one packed row, or one sequence after the other with its prompt."""
+        """The rows of a micro-batch: one packed row, or its sequences one by one with their prompts."""
         device = batch.token_ids_N.device
         lengths = [n for block in batch.blocks for n in block.lengths]
         members = torch.zeros(len(lengths) - len(batch.blocks), len(lengths))
@@ -82,11 +82,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Sums:
-    """What all routers answered in one pass, over the rows of each segment; only counts have no graph.
+    """Sums of what all routers returned in one pass, over the rows of each segment; only counts lack a graph.
 
     Attributes:
-        squares_LG: of log sum exp of the logits.
-        entropy_LG: of the probabilities, nats.
+        squares_LG: squares of log sum exp of the logits.
+        entropy_LG: entropies of the probabilities, nats.
     """
 
     rows: Rows
@@ -97,7 +97,7 @@ class Sums:
     entropy_LG: Float[Tensor, "L G"]
 
     def load(self) -> Load:
-        """The pass's share of the step's."""
+        """The pass's share of the step's load."""
         weights_G, tokens_S = self.rows.members_SG.sum(0), self.rows.tokens_S
         found = [torch.einsum("g,lge->le", weights_G, x).detach() for x in (self.counts_LGE, self.probs_LGE)]
         ends = torch.stack([tokens_S.sum(), tokens_S.new_tensor(float((tokens_S > 0).sum()))])
@@ -106,10 +106,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class Load:
-    """Sums over an optimizer step in one tensor, to be added up over passes and processes.
+    """Sums over an optimizer step in one tensor, which are added up over passes and processes.
 
     Attributes:
-        sums: of each layer [counts of E experts | probabilities | tokens | sequences].
+        sums: for each layer [counts of E experts | probabilities | tokens | sequences].
     """
 
     sums: Float[Tensor, "L C"]
@@ -122,7 +122,7 @@ class Load:
 
     @classmethod
     def of_tokens(cls, rows: Rows, sites: Sequence[RouterSite]) -> Load:
-        """Tokens and sequences of a pass that was not computed."""
+        """Only the tokens and sequences of a pass, which need no computation."""
         sums = cls.nothing(sites).sums
         sums[:, -2], sums[:, -1] = rows.tokens_S.sum(), (rows.tokens_S > 0).sum()
         return cls(sums)
@@ -150,8 +150,8 @@ class Load:
 def switch_loss(sums: Sums, load: Load) -> Tensor:
     """E sum_i f_i P_i, 1 at balance: f of the whole step and without gradient, P this pass's share of it.
 
-    It is equation (4) of arXiv:2101.03961 over the global batch (arXiv:2501.11873), per layer; K times it is
-    what transformers computes of a single layer.
+    It is equation (4) of arXiv:2101.03961 over the global batch (arXiv:2501.11873), per layer. For a single
+    layer, transformers computes K times this.
     """
     f_LE = load.counts_LE / load.counts_LE.sum(-1, keepdim=True).clamp(min=1)
     p_LE = torch.einsum("g,lge->le", sums.rows.members_SG.sum(0), sums.probs_LGE) / load.tokens
@@ -161,8 +161,8 @@ def switch_loss(sums: Sums, load: Load) -> Tensor:
 def entropy_loss(sums: Sums, load: Load) -> Tensor:
     """E sum_i P_i log P_i, -E log E at balance, with P of the whole step.
 
-    The form with counted f, E sum f log f, has no gradient: counts do not move with the router. The gradient
-    is exact with log P taken as a constant, since the P_i add up to 1.
+    The form with counts, E sum f log f, has no gradient, since counts are not differentiable. With log P
+    taken as a constant the gradient is still exact, since the P_i add up to 1.
     """
     mean_LE = load.probs_LE / load.tokens
     p_LE = torch.einsum("g,lge->le", sums.rows.members_SG.sum(0), sums.probs_LGE) / load.tokens
@@ -187,7 +187,7 @@ LOSSES = {"switch": switch_loss, "sequence": sequence_loss, "entropy": entropy_l
 
 @dataclass
 class Seen:
-    """What routers answered, by name, in the order of the calls."""
+    """What routers returned, by router name, in the order of the calls."""
 
     logits: dict[str, list[Tensor]] = field(default_factory=dict)
     experts: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -209,9 +209,9 @@ class Seen:
 
 @contextmanager
 def seeing(sites: Sequence[RouterSite]) -> Iterator[Seen]:
-    """Notes what routers answer inside the `with` block, by hooks: any model, any loop, any trainer.
+    """Records what routers return inside the `with` block, by hooks: in any model, any loop, any trainer.
 
-    Gradients are computed outside of it, so that layers recomputed in the backward pass do not count twice.
+    Call `backward` outside the block, so that layers recomputed in the backward pass do not count twice.
     """
     seen = Seen()
 
@@ -225,16 +225,16 @@ def seeing(sites: Sequence[RouterSite]) -> Iterator[Seen]:
 
 
 def bias_of(site: RouterSite) -> Tensor | None:
-    """What the router adds to the scores when it chooses experts, and not to their weights."""
+    """The bias that the router adds to scores when it chooses experts, but not to their weights."""
     found = (getattr(site.module, name, None) for name in BIASES)
     return next((bias for bias in found if isinstance(bias, Tensor)), None)
 
 
 @torch.no_grad()
 def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
-    """b_i += rate sign(mean count - count_i), less the mean move, after a step (arXiv:2408.15664, alg. 1).
+    """b_i += rate sign(mean count - count_i), minus the mean move, after a step (arXiv:2408.15664, alg. 1).
 
-    Without the mean move all biases of a layer may drift together; no choice depends on that.
+    Otherwise all biases of a layer might drift together, on which no choice depends.
 
     Raises:
         ValueError: a router has no such bias.
@@ -250,10 +250,10 @@ def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
 
 
 class Balancer:
-    """The balance of a model over optimizer steps, in any loop: what passes say, and what a step is in all.
+    """Balances a model over optimizer steps, in any loop: sums up passes, computes losses, moves biases.
 
     Args:
-        reduce: the sum over processes of a tensor; every process calls it equally often.
+        reduce: sums a tensor over processes; every process calls it equally often.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Balancer:
     ) -> None:
         self.sites, self.config, self.reduce = sites, config, reduce
         if config.bias_rate:
-            move_biases(sites, Load.nothing(sites), config.bias_rate)  # refuses; nothing moves by no load
+            move_biases(sites, Load.nothing(sites), config.bias_rate)  # only checks: no load moves nothing
         self.coefs = {"moe/balance": 0.0 if config.balance == "none" else config.balance_coef}
         self.coefs["moe/z_loss"] = config.z_loss_coef
         self._passed: Load | None = None
@@ -273,11 +273,11 @@ class Balancer:
 
     @property
     def needs_pass(self) -> bool:
-        """Whether a step's sums are those of what routers choose, and not of its tokens alone."""
+        """Whether a step's sums depend on what routers choose, and not only on its tokens."""
         return self.coefs["moe/balance"] > 0 and self.config.balance != "sequence"
 
     def begin(self) -> None:
-        """Forgets passes that no step followed, as those of a probe of memory."""
+        """Forgets passes that were not followed by a step, such as those of the memory probe."""
         self._passed = None
 
     def whole(self, local: Load) -> Load:
@@ -285,7 +285,7 @@ class Balancer:
         return Load(self.reduce(local.sums))
 
     def share(self, seen: Seen, rows: Rows, load: Load | None) -> tuple[Tensor | None, Metrics]:
-        """A training pass's share of the step's loss, and metrics; its choices go into the step's load."""
+        """A training pass's share of the step's loss, and metrics; the step's load gets its choices."""
         with torch.set_grad_enabled(self.is_on and torch.is_grad_enabled()):
             sums = seen.sums(self.sites, rows)
         local, weights_G = sums.load(), rows.members_SG.sum(0)
@@ -296,13 +296,13 @@ class Balancer:
             return None, metrics
         losses = {"moe/balance": LOSSES.get(self.config.balance), "moe/z_loss": z_loss}
         values = {name: loss(sums, load) for name, loss in losses.items() if loss and self.coefs[name]}
-        # The values of a step's passes add up, and so do these counts, to 1.
+        # The values of a step's passes add up, and so must their counts, which add up to 1.
         metrics |= {name: (value.detach(), tokens / load.tokens) for name, value in values.items()}
         loss = torch.stack([self.coefs[name] * value for name, value in values.items()]).sum()
         return loss.float(), metrics
 
     def end(self, *, moves: bool = True) -> Load:
-        """The load of the step's passes over all processes; biases move by it, if the weights did."""
+        """The load of the step's passes over all processes; moves biases by it if the weights moved."""
         load, self._passed = self.whole(self._passed or Load.nothing(self.sites)), None
         if self.config.bias_rate and moves:
             move_biases(self.sites, load, self.config.bias_rate)

@@ -21,7 +21,7 @@ from rl.moe.routers import RouterSite, find_routers, observed, watching
 
 @dataclass(frozen=True)
 class TrainedExperts:
-    """What is trained: experts by decoder layer, and whether shared experts and all else are trained too."""
+    """What is trained: experts by decoder layer, and whether shared experts and all other modules are."""
 
     experts: dict[int, list[int]]
     shared_experts: bool = False
@@ -34,7 +34,7 @@ def expert_relevance(
 ) -> dict[int, Float[Tensor, " E"]]:
     """Decoder layer -> relevance of its experts, which adds up to 1 (section 3.2).
 
-    "token": share of the choices that fell on an expert; "gate": share of the weights that it got.
+    "token": share of the choices that an expert got; "gate": share of the gate weights that it got.
 
     Args:
         rows: token ids [1, T] of samples of the task.
@@ -57,8 +57,8 @@ def expert_relevance(
 
 
 def select_experts(scores: Mapping[int, Float[Tensor, " E"]], *, top_p: float = 0.2) -> dict[int, list[int]]:
-    """The most relevant experts of each layer, taken one by one while those before them have less than
-    `top_p`.
+    """The most relevant experts of each layer, added one by one until their relevance reaches `top_p` in
+    total.
     """
     if not 0 < top_p <= 1:
         raise ValueError(
@@ -73,7 +73,7 @@ def select_experts(scores: Mapping[int, Float[Tensor, " E"]], *, top_p: float = 
 
 
 def save_experts(chosen: TrainedExperts, path: Path) -> None:
-    """In the form of DeepSeek's expert_configs."""
+    """Writes the format of DeepSeek's expert_configs."""
     tree = {
         "experts": {str(layer): ids for layer, ids in sorted(chosen.experts.items())},
         "shared_experts": chosen.shared_experts,
@@ -83,7 +83,7 @@ def save_experts(chosen: TrainedExperts, path: Path) -> None:
 
 
 def load_experts(path: str | Path) -> TrainedExperts:
-    """Raises ValueError where the file is not of that form."""
+    """What `save_experts` wrote; raises ValueError if the file is not of that format."""
     form = '{"experts": {"1": [0, 5]}, "shared_experts": false, "non_expert_modules": false}'
     try:
         tree = json.loads(Path(path).read_text())
@@ -96,18 +96,18 @@ def load_experts(path: str | Path) -> TrainedExperts:
 
 
 def train_only(model: Any, chosen: TrainedExperts) -> None:
-    """Freezes all but the chosen experts. The gradient of the others is 0, and so is Adam's step, without
-    decay.
+    """Freezes all except the chosen experts. The gradient of the others is 0, and without weight decay so is
+    Adam's step.
 
     Raises:
-        ValueError: a layer or expert that the model does not have.
+        ValueError: the model does not have such a layer or expert.
     """
     sites = {site.layer: site for site in find_routers(model)}
     for layer, ids in chosen.experts.items():
         known = sites[layer].num_experts if layer in sites else 0
         if wrong := [i for i in ids if not 0 <= i < known]:
             raise ValueError(
-                f"moe.trained_experts: layer {layer} has {known} routed experts, and expert {wrong[0]} is "
+                f"moe.trained_experts: layer {layer} has {known} routed experts, but expert {wrong[0]} is "
                 f"not one of them; layers with experts are {', '.join(map(str, sites))}"
             )
     stacks = expert_stacks(model)
@@ -128,7 +128,7 @@ def train_only(model: Any, chosen: TrainedExperts) -> None:
 
 
 class _Masked:
-    """Keeps the gradient of the chosen experts."""
+    """A hook that sets the gradient of all other experts to 0."""
 
     def __init__(self, mask_E: Tensor) -> None:
         self.mask_E = mask_E

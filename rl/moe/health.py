@@ -14,14 +14,14 @@ from rl.moe.balance import Load, seeing
 from rl.moe.routers import RouterSite
 from rl.store.rows import RowLog
 
-FILE = "experts.jsonl"  # of a run folder; rl.report draws it
-LEAST_START = 0.5  # of the violation that growth is measured from: after an even start noise would be growth
-WINDOW = 64  # choices that an expert gets, on average, before one without any counts as dead
+FILE = "experts.jsonl"  # in a run folder; rl.report draws it
+LEAST_START = 0.5  # least violation that growth is measured from: after an even start, noise would be growth
+WINDOW = 64  # mean choices per expert after which an expert without any counts as dead
 _MAX_ROWS = 50
 
 
 def load_metrics(counts_LE: Float[Tensor, "L E"]) -> dict[str, float]:
-    """Of the shares f of a step's choices: entropy / log E, max f E - 1 (mean and worst layer), min f E."""
+    """entropy / log E, max f E - 1 (mean and worst layer) and min f E, where f are shares of choices."""
     f_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
     num_experts = f_LE.shape[1]
     entropy_L = -(f_LE * f_LE.clamp(min=1e-12).log()).sum(-1) / math.log(max(num_experts, 2))
@@ -35,23 +35,23 @@ def load_metrics(counts_LE: Float[Tensor, "L E"]) -> dict[str, float]:
 
 
 def overlap(routes_LTK: Int[Tensor, "L T K"], others_LTK: Int[Tensor, "L T K"]) -> float:
-    """Mean over tokens and layers of |A and B| / |A or B| of a token's experts (Jaccard); 1: the same."""
+    """Mean over tokens and layers of |A and B| / |A or B| of a token's experts (Jaccard); 1: equal."""
     both_LT = (routes_LTK[..., :, None] == others_LTK[..., None, :]).sum((-1, -2)).double()
     return (both_LT / (2 * routes_LTK.shape[-1] - both_LT)).mean().item()
 
 
 @torch.no_grad()
 def routes_of(model: Any, sites: list[RouterSite], ids: Int[Tensor, " T"]) -> Int[Tensor, "L T K"]:
-    """The experts that each layer chooses for a row of token ids, by a model that is in evaluation mode."""
+    """The experts that each layer chooses for a row of token ids; the model is in evaluation mode."""
     with seeing(sites) as seen:
         model(input_ids=ids[None], use_cache=False)
     return torch.stack([seen.experts[site.name][0] for site in sites]).cpu().long()
 
 
 class Health:
-    """Metrics of routing, step by step, and the file of which the report draws the load of every expert.
+    """Metrics of routing, step by step, and the file from which the report draws the load of every expert.
 
-    What the run began with is in the first row of the file: a run that goes on compares with the same.
+    The file's first row holds the routing at the start, with which a resumed run compares too.
     """
 
     def __init__(self, run_dir: Path | None, *, top_k: int, num_steps: int) -> None:
@@ -82,7 +82,7 @@ class Health:
         return values
 
     def write(self, step: int) -> None:
-        """A row of the load of the step that ended, in per cent of an even one; not of every step of many."""
+        """Writes the step's load in per cent of an even one; a long run skips steps."""
         if self._log is None or self._latest is None or (step > 1 and step % self._every):
             return
         f_LE = self._latest / self._latest.sum(-1, keepdim=True).clamp(min=1)

@@ -1,6 +1,4 @@
-"""How experts are computed: the fastest way on this machine, by a short measurement, and what a token
-costs.
-"""
+"""How experts are computed: the fastest way on this machine, by a short measurement, and FLOPs of a token."""
 
 from __future__ import annotations
 
@@ -26,12 +24,12 @@ def choose_experts(
     num_tokens: int | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
-    """Sets how the model computes its experts; seconds of a forward and backward pass of one layer by way.
+    """Sets how the model computes its experts; returns way -> seconds of one layer, forward and backward.
 
     Args:
         asked: one of `WAYS`, which is set without a measurement; "auto": the fastest.
-        autocast: as the policy computes.
-        num_tokens: of the measurement; default: 4096 on a GPU, 256 on a CPU.
+        num_tokens: tokens in the measurement; default: 4096 on a GPU, 256 on a CPU.
+        autocast: the policy's autocast, under which it measures.
     """
     stacks = list(expert_stacks(model).values())
     able = [m for m in stacks if hasattr(m, "has_gate")]
@@ -50,7 +48,7 @@ def choose_experts(
             model.set_experts_implementation(way)
             with autocast():
                 seconds[way] = _seconds(able[0], find_routers(model)[0].top_k, number, way)
-        except (RuntimeError, NotImplementedError):  # this machine has no such kernel, or not the memory
+        except (RuntimeError, NotImplementedError):  # this machine lacks the kernel or the memory
             continue
     best = min(seconds, key=lambda way: seconds[way], default=before)
     model.set_experts_implementation(best)
@@ -62,7 +60,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _seconds(experts: Any, top_k: int, num_tokens: int, way: str) -> float:
-    """The faster of two passes after one to warm up; parameters get no gradient from it."""
+    """Seconds of the faster of two passes after a warm-up; gradients of parameters stay as they are."""
     weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
     if way == "batched_mm" and num_tokens * top_k * weight[0].numel() * weight.element_size() > _MAX_COPIES:
         raise RuntimeError("too many copies")
@@ -88,10 +86,8 @@ def _wait(tensor: torch.Tensor) -> None:
 
 
 def active_matrix_values(model: nn.Module) -> float:
-    """Values of matrices that a token is multiplied with in a forward pass: of routed experts the share K
-    / E.
-
-    The head counts, the embedding does not. Adapters do not count.
+    """The number of matrix values that a token is multiplied with in a forward pass. Of routed experts the
+    share K / E counts. The head counts, the embedding and adapters do not.
     """
     sites = find_routers(model)
     shares = {site.layer: site.top_k / site.num_experts for site in sites}
@@ -110,10 +106,10 @@ def active_matrix_values(model: nn.Module) -> float:
 
 
 def forward_flops(model: Any, length: int, *, causal: bool = True) -> float:
-    """Of one sequence: 2 x active values for each token, and 4 x heads x head size for each pair of tokens.
+    """FLOPs of a sequence: 2 x active values per token, and 4 x heads x head size per pair of tokens.
 
     Args:
-        causal: only pairs that causality lets see each other.
+        causal: counts only pairs that see each other under causal attention.
     """
     config = model.config
     heads = config.num_attention_heads

@@ -34,9 +34,9 @@ class Drawn:
     """What a micro-batch is scored with.
 
     Attributes:
-        routes_NSK: experts of each packed column that are replayed; None: nothing is.
-        rows: what its passes show to the routers.
-        load: sums of the whole step, for the balance; None: there is none.
+        routes_NSK: experts of each packed column to replay; None: nothing is replayed.
+        rows: the rows that routers see in its passes.
+        load: sums of the whole step, for the balance loss; None: there is no such loss.
     """
 
     routes_NSK: Int[Tensor, "N S K"] | None
@@ -45,10 +45,10 @@ class Drawn:
 
 
 class MoePolicy:
-    """`rl.policy.Policy` around a causal policy. What it does not name is the causal policy's own.
+    """`rl.policy.Policy` around a causal policy, which answers for everything not defined here.
 
     Attributes:
-        replays: routes that completions carry are used.
+        replays: whether the routes that completions carry are replayed.
     """
 
     def __init__(self, inner: CausalPolicy, sites: list[RouterSite], config: MoeConfig) -> None:
@@ -72,14 +72,14 @@ class MoePolicy:
         return getattr(self.__dict__["inner"], name)
 
     def recorder(self, model: Any) -> Any:
-        """What the engine in this process records routes of its own copy with (`rl.moe.replay.recorder`)."""
+        """The recorder for an in-process engine's copy of the model (`rl.moe.replay.recorder`)."""
         return recorder(model, find_routers(model))
 
     def can_replay(self, fault: str | None) -> bool:
-        """Whether routes will be there: without a fault. With one there is no replay.
+        """Whether routes can be replayed, which is so without a `fault`; turns replay off otherwise.
 
         Raises:
-            ValueError: the config asks for them.
+            ValueError: there is a fault, but the config asks for replay.
         """
         if fault is None:
             return True
@@ -92,7 +92,7 @@ class MoePolicy:
         return False
 
     def said(self) -> Iterator[str]:
-        """What the run does with its routers, and what is unwise in that."""
+        """Sentences on what the run does with its routers, and a warning if that is unwise."""
         router, replay = "trained" if self.trains_router else "frozen", "on" if self.replays else "off"
         balance = "off" if self.config.balance == "none" else self.config.balance
         balance += "" if self.trains_router else " (a frozen router has none)"
@@ -120,10 +120,10 @@ class MoePolicy:
 
     @torch.no_grad()
     def _whole_load(self, found: list[Prepared]) -> Load:
-        """The sums of a batch over all processes, before any of its passes has a gradient.
+        """The sums of a batch over all processes, before its passes with a graph.
 
-        What routers choose is found by a pass without a graph, with the routes that are replayed: completions
-        carry no routes of prompts, of their last token, and of tokens that older policies sampled.
+        A pass without a graph finds what routers choose besides replayed routes. These do not cover prompts,
+        the last token of a completion, and tokens that older policies sampled.
         """
         local = Load.nothing(self.sites)
         for prepared in found:
@@ -137,7 +137,7 @@ class MoePolicy:
 
     @contextmanager
     def _replayed(self, prepared: Prepared, *, keeps: bool = False) -> Iterator[None]:
-        """The micro-batch's routes are in place inside the block, and, with `keeps`, behind it."""
+        """Installs the micro-batch's routes inside the block, and with `keeps` also after it."""
         self.replay.remove()
         with ExitStack() as stack:
             if prepared.drawn.routes_NSK is not None:
@@ -148,12 +148,12 @@ class MoePolicy:
                 stack.pop_all()
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
-        """Replayed routes stay in place until `backward` is over, where there is a graph."""
+        """Scores with replayed routes; if there is a graph, they stay installed until `backward` is over."""
         drawn, metrics, extra = prepared.drawn, {}, None
         with self._replayed(prepared, keeps=torch.is_grad_enabled()):
             with seeing(self.sites) as seen:
                 scores = self.inner.score(prepared, ids_LK=ids_LK)
-            num_tokens = sum(len(r.completion.token_ids) for r in prepared.batch.rows)
+            num_tokens = sum(len(r.completion.token_ids) - r.num_context for r in prepared.batch.rows)
             if drawn.routes_NSK is not None:
                 metrics = self.replay.metrics(num_tokens)
             elif self.replays:
@@ -165,7 +165,7 @@ class MoePolicy:
         return replace(scores, extra_loss=extra, metrics={**scores.metrics, **metrics})
 
     def _by_forward(self, prepared: Prepared, routes_NSK: Tensor) -> list[Tensor]:
-        """Routes of each forward pass: of the packed row, or of one sequence after the other."""
+        """Routes of each forward pass: of the packed row, or of its sequences one by one."""
         if self.inner.scorer.packed:
             return [routes_NSK]
         found = []
@@ -175,7 +175,7 @@ class MoePolicy:
         return found
 
     def score_by(self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Tensor | None = None) -> Scores:
-        """As a reference is scored: other weights choose other experts, so nothing is replayed."""
+        """Scores a reference without replay: other weights choose other experts."""
         assert not self.replay.is_installed, "a reference is scored while routes are installed"
         return self.inner.score_by(scorer, prepared, ids_LK=ids_LK)
 
@@ -204,16 +204,16 @@ class MoePolicy:
 def settle_routers(
     model: nn.Module, sites: list[RouterSite], config: MoeConfig, *, partial: bool
 ) -> tuple[bool, MoeConfig]:
-    """Freezes routers, their adapters too, if the config says so; whether they are trained.
+    """Freezes routers and their adapters if the config says so; returns whether they are trained.
 
-    With it comes the config that holds: frozen routers have no losses, which would train other weights to
-    move what a router chooses.
+    It also returns the resulting config: frozen routers have no losses, which would train other weights to
+    change what a router chooses.
 
     Args:
-        partial: not all weights are trained.
+        partial: whether only some weights are trained.
 
     Raises:
-        ValueError: they cannot be trained, and the config asks for it.
+        ValueError: the config asks to train them, but they cannot be trained.
     """
     trains = config.router == "train" or (config.router == "auto" and not partial)
     names = tuple(f"{site.name.removesuffix('.base_layer')}." for site in sites)
@@ -232,7 +232,7 @@ def settle_routers(
 def with_experts(
     inner: CausalPolicy, config: MoeConfig, note: Callable[[str], None]
 ) -> CausalPolicy | MoePolicy:
-    """The policy itself where its model has no routers, else one that knows of them.
+    """The policy itself if its model has no routers, else a `MoePolicy` around it.
 
     Raises:
         ValueError: the config asks for what this model cannot have.
@@ -247,6 +247,6 @@ def with_experts(
         return inner
     if not sites and asked:
         raise ValueError(
-            f"moe: {', '.join(asked)} are set, and {inner.config.name} has no routers; remove the section moe"
+            f"moe: {', '.join(asked)} are set, but {inner.config.name} has no routers; remove the section moe"
         )
     return MoePolicy(inner, sites, config) if sites else inner

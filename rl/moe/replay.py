@@ -1,9 +1,9 @@
 """Routing replay (R3, arXiv:2510.11370): training computes with the experts that sampling computed with.
 
-A completion carries its routes as integers of [tokens, decoder layers, K]; `MISSING` stands where nothing is
-known, and such tokens are routed live, as those of prompts always are: a column that completions share has
-one route. Only the choice is replayed: weights come from the live scores of all experts, so a router has its
-gradient. N packed columns, T tokens of a forward pass, S routers, K experts per token.
+A completion carries its routes as integers of [tokens, decoder layers, K]. Tokens whose routes are `MISSING`
+are routed live. So are prompts always, since a column that completions share can have only one route. Only
+the choice is replayed: weights come from the live scores of all experts, so a router has its gradient. N
+packed columns, T tokens of a forward pass, S routers, K experts per token.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 def packed_routes(batch: MicroBatch, sites: Sequence[RouterSite]) -> Int[Tensor, "N S K"] | None:
-    """Routes of every column of a micro-batch; None if nothing of it can be replayed.
+    """Routes of every column of a micro-batch; None if no column can be replayed.
 
     Raises:
-        ValueError: a trace has another shape than its completion and the model, or an unknown expert.
+        ValueError: routes do not fit the shape of their completion and model, or name an unknown expert.
     """
     if all(row.completion.routes is None for row in batch.rows):
         return None
@@ -54,23 +54,23 @@ def _checked(row: Row, sites: Sequence[RouterSite]) -> np.ndarray:
     is_right = found.ndim == 3 and found.shape[0] == len(ids) and found.shape[2] == sites[0].top_k
     if not (is_right and found.shape[1] > last and found.dtype.kind in "iu"):
         raise ValueError(
-            f"routes of a completion of prompt {row.prompt.id} have shape {found.shape}, and its {len(ids)} "
+            f"routes of a completion of prompt {row.prompt.id} have shape {found.shape}, but its {len(ids)} "
             f"tokens and this model need integers of ({len(ids)}, {last + 1} or more layers, "
             f"{sites[0].top_k}); the engine serves another model, or use moe.replay=none"
         )
     if found.size and found[:, [site.layer for site in sites]].max() >= most:
         raise ValueError(
-            f"routes of a completion of prompt {row.prompt.id} name expert {found.max()}, and the model has "
-            f"{most}; the engine counts physical copies of experts, or use moe.replay=none"
+            f"routes of a completion of prompt {row.prompt.id} name expert {found.max()}, but the model has "
+            f"{most}; perhaps the engine counts copies of experts: turn that off, or use moe.replay=none"
         )
     return found
 
 
 class Replay:
-    """Puts experts in place of those that routers choose, in a forward pass and what is recomputed of it.
+    """Replaces the experts that routers choose, in a forward pass and when parts of it are recomputed.
 
     Attributes:
-        flips_S, tokens_S: of each router, replayed tokens whose live experts were others, and replayed ones.
+        flips_S, tokens_S: for each router, replayed tokens whose live experts differ, and replayed tokens.
     """
 
     def __init__(self, model: Any, sites: Sequence[RouterSite]) -> None:
@@ -84,7 +84,7 @@ class Replay:
                 self._bind(layer)
 
     def _bind(self, layer: Any) -> None:
-        """A recomputed layer gets the routes of the forward pass that it belongs to, in whatever order."""
+        """Gives a recomputed layer the routes of the forward pass that it belongs to, in any order."""
         checkpoint = layer._gradient_checkpointing_func
 
         def bound(compute: Any, *arguments: Any) -> Any:
@@ -109,7 +109,7 @@ class Replay:
         return self._installed is not None
 
     def install(self, routes: Sequence[Int[Tensor, "_ S K"]]) -> None:
-        """Begins: the next forward passes, one for each entry, are replayed until `remove`."""
+        """Replays the next forward passes, one for each entry, until `remove`."""
         assert not self.is_installed, "routes of another micro-batch are still installed"
         self._installed = ExitStack()
         self._installed.enter_context(self._replaying(routes))
@@ -149,7 +149,7 @@ class Replay:
             handle.remove()
 
     def metrics(self, num_tokens: int) -> Metrics:
-        """Of the passes since `install`; `num_tokens` of completions were computed in them."""
+        """Metrics of the passes since `install`, in which `num_tokens` of completions were computed."""
         total = self.tokens_S.new_tensor(float(num_tokens * len(self.sites)))
         found: Metrics = {
             "moe/flip_rate": (self.flips_S.sum(), self.tokens_S.sum()),
@@ -160,10 +160,10 @@ class Replay:
 
 
 def recorder(model: Any, sites: Sequence[RouterSite]) -> Callable[[int], AbstractContextManager[list[Any]]]:
-    """What an engine in this process records routes with: `with record(num_rows) as found` around `generate`.
+    """A recorder of routes for an engine in this process: `with record(num_rows) as found` around `generate`.
 
-    Afterwards `found` has one array of [rows, forward passes, decoder layers, K]: the experts of the last
-    token of each row in each pass. Dense layers are `MISSING`.
+    Afterwards `found` holds an array [rows, forward passes, decoder layers, K]: the experts of the last token
+    of each row in each pass. Dense layers are `MISSING`.
     """
     num_layers = max(model.config.get_text_config().num_hidden_layers, sites[-1].layer + 1)
 

@@ -1,7 +1,7 @@
-"""Routers of mixture-of-experts models: where they are, what they answer, and the weights of given experts.
+"""Routers of mixture-of-experts models: where they are, what they return, and the weights of given experts.
 
-A router answers (logits, weights, experts) for every token. `route_weights` repeats the family's arithmetic
-on any experts, and `self_check` holds it against the module bit for bit. T tokens, E experts, K per token.
+A router returns (logits, weights, experts) for every token. `route_weights` repeats the family's arithmetic
+on any experts, and `self_check` compares it with the module bit for bit. T tokens, E experts, K per token.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class UnknownRouter(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """How a router makes weights of logits.
+    """How a router turns logits into weights.
 
     Attributes:
-        score: of all experts; "chosen": softmax over the logits of the chosen ones alone.
-        upcast: scores are taken in fp32; else in the dtype of the logits, which autocast may have rounded.
+        score: score of all experts; "chosen": softmax over the logits of the chosen ones only.
+        upcast: scores are computed in fp32; else in the logits' dtype, which autocast may have rounded.
         renormalise: weights of a token add up to 1: always, never, or as the attribute of this name says.
-        eps: added to that sum; the name of an attribute: its lower bound.
-        scale: attribute that weights are multiplied by.
-        order: where logits, weights and experts stand in the answer.
-        experts: attribute with the number of experts.
+        eps: added to that sum; a text names the attribute with the sum's lower bound.
+        scale: name of the attribute that weights are multiplied by.
+        order: indices of logits, weights and experts in the router's output.
+        experts: name of the attribute with the number of experts.
     """
 
     score: Literal["softmax", "sigmoid", "chosen", "score_fn", "expert_selection_fn"]
@@ -82,10 +82,10 @@ _BY_RULE = (
     ),
 )
 RULES: dict[str, Rule] = {name: rule for rule, names in _BY_RULE for name in names.split()}
-"""By the class of the router, as transformers names it."""
+"""Class name of a router in transformers -> its rule."""
 
 EXPERTS = re.compile(r"Experts$|CDMoE$")
-"""Classes that hold experts: each of them must stand beside a router that is in `RULES`."""
+"""Classes that hold experts: each must be in a block with a router that is in `RULES`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RouterSite:
     Attributes:
         layer: index of its decoder layer, dense ones counted.
         name: path of the module in the model.
-        module: its forward answers what `observed` reads.
+        module: its forward returns what `observed` reads.
         family: `model_type` of the model's config.
     """
 
@@ -109,10 +109,10 @@ class RouterSite:
 
 
 def find_routers(model: nn.Module) -> list[RouterSite]:
-    """All routers in the order of layers; none of a dense model. Adapters around them do not matter.
+    """All routers in the order of layers, adapters around them or not; empty for a dense model.
 
     Raises:
-        UnknownRouter: a layer has experts and no router that is known.
+        UnknownRouter: a layer has experts but no router in `RULES`.
     """
     family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     modules = dict(model.named_modules())
@@ -132,7 +132,7 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """By its class, or one that sharding derived from it."""
+    """The rule of a router, by its class or a base class (sharding derives classes); None: not a router."""
     return next((RULES[c.__name__] for c in type(module).__mro__ if c.__name__ in RULES), None)
 
 
@@ -147,14 +147,14 @@ def _site(name: str, module: nn.Module, rule: Rule, family: str) -> RouterSite:
 def observed(
     site: RouterSite, output: Output
 ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T K"], Int[Tensor, "T K"]]:
-    """(logits, weights, experts) of what the router's forward answered.
+    """(logits, weights, experts) from the output of the router's forward.
 
     Raises:
-        UnknownRouter: it answers less than that.
+        UnknownRouter: the output lacks some of them.
     """
     if len(output) <= max(site.rule.order):
         raise UnknownRouter(
-            f"{site.family}: {type(site.module).__name__} answers {len(output)} tensors and no logits; "
+            f"{site.family}: {type(site.module).__name__} returns {len(output)} tensors without logits; "
             "install transformers>=5.19, or use moe.replay=none"
         )
     logits, weights, experts = (output[i] for i in site.rule.order)
@@ -162,14 +162,14 @@ def observed(
 
 
 def answered(site: RouterSite, output: Output, weights_TK: Tensor, idx_TK: Tensor) -> Output:
-    """What the router would have answered with other experts, in the form of `output`."""
+    """The router's output with other experts and their weights, in the form of `output`."""
     changed = list(output)
     changed[site.rule.order[1]], changed[site.rule.order[2]] = weights_TK, idx_TK
     return tuple(changed)
 
 
 def scores(site: RouterSite, logits_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Probability or affinity of each expert, before any is chosen; of "chosen" the softmax over all."""
+    """Probability or affinity of each expert before any is chosen; for "chosen" the softmax over all."""
     logits = logits_TE.float() if site.rule.upcast else logits_TE
     match site.rule.score:
         case "sigmoid":
@@ -192,7 +192,7 @@ def route_weights(
     """Weights of given experts: gathered from the scores of all, renormalised and scaled as the family does.
 
     Args:
-        dtype: of the answer, that of the router's own weights; default: that of the arithmetic.
+        dtype: dtype of the result, such as that of the router's own weights; default: the arithmetic's.
     """
     rule, module = site.rule, site.module
     chooses = rule.score == "expert_selection_fn" and module.expert_selection_fn == "softmax"
@@ -215,14 +215,14 @@ def route_weights(
 def watching(
     sites: Sequence[RouterSite], see: Callable[[RouterSite, Any], Any], *, with_graph: bool = False
 ) -> Iterator[None]:
-    """Calls `see(site, output)` whenever a router answers; what it returns, unless None, is the answer.
+    """Calls `see(site, output)` whenever a router returns; unless None, its result replaces the output.
 
     Args:
-        with_graph: passes have a graph.
+        with_graph: whether passes must have a graph.
 
     Raises:
-        ValueError: they have none, by re-entrant gradient checkpointing: what is seen would have no gradient,
-            silently, and what is put in place would be missing from the recomputation.
+        ValueError: they lack one under re-entrant gradient checkpointing. What is seen would silently have no
+            gradient, and replaced outputs would be missing from the recomputation.
     """
 
     def seen(site: RouterSite, output: Any) -> Any:
@@ -246,7 +246,7 @@ def self_check(model: Any, sites: list[RouterSite], *, num_tokens: int = 16) -> 
     """Compares `route_weights` with the weights of every router on a row of token ids, bit for bit.
 
     Raises:
-        UnknownRouter: they differ, so that replay would compute another model.
+        UnknownRouter: they differ, so replay would compute another model.
     """
     seen: list[str] = []
 
@@ -264,4 +264,4 @@ def self_check(model: Any, sites: list[RouterSite], *, num_tokens: int = 16) -> 
     ids = torch.arange(num_tokens, device=model.device) * 7 % model.config.vocab_size
     with watching(sites, see):
         model(input_ids=ids[None], use_cache=False)
-    assert set(seen) >= {site.name for site in sites}, "a router was not asked"
+    assert set(seen) >= {site.name for site in sites}, "a router was not called"

@@ -1,6 +1,6 @@
-"""A mixture-of-experts layer to read: how tokens choose, what full experts drop, experts without weights.
+"""A mixture-of-experts layer for reading: routing rules, expert capacity, experts without weights.
 
-Models are trained with the layers of transformers. This one shows the published rules side by side.
+It shows the published rules side by side. Real models are trained with the layers of transformers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Routed:
     """Which K experts each of T tokens goes to.
 
     Attributes:
-        logits_TE: of the router, before noise.
-        experts_TK: the best first.
+        logits_TE: the router's logits, before noise.
+        experts_TK: chosen experts, the best first.
         gates_TK: weights of the experts' outputs.
-        served_TK: False: the expert was full, or the second expert was not drawn; it then adds nothing.
-        is_dropped_TK: False except where an expert was full.
+        served_TK: False if the expert was full, or the second expert was not drawn; it then adds nothing.
+        is_dropped_TK: True where an expert was full.
     """
 
     logits_TE: Float[Tensor, "T E"]
@@ -77,7 +77,7 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
 def within_capacity(
     experts_TK: Int[Tensor, "T K"], chosen_TK: Bool[Tensor, "T K"], num_experts: int, capacity: int
 ) -> Bool[Tensor, "T K"]:
-    """Which choices find room: tokens queue in order, and second choices behind all first ones.
+    """Which choices find room: tokens queue in order, and second choices come after all first ones.
 
     A choice that finds an expert full keeps its place in the queue (GShard, alg. 1).
     """
@@ -90,15 +90,15 @@ def within_capacity(
 class TeachingMoE(nn.Module):
     """y = sum over a token's K experts of gate * expert(x): gated MLPs, and experts without weights.
 
-    Behind the MLPs come MoE++'s experts (arXiv:2410.07348, eq. 3 to 5): zero(x) = 0, copy(x) = x, and
+    After the MLPs come MoE++'s experts (arXiv:2410.07348, eq. 3 to 5): zero(x) = 0, copy(x) = x, and
     constant(x) = a x + b v with [a, b] = softmax(W x). A choice that is not served adds 0: the residual
     connection around the layer carries the token.
 
     Args:
         rule: how tokens choose; `switch` means K = 1, and `gshard` K = 2.
-        capacity_factor: None: every choice is served, as in the models that are trained today.
+        capacity_factor: None: every choice is served, as in today's models.
         router_fp32: selective precision (arXiv:2101.03961, section 2.4): the router computes in fp32.
-        generator: of noise and of second experts.
+        generator: draws noise and second experts.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class TeachingMoE(nn.Module):
         return Routed(logits_TE, experts, gates, served, drawn & ~served)
 
     def expert(self, number: int, x_TD: Tensor) -> Tensor:
-        """What one expert makes of the tokens that it serves."""
+        """The output of one expert for the tokens that it serves."""
         if number < self.num_mlps:
             gate, up = linear(x_TD, self.gate_up[number]).chunk(2, -1)
             return linear(silu(gate) * up, self.down[number])

@@ -1,7 +1,7 @@
-"""A dense model becomes a mixture of experts that computes the same, and a mixture becomes a dense model.
+"""Turns a dense model into a mixture of experts that computes the same, and a mixture into a dense model.
 
 Upcycling (arXiv:2212.05055) copies the MLP of each layer into every expert and adds a new router. Weights of
-a token's experts add up to 1, so the sum of equal experts is the dense layer, whatever the router says.
+a token's experts add up to 1, so equal experts together are the dense layer, whatever the router chooses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TARGETS = {
     "qwen2": ("qwen2_moe",),
     "qwen3": ("qwen3_moe",),
 }
-"""Dense family -> mixtures with the same attention, which vLLM serves; biases that are new are 0."""
+"""Dense family -> mixtures with the same attention that vLLM serves; new biases are 0."""
 SOURCES = {mixtures[0]: dense for dense, mixtures in TARGETS.items()}
 OWN = ("architectures", "model_type", "transformers_version", "layer_types", "_name_or_path", "dtype")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -38,12 +38,12 @@ def upcycle(
     """A mixture whose experts are copies of the MLPs of `model`; logits are equal without noise.
 
     Args:
-        family: of the mixture, where `TARGETS` leaves a choice; default: the first.
-        noise: standard deviation of what is added to experts' weights, in units of the weights' own.
-        seed: of routers and noise.
+        family: family of the mixture, where `TARGETS` leaves a choice; default: the first.
+        noise: standard deviation of noise added to experts' weights, in units of the weights' own.
+        seed: seed of routers and noise.
 
     Raises:
-        ValueError: a family without a mixture of the same attention; or top_k beyond num_experts.
+        ValueError: the family has no mixture with the same attention; or top_k is beyond num_experts.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} must be 1 to num_experts={num_experts}")
@@ -81,7 +81,7 @@ def _moe_config(dense: Any, family: str | None, num_experts: int, top_k: int) ->
     if target is None or target not in choices or biases:
         known = ", ".join(f"{name} ({' or '.join(mixtures)})" for name, mixtures in TARGETS.items())
         raise ValueError(
-            f"a mixture can be made of {known}, without attention_bias and mlp_bias, and not of "
+            f"a mixture can be made from {known}, without attention_bias and mlp_bias, but not from "
             f"{dense.model_type}{f' with {biases[0]}' if biases else f' as {family}' if family else ''}"
         )
     fields = {name: value for name, value in dense.to_dict().items() if name not in OWN}
@@ -92,14 +92,14 @@ def _moe_config(dense: Any, family: str | None, num_experts: int, top_k: int) ->
     fields |= {"moe_intermediate_size": dense.intermediate_size}
     if target == "qwen2_moe":
         if fields.pop("head_dim", width) not in (None, width):
-            raise ValueError(f"qwen2_moe has heads of {width} units, and this model others; leave family out")
+            raise ValueError(f"qwen2_moe needs heads of {width} units, unlike this model; leave family out")
         # Its shared expert is not optional in transformers: it has one unit, of weight 0.
         fields |= {"shared_expert_intermediate_size": 1, "qkv_bias": True}
     return AutoConfig.for_model(target, **fields)
 
 
 def _empty(config: Any, like: Any) -> Any:
-    """A model of the config whose weights are about to be loaded."""
+    """A model of the config, into which weights will be loaded."""
     with torch.device(like.device):
         model = AutoModelForCausalLM.from_config(config, dtype=like.dtype, attn_implementation="sdpa")
     model.generation_config = like.generation_config
@@ -107,23 +107,23 @@ def _empty(config: Any, like: Any) -> Any:
 
 
 def dense_of(mixture: Any, loads_LE: Tensor, *, num_experts: int) -> PreTrainedModel:
-    """A dense model whose MLPs are the busiest experts of each layer side by side, to be distilled into.
+    """A dense model, to be distilled into, whose MLPs are the busiest experts of each layer side by side.
 
-    The output of expert i is scaled by its share of the load among those that are kept. With all experts and
-    equal loads it is the average of all experts, which a mixture with K = E and uniform gates computes.
+    The output of expert i is scaled by its share of the load among the kept experts. With all experts and
+    equal loads it is the mean of all experts, as in a mixture with K = E and uniform gates.
 
     Args:
         loads_LE: how many tokens chose each expert, such as `rl.moe.balance.Load.counts_LE` of some batches.
 
     Raises:
-        ValueError: a family without a dense model of the same attention; or layers without experts.
+        ValueError: the family has no dense model with the same attention; or a layer has no experts.
     """
     config, sites = mixture.config, find_routers(mixture)
     family = SOURCES.get(config.model_type)
     if family is None or len(sites) != config.num_hidden_layers:
         raise ValueError(
-            f"a dense model is made of mixtures of these families, with experts in every layer: "
-            f"{', '.join(SOURCES)}; this one is of {config.model_type} and has them in {len(sites)} of "
+            f"a dense model can be made from mixtures of these families, with experts in every layer: "
+            f"{', '.join(SOURCES)}; this one is {config.model_type}, with experts in {len(sites)} of "
             f"{config.num_hidden_layers} layers"
         )
     weights = mixture.state_dict()

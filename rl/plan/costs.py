@@ -1,4 +1,4 @@
-"""Seconds of a step that saving memory costs, predicted. They order what is tried, and a run says them."""
+"""Predicted seconds per step that each way of saving memory costs. Plans try the cheapest ways first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rl.plan.sizes import ModelSize, adapters_of
 HOST_RATE = 40e9
 """Bytes a second between pinned host memory and a GPU, one way: PCIe 5 x16 (an H100 or H200)."""
 SLEEP_S = 0.3
-"""For vLLM to drop 42 GiB and take them again, beside a sync, on an H200 (`tests/gpu/test_sleep.py`)."""
+"""Time in which vLLM frees and takes back 42 GiB, besides a sync, on an H200 (`tests/gpu/test_sleep.py`)."""
 PREFILL_RATE = 4e14
-"""FLOPs a second with which an engine computes the cache of what was in flight."""
+"""FLOPs a second at which an engine recomputes the cache of completions in flight."""
 FULL = 0.5
-"""Share of their greatest length that completions have on average."""
+"""Mean length of completions as a share of their greatest length."""
 
 
 def seconds_of(size: ModelSize, config: Planned, processes: int) -> dict[str, float]:
-    """By key of `memory`, for those that are on."""
+    """Key of `memory` -> seconds per step, for the keys that are on."""
     if not isinstance(config, Config):
         return {}
     t, memory, found = config.train, config.memory, {}

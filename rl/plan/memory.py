@@ -1,8 +1,8 @@
-"""How much memory of a GPU a run needs, predicted from the model's config alone, part by part.
+"""How much GPU memory a run needs, predicted from the model's config alone, part by part.
 
-The prediction counts tensors that live at the peak of a backward pass on one GPU: what the optimizer keeps,
-what autograd saves for each packed token, a chunk of logits, and what the engine is given. It is for
-decoder-only models with gated MLPs; for others the probe (`rl.plan.probe`) alone answers.
+The prediction counts what one GPU holds at the peak of a backward pass. That is the optimizer's state, what
+autograd saves for each packed token, a chunk of logits, and the engine's share. It covers decoder-only models
+with gated MLPs; others only have the probe (`rl.plan.probe`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FILLED = 0.92
 """Share of a GPU that a plan may fill."""
 
 Phase = Literal["always", "learn", "train", "update", "engine", "sample"]
-"""Of the training process: always; from the first backward pass to the end of the update; in a pass forward
-and backward; in the optimizer step. Of the engine's: at all times; while it is awake.
+"""When memory is held. By the training process: always; from the first backward pass to the end of the
+update; in a forward and backward pass; in the optimizer step. By the engine: always; while it is awake.
 """
 Planned = Config | DiffusionConfig
-"""Runs that a plan can be made for; those without an engine only train."""
+"""Configs of runs that can be planned; a run without an engine only trains."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class MemoryPlan:
     """What a run needs on a GPU of `capacity` bytes.
 
     Attributes:
-        room: bytes that may be filled.
+        room: bytes that the run may fill.
         longest_row: tokens of the longest prompt with one completion; a micro-batch holds at least that.
         fault: why the engine cannot work with what it is given, whatever the total.
-        sleeps: what the engine holds awake, it does not hold while the trainer computes.
+        sleeps: the engine frees its "sample" parts while the trainer computes.
     """
 
     parts: tuple[Part, ...]
@@ -67,14 +67,14 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes at the run's peak: of training, or of sampling where the engine sleeps meanwhile."""
+        """Bytes at the run's peak: of both together, or the larger one if the engine sleeps."""
         learning, awake = self.training - self.held("always"), self.held("sample")
         most = max(learning, awake) if self.sleeps else learning + awake
         return self.held("always", "engine") + most
 
     @property
     def training(self) -> int:
-        """Bytes of the training process at its peak, which a run's `memory/peak` and the probe measure."""
+        """Bytes of the training process at its peak, as `memory/peak` and the probe measure it."""
         return self.held("always", "learn") + max(self.held("train"), self.held("update"))
 
     @property
@@ -105,7 +105,7 @@ def plan_memory(
         return MemoryPlan(tuple(parts), capacity, room, row)
     weights = engine_weights(size, config)
     parts += [Part("engine weights", weights, "sample")]
-    if not uses_vllm(size, config):  # what its sampler holds grows and shrinks with what it samples
+    if not uses_vllm(size, config):  # the memory of its own sampler follows what it samples
         sequence = size.sampled_per_token * max_length + size.sampled_per_sequence
         cache = min(config.max_num_seqs, in_flight(config, processes)) * sequence * engine_width(config)
     else:
@@ -120,7 +120,7 @@ def plan_memory(
     parts += [Part("engine cache", max(cache, 0), "sample")]
     whole = size.parameters * storage_dtype(config.model).itemsize * (1 + config.copies_weights)
     if shares > 1 and whole > room:
-        fault = f"{whole / GIB:.1f} GiB of weights stand on each GPU before they are split"
+        fault = f"{whole / GIB:.1f} GiB of weights are on each GPU before they are split"
     return MemoryPlan(tuple(parts), capacity, room, row, fault, sleeps(size, config))
 
 
@@ -129,12 +129,12 @@ def sleeps(size: ModelSize, config: Planned) -> bool:
 
 
 def in_flight(config: Planned, processes: int) -> int:
-    """Most completions that one of the processes has in flight, or copies of texts that it trains on."""
+    """Most completions in flight of one process, or most noised copies of texts that it trains on."""
     return max(1, -(-config.in_flight // processes))
 
 
 def num_shares(config: Planned, processes: int) -> int:
-    """Into how many parts weights, gradients and moments are split; 1: every process holds them whole."""
+    """The number of parts that weights, gradients and moments are split into; 1: they are not split."""
     if not isinstance(config, Config) or config.train.sharding not in ("full", "hybrid"):
         return 1
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -164,12 +164,12 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
     narrow = narrowed * compute if is_mixed else 0
     if config.model.gradient_checkpointing is True:
         saved, copies = size.layers * size.hidden * compute + layer, added.copied // size.layers
-        # All layers' are held until the forward pass ends, and a single one's when that is computed again.
+        # Narrowed copies of all layers live until the forward pass ends, then of one recomputed layer.
         narrow = max(narrow - token_budget * layer, narrow // size.layers)
     else:
         saved, copies = size.layers * layer, added.copied
     if shares > 1:
-        # Two layers are gathered, as the next one is fetched, and the head; a layer's gradients are whole.
+        # Gathered: the head and two layers, since the next one is prefetched; one layer's whole gradients.
         narrow = (2 * size.linear // size.layers + size.head) * compute + trained // size.layers * (
             compute + 4
         )
@@ -190,20 +190,20 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         Part("weights in the compute dtype" if shares == 1 else "gathered weights", narrow, "train"),
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
-        # Plain fp32 logits are read in four passes, the 16-bit ones of a Triton kernel in one.
+        # Plain torch holds four copies of fp32 logits, a Triton kernel only the 16-bit ones.
         Part("logits", max(4 * chunk, chunk + head) if compute == 4 else chunk + head, "train"),
     ]
     return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
 
 
 def reference_on_host(size: ModelSize, config: Config) -> int:
-    """Bytes of a reference's layers, as it is loaded; what stays on the GPU are embedding and head."""
+    """Bytes of a reference's layers in their loaded dtype; embedding and head stay on the GPU."""
     experts = size.experts.weights if size.experts else 0
     return (size.linear + experts) * storage_dtype(config.model).itemsize
 
 
 def teacher_bytes(size: ModelSize, config: Planned) -> int:
-    """Its weights; and of each completion token of a step its top-k ids (8 bytes) and their log-probs (4)."""
+    """Bytes of its weights, and of top-k ids (8 each) and log-probs (4) per completion token of a step."""
     if not isinstance(config, Config) or config.teacher is None:
         return 0
     t, sampled = config.teacher, config.teacher.divergence == "sampled"
@@ -212,18 +212,18 @@ def teacher_bytes(size: ModelSize, config: Planned) -> int:
 
 
 def uses_vllm(size: ModelSize, config: Planned) -> bool:
-    """Whether an engine takes a share of the GPU for itself."""
+    """Whether vLLM samples, which takes a share of the GPU for itself."""
     return isinstance(config, Config) and takes_share(config) and not size.has_own_sampler
 
 
 def takes_share(config: Config) -> bool:
-    """Whether it is vLLM. engine.name=auto is, but on a machine with a GPU where vLLM is not installed."""
+    """Whether the engine is vLLM. engine.name=auto means vLLM, except on a GPU without vLLM installed."""
     is_missing = torch.cuda.is_available() and importlib.util.find_spec("vllm") is None
     return config.engine.name == "vllm" or (config.engine.name == "auto" and not is_missing)
 
 
 def engine_width(config: Config) -> int:
-    """Bytes of an element of the engine's weights and cache."""
+    """Bytes per element of the engine's weights and cache."""
     wide = "float32" if config.model.dtype == "fp32" else "bfloat16"
     return 4 if (wide if config.engine.dtype == "auto" else config.engine.dtype) == "float32" else 2
 
@@ -233,7 +233,7 @@ def engine_weights(size: ModelSize, config: Config) -> int:
 
 
 def cache_bytes(size: ModelSize, config: Config, tokens: int) -> int:
-    """Keys and values of `tokens` tokens."""
+    """Bytes of the keys and values of `tokens` tokens."""
     return tokens * size.cache_per_token * engine_width(config)
 
 

@@ -1,4 +1,4 @@
-"""A pass of the largest size before step 0, so that what does not fit fails at once."""
+"""A pass of the largest size before step 0, so that a run that does not fit fails at once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 def probe(
     policy: CausalPolicy,
     config: Config,
+    *,
     rules: PackRules,
     reference: Reference | None,
     teacher: Teacher | None = None,
 ) -> int:
-    """Two passes over a full micro-batch of the longest completions, the second on top of the first one's
-    gradients; returns the most bytes that the process held. No weight, moment or generator is changed.
+    """Does two passes over a full micro-batch of the longest completions, the second while gradients of the
+    first are held; returns the peak in bytes. No weight, moment or generator is changed.
 
     Raises:
-        ValueError: it does not fit, alone or beside the engine that is to start; with settings to try.
+        ValueError: they do not fit, alone or beside the engine that will start; names settings to try.
     """
     device, budget = policy.device, config.token_budget
     torch.cuda.empty_cache()
@@ -65,13 +66,13 @@ def probe(
 def _check_beside_engine(config: Config, held: int, total: int) -> None:
     share = config.engine.gpu_share if takes_share(config) else 0.0
     if config.memory.engine_sleeps is True:
-        share = min(share, 2 * OVERHEAD_BYTES / total)  # what it keeps asleep
+        share = min(share, 2 * OVERHEAD_BYTES / total)  # what a sleeping engine keeps
     left = total - held - OVERHEAD_BYTES
     if share * total > left:
         raise ValueError(
             f"a full micro-batch of train.token_budget={config.token_budget} holds {held / GIB:.1f} GiB, and "
             f"with engine.gpu_memory_utilization={share:g} the engine takes {share * total / GIB:.1f} of "
-            f"{total / GIB:.0f}; use engine.gpu_memory_utilization={max(left, 0) / total:.2f} or less, a "
+            f"{total / GIB:.0f}; use engine.gpu_memory_utilization={max(left, 0) / total:.2f} or less, or a "
             "smaller train.token_budget"
         )
 
@@ -79,8 +80,8 @@ def _check_beside_engine(config: Config, held: int, total: int) -> None:
 def _longest_groups(
     policy: CausalPolicy, config: Config, rules: PackRules
 ) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
-    """One full micro-batch of one group: the longest prompt, as many of the longest completions as fit, and
-    a shorter one in what is left.
+    """A full micro-batch of one group: the longest prompt, as many of the longest completions as fit, and
+    a shorter one in the remaining room.
     """
     draw, vocabulary = random.Random(0), policy.model.config.get_text_config().vocab_size
     length, prompt_length = config.sampling.max_completion_length, config.data.max_prompt_length

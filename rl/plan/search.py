@@ -1,4 +1,4 @@
-"""Settings that fit: for keys that are `auto`, and in place of a config that fits no GPU of this size."""
+"""Settings that fit: values of keys that are `auto`, and changes to a config that does not fit this GPU."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PLANNED = (
 )
 HOSTED = ("memory.optimizer_on_host", "memory.reference_on_host")
 ENOUGH_TOKENS = 8192
-"""Of a micro-batch: fewer leave a GPU waiting for kernel launches."""
+"""Tokens of a micro-batch below which a GPU waits for kernel launches."""
 MOST_TOKENS = 32768
-"""Of a micro-batch: more is not faster."""
+"""Tokens of a micro-batch above which it is not faster."""
 STEP = 1024
 CACHES = (1.0, 0.5, 0.25)
-"""Shares of the completions in flight that the cache holds at their longest; most end sooner."""
+"""Shares of the completions in flight for which the cache has room at full length; most end sooner."""
 SMALL_CACHES = (0.125, 0.0625, 0.03125, 0.015625, 0.0)
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU of those that a run has, and the number of its processes.
+    """One of the run's equal GPUs, and the number of the run's processes.
 
     Attributes:
-        capacity: bytes.
+        capacity: bytes of the GPU.
         free: bytes that nobody else holds; None: all.
     """
 
@@ -62,19 +62,19 @@ def plan_for(size: ModelSize, config: Planned, card: Card, max_length: int) -> M
 
 
 def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[str, Any] | None:
-    """Values for those of `PLANNED` that are auto, the fastest that fit; None if none does.
+    """The fastest values that fit for keys of `PLANNED` that are auto; None if none fit.
 
-    A step without recomputation comes first, then a cache for more completions, then more tokens in a
-    micro-batch. An engine that sleeps comes before recomputation, where that would be for an engine awake.
-    Only where nothing fits that way, micro-batches become smaller than is fast; then weights are split over
-    the processes; and only where that does not help either, moments and reference stay in host memory.
+    It prefers no recomputation, then a cache for more completions, then more tokens in a micro-batch. It lets
+    the engine sleep rather than recompute for the sake of an engine that is awake. Only if nothing fits, it
+    shrinks micro-batches below the fast size, then splits weights over processes. The last resort is to keep
+    moments and reference in host memory.
     """
     splits: list[dict[str, Any]] = [{}]
     if can_split(size, config, card.processes):
         splits.append({"train.sharding": "full"})
     rules = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
     asleep, hosted = _asleep(size, config), _hosted(size, config, card.processes)
-    # Split weights were there first: where they suffice, nothing sleeps.
+    # Split weights with an engine awake come first: if they suffice, the engine need not sleep.
     ways = [(split, [{}], rule) for split in splits for rule in rules] if splits[1:] else []
     ways += [(split, asleep, rule) for split in splits for rule in rules]
     ways += [(some, asleep, rule) for some in hosted for rule in rules]
@@ -82,23 +82,32 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
         for recompute in _recomputes(config):
             for engine in engines:
                 for values in _candidates(
-                    size, replaced(config, engine), card, max_length, caches, recompute
+                    size,
+                    replaced(config, engine),
+                    card=card,
+                    max_length=max_length,
+                    caches=caches,
+                    recompute=recompute,
                 ):
                     chosen = values | engine | more
-                    if (whole := _with_budget(size, config, chosen, card, max_length, floor)) is not None:
+                    if (
+                        whole := _with_budget(
+                            size, config, values=chosen, card=card, max_length=max_length, floor=floor
+                        )
+                    ) is not None:
                         return whole
     return None
 
 
 def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
-    """An engine awake all the time, and one that sleeps while the trainer computes if that is left open."""
+    """An engine that is always awake and, if the config leaves it open, one that sleeps during training."""
     is_open = uses_vllm(size, config) and is_auto(config, "memory.engine_sleeps")
     may = is_open and isinstance(config, Config) and not config.train.sample_while_training
     return [{}, {"memory.engine_sleeps": True}] if may else [{}]
 
 
 def _hosted(size: ModelSize, config: Planned, processes: int) -> list[dict[str, Any]]:
-    """What may stay in host memory, the cheapest first: the moments, the reference, both."""
+    """Settings that keep moments, the reference or both in host memory, the cheapest first."""
     if not isinstance(config, Config) or config.train.sharding in ("full", "hybrid"):
         return []
     keys = [key for key in HOSTED if is_auto(config, key)]
@@ -114,7 +123,7 @@ def _recomputes(config: Planned) -> tuple[bool, ...]:
 
 
 def can_split(size: ModelSize, config: Planned, processes: int) -> bool:
-    """Whether it is left open to split the weights over the processes, and this kind of model can be."""
+    """Whether the config leaves it open to split weights over processes, and this kind of model can be."""
     is_open = isinstance(config, Config) and config.train.sharding == "auto" and not config.memory.keeps_whole
     return is_open and processes > 1 and size.experts is None and not size.has_own_sampler
 
@@ -122,7 +131,7 @@ def can_split(size: ModelSize, config: Planned, processes: int) -> bool:
 def remedy(
     size: ModelSize, config: Planned, card: Card, max_length: int
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The least change that fits: overrides of what the config gives, and values of what is auto then."""
+    """The least change that fits: overrides of the config, and values of keys that are auto then."""
     for overrides in _changes(config):
         changed = replaced(config, overrides)
         cut = config.longest_row - changed.longest_row
@@ -132,9 +141,15 @@ def remedy(
 
 
 def _candidates(
-    size: ModelSize, config: Planned, card: Card, max_length: int, caches: tuple[float, ...], recompute: bool
+    size: ModelSize,
+    config: Planned,
+    *,
+    card: Card,
+    max_length: int,
+    caches: tuple[float, ...],
+    recompute: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Values of what decides on recomputation and the engine's cache, in the order of preference."""
+    """Values of the keys for recomputation and the engine's cache, in the order of preference."""
     slots = in_flight(config, card.processes)
     samples = isinstance(config, Config)
     has_share = uses_vllm(size, config) and is_auto(config, "engine.gpu_memory_utilization")
@@ -153,10 +168,10 @@ def _candidates(
 
 
 def _with_budget(
-    size: ModelSize, config: Planned, values: dict[str, Any], card: Card, max_length: int, floor: int
+    size: ModelSize, config: Planned, *, values: dict[str, Any], card: Card, max_length: int, floor: int
 ) -> dict[str, Any] | None:
-    """`values` with the largest token budget that fits beside them, if it is at least `floor`, or a whole
-    step; the given budget is not changed.
+    """`values` with the largest token budget that fits, if that is at least `floor` or a whole step. A budget
+    that the config gives is not changed.
     """
     if values.get("engine.gpu_memory_utilization", 0.0) >= 1:
         return None
@@ -204,7 +219,7 @@ def has_choice(size: ModelSize, config: Planned, processes: int) -> bool:
     unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
     unused |= set() if can_split(size, config, processes) else {"train.sharding"}
     unused |= set() if isinstance(config, Config) else {"engine.max_num_seqs"}
-    unused |= {key for key in PLANNED if key.startswith("memory.")}  # they are never given up for others
+    unused |= {key for key in PLANNED if key.startswith("memory.")}  # they never make room for other keys
     return any(is_auto(config, key) for key in PLANNED if key not in unused)
 
 
@@ -213,6 +228,6 @@ def is_auto(config: Any, key: str) -> bool:
 
 
 def value_at(config: Any, key: str) -> Any:
-    """The value at a dotted key of PLANNED; None where this kind of config has none."""
+    """The value at a dotted key of PLANNED; None if this kind of config lacks the key."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section, None), name, None)

@@ -1,4 +1,4 @@
-"""What a model's memory depends on, counted without loading it."""
+"""The numbers that a model's memory depends on, counted without loading it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rl.config import LoraConfig, ModelConfig
 from rl.model.adapters import add_lora
 
 NORMS = {"fused": (4, 2), "bf16-mixed": (11, 4), "bf16": (8, 4), "fp32": (6, 2)}
-"""What a layer's two norms keep of a token, in widths of the model, and how much of it only their own weights
-and those of the next matrices need: Liger's norms; else transformers' own, which widen to fp32 on the way.
+"""(What a layer's two norms keep per token, in widths of the model; the part of it that only gradients of
+weights need.) "fused" is Liger's; the others are transformers' norms, which widen to fp32 on the way.
 """
 GATE = "_default_apply_gate"
-"""The one whose saved tensors are counted: gate, up, the activation of the gate, and the product."""
+"""The gate whose saved tensors are counted: gate, up, the activation of the gate, and the product."""
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class NoPrediction(ValueError):
-    """Nothing can be said of a model's memory beforehand, with the reason."""
+    """A model's memory cannot be predicted; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Experts:
     """Routed experts, computed by transformers' `grouped_mm`: a token is copied for `top_k` of them.
 
     Attributes:
-        weights: of all experts of all layers, which no autocast narrows.
+        weights: weights of all experts of all layers; autocast does not narrow them.
         top_k, number: experts of a token, and of a layer.
-        saved_per_token: elements in the weights' own dtype that they keep for a token, on average over all
-            layers of the model; `kept_for_weights` of them for the gradients of their own weights alone.
-        bytes_per_token: of the router and the order of tokens, whatever the dtype.
+        saved_per_token: elements, in the weights' dtype, that they keep for a token, on average over all
+            layers of the model.
+        kept_for_weights: the part of them that only the gradients of the experts' own weights need.
+        bytes_per_token: bytes of the router and the order of tokens, whatever the dtype.
     """
 
     weights: int
@@ -58,13 +59,13 @@ class ModelSize:
         head: vocabulary x hidden.
         saved_per_token: elements that one layer's backward pass keeps for a token, experts left out; on
             average, where layers differ.
-        kept_for_weights: those of them that only the gradients of the layer's own weights need.
+        kept_for_weights: the part of them that only the gradients of the layer's own weights need.
         cache_per_token: keys and values of all layers.
-        sampled_per_token: what a sampler in this process holds for a token of each sequence that it samples.
-        sampled_per_sequence: what it holds for each sequence besides.
+        sampled_per_token: what a sampler in this process holds for each token of a sequence.
+        sampled_per_sequence: what it also holds for each sequence.
         has_own_sampler: the model is sampled in this process, never by vLLM.
         teacher: all weights of the teacher.
-        config: of transformers, for what is adapted in a mixture.
+        config: the transformers config, to find what is adapted in a mixture.
         adapt: (model, config); puts the adapters of a run around a mixture without storage.
     """
 
@@ -91,7 +92,7 @@ class ModelSize:
 
     @property
     def active(self) -> int:
-        """Weights that a token is multiplied with, the head and the experts of a token among them; a forward
+        """Weights that a token is multiplied with, including the head and the token's experts. A forward
         pass takes 2 FLOPs for each, and training three times as many.
         """
         experts = self.experts.weights * self.experts.top_k // self.experts.number if self.experts else 0
@@ -99,10 +100,10 @@ class ModelSize:
 
     @staticmethod
     def of(config: PreTrainedConfig, *, fused_layers: bool, dtype: str = "bf16-mixed") -> ModelSize:
-        """Counted on a model without storage.
+        """The size of a model, counted on one without storage.
 
         Args:
-            dtype: a key of NORMS, where layers are not fused.
+            dtype: a key of NORMS, used where layers are not fused.
 
         Raises:
             NoPrediction: a layer without attention and a gated MLP, or experts of an unknown kind.
@@ -139,7 +140,7 @@ class ModelSize:
         queries = size * text.num_attention_heads
         norms, unneeded = NORMS["fused" if fused_layers else dtype]
         if experts and not fused_layers and dtype == "bf16-mixed":
-            norms += 1  # experts answer in fp32, and so the residual stream stays wide
+            norms += 1  # experts return fp32, and so the residual stream stays wide
         normed = (2 if dtype == "fp32" else 3) * any(name.endswith("q_norm") for name in names)
         mlp = 3 if fused_layers else 4
         return ModelSize(
@@ -164,7 +165,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def _experts(model: nn.Module, text: Any) -> Experts | None:
-    """The experts of a model in stacks of matrices; None: it has none."""
+    """The experts of a model, which are stacks of matrices; None: it has none."""
     if not any(getattr(text, f"{name}_experts", 0) for name in ("num", "num_local", "n_routed")):
         return None
     stacks: list[Any] = [m for m in model.modules() if getattr(m, "gate_up_proj", None) is not None]
@@ -192,8 +193,8 @@ def _experts(model: nn.Module, text: Any) -> Experts | None:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What peft adds: weights, inputs and outputs of the linear layers that get an adapter, and the weights
-    of experts with adapters, which it adds to them in a copy for each pass unless they are split.
+    """What peft adds: weights, and (inputs, outputs) of each adapted linear layer. `copied` are adapted
+    weights of experts, which it copies in each pass unless they are split (`rl.moe.adapters`).
     """
 
     weights: int
@@ -203,7 +204,7 @@ class Adapters:
 
 
 def adapters_of(size: ModelSize, lora: LoraConfig) -> Adapters:
-    """Of matrices by peft's rule for names; in a mixture by peft itself, which has a rule for each family."""
+    """The adapters by peft's rule for names; in a mixture by peft itself, which has rules per family."""
     if size.config is not None:
         return _adapters_by_peft(size, size.config.model_type, lora.model_dump_json())
     targets = lora.target_modules
@@ -233,16 +234,16 @@ def _adapters_by_peft(size: ModelSize, family: str, lora: str) -> Adapters:
 
 
 def lora_layer_bytes(size: ModelSize, lora: LoraConfig, dtype: str) -> int:
-    """What a layer keeps for a token. The frozen weights need no inputs; each adapter keeps its own copy of
-    them, which peft widens to the adapter's fp32 and autocast narrows again, and its `r` numbers in between.
-    With dropout it keeps a byte of mask for each input too. Adapted experts keep what trained ones keep.
+    """Bytes that a layer keeps for a token. Frozen weights need no inputs. Each adapter keeps its own copy of
+    them, which peft widens to fp32 and autocast narrows again, and its `r` numbers in between. Dropout adds
+    a byte of mask per input. Adapted experts keep what trained ones keep.
     """
     found, experts = adapters_of(size, lora), size.experts
     inputs = sum(n for n, _ in found.pairs) // size.layers
     ranks = lora.r * len(found.pairs) // size.layers
     if dtype == "fp32":
         kept = size.saved_per_token * 4
-        copy = 4 if lora.dropout else 0  # without dropout the input is kept as it is, once for all adapters
+        copy = 4 if lora.dropout else 0  # without dropout all adapters share the input as it is
     else:
         kept = (size.saved_per_token - size.kept_for_weights) * 2
         copy = 2 if dtype == "bf16-mixed" else 4

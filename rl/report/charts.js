@@ -69,7 +69,7 @@ function stack(lines) {
 }
 
 function pitchOf(runs) {
-  // Steps between two points; more than one where a long run's points stand for several steps each.
+  // Steps between two points; in a long run each point covers several steps.
   const gaps = runs.flatMap((run) => Object.entries(run.curves)).filter(([name]) => !name.startsWith("heldout/"))
     .map(([, [x]]) => (x.length > 1 ? (x[x.length - 1] - x[0]) / (x.length - 1) : 1));
   return gaps.length ? Math.max(1, Math.min(...gaps)) : 1;

@@ -16,8 +16,8 @@ from rl.report.report import shown_setting
 from rl.report.run_facts import gather_facts
 from rl.report.shelf import Shelf
 
-MAX_RUNS = 8  # there are as many colours
-_RECORDS = 16  # files of the ledger that are read of each run, of evaluations and of training
+MAX_RUNS = 8  # as many as there are colours
+_RECORDS = 16  # files of each run's ledger that are read, of evaluations and of training each
 _PROMPTS, _BEST = 40, 4  # prompts on the page, and completions of each run
 
 
@@ -54,8 +54,8 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def _same_prompts(run_dirs: Sequence[Path]) -> list[tuple[str, list[dict[str, Any] | None]]]:
-    """Prompts that several runs have answered, and the best completions of each run: of its newest
-    evaluation, or of the newest steps of training that another run has, too.
+    """Prompts that several runs have answered, and the best completions of each run. These are from its
+    newest evaluation, or from the newest training steps that another run has too.
     """
     shelves = [Shelf(run_dir, run_dir) for run_dir in run_dirs]
     times = Counter(key for shelf in shelves for key in shelf.newest())

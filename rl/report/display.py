@@ -1,7 +1,7 @@
 """What a run shows in a terminal: one live panel, or plain lines where nobody watches (a file, CI, NO_COLOR).
 
-It never stops the run: a closed pipe or a poor encoding costs the picture, nothing else. Text of prompts,
-completions and graders is hostile: it loses escape sequences, control and bidi characters on the way.
+It never stops the run: a closed pipe or a poor encoding spoils the display, nothing else. Text of prompts,
+completions and graders is hostile: escape sequences, control and bidi characters are removed from it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PLAIN = (
 
 
 class Phase:
-    """What the run does or waits for. `seconds` runs while the phase is open and stands still afterwards."""
+    """What the run does or waits for. `seconds` counts while the phase is open and stays fixed afterwards."""
 
     def __init__(self, name: str, first_notice: float) -> None:
         self.name = name
@@ -65,8 +65,8 @@ class Display:
 
     Args:
         stream: where to write, a text stream; default sys.stdout.
-        is_main: other processes show nothing, and still time their phases; default: RANK is 0 or unset.
-        notice_s: in plain mode a phase says so when it has lasted this long, then twice as long, and so on.
+        is_main: other processes show nothing but still time their phases; default: RANK is 0 or unset.
+        notice_s: in plain mode a line reports a phase that lasts this long, then twice as long, and so on.
     """
 
     def __init__(
@@ -130,18 +130,18 @@ class Display:
         self._held = []
 
     def head(self, text: str) -> None:
-        """The first line, and behind it what was held back."""
+        """Prints the first line, and after it what was held back."""
         held, self._held = self._held, None
         for line, style in [(safe_text(text), "bold")] * bool(text) + (held or []):
             self._print(line, style)
 
     def say(self, text: str) -> None:
-        """A line that is not held back."""
+        """Prints a line that is not held back."""
         self._print(safe_text(text), at_once=True)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Shows what the run is in or waits for, with its age; they nest. The `Phase` has the seconds."""
+        """Shows what the run does or waits for, and for how long; phases nest. `Phase` has the seconds."""
         phase = Phase(_one_line(name), self._notice_s)
         with self._lock:
             self._phases.append(phase)
@@ -168,7 +168,7 @@ class Display:
     def heldout(
         self, step: int, accuracy: float, low: float, high: float, *, from_before: bool = False
     ) -> None:
-        """Shows an evaluation on held-out prompts with its interval; remembers one from before."""
+        """Shows an evaluation on held-out prompts with its interval; remembers the one at step 0."""
         with self._lock:
             self._heldout = step, accuracy, f" [{100 * low:.1f}, {100 * high:.1f}]"
             self._heldout_before = accuracy if step == 0 else self._heldout_before
@@ -176,7 +176,7 @@ class Display:
             self._print(f"held-out {self._heldout_text(*self._heldout)}")
 
     def note(self, text: str) -> None:
-        """Shows text, above the panel in a terminal. Later lines are indented: none passes for ours."""
+        """Shows text, above the panel in a terminal. Later lines are indented: none can imitate ours."""
         self._print(safe_text(text))
 
     def warn(self, text: str) -> None:
@@ -187,7 +187,7 @@ class Display:
 
     @property
     def seconds_left(self) -> float | None:
-        """Remaining steps at the pace of the last twenty; None before the second step."""
+        """Seconds for the remaining steps at the pace of the last twenty; None before the second step."""
         with self._lock:
             if len(self._pace) < 2 or self._step is None:
                 return None
@@ -198,6 +198,7 @@ class Display:
             return max(0.0, left - (time.monotonic() - end))
 
     def _print(self, text: str, style: str = "", *, at_once: bool = False) -> None:
+        """Prints a line on the main process; lines on hold wait for `head`, unless `at_once`."""
         if not self._is_main:
             return
         if self._held is not None and not at_once:
@@ -291,7 +292,7 @@ class Display:
         return f"{100 * accuracy:.1f} %{interval} at step {step}{begin}"
 
     def _numbers(self, *pairs: tuple[str, str]) -> Text:
-        """The values in one line: label, number, unit; out of the healthy range in yellow, broken in red."""
+        """The values in one line: label, number, unit; yellow outside the healthy range, red if broken."""
         parts: list[Any] = []
         for label, name in pairs:
             if (value := self._values.get(name)) is None:

@@ -13,9 +13,9 @@ _MAX_CELLS = 1 << 16
 
 
 def expert_loads(path: Path) -> list[dict[str, Any]]:
-    """Of `experts.jsonl`: {"step", "load"}, per cent of an even load by layer and expert, at some steps.
+    """{"step", "load"} of `experts.jsonl` at some steps: per cent of an even load, by layer and expert.
 
-    Rows that are anything else are left out.
+    Malformed rows are left out.
     """
     try:
         rows = [row for row in read_rows(path) if _is_map(row.get("load"))]

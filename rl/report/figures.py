@@ -1,6 +1,6 @@
-"""Which curves a report shows: is it better, is there signal, is it stable, what takes time.
+"""The figures of a report: is the model better, is there signal, is training stable, what takes time.
 
-The page draws them (`charts.js`); here they are named.
+This file names their curves; the page draws them (`charts.js`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Panel:
     """One plot of a card.
 
     Attributes:
-        lines: label -> metric; the first one's unit is that of the plot.
+        lines: label -> metric; the plot has the unit of the first one.
         kind: "lines", "strip" (a low plot that shares its card with another) or "bars" (stacked).
         band: metrics at the ends of an interval around the first line.
         is_share: the vertical axis goes from 0 to 1.
@@ -48,7 +48,7 @@ FIGURES: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     ),
     (
         "Reward",
-        "Of the training prompts. If it rises while the held-out accuracy is flat, it is being gamed.",
+        "On the training prompts. If it rises while the held-out accuracy is flat, it is being gamed.",
         (Panel({"mean": "reward/mean"}),),
     ),
     (
@@ -58,7 +58,7 @@ FIGURES: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
     ),
     (
         "Do groups teach?",
-        "Only groups with spread give a gradient; too easy and too hard ones cost samples for nothing.",
+        "Only groups with spread give a gradient; too easy and too hard groups waste samples.",
         (Panel({name[7:].replace("_", " "): name for name in _GROUPS}, "bars", is_share=True),),
     ),
     (
@@ -99,11 +99,11 @@ FIGURES: tuple[tuple[str, str, tuple[Panel, ...]], ...] = (
         ),
     ),
 )
-"""What is shown at once: title, how to read it, the plots. Other metrics have a figure each, folded away."""
+"""Figures shown at once: title, how to read it, the plots. Other metrics have a figure each, folded away."""
 
 
 def with_derived(curves: Mapping[str, Curve], evaluations: Sequence[Row]) -> dict[str, Curve]:
-    """The curves with those that are computed from them: what groups are, and held-out results."""
+    """The curves, and those derived from them: shares of groups by outcome, and held-out results."""
     found = dict(curves)
     for end in ("accuracy", "low", "high"):
         if points := series_of(evaluations, end):
@@ -119,7 +119,7 @@ def with_derived(curves: Mapping[str, Curve], evaluations: Sequence[Row]) -> dic
 
 
 def build_figures(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The figures to show at once and those to fold away; what has no data is left out."""
+    """The figures to show at once and those to fold away; figures without data are left out."""
     used: set[str] = set()
     first = []
     for title, note, panels in FIGURES:
@@ -133,7 +133,7 @@ def build_figures(curves: Mapping[str, Curve]) -> tuple[list[dict[str, Any]], li
 
 
 def overlays(runs: Sequence[Mapping[str, Curve]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Figures of one line each, in which several runs lie on top of each other."""
+    """Figures of a single metric, in which the curves of several runs lie on top of each other."""
     every = {name: curve for run in runs for name, curve in run.items()}
     first = []
     for title, note, panels in FIGURES:
@@ -145,7 +145,7 @@ def overlays(runs: Sequence[Mapping[str, Curve]]) -> tuple[list[dict[str, Any]],
 
 
 def _with_parts(panel: Panel, curves: Mapping[str, Curve]) -> Panel:
-    """The plot of rewards with up to six parts; a run with one part needs no second line on the first."""
+    """Adds up to six reward parts to the plot of rewards; a single part would only repeat the mean."""
     if "reward/mean" not in panel.lines.values():
         return panel
     names = sorted(name for name in curves if re.fullmatch(r"reward/.+/mean", name, re.DOTALL))

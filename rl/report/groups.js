@@ -1,5 +1,5 @@
-// The list of groups and the reader of one. The address's hash says what is shown: it can be sent as a link, and a page
-// that reloads itself, because its run goes on, comes back to the same place.
+// The list of groups and the reader of one. The address's hash says what is shown. So it can be sent as a link, and a
+// page that reloads while its run goes on returns to the same place.
 (() => {
   const records = json("records"), held = json("texts"), page = json("page");
   const el = (id) => document.getElementById(id);
@@ -93,7 +93,7 @@
   }
   let found = [];
 
-  // The hash is the state; whoever changes the state calls put.
+  // The hash is the state; code that changes the state calls put.
   const hashOf = () => new URLSearchParams(Object.entries(state).filter(([name, value]) => value !== FIRST[name])).toString();
   function put(changes, { keep = false } = {}) {
     Object.assign(state, { y: "" }, changes);
@@ -132,7 +132,7 @@
   function completion(c, i, isOpen) {
     const box = make("details", "completion"), head = make("summary"), body = make("div", "body"), facts = make("p", "facts");
     const kind = c.score === null || c.advantage === null ? "none" : c.advantage > 0 ? "up" : c.advantage < 0 ? "down" : "none";
-    const ends = { stop: "ended itself", length: "cut by the limit", abort: "engine failed" };
+    const ends = { stop: "ended by itself", length: "cut by the limit", abort: "engine failed" };
     head.append(make("strong", "score " + kind, c.score === null ? "no verdict" : number(c.score)));
     head.append(make("span", "about", `${c.advantage === null ? "" : `advantage ${c.advantage > 0 ? "+" : ""}${number(c.advantage)} · `}${c.length.toLocaleString("en")} tokens`));
     if (c.finish !== "stop") head.append(make("span", "pill warning", ends[c.finish] || c.finish));
@@ -157,7 +157,7 @@
   function reader(g, texts) {
     const view = el("view"), about = make("div", "prompt"), elsewhere = bySource.get(g.id).filter((other) => other !== g);
     view.replaceChildren();
-    if (!texts) { view.append(make("p", "empty", "The texts of this group are left to the ledger: the side files of the report are full (cohort report --side-mb).")); return; }
+    if (!texts) { view.append(make("p", "empty", "The texts of this group are only in the ledger: the side files of the report are full (cohort report --side-mb).")); return; }
     if (elsewhere.length) {
       const row = make("p", "facts"), link = (other) => { const a = make("button", "link", (other.kind === "e" ? "evaluation " : "step ") + `${other.step} (${number(other.mean)})`); a.onclick = () => put({ g: other.key, open: "" }); return a; };
       row.append(make("span", "about", "The same prompt:"), ...elsewhere.sort(orders.old).slice(0, 24).map(link));
@@ -185,7 +185,7 @@
     try {
       const texts = await textsOf(g);
       if (state.g === g.key) reader(g, texts);
-    } catch { if (state.g === g.key) el("view").replaceChildren(make("p", "empty", `The file ${page.folder}/${fileOf(g)[0]}.js is not there: keep the folder ${page.folder} beside this page, or build the report again.`)); }
+    } catch { if (state.g === g.key) el("view").replaceChildren(make("p", "empty", `The file ${page.folder}/${fileOf(g)[0]}.js is missing: keep the folder ${page.folder} beside this page, or build the report again.`)); }
     if (state.y) window.scrollTo(0, Number(state.y));
   }
 
@@ -256,7 +256,7 @@
   if (state.y) { history.scrollRestoration = "manual"; window.scrollTo(0, Number(state.y)); }
 })();
 
-// While the run runs the page comes again, unless somebody types or selects, or no newer one has been made for long.
+// While the run goes on, the page reloads, unless somebody types or selects, or no newer page was made for long.
 (() => {
   const page = json("page");
   if (!page.live) return;

@@ -126,14 +126,14 @@ def _words(prompt: Prompt) -> str:
 
 
 def _mean(advantage: Advantage) -> float:
-    """Of a completion, whose tokens may have one each."""
+    """Mean advantage of a completion, whose tokens may have one each."""
     if isinstance(advantage, Sequence):
         return sum(advantage) / max(len(advantage), 1)
     return advantage
 
 
 def _clipped(value: Any, depth: int = 4) -> Any:
-    """The first items of lists and dicts, and of those in them: what is shown of a column needs no more."""
+    """The first items of lists and dicts, nested ones included: no more of a column is shown."""
     if isinstance(value, dict):
         return (
             {n: _clipped(item, depth - 1) for n, item in islice(value.items(), _MAX_ITEMS)} if depth else "…"

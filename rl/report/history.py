@@ -1,4 +1,4 @@
-"""The metric rows of a run by column, read in one pass: a number takes eight bytes."""
+"""The metric rows of a run by column, read in one pass; a number takes eight bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from rl.store.metrics import METRICS, OWN_NAME
 from rl.store.safe_read import bounded_lines, is_number, open_regular
 
-MAX_ROWS = 200_000  # of a longer file, the last
+MAX_ROWS = 200_000  # of a longer file, the last ones are read
 MAX_BYTES = 1 << 30
 MAX_ROW_BYTES = 1 << 20
 MAX_POINTS = 500  # of a curve
@@ -26,7 +26,7 @@ class History:
     """Rows of numbers by step. What is not a number, or too large for arithmetic, counts as missing.
 
     Attributes:
-        steps: of each row, ascending once `finish` was called.
+        steps: the step of each row, ascending once `finish` was called.
         columns: name -> a value for each row, NaN where the row has none.
         left_out: why lines were left out -> how many.
     """
@@ -42,7 +42,7 @@ class History:
         return len(self.steps)
 
     def add(self, row: Any) -> None:
-        """Takes in one row of a file; one that is not an object with a whole step is counted."""
+        """Adds a row of a file; one that is not an object with an integer step is only counted."""
         step = row.get("step") if isinstance(row, dict) else None
         if type(step) is not int or not 0 <= step < 1 << 53:
             self.left_out["without a step"] += 1
@@ -73,7 +73,7 @@ class History:
         return rows
 
     def finish(self) -> None:
-        """Makes all columns equally long and brings the rows into the order of their steps."""
+        """Makes all columns equally long and sorts the rows by step."""
         self._keep_last()
         for column in self.columns.values():
             column.extend([math.nan] * (len(self.steps) - len(column)))
@@ -93,8 +93,8 @@ class History:
         return [(step, value) for step, value in zip(self.steps, values, strict=False) if value == value]
 
     def curves(self, limit: int = MAX_POINTS) -> dict[str, Curve]:
-        """Each metric as [steps, values], of at most `limit` points. In a long run a point is the mean of
-        consecutive rows, under the last one's step; then their least and greatest values follow.
+        """Each metric as [steps, values], of at most `limit` points. In a long run, a point is the mean of
+        consecutive rows at their last step. Two more lists then hold minima and maxima of these rows.
         """
         size = math.ceil(len(self) / limit) or 1
         curves: dict[str, Curve] = {n: [[] for _ in range(2 if size == 1 else 4)] for n in self.columns}
@@ -113,7 +113,7 @@ def read_history(path: Path, wanted: Callable[[str, int], bool] | None = None) -
     """The rows of a JSON-lines file; a torn last line, as a killed run leaves it, is not a fault.
 
     Raises:
-        OSError: it cannot be read; a file that is not there has no rows.
+        OSError: it cannot be read. A missing file has no rows.
     """
     history = History(wanted or is_shown)
     try:
@@ -145,13 +145,13 @@ def _rows(lines: Iterator[bytes | None], left_out: Counter[str]) -> Iterator[Any
 
 
 def is_own(name: str) -> bool:
-    """Whether it may be the name of a metric that a run has besides `METRICS`."""
+    """Whether this can be the name of a metric that a run has besides `METRICS`."""
     is_known = name in METRICS or name.startswith("reward/")
     return not is_known and len(name) <= 200 and OWN_NAME.fullmatch(name) is not None
 
 
 def is_shown(name: str, num_known: int) -> bool:
-    """Whether a report shows a metric of that name: a known one, or one of the first that are a run's own."""
+    """Whether a report shows a metric of that name: a known one, or one of the run's own, up to a limit."""
     if name in METRICS:
         return True
     is_part = name.startswith("reward/") and name.endswith(("/mean", "/std")) and len(name) <= 200

@@ -1,7 +1,7 @@
 """Rebuilds the report of a run while it runs: `python -m rl.report.live RUN_DIR`, a process beside the run.
 
-Training does not wait for it. It lives until its standard input says or is at its end, which it is with the
-run, killed or not; then it builds the report once more, of a run that has ended.
+Training does not wait for it. It works until its standard input is closed or says "end", which happens when
+the run ends, even by a kill. It then builds the report of the ended run once more.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rl.report.shelf import Shelf
 
 FIRST_S = 30.0  # a shorter run has its report at the end
 LEAST_S = 30.0  # between two reports
-READ_S = 5.0  # for groups that are not in the list yet, in one report
-LAST_S = 120.0  # likewise in the last one, for which the run and its other processes wait
-SHARE = 0.1  # of a CPU core, of which the pauses make sure
+READ_S = 5.0  # for reading new groups, in one report
+LAST_S = 120.0  # likewise in the last report, for which the run and its other processes wait
+SHARE = 0.1  # of a CPU core; the pauses between reports ensure it
 
 
 class LiveReport:
-    """The report of the run that this process does."""
+    """Starts and ends the process that keeps the report of this run up to date."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -34,7 +34,7 @@ class LiveReport:
         self._child: subprocess.Popen[bytes] | None = None
 
     def tick(self) -> None:
-        """Starts the process beside the run, once that has lasted long enough; never raises."""
+        """Starts the process beside the run once the run has lasted long enough; never raises."""
         if self._child is not None or time.monotonic() - self._began < FIRST_S:
             return
         command = [sys.executable, "-m", "rl.report.live", str(self.run_dir.resolve())]
@@ -47,10 +47,10 @@ class LiveReport:
             self._began = math.inf
 
     def finish(self) -> Path:
-        """The report of the run as it stands; the last one."""
+        """Builds the last report, of the run as it stands, and returns its path."""
         if self._child is not None:
             try:
-                self._child.communicate(b"end", LAST_S + READ_S)  # not only closed: a fork may hold it open
+                self._child.communicate(b"end", LAST_S + READ_S)  # a fork may keep open what we close
             except subprocess.TimeoutExpired:
                 self._child.kill()
             if self._child.wait() == 0:
@@ -58,7 +58,7 @@ class LiveReport:
         return _last(Shelf(self.run_dir, self.run_dir / "report"))
 
     def close(self) -> None:
-        """Lets the process beside a run that failed build its last page and end; nobody waits for it."""
+        """After a failed run, lets the process build its last page and end; nobody waits for it."""
         if self._child is not None and self._child.stdin is not None:
             with suppress(OSError, ValueError):  # it has ended, or was told already
                 self._child.stdin.write(b"end")

@@ -1,4 +1,4 @@
-"""The observer of a run: terminal, trackers, report, and a watchdog that says once what is broken."""
+"""The observer of a run: terminal, trackers, report, and a watchdog that warns once of what is broken."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rl.report.verdict import Watch
 
 
 class RunObserver:
-    """Tells `display` and the trackers of `config`; what `Watch` calls broken becomes a warning, once, and
-    the verdict is said when it changes.
+    """Reports to `display` and the trackers of `config`. What `Watch` calls broken becomes a warning, once;
+    the verdict is shown when it changes.
 
     Args:
-        judged: whether the verdict's rules hold for this kind of run.
-        each_step: told the number of each step that ended, before the report looks for its files.
+        judged: whether the verdict's rules apply to this kind of run.
+        each_step: called with the number of each step that ended, before the report looks for its files.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RunObserver:
         self._told |= {topic} - {""}
 
     def goes_on(self, rows: Sequence[dict[str, Any]]) -> None:
-        """What an earlier process of the run has logged: the watchdog goes on from it."""
+        """Gives the watchdog the rows that earlier processes of the run have logged."""
         if self._watch:
             self._watch.recall(rows)
 

@@ -1,8 +1,8 @@
 """A page from a template, the style and the scripts of this folder, in one file.
 
-Everything shown may be hostile: templates escape it, data is JSON that cannot end its element, the page's
+Everything shown may be hostile. Templates escape it, and data is JSON that cannot end its element. The page's
 policy allows one script by its hash and no request, and that script only ever sets text. A report's script
-may load others, its side files: those hold nothing but one call with text in base64.
+may load others, its side files, which hold only one call with text in base64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run, from the files of its folder alone: finished, killed or running."""
+"""`report.html`: one page about a run (finished, killed or running), from the files of its folder alone."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def build_report(
     """Writes the report of a run, to `RUN/report.html` by default, and returns its path.
 
     Args:
-        page_bytes: of the groups' texts in the page. Those of older groups go to side files, in a folder
-            beside the page and of its name, `RUN/report/`.
-        side_bytes: of all side files.
+        page_bytes: most bytes of group texts in the page. Texts of older groups go to side files in a folder
+            beside the page, of the same name: `RUN/report/`.
+        side_bytes: most bytes of all side files.
 
     Raises:
         ValueError: `run_dir` is not a folder.
@@ -59,11 +59,11 @@ def build_report(
 
 
 def write_report(shelf: Shelf, path: Path, *, seconds: float = math.inf, live_s: int = 0) -> Path:
-    """Writes the report of a run whose groups may have been read in part before.
+    """Writes the report of a run, some of whose groups may have been read before.
 
     Args:
-        seconds: that may be spent on reading further groups; default: as long as it takes.
-        live_s: the page asks for itself again after so long; 0: the run has ended.
+        seconds: time limit for reading further groups; default: none.
+        live_s: seconds after which the page reloads itself; 0: the run has ended.
     """
     facts = gather_facts(shelf.run_dir, is_running=live_s > 0)
     shelf.refresh(seconds)
@@ -97,7 +97,7 @@ def write_report(shelf: Shelf, path: Path, *, seconds: float = math.inf, live_s:
 
 
 def _about_groups(shelf: Shelf, path: Path) -> str:
-    """What a reader finds in the list of groups, and what not."""
+    """Sentences about what the list of groups holds, and what it lacks."""
     num = shelf.num_groups
     parts = [f"{num:,} group{'s' * (num != 1)} of training and evaluation: a prompt and its completions."]
     if num > MAX_ROWS:
@@ -109,12 +109,12 @@ def _about_groups(shelf: Shelf, path: Path) -> str:
             f"Texts of the newest are in this file, those of the others in the folder {shelf.folder.name} "
             f"beside {path.name}, at most {shelf.side_bytes >> 20:,} MiB."
         )
-    parts.append(f"Of a completion at most {MAX_TEXT:,} characters are kept, from both of its ends.")
+    parts.append(f"Of each completion at most {MAX_TEXT:,} characters are kept, from both of its ends.")
     return " ".join(parts)
 
 
 def _denoisings(run_dir: Path, notes: list[str]) -> list[Markup]:
-    """In which order a diffusion model wrote some completions; nothing for other models."""
+    """HTML of the order in which a diffusion model wrote some completions; empty for other models."""
     ledger = Ledger(run_dir)
     found = [
         Markup(denoising_html(scored.completions[i], f"Step {step}, prompt {scored.prompt.id}:"))
@@ -125,7 +125,7 @@ def _denoisings(run_dir: Path, notes: list[str]) -> list[Markup]:
 
 
 def _changes(path: Path, notes: list[str]) -> list[list[str]]:
-    """Step, key, old and new value of settings that changed in a run that went on."""
+    """Step, key, old and new value of settings that changed when the run was resumed."""
     try:
         rows = redact(read_rows(path)[-_MAX_NOTES:])
     except OSError as error:
@@ -140,7 +140,7 @@ def _changed(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, 
     plain = MaskedRunConfig() if "diffusion" in config else plain
     plain = SftConfig(data=TextConfig(source="")) if {"moe", "rewards"} & config.keys() == {"moe"} else plain
     defaults = flatten(plain.model_dump(mode="json"))
-    # Data that is held out has the defaults of data.
+    # Held-out data has the defaults of `data`.
     heldout = {f"evaluation.{key}": value for key, value in defaults.items() if key.startswith("data.")}
     rows = [
         (show_controls(key), shown_setting(value), shown_setting(defaults.get(key, "none")))

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, whatever state it is in: numbers, verdict, settings, result."""
+"""What a run folder tells about its run, whatever state it is in: numbers, verdict, settings, result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RunFacts:
 
     Attributes:
         tiles: the few numbers that a reader wants first: label, value, and a line about it.
-        curves: of every metric that is shown, under a name without control characters.
-        config, result: without secrets.
+        curves: name of each metric shown, without control characters -> its curve.
+        config, result: as in their files, without secrets.
     """
 
     name: str
@@ -43,14 +43,14 @@ class RunFacts:
 
 
 def gather_facts(run_dir: Path, *, is_running: bool = False) -> RunFacts:
-    """Reads everything of a run but its groups.
+    """Reads everything about a run except its groups.
 
     Raises:
         ValueError: `run_dir` is not a folder.
     """
     if not run_dir.is_dir():
         raise ValueError(
-            f"no run folder {run_dir}; a report is made of the folder that train writes (run_dir)"
+            f"no run folder {run_dir}; a report is made from the folder that train writes (run_dir)"
         )
     notes: list[str] = []
     history = _history(run_dir / "metrics.jsonl", notes)
@@ -74,7 +74,7 @@ def gather_facts(run_dir: Path, *, is_running: bool = False) -> RunFacts:
 
 
 def _history(path: Path, notes: list[str], wanted: Callable[[str, int], bool] | None = None) -> History:
-    """The rows of a file; what was left out of them goes into the notes."""
+    """The rows of a file; `notes` receives what was left out."""
     try:
         history = read_history(path, wanted)
     except OSError as error:
@@ -98,7 +98,7 @@ def _evaluations(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _status(run_dir: Path, history: History, *, total: Any, result: Mapping[str, Any] | None) -> str:
-    """How far a run is. `total`: its settings of training; `result`: None of a run that goes on."""
+    """How far a run is. `total`: its section `train`; `result`: None while the run goes on."""
     total = total.get("steps") if isinstance(total, dict) else None
     done = history.steps[-1] if len(history) else 0
     parts = [f"{done:,} of {total:,} steps" if isinstance(total, int) else f"{done:,} steps"]

@@ -1,4 +1,4 @@
-"""A text stream that never raises, and what it can show: is a person watching, which characters are there."""
+"""A text stream that never raises, and what it can show: is a person watching, which characters work."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class SafeStream:
 
 
 def say(text: str, stream: Any = None) -> None:
-    """A line on a stream, by default standard output; lost, without a fault, where nobody can take it."""
+    """Writes a line to a stream, by default standard output; it is lost, without an error, if that fails."""
     safe = SafeStream(sys.stdout if stream is None else stream)
     safe.write(text + "\n")
     safe.flush()
 
 
 def own_stdout() -> Any:
-    """Standard output by a descriptor of its own, which stays while an engine's start has 1 and 2 elsewhere.
+    """Standard output by its own descriptor, which works even while an engine's start redirects 1 and 2.
 
-    What a test or a notebook put in the place of `sys.stdout` stays what it is.
+    A `sys.stdout` that a test or a notebook has replaced is returned as it is.
     """
     if sys.stdout is None or sys.stdout is not sys.__stdout__:
         return sys.stdout
@@ -70,7 +70,7 @@ def own_stdout() -> Any:
 
 
 def settle(*streams: Any) -> None:
-    """Flushes streams, by default the standard ones, and empties what cannot be."""
+    """Flushes streams, by default the standard ones, and discards what cannot be flushed."""
     for stream in filter(None, streams or (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -79,7 +79,7 @@ def settle(*streams: Any) -> None:
 
 
 def _lead_nowhere(stream: Any) -> None:
-    """What it still holds goes to /dev/null: a flush that fails at the end makes Python's exit code 120."""
+    """Sends what it still holds to /dev/null: a flush that fails at exit makes Python's exit code 120."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -2,8 +2,8 @@
 
 A record of the ledger is read once, however often the report is rebuilt while the run runs. Its texts stay in
 memory, and go into the page, until newer ones need the room; then they move to `report/groups-*.js`. Such a
-file is one call with compressed text, which the page loads when a reader asks for one of its groups: a
-<script> is the only thing that a page opened from disk may load.
+file is one call with compressed text, which the page loads when a reader asks for one of its groups. It is a
+script because a page opened from disk may load nothing else.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from rl.store.durable import written_whole
 from rl.store.ledger import DAMAGE, MAX_GLANCE_BYTES, brief, each_group
 from rl.store.redact import show_controls
 
-PAGE_BYTES, SIDE_BYTES = 16 << 20, 2 << 30  # of texts in the page, and in all side files
-MAX_ROWS = 200_000  # groups in the list; of more, the newest
+PAGE_BYTES, SIDE_BYTES = 16 << 20, 2 << 30  # most bytes of texts in the page, and in all side files
+MAX_ROWS = 200_000  # groups in the list, the newest if there are more
 _PART_BYTES = 4 << 20  # of texts in one side file, before compression
-_MOST_UNPACKED = 100  # times the size of a record: log-probs hardly shrink, so more is not a run's own
+_MOST_UNPACKED = 100  # times a record's size: log-probs hardly shrink, so no run writes records beyond that
 _NAME = re.compile(r"step-(\d{1,15})-rank(\d{1,6})\.jsonl\.gz")
 _SIDE_NAME = re.compile(r"groups-[et]\d+-\d+-\d+\.js")
 _FOLDERS = {"evaluations": "e", "ledger": "t"}
 Key = tuple[int, str, int]
-"""Steps done, "e" for an evaluation or "t" for training, process."""
+"""(steps done, "e" for an evaluation or "t" for training, process)."""
 
 
 @dataclass(slots=True)
@@ -63,8 +63,8 @@ class Shelf:
 
     Args:
         folder: where side files go; those of an earlier report are replaced.
-        page_bytes, side_bytes: of texts in the page and in side files; beyond the latter, the texts of the
-            oldest groups are left to the ledger.
+        page_bytes, side_bytes: most bytes of texts in the page and in side files. Beyond the latter, the
+            texts of the oldest groups stay in the ledger only.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Shelf:
         self.num_unread = 0
 
     def refresh(self, seconds: float = math.inf) -> None:
-        """Reads what is new in the ledger, the newest first, for about so long; `num_unread` files remain."""
+        """Reads new files of the ledger, the newest first, for about `seconds`; `num_unread` files remain."""
         found = dict(self._files())
         for key in self._records.keys() - found.keys():
             del self._records[key]
@@ -93,7 +93,7 @@ class Shelf:
 
     @property
     def faults(self) -> list[str]:
-        """What could not be read, a sentence each."""
+        """A sentence for each thing that could not be read."""
         return [show_controls(text) for _, record in sorted(self._records.items()) for text in record.faults]
 
     @property
@@ -105,8 +105,8 @@ class Shelf:
         return sum(len(record.rows) for record in self._records.values())
 
     def records_json(self) -> str:
-        """[kind, step, process, groups in each side file, rows] of each record, in the order of steps; parts
-        are null for texts in the page and [] for texts that are left to the ledger.
+        """[kind, step, process, parts, rows] of the newest records, in the order of steps. `parts` counts the
+        groups in each side file; it is null for texts in the page, and [] for texts that only the ledger has.
         """
         shown, room = [], MAX_ROWS
         for (step, kind, rank), record in sorted(self._records.items(), reverse=True):
@@ -160,7 +160,7 @@ class Shelf:
     def _move(self, key: Key) -> None:
         record = self._records[key]
         if self.folder.is_symlink() or self.folder.is_file():
-            self.folder.unlink()  # another's link would lead our files elsewhere
+            self.folder.unlink()  # a link made by others would lead our files elsewhere
         while record.texts:
             count, size = 0, 0
             while count < len(record.texts) and size < _PART_BYTES:
@@ -176,7 +176,7 @@ class Shelf:
             del record.texts[:count]
 
     def _tidy(self) -> None:
-        """Removes side files of earlier reports; what somebody removed of ours is read again next time."""
+        """Removes side files of earlier reports; a record whose side files are gone is read again later."""
         ours = {name for record in self._records.values() for name in record.sides}
         there = {p.name for p in self.folder.glob("groups-*") if not self.folder.is_symlink()}
         for name in there - ours:
@@ -196,7 +196,7 @@ def _name(key: Key) -> str:
 
 
 def _read(path: Path, stamp: tuple[int, int], key: Key) -> _Record:
-    """A file's groups; what cannot be read is noted."""
+    """A file's groups; `faults` says what cannot be read."""
     record, (step, kind, rank) = _Record(stamp), key
     most = max(MAX_GLANCE_BYTES, _MOST_UNPACKED * stamp[1])
     try:

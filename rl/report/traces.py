@@ -1,7 +1,7 @@
 """How a masked diffusion model wrote a completion, as a fragment of a report.
 
 A colour says when a token was committed, from the first steps (yellow) to the last (violet). Text of models
-is hostile: it is escaped, and loses or shows its control characters.
+is hostile: it is escaped, and its control characters are removed or made visible.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def denoising_html(completion: Completion, caption: str = "") -> str:
 
 
 def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
-    """(step, group, index in it) of the best and the worst completion of the first group that has traces, in
-    the first and in the last recorded step. Steps are counted as in curves, by how many are done.
+    """(step, group, index in it) of completions with traces: the best and the worst of one group, in the
+    first and the last recorded step. Steps are counted as in curves, by how many are done.
     """
     found = []
     for record in ledger.sample(2, _NUM_CANDIDATES):

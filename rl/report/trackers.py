@@ -15,8 +15,8 @@ class Trackers:
     """The trackers of a run. One that raises is reported once through `warn` and dropped.
 
     Args:
-        names: of accelerate's trackers, such as "tensorboard".
-        config: stored with the run without secrets, under names such as train.steps, lists as text.
+        names: names of accelerate's trackers, such as "tensorboard".
+        config: stored with the run, without secrets, under keys such as train.steps; lists become text.
         warn: shows one line to the user.
     """
 
@@ -37,7 +37,7 @@ class Trackers:
 
     @classmethod
     def of_run(cls, config: Any, *, is_main: bool, warn: Callable[[str], None]) -> Trackers:
-        """Those that a run's config names; none on processes other than the main one."""
+        """The trackers that a run's config names; none on processes other than the main one."""
         names, settings = config.trackers if is_main else [], config.model_dump(mode="json")
         return cls(names, run_dir=config.run_dir, config=settings, warn=warn)
 
@@ -47,7 +47,7 @@ class Trackers:
         return list(self._active)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends one row; values that are not finite are left out: trackers draw them as zeros or fail."""
+        """Sends one row without its non-finite values, which trackers draw as zeros or fail on."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for name, tracker in list(self._active.items()):
             self._guarded(name, "failed", lambda tracker=tracker: tracker.log(finite, step=step))
@@ -75,7 +75,7 @@ class Trackers:
     def _guarded(self, name: str, what: str, action: Callable[[], None]) -> None:
         try:
             action()
-        # Third-party code that talks to disks and networks: whatever it raises, training is worth more.
+        # Third-party code that uses disks and networks may raise anything; training must go on.
         except Exception as error:
             self._active.pop(name, None)
             reason = redact(" ".join(str(error).split()))[:300]
@@ -83,5 +83,5 @@ class Trackers:
                 reason += f'; pip install "cohort-rl[{name}]" brings it'
             self._warn(
                 f"tracker {name} {what} and is left out from now on ({type(error).__name__}: {reason}); "
-                "metrics.jsonl goes on, and the report is made from it"
+                "metrics.jsonl is still written, and the report is made from it"
             )

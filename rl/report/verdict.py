@@ -15,13 +15,13 @@ from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
 GROWING = ("sampler/logprob_gap_mean", "sync/canary_gap_mean")
-"""Gaps that stay as they begin while the engine computes with the policy's weights."""
+"""Gaps that stay at their first value as long as the engine computes with the policy's weights."""
 _GROWN = (
-    "some weight is trained and not sampled with: compare with engine.name=transformers, and with "
+    "some trained weight does not reach the engine: compare with engine.name=transformers, and with "
     "model.lora.target_modules=[q_proj, v_proj] if there are adapters"
 )
 PATIENCE = max(metric.patience for metric in METRICS.values())  # of the slowest rule, in steps
-NUM_FIRST = 2  # steps whose smaller gap is what a run began with
+NUM_FIRST = 2  # steps whose smaller gap counts as the first value
 _ORDER = ("No data", "Healthy", "Warning", "Broken")
 
 Row = Mapping[str, Any]
@@ -48,12 +48,12 @@ class Verdict:
 
     level: Level
     findings: tuple[Finding, ...] = ()
-    control: str = ""  # of a control arm its name
+    control: str = ""  # name of the control arm, if the run is one
     num_steps: int = PATIENCE  # recorded so far
 
     @property
     def headline(self) -> str:
-        """One line: the level and the rule that fired first among the worst, behind what arm it is."""
+        """One line: the control arm if it is one, the level, and of its findings the first that fired."""
         arm = f"Control arm ({self.control} reward). " if self.control else ""
         return arm + self._of_rules
 
@@ -87,7 +87,7 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
 
 
 def judge_run(run_dir: Path) -> Verdict:
-    """The verdict on the run of a folder, as its report has it."""
+    """The verdict on the run of a folder, as its report shows it."""
     path = run_dir / "metrics.jsonl"
     evaluations = [asdict(evaluation) for evaluation in EvaluationLog(run_dir).read()]
     return judge(read_history(path) if path.is_file() else [], evaluations)
@@ -108,16 +108,16 @@ class Watch:
         self.verdict = Verdict("Healthy")
 
     def recall(self, rows: Iterable[Row]) -> None:
-        """Takes in the rows of a run that goes on."""
+        """Takes in earlier rows of a run that is resumed."""
         for row in rows:
             self.first += [row] if len(self.first) < NUM_FIRST else []
             self.rows.append(row)
             self.varied |= {name for name in part_spreads([row]) if row[name]}
 
     def broken(self, step: int, values: Mapping[str, float]) -> list[Finding]:
-        """What is broken after a step with these numbers; what is unusual and told at once
-        (`Metric.told_at_once`); and reward parts that have never varied, which only a rule about the whole
-        run can tell from those that are learnt.
+        """What is broken after a step with these numbers, and what is unusual and told at once
+        (`Metric.told_at_once`). Reward parts that have never varied are told too: only the whole run
+        distinguishes them from parts that are learnt.
         """
         self.recall([{"step": step, **values}])
         at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
@@ -165,7 +165,7 @@ def part_spreads(rows: Iterable[Row] | History) -> list[str]:
 def constant_parts(rows: Rows) -> list[Finding]:
     """Fires for a reward part that gave all completions of a step the same score in every step so far.
 
-    A part that once varied and no longer does is learnt, which is not a fault.
+    A part that varied before and no longer does is learnt, which is not a fault.
     """
     findings = []
     for name in part_spreads(rows):
@@ -182,8 +182,8 @@ def constant_parts(rows: Rows) -> list[Finding]:
 def growing_gaps(rows: Rows) -> list[Finding]:
     """Fires for a gap between policy and engine that has grown in the last two steps, far below any range.
 
-    A weight that is trained and not sent leaves the first steps as they were. What began below 1e-4 nats
-    (fp32) may reach 0.003; any other gap may grow by 0.04, and to 2.5 times what it was. Steps whose samples
+    A trained weight that is never sent does not show in the first steps. A gap that began below 1e-4 nats
+    (fp32) may reach 0.003; others may grow by 0.04, and to 2.5 times the first value. Steps whose samples
     are older than the policy are left out, since there the policy itself moved.
     """
     findings, stale = [], {step for step, age in series_of(rows, "staleness/max") if age > 0}
@@ -198,7 +198,7 @@ def growing_gaps(rows: Rows) -> list[Finding]:
         while streak < len(series) - NUM_FIRST and series[-1 - streak][1] > bound:
             streak += 1
         if streak >= 2:
-            text = f"{name} has grown from {start:.2g} to {series[-1][1]:.2g}, and sound weights keep it"
+            text = f"{name} has grown from {start:.2g} to {series[-1][1]:.2g}, which sound weights never do"
             findings.append(Finding("Warning", name, series[-streak][0], text, _GROWN))
     return findings
 

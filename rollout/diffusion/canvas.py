@@ -32,8 +32,8 @@ class Row:
 
     Attributes:
         slot: its row in the device's rectangle; -1 while it waits.
-        tail: first column behind everything that was given; only an end token from there on ends the row.
-        blocks: [first column, end, masks in between] of what is left to do; the first one is active.
+        tail: first column after all given tokens; only an end token from there on ends the row.
+        blocks: [first column, end, masks in between] of the blocks left to fill; the first one is active.
         schedule: tokens to commit at each of the active block's next steps.
         age: steps since keys and values of the whole row were computed; None: never, in this block.
     """
@@ -49,7 +49,9 @@ class Row:
     age: int | None = None
 
     @staticmethod
-    def of(index: int, token_ids: Sequence[int], seed: int, params: DenoisingParams, model: Denoiser) -> Row:
+    def of(
+        index: int, token_ids: Sequence[int], *, seed: int, params: DenoisingParams, model: Denoiser
+    ) -> Row:
         mask = model.mask_token_id
         masked = [c for c, token in enumerate(token_ids) if token == mask]
         if not masked:
@@ -65,7 +67,7 @@ class Row:
             )
         if model.shift and masked[0] == 0:
             raise ValueError(
-                f"canvas {index} begins with a mask, and a model with shifted outputs has no column to "
+                f"canvas {index} begins with a mask, but a model with shifted outputs has no column to "
                 "predict it from; begin the prompt with a token"
             )
         blocks = deque()
@@ -82,7 +84,7 @@ class Row:
         return len(self.token_ids)
 
     def computed(self, params: DenoisingParams, *, shift: bool) -> tuple[int, int]:
-        """Columns whose hidden states the next step computes anew."""
+        """[low, high): the columns whose hidden states the next step computes."""
         low, high, _ = self.blocks[0]
         old = self.age is None or (params.refresh_every > 0 and self.age >= params.refresh_every)
         if params.cache == "none" or old:
@@ -90,7 +92,7 @@ class Row:
         return low - shift, high if params.cache == "dual" else self.length
 
     def advance(self, num_left: int, params: DenoisingParams) -> bool:
-        """After a step that left `num_left` masks in the active block: whether that ended the block."""
+        """Notes a step that left `num_left` masks in the active block; returns whether the block ended."""
         self.num_steps += 1
         self.blocks[0][2] = num_left
         if num_left:
@@ -106,7 +108,7 @@ class Row:
 class State:
     """Canvases on the device, changed in place by `Batch`.
 
-    `steps_RT` says when a token was committed, or GIVEN, or UNWRITTEN.
+    `steps_RT` holds the step at which a token was committed, or GIVEN, or UNWRITTEN.
     """
 
     ids_RT: Int[Tensor, "R T"]
@@ -140,7 +142,7 @@ class State:
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def with_rows(self, new: State) -> State:
-        """These rows, then the new ones, all as wide as the new ones."""
+        """These rows followed by the new ones, all padded or cut to the width of the new ones."""
 
         def joined(old: Tensor, more: Tensor) -> Tensor:
             if more.ndim == 2:  # negative padding cuts
@@ -157,7 +159,7 @@ class State:
 
 
 class Batch:
-    """Steps a changing set of rows: append to `rows` what joins; `step` removes what is done."""
+    """Steps a changing set of rows: callers append to `rows` what joins; `step` removes what is done."""
 
     state: State
 
@@ -175,7 +177,7 @@ class Batch:
         self.layout: tuple[list[tuple[int, int]], Layout] | None = None
 
     def step(self) -> list[Row]:
-        """One model call; the rows that it finished, whose canvases stay in `state` until the next call."""
+        """Makes a model call; returns the rows that it finished. `state` keeps those until the next call."""
         self._settle()
         layout = self._layout()
         hidden_ND = self.model.hidden(self._inputs()[layout.rows_N, layout.columns_N], layout)
@@ -187,7 +189,7 @@ class Batch:
         return finished
 
     def _settle(self) -> None:
-        """Moves the rows that stay together, and those that joined behind them."""
+        """Packs the rows that stay, followed by those that joined."""
         if [row.index for row in self.rows] == [row.index for row in self.held]:
             return
         staying = [row.slot for row in self.rows if row.slot >= 0]
@@ -223,7 +225,7 @@ class Batch:
         return torch.stack([ids_RT, blind_RT], dim=1).flatten(0, 1)
 
     def _commit(self, hidden_ND: Tensor, layout: Layout) -> list[int]:
-        """Draws a token for every masked column of the active blocks, keeps the surest; masks left per row.
+        """Draws a token for each masked column of active blocks, keeps the surest; returns masks left by row.
 
         M is the most masks that a row has left in its block, L their sum over rows.
         """
@@ -233,11 +235,13 @@ class Batch:
         inside_RW = window_RW < high_R[:, None]
         window_RW = window_RW.clamp(max=state.ids_RT.shape[1] - 1)
         open_RW = state.masked_RT.gather(1, window_RW) & inside_RW
-        # The columns that are masked, first in order, without asking the device how many there are.
+        # Sorts the masked columns to the front, without asking the device how many there are.
         order_RM = open_RW.int().sort(dim=1, descending=True, stable=True).indices[:, : max(num_masked)]
         columns_L = window_RW.gather(1, order_RM)[rows_L, ranks_L]
 
-        found = self._candidates(hidden_ND, layout, rows_L, columns_L, steps_R[rows_L])
+        found = self._candidates(
+            hidden_ND, layout, rows_L=rows_L, columns_L=columns_L, steps_L=steps_R[rows_L]
+        )
         place = (rows_L, ranks_L)
         scores_RM = found.scores_L.new_full(order_RM.shape, -torch.inf).index_put(place, found.scores_L)
         probs_RM = found.probs_L.new_zeros(order_RM.shape).index_put(place, found.probs_L)
@@ -256,7 +260,7 @@ class Batch:
 
     def _plan(self, num_masked: Sequence[int]) -> list[Tensor]:
         """Per row: first column and end of the active block, tokens to commit, step. Per masked column: its
-        row and rank. One upload.
+        row and rank. All of it is one upload.
         """
         per_row = [
             (row.blocks[0][0], row.blocks[0][1], row.schedule[0] if row.schedule else 1, row.num_steps)
@@ -270,9 +274,9 @@ class Batch:
         return list(flat.split(sizes))
 
     def _candidates(
-        self, hidden_ND: Tensor, layout: Layout, rows_L: Tensor, columns_L: Tensor, steps_L: Tensor
+        self, hidden_ND: Tensor, layout: Layout, *, rows_L: Tensor, columns_L: Tensor, steps_L: Tensor
     ) -> Candidates:
-        """In chunks: the head's logits and their float64 form never exist for all rows of a large batch."""
+        """Works in chunks: logits and their float64 copies never exist for all rows of a large batch."""
         sources_L = columns_L - int(self.model.shift)
         index_L = layout.offsets_R[rows_L * self.copies] + sources_L
         blind_L = layout.offsets_R[rows_L * self.copies + self.copies - 1] + sources_L

@@ -1,8 +1,8 @@
 """The LLaDA sampler: canvases of masks in, text out, with the step at which each token was committed.
 
-Every row has its own place in its own canvas: rows of any lengths share a model call, those that are done
-leave, and waiting ones take their place. Only the active block's masked columns reach the output head.
-Without a threshold the host knows the whole schedule, so it reads nothing back but at the ends of blocks.
+Every row goes through its canvas at its own pace. Rows of any length share a model call, finished ones leave,
+and waiting ones take their place. Only the active block's masked columns reach the output head. Without a
+threshold the host knows the whole schedule, so it reads results back only at the ends of blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rollout.diffusion.steps import DenoisingParams
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """What became of a canvas.
+    """A canvas after sampling.
 
     Attributes:
         token_ids: the whole row; the mask token where it ended before a token was committed.
@@ -29,10 +29,10 @@ class Denoised:
             `num_steps` for what is still masked.
         logprobs: per column, nats, of the distribution its token was drawn from at that step; 0 where none
             was drawn.
-        end: columns up to and including the first end token behind everything given; all of them without one.
-        stopped: there was one.
+        end: columns up to and including the first end token after all given tokens; all of them without one.
+        stopped: there was such an end token.
         num_steps: model calls that the row took part in.
-        finite: False: the model's logits were not, and the tokens mean nothing.
+        finite: False if the model's logits were not finite, so that the tokens mean nothing.
     """
 
     token_ids: list[int]
@@ -62,7 +62,7 @@ def denoise(
     """Fills every canvas, `max_rows` at a time; a row depends on its own seed and not on its batch mates.
 
     Args:
-        canvases: token ids, with the mask token wherever a token is wanted: behind a prompt (`prompt_canvas`)
+        canvases: token ids, with the mask token wherever a token is wanted: after a prompt (`prompt_canvas`)
             or anywhere between given tokens. Blocks of `params.block_length` columns follow each other from
             the first mask on.
         deadline: a value of time.monotonic(), after which unfinished rows are None.
@@ -78,7 +78,10 @@ def denoise(
             f"stop_token_ids has the mask token ({model.mask_token_id}), so a text would end where it has "
             "not been written yet; leave it out, or choose another mask token"
         )
-    rows = [Row.of(i, c, s, params, model) for i, (c, s) in enumerate(zip(canvases, seeds, strict=True))]
+    rows = [
+        Row.of(i, c, seed=s, params=params, model=model)
+        for i, (c, s) in enumerate(zip(canvases, seeds, strict=True))
+    ]
     done: list[Denoised | None] = [None] * len(rows)
     # Rows of like length share a call, so that little of it is padding.
     waiting = deque(sorted(rows, key=lambda row: row.length))
@@ -90,14 +93,22 @@ def denoise(
             break
         if finished := batch.step():
             read = batch.state.read([row.slot for row in finished])
-            for row, values in zip(finished, read, strict=True):
-                done[row.index] = _result(row, *values, params.stop_token_ids)
+            for row, (ids, steps, logprobs, finite) in zip(finished, read, strict=True):
+                done[row.index] = _result(
+                    row,
+                    ids,
+                    steps=steps,
+                    logprobs=logprobs,
+                    finite=finite,
+                    stop_token_ids=params.stop_token_ids,
+                )
     return done
 
 
 def _result(
     row: Row,
     token_ids: list[int],
+    *,
     steps: list[int],
     logprobs: list[float],
     finite: bool,

@@ -23,15 +23,15 @@ from rollout.sampler import completion_seed
 
 
 class DiffusionEngine:
-    """The sampler behind the Engine protocol, on a copy of the model of its own.
+    """The sampler behind the Engine protocol, on its own copy of the model.
 
-    A call's `max_completion_length`, temperature and end ids take the place of the settings' own; the steps
-    of a block stay. `behavior_logprobs` are those of the tokens at the steps that committed them.
+    A call's `max_completion_length`, temperature and end ids replace those of `settings`; the steps per block
+    stay. `behavior_logprobs` are those of the tokens at the steps that committed them.
 
-    `facts["trace"]` of a completion says in which order its canvas was written: `steps`, of each column the
-    step (from 0) that committed its token, `num_steps` where none did; `num_steps`, the model calls of the
-    row; `tail_ids`, what stands behind the completion, the mask token where no token was committed; `pieces`,
-    the text of each token of the completion.
+    `facts["trace"]` of a completion says in which order its canvas was written. `steps` has the step (from 0)
+    that committed each column's token, or `num_steps` where none did. `num_steps` counts the row's model
+    calls. `tail_ids` are the ids after the completion, the mask token where none was committed. `pieces` are
+    the texts of the completion's tokens.
 
     Args:
         model: a diffusion model of transformers: its config names the mask token.
@@ -141,7 +141,7 @@ class DiffusionEngine:
         )
 
     def _completion(self, row: Denoised | None, start: int, with_logprobs: bool) -> Completion:
-        """Without its text."""
+        """A completion without its text."""
         if row is None or not row.finite:
             return aborted()
         ids = row.token_ids[start : row.end]

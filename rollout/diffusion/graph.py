@@ -1,4 +1,4 @@
-"""CUDA graphs for the sampler: a small model is bound by launches, and its shapes recur for whole blocks."""
+"""CUDA graphs for the sampler: launch times dominate in a small model, and shapes recur for whole blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rollout.diffusion.model import Denoiser, Layout
 class GraphedDenoiser:
     """A Denoiser whose pass is captured when a shape is seen for the `capture_after`th time, then replayed.
 
-    Shapes change where rows leave or join; a capture costs about three passes. Weights may change in place.
+    Shapes change when rows leave or join; a capture costs about three passes. Weights may change in place.
     If this model cannot be captured, `reason` says why and every pass runs as it is.
     """
 
@@ -30,7 +30,7 @@ class GraphedDenoiser:
         self.pool: Any = torch.cuda.graph_pool_handle() if self.reason is None else None
 
     def hidden(self, token_ids_N: Int[Tensor, " N"], layout: Layout) -> Float[Tensor, "N D"]:
-        """As the inner model's; valid until the next call."""
+        """The inner model's hidden states; they are valid until the next call."""
         fresh = layout.kept is not None and not layout.kept.keys
         if self.reason is not None or fresh or torch.is_grad_enabled():
             return self.inner.hidden(token_ids_N, layout)
@@ -69,6 +69,7 @@ class _Graph:
             self.out_ND = inner.hidden(self.ids_N, self.layout)
 
     def replay(self, token_ids_N: Tensor, layout: Layout) -> Tensor:
+        """Runs the captured pass on these inputs; a layout that was copied last time is not copied again."""
         self.ids_N.copy_(token_ids_N)
         if layout is not self.copied:
             own = _tensors(self.layout)

@@ -1,5 +1,5 @@
 """What the sampler needs of a model: hidden states of packed columns, keys and values kept between steps, and
-logits where they are wanted. `TransformersDenoiser` makes it of any decoder of transformers.
+logits where they are wanted. `TransformersDenoiser` does it for any decoder of transformers.
 
 The model's own mask is never used: rows attend in both directions within themselves, which the attention
 function below does for whatever columns are computed. It is registered as `cohort_denoise`.
@@ -90,7 +90,7 @@ class Layout:
         device: torch.device,
         kept: KeyValues | None = None,
     ) -> Layout:
-        """Computes columns [low, high) of each row."""
+        """The layout in which columns [low, high) of each row are computed."""
         low = np.array([a for a, _ in ranges])
         sizes = np.array([b for _, b in ranges]) - low
         starts = np.cumsum(sizes) - sizes
@@ -118,7 +118,7 @@ class Layout:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
+    """Copies an array to the device without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -239,7 +239,7 @@ def denoise_attention(
 ) -> tuple[Float[Tensor, "1 N Hq Dv"], None]:
     """softmax(q k^T * scaling) v over all columns of a query's row, in transformers' attention signature.
 
-    Where every column is computed and a flash kernel serves, it is asked; else padded rows are attended to.
+    If every column is computed and a flash kernel is available, it is used; else rows are padded.
 
     Raises:
         ValueError: the model does not hand the layout on, or its attention does more than this.
@@ -247,10 +247,12 @@ def denoise_attention(
     if cohort_rows is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments to its attention function")
     layout = cohort_rows
-    check_plain(type(module).__name__, layout.width, sliding_window, softcap, s_aux)
+    check_plain(
+        type(module).__name__, layout.width, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
+    )
     if layout.kept is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        found = run_attention(query, key, value, layout.ends_S, layout.max_fresh, scale)
+        found = run_attention(query, key, value, ends_S=layout.ends_S, longest=layout.max_fresh, scale=scale)
         if found is not None:
             return found[None], None
     q_NHD, k_NHD, v_NHD = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -262,14 +264,14 @@ def denoise_attention(
         k, v = (_rectangle(x, layout.key_slots_N, shape) for x in (k_NHD, v_NHD))
     q = _rectangle(q_NHD, layout.query_slots_N, (layout.num_rows, layout.max_fresh))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    # A mask keeps the fastest kernels away.
+    # A mask would rule out the fastest kernels.
     mask = None if layout.unpadded else layout.visible_RT[:, None, None]
     out = attend_both_ways(q, k, v, mask, scale=scaling).transpose(1, 2).flatten(0, 1)
     return (out if len(out) == len(q_NHD) else out[layout.query_slots_N])[None], None
 
 
 def _rectangle(x_NHD: Tensor, slots_N: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Packed columns of all rows side by side, zeros behind the shorter ones."""
+    """Packed columns of all rows side by side, with zeros after the shorter ones."""
     size = shape[0] * shape[1]
     if len(x_NHD) < size:
         x_NHD = x_NHD.new_zeros(size, *x_NHD.shape[1:]).index_copy(0, slots_N, x_NHD)

@@ -1,6 +1,4 @@
-"""One step of masked-diffusion decoding as pure functions: how many tokens, which ones, how sure, in what
-order.
-"""
+"""A step of masked-diffusion decoding as pure functions: how many tokens, which, how sure, in what order."""
 
 from __future__ import annotations
 
@@ -29,8 +27,8 @@ class DenoisingParams:
         block_length: columns that are decoded to the end before the next ones (semi-autoregressive).
         steps: model calls for a whole canvas of `gen_length`; each block gets its share. None: one per token.
         temperature: of the token draws; 0 takes the most likely token.
-        remasking: which candidates of a step are kept: the most probable, random ones, those with the largest
-            gap between the two best tokens, or those of the lowest entropy.
+        remasking: keeps a step's most probable candidates, random ones, those with the largest gap between
+            the two best tokens, or those of the lowest entropy.
         threshold: commits every candidate with a probability above it, and always the best one; `steps` then
             has no effect. None: the schedule alone.
         cfg_scale: w of (1 + w) conditional - w unconditional logits; the second has the given tokens masked.
@@ -135,7 +133,7 @@ def candidates(
     steps_L: Tensor,
     columns_L: Tensor,
 ) -> Candidates:
-    """Draws a token per column and scores it. float64 inside: near 1, probabilities of fp32 tie."""
+    """Draws a token per column and scores it, in float64: near 1, fp32 probabilities tie."""
     logprobs_LV = logits_LV.double().log_softmax(-1)
     drawn_from_LV = logprobs_LV
     if params.temperature == 0:
@@ -176,7 +174,7 @@ def chosen(
 ) -> Bool[Tensor, "R M"]:
     """Which candidates of a row are committed: its `counts_R` best; or the best and all above the threshold.
 
-    A score of -inf marks no candidate. Equal scores go to the left column.
+    A column with score -inf is not a candidate. Equal scores go to the left column.
     """
     order_RM = scores_RM.sort(dim=1, descending=True, stable=True).indices
     ranks_RM = torch.empty_like(order_RM).scatter_(
@@ -215,7 +213,7 @@ _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """int64 arithmetic wraps around, which is that of 64 unsigned bits; only the shifts need care."""
+    """SplitMix64's finaliser. int64 wraps around as 64 unsigned bits do; only the shifts need care."""
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
     return x ^ _shifted(x, 31)

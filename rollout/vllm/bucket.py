@@ -1,4 +1,4 @@
-"""Weights into another process by handle: bytes that both map, filled and loaded again and again.
+"""Sends weights to another process through memory that both map, filled and loaded again and again.
 
 On a GPU the bytes are device memory shared by CUDA IPC, on a CPU an anonymous file, which no crash
 leaves behind.
@@ -24,7 +24,7 @@ Deliver = Callable[[Layout, list[Any] | None], Any]
 
 
 class Bucket:
-    """Shared bytes in the trainer's process, as many as the largest tensor needs and at most all tensors.
+    """Shared bytes in the trainer's process: `BUCKET_BYTES`, less for a small model, more for a big tensor.
 
     Attributes:
         bytes_B: the shared memory.
@@ -48,7 +48,7 @@ class Bucket:
         self.tensors, self.is_known = tensors, False
 
     def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Deliver) -> None:
-        """Rounds every tensor to what the engine holds, into the bucket; `deliver` loads each filling."""
+        """Writes every tensor into the bucket, in the engine's dtype; `deliver` loads each filling."""
         layout: Layout = []
         end = 0
         for name, tensor in weights:
@@ -71,11 +71,11 @@ class Bucket:
     def close(self, *, is_released: bool) -> None:
         """Gives the memory back.
 
-        torch counts in shared memory who still holds what it sent. Memory whose count is not 0 when this
+        torch counts, in shared memory, the holders of what it sent. Memory whose count is not 0 when this
         process ends is freed after CUDA is gone, which is a SIGSEGV at exit.
 
         Args:
-            is_released: the other process has let go of it; else nobody will: it never opened it, or died.
+            is_released: the other process has released it. If not, it never opened it, or it died.
         """
         if not len(self.bytes_B):
             return
@@ -108,8 +108,8 @@ def received(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a filled bucket, which the next filling will overwrite.
 
-    vLLM keeps what it is given until all of a layer is there. So a tensor is a copy, unless this bucket holds
-    the whole layer: `layers` has, for a tensor whose layer is complete with them, the names it takes.
+    vLLM keeps tensors until all of a layer have come. So each is a copy, unless this bucket holds its whole
+    layer: `layers` maps a tensor to the names that complete its layer.
     """
     here = {name for name, _ in layout}
     for name, start in layout:

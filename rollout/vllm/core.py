@@ -1,4 +1,4 @@
-"""A vLLM engine core behind one interface, neutral of vLLM's own types: requests in, answers out.
+"""The interface of a vLLM engine core, free of vLLM's own types: requests in, answers out.
 
 `rollout.vllm.local` has one in this process and one in a process beside it. Every wait is bounded.
 """
@@ -47,13 +47,13 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """A completion under way, by one server or by several, one after the other.
+    """A completion that is being sampled by one server, or by several in turn.
 
     Attributes:
         token_ids, logprobs: so far.
         versions: of the weights that sampled each token.
         first: number of tokens that earlier servers have sampled.
-        said: labels of the weights behind each token from `first` on, where the server gives them in the end.
+        said: labels of the weights that sampled each token from `first` on, if the server gives them.
         tries: number of servers that began it.
     """
 
@@ -72,8 +72,8 @@ class Stream:
     task: Any = None
 
     def begin(self, salt: str) -> dict[str, Any]:
-        """The request for what is left. Where tokens are kept it has a seed of its own: the numbers of the
-        first one are spent.
+        """The request for what is left. After kept tokens it has another seed, since the random numbers of
+        the first one are used up.
         """
         self.first, self.tries, self.said, self.reason = len(self.token_ids), self.tries + 1, None, None
         left = self.sampling.max_completion_length - self.first
@@ -115,9 +115,9 @@ class Stream:
         self.keep(self.first)
 
     def answer(self) -> Answer:
-        """What there is; an "abort" if something is left to be sampled."""
+        """The completion so far; an "abort" if more is left to sample."""
         reason = REASONS.get(self.reason, "abort")
-        if reason == "abort" and self.token_ids:  # its end may be lost where its last token is not
+        if reason == "abort" and self.token_ids:  # its end may be lost although its last token came
             reason = "length" if len(self.token_ids) == self.sampling.max_completion_length else reason
             reason = "stop" if self.token_ids[-1] in self.sampling.stop_token_ids else reason
         spans = [VersionSpan(version, len(list(run))) for version, run in groupby(self.versions)]
@@ -125,7 +125,7 @@ class Stream:
 
 
 def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
-    """Starts a call whose thread is left alone if nobody waits for it any longer."""
+    """Starts a call in a thread, which is left alone if nobody waits for it any longer."""
     found: Future[T] = Future()
 
     def run() -> None:
@@ -139,14 +139,14 @@ def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
 
 
 def request_body(sampling: SamplingParams, **more: Any) -> dict[str, Any]:
-    """vLLM's `sampling_params` of a request."""
+    """vLLM's `sampling_params` of a request: as JSON for a server, as keywords for an engine of our own."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # ends are explicit: stop_token_ids
+        "ignore_eos": True,  # stop_token_ids alone end a completion
         "detokenize": False,
         **more,
     }
@@ -158,10 +158,10 @@ class Core(Protocol):
     Attributes:
         runs_alone: it samples while nobody calls it, in a process of its own.
         is_on_cpu: it computes on the CPU.
-        sleeps: it is to give its memory back while the trainer computes.
-        seeds_are_free: seeds of requests cost no kernel of their own.
+        sleeps: it has to free its memory while the trainer computes.
+        seeds_are_free: seeds of requests cost no extra kernels.
         device: where weights may be sent from without a copy.
-        vocab_size: ids that a prompt may have.
+        vocab_size: number of ids that a prompt may have.
     """
 
     runs_alone: bool
@@ -185,7 +185,7 @@ class Core(Protocol):
         ...
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Ends requests, of which nothing is answered then."""
+        """Ends requests; no answer comes for them."""
         ...
 
     def answers(self, *, timeout_s: float, waiting_for: str) -> list[Answer]:
@@ -201,14 +201,14 @@ class Core(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Pauses, preempts what is in flight, and drops weights and cache: the memory is for others to use.
+        """Pauses, preempts what is in flight, and drops weights and cache, so that others can use the memory.
 
-        From here on it takes `load` alone, which wakes it and computes the cache again with the new weights.
+        From then on it takes only `load`, which wakes it and recomputes the cache with the new weights.
         """
         ...
 
     def wake(self, part: SleepingPart) -> None:
-        """Takes the memory of one part again; what it holds is not set."""
+        """Takes the memory of one part again; its contents are undefined."""
         ...
 
     def resume(self, version: int) -> None:
@@ -216,7 +216,7 @@ class Core(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Replaces the weights under held requests, which then go on. A core that sleeps wakes by this.
+        """Replaces the weights under held requests, which then go on. This wakes a core that sleeps.
 
         Raises:
             ValueError: the model has no weight of that name.

@@ -19,7 +19,7 @@ from rollout.vllm.core import Answer, Core
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A prompt whose completions are being sampled; None for one that is not finished."""
+    """A prompt whose completions are being sampled; an unfinished one is None."""
 
     prompt: Prompt
     completions: list[Completion | None]
@@ -38,12 +38,12 @@ class VllmEngine:
         core: `rollout.vllm.local.start_core` starts one.
         tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
         max_model_len: longest prompt plus completion, in tokens.
-        seed_requests: every completion draws from its own seed. Without it all draw from vLLM's one generator
-            and no call can be repeated, only its distribution. Default: seeds where they cost nothing, which
-            is on a CPU and in vLLM's second model runner (dense models on a GPU). The first one launches a
-            kernel per completion and token for them. On a GPU equal seeds give equal completions up to
-            rounding, which depends on what else is in the batch.
-        sample_while_training: of its own process. Default: not on a GPU, where the two would only take turns.
+        seed_requests: every completion draws from its own seed. Otherwise all draw from vLLM's one generator,
+            and only a call's distribution can be repeated. Default: seeds where they are free, on a CPU and
+            in vLLM's second model runner (dense models on a GPU). The first one launches a kernel per token.
+            On a GPU equal seeds give equal completions up to rounding, which depends on the batch.
+        sample_while_training: sample while the trainer computes, if the core has its own process. Off on a
+            GPU by default, where the two would only take turns.
         timeout_s: longest wait for one `generate` call.
         version: policy version of the core's weights.
     """
@@ -195,7 +195,7 @@ class VllmEngine:
     def _start(
         self, token_ids: list[int], sampling: SamplingParams, seeds: Sequence[int | None], **wanted: bool
     ) -> list[str]:
-        """One request per seed; their ids."""
+        """Starts one request per seed; returns their ids."""
         requests = [str(self._num_requests + k) for k in range(len(seeds))]
         self._num_requests += len(seeds)
         self._core.add(token_ids, sampling, ids=requests, seeds=seeds, **wanted)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ class VllmEngine:
             self._is_held = False
 
     def _advance(self, deadline: float, waiting_for: str) -> list[Answer]:
-        """Puts what finishes into its flights; waits for the first answer until `deadline`."""
+        """Puts finished completions into their flights; waits for the first answer until `deadline`."""
         remaining = max(0.0, deadline - time.monotonic())
         answers = self._core.answers(timeout_s=remaining, waiting_for=waiting_for)
         for a in answers:

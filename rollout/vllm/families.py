@@ -1,9 +1,9 @@
-"""Mixtures of experts and vLLM, by transformers' `model_type`: who is served with weights that a trainer
-sends.
+"""Which mixtures of experts vLLM serves with weights that a trainer sends, by transformers' `model_type`.
 
-`tests/rollout/test_served_families.py` starts each and finds the log-probs of transformers after two syncs
-(fp32, 1e-4 nats), or finds the refusal. A family in neither dict is tried: names, fingerprints and the canary
-decide."""
+`tests/rollout/test_served_families.py` starts each of them. It compares log-probs with transformers' after
+two syncs (fp32, 1e-4 nats), or checks the refusal. A family in neither dict is tried: names, fingerprints and
+the canary decide.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SERVED = (
     *("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe"),
     "exaone_moe",
 )
-_MLA = "vLLM on a CPU computes multi-head latent attention otherwise than transformers (0.09 nats on average)"
+_MLA = "vLLM on a CPU computes multi-head latent attention unlike transformers (0.09 nats on average)"
 _STATE = "vLLM on a CPU starts no model with recurrent layers without cutting prompts in two"
 REFUSED_ON_CPU = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _MLA),
@@ -19,10 +19,10 @@ REFUSED_ON_CPU = {
 }
 REFUSED = {
     "gpt_oss": "vLLM's reload leaves the sinks of attention, the experts and their biases as they were",
-    "ernie4_5_moe": "vLLM names the selection bias otherwise and keeps a head where transformers ties it",
+    "ernie4_5_moe": "vLLM names the selection bias differently and keeps a head where transformers ties it",
 }
 ROWS_ON_CPU = 32
-"""vLLM on a CPU pads experts to a multiple of so many rows, and its reload does not."""
+"""vLLM on a CPU pads experts to a multiple of this number of rows; its reload does not."""
 
 
 def refusal(model_type: str, expert_rows: int | None, *, on_cpu: bool) -> str | None:

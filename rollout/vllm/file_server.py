@@ -1,4 +1,4 @@
-"""A folder of weights by HTTP GET, for servers that do not see it; both ends know the run's token."""
+"""Serves a folder of weights by HTTP GET to servers that do not see it; both ends know the run's token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILE = re.compile(r"/\w[\w.-]*/\w[\w.-]*")
 
 @contextmanager
 def serving(folder: Path, token: str, url: str) -> Iterator[None]:
-    """Serves the files one level down in `folder` to who bears the token.
+    """Serves the files one level below `folder` to clients that bear the token.
 
     Args:
         url: http, a host's own name or address, and a port. A network that others share needs a tunnel,
@@ -58,7 +58,7 @@ def serving(folder: Path, token: str, url: str) -> Iterator[None]:
         server = ThreadingHTTPServer((host, int(port)), Handler)
     except (OSError, OverflowError) as error:
         raise ValueError(f"engine.weights_url={url}: this host cannot listen there: {error}") from error
-    # A server that hung up says itself what it lacks.
+    # A vLLM server that hangs up reports by itself what it lacks.
     server.handle_error = lambda request, client_address: None
     Thread(target=server.serve_forever, name="weight files", daemon=True).start()
     try:
@@ -69,10 +69,10 @@ def serving(folder: Path, token: str, url: str) -> Iterator[None]:
 
 
 def fetch(url: str, folder: Path) -> None:
-    """Gets the index at `url` and the files that it names, with the token in `COHORT_TOKEN_FILE`.
+    """Fetches the index at `url` and the files that it names into `folder`, by COHORT_TOKEN_FILE's token.
 
     Raises:
-        ValueError: something did not come; it says what.
+        ValueError: something could not be fetched; the message says what.
     """
     headers = {"Authorization": f"Bearer {read_token(os.environ[TOKEN_FILE])}"}
     try:
@@ -83,7 +83,7 @@ def fetch(url: str, folder: Path) -> None:
                     raise ValueError(f"{url}/{INDEX} names a file outside its folder")
                 _fetch_file(client, f"{url}/{name}", folder / name)
     except httpx.HTTPError as error:
-        raise ValueError(f"weights did not come from {url}: {type(error).__name__} {error}") from error
+        raise ValueError(f"cannot fetch weights from {url}: {type(error).__name__} {error}") from error
 
 
 def _fetch_file(client: httpx.Client, url: str, path: Path) -> None:

@@ -1,9 +1,9 @@
 """vLLM servers as one core: a dead one's completions go on elsewhere, and none samples unproved.
 
-A server is *up* (it has proved to hold the current weights), *suspect* (it does not answer: nothing new goes
-there), *dead* (its completions go on elsewhere, from the tokens that they have) or *stale* (it answers, and
-has yet to get the current weights and to prove them). The thread that asks for answers also judges the
-servers; only streams and questions about health run on their own (`rollout.vllm.served`).
+A server that is *up* has proved that it holds the current weights. A *suspect* one does not answer; nothing
+new goes there. Completions of a *dead* one go on elsewhere, from the tokens that they have. A *stale* one
+answers, but has yet to get and to prove the current weights. The thread that asks for answers also judges the
+servers; only streams and health checks run on their own (`rollout.vllm.served`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Fleet:
     """A `Core` of servers.
 
     Args:
-        connect: url -> a `Control` of a server that is fit for the run. It raises a ValueError of one that is
-            not, and an EngineError of one that does not answer.
+        connect: url -> a `Control` of a server that is fit for the run. It raises ValueError for one that is
+            not, and EngineError for one that does not answer.
         files: what servers hold -> the writer of their weights; None: another process of this run sends them.
         tolerance: largest mean gap of the canary's log-probs between two servers, nats.
-        timeout_s: longest wait for a server's answer, and without any server up.
+        timeout_s: longest wait for a server's answer, and for any server to be up.
         note: is told when a server is lost, and when it is up again.
 
     Raises:
@@ -139,12 +139,12 @@ class Fleet:
             self._check_any_up(waiting_for)
 
     def pause(self) -> None:
-        """Where another process sends the weights, it holds the servers, too."""
+        """Does nothing if another process sends the weights: then that one holds the servers."""
         if self.files is not None:
             self._hold(self._up())
 
     def sleep(self) -> None:
-        raise EngineError("servers keep their memory, which a trainer has no use for")
+        raise EngineError("servers do not sleep: a trainer could not use their memory")
 
     def wake(self, part: SleepingPart) -> None:
         raise EngineError(f"servers never sleep, so there is no {part} to wake")
@@ -161,13 +161,13 @@ class Fleet:
         their fingerprints; one that fails is left out.
 
         Raises:
-            EngineError: none holds them; it names what each said.
+            EngineError: no server holds them; the message has what each one said.
         """
         assert self.files is not None
         self._look()
         self._version, self._expected, self._canary = WEIGHTS_UNKNOWN, {}, None
         self._hold(self._up())
-        self._take_in(0.0)  # while each holds what sampled it
+        self._take_in(0.0)  # while each holds the weights that sampled it
         push = self.files.write(noting(weights, self._held, version, self._expected), version=version)
         self._version = version
         self._prove(self._up(), push, lost=State.STALE)  # one that lacks the base gets them whole
@@ -181,7 +181,7 @@ class Fleet:
         return self._held
 
     def fingerprints(self) -> Mapping[str, int]:
-        """What all servers that are up have shown."""
+        """The fingerprints that all servers that are up have shown."""
         return self._expected if self._up() else {}
 
     def close(self) -> None:
@@ -211,8 +211,8 @@ class Fleet:
             self._join([member for member in self.members if member.state is State.STALE])
 
     def _lose(self, member: Member, state: State, fault: str) -> None:
-        """Its completions go on elsewhere. They keep what they have if it is dead. One that answers and could
-        not prove its weights may have had others for a while: what it sampled is dropped.
+        """Lets its completions go on elsewhere. Those of a dead one keep their tokens. One that answers, but
+        could not prove its weights, may have had others for a while: what it sampled is dropped.
         """
         if fault != member.fault:
             left = len(member.streams)
@@ -238,7 +238,7 @@ class Fleet:
                 self._take(member, stream)
 
     def _take(self, member: Member, stream: Stream) -> None:
-        """Hands a completion out, or has it go on."""
+        """Hands a completion out, or lets it go on elsewhere."""
         if member.streams.pop(stream.id, None) is not stream:
             return
         if not member.streams:
@@ -252,8 +252,8 @@ class Fleet:
             raise EngineError(f"server {member.server.url} refuses what it is asked: {refusal}")
 
     def _dispatch(self) -> None:
-        """Completions of a prompt go to one server, which caches it: to that with the fewest, and of several
-        idle ones to the longest idle.
+        """Sends all completions of a prompt to one server, which caches it: the one with the fewest, or of
+        several idle ones the longest idle.
         """
         while self._waiting:
             group = self._waiting[0]
@@ -280,8 +280,8 @@ class Fleet:
         *,
         lost: State = State.DEAD,
     ) -> None:
-        """Does work for all members at the same time, in threads of their own, and then something with what
-        each found. A member of which either fails is lost.
+        """Does `work` for all members at the same time, in threads of their own, and calls `then` with each
+        result. A member for which either fails is lost.
         """
         for member, found in [(member, in_thread(work(member))) for member in members]:
             try:
@@ -293,8 +293,8 @@ class Fleet:
         self._each(members, lambda member: member.hold)
 
     def _prove(self, members: Sequence[Member], push: Push | None, *, lost: State = State.DEAD) -> None:
-        """Loads weights into paused servers, each of which goes on only if it shows their fingerprints; None:
-        another process has done so, and the servers say whether.
+        """Loads weights into paused servers, each of which goes on only if it shows their fingerprints. If
+        `push` is None, another process has done so, and the servers say whether.
         """
 
         def load(control: Control) -> tuple[str, dict[str, int]]:
@@ -319,7 +319,7 @@ class Fleet:
         self._each(members, lambda member: partial(load, member.control), judge, lost=lost)
 
     def _join(self, members: Sequence[Member], *, at_once: bool = False) -> None:
-        """Gives servers that answer the current weights, whole; or another process of this run has."""
+        """Gives the current weights, whole, to servers that answer, or checks that another process has."""
         now = time.monotonic()
         ready = [m for m in members if m.server.fault is None and m.server.gauges is not None]
         ready = [m for m in ready if at_once or now >= m.lost_at + RETRY_S]

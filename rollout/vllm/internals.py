@@ -64,7 +64,7 @@ PATHS: dict[str, dict[str, str]] = {
         "pack": "quant_method.process_weights_after_loading",
     },
     "packed experts": {"pack": "quant_method.moe_kernel.fused_experts.process_weights_after_loading"},
-    # What is there before vLLM starts (`require_classes`).
+    # What can be checked before vLLM starts (`require_classes`).
     "vllm.v1.core.sched.scheduler.Scheduler": _same(
         *("add_request", "finish_requests", "set_pause_state", "update_from_output")
     ),
@@ -80,7 +80,7 @@ PATHS: dict[str, dict[str, str]] = {
         "quant_method", "org_vocab_size"
     ),
 }
-# In which attribute a request counts tokens that are on their way and void: that of 0.32, that of 0.25.
+# The attribute in which a request counts void tokens that are still under way, in 0.32 and in 0.25.
 NUM_VOID = ("num_stale_output_tokens", "async_tokens_to_discard")
 
 
@@ -89,7 +89,7 @@ def reach(kind: str, name: str, owner: Any) -> Any:
 
 
 def reach_or(kind: str, name: str, owner: Any, default: Any) -> Any:
-    """`reach` where some owners have it and others have not."""
+    """`reach` for owners that have it, `default` for others."""
     return reach(kind, name, owner) if has(owner, PATHS[kind][name]) else default
 
 
@@ -120,7 +120,7 @@ def require_classes() -> None:
 
 
 def has(owner: Any, name: str) -> bool:
-    """Whether an object has the attribute; of a class, whether it has it or its `__init__` sets it."""
+    """Whether an object has the attribute; for a class, whether it has it or its `__init__` sets it."""
     if hasattr(owner, name) or not inspect.isclass(owner):
         return hasattr(owner, name)
     made = dis.get_instructions(inspect.unwrap(owner.__init__))
@@ -128,7 +128,7 @@ def has(owner: Any, name: str) -> bool:
 
 
 def num_void_attribute() -> str | None:
-    """The one of `NUM_VOID` that a request of this vLLM has."""
+    """The attribute among `NUM_VOID` that a request of this vLLM has."""
     from vllm.v1.request import Request
 
     return next((name for name in NUM_VOID if has(Request, name)), None)
@@ -141,13 +141,13 @@ def counts_tokens_in_flight() -> bool:
 
 
 def returns_routes(vllm_config: Any) -> bool:
-    """Whether finished requests come with their experts: as 0.32 says it, as 0.25 does."""
+    """Whether finished requests come with their experts; 0.32 and 0.25 say so in different places."""
     given = getattr(vllm_config, "aux_output_config", None) or vllm_config.model_config
     return given.enable_return_routed_experts
 
 
 def version_conflict(name: str, version: str, requires: list[str], *, torch_version: str) -> str | None:
-    """Why this vLLM does not go with this code or torch, or None. Local parts (+cpu, +cu130) are ignored."""
+    """Why this vLLM does not fit this code or torch, or None. Local parts (+cpu, +cu130) are ignored."""
     if not OLDEST <= Version(Version(version).public) < BELOW:
         tested = f">={OLDEST},<{BELOW}"
         return f"{name} {version} is outside the tested range {tested}; pip install '{name}{tested}'"
@@ -157,7 +157,7 @@ def version_conflict(name: str, version: str, requires: list[str], *, torch_vers
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if requirement.name == "torch" and applies and wanted and Version(torch_version).public not in wanted:
             return (
-                f"{name} {version} was built for torch {wanted[0]}, and torch {torch_version} is installed; "
+                f"{name} {version} was built for torch {wanted[0]}, but torch {torch_version} is installed; "
                 f"pip install torch=={wanted[0]}"
             )
     return None
@@ -175,6 +175,6 @@ def distribution() -> tuple[str, str, list[str]] | None:
 
 
 def installed() -> str:
-    """Its version, for sentences about it."""
+    """The version of the installed vLLM, for messages."""
     found = distribution()
     return found[1] if found else "without a version"

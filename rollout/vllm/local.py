@@ -31,7 +31,7 @@ _RELEASE_S = 5.0
 
 
 TAGS: dict[SleepingPart, str] = {"weights": "weights", "cache": "kv_cache"}
-"""vLLM's own words for what sleeps."""
+"""vLLM's own names for the parts that sleep."""
 
 
 def start_core(settings: CoreSettings) -> Core:
@@ -80,7 +80,7 @@ class LocalCore:
         self.device = torch.device("cpu" if self.is_on_cpu else f"cuda:{torch.cuda.current_device()}")
         self.vocab_size: int = engine.model_config.get_vocab_size()
         self._versions = [settings.version]  # of the weights, one more at each resumption
-        self._begun: dict[str, tuple[int, list[int]]] = {}  # request -> index of its first, prompt
+        self._begun: dict[str, tuple[int, list[int]]] = {}  # request -> index of its first version, prompt
         self._finished: list[Answer] = []  # in the steps before a pause
         self._asleep: set[SleepingPart] = set()
         try:
@@ -109,9 +109,9 @@ class LocalCore:
         with_logprobs: bool,
         with_prompt_logprobs: bool = False,
     ) -> None:
-        """As `LLMEngine.add_request` does for n completions, except for their parent: it would hold them back
-        until the last one is finished. Checking the prompt and its parameters costs more than all else, so
-        this is done once.
+        """Does as `LLMEngine.add_request` for n completions, but without a parent request, which would hold
+        them back until the last one is finished. Checking the prompt and its parameters costs more than all
+        else, so it is done once.
         """
         from vllm.inputs import tokens_input
 
@@ -142,7 +142,7 @@ class LocalCore:
             self._begun.pop(request_id, None)
 
     def answers(self, *, timeout_s: float, waiting_for: str) -> list[Answer]:
-        """Inside, this takes the steps."""
+        """For a core inside this process, this takes the steps."""
         if self._finished:
             timeout_s = 0.0
         deadline = time.monotonic() + timeout_s
@@ -151,7 +151,7 @@ class LocalCore:
             if self.own:
                 while self._has_output(deadline):
                     outputs += self.engine.step()
-                    deadline = 0.0 if outputs else deadline  # what else is there already comes along
+                    deadline = 0.0 if outputs else deadline  # then only what has already arrived
             while not self.own and self.engine.has_unfinished_requests():
                 outputs += self.engine.step()
                 if outputs or time.monotonic() >= deadline:
@@ -162,8 +162,8 @@ class LocalCore:
     def call(self, method: str, *arguments: Any) -> Any:
         """Calls a method of `rollout.vllm.worker.WeightReceiver` at the worker.
 
-        From a process of its own only plain data may come and go (numbers, texts, bytes, lists, dicts): vLLM
-        would need its setting for insecure serialization to send anything else.
+        From a process of its own only plain data may come and go (numbers, texts, bytes, lists, dicts). To
+        send anything else, vLLM would need its setting for insecure serialization.
         """
         return self._utility("collective_rpc", method, None, list(arguments))[0]
 
@@ -180,7 +180,7 @@ class LocalCore:
         self._finished += self._answers(outputs)
 
     def sleep(self) -> None:
-        """At vLLM's level 2, by its worker: its core would go on by itself once all is awake."""
+        """Sleeps at vLLM's level 2, by the worker: the core would go on by itself once all is awake."""
         self.pause()
         self._utility("reset_prefix_cache", True)
         self.call("sleep", 2)
@@ -199,7 +199,7 @@ class LocalCore:
         if not self._asleep:
             self.pause()
         if "weights" in self._asleep:
-            torch.cuda.empty_cache()  # the core takes what this process's allocator keeps for later
+            torch.cuda.empty_cache()  # frees for the core what this process's allocator keeps
             self.wake("weights")
         self.call("cohort_begin")
         if self._bucket is None:
@@ -208,7 +208,7 @@ class LocalCore:
         else:
             self._bucket.send(self._known(weights), partial(self.call, "cohort_receive_bucket"))
         self.call("cohort_finish", version)
-        if self._asleep:  # the weights lie; now there may be room for the cache
+        if self._asleep:  # the weights are in place; now there may be room for the cache
             self.wake("cache")
         elif self.recompute_kv:  # new keys and values of everything sampled so far
             self._utility("reset_prefix_cache", True)
@@ -232,7 +232,7 @@ class LocalCore:
         self.engine = self._client = None
 
     def _release_bucket(self) -> bool:
-        """Whether the core's process, if it still answers, has let go of the memory that this one shares."""
+        """Asks the core's process to release the memory that this one shares; returns whether it did."""
         if self.engine is None or self._bucket is None or not self._bucket.is_known:
             return False
         self.timeout_s = min(self.timeout_s, _RELEASE_S)
@@ -277,7 +277,7 @@ class LocalCore:
         )
 
     def _has_output(self, deadline: float) -> bool:
-        """Waits until a message of the core's process is there, or `deadline`."""
+        """Waits for a message of the core's process until `deadline`; returns whether there is one."""
         queue = reach("engine beside", "outputs_queue", self.engine)
         while queue.empty():
             self._check_alive()
@@ -301,7 +301,7 @@ class LocalCore:
             return self._bounded(lambda: ask(method, *arguments), method)
 
     def _bounded(self, ask: Callable[[], Any], what: str) -> Any:
-        """The result of a call into the core's process; vLLM's own wait for it has no end."""
+        """The result of a call into the core's process; vLLM's own wait for it has no limit."""
         answer = in_thread(ask, f"vllm {what}")
         deadline = time.monotonic() + self.timeout_s
         while not wait_for([answer], _LIVENESS_S).done:
@@ -327,7 +327,7 @@ class LocalCore:
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
-        """What sampling in this process may not change or do."""
+        """Keeps sampling in this process from changing torch's generator, and from compiling."""
         if self.own:
             yield
             return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TOKEN_FILE = "COHORT_TOKEN_FILE"
-RECEIVER = "rollout.vllm.worker.WeightReceiver"  # the other half of what makes a server a run's
+RECEIVER = "rollout.vllm.worker.WeightReceiver"  # the worker extension, which a run's server needs as well
 OPEN_PATHS = ("/health",)
 MIN_CHARACTERS = 16
 
@@ -24,7 +24,7 @@ def read_token(file: str | Path) -> str:
     """The token in `file`.
 
     Raises:
-        ValueError: there is no file, others may read it, or it holds less than `MIN_CHARACTERS` plain ones.
+        ValueError: there is no file, others may read it, or it holds fewer than `MIN_CHARACTERS` plain ones.
     """
     path = Path(file)
     try:
@@ -56,7 +56,7 @@ def make_token(file: str | Path) -> None:
 
 
 def bears(headers: Any, token: str) -> bool:
-    """Whether the (name, value) pairs hold one Authorization only, which bears the token; constant time."""
+    """Whether the (name, value) pairs hold one Authorization only, with the token; in constant time."""
     given = [bytes(value) for name, value in headers if bytes(name).lower() == b"authorization"]
     return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {token}".encode())
 

@@ -1,4 +1,4 @@
-"""A server as a fleet sees it: how it is, what it samples, and how much more it gets."""
+"""A server as a fleet sees it: its state, what it samples, and how much more it may get."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rollout.vllm.control import RECEIVER, Control, ServerDead
 from rollout.vllm.core import Stream
 from rollout.vllm.served import UNPROVED, Server
 
-DEAD_S = 20.0  # of questions about health that fail
+DEAD_S = 20.0  # of failing health checks
 FIRST_CAP = 256
 FULL_CACHE = 0.95
-PATIENCE = 3  # metrics, one after the other, with waiting requests
+PATIENCE = 3  # consecutive metrics with waiting requests
 RETRY_S = 10.0  # before one that failed to join may try again
 TICK_S = 0.1
 T = TypeVar("T")
@@ -40,13 +40,13 @@ class Member:
     """A server of a fleet.
 
     Attributes:
-        link: its `Control`; None before it has answered, and since another process has taken its place.
+        link: its `Control`; None before it has answered, and after another process has taken its place.
         fault: why it is not up.
         started: when the process that was proved began, by its own metrics.
         streams: what it samples, by id.
-        cap: most completions that it is given.
-        idle_since: `time.monotonic()` when it had nothing to do.
-        lost_at: `time.monotonic()` when it was; it is not asked to join again at once.
+        cap: highest number of completions that it is given.
+        idle_since: `time.monotonic()` when it ran out of work.
+        lost_at: `time.monotonic()` when it was lost; for `RETRY_S` it is not asked to join again.
     """
 
     server: Server
@@ -73,7 +73,7 @@ class Member:
 
     @property
     def loss(self) -> str | None:
-        """Why nobody has to wait for it any longer, or None."""
+        """Why waiting for it is pointless, or None."""
         since = self.server.failing_since
         is_lost = self.server.is_gone or (since is not None and time.monotonic() - since > DEAD_S)
         return (self.server.fault or "it does not answer") if is_lost else None
@@ -85,7 +85,7 @@ class Member:
         return None not in (self.started, now) and now != self.started
 
     def judged(self, version: int) -> tuple[State, str]:
-        """How it is by its health, and why it is not up, when `version` is what servers should hold."""
+        """(its state by its health, why it is not up), if servers should hold `version`."""
         if (fault := self.loss) is not None:
             return State.DEAD, fault
         if self.has_changed:
@@ -110,7 +110,7 @@ class Member:
         self.server.settle()
 
     def wait(self, answer: Future[T], what: str, timeout_s: float) -> T:
-        """What a call to the server gives, waited for while it is alive.
+        """The result of a call to the server, waited for while it is alive.
 
         Raises:
             ServerDead: it is dead, or has not answered in time.
@@ -124,7 +124,7 @@ class Member:
         return answer.result()
 
     def confirm(self, finished: Sequence[Stream]) -> None:
-        """Answers that do not say what sampled them count if the server still holds the proved weights."""
+        """Drops answers that do not say what sampled them if the server does not hold the proved weights."""
         if not finished:
             return
         try:
@@ -135,7 +135,7 @@ class Member:
             self.server.distrust(UNPROVED.format(holds), finished)
 
     def follow_metrics(self) -> None:
-        """The cap falls to what runs when the cache is full or requests are preempted or wait, and grows
+        """Lowers the cap to what runs if the cache is full, or if requests are preempted or wait. Raises it
         while it is reached and none waits.
         """
         gauges = self.server.gauges
@@ -155,7 +155,7 @@ def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, tim
     """A `Control` of a server that is fit for a run whose longest sequence has `max_model_len` tokens.
 
     Raises:
-        ValueError: it is not fit; it says which option of vLLM's would make it so.
+        ValueError: it is not fit; the message says which vLLM options would make it so.
         EngineError: it does not answer.
     """
     control = Control(url, token, timeout_s=timeout_s)
@@ -180,7 +180,7 @@ def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, tim
 def noting(
     weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Puts the fingerprints that servers have to show into `found`, as the weights pass."""
+    """Passes weights on, and puts the fingerprints that servers have to show into `found`."""
     copies: dict[str, list[str]] = {}
     for name, one in held.items():
         copies.setdefault(one.source, []).append(name)
@@ -192,7 +192,7 @@ def noting(
 
 
 def said_of(members: Iterable[Member]) -> str:
-    """What the servers are, and who says which weights sampled which tokens."""
+    """A sentence on the servers: number, vLLM, and who says which weights sampled which tokens."""
     facts = [member.link and member.link.facts() for member in members]
     known = [f for f in facts if f is not None]
     kinds = sorted({f"vLLM {f.vllm}, versions {'said' if f.has_spans else 'cut here'}" for f in known})
@@ -211,10 +211,10 @@ def check_held(content: str, prints: Mapping[str, int], *, version: int, expecte
 
 
 def same_canary(member: Member, logprobs: Sequence[float], others: Sequence[float], tolerance: float) -> None:
-    """Raises EngineError if a server computes other log-probs of fixed tokens than another one."""
+    """Raises EngineError if a server's log-probs of fixed tokens differ from another one's."""
     mean = sum(abs(a - b) for a, b in zip(logprobs, others, strict=True)) / len(others)
     if not mean <= tolerance:
         raise EngineError(
-            f"server {member.server.url} holds the policy's weights and computes otherwise: its canary's "
+            f"server {member.server.url} holds the policy's weights but computes differently: its canary's "
             f"log-probs are {mean:.3g} nats from another server's on average, more than {tolerance:g}"
         )

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from rl.model.streamed import streamed
 from rollout.vllm.internals import reach_or
 
-# A checkpoint's matrix of one expert -> vLLM's parameter of all experts of the layer; gate stands before up.
+# A checkpoint's matrix of one expert -> vLLM's parameter of all experts of the layer; gate comes before up.
 _OF_EXPERT = {"gate_proj": "w13", "w1": "w13", "down_proj": "w2", "w2": "w2"}
 _FIRST_EXPERT = re.compile(rf"(.*\.experts)\.0\.({'|'.join(_OF_EXPERT)})\.weight")
 # What vLLM's loaders rename by hand.
@@ -25,7 +25,7 @@ _BY_HAND = {r"\.router\.layer\.weight$": ".gate.weight"}
 
 
 class Names:
-    """Of one model, from transformers' own conversions of checkpoints and vLLM's mapper.
+    """The names in one model, from transformers' own conversions of checkpoints and vLLM's mapper.
 
     Args:
         config: transformers' config of the model; None: every name is the same everywhere.
@@ -49,7 +49,7 @@ class Names:
                 self._of_vllm[_of_all_experts(own)] = name
 
     def transformers_name(self, own: str) -> str:
-        """Of vLLM's parameter."""
+        """transformers' name of vLLM's parameter `own`."""
         return self._of_vllm.get(own, own)
 
     def is_transposed(self, name: str) -> bool:
@@ -67,7 +67,7 @@ class Names:
 
 
 def _without_weights(config: Any, *, always: bool) -> Any:
-    """A model without weights; None: its checkpoints have its own names, and it is not asked for `always`."""
+    """A model without weights; unless `always`, None if its checkpoints have its own names."""
     if config is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Experts on a CPU, read back out of the order in which vLLM's kernel keeps them."""
+"""Reads experts on a CPU back from the order in which vLLM's kernel keeps them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _order(rows: Sequence[int], parameter: str, packed: Tensor, pack: Callable[[
 
 
 def _packed(values: Tensor, parameter: str, pack: Callable[[Any], Any]) -> Tensor:
-    """As the kernel would hold these values of one expert; the other parameter of its layer is made up."""
+    """These values of one expert as the kernel would hold them; the layer's other parameter is made up."""
     _, height, width = values.shape
     layer: Any = nn.Module()
     other = (1, width, height // 2) if parameter == "w13_weight" else (1, 2 * width, height)

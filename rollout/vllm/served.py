@@ -1,4 +1,4 @@
-"""One vLLM server as it is asked for completions: token ids in and out, every completion a stream of its own.
+"""Asks one vLLM server for completions: token ids in and out, every completion a stream of its own.
 
 The streams run in a thread with its own connections, apart from those that control the server. A stream that
 breaks off keeps the tokens that it brought, and another server can go on from them.
@@ -29,7 +29,7 @@ POLL_TIMEOUT_S = 10.0
 CONNECT_S = 10.0
 KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
 LOOP_S = 60.0  # longest wait for the thread of the streams
-SETTLE_S = 0.05  # what a paused server sampled has come when nothing came for so long
+SETTLE_S = 0.05  # a paused server has sent all that it sampled if nothing came for so long
 MAX_SETTLE_S = 5.0
 UNPROVED = "it sampled with weights that nobody has proved ({})"
 GAUGES = {
@@ -46,16 +46,16 @@ class Server:
     """One server's streams and health, all of which belong to the thread of its event loop.
 
     Args:
-        salt: of the prompts that this start of this run caches; nothing that was cached before matches.
+        salt: of the prompts that this start of the run caches; prompts that were cached before do not match.
         sink: where (server, stream) goes when one has ended.
-        sends: this process sends the weights; else it hears of new ones a little after they sample.
+        sends: this process sends the weights; else it learns of new ones after they have begun to sample.
 
     Attributes:
         version: of the weights that it was proved to hold; WEIGHTS_UNKNOWN: of none.
         label: what it calls these weights.
         fault: why it does not answer; None while it does.
-        failing_since: `time.monotonic()` when its first question of health failed; None while they succeed.
-        answered: `time.monotonic()` when it last said that it is well.
+        failing_since: `time.monotonic()` when its health checks began to fail; None while they succeed.
+        answered: `time.monotonic()` when a health check last succeeded.
         is_gone: nobody listens there, or vLLM says that its engine is dead.
         refusal: a request that it calls wrong, which is not a fault of the server.
         doubt: why `version` is not known any longer.
@@ -101,8 +101,8 @@ class Server:
         self._loop.call_soon_threadsafe(self._cancel, ids)
 
     def give_up(self, *, keep: bool) -> None:
-        """Ends all streams, and distrusts the server. Streams `keep` what they have, unless weights that
-        nobody has proved were found there: which of it they sampled is not known before a stream's end.
+        """Ends all streams, and distrusts the server. With `keep`, streams keep their tokens, unless unproved
+        weights were found there: which tokens those sampled is not known before a stream's end.
         """
 
         def end() -> None:
@@ -115,7 +115,7 @@ class Server:
         self._in_loop(end)
 
     def distrust(self, doubt: str, streams: Sequence[Stream] = ()) -> None:
-        """Weights that nobody has proved were found, and these streams have sampled with them."""
+        """Notes that unproved weights were found, with which these streams have sampled."""
         self.doubt, self.version = doubt, WEIGHTS_UNKNOWN
         for stream in streams:
             stream.drop()
@@ -129,11 +129,11 @@ class Server:
             time.sleep(SETTLE_S)
 
     def holds(self, version: int, label: str) -> None:
-        """From here on its tokens are of `version`, which it calls `label`. Streams without a token begin
-        again, lest they find prompts that older weights have cached.
+        """Notes that its tokens are now of `version`, which it calls `label`. Streams without a token begin
+        again, so that they do not find prompts that older weights have cached.
 
         Raises:
-            EngineError: this process does not send weights, and these are not of whom it has them from.
+            EngineError: this process does not send weights, and these come from another sender than before.
         """
         writer = label.partition(".")[2]
         if not self.sends and self.label.partition(".")[2] not in ("", writer):
@@ -149,7 +149,7 @@ class Server:
         self._in_loop(begin_again)
 
     def score(self, token_ids: list[int]) -> Future[list[float]]:
-        """log p(ids[i] | ids[:i]) for i >= 1 at temperature 1; streams do not have them."""
+        """log p(ids[i] | ids[:i]) for i >= 1 at temperature 1; streams do not bring these."""
         return self._soon(self._score(token_ids))
 
     def close(self) -> None:
@@ -191,8 +191,8 @@ class Server:
                 stream.task.cancel()
 
     def _salt(self) -> str:
-        """A digest of the run, its start, the version and the proof of it: other weights never find these
-        prompts, not even those that somebody else has pushed between two proofs of one version.
+        """A digest of the run, its start, the version and its proof. Other weights never find these cached
+        prompts, not even weights that others have pushed between two proofs of one version.
         """
         said = f"{self.salt}/{self.version}/{self._num_proofs}"
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
@@ -221,8 +221,8 @@ class Server:
         raise EngineError(said)
 
     def _check_versions(self, stream: Stream) -> None:
-        """Takes the server's word for which weights sampled which tokens, where it gives it. Tokens of
-        weights that nobody has proved are dropped, and the server is distrusted.
+        """Takes the tokens' versions from the server's labels, if it gives them. Tokens of unproved weights
+        are dropped, and the server is distrusted.
         """
         if stream.said is None:
             return
@@ -235,7 +235,7 @@ class Server:
         stream.versions[stream.first :] = known[: len(stream.token_ids) - stream.first]  # type: ignore[assignment]
 
     def _version_of(self, label: str) -> int | None:
-        """None: of weights that nobody has proved. Who does not send them hears late of the next ones."""
+        """A label's version, None if unproved. A process that does not send trusts its sender's labels."""
         number, _, writer = label.partition(".")
         is_next = not self.sends and writer == self.label.partition(".")[2]
         return int(number) if is_next else self._labels.get(label)
@@ -273,7 +273,7 @@ class Server:
 
 
 def _gauges(text: str) -> dict[str, float]:
-    """Metrics in Prometheus' text form; of several engines behind one server the largest."""
+    """Reads metrics in Prometheus' text form; of several engines behind one server, the largest values."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         name = GAUGES.get(line.partition("{")[0].partition(" ")[0])

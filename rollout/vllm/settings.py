@@ -22,9 +22,9 @@ class CoreSettings:
         model: folder or hub name.
         max_model_len: longest prompt plus completion, in tokens.
         process: "own" gives vLLM's engine core a process of its own, which samples while this one trains;
-            "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit,
-            and "inside" on a CPU, where both would share the same cores, unless vLLM would change the class
-            of the trainer's model.
+            "inside" runs it in this one. "auto" is "own" on a GPU, where Python per completion is the limit.
+            On a CPU, where both would share the same cores, it is "inside", unless vLLM would change the
+            class of the trainer's model.
         gpu_memory_utilization: share of the GPU for weights, activations and KV cache.
         kv_cache_gib: KV cache on a CPU.
         enforce_eager: no CUDA graphs; default: eager on a CPU only.
@@ -66,7 +66,7 @@ def routes_unavailable() -> str | None:
 
 
 def engine_arguments(s: CoreSettings) -> dict[str, Any]:
-    """What vLLM is started with, beside what every engine gets (`rollout.vllm.start`).
+    """What vLLM is started with, besides what every engine gets (`rollout.vllm.start`).
 
     Raises:
         ValueError: the GPU has less than its share of memory left beside the trainer.
@@ -86,8 +86,8 @@ def engine_arguments(s: CoreSettings) -> dict[str, Any]:
 
 
 def with_selection_bias(config: Any) -> Any:
-    """A DeepSeek-V3 config that says how its router selects: transformers saves none, and vLLM makes no
-    bias then.
+    """A DeepSeek-V3 config that says how its router selects: transformers does not save that, and without it
+    vLLM makes no bias.
     """
     if getattr(config, "model_type", None) in ("deepseek_v3", "deepseek_v32") and not hasattr(
         config, "topk_method"
@@ -107,7 +107,7 @@ def _on_cpu(s: CoreSettings) -> dict[str, Any]:
 
 
 def _on_gpu(s: CoreSettings, eager: bool) -> dict[str, Any]:
-    """A burst of prompts is prefilled in a step or two, and any number of running completions has a graph."""
+    """Arguments to prefill a burst of prompts in a step or two, with graphs for any number of completions."""
     torch.cuda.empty_cache()
     (free, total), share = torch.cuda.mem_get_info(), s.gpu_memory_utilization
     if free < share * total:

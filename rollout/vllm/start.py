@@ -1,4 +1,4 @@
-"""Starting vLLM, inside the trainer's process or beside it, and putting back what it changes there."""
+"""Starts vLLM, inside the trainer's process or beside it, and puts back what it changes there."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def vllm_available() -> str | None:
     reason = version_conflict(*found, torch_version=torch.__version__)
     if reason is not None:
         return reason
-    # Else vLLM would take a process of its own by itself; `start_engine` decides that. With this value a CPU
-    # build also keeps core and worker together in one process, as on a GPU.
+    # Else vLLM would start a process of its own; `start_engine` decides that. With this value a CPU build
+    # also keeps core and worker together in one process, as on a GPU.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -60,7 +60,7 @@ def vllm_available() -> str | None:
             importlib.import_module("vllm.engine.arg_utils")
             platform = importlib.import_module("vllm.platforms").current_platform
     except (ImportError, OSError, RuntimeError) as error:
-        return f"vLLM {found[1]} is installed and cannot be imported: {error}"
+        return f"vLLM {found[1]} is installed but cannot be imported: {error}"
     if platform.device_type not in ("cpu", "cuda"):
         return f"vLLM {found[1]} sees the device {platform.device_type!r}, not a CPU build or a CUDA GPU"
     return None
@@ -70,10 +70,10 @@ def vllm_available() -> str | None:
 def process_state_kept() -> Iterator[None]:
     """Puts back what vLLM changes for the whole process and the trainer relies on.
 
-    vLLM reseeds Python's, numpy's and torch's global generators, sets the number of threads and (on a CPU)
-    replaces `torch.set_num_threads` by a function that does nothing, sets the matmul precision, and writes
-    into the environment LD_PRELOAD, LOCAL_WORLD_SIZE and others, which would reach grader processes.
-    Variables named VLLM_ stay: vLLM reads them.
+    vLLM reseeds Python's, numpy's and torch's global generators. It sets the matmul precision and the number
+    of threads, and on a CPU replaces `torch.set_num_threads` by a function that does nothing. It also sets
+    LD_PRELOAD, LOCAL_WORLD_SIZE and other variables, which would reach grader processes. Variables named
+    VLLM_ stay: vLLM reads them.
     """
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state()
@@ -92,7 +92,7 @@ def process_state_kept() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
         if torch.accelerator.is_available():
-            # Without one these raise, and vLLM's empty versions have to stay.
+            # Without an accelerator these raise, so vLLM's empty versions have to stay.
             torch.accelerator.synchronize, torch.accelerator.empty_cache = accelerator
         for name in [n for n in os.environ if n not in environment and not n.startswith("VLLM_")]:
             del os.environ[name]
@@ -117,7 +117,7 @@ def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) 
     """Whether the engine core gets a process of its own.
 
     Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
-    changes it for its whole process: a trainer's model of that class fails in its next forward pass.
+    changes it for its whole process. A trainer's model of that class fails in its next forward pass.
 
     Raises:
         ValueError: `process` is "inside" for such a model.
@@ -131,7 +131,7 @@ def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) 
             found: Any = EngineArgs(**_ALWAYS | arguments).create_model_config()
             changes_class = found.using_transformers_backend()
     except (ValueError, RuntimeError, AssertionError):
-        return False  # the start refuses it in words
+        return False  # the start will say why it refuses this
     if changes_class and process == "inside":
         raise ValueError(
             f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
@@ -153,7 +153,7 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
     grouped = dist.is_available() and dist.is_initialized()
     if not grouped and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} and torch.distributed has no process group yet; make the "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but torch.distributed has no process group; make the "
             "policy (accelerate) before the vLLM engine"
         )
     with process_state_kept():
@@ -168,7 +168,7 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
 
 def _settle_llvmlite() -> None:
     """On a CPU vLLM asks every object of every module for its `__dict__`. llvmlite's library, which numba and
-    so bm25s load, answers any name with a function, on which the start would end.
+    so bm25s load, answers any name with a function, which would make the start fail.
     """
     if (ffi := cast(Any, sys.modules.get("llvmlite.binding.ffi"))) is not None:
         ffi.lib._fntab["__dict__"] = {}
@@ -193,7 +193,7 @@ _PARTS = {
     "graphs": r"Graph capturing finished in ([\d.]+) secs",
 }
 CORE_LOG_LEVEL = "COHORT_CORE_LOG_LEVEL"
-"""Variable: how much the core's own process writes, where somebody keeps it."""
+"""Environment variable: log level of the core's own process, set where its log is kept."""
 
 
 def start_parts(log: str) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
 
 @contextmanager
 def _sockets_of_one_start() -> Iterator[None]:
-    """A folder for the sockets where trainer and core meet; it goes once they have met, or did not.
+    """A folder for the sockets where trainer and core meet; it is removed once they have met or failed to.
 
     vLLM leaves them in the temporary folder for good. A connected socket needs no name, so that whatever is
     killed later leaves nothing behind.
@@ -293,7 +293,7 @@ def _children_killed_after(timeout_s: float) -> Iterator[threading.Event]:
 def _join_group(timeout_s: float) -> dict[str, Any]:
     """Arguments for an engine inside one rank of a distributed trainer, where every rank starts its own.
 
-    vLLM joins the default group, in which making its groups of one needs all processes at the same time.
+    vLLM joins the default group. To make its groups of one there, all processes have to act at the same time.
     `external_launcher` gives each process its own GPU (LOCAL_RANK).
     """
     _meet(timeout_s)
@@ -316,7 +316,7 @@ def _meet(timeout_s: float) -> None:
 
 
 def stop_engine(engine: Any, *, owns_group: bool) -> None:
-    """Ends a vLLM engine and frees its memory; the trainer's process group stays, vLLM would destroy it."""
+    """Ends a vLLM engine and frees its memory; keeps the trainer's process group, which vLLM destroys."""
     destroy = dist.destroy_process_group
     try:
         if not owns_group:

@@ -1,7 +1,7 @@
 """Weights as files: whole, or the changed values only, in safetensors with an index that checksums them.
 
-A delta overwrites: laid over the same base once or twice it gives the same weights. A server takes it only
-over the content that it has loaded last. Checksums (xxh3, 128 bits) find damage, not an adversary.
+A delta overwrites: laid over the same base once or twice it gives the same weights. A server accepts it only
+over the content that it loaded last. Checksums (xxh3, 128 bits) find damage, not an adversary.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ReadFiles:
         """Compares names, shapes and dtypes, and the positions of a delta, with what a model holds.
 
         Raises:
-            ValueError: naming the tensor.
+            ValueError: something differs; the message names the tensor.
         """
         wanted = {name for name, one in held.items() if one.source == name}
         if extra := sorted(set(self.names) - wanted):
@@ -148,10 +148,10 @@ class WeightFiles:
     The memory costs one copy of the weights in the engines' dtypes, on the CPU.
 
     Args:
-        folder: of this run alone; it is emptied, and goes in the end.
+        folder: of this run alone; it is emptied at first, and removed in the end.
         held: what the servers hold (`Control.describe`).
         url: where they get the files if they do not see `folder`; this process serves them there.
-        token: what it asks for.
+        token: what this process then asks for.
 
     Raises:
         ValueError: this host cannot listen at `url`.
@@ -176,7 +176,7 @@ class WeightFiles:
         """Writes what changed since the version that all servers hold; everything if there is none.
 
         Raises:
-            ValueError: the stream lacks a weight, or has one that the servers have not.
+            ValueError: the stream lacks a weight, or has one that the servers lack.
         """
         with self._lock:
             base, self._pending = self._committed, None
@@ -186,12 +186,12 @@ class WeightFiles:
             return self._pending
 
     def commit(self) -> None:
-        """Every server holds the version that was written last: the next delta is laid over it."""
+        """Notes that every server holds the version written last: the next delta is laid over it."""
         with self._lock:
             if self._pending is None:
                 return
             for name, values, positions in self._read(self._pending).tensors():
-                # A copy: whole values are mapped from the file, which goes.
+                # A copy, since whole values are mapped from a file that is removed.
                 self._base[name] = overwritten(self._base.get(name, values), values, positions).clone()
             self._committed, self._pending = self._pending, None
 
@@ -234,7 +234,7 @@ class WeightFiles:
             raise ValueError(f"the stream of weights lacks {_listed(list(missing))}")
 
     def _changed(self, name: str, tensor: Tensor) -> tuple[str, Tensor, Tensor | None]:
-        """The values that differ from the base in any bit, with their positions, where that is shorter."""
+        """The values that differ from the base in any bit, with their positions, if that is shorter."""
         new = tensor.to("cpu", self._dtypes[name]).contiguous()
         if (base := self._base.get(name)) is None:
             return name, new, None

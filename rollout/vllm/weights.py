@@ -31,7 +31,7 @@ class Slot:
     """Where one Hugging Face tensor lives: rows [first, last) of a parameter of a module.
 
     Attributes:
-        turned: the parameter has the last two axes the other way round.
+        turned: the parameter's last two axes are swapped.
     """
 
     module: Any
@@ -47,7 +47,7 @@ def find_slots(model: nn.Module, names: Names) -> dict[str, Slot]:
 
     vLLM stacks q, k, v into `qkv_proj` and gate, up into `gate_up_proj`; `packed_modules_mapping` names the
     parts in order. Embeddings are padded to a multiple of 64 rows. On a CPU vLLM moves the weight of a linear
-    layer into a packed copy of the kernel and keeps an empty parameter: such a slot is sampled. A tied head
+    layer into a packed copy of the kernel and keeps an empty parameter. Such a slot is sampled. A tied head
     has a packed copy of its own.
 
     Raises:
@@ -110,10 +110,10 @@ def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, 
 
 
 def complete_layers(slots: Mapping[str, Slot]) -> dict[str, frozenset[str]]:
-    """Name -> the names with which its layer is complete; only layers that nothing else belongs to.
+    """Name -> the names that complete its layer; only for layers that consist of nothing else.
 
-    To be called while vLLM reloads, when the parameters have the sizes that are loaded. An embedding that is
-    padded is never complete: vLLM processes it at the very end.
+    It must be called while vLLM reloads, when the parameters have the sizes that are loaded. A padded
+    embedding is never complete: vLLM processes it at the very end.
     """
     names: dict[int, set[str]] = {}
     for name, slot in slots.items():
@@ -195,7 +195,7 @@ def _product(slot: Slot, rows: Tensor) -> Tensor:
 
 
 def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
-    """Whether writing into the parameters is all that loading does: nothing else is made of them."""
+    """Whether loading only writes into the parameters, and nothing else is derived from them."""
     return not any("MLA" in type(module).__name__ for module in model.modules()) and all(
         slot.held.device.type in _AS_THEY_ARE
         and not slot.held.sampled
@@ -210,7 +210,7 @@ def write_slot(slot: Slot, tensor: Tensor) -> None:
 
 
 def repack(slots: Mapping[str, Slot]) -> None:
-    """Packs again, on a CPU, what vLLM's reload leaves as it was.
+    """Packs again, on a CPU, weights that vLLM's reload leaves packed as before.
 
     The reload processes only layers that a tensor was loaded into, and a tied head is loaded through the
     embedding: its packed copy would go on multiplying by the weights of the engine's start. Experts are
