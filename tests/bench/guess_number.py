@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,11 +35,12 @@ WORDS = [
 ]
 
 
-def make_model(folder: Path) -> None:
-    tokenizer = word_tokenizer(folder, WORDS)
+def make_model(folder: Path, words: Sequence[str] = WORDS) -> None:
+    """A model of 2 layers with random weights, whose tokens are these words."""
+    tokenizer = word_tokenizer(folder, words)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

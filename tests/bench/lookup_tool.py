@@ -15,15 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from recipes.environments.calls import answer_calls
 from recipes.evaluation.statistics import share_interval
 from recipes.grpo import run
 from rl.store.ledger import Ledger
 from rollout.environment import Environment, Episode, Reply, Turn
-from tests.conftest import SPECIAL, word_tokenizer
+from tests.bench.guess_number import make_model
+from tests.conftest import SPECIAL
 
 NUMBERS, LAST = 4, 20
 CALL = '<tool_call>{"name":"look","arguments":{}}</tool_call>'  # a word, as it has no space
@@ -55,25 +53,6 @@ class Looking(Episode):
 
 def rows(num_rows: int) -> list[dict[str, Any]]:
     return [{"prompt": "Which number is it ?", "number": i} for i in range(num_rows)]
-
-
-def make_model(folder: Path) -> None:
-    tokenizer = word_tokenizer(folder, WORDS)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def play(folder: Path, steps: int, *, has_tool: bool) -> None:
@@ -116,6 +95,6 @@ def play(folder: Path, steps: int, *, has_tool: bool) -> None:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-    make_model(place / "model")
+    make_model(place / "model", WORDS)
     for has_tool in (True, False):
         play(place, int(sys.argv[2]) if len(sys.argv) > 2 else 100, has_tool=has_tool)

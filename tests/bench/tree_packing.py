@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 
 from recipes.grpo import run as train
@@ -63,17 +64,10 @@ def record(folder: Path) -> Path:
     return folder / "run"
 
 
-def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-
-
 def tree_size(sequences: Iterable[Sequence[int]]) -> int:
     """Tokens of a tree of the sequences: their different prefixes. Sorted neighbours share the most."""
     found = sorted(sequences)
-    return sum(map(len, found)) - sum(num_shared(*pair) for pair in pairwise(found))
+    return sum(map(len, found)) - sum(len(commonprefix(pair)) for pair in pairwise(found))  # noqa: RUF071
 
 
 def main(run: Path) -> None:
@@ -90,7 +84,7 @@ def main(run: Path) -> None:
             for episodes in groups.values():
                 rows = [row for episode in episodes.values() for row in episode]
                 alone += sum(map(len, rows))
-                prompt = num_shared(min(rows), max(rows))
+                prompt = len(commonprefix(rows))  # noqa: RUF071  of lists
                 of_episodes += prompt + sum(tree_size(own) - prompt for own in episodes.values())
                 of_groups += tree_size(rows)
                 num_rows, num_episodes = num_rows + len(rows), num_episodes + len(episodes)
