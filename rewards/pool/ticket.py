@@ -41,7 +41,7 @@ class Ticket:
         self._completions: list[Completion] = []
         self._parts: list[dict[str, Reward]] = []
         self._faults: list[dict[str, Fault]] = []
-        self._missing = 0
+        self._missing = 1  # answers to come, and the call of `finish`
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._future: Future[ScoredGroup] = Future()
@@ -72,9 +72,7 @@ class Ticket:
         for number, asks in enumerate(self._grading.asks):
             if asks.groupwise and live:
                 self._call(number, live, partial(self._take_group, number, live))
-        with self._lock:
-            self._group = group or Group(self._prompt, list(self._completions))
-        self._file("", [], Answer([]))
+        self._file("", [], Answer([]), group=group or Group(self._prompt, list(self._completions)))
         return self._future
 
     def _take_group(self, number: int, indices: list[int], answer: Answer) -> None:
@@ -131,21 +129,24 @@ class Ticket:
             return then(failed_call("bad_value", f"cannot be sent to a grader: {error}", len(indices)))
         answer.add_done_callback(lambda a: then(read_answer(a.result(), len(indices))))
 
-    def _file(self, name: str, indices: Sequence[int], answer: Answer) -> None:
-        """Records the answer of one call; once none is missing, composes the group's rewards."""
+    def _file(self, name: str, indices: Sequence[int], answer: Answer, *, group: Group | None = None) -> None:
+        """Records the answer of one call, or the group; whoever records the last one composes the rewards."""
         with self._lock:
             for index, (reward, fault) in zip(indices, answer.items, strict=True):
                 self._parts[index][name] = reward
                 self._missing -= 1
                 if fault:
                     self._faults[index][name] = fault
-            if self._group is None or self._missing or not self._future.set_running_or_notify_cancel():
+            if group is not None:
+                self._group, self._missing = group, self._missing - 1
+            if self._missing or not self._future.set_running_or_notify_cancel():
                 return
         try:
             rewards = [compose(self._grading.specs, parts) for parts in self._parts]
             for completion, faults in zip(self._completions, self._faults, strict=True):
                 if completion.finish_reason != "abort":
                     self._grading.count(self._prompt, faults)
+            assert self._group is not None
             self._future.set_result(ScoredGroup(self._group, rewards))
         except Exception as error:  # a bug, which the waiting caller must see
             self._future.set_exception(error)

@@ -197,6 +197,26 @@ def test_a_completion_is_graded_while_its_group_is_still_being_sampled():
         pool.close()
 
 
+def test_an_answer_in_the_middle_of_finish_completes_the_group_once(pool):
+    ticket = pool.begin(group([]).prompt)
+    lock, released = ticket._lock, []
+
+    class Lock:
+        """Lets the open answer come when finish has released it, as a crowded machine once did."""
+
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *error):
+            lock.release()
+            released.append(wait_until(lambda: ticket._missing == 0, "the answer has come"))
+
+    ticket.add(completion("abc"))
+    ticket._lock = Lock()
+    scored = ticket.finish().result(timeout=30)
+    assert released and [r.score for r in scored.rewards] == [3.0]
+
+
 def test_parts_weights_gates_and_none_are_composed():
     specs = [
         RewardSpec(HERE + "exact", 2.0, requires=HERE + "half", options={"bonus": 0.5}),
