@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.model.packed import Block, Layout, first_fit
+from rl.model.packed import Block, Layout, branches_of, first_fit
 from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
@@ -100,13 +100,13 @@ class MicroBatch:
         return Layout(self.blocks, self.token_ids_N.device)
 
     def sequences(self) -> Iterator[tuple[Int[Tensor, " T"], int, int]]:
-        """For each row: its ids, how many of them are the prompt's, and the completion's first column."""
+        """For each row: its ids, how many of them it shares with others, and its own first column."""
+        ids = self.token_ids_N
         for block in self.blocks:
-            prompt, *completions = self.token_ids_N[block.start : block.end].split(block.lengths)
-            start = block.completion_start
-            for completion in completions:
-                yield torch.cat([prompt, completion]), len(prompt), start
-                start += len(completion)
+            for shared, own in block.columns:
+                given = [ids[block.start : block.completion_start], ids[shared.start : shared.stop]]
+                row = torch.cat([*given, ids[own.start : own.stop]])
+                yield row, len(row) - len(own), own.start
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -272,7 +272,7 @@ def _blocks(episodes: list[list[Row]], token_budget: int) -> list[list[Row]]:
     """Episodes of one group side by side, cut where their rows and the prompt would exceed the budget."""
     blocks, size, current = list[list[Row]](), 0, None
     for rows in episodes:
-        prompt, length = rows[0].prompt.token_ids, sum(len(row.completion.token_ids) for row in rows)
+        prompt, length = rows[0].prompt.token_ids, sum(_block_of(rows).completion_lengths)
         if (rows[0].group_index, prompt) != current or size + length > token_budget:
             blocks.append([])
             size, current = len(prompt), (rows[0].group_index, prompt)
@@ -286,7 +286,7 @@ def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[R
 
     Even bins have a lower memory peak. If one is larger than every first-fit bin, the latter are kept.
     """
-    sizes = [sum(_size(block) for block in parcel) for parcel in parcels]
+    sizes = [sum(_block_of(rows).end for rows in parcel) for parcel in parcels]
     bins = first_fit(sizes, token_budget)
     even, filled = [list[int]() for _ in bins], [0] * len(bins)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -298,39 +298,37 @@ def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[R
     return [[block for i in bin_ for block in parcels[i]] for bin_ in chosen]
 
 
-def _size(block: list[Row]) -> int:
-    return len(block[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in block)
+def _block_of(rows: list[Row], start: int = 0) -> Block:
+    lengths = [len(row.completion.token_ids) for row in rows]
+    contexts = [row.completion.token_ids[: row.num_context] for row in rows]
+    branches = branches_of([row.episode for row in rows], contexts)
+    return Block.of(start, len(rows[0].prompt.token_ids), lengths, branches)
 
 
 def micro_batch_of(bin_: list[list[Row]]) -> MicroBatch:
-    token_ids: list[int] = []
-    positions: list[int] = []
+    token_ids, positions, columns, predecessors, sequence_ids = (list[int]() for _ in range(5))
+    advantages, weights, behavior = (list[float]() for _ in range(3))
     blocks: list[Block] = []
-    columns: list[int] = []
-    predecessors: list[int] = []
-    sequence_ids: list[int] = []
-    advantages: list[float] = []
-    weights: list[float] = []
-    behavior: list[float] = []
     numbers: dict[tuple[int, int], int] = {}
     for rows in bin_:
         prompt = rows[0].prompt.token_ids
-        blocks.append(Block(len(token_ids), len(prompt), tuple(len(r.completion.token_ids) for r in rows)))
+        block = _block_of(rows, start=len(token_ids))
+        blocks.append(block)
         token_ids += prompt
         last_prompt_column = len(token_ids) - 1
         positions += range(len(prompt))
-        for row in rows:
-            start, ids = len(token_ids), row.completion.token_ids
+        for row, (shared, own) in zip(rows, block.columns, strict=True):
+            ids, given, columns_T = row.completion.token_ids, len(shared), [*shared, *own]
             scored = [t for t, counts in enumerate(row.completion.loss_mask) if counts]
-            columns += [start + t for t in scored]
-            predecessors += [start + t - 1 if t else last_prompt_column for t in scored]
+            columns += [columns_T[t] for t in scored]
+            predecessors += [columns_T[t - 1] if t else last_prompt_column for t in scored]
             sequence_ids += [numbers.setdefault(row.episode, len(numbers))] * len(scored)
             advantages += row.loss_advantages
             weights += [row.weight] * len(scored)
             if row.completion.behavior_logprobs:
                 behavior += [row.completion.behavior_logprobs[t] for t in scored]
-            token_ids += ids
-            positions += range(len(prompt), len(prompt) + len(ids))
+            token_ids += ids[given:]
+            positions += range(len(prompt) + given, len(prompt) + len(ids))
     if behavior and len(behavior) != len(columns):
         raise ValueError(
             "some completions of a batch lack behavior log-probs; ask the engine for all of them or for none"

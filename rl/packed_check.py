@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl.batch import MicroBatch, PackRules, pack
+from rl.batch import MicroBatch, Row, micro_batch_of
 from rl.model.exactness import PROBE_LIMIT, switch_lengths
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.types import Completion, Prompt, VersionSpan
 
 
 def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:
-    """Ragged groups with shared prompts, longer than every switch length that the run will reach.
+    """Ragged groups with shared prompts and a branch, longer than all switch lengths that the run will reach.
 
     Args:
         longest: tokens of the longest sequence of the run; None: `PROBE_LIMIT`.
@@ -25,14 +26,18 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
     extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
     generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt_length, lengths in ((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,))):
-        draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+    blocks: list[list[Row]] = []
+    for i, (prompt_length, lengths) in enumerate(((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,)))):
         completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
         prompt = Prompt("probe", "", tuple(draw(prompt_length)))
-        groups.append(ScoredGroup(Group(prompt, completions), [Reward(0.0)] * len(completions)))
-    rules = PackRules(token_budget=1 << 20, row_weight=lambda *counts: 1.0, skip_without_signal=False)
-    return pack(groups, [[0.0] * len(g.completions) for g in groups], rules)[0].micro_batches[0]
+        blocks.append([Row(prompt, c, i, g, 0.0, weight=1.0) for g, c in enumerate(completions)])
+    _, branch, trunk = blocks[0]  # the branch goes on from all but two tokens of the trunk
+    shared = trunk.completion.token_ids[:-2]
+    more = {"token_ids": shared + branch.completion.token_ids, "loss_mask": [False] * len(shared) + [True]}
+    branch = replace(branch, index=trunk.index, completion=replace(branch.completion, **more))
+    blocks[0][1:] = [replace(branch, num_context=len(shared)), replace(trunk, num_context=len(shared) + 1)]
+    return micro_batch_of(blocks)
 
 
 def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:

@@ -25,11 +25,14 @@ TAGS |= {f"{key}_end_id": f"</{key}>" for key in ("tool_call", "arg_key", "arg_v
 THINK = {"think_id": "<think>", "think_end_id": "</think>"}
 HARMONY = {f"{key}_id": f"<|{key}|>" for key in ("return", "call", "start", "end", "channel", "message")}
 HARMONY["constrain_id"] = "<|constrain|>"
+DEEPSEEKS = ("deepseek", "deepseek_v31", "deepseek_v32")
 MAY_LACK = (*THINK, "constrain_id")
 RENDERED: dict[str, tuple[str, Mapping[str, str]]] = {  # (function of renderers.parsing, its ids)
     "qwen3_coder": ("parse_qwen35", {**THINK, **{k: v for k, v in TAGS.items() if "tool" in k}}),
     "glm": ("parse_glm", {**THINK, **TAGS}),
     "deepseek": ("parse_deepseek_v3", DEEPSEEK),
+    "deepseek_v31": ("parse_deepseek_v3", DEEPSEEK),
+    "deepseek_v32": ("parse_deepseek_v4", {"dsml": "｜DSML｜"}),
     "gpt_oss": ("parse_gpt_oss", HARMONY),
     "llama3": ("parse_llama_3", {}),
 }
@@ -39,6 +42,7 @@ WRONG = {
     "invalid_json": "the arguments are not valid JSON, or not of the types that the tool declares",
     "missing_name": "the call has no name",
 }
+MALFORMED = "the call is malformed"
 MAX_PYTHONIC = 20_000  # characters
 MAX_TAGS = 100  # of XML in a turn: the reader's time grows with their number times the length
 PROBE = ("probe_call", {"text": "a b", "number": 3})
@@ -69,6 +73,8 @@ def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> 
     name, tokens = RENDERED[form]
     parse: Any = getattr(parsing, name)
     ids: dict[str, Any] = {key: _id(tokenizer, token) for key, token in tokens.items()}
+    if form == "deepseek_v32":
+        ids = {"think_start_id": _id(tokenizer, "<think>"), "think_end_id": _id(tokenizer, "</think>")}
     if form in ("qwen3_coder", "glm"):
         ids["tools"] = list(tools)
     start = tokenizer("assistant", add_special_tokens=False)["input_ids"]  # gpt-oss has it in the prompt
@@ -81,12 +87,13 @@ def reader_of(form: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> 
             return [ToolCall(fault=f"more than {MAX_TAGS} functions and parameters in a turn are not read")]
         if form != "gpt_oss":
             more["stop_ids"] = set(stops)
-        if form in ("qwen3_coder", "glm", "deepseek"):
-            more["prefilled_thinking"] = word(before[-8:]).rstrip().endswith("<think>")
+        if form in ("qwen3_coder", "glm", *DEEPSEEKS):
+            name = "thinking_enabled" if form == "deepseek_v32" else "prefilled_thinking"
+            more[name] = word(before[-8:]).rstrip().endswith("<think>")
         found = parse(tokenizer, given, **ids, **more).tool_calls
         if form == "llama3" and not found and re.match(r'\s*\{\s*"name"', word(given)):
             return [ToolCall(fault="the call is not valid JSON")]
-        return [_checked(call) for call in found]
+        return [_named_first(call) if form == "deepseek_v31" else _checked(call) for call in found]
 
     return lambda *asked: _read_safely(read, *asked)
 
@@ -109,8 +116,21 @@ def _checked(call: Any) -> ToolCall:
     """Converts a `renderers.base.ParsedToolCall`; whether its tool exists is for the caller to check."""
     status = str(call.status)
     if status not in ("ok", "unknown_tool"):
-        return ToolCall(str(call.name or ""), fault=WRONG.get(status, "the call is malformed"))
+        return ToolCall(str(call.name or ""), fault=WRONG.get(status, MALFORMED))
     return checked_call(call.name, call.arguments)
+
+
+def _named_first(call: Any) -> ToolCall:
+    """Converts a call of DeepSeek V3.1, `name<｜tool▁sep｜>arguments`, of which the reader of V3 (type first,
+    then the name) knows only where it begins and ends.
+    """
+    name, _, arguments = str(call.raw).partition(DEEPSEEK["tool_sep_id"])
+    if str(call.status) in ("unclosed_block", "malformed_structure"):
+        return ToolCall(name.strip(), fault=WRONG.get(str(call.status), MALFORMED))
+    try:
+        return checked_call(name.strip(), json.loads(arguments))
+    except ValueError:
+        return ToolCall(name.strip(), fault=WRONG["invalid_json"])
 
 
 def pythonic(text: str) -> list[ToolCall]:

@@ -1,4 +1,4 @@
-"""Environments of the package verifiers (0.1.6 to 0.1.14), not imported here: `load_environment()` makes an
+"""Environments of the package verifiers (0.1.6 to 0.1.9), not imported here: `load_environment()` makes an
 object with `is_completed`, `env_response`, a rubric, and perhaps `setup_state` and `oai_tools`.
 """
 
@@ -23,7 +23,7 @@ class Verifiers(Environment):
     """
 
     def __init__(self, load: str, *, repeatable: bool = False, **options: Any) -> None:
-        self.inner, self.repeatable = found(load)(**options), repeatable
+        self.inner, self.repeatable = _made(load, options), repeatable
         self.tools = list(getattr(self.inner, "oai_tools", None) or ())
         self.loop = asyncio.new_event_loop()
         self.rewards = list(_rewards(self.inner.rubric))
@@ -92,6 +92,23 @@ def _rewards(rubric: Any) -> Iterator[tuple[Callable[..., Any], float, Mapping[s
         yield function, float(weight), getattr(rubric, "class_objects", {})
 
 
+def _made(load: str, options: Mapping[str, Any]) -> Any:
+    """What `load` returns for the options.
+
+    Raises:
+        ValueError: it has the interface of a later release, whose messages and tools are objects, or none.
+    """
+    made = found(load)(**options)
+    lacking = [name for name in ("is_completed", "env_response", "rubric") if not hasattr(made, name)]
+    if lacking or getattr(made, "tool_defs", None):
+        what = f"has no {', '.join(lacking)}" if lacking else "declares its tools in tool_defs"
+        raise ValueError(
+            f"what {load} makes {what}: it is of a release of verifiers that this adapter does not know; "
+            "install one of 0.1.6 to 0.1.9 and the environment for it, or play by environment.name=agent"
+        )
+    return made
+
+
 def rows(load: str, **options: Any) -> list[dict[str, Any]]:
     """The prompts of an environment, with the columns that its rubric reads."""
-    return list(map(dict, found(load)(**options).get_dataset()))
+    return list(map(dict, _made(load, options).get_dataset()))

@@ -28,12 +28,13 @@ class EnvironmentConfig(Section):
         description="if the chat template changes earlier turns (it drops thinking): append: they stay as "
         "they were; template: the episode continues in a new row",
     )
-    calls: Literal["auto", "hermes", "qwen3_coder", "glm", "deepseek", "gpt_oss", "llama3", "pythonic"] = (
-        Field(
-            default="auto",
-            description="format in which the model calls tools; auto: the one that its chat template writes",
-        )
-    )
+    calls: Literal[
+        "auto", "hermes", "qwen3_coder", "glm", "deepseek", "deepseek_v31", "deepseek_v32", "gpt_oss",
+        "llama3", "pythonic",
+    ] = Field(
+        default="auto",
+        description="format in which the model calls tools; auto: the one that its chat template writes",
+    )  # fmt: skip
     workers: int = Field(default=2, ge=1, description="processes that environments run in")
     deadline_s: float = Field(
         default=10.0, gt=0, description="per call; then its process is killed and the episode abstains"

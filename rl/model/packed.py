@@ -1,23 +1,27 @@
 """Attention for packed rows with shared prompts, registered with transformers under the name `cohort_packed`.
 
 A packed row is a list of blocks: one prompt followed by completions that all continue it. A completion token
-sees the prompt and its own completion up to itself, and nothing of its siblings. The prompt's keys and values
-are computed once for all of them. The layout travels as a keyword argument through the model's forward, so it
-survives gradient checkpointing. The attention mask that transformers passes (None for an unknown
-implementation) is never used: the layout is the mask.
+sees the prompt and its own completion up to itself, and nothing of its siblings, unless its completion is a
+branch: then it also sees the beginning of another one. What is shared has its keys and values computed once.
+The layout travels as a keyword argument through the model's forward, so it survives gradient checkpointing.
+The attention mask that transformers passes (None for an unknown implementation) is never used: the layout is
+the mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate, chain, pairwise
+from os.path import commonprefix
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from rl.model.varlen import VarlenPlan, flash_serves, shared_prompt_attention
@@ -33,11 +37,22 @@ class Block:
         start: column of the prompt's first token.
         prompt_length: tokens of the prompt, at least 1.
         completion_lengths: tokens of each completion; may be empty.
+        branches: for each completion, the one that it branches off and the number of its tokens that both
+            have in common; these are left out of its own. (): none does.
     """
 
     start: int
     prompt_length: int
     completion_lengths: tuple[int, ...]
+    branches: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(
+        start: int, prompt_length: int, row_lengths: Sequence[int], branches: tuple[tuple[int, int], ...]
+    ) -> Block:
+        """The block of rows of these lengths after the prompt, what they share included."""
+        own = tuple(length - shared for length, (_, shared) in zip(row_lengths, branches, strict=True))
+        return Block(start, prompt_length, own, branches if any(n for _, n in branches) else ())
 
     @property
     def completion_start(self) -> int:
@@ -50,6 +65,14 @@ class Block:
     @property
     def end(self) -> int:
         return self.start + sum(self.lengths)
+
+    @cached_property
+    def columns(self) -> tuple[tuple[range, range], ...]:
+        """For each completion: columns that it shares with another one, and its own."""
+        ends = [*accumulate(self.completion_lengths, initial=self.completion_start)]
+        branches = self.branches or tuple((i, 0) for i in range(len(self.completion_lengths)))
+        shared = [range(ends[trunk], ends[trunk] + number) for trunk, number in branches]
+        return tuple(zip(shared, (range(a, b) for a, b in pairwise(ends)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,8 @@ class Layout:
 
     @cached_property
     def longest(self) -> int:
-        return max((b.prompt_length + max(b.completion_lengths, default=0) for b in self.blocks), default=0)
+        widths = ((b.prompt_length, len(shared) + len(own)) for b in self.blocks for shared, own in b.columns)
+        return max([*map(sum, widths), *(b.prompt_length for b in self.blocks)], default=0)
 
     @cached_property
     def slots(self) -> tuple[Int[Tensor, " n"], ...]:
@@ -78,13 +102,16 @@ class Layout:
         slots = []
         for block in self.blocks:
             width = max(block.completion_lengths, default=0)
-            pieces = [torch.arange(n) + g * width for g, n in enumerate(block.completion_lengths)]
-            slots.append(torch.cat(pieces or [torch.empty(0, dtype=torch.long)]).to(self.device))
+            runs = (range(g * width, g * width + n) for g, n in enumerate(block.completion_lengths))
+            slots.append(torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device))
         return tuple(slots)
 
     @cached_property
     def varlen(self) -> VarlenPlan:
-        return VarlenPlan.of([(b.prompt_length, b.completion_lengths) for b in self.blocks], self.device)
+        pairs = [pair for b in self.blocks for pair in b.columns if pair[0]]
+        bins = first_fit([len(seen) for seen, _ in pairs], sum(self.sizes))  # a call copies at most N keys
+        branches = [[pairs[i] for i in bin_] for bin_ in bins]
+        return VarlenPlan.of([b.lengths for b in self.blocks], self.device, branches=branches)
 
 
 def packed_attention(
@@ -119,27 +146,42 @@ def packed_attention(
     pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]
     outputs = []
     for i, (block, slots) in enumerate(zip(cohort_layout.blocks, cohort_layout.slots, strict=True)):
-        prompt = [x[2 * i][None] for x in pieces]
-        outputs.append(attend(*prompt)[0])
-        if not block.completion_lengths:
-            continue
-        num_completions, width = len(block.completion_lengths), max(block.completion_lengths)
-        q, *own = (_rectangle(x[2 * i + 1], slots, num_completions, width) for x in pieces)
-        shared = (x.expand(num_completions, -1, -1, -1) for x in prompt[1:])
-        k, v = (torch.cat(both, dim=2) for both in zip(shared, own, strict=True))
-        # Padding is on the right, after every real query, so causality alone hides it.
-        answer = attend(q, k, v).transpose(0, 1).flatten(1, 2)
-        outputs.append(answer.index_select(1, slots))
+        prompt, rest = ([x[at] for x in pieces] for at in (2 * i, 2 * i + 1))
+        outputs.append(attend(*(x[None] for x in prompt))[0])
+        if block.branches:
+            outputs += _branching(attend, block, prompt, rest)
+        elif len(slots):
+            shape = len(block.completion_lengths), max(block.completion_lengths)
+            q, *own = (_rectangle(x, slots, shape) for x in rest)
+            shared = (x[None].expand(len(q), -1, -1, -1) for x in prompt[1:])
+            k, v = (torch.cat(both, dim=2) for both in zip(shared, own, strict=True))
+            # Padding is on the right, after every real query, so causality alone hides it.
+            answer = attend(q, k, v).transpose(0, 1).flatten(1, 2)
+            outputs.append(answer.index_select(1, slots))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
 def _rectangle(
-    x_HnD: Float[Tensor, "H n D"], slots: Int[Tensor, " n"], num_completions: int, width: int
+    x_HnD: Float[Tensor, "H n D"], slots: Int[Tensor, " n"], shape: tuple[int, int]
 ) -> Float[Tensor, "G H C D"]:
     """Turns consecutive completions into rows of equal width, with zeros on the right."""
     num_heads, _, size = x_HnD.shape
-    flat = x_HnD.new_zeros(num_heads, num_completions * width, size).index_copy(1, slots, x_HnD)
-    return flat.unflatten(1, (num_completions, width)).transpose(0, 1)
+    flat = x_HnD.new_zeros(num_heads, shape[0] * shape[1], size).index_copy(1, slots, x_HnD)
+    return flat.unflatten(1, shape).transpose(0, 1)
+
+
+def _branching(
+    attend: Callable[..., Tensor], block: Block, prompt: list[Tensor], rest: list[Tensor]
+) -> Iterator[Float[Tensor, "Hq n Dv"]]:
+    """Answers completion by completion. All keys that they see are many more than N, so none are kept."""
+    q, k, v = (x.split(block.completion_lengths, dim=1) for x in rest)
+
+    def answer(own: Tensor, *given: Tensor) -> Tensor:
+        return attend(own[None], *(torch.cat(given[i::2], dim=1)[None] for i in (0, 1)))[0]
+
+    for i, (trunk, shared) in enumerate(block.branches):
+        others = (k[trunk][:, :shared], v[trunk][:, :shared], k[i], v[i])
+        yield checkpoint(answer, q[i], *prompt[1:], *others, use_reentrant=False)
 
 
 def _attend(
@@ -181,6 +223,23 @@ def _attend(
 
 
 AttentionInterface.register(PACKED, packed_attention)
+
+
+def branches_of(
+    episodes: Sequence[tuple[int, int]], contexts: Sequence[list[int]]
+) -> tuple[tuple[int, int], ...]:
+    """`Block.branches` of rows: each branches off the row of its episode with the longest context.
+
+    Args:
+        contexts: tokens with which each row begins after the prompt, and of which none was sampled. Only
+            these are shared, so that each row keeps the weights, log-probs and routes of its own tokens.
+    """
+    trunks: dict[tuple[int, int], int] = {}
+    for i, episode in enumerate(episodes):
+        if len(contexts[i]) > len(contexts[trunks.setdefault(episode, i)]):
+            trunks[episode] = i
+    pairs = [(trunks[episode], i) for i, episode in enumerate(episodes)]
+    return tuple((t, len(commonprefix([contexts[t], contexts[i]])) * (t != i)) for t, i in pairs)  # noqa: RUF071
 
 
 def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,17 +1,19 @@
-"""Packed attention with fused kernels: two variable-length calls, merged by their log-sum-exps.
+"""Packed attention with fused kernels: variable-length calls, merged by their log-sum-exps.
 
 In one call, every prompt and every completion attends causally to itself. In a second one, the completions of
-a group attend to their shared prompt. Softmax over the union of two key sets is the mean of both softmaxes,
-weighted by the exponentials of their log-sum-exps (ring attention, arXiv:2310.01889). The backward kernel
-needs only the merged output and log-sum-exp of each row, so it is called twice with those. The prompt's keys
-and values are computed, kept and differentiated once per group.
+a group attend to their shared prompt, and in further ones branches to what they branch off. Softmax over the
+union of two key sets is the mean of both softmaxes, weighted by the exponentials of their log-sum-exps (ring
+attention, arXiv:2310.01889). The backward kernel needs only the merged output and log-sum-exp of each row, so
+it is called as often with those. The prompt's keys and values are computed, kept and differentiated once per
+group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,59 +38,75 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class VarlenPlan:
-    """Which columns see which, as two varlen calls.
+class Crossing:
+    """Runs of columns that see all of other runs, the first of the first and so on.
 
     Attributes:
-        own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
-            its completion if it has only one.
-        answers_C, prompts_P: columns of the completions that share a prompt, and of those prompts.
-        answer_groups, prompt_groups: their runs, one of each per shared prompt, in the same order.
-        causal: whether a column sees only what precedes it in its run.
+        answers_C, prompts_P: columns of those that see, and of those that are seen.
+        answer_groups, prompt_groups: their runs.
     """
 
-    own: Segments
     answers_C: Int[Tensor, " C"]
     prompts_P: Int[Tensor, " P"]
     answer_groups: Segments
     prompt_groups: Segments
-    causal: bool = True
 
     @staticmethod
-    def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
-        """Runs that see all of themselves and nothing else."""
-        return replace(VarlenPlan.of([(n, ()) for n in lengths], device), causal=False)
-
-    @staticmethod
-    def of(blocks: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> VarlenPlan:
-        """The plan of contiguous blocks, given as (prompt length, completion lengths)."""
-        own: list[int] = []
-        answers: list[Tensor] = []
-        prompts: list[Tensor] = []
-        start = 0
-        for prompt_length, completion_lengths in blocks:
-            columns = torch.arange(start, start + prompt_length + sum(completion_lengths))
-            start += len(columns)
-            if len(completion_lengths) < 2:
-                own.append(len(columns))
-            else:
-                own += [prompt_length, *completion_lengths]
-                prompts.append(columns[:prompt_length])
-                answers.append(columns[prompt_length:])
-        nothing = torch.empty(0, dtype=torch.long)
-        return VarlenPlan(
-            own=Segments.of(own, device),
-            answers_C=torch.cat([nothing, *answers]).to(device),
-            prompts_P=torch.cat([nothing, *prompts]).to(device),
-            answer_groups=Segments.of([len(x) for x in answers], device),
-            prompt_groups=Segments.of([len(x) for x in prompts], device),
-        )
+    def of(pairs: Sequence[tuple[range, range]], device: torch.device) -> Crossing:
+        """The crossing of pairs of columns: those that are seen, and those that see them."""
+        prompts, answers = zip(*pairs, strict=True)
+        answers_C, prompts_P = (torch.tensor([*chain(*x)], device=device) for x in (answers, prompts))
+        groups, seen = (Segments.of([*map(len, x)], device) for x in (answers, prompts))
+        return Crossing(answers_C, prompts_P, groups, seen)
 
     def answers(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "C H D"]:
         return x.index_select(0, self.answers_C)
 
     def prompts(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "P H D"]:
         return x.index_select(0, self.prompts_P)
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """Which columns see which, as varlen calls.
+
+    Attributes:
+        own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
+            its completion if it has only one.
+        crossings: completions that see their shared prompt; branches that see the beginning of another one.
+        causal: whether a column sees only what precedes it in its run.
+    """
+
+    own: Segments
+    crossings: tuple[Crossing, ...]
+    causal: bool = True
+
+    @staticmethod
+    def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
+        """Runs that see all of themselves and nothing else."""
+        return VarlenPlan(Segments.of(lengths, device), (), causal=False)
+
+    @staticmethod
+    def of(
+        blocks: Sequence[Sequence[int]],
+        device: torch.device,
+        *,
+        branches: Sequence[Sequence[tuple[range, range]]] = (),
+    ) -> VarlenPlan:
+        """The plan of contiguous blocks, each given by the lengths of its prompt and its completions.
+
+        Args:
+            branches: for each call, columns of completions that branches share, and their own.
+        """
+        own, shared, start = list[int](), list[tuple[range, range]](), 0
+        for lengths in blocks:
+            prompt_end, end = start + lengths[0], start + sum(lengths)
+            if len(lengths) > 2:
+                shared.append((range(start, prompt_end), range(prompt_end, end)))
+            own += lengths if len(lengths) > 2 else [end - start]
+            start = end
+        crossings = (Crossing.of(pairs, device) for pairs in (shared, *branches) if pairs)
+        return VarlenPlan(Segments.of(own, device), tuple(crossings))
 
 
 class Kernels(NamedTuple):
@@ -143,10 +161,10 @@ def _flash_gap() -> float:
     q, k, v, grad = (
         torch.randn(12, heads, 64, device="cuda", generator=generator).bfloat16() for heads in (4, 2, 2, 4)
     )
-    # A prompt of 3 with completions of 4 and 2, and one of 1 with a single completion of 2.
+    # A prompt of 3 with a completion of 4 and a branch of 2 behind 2 of these, and one of 1 with one of 2.
     sees = torch.ones(12, 12, device="cuda").tril().bool()
-    sees[7:9, 3:7], sees[9:, :9] = False, False
-    plan = VarlenPlan.of([(3, [4, 2]), (1, [2])], q.device)
+    sees[7:9, 5:7], sees[9:, :9] = False, False
+    plan = VarlenPlan.of([(3, 4, 2), (1, 2)], q.device, branches=[[(range(3, 5), range(7, 9))]])
     with torch.enable_grad():
         ours = [x.clone().requires_grad_() for x in (q, k, v)]
         theirs = [x.float().requires_grad_() for x in (q, k, v)]
@@ -204,15 +222,15 @@ class _SharedPromptAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernels: Kernels
     ) -> Tensor:
         out, lse = kernels.forward(q, k, v, plan.own, plan.own, plan.causal, scale)
-        if len(plan.answers_C):
-            second = (plan.answer_groups, plan.prompt_groups, False, scale)
-            there, there_lse = kernels.forward(plan.answers(q), plan.prompts(k), plan.prompts(v), *second)
-            here, here_lse = plan.answers(out), lse.index_select(1, plan.answers_C)
+        for x in plan.crossings:
+            sides = (x.answers(q), x.prompts(k), x.prompts(v))
+            there, there_lse = kernels.forward(*sides, x.answer_groups, x.prompt_groups, False, scale)
+            here, here_lse = x.answers(out), lse.index_select(1, x.answers_C)
             merged_lse = torch.logaddexp(here_lse, there_lse)
             share = (there_lse - merged_lse).exp_().T.unsqueeze(-1)
             merged = torch.lerp(here.to(share.dtype), there.to(share.dtype), share)
-            out.index_copy_(0, plan.answers_C, merged.to(out.dtype))
-            lse.index_copy_(1, plan.answers_C, merged_lse)
+            out.index_copy_(0, x.answers_C, merged.to(out.dtype))
+            lse.index_copy_(1, x.answers_C, merged_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = (plan, scale, kernels)
         return out
@@ -224,13 +242,11 @@ class _SharedPromptAttention(torch.autograd.Function):
         plan, scale, kernels = ctx.settings
         own = (plan.own, plan.own, plan.causal, scale)
         found = kernels.backward(grad_out, q, k, v, out, lse, *own)
-        if len(plan.answers_C):
-            second = (plan.answer_groups, plan.prompt_groups, False, scale)
-            sides = (plan.answers(q), plan.prompts(k), plan.prompts(v), plan.answers(out))
-            their_lse = lse.index_select(1, plan.answers_C)
-            more = kernels.backward(plan.answers(grad_out), *sides, their_lse, *second)
-            for grad, part, columns in zip(
-                found, more, (plan.answers_C, plan.prompts_P, plan.prompts_P), strict=True
-            ):
-                grad.index_add_(0, columns, part)
+        for x in plan.crossings:
+            sides = (x.answers(q), x.prompts(k), x.prompts(v), x.answers(out))
+            runs = (lse.index_select(1, x.answers_C), x.answer_groups, x.prompt_groups)
+            more = kernels.backward(x.answers(grad_out), *sides, *runs, False, scale)
+            columns = (x.answers_C, x.prompts_P, x.prompts_P)
+            for grad, part, at in zip(found, more, columns, strict=True):
+                grad.index_add_(0, at, part)
         return *found, None, None, None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class Rows:
 
     Attributes:
         segments_N: segment of each row; -1: padding.
-        members_SG: 1 where a sequence contains a segment. A prompt that several completions share is one
-            segment of several sequences, and so counts as often as its copies would.
+        members_SG: 1 where a sequence contains a segment. What several completions share is one segment or
+            more of several sequences, and so counts as often as its copies would.
     """
 
     segments_N: Int[Tensor, " N"]
@@ -56,14 +57,20 @@ class Rows:
     def of_batch(cls, batch: MicroBatch, *, packed: bool) -> Rows:
         """The rows of a micro-batch: one packed row, or its sequences one by one with their prompts."""
         device = batch.token_ids_N.device
-        lengths = [n for block in batch.blocks for n in block.lengths]
-        members = torch.zeros(len(lengths) - len(batch.blocks), len(lengths))
-        segment = sequence = 0
+        lengths, sequences = list[int](), list[list[int]]()
         for block in batch.blocks:
-            for completion in range(1, len(block.lengths)):
-                members[sequence, [segment, segment + completion]] = 1.0
-                sequence += 1
-            segment += len(block.lengths)
+            prompt, cuts = len(lengths), list[dict[int, int]]()  # of each completion: end of a segment -> it
+            lengths.append(block.prompt_length)
+            for i, length in enumerate(block.completion_lengths):
+                ends = sorted({length, *(n for trunk, n in block.branches if trunk == i and n)})
+                cuts.append({end: len(lengths) + k for k, end in enumerate(ends)})
+                lengths += [b - a for a, b in pairwise([0, *ends])]
+            for i, (trunk, n) in enumerate(block.branches or [(i, 0) for i in range(len(cuts))]):
+                shared = [segment for end, segment in cuts[trunk].items() if 0 < end <= n]
+                sequences.append([prompt, *shared, *cuts[i].values()])
+        members = torch.zeros(len(sequences), len(lengths))
+        for sequence, segments in enumerate(sequences):
+            members[sequence, segments] = 1.0
         if not packed:
             lengths = (members @ torch.tensor(lengths, dtype=torch.float)).long().tolist()
             members = torch.eye(len(lengths))

@@ -36,11 +36,11 @@ def packed_routes(batch: MicroBatch, sites: Sequence[RouterSite]) -> Int[Tensor,
         return None
     layers, top_k = [site.layer for site in sites], sites[0].top_k
     routes = np.full((len(batch.token_ids_N), len(sites), top_k), MISSING, dtype=np.int16)
-    starts = [start for _, _, start in batch.sequences()]
-    for row, start in zip(batch.rows, starts, strict=True):
+    owns = [own for block in batch.blocks for _, own in block.columns]
+    for row, own in zip(batch.rows, owns, strict=True):
         if row.completion.routes is not None:
             found = _checked(row, sites)[:, layers]
-            routes[start : start + len(found)] = found
+            routes[own.start : own.stop] = found[len(found) - len(own) :]  # what it shares is live
     ordered = np.sort(routes, axis=-1)
     # An engine that computed nothing for a token leaves zeros: no router chooses an expert twice.
     unknown = (ordered[..., 0] < 0) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)

@@ -1,4 +1,6 @@
-"""Groups of episodes of several rows, whose prompts are equal, begin each other or have nothing in common."""
+"""Groups of episodes of several rows, whose prompts are equal, begin each other or have nothing in common. In
+half of the groups each row's prompt goes on from that of the row before.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,14 @@ def episodes(seed: int, *, with_logprobs: bool = True, with_routes: bool = False
     given = {"with_logprobs": with_logprobs, "with_routes": with_routes}
     for p in range(4):
         base = tuple(draw.randrange(5, 9) for _ in range(draw.randint(1, 9)))
+        goes_on = draw.random() < 0.5
         completions, weights = [], []
         for _ in range(draw.randint(1, 4)):
-            made = row(draw, **given)
-            made.continuations = [
-                Continuation(prompt_like(draw, base), row(draw, **given))
-                for _ in range(draw.choice([0, 0, 1, 3]))
-            ]
+            made, last = row(draw, **given), base
+            for _ in range(draw.choice([0, 0, 1, 3])):
+                more = (draw.randrange(5, 9), draw.randrange(5, 9))
+                last = (*last, *more) if goes_on else prompt_like(draw, base)
+                made.continuations.append(Continuation(last, row(draw, **given)))
             made.finish_reason = draw.choice(["stop", "stop", "stop", "length", "abort"])
             numbers = [draw.choice([0.0, draw.gauss(0, 1)]) for one in made.rows for _ in one.token_ids]
             completions.append(made)

@@ -1,4 +1,4 @@
-"""Calls of tools in the forms of seven families, by chat templates that TRL ships."""
+"""Calls of tools in the forms of nine families, by chat templates that TRL ships or of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,15 @@ FORM = {
 FORM |= {"glm4moe": "glm", "deepseekv3": "deepseek", "gptoss": "gpt_oss", "llama3_1": "llama3"}
 FORM |= {"llama3_2": "llama3", "lfm2_v2": "pythonic", "phi3": "hermes"}
 DEEPSEEK = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>multiply\n```json\n%s\n```"
-DEEPSEEK += "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+END = "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+DEEPSEEK += END
+V31 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>multiply<｜tool▁sep｜>%s" + END
+INVOKE = (
+    '<｜DSML｜invoke name="multiply">\n<｜DSML｜parameter name="a" string="false">%s</｜DSML｜parameter>\n'
+)
+INVOKE += '<｜DSML｜parameter name="b" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+V32 = "<｜DSML｜function_calls>\n%s</｜DSML｜function_calls>"  # as vLLM's encoder of V3.2 writes them
+V4 = "<｜DSML｜tool_calls>\n%s</｜DSML｜tool_calls>"
 HARMONY = "<|channel|>analysis<|message|>I compute.<|end|><|start|>assistant to=functions.multiply"
 HARMONY += "<|channel|>commentary json<|message|>%s"
 CODER = "<tool_call>\n<function=multiply>\n<parameter=a>\n%s\n</parameter>\n<parameter=b>\n3\n</parameter>\n"
@@ -46,9 +54,31 @@ GLM += "<arg_key>b</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
 SIX = ToolCall("multiply", {"a": 2, "b": 3})
 
 
+FORM |= {"v31": "deepseek_v31", "v32": "deepseek_v32", "v4": "deepseek_v32"}
+# What the models' own templates or encoders write; TRL ships none of these.
+TURNS = "{%% for m in messages %%}<｜{{ m.role }}｜>{{ m.content }}{%% if m.tool_calls %%}%s{%% endif %%}"
+TURNS += "{%% endfor %%}"
+TURNS += "{%% if add_generation_prompt %%}<｜assistant｜>{%% endif %%}"
+TYPED = '{% set f = m.tool_calls[0].function %}<｜DSML｜%s>\n<｜DSML｜invoke name="{{ f.name }}">\n'
+TYPED += '{% for k, v in f.arguments.items() %}<｜DSML｜parameter name="{{ k }}" string="'
+TYPED += (
+    "{{ 'true' if v is string else 'false' }}\">{{ v }}</｜DSML｜parameter>\n{% endfor %}</｜DSML｜invoke>\n"
+)
+NAMED = V31.replace("multiply", "{{ m.tool_calls[0].function.name }}")
+OWN = {
+    "v31": TURNS % (NAMED % "{{ m.tool_calls[0].function.arguments }}"),
+    "v32": TURNS % (TYPED.replace("%s", "function_calls") + "</｜DSML｜function_calls>"),
+    "v4": TURNS % (TYPED.replace("%s", "tool_calls") + "</｜DSML｜tool_calls>"),
+}
+
+
 def tokenizer_of(family: str):
-    template = (TEMPLATES / f"{family}.jinja").read_text()
-    return byte_tokenizer(template, extra=re.findall(r"</\w+>", template))
+    template = OWN[family] if family in OWN else (TEMPLATES / f"{family}.jinja").read_text()
+    extra = [
+        *re.findall(r"</\w+>", template),
+        *(["｜DSML｜", "<think>", "</think>"] if family in OWN else []),
+    ]
+    return byte_tokenizer(template, extra=extra)
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -91,6 +121,17 @@ def test_a_template_with_a_form_that_is_not_read_is_refused():
         ("deepseekv3", "So: " + DEEPSEEK % '{"a": 2, "b": 3}', [SIX]),
         ("deepseekv3", DEEPSEEK % '{"a": 2, "b": ', "not valid JSON"),
         ("deepseekv3", DEEPSEEK % "[1]", "JSON object"),
+        ("v31", "So: " + V31 % '{"a": 2, "b": 3}', [SIX]),
+        ("v31", V31 % '{"a": 2,\n"b": 3}', [SIX]),
+        ("v31", (V31 % '{"a": 2, "b": 3}').removesuffix(END), "not closed"),
+        ("v31", V31 % '{"a": 2, "b": ', "not valid JSON"),
+        ("v31", V31 % "[1]", "JSON object"),
+        ("v31", V31.replace("<｜tool▁sep｜>%s", ""), "malformed"),
+        ("v32", "So.\n\n" + V32 % (INVOKE % 2), [SIX]),
+        ("v32", "<think>" + INVOKE % 2 + "</think>" + V32 % (INVOKE % 2 + INVOKE % 2), [SIX, SIX]),
+        ("v4", V4 % (INVOKE % 2), [SIX]),
+        ("v4", V4 % (INVOKE % "two"), "not valid JSON"),
+        ("v4", (V4 % (INVOKE % 2))[:-50], "not closed"),
         ("gptoss", HARMONY % '{"a": 2, "b": 3}' + "<|call|>", [SIX]),
         ("gptoss", HARMONY % '{"a": 2' + "<|call|>", "not valid JSON"),
         ("gptoss", "<|channel|>final<|message|>6<|return|>", []),
@@ -121,6 +162,7 @@ NO_JSON += [
     ("glm4moe", GLM % "NaN"),
     ("deepseekv3", DEEPSEEK % '{"a": NaN}'),
 ]
+NO_JSON += [("v31", V31 % '{"a": NaN}'), ("v4", V4 % (INVOKE % "Infinity"))]
 NO_JSON += [("gptoss", HARMONY % '{"a": -Infinity}' + "<|call|>")]
 NO_JSON += [("llama3_1", '{"name": "multiply", "parameters": {"a": NaN}}')]
 ODD = ("{1, 2}", "b'x'", "1j", "...", "1e999", "{(1, 2): 3}", "0x" + "f" * 9_000, "[" * 90 + "]" * 90)

@@ -65,6 +65,17 @@ def test_a_reward_may_have_the_name_of_a_count_or_none():
     environment.close()
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("tool_defs", "declares its tools in tool_defs"), ("v1", "has no is_completed, env_response, rubric")],
+)
+def test_an_environment_of_a_later_release_is_refused_in_a_sentence(kind, what):
+    """Else its tools would silently be missing in the prompts."""
+    for make in (lambda: load("verifiers", {"load": LOAD, "kind": kind}), lambda: rows(LOAD, kind=kind)):
+        with pytest.raises(ValueError, match=f"{what}: it is of a release .* 0\\.1\\.6 to 0\\.1\\.9"):
+            make()
+
+
 def test_what_cannot_be_paid_is_a_fault_and_no_zero():
     with pytest.raises(ValueError, match="a function that scores groups"):
         load("verifiers", {"load": LOAD, "kind": "groups"})

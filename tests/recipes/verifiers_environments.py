@@ -101,6 +101,12 @@ class Strange(ReverseEnv):
 def load_environment(max_turns: int = 3, kind: str = "reverse"):
     if kind == "tools":
         return ToolEnv()
+    if kind == "tool_defs":
+        made = ReverseEnv(max_turns, [solved])
+        made.tool_defs = [{"name": "double", "description": "", "parameters": {}}]
+        return made
+    if kind == "v1":
+        return object()
     if kind == "strange":
         return Strange()
     if kind == "groups":

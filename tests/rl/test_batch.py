@@ -170,6 +170,34 @@ def test_rows_of_episodes_that_begin_with_the_groups_prompt_share_it():
     assert [m.blocks for m in batch.micro_batches] == [(Block(0, 2, (2, 2)),), (Block(0, 2, (1,)),)]
 
 
+def test_rows_of_an_episode_branch_off_the_one_with_the_longest_prompt():
+    """Rows [9 8 | 1 2], [9 8 3 4 | 5 1 1 1] and [9 8 3 4 5 6 | 7] of one episode, and [9 8 3 | 1] of another
+    one, whose prompt begins alike. The second is a branch of the third: they share 3 4, not the sampled 5.
+    """
+    first, second = completion([1, 2]), completion([2])
+    for prompt, sampled in (((9, 8, 3, 4), [5, 1, 1, 1]), ((9, 8, 3, 4, 5, 6), [7])):
+        first.continuations.append(Continuation(prompt, completion(sampled)))
+    second.continuations = [Continuation((9, 8, 3), completion([1]))]
+    (batch,) = pack([scored([9, 8], first, second)], [[1.0, 2.0]], rules())
+    (m,) = batch.micro_batches
+    branches = ((2, 0), (2, 2), (2, 0), (4, 0), (4, 0))
+    assert m.blocks == (Block(0, 2, (2, 4, 5, 1, 2), branches),)
+    assert m.token_ids_N.tolist() == [9, 8, 1, 2, 5, 1, 1, 1, 3, 4, 5, 6, 7, 2, 3, 1]
+    assert m.positions_N.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 2, 2, 3]
+    assert m.columns_L.tolist() == [2, 3, 4, 5, 6, 7, 12, 13, 15]
+    assert m.predecessors_L.tolist() == [1, 2, 9, 4, 5, 6, 11, 1, 14]
+    assert [(ids.tolist(), given, start) for ids, given, start in m.sequences()] == [
+        ([9, 8, 1, 2], 2, 2),
+        ([9, 8, 3, 4, 5, 1, 1, 1], 4, 4),
+        ([9, 8, 3, 4, 5, 6, 7], 2, 8),
+        ([9, 8, 2], 2, 13),
+        ([9, 8, 3, 1], 2, 14),
+    ]
+    assert m.layout.longest == 8
+    (batch,) = pack([scored([9, 8], first, second)], [[1.0, 2.0]], rules(budget=16))  # 18 without branches
+    assert [len(m.token_ids_N) for m in batch.micro_batches] == [16]
+
+
 def test_a_row_knows_its_group_and_its_index_in_it():
     groups = [
         scored([9], completion([1]), completion([], "abort"), completion([2])),

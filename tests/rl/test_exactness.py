@@ -78,7 +78,8 @@ def far_from(model, policy, batch) -> float:
     expected = []
     for row in batch.rows:
         prompt = list(row.prompt.token_ids)
-        expected += whole(model, [*prompt, *row.completion.token_ids])[len(prompt) - 1 :]
+        found = whole(model, [*prompt, *row.completion.token_ids])[len(prompt) - 1 :]
+        expected += [x for x, counts in zip(found, row.completion.loss_mask, strict=True) if counts]
     with torch.no_grad():
         return float((logprobs(policy, batch) - torch.tensor(expected)).abs().max())
 

@@ -15,7 +15,7 @@ import transformers
 
 from rl.batch import MicroBatch, pack
 from rl.causal import CausalPolicy
-from rl.types import Prompt, SamplingParams
+from rl.types import Completion, Continuation, Prompt, SamplingParams, VersionSpan
 from rl.update import pack_rules
 from rollout.transformers import TransformersEngine
 from rollout.weight_sync import publish
@@ -45,8 +45,17 @@ def plain_logprobs(model, batch: MicroBatch, temperature: float) -> torch.Tensor
             0, len(prompt) - 1 : -1
         ]
         logprobs = (logits.float() / temperature).log_softmax(-1)
-        pieces.append(logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0])
+        found = logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        pieces.append(found[torch.tensor(row.completion.loss_mask)])
     return torch.cat(pieces)
+
+
+def grow_branches(completion: Completion, prompt: Prompt) -> None:
+    """Makes the completion an episode of three rows, whose prompts go on from each other by 20 and 10."""
+    ids = [5 + 7 * i % 90 for i in range(36)]
+    for begin in (20, 30):
+        made = Completion(ids[begin : begin + 6], [-4.5] * 6, [True] * 6, "stop", [VersionSpan(0, 6)])
+        completion.continuations.append(Continuation((*prompt.token_ids, *ids[:begin]), made))
 
 
 PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.rotation]) for n in FAMILIES]
@@ -62,12 +71,16 @@ def test_a_family_is_exact_or_refused_in_words(name, ragged_groups, gradients, t
     reason = policy.settle_attention(LENGTH + 9)
     assert (reason is None) == (name not in ROWS), reason
     groups, advantages = ragged_groups(num_groups=3, group_size=3, max_length=LENGTH)
+    grow_branches(groups[0].completions[0], groups[0].prompt)
+    advantages[0][0] = 1.5
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ours = gradients(policy, config, groups, advantages)
     rules = pack_rules(config, share_prompts=policy.shares_prompts)
-    for batch in pack(groups, advantages, rules)[0].micro_batches:
+    batches = pack(groups, advantages, rules)[0].micro_batches
+    assert any(block.branches for batch in batches for block in batch.blocks) == (reason is None)
+    for batch in batches:
         expected = plain_logprobs(plain, batch, 0.8)
         torch.testing.assert_close(logprobs(policy, batch), expected, rtol=1e-4, atol=2e-4)
         # At ratio 1 the loss has the gradient of -weight * advantage * log-prob.

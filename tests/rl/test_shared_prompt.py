@@ -6,7 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rl.model.packed import Block, Layout, branches_of, packed_attention
 from rl.model.varlen import Kernels, Segments, VarlenPlan, shared_prompt_attention
 
 CPU = torch.device("cpu")
@@ -48,15 +51,19 @@ def backward(grad_out, q, k, v, out, lse, queries, keys, causal, scale):
 
 
 KERNELS = Kernels(forward, backward)
-BLOCKS = [(5, [3, 1, 7]), (2, []), (4, [6]), (1, [2, 2]), (9, [1, 12, 4])]
+BLOCKS = [(5, 3, 1, 7), (2,), (4, 6), (1, 2, 2), (9, 1, 12, 4)]
+# Of the first block: the first completion goes on from 2 tokens of the third, the second from 6 of them.
+BRANCHES = [(range(9, 11), range(5, 8)), (range(9, 15), range(8, 9))]
 
 
-def _visible(blocks: list[tuple[int, list[int]]]) -> torch.Tensor:
+def _visible(blocks: list[tuple[int, ...]], branches: list[tuple[range, range]]) -> torch.Tensor:
     """[N, N] True where a row sees a column: written from the definition, block by block."""
-    total = sum(p + sum(lengths) for p, lengths in blocks)
+    total = sum(map(sum, blocks))
     sees = torch.zeros(total, total, dtype=torch.bool)
     start = 0
-    for prompt, lengths in blocks:
+    for shared, own in branches:
+        sees[own.start : own.stop, shared.start : shared.stop] = True
+    for prompt, *lengths in blocks:
         sees[start : start + prompt, start : start + prompt] = torch.ones(prompt, prompt).tril().bool()
         own = start + prompt
         for n in lengths:
@@ -67,23 +74,24 @@ def _visible(blocks: list[tuple[int, list[int]]]) -> torch.Tensor:
     return sees
 
 
-def _expected(q, k, v, blocks, scale):
+def _expected(q, k, v, branches, scale):
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q, keys) * scale
-    weights = scores.masked_fill(~_visible(blocks), -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~_visible(BLOCKS, branches), -torch.inf).softmax(-1)
     return torch.einsum("hnm,mhd->nhd", weights, values)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_output_and_gradients_equal_masked_attention(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "branches"), [(1, []), (2, BRANCHES), (4, []), (4, BRANCHES)])
+def test_output_and_gradients_equal_masked_attention(kv_heads, branches):
     torch.manual_seed(0)
-    total = sum(p + sum(lengths) for p, lengths in BLOCKS)
+    total = sum(map(sum, BLOCKS))
     q, grad = torch.randn(2, total, 4, 8, dtype=torch.float64).unbind()
     k, v = torch.randn(2, total, kv_heads, 8, dtype=torch.float64).unbind()
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    ours = shared_prompt_attention(*inputs, VarlenPlan.of(BLOCKS, CPU), scale=0.3, kernels=KERNELS)
-    theirs = _expected(*inputs, BLOCKS, 0.3)
+    plan = VarlenPlan.of(BLOCKS, CPU, branches=[branches[:1], branches[1:]])
+    ours = shared_prompt_attention(*inputs, plan, scale=0.3, kernels=KERNELS)
+    theirs = _expected(*inputs, branches, 0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     our_grads = torch.autograd.grad(ours, inputs, grad)
     for mine, other in zip(our_grads, torch.autograd.grad(theirs, inputs, grad), strict=True):
@@ -110,14 +118,54 @@ def test_documents_see_all_of_themselves_and_nothing_else():
 
 
 def test_a_prompt_with_one_completion_needs_one_call_only():
-    plan = VarlenPlan.of([(4, [6]), (3, [])], CPU)
+    plan = VarlenPlan.of([(4, 6), (3,)], CPU)
     assert plan.own.ends.tolist() == [0, 10, 13]
-    assert len(plan.answers_C) == 0
+    assert not plan.crossings
 
 
 def test_shared_prompts_are_the_only_columns_of_the_second_call():
-    plan = VarlenPlan.of([(4, [6]), (2, [1, 3])], CPU)
+    plan = VarlenPlan.of([(4, 6), (2, 1, 3)], CPU)
     assert plan.own.ends.tolist() == [0, 10, 12, 13, 16]
-    assert plan.prompts_P.tolist() == [10, 11]
-    assert plan.answers_C.tolist() == [12, 13, 14, 15]
-    assert (plan.answer_groups.ends.tolist(), plan.answer_groups.longest) == ([0, 4], 4)
+    (second,) = plan.crossings
+    assert second.prompts_P.tolist() == [10, 11]
+    assert second.answers_C.tolist() == [12, 13, 14, 15]
+    assert (second.answer_groups.ends.tolist(), second.answer_groups.longest) == ([0, 4], 4)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in (found,) if isinstance(x, torch.Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_attention_of_a_tree_takes_memory_for_its_own_tokens(window):
+    """20 rows of 10 tokens behind contexts of 0, 30, ..., 570: 790 columns, rows of 6,300 tokens."""
+    contexts = [list(range(30 * i)) for i in range(20)]
+    branches = branches_of([(0, 0)] * 20, contexts)
+    block = Block.of(0, 20, [len(context) + 10 for context in contexts], branches)
+    layout = Layout((block,), CPU)
+    assert (block.end, layout.longest) == (20 + 580 + 19 * 10, 600)
+    _, *crossings = layout.varlen.crossings  # of 18 branches that share 30 to 540 tokens, 5,130 in all
+    assert sum(len(x.answer_groups.ends) - 1 for x in crossings) == 18
+    assert sorted(len(x.prompts_P) for x in crossings)[-1] <= 790
+    assert sum(len(x.prompts_P) for x in crossings) == 5130
+    q, k, v = torch.randn(3, 1, 2, block.end, 8, requires_grad=True).unbind()
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with Largest() as largest, saved_tensors_hooks(keep, lambda x: x):
+        out, _ = packed_attention(
+            torch.nn.Module(), q, k, v, None, sliding_window=window, cohort_layout=layout
+        )
+        out.square().sum().backward()
+    assert largest.numbers <= 2 * 580 * 600  # scores of the longest row in 2 heads
+    assert sum(kept.values()) <= 10 * q.nbytes  # keys and values of all rows are 16 times as much as q

@@ -56,10 +56,10 @@ def test_gradient_does_not_depend_on_the_cut(least, options, folder, given, expe
     assert relative_error(found, expected) <= 1e-5
 
 
-def test_rows_that_share_a_groups_prompt_are_replayed_as_rows_alone(folder, gradients):
+def test_rows_that_share_a_groups_prompt_or_branch_are_replayed_as_rows_alone(folder, gradients):
     """Also the share of replayed tokens, and a balance loss: what rows have of their own prompts counts."""
     policy, _ = load(folder)
-    groups, advantages = episodes(1)
+    groups, advantages = episodes(12)
     for number, completion in enumerate(row for g in groups for c in g.completions for row in c.rows):
         completion.routes = random_routes(policy, len(completion.token_ids), number)
     found = {}
@@ -67,7 +67,7 @@ def test_rows_that_share_a_groups_prompt_are_replayed_as_rows_alone(folder, grad
         options = ["moe.balance=switch", "moe.balance_coef=1.0", f"model.attention={attention}"]
         policy, config = load(folder, *options, "train.token_budget=100000")
         (whole,) = batches(policy, config, groups, advantages)
-        assert any(row.num_context for row in whole.rows) == (attention == "auto")
+        assert any(block.branches for block in whole.blocks) == (attention == "auto")
         sums = policy.score(prepared(policy, whole)).metrics["moe/replayed"]
         found[attention] = gradients(policy, config, groups, advantages), [x.item() for x in sums]
     assert relative_error(found["auto"][0], found["rows"][0]) <= 1e-5
