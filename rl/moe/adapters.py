@@ -177,17 +177,16 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def split_experts(model: nn.Module, *, mixed: bool = False) -> list[str]:
-    """Lets experts with adapters compute y = x W + s (x A) B instead of x (W + s A B). It returns the names
-    of those that do.
+def split_experts(model: nn.Module) -> list[str]:
+    """Lets experts compute y = x W + s (x A) B with adapters instead of x (W + s A B). It returns the names
+    of those that do, with adapters or without.
 
     In every forward pass, peft builds W + s A B for all experts of a layer. It keeps that for the backward
     pass, whose gradient has its size too. Parameters, their names and saved files stay peft's own. Experts
     that have biases, are transposed, or are not dispatched by transformers keep peft's way.
 
-    Args:
-        mixed: includes experts without adapters: transformers' grouped_mm ignores autocast, and would
-            compute experts whose weights are fp32 in fp32.
+    Experts without adapters are included: transformers' grouped_mm ignores autocast, and computes experts
+    whose weights are fp32 in fp32. Ways other than grouped_mm stay transformers' own.
     """
     done = []
     for name, outer in list(model.named_modules()):
@@ -200,8 +199,6 @@ def split_experts(model: nn.Module, *, mixed: bool = False) -> list[str]:
             or getattr(experts, "_is_expert_parallel", False)
             or not hasattr(integration, "_grouped_linear")
         ):
-            continue
-        if outer is experts and not mixed:
             continue
         adapters, at = {}, cast(Any, outer)
         while at is not experts:
@@ -221,20 +218,39 @@ def _past_adapters(outer: Any, *arguments: Any, **named: Any) -> Tensor:
 def _split_forward(
     experts: Any, x_TD: Float[Tensor, "T D"], idx_TK: Int[Tensor, "T K"], weights_TK: Float[Tensor, "T K"]
 ) -> Float[Tensor, "T D"]:
-    """transformers' `grouped_mm_experts_forward`, plus a product with each adapter beside that with its
-    weight.
+    """transformers' `grouped_mm_experts_forward` and products with adapters. Tokens are weighted before the
+    down projection, which is linear: its input is narrower than its output.
     """
     if not experts.adapters["of"] and experts.config._experts_implementation != "grouped_mm":
         return type(experts).forward(experts, x_TD, idx_TK, weights_TK)
     sorted_S, order_S = idx_TK.reshape(-1).sort()
-    counts_E = torch.bincount(sorted_S, minlength=experts.num_experts)
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    rows_SD = x_TD[order_S // idx_TK.shape[1]]
-    hidden_SI = experts._apply_gate(_product(experts, "gate_up_proj", rows_SD, ends_E))
-    out_SD = _product(experts, "down_proj", hidden_SI, ends_E) * weights_TK.reshape(-1, 1)[order_S]
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    return out_SD[back_S].view(*idx_TK.shape, -1).sum(1).to(x_TD.dtype)
+    numbers_E = torch.arange(experts.num_experts, device=order_S.device)
+    # Without `bincount`, for which the CPU would wait for the GPU.
+    ends_E = torch.searchsorted(sorted_S, numbers_E, right=True, out_int32=True)
+    rows_SD = _Permuted.apply(x_TD, order_S, back_S, idx_TK.shape[1])
+    hidden_SI = experts._apply_gate(_product(experts, "gate_up_proj", rows_SD, ends_E))
+    hidden_SI = hidden_SI * _Permuted.apply(weights_TK.reshape(-1, 1), order_S, back_S, 1)
+    out_SD = _Permuted.apply(_product(experts, "down_proj", hidden_SI, ends_E), back_S, order_S, 1)
+    return out_SD.view(*idx_TK.shape, -1).sum(1).to(x_TD.dtype)
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows of x, each `copies` times, by an order and its inverse: its gradient is gathered, where that of
+    indexing is sorted and added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order_S: Tensor, back_S: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back_S)
+        ctx.copies = copies
+        return x[order_S // copies if copies > 1 else order_S]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows = gradients[0][ctx.saved_tensors[0]]
+        return rows.view(-1, ctx.copies, rows.shape[1]).sum(1) if ctx.copies > 1 else rows, None, None, None
 
 
 def _product(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
@@ -251,8 +267,8 @@ def _product(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
         a_ErI, b_EOr = expert_factors(adapter, active)
         # The kernel needs rows of multiples of 16 bytes: additional ranks of zeros change nothing.
         more = -a_ErI.shape[1] % (16 // dtype.itemsize)
-        a_ErI, b_EOr = functional.pad(a_ErI, (0, 0, 0, more)), functional.pad(b_EOr, (0, more))
-        y = y + multiply(multiply(rows, a_ErI), b_EOr) * adapter.scaling[active]
+        b_EOr = functional.pad(b_EOr * adapter.scaling[active], (0, more))  # smaller than S rows
+        y = y + multiply(multiply(rows, functional.pad(a_ErI, (0, 0, 0, more))), b_EOr)
     return y
 
 

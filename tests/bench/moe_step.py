@@ -88,7 +88,7 @@ def restrict(model, trained: str) -> None:
     if trained == "esft":
         train_only(model, TrainedExperts({i: list(range(5)) for i in range(model.config.num_hidden_layers)}))
     if trained in ("all", "esft"):
-        split_experts(model, mixed=True)
+        split_experts(model)
     if trained in ("lora", "split"):
         get_peft_model(model, adapters(model))
         model.enable_input_require_grads()

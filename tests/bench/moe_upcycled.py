@@ -4,17 +4,21 @@
 
 GSM8K_FOLDER holds gsm8k_train.jsonl. SFT needs neither trl nor datasets: it is `update_policy` on solutions
 with an advantage of 1 each and the loss `reinforce`, which is the cross-entropy per token, with the policy's
-own balance. GRPO is `recipes.grpo`, a process a run, on the last questions of the file. A run that fails ends
-this program with its last lines. FOLDER/*/report.html have heat maps, FOLDER/table.txt has what is printed.
+own balance. GRPO is `recipes.grpo`, a process a run, on other questions, with held-out ones before and after.
+A run has its share of the time that is left for its seed. One that fails or takes longer is printed with its
+last lines, and the next begins; the same command does again what is unfinished, and only that. FOLDER keeps
+models of GiB; FOLDER/*/report.html have heat maps, and FOLDER/table.txt the table so far after each run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +40,10 @@ from rl.store.rows import read_rows
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World, make_accelerator
-from tests.bench.launch import launch_or_exit
+from tests.bench.launch import launch_or_exit, once
 
 GRPO = ("engine", "none")
+HEADER = "| run | seed | steps | reward | held-out accuracy | flips | mean gap | largest gap | seconds |"
 COLUMNS = {
     "loss": "policy/loss",
     "balance": "moe/balance",
@@ -62,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--family", default=None, help="of the mixture (`recipes.upcycle`)")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2; one seed's runs come after another's")
     parser.add_argument("--balances", default="switch,none", help="of SFT; GRPO goes on from switch")
     parser.add_argument("--sft-steps", type=int, default=200)
     parser.add_argument("--sft-rows", type=int, default=64, help="solutions of a step")
@@ -77,32 +82,57 @@ def main() -> None:
         sft(arguments, *arguments.sft)
         return
     ends = time.monotonic() + arguments.limit_s
-    run = lambda name, module, words: launch_or_exit(  # noqa: E731
-        arguments.out / f"{name}.log", module, words, max(1.0, ends - time.monotonic())
+    moe, family = arguments.out / "moe", ["--family", arguments.family] if arguments.family else []
+    upcycle = partial(launch_or_exit, arguments.out / "upcycle.log", "recipes.upcycle")
+    once(
+        moe, [arguments.model, *family], lambda: upcycle([arguments.model, str(moe), *family], ends_in(ends))
     )
-    moe, rows = arguments.out / "moe", []
-    if not moe.exists():
-        family = ["--family", arguments.family] if arguments.family else []
-        run("upcycle", "recipes.upcycle", [arguments.model, str(moe), *family])
+    write_questions(arguments)
+    kinds = [("sft", b) for b in arguments.balances.split(",")] + [("grpo", replay) for replay in GRPO]
+    rows, missing = [HEADER, "|---" * HEADER.count(" |") + "|"], []
     for seed in arguments.seeds.split(","):
-        for balance in arguments.balances.split(","):
-            name = f"sft-{balance}-{seed}"
-            run(name, "tests.bench.moe_upcycled", [*sys.argv[1:], "--sft", balance, seed])
-            rows += described(name, arguments.out / name)
-        write_questions(arguments)
-        for replay in GRPO:
-            name = f"grpo-{replay}-{seed}"
-            own = [f"run_dir={arguments.out / name}", f"moe.replay={replay}", f"train.seed={seed}"]
-            own += [f"model.name={arguments.out / f'sft-switch-{seed}' / 'model'}"]
-            run(
-                name,
-                "recipes.grpo",
-                [str(arguments.out / "grpo.yaml"), *own, *arguments.set, *arguments.set_grpo],
-            )
-            rows += described(name, arguments.out / name)
-    text = "\n".join(rows)
-    (arguments.out / "table.txt").write_text(text + "\n")
-    print(text)
+        for i, (kind, choice) in enumerate(kinds):
+            folder = arguments.out / f"{kind}-{choice}-{seed}"
+            try:
+                run(arguments, kind, choice, seed, ends_in(ends) / (len(kinds) - i))
+            except SystemExit as fault:
+                missing.append(folder.name)
+                print(fault, flush=True)
+            print(described(folder), flush=True)
+            rows.append(table_row(folder, choice, seed))
+            (arguments.out / "table.txt").write_text("\n".join(rows) + "\n")
+    print("\n".join(rows))
+    if missing:
+        sys.exit(f"unfinished, begun anew by the same command: {', '.join(missing)}")
+
+
+def ends_in(ends: float) -> float:
+    """Seconds left; at least one, in which a run ends by its limit."""
+    return max(1.0, ends - time.monotonic())
+
+
+def run(arguments: argparse.Namespace, kind: str, choice: str, seed: str, limit_s: float) -> None:
+    """One run of at most `limit_s` seconds, unless it is finished with the same settings."""
+    folder = arguments.out / f"{kind}-{choice}-{seed}"
+    log, settings = folder.with_suffix(".log"), [*arguments.set, str(arguments.sft_steps)]
+    if kind == "sft":
+        words = [*sys.argv[1:], "--sft", choice, seed]
+        settings += [str(arguments.sft_rows), str(arguments.data)]
+        work = partial(launch_or_exit, log, "tests.bench.moe_upcycled", words, limit_s)
+    else:
+        words = [str(arguments.out / "grpo.yaml"), f"run_dir={folder}", f"moe.replay={choice}"]
+        words += [f"model.name={arguments.out / f'sft-switch-{seed}' / 'model'}", f"train.seed={seed}"]
+        words += [*arguments.set, *arguments.set_grpo]
+        settings += [*words, f"train.steps={arguments.grpo_steps}"]
+        work = partial(launch_or_exit, log, "recipes.grpo", words, limit_s)
+    began = time.monotonic()
+
+    def timed() -> None:
+        work()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 10 GB of optimizer state
+        (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}")
+
+    once(folder, settings, timed)
 
 
 def sft(arguments: argparse.Namespace, balance: str, seed: str) -> None:
@@ -121,7 +151,7 @@ def sft(arguments: argparse.Namespace, balance: str, seed: str) -> None:
     accelerator = make_accelerator()
     tokenizer = load_tokenizer(config.model)
     examples, _ = encode_rows(
-        read(arguments.data)[: arguments.sft_rows * arguments.sft_steps],
+        split(arguments.data)[0][: arguments.sft_rows * arguments.sft_steps],
         TextConfig(source="gsm8k", prompt_column="question", completion_column="answer", too_long="drop"),
         tokenizer,
     )
@@ -153,19 +183,28 @@ def as_group(name: str, prompt: Any, answer: Any) -> ScoredGroup:
     return ScoredGroup(Group(Prompt(name, "", tuple(prompt.tolist())), [completion]), [Reward(1.0)])
 
 
-def read(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "gsm8k_train.jsonl").read_text().splitlines()]
+def split(folder: Path) -> tuple[list[dict[str, str]], ...]:
+    """Rows for SFT, the next quarter for GRPO, and the last 28th, held out: 5,339, 1,868 and 266 of GSM8K."""
+    rows = [json.loads(line) for line in (folder / "gsm8k_train.jsonl").read_text().splitlines()]
+    held, asked = len(rows) // 28, len(rows) // 4
+    return rows[: -asked - held], rows[-asked - held : -held], rows[-held:]
 
 
 def write_questions(arguments: argparse.Namespace) -> None:
-    """The config of GRPO, and its questions: the last of the file, which SFT reads from its beginning."""
-    rows = [{"prompt": r["question"], "answer": split_solution(r["answer"])[1]} for r in read(arguments.data)]
-    source = arguments.out / "questions.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows[-2000:]))
+    """The config of GRPO, its questions, and those held out."""
+    _, asked, held = split(arguments.data)
+    for name, rows in (("questions", asked), ("heldout", held)):
+        found = [{"prompt": r["question"], "answer": split_solution(r["answer"])[1]} for r in rows]
+        (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    length = {"max_completion_length": 256}
     config = {
-        "data": {"source": str(source)},
+        "data": {"source": str(arguments.out / "questions.jsonl")},
+        "evaluation": {
+            "data": {"source": str(arguments.out / "heldout.jsonl")},
+            "sampling": {"temperature": 0.0} | length,
+        },
         "train": {"steps": arguments.grpo_steps, "prompts_per_step": 16, "group_size": 8},
-        "sampling": {"max_completion_length": 256},
+        "sampling": length,
         "loss": {"kl_coef": 0.0},
         "optimizer": {"lr": 2e-6, "warmup_steps": 5},
         "moe": {"router": "train"},
@@ -174,17 +213,46 @@ def write_questions(arguments: argparse.Namespace) -> None:
     (arguments.out / "grpo.yaml").write_text(yaml.safe_dump(config))
 
 
-def described(name: str, folder: Path) -> list[str]:
-    """Means over the first and the last tenth of the steps, and the greatest value of what is a maximum."""
-    rows = list(read_rows(folder / "metrics.jsonl"))
-    assert rows, f"{folder} holds no metrics"
-    tenth = max(1, len(rows) // 10)
-    parts = []
-    for label, metric in COLUMNS.items():
-        first, last = ([r[metric] for r in some if metric in r] for some in (rows[:tenth], rows[-tenth:]))
-        if last:
-            parts.append(f"{label} {statistics.mean(first or last):.4g} -> {statistics.mean(last):.4g}")
-    return [f"{name} ({len(rows)} steps): {'; '.join(parts)}"]
+def ends_of(folder: Path, metric: str) -> tuple[float, float] | None:
+    """Means over the first and the last fifth of the steps; None: no step has the metric."""
+    values = [r[metric] for r in read_rows(folder / "metrics.jsonl") if metric in r]
+    fifth = max(1, len(values) // 5)
+    return (statistics.mean(values[:fifth]), statistics.mean(values[-fifth:])) if values else None
+
+
+def described(folder: Path) -> str:
+    found = {label: ends_of(folder, metric) for label, metric in COLUMNS.items()}
+    parts = (f"{label} {ends[0]:.4g} -> {ends[1]:.4g}" for label, ends in found.items() if ends)
+    return f"{folder.name} ({len(read_rows(folder / 'metrics.jsonl'))} steps): {'; '.join(parts)}"
+
+
+def table_row(folder: Path, choice: str, seed: str) -> str:
+    """The row of a run, finished or not: of the steps that it made."""
+    rows = read_rows(folder / "metrics.jsonl")
+    reward, metrics = (
+        ends_of(folder, "reward/mean"),
+        ("moe/flip_rate", COLUMNS["gap mean"], COLUMNS["gap max"]),
+    )
+    values = [[r[m] for r in rows if m in r] for m in metrics]
+    means = [
+        f"{(max if m.endswith('max') else statistics.mean)(v):.4g}" if v else ""
+        for m, v in zip(metrics, values, strict=True)
+    ]
+    held = [
+        f"{100 * e['accuracy']:.1f} % ({100 * e['low']:.1f} to {100 * e['high']:.1f})"
+        for e in read_rows(folder / "evaluation.jsonl")
+    ]
+    seconds = folder / "seconds.txt"
+    cells = [
+        folder.name,
+        seed,
+        str(len(rows)),
+        f"{reward[0]:.3f} -> {reward[1]:.3f}" if reward else "",
+        " -> ".join(held),
+        *means,
+    ]
+    cells.append(seconds.read_text() if seconds.exists() else "unfinished")
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

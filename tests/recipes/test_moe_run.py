@@ -55,6 +55,40 @@ def test_a_run_replays_the_routes_of_the_transformers_engine(config_file, overri
             assert completion.routes.dtype == np.int8 and (completion.routes[-1] == -1).all()
 
 
+VARIANTS = {
+    "replay": ([], "router trained, replay on"),
+    "gspo": (["moe.replay=none", "loss.name=gspo"], "router trained, replay off"),
+    "lora": (["model.lora={r: 16}", "optimizer.lr=1e-5"], "router frozen, replay on"),
+    "esft": (["moe.trained_experts=experts.json", "optimizer.weight_decay=0"], "router frozen, replay on"),
+}
+
+
+@pytest.mark.rotation
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variants_that_the_config_of_mixtures_names_train_experts(
+    variant, config_file, overrides, tmp_path, monkeypatch, capsys
+):
+    settings, said = VARIANTS[variant]
+    file = Path("recipes/configs/moe_grpo_gsm8k.yaml").absolute()
+    assert all(word in file.read_text() for word in " ".join(settings).split())
+    monkeypatch.chdir(tmp_path)
+    Path("experts.json").write_text('{"experts": {"0": [0, 1, 2, 3], "3": [4, 5, 6, 7]}}')
+    own = [
+        "run_dir=run",
+        f"data={{source: {tmp_path / 'train.jsonl'}, max_prompt_length: 32}}",
+        "model.dtype=fp32",
+    ]
+    own += ["rewards.functions=[{name: 'toy_rewards:low_words'}]", "train.prompts_per_step=2"]
+    own += ["sampling.max_completion_length=8", "engine.name=transformers", overrides[0], "train.steps=3"]
+    assert main([str(file), *own, *settings]) == 0
+    found = capsys.readouterr().out
+    assert said in found and "trained values: routed experts" in found
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3
+    for row in rows:
+        assert row["policy/grad_norm"] > 0 and row["sampler/logprob_gap_max"] < 1e-3
+
+
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.rotation

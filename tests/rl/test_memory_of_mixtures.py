@@ -155,7 +155,7 @@ def trained_and_kept(shape, config, num_tokens: int) -> tuple[int, int]:
     model = AutoModelForCausalLM.from_config(shape, dtype=storage_dtype(config))
     if config.lora:
         adapt(model, config)
-    split_experts(model, mixed=config.dtype == "bf16-mixed")
+    split_experts(model)
     model.get_input_embeddings().register_forward_hook(_narrow_under_autocast)
     total = bytes_kept(model, config.dtype, num_tokens)
     return sum(p.nbytes for p in model.parameters() if p.requires_grad), total

@@ -147,6 +147,38 @@ def test_split_experts_have_the_loss_and_the_gradients_of_pefts_own(name):
     )
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe"])
+def test_split_experts_without_adapters_have_the_gradients_of_transformers(name):
+    """fp32, every weight, routers included; transformers weights tokens after the down projection."""
+    model = tiny(name)
+    loss, gradients = loss_and_gradients(model)
+    assert split_experts(model)
+    model.set_experts_implementation("grouped_mm")
+    ours, split = loss_and_gradients(model)
+    assert ours == pytest.approx(loss, abs=2e-6)
+    assert gradients.keys() == split.keys() and any("gate.weight" in n for n in split)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(split[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_rows_are_put_in_order_and_back_without_adding_up_gradients():
+    """Indexing has an IndexBackward, which sorts all S rows of a gradient to add them up."""
+    model = tiny("qwen3_moe", num_experts=4)
+    adapted(model)
+    experts = model.model.layers[0].mlp.experts
+    split_experts(model)
+    x, idx = torch.randn(6, 32, requires_grad=True), torch.tensor([[0, 1], [3, 2], [1, 3]] * 2)
+    todo = [experts(x, idx, torch.full((6, 2), 0.5, requires_grad=True)).grad_fn]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    names = [node.name() for node in seen]
+    assert sum("Permuted" in n for n in names) == 3 and not any(n.startswith("Index") for n in names)
+
+
 def test_no_merged_weight_of_experts_is_kept_for_the_backward_pass():
     """In peft's way autograd keeps W + s A B of each layer; in the split way only parameters themselves."""
 
@@ -174,7 +206,7 @@ def test_under_autocast_experts_of_fp32_weights_are_computed_in_bf16(with_adapte
     experts = model.model.layers[0].mlp.experts
     x, idx, weights = torch.randn(6, 32), torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
     exact = experts(x, idx, weights)
-    assert split_experts(model, mixed=True) == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert split_experts(model) == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
     seen = []
     inner = innermost(experts)
     gate = inner._apply_gate
