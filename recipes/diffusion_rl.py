@@ -42,10 +42,12 @@ def denoising_params(config: MaskedRunConfig, sampling: SamplingConfig) -> Denoi
 
 def check_canvas(config: MaskedRunConfig) -> None:
     """Refuses lengths and steps that do not fit each other, before anything is loaded."""
-    if config.train.sharding not in ("auto", "none"):
+    sharding = config.train.sharding
+    if sharding == "hybrid" or (sharding == "full" and config.model.lora):
+        other = "hybrid" if sharding == "hybrid" else "full with model.lora"
         raise ValueError(
-            f"train.sharding={config.train.sharding} splits causal models, but this run trains a diffusion "
-            "model with rewards; use train.sharding=none, and model.lora where memory is short"
+            f"train.sharding={other} splits causal models only, but this run trains a diffusion model with "
+            "rewards; use train.sharding=full for all weights, or train.sharding=none"
         )
     sections = {"sampling": config.sampling}
     if config.evaluation.data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from rl.config import Config, check_processes
 from rl.config.read import read_config, replaced
 from rl.config.sections import UNPLANNED_TOKENS
 from rl.plan.costs import seconds_of
+from rl.plan.host import check_host, host_share, pinned
 from rl.plan.memory import GIB, MemoryPlan, Planned
 from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
 from rl.plan.sizes import ModelSize, NoPrediction
@@ -81,11 +83,12 @@ def fit_to_cards(config: Planned, world: World) -> Fitted:
     if world.accelerator.device.type != "cuda":
         return as_before(config, before, Card("cpu", 0, world.size))
     free, total = torch.cuda.mem_get_info()
-    capacity, free = (-int(n) for n in world.max([-float(total), -float(free)]))
+    here = host_share(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    capacity, free, host = (-int(n) for n in world.max([-float(n) for n in (total, free, here)]))
     fitted, shared = Fitted(config), {"refusal": ""}
     if world.is_main:  # other processes may see another card or other packages
         try:
-            card = Card(torch.cuda.get_device_name(), capacity, world.size, free)
+            card = Card(torch.cuda.get_device_name(), capacity, world.size, free, host)
             fitted = fit_to(config, card, before)
             shared = {"chosen": dict(fitted.chosen), "notes": list(fitted.notes)}
         except ValueError as error:
@@ -113,6 +116,7 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
         fitted = as_before(config, before, card)
         return replace(fitted, notes=(f"nothing is planned: {error}",))
     length, known = config.longest_sequence, before["chosen"] if before else {}
+    check_host(size, config, card.host)
     goes_on = before is not None and before["card"] in (None, _identity(card))
     kept = {key: known[key] for key in PLANNED if goes_on and key in known and is_auto(config, key)}
     try:
@@ -124,15 +128,22 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
         raise ValueError(refusal(size, config, card))
     chosen = kept | (found or {})
     settled = replaced(config, chosen)
+    check_host(size, settled, card.host)
     plan = plan_for(size, settled, card, length)
     costs = seconds_of(size, settled, card.processes)
-    notes = (_sentence(plan, card, chosen) + said_costs(costs), *_moved(before, chosen))
+    host = said_host(pinned(size, settled), card.host)
+    notes = (_sentence(plan, card, chosen) + said_costs(costs) + host, *_moved(before, chosen))
     return Fitted(settled, chosen, notes, plan, card, size, costs)
 
 
 def said_costs(costs: Mapping[str, float]) -> str:
     said = ", ".join(f"{key} about {seconds:.1f} s" for key, seconds in costs.items())
     return f"; this costs per step: {said}" if costs else ""
+
+
+def said_host(needed: int, free: int | None) -> str:
+    of = "" if free is None else f" of {free / GIB:.1f} that it may take"
+    return f"; each process pins {needed / GIB:.1f} GiB of host memory{of}" if needed else ""
 
 
 def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
@@ -184,6 +195,14 @@ def refusal(size: ModelSize, config: Planned, card: Card) -> str:
     """Says that a run does not fit, and the smallest change of its config that does, ready to be copied."""
     found = remedy(size, config, card, config.longest_sequence)
     head = f"this run does not fit {card.name} of {card.capacity / GIB:.0f} GiB"
+    if card.host is not None and (
+        more := fit(size, config, replace(card, host=None), config.longest_sequence)
+    ):
+        needed = pinned(size, replaced(config, more))
+        head += (
+            f" with {card.host / GIB:.1f} GiB of host memory for each process; with {needed / GIB:.1f} it "
+            "would (memory.host_gib)"
+        )
     if found is None:
         return f"{head}, and neither do adapters and short completions; use a smaller model or a larger GPU"
     return f"{head}; it does with: {as_overrides(found[0])}"

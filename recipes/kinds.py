@@ -20,8 +20,10 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.moe import MoeConfig
 from rl.diffusion.model import changed_config
+from rl.diffusion.rl_policy import MaskedPolicy
 from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config, refuse_masked
 from rl.model.adapters import add_lora
+from rl.model.hollow import is_hollow
 from rl.model.loading import base_of, check_config, load_tokenizer, read_config
 from rl.moe.adapters import check_trained, expert_stacks, lora_plan, split_experts
 from rl.moe.esft import load_experts, train_only
@@ -34,7 +36,7 @@ from rl.plan.sizes import ModelSize, NoPrediction, count_parameters
 from rl.policy import Reference
 from rl.references import make_reference
 from rl.report.display import Display
-from rl.sharded import ShardedPolicy
+from rl.sharded import ShardedPolicy, load_split
 from rl.store.folder import write_atomically
 from rl.store.metrics import Metric
 from rl.teacher import Teacher
@@ -97,10 +99,12 @@ def make_models(
         )
     with display.phase("the model to load"):
         policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest[0], display.note)
-    world.share(parameter.data for _, parameter in policy.trainable())
+    world.share(parameter.data for _, parameter in policy.trainable() if not is_hollow(parameter))
     reference, teacher = _frozen(config, policy, max(longest), display)
     if sharding in ("full", "hybrid") and world.size == 1:
         display.note(f"train.sharding={sharding}: one process holds all weights")
+    elif is_split and isinstance(policy, MaskedPolicy):
+        policy.split(reference, sent=engine_dtype(config))
     elif is_split:
         policy = ShardedPolicy(policy, reference, sharding=sharding, sent=engine_dtype(config))
     return policy, reference, teacher
@@ -131,68 +135,69 @@ def causal_policy(
 ) -> CausalPolicy | MoePolicy:
     """Loads the policy, settles how its attention and experts are computed, and notes what it settled."""
     check_config(model, tokenizer, longest)
-    policy = CausalPolicy(model, accelerator, temperature=config.sampling.temperature, plan=lora_plan)
-    if expert_stacks(policy.model):
-        settle_experts(
-            policy.model,
-            config.model,
-            moe=config.moe,
-            run_dir=config.run_dir,
-            world=World(accelerator),
-            autocast=policy.autocast,
-            note=note,
-        )
-    if (reason := policy.settle_attention(longest)) is not None:
+    given: dict[str, Any] = {"temperature": config.sampling.temperature, "plan": lora_plan}
+    is_split, found = config.train.sharding in ("full", "hybrid") and accelerator.num_processes > 1, None
+    if is_split and (found := load_split(model, accelerator, longest=longest, **given)) is None:
+        note("every process loads all weights before they are split: the files hold other tensors")
+    if found is not None:
+        policy, reason = found
+    else:
+        policy = CausalPolicy(model, accelerator, **given)
+        if expert_stacks(policy.model):
+            own = {"run_dir": config.run_dir, "world": World(accelerator)}
+            settle_experts(policy.model, config.moe, **own, autocast=policy.autocast, note=note)
+        reason = policy.settle_attention(longest)
+    if reason is not None:
         note(f"packed attention is off: {reason}; sequences are trained one at a time, with the same result")
-    found = with_experts(policy, config.moe, note)
+    trained = with_experts(policy, config.moe, note)
     if expert_stacks(policy.model):
         note(check_trained(policy.model, model.lora))
-    if isinstance(found, MoePolicy):
+    if isinstance(trained, MoePolicy):
         folder = config.run_dir if accelerator.is_main_process else None
-        found.health = Health(folder, top_k=found.sites[0].top_k, num_steps=config.train.steps)
-    return found
+        trained.health = Health(folder, top_k=trained.sites[0].top_k, num_steps=config.train.steps)
+    return trained
 
 
 def settle_experts(
-    model: Any,
-    config: Any,
-    *,
-    moe: MoeConfig,
-    run_dir: Path,
-    world: World,
-    autocast: Callable[[], Any],
-    note: Say,
+    model: Any, moe: MoeConfig, *, run_dir: Path, world: World, autocast: Callable[[], Any], note: Say
 ) -> None:
     """Settles the adapters of experts, the way in which experts are computed, and which of them are trained.
-
-    A way that was measured is kept in the run folder: another one after a restart would round differently.
-
-    Args:
-        config: of the model, as its recipe has it.
 
     Raises:
         ValueError: experts with adapters cannot be computed in the way that `moe` asks for.
     """
-    split, asked, file = split_experts(model, mixed=config.dtype == "bf16-mixed"), "", run_dir / EXPERTS_WAY
-    if any(hasattr(model.get_submodule(name), "base_layer") for name in split):
-        if moe.experts_implementation not in ("auto", "grouped_mm"):
-            raise ValueError(
-                f"moe.experts_implementation={moe.experts_implementation}: experts with adapters are "
-                "computed by grouped_mm; use moe.experts_implementation=auto, or adapt other layers"
-            )
-    else:
-        asked = moe.experts_implementation
-    if asked == "auto":
-        asked = world.gather(file.read_text().strip() if file.is_file() else asked)[0]
-    if asked and (seconds := choose_experts(model, asked, autocast=autocast)):
-        model.set_experts_implementation(world.gather(model.config._experts_implementation)[0])
-        if asked == "auto":
-            measured = ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in seconds.items())
-            note(f"experts are computed by {model.config._experts_implementation} ({measured} a layer)")
-            if world.is_main:
-                write_atomically(file, model.config._experts_implementation + "\n")
+    split = split_experts(model)
+    if not any(hasattr(model.get_submodule(name), "base_layer") for name in split):
+        file = run_dir / EXPERTS_WAY
+        settle_way(model, moe.experts_implementation, file, world=world, autocast=autocast, note=note)
+    elif moe.experts_implementation not in ("auto", "grouped_mm"):
+        raise ValueError(
+            f"moe.experts_implementation={moe.experts_implementation}: experts with adapters are "
+            "computed by grouped_mm; use moe.experts_implementation=auto, or adapt other layers"
+        )
     if moe.trained_experts is not None:
         train_only(model, load_experts(moe.trained_experts))
+
+
+def settle_way(
+    model: Any, asked: str, file: Path, *, world: World, autocast: Callable[[], Any], note: Say
+) -> None:
+    """Sets the way in which experts are computed, on every process the main one's.
+
+    One that was measured is kept in `file`: another one after a restart would round differently.
+    """
+    if asked == "auto":
+        asked = world.gather(file.read_text().strip() if file.is_file() else asked)[0]
+    seconds = choose_experts(model, asked, autocast=autocast)
+    if not seconds:
+        return
+    chosen = world.gather(model.config._experts_implementation)[0]
+    model.set_experts_implementation(chosen)
+    if asked == "auto":
+        measured = ", ".join(f"{way} {1e3 * s:.3g} ms" for way, s in seconds.items())
+        note(f"experts are computed by {chosen} ({measured} a layer)")
+        if world.is_main:
+            write_atomically(file, chosen + "\n")
 
 
 def causal_engine(config: Config, model: ModelConfig, policy: Any, longest: int, note: Say) -> Engine:

@@ -47,8 +47,7 @@ class BalancedTrainer(SFTTrainer):
         note = self.said.append
         settle_experts(
             self.plain,
-            config.model,
-            moe=config.moe,
+            config.moe,
             run_dir=config.run_dir,
             world=World(self.accelerator),
             autocast=lambda: self.accelerator.autocast(),

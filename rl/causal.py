@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -24,20 +23,13 @@ from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import Plan, add_lora, check_adapted, load_adapter
 from rl.model.head import asked_logprobs, head_logprobs
 from rl.model.packed import PACKED
-from rl.model.saving import save_model
+from rl.model.saving import name_dtype, save_model
 from rl.packed_check import own_logprobs, plain_logprobs, probe_batch
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.together import SummedGradients
 from rl.types import WeightStream
-from rl.weights import PolicyWeights, check_streamed
-
-CANARY_TEXT = (
-    "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
-    "A farmer has 12 cows and buys 8 more, so that she has 12 + 8 = 20 cows. If each of them gives 15 liters "
-    "of milk a day, then all of them together give 20 * 15 = 300 liters a day, which is 2100 a week."
-)
-CANARY_LENGTH = 64  # tokens: more than a block of the engine's cache
+from rl.weights import PolicyWeights, canary_ids, check_streamed
 
 
 class CausalScorer(nn.Module):
@@ -109,38 +101,49 @@ class CausalScorer(nn.Module):
 
 
 class CausalPolicy:
-    """The model being trained and its tokenizer. Its log-probs are exact and equal in every pass."""
+    """The model being trained and its tokenizer. Its log-probs are exact and equal in every pass.
+
+    With `like`, a settled policy of a shorter model, `load` gives a hollow one (`rl.sharded.load_split`).
+    """
 
     redraws = in_step = False
 
     def __init__(
-        self, config: ModelConfig, accelerator: Accelerator, *, temperature: float, plan: Plan | None = None
+        self,
+        config: ModelConfig,
+        accelerator: Accelerator,
+        *,
+        temperature: float,
+        plan: Plan | None = None,
+        load: Callable[[ModelConfig], PreTrainedModel] = loading.load_model,
+        like: CausalPolicy | None = None,
     ) -> None:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
         self.tokenizer = loading.load_tokenizer(config)
-        model = loading.load_model(config)
+        model = load(config)
         loading.check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
         if accelerator.device.type == "cuda":
-            loading.use_fused_layers(model.to(accelerator.device), config)
+            placed = model if like else model.to(accelerator.device)
+            loading.use_fused_layers(placed, config, is_checked=like is not None)
         if config.gradient_checkpointing is True:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.own_attention = exactness.honouring_attention(model)
+        self.own_attention = like.own_attention if like else exactness.honouring_attention(model)
         adapter = find_adapter(config.name, config.revision) if config.lora else None
         below = {} if adapter is None else {"name": adapter.base, "revision": adapter.revision}
         self.peft_model: Any = None
         if config.lora:
             self.peft_model = add_lora(model, config.model_copy(update=below), plan)
-            check_adapted(model, config)
+            if like is None:
+                check_adapted(model, config)
         if adapter is not None:
             load_adapter(self.peft_model, adapter.folder, model.device)
         check_streamed(model)
         self.long_factors = False
         self.packing_fault: str | None = None
-        self.scorer = CausalScorer(model).to(accelerator.device).train()
+        self.unread: list[Path] = []
+        self.scorer = CausalScorer(model if like else model.to(accelerator.device)).train()
         self.sums = SummedGradients(self.trainable, accelerator.num_processes)
-        context = loading.context_length(model.config) or sys.maxsize
-        text_ids = self.tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
-        self.canary_ids: list[int] = text_ids[: min(CANARY_LENGTH, context - 1)]
+        self.canary_ids = canary_ids(self.tokenizer, loading.context_length(model.config))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -341,10 +344,7 @@ class CausalPolicy:
         Weights keep their dtype; config.json names the compute dtype, in which others load them. `save`
         replaces the writing of the weights and settings; by default this process writes all of them.
         """
-        compute = "bfloat16" if self.config.dtype != "fp32" else "float32"
         with self.in_rows():
             (save or partial(save_model, self.peft_model or self.model, self.model))(folder)
         self.tokenizer.save_pretrained(folder)
-        if (config_file := folder / "config.json").exists():
-            tree = json.loads(config_file.read_text()) | {"dtype": compute}
-            config_file.write_text(json.dumps(tree, indent=2) + "\n")
+        name_dtype(folder, "bfloat16" if self.config.dtype != "fp32" else "float32")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rl.model.hollow import is_hollow
 from rl.model.on_host import layers_to_host
 from rl.model.streamed import streamed
 from rl.policy import Prepared, Reference, Scores, Writer
@@ -63,7 +64,8 @@ class Copy:
 
     def __init__(self, policy: Scoring, *, moves: bool) -> None:
         self.policy, self.moves = policy, moves
-        self.scorer = copy.deepcopy(policy.scorer).requires_grad_(False).eval()
+        hollow = {id(p): nn.Parameter(p.detach(), False) for p in policy.scorer.parameters() if is_hollow(p)}
+        self.scorer = copy.deepcopy(policy.scorer, hollow).requires_grad_(False).eval()
 
     def to_host(self) -> None:
         """Moves layers to host memory, in the dtype to which autocast casts them, unless the copy moves."""
@@ -79,7 +81,10 @@ class Copy:
     @torch.no_grad()
     def follow(self, policy: Scoring, mixup: float) -> None:
         for (_, theirs), (_, ours) in zip(streamed(self.scorer), streamed(policy.scorer), strict=True):
-            theirs.lerp_(ours.to(theirs.device, theirs.dtype), mixup)
+            here = theirs.to(ours.device)  # where the policy is, as without memory.reference_on_host
+            here.lerp_(ours.to(theirs.dtype), mixup)
+            if here is not theirs:
+                theirs.copy_(here)
 
     def snapshot(self) -> Writer | None:
         tensors = self.scorer.state_dict()

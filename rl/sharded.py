@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,6 +32,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rl.batch import Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
 from rl.causal import CausalPolicy
+from rl.config import ModelConfig
+from rl.model.adapter_folder import find_adapter
+from rl.model.adapters import Plan, adapter_parameters, add_lora, check_adapted, original_name
+from rl.model.exactness import take_long_factors
+from rl.model.hollow import digest_of, give_memory, hollow_model, is_hollow, short_model, weight_files
 from rl.model.on_host import decoder_layers
 from rl.model.saving import save_model, save_settings
 from rl.policy import Prepared, Writer
@@ -41,13 +47,15 @@ from rl.types import Completion, Prompt, WeightStream
 from rl.world import World
 
 INDEX = "model.safetensors.index.json"
+ENTRIES = ("own_logprobs", "likeliest")
+"""Methods of scorers that compute with the model."""
 
 
 class ShardedPolicy:
     """`rl.policy.Policy` around a causal policy, which answers for everything not defined here.
 
     Args:
-        inner: has the same weights on every process; they are split in place.
+        inner: has the same weights on every process, or reads them here (`load_split`); it is split in place.
         reference: of the KL term; if it is a copy of the weights, it is split as well.
         sharding: full: over all processes; hybrid: over those of a host, with a copy on each host.
         sent: dtype of the engine's weights; tensors are rounded to it before they are gathered.
@@ -62,6 +70,10 @@ class ShardedPolicy:
         copies = [reference.scorer] if isinstance(reference, Copy) else []
         for scorer in (inner.scorer, *copies):
             shard(scorer, mesh, compute=torch.float32 if inner.config.dtype == "fp32" else torch.bfloat16)
+            if inner.unread:
+                copy_tensors(
+                    TensorFiles(inner.unread), own_tensors(cast(Any, scorer).model), inner.config.name
+                )
         with torch.no_grad():
             inner.score(self._idle())  # FSDP settles gradient dtypes here: adapters must be on
 
@@ -146,6 +158,66 @@ class ShardedPolicy:
         return get_peft_model_state_dict(self.inner.peft_model, self._saved())
 
 
+def load_split(
+    config: ModelConfig, accelerator: Accelerator, *, temperature: float, plan: Plan | None, longest: int
+) -> tuple[CausalPolicy, str | None] | None:
+    """A policy whose weights `ShardedPolicy` will read, each process its slices, and why packed rows are off.
+
+    What depends on weights (is packing exact?) is settled by the model's first layers, which are freed again.
+
+    Returns:
+        None if the weights must be loaded whole: the name is an adapter's, or the model's files have other
+        tensors than the model, as with a head of its own where the config ties it.
+
+    Raises:
+        ValueError: a process has other files, perhaps of an older revision on its host.
+    """
+    if find_adapter(config.name, config.revision) is not None:
+        return None
+    given: Any = {"accelerator": accelerator, "temperature": temperature}
+    short = CausalPolicy(config.model_copy(update={"lora": None}), load=short_model, **given)
+    reason = short.settle_attention(longest)
+    if config.lora is not None:
+        adapted = hollow_model(config)
+        add_lora(adapted, config, plan)
+        check_adapted(adapted, config)
+    policy = CausalPolicy(config, plan=plan, load=hollow_model, like=short, **given)
+    take_over(policy, short)
+    policy.unread = weight_files(config)
+    shapes, world = TensorFiles(policy.unread).shapes, World(accelerator)
+    check_same_files(config.name, world.gather({file.name: digest_of(file) for file in policy.unread}))
+    differs = any(shapes.get(name) != list(one.shape) for name, one in own_tensors(policy.model).items())
+    return None if differs or is_tied(policy.model) != is_tied(short.model) else (policy, reason)
+
+
+def check_same_files(name: str, processes: Sequence[Mapping[str, str]]) -> None:
+    """Raises ValueError if processes, which read slices of {file: digest}, would mix those of two models."""
+    for rank, found in enumerate(processes):
+        if differ := sorted(file for file, _ in found.items() ^ processes[0].items()):
+            said = f"model.name={name!r}: {differ[0]} differs between the hosts of processes 0 and {rank}"
+            raise ValueError(f"{said}: copy the same files to each host, or name a folder that they share")
+
+
+def take_over(policy: CausalPolicy, short: CausalPolicy) -> None:
+    """Lets a policy compute as one with fewer layers settled it, and moves its adapters to the device."""
+    for parameter in (p for p in policy.model.parameters() if not is_hollow(p)):
+        parameter.data = parameter.data.to(policy.device)
+    policy.model.generation_config = short.model.generation_config
+    policy.packing_fault, policy.long_factors = short.packing_fault, short.long_factors
+    policy.scorer.longest = short.scorer.longest
+    if policy.long_factors:
+        take_long_factors(policy.model)
+    policy.set_packed(short.scorer.packed)
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a model's files hold, by their names there."""
+    adapters, kept = adapter_parameters(model), model.state_dict().keys()
+    tensors = {n: p for n, p in model.named_parameters() if id(p) not in adapters}
+    tensors |= {n: b for n, b in model.named_buffers() if n in kept}
+    return {original_name(name): tensor for name, tensor in tensors.items()}
+
+
 def one_by_one(batch: MicroBatch) -> list[MicroBatch]:
     """The same rows with one micro-batch per episode, in which each row is a model call."""
     episodes: dict[tuple[int, int], list[list[Row]]] = {}
@@ -159,7 +231,7 @@ def with_rows(batch: MicroBatch, number: int) -> MicroBatch:
     if number <= len(batch.rows):
         return batch
     blank = Completion([0], [0.0], [False], "stop", [])
-    further = replace(batch.rows[-1], prompt=Prompt("idle", "", (0,)), completion=blank)
+    further = replace(batch.rows[-1], prompt=Prompt("idle", "", (0,)), completion=blank, advantage=0.0)
     return micro_batch_of([[row] for row in (*batch.rows, *[further] * (number - len(batch.rows)))])
 
 
@@ -200,20 +272,25 @@ def shard(scorer: Any, mesh: DeviceMesh, *, compute: torch.dtype) -> None:
     """Splits a model in place (`units`); it then computes in the dtype `compute`."""
     policy = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*units(scorer.model), scorer):
+        give_memory(module, torch.device(mesh.device_type))
         # The root is resharded too: between passes, names and optimizer must see shards, not whole tensors.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only the factor 1 and the mean
-    register_fsdp_forward_method(scorer, "own_logprobs")  # does not go through forward, whose hooks gather
+    for name in ENTRIES:  # they do not go through forward, whose hooks gather
+        if hasattr(scorer, name):
+            register_fsdp_forward_method(scorer, name)
 
 
 def units(model: PreTrainedModel) -> list[nn.Module]:
     """Parts that are gathered separately: decoder layers, and an embedding not tied to the head."""
-    embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
-    tied = cast(Any, embedding).weight is head.weight
-    return [*([] if tied else [embedding]), *decoder_layers(model)]
+    return [*([] if is_tied(model) else [model.get_input_embeddings()]), *decoder_layers(model)]
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    return cast(Any, model.get_input_embeddings()).weight is cast(Any, model.get_output_embeddings()).weight
 
 
 def check_shardable(model: PreTrainedModel) -> None:

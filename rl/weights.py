@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from transformers import PreTrainedModel
 
 from rl.model.adapters import adapter_parameters, adapters_of, original_name, unsent
 from rl.model.streamed import streamed
+
+CANARY_TEXT = (
+    "Cohort counts: one, two, three, four. The answer to 17 + 25 is \\boxed{42}, and the sky is blue. "
+    "A farmer has 12 cows and buys 8 more, so that she has 12 + 8 = 20 cows. If each of them gives 15 liters "
+    "of milk a day, then all of them together give 20 * 15 = 300 liters a day, which is 2100 a week."
+)
+CANARY_LENGTH = 64  # tokens: more than a block of the engine's cache
+
+
+def canary_ids(tokenizer: Any, context: int | None) -> list[int]:
+    """Ids of the canary's text that a model of `context` positions (None: no limit) can read."""
+    ids: list[int] = tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"]
+    return ids[: min(CANARY_LENGTH, (context or CANARY_LENGTH + 1) - 1)]
 
 
 def check_streamed(model: PreTrainedModel) -> None:

@@ -31,8 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
     import torch
 
-    from recipes.fit import as_overrides, fit_to, refusal, said_costs
+    from recipes.fit import as_overrides, fit_to, refusal, said_costs, said_host
     from rl.config import check_processes
+    from rl.plan.host import host_share, pinned
     from rl.plan.memory import GIB
     from rl.plan.search import Card
 
@@ -45,7 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_processes(config, arguments.processes)
     name = "a GPU" if gib is not None else torch.cuda.get_device_name()
     capacity = torch.cuda.mem_get_info()[1] if gib is None else int(gib * GIB)
-    card = Card(name, capacity, arguments.processes)
+    host = (
+        None
+        if gib is not None and config.memory.host_gib == "auto"
+        else host_share(config, arguments.processes)
+    )
+    card = Card(name, capacity, arguments.processes, host=host)
     fitted = fit_to(config, card)
     if fitted.plan is None or fitted.size is None:
         raise ValueError("; ".join(fitted.notes))
@@ -54,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{part.name:30s}{part.bytes / GIB:8.1f} GiB  {part.phase}")
     judged = f"of {capacity / GIB:.0f}, {plan.room / GIB:.1f} may be filled"
     print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB {judged}")
+    if host := said_host(pinned(fitted.size, fitted.config), card.host):
+        print(host.removeprefix("; "))
     if not plan.fits:
         print(f"does not fit{f': {plan.fault}' if plan.fault else ''}; {refusal(fitted.size, config, card)}")
         return 1

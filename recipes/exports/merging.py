@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rl.causal import CANARY_LENGTH, CANARY_TEXT
 from rl.config import ModelConfig
 from rl.model.adapter_folder import Adapter, attach
 from rl.model.adapters import FORMS, original_name
 from rl.model.loading import load_model, read_config
 from rl.model.saving import save_model
 from rl.packed_check import own_logprobs
+from rl.weights import CANARY_LENGTH, CANARY_TEXT
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LIMIT = 1e-3  # nats, of any token: fp32 sums in another order move log-probs by some 1e-5

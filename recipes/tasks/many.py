@@ -122,3 +122,13 @@ def _frame(
     frames = {tuple(prompt.text.split(probe)) for prompt, probe in zip(made, PROBES, strict=True)}
     (found, *others) = frames
     return (found[0], found[1], growth) if not others and len(found) == 2 else None
+
+
+def longest_row(config: Config, prompts: Sequence[Prompt], heldout: list[Prompt]) -> int:
+    """Tokens of the longest prompt plus its longest completion. Where only some of many prompts are rendered,
+    `data.max_prompt_length` is taken, so that the result does not depend on the number of steps.
+    """
+    is_some, others = isinstance(prompts, SomePrompts), [len(p.token_ids) for p in heldout]
+    longest = config.data.max_prompt_length if is_some else max(len(p.token_ids) for p in prompts)
+    ends = [longest + config.sampling.max_completion_length]
+    return max(ends + [n + config.evaluation.sampling.max_completion_length for n in others])

@@ -43,9 +43,16 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
         raise ValueError(_reading_fault(error, config)) from error
 
 
-def _loaded(path: Path, config: DataConfig) -> Any:
+def _quiet_datasets() -> Any:
+    """The package, whose progress bars would break up the display."""
     import datasets
 
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _loaded(path: Path, config: DataConfig) -> Any:
+    datasets = _quiet_datasets()
     if path.is_file():
         files = glob.escape(config.source)
         return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=files, split=config.split)
@@ -56,8 +63,7 @@ def _loaded(path: Path, config: DataConfig) -> Any:
 
 def _saved(source: str, split: str) -> Any:
     """A split, or slices such as "train[:10%]", of a dataset saved to disk; without splits it is "train"."""
-    import datasets
-
+    datasets = _quiet_datasets()
     loaded = datasets.load_from_disk(source)
     splits: Mapping[Any, Any] = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({n: len(s) for n, s in splits.items()})

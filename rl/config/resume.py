@@ -19,6 +19,7 @@ FREE = {
     "engine.gpu_memory_utilization",
     "memory.optimizer_on_host",
     "memory.reference_on_host",
+    "memory.host_gib",
     "rewards.workers",
     "rewards.deadline_s",
     "teacher.url",

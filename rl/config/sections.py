@@ -91,6 +91,11 @@ class MemoryConfig(Section):
     reference_on_host: bool | Auto = Field(
         default="auto", description="the reference's layers stay in host memory and come one at a time"
     )
+    host_gib: PositiveFloat | Auto = Field(
+        default="auto",
+        description="host memory that moments and reference may take, of all processes of the host together, "
+        "GiB; auto: what is free, also of a container. Give it where a machine's memory grows as it is used",
+    )
 
     @property
     def keeps_whole(self) -> bool:

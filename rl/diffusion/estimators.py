@@ -40,11 +40,12 @@ from rl.diffusion.objectives import Example, Noised, make_plan, step_generator
 @dataclass(frozen=True)
 class Plan:
     """The copies of a micro-batch's sequences in packed rows; for each row, `slots` says which of the L loss
-    tokens its scored columns are.
+    tokens its scored columns are. `idle` rows change nothing; they keep collective model calls in step.
     """
 
     rows: list[PlanRow]
     slots: list[Int[Tensor, " _"]]
+    idle: tuple[PlanRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,19 @@ def score(
     def of_row(row: PlanRow) -> tuple[Tensor, Tensor]:
         return scorer(row.token_ids_N, row.documents, row.columns_L, row.targets_L, temperature)
 
-    many = len(plan.rows) > 1 and torch.is_grad_enabled()
-    found = [checkpoint(of_row, row, use_reentrant=False) if many else of_row(row) for row in plan.rows]
+    rows = [*plan.rows, *plan.idle]
+    many = len(rows) > 1 and torch.is_grad_enabled()
+    every = [checkpoint(of_row, row, use_reentrant=False) if many else of_row(row) for row in rows]
+    found, idle = every[: len(plan.rows)], every[len(plan.rows) :]
+    nothing = sum(0.0 * logprobs.sum() for logprobs, _ in idle)
     scored = Scored(
         torch.cat([logprobs for logprobs, _ in found]),
         torch.cat([entropies for _, entropies in found]),
         torch.cat([row.weights_L for row in plan.rows]),
         torch.cat(plan.slots),
     )
-    return COMBINE[config.name](scored, batch, config), _mean_entropies(scored, len(batch.columns_L))
+    estimates_L = COMBINE[config.name](scored, batch, config) + nothing
+    return estimates_L, _mean_entropies(scored, len(batch.columns_L))
 
 
 # Copies of one sequence.

@@ -292,6 +292,13 @@ class DiffusionScorer(nn.Module):
         hidden_LD = hidden_ND[predicting_columns(self.model, columns_L, documents)]
         return head_logprobs(self.model, hidden_LD, targets_L, temperature=temperature)
 
+    def likeliest(
+        self, token_ids_N: Int[Tensor, " N"], documents: Documents, columns_L: Int[Tensor, " L"]
+    ) -> Int[Tensor, " L"]:
+        """The id that the model finds likeliest in each column."""
+        hidden_ND = hidden_states(self.model, token_ids_N, documents)
+        return logits_at(self.model, hidden_ND, columns_L, documents).argmax(-1)
+
 
 @torch.no_grad()
 def _check_bidirectional(model: PreTrainedModel) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
@@ -11,15 +13,19 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl.batch import Batch
+from rl.batch import Batch, idle_micro_batch
 from rl.config.diffusion import DiffusionModelConfig
 from rl.config.diffusion_rl import MaskedRunConfig
-from rl.diffusion.estimators import count_repeats, draw_plan, score
-from rl.diffusion.model import DiffusionScorer, hidden_states, logits_at
+from rl.diffusion.elbo import idle_row
+from rl.diffusion.estimators import Plan, count_repeats, draw_plan, score
+from rl.diffusion.model import DiffusionScorer
 from rl.diffusion.policy import DiffusionPolicy
 from rl.model.bidirectional import Documents
-from rl.policy import Prepared, Scores
+from rl.policy import Prepared, Reference, Scores
+from rl.references import Copy
+from rl.sharded import GatheredWeights, make_mesh, shard
 from rl.types import WeightStream
+from rl.world import World
 
 
 class MaskedPolicy:
@@ -33,6 +39,7 @@ class MaskedPolicy:
 
     shares_prompts = True  # its estimator counts the copies it makes in its own budget
     in_step = False
+    sent: torch.dtype | None = None
 
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed
@@ -86,7 +93,34 @@ class MaskedPolicy:
                 repeats=repeats,
             )
             prepared.append(Prepared(micro_batch, plan))
-        return prepared
+        return self._in_step(prepared) if self.in_step else prepared
+
+    def split(self, reference: Reference | None, *, sent: torch.dtype) -> None:
+        """Splits the weights over all processes, and those of the reference if it is a copy (`rl.sharded`).
+
+        Args:
+            sent: dtype of the sampler's weights.
+        """
+        mesh = make_mesh(self.device, self.trained.accelerator.num_processes, "full")
+        copies = [reference.scorer] if isinstance(reference, Copy) else []
+        for scorer in (self.scorer, *copies):
+            shard(scorer, mesh, compute=torch.bfloat16 if self.is_coarse else torch.float32)
+        self.in_step, self.sent, self.trained.sharded = True, sent, True
+        self.backward = lambda loss, *, last: loss.backward()  # gradients are sums, in fp32
+
+    def _in_step(self, prepared: list[Prepared]) -> list[Prepared]:
+        """Adds idle micro-batches, and idle rows inside each, until all processes have equally many."""
+        one = idle_row(self.trained.mask_token_id)
+        one = replace(one, weights_L=torch.ones_like(one.weights_L)).to(self.device)
+        slot = torch.zeros(1, dtype=torch.long, device=self.device)
+        counts = [len(p.drawn.rows) for p in prepared]
+        most = [
+            max(all_) for all_ in zip_longest(*World(self.trained.accelerator).gather(counts), fillvalue=1)
+        ]
+        nothing = Prepared(idle_micro_batch().to(self.device), Plan([one], [slot]), is_idle=True)
+        prepared = prepared + [nothing] * (len(most) - len(prepared))
+        idle = [(one,) * (number - len(p.drawn.rows)) for p, number in zip(prepared, most, strict=True)]
+        return [replace(p, drawn=replace(p.drawn, idle=i)) for p, i in zip(prepared, idle, strict=True)]
 
     def score(self, prepared: Prepared, *, ids_LK: Int[Tensor, "L K"] | None = None) -> Scores:
         """The estimate for each loss token, and the entropy of the distribution it was scored under.
@@ -105,7 +139,7 @@ class MaskedPolicy:
             )
 
     def weights(self) -> WeightStream:
-        return MaskedWeights(self)
+        return MaskedWeights(self) if self.sent is None else GatheredWeights(MaskedWeights(self), self.sent)
 
 
 class MaskedWeights:
@@ -140,8 +174,7 @@ class MaskedWeights:
         scorer.eval()
         with policy.autocast():
             if policy.is_coarse:
-                hidden = hidden_states(policy.model, canvas, documents)
-                ids[1:] = logits_at(policy.model, hidden, columns, documents).argmax(-1)
+                ids[1:] = scorer.likeliest(canvas, documents, columns)
             logprobs = scorer(canvas, documents, columns, ids[1:])[0]
         scorer.train(training)
         return ids.tolist(), logprobs.float().tolist()

@@ -111,23 +111,29 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         if config.lora is None:
             merge(model, adapter)
         return model
+    return read_model(config)
+
+
+def read_model(config: ModelConfig, /, **options: Any) -> PreTrainedModel:
+    """transformers' model of the files at `model.name`, with its refusals in our words (`load_model`)."""
+    options |= {"revision": config.revision, "dtype": storage_dtype(config), "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=storage_dtype(config), trust_remote_code=False
-        )
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(config.name, **options))
     except (OSError, ValueError, SafetensorError) as error:
         refuse_custom_code(config.name, error)
         raise ValueError(
             f"model.name={config.name!r}: the model cannot be loaded: {first_line(error)} It must be whole, "
             "and of an architecture that this transformers knows as a causal language model"
         ) from error
-    return cast(PreTrainedModel, model)
 
 
-def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
+def use_fused_layers(model: PreTrainedModel, config: ModelConfig, *, is_checked: bool = False) -> None:
     """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
     Triton norms, rotary embedding and gated MLP. The latter need `liger-kernel` and a family that it knows;
     mixtures of experts are left out.
+
+    Args:
+        is_checked: another model of the same family was compared with its own layers.
 
     Raises:
         ValueError: the fused layers do not reproduce the model's own hidden states.
@@ -140,8 +146,9 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
     has_experts = any(p.ndim == 3 for p in model.parameters())
     if not config.fused_layers or has_experts or importlib.util.find_spec("liger_kernel") is None:
         return
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
+    if is_checked:
+        _fuse(model)
+        return
     stored = storage_dtype(config)
     ids = torch.arange(64, device=model.device)[None] % model.config.get_text_config().vocab_size
 
@@ -151,14 +158,20 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig) -> None:
 
     exact = hidden(False) if stored == torch.float32 else _in_fp32(model, lambda: hidden(False))
     plain = hidden(True)
-    with _for_one_instance(sys.modules[type(model).__module__]):
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    _fuse(model)
     rounded, gap = (((x - exact).norm() / exact.norm()).item() for x in (plain, hidden(True)))
     if not gap < 1.5 * rounded + 0.01:
         raise ValueError(
             f"Liger's layers change the hidden states of {type(model).__name__} by {gap:.2g}, where bf16 "
             f"alone rounds by {rounded:.2g}; use model.fused_layers=false"
         )
+
+
+def _fuse(model: PreTrainedModel) -> None:
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    with _for_one_instance(sys.modules[type(model).__module__]):
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,6 +37,12 @@ def save_settings(model: PreTrainedModel, folder: Path) -> None:
         if (stand_in := model.generation_config) is not None:
             stand_in.save_pretrained(folder)
     _write_generation_config(loaded, folder)
+
+
+def name_dtype(folder: Path, dtype: str) -> None:
+    """Writes into a model's config in which dtype others load it; an adapter's folder has none."""
+    if (path := folder / "config.json").exists():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}, indent=2) + "\n")
 
 
 def check_saving(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rl.config import Config
-from rl.model.loading import storage_dtype
-from rl.plan.memory import Planned, in_flight, reference_on_host
-from rl.plan.sizes import ModelSize, adapters_of
+from rl.plan.host import layers_on_host, moments_on_host
+from rl.plan.memory import Planned, in_flight
+from rl.plan.sizes import ModelSize
 
 HOST_RATE = 40e9
 """Bytes a second between pinned host memory and a GPU, one way: PCIe 5 x16 (an H100 or H200)."""
@@ -28,15 +28,10 @@ def seconds_of(size: ModelSize, config: Planned, processes: int) -> dict[str, fl
             SLEEP_S + ahead * FULL * config.longest_row * 2 * size.active / PREFILL_RATE
         )
     if memory.optimizer_on_host is True:
-        lora = config.model.lora
-        trained = size.parameters if lora is None else adapters_of(size, lora).weights
-        moments = 2 * trained * (4 if lora else storage_dtype(config.model).itemsize)
-        found["memory.optimizer_on_host"] = t.num_minibatches * t.num_epochs * 2 * moments / HOST_RATE
+        moved = 2 * moments_on_host(size, config)
+        found["memory.optimizer_on_host"] = t.num_minibatches * t.num_epochs * moved / HOST_RATE
     if memory.reference_on_host is True:
         tokens = t.prompts_per_step * t.group_size / processes * FULL * config.longest_row
         passes = max(t.num_minibatches, -(-tokens // config.token_budget))
-        moved = reference_on_host(size, config)
-        if config.model.dtype == "bf16-mixed" and not config.model.reference.update_every:
-            moved //= 2
-        found["memory.reference_on_host"] = passes * moved / HOST_RATE
+        found["memory.reference_on_host"] = passes * layers_on_host(size, config) / HOST_RATE
     return found

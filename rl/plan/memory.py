@@ -118,9 +118,6 @@ def plan_memory(
                 f"of {max_length} tokens; it needs {least:.2f}"
             )
     parts += [Part("engine cache", max(cache, 0), "sample")]
-    whole = size.parameters * storage_dtype(config.model).itemsize * (1 + config.copies_weights)
-    if shares > 1 and whole > room:
-        fault = f"{whole / GIB:.1f} GiB of weights are on each GPU before they are split"
     return MemoryPlan(tuple(parts), capacity, room, row, fault, sleeps(size, config))
 
 

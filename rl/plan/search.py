@@ -11,6 +11,7 @@ from typing import Any
 from rl.config import Config
 from rl.config.read import replaced
 from rl.plan.costs import seconds_of
+from rl.plan.host import pinned
 from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, plan_memory, uses_vllm
 from rl.plan.sizes import ModelSize
 
@@ -42,12 +43,14 @@ class Card:
     Attributes:
         capacity: bytes of the GPU.
         free: bytes that nobody else holds; None: all.
+        host: bytes of host memory that each process may pin; None: as many as it needs.
     """
 
     name: str
     capacity: int
     processes: int = 1
     free: int | None = None
+    host: int | None = None
 
 
 def plan_for(size: ModelSize, config: Planned, card: Card, max_length: int) -> MemoryPlan:
@@ -73,7 +76,7 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     if can_split(size, config, card.processes):
         splits.append({"train.sharding": "full"})
     rules = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
-    asleep, hosted = _asleep(size, config), _hosted(size, config, card.processes)
+    asleep, hosted = _asleep(size, config), _hosted(size, config, card)
     # Split weights with an engine awake come first: if they suffice, the engine need not sleep.
     ways = [(split, [{}], rule) for split in splits for rule in rules] if splits[1:] else []
     ways += [(split, asleep, rule) for split in splits for rule in rules]
@@ -106,15 +109,16 @@ def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
     return [{}, {"memory.engine_sleeps": True}] if may else [{}]
 
 
-def _hosted(size: ModelSize, config: Planned, processes: int) -> list[dict[str, Any]]:
-    """Settings that keep moments, the reference or both in host memory, the cheapest first."""
+def _hosted(size: ModelSize, config: Planned, card: Card) -> list[dict[str, Any]]:
+    """Settings that keep moments, the reference or both in host memory that is there, the cheapest first."""
     if not isinstance(config, Config) or config.train.sharding in ("full", "hybrid"):
         return []
     keys = [key for key in HOSTED if is_auto(config, key)]
     if not config.copies_weights or size.has_own_sampler:
         keys = [key for key in keys if key != "memory.reference_on_host"]
     ways = [dict.fromkeys(some, True) for n in range(1, len(keys) + 1) for some in combinations(keys, n)]
-    return sorted(ways, key=lambda way: sum(seconds_of(size, replaced(config, way), processes).values()))
+    ways = [w for w in ways if card.host is None or pinned(size, replaced(config, w)) <= card.host]
+    return sorted(ways, key=lambda way: sum(seconds_of(size, replaced(config, way), card.processes).values()))
 
 
 def _recomputes(config: Planned) -> tuple[bool, ...]:

@@ -101,13 +101,15 @@ def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> Non
 
 
 class TensorFiles:
-    """The tensors of one kind in a checkpoint, whichever process wrote them; by default, the model's."""
+    """The tensors of given files; or of one kind in a checkpoint, whichever process wrote them; by default,
+    the model's.
+    """
 
-    def __init__(self, folder: Path, kind: str | None = None) -> None:
+    def __init__(self, folder: Path | Sequence[Path], kind: str | None = None) -> None:
         self.pieces: dict[str, list[Piece]] = {}
         self.shapes: dict[str, list[int]] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if kind is not None:
+        files = sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else folder
+        if kind is not None and isinstance(folder, Path):
             main = _file(folder, kind, 0)
             files = [main, *sorted(main.parent.glob(f"{kind}-rank*.safetensors"))]
         for file in files:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ import torch
 import yaml
 
 from rl.store.rows import read_rows
+from tests.bench.launch import last_lines, run_within
 from tests.bench.workload import Workload, write_model
 
 GIB = 2**30
@@ -41,6 +40,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, default=Path("."))
     a = parser.parse_args()
     rows, failed = [], False
+    a.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name in a.shapes:
             words, _, gib = name.partition("@")
@@ -95,21 +95,18 @@ def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "recipes.llada" if a.llada else "recipes.grpo", str(path), *a.set]
-    log, began, most = a.logs / f"{folder.name}.log", time.monotonic(), 0
-    held = used_bytes()
-    first = None
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
-        while process.poll() is None and time.monotonic() - began < a.timeout_s:
-            most = max(most, used_bytes() - held)
-            if first is None and (folder / "metrics.jsonl").exists():
-                first = time.monotonic() - began
-            time.sleep(0.2)
-        if process.poll() is None:
-            process.kill()
-        code = process.wait()
+    log, began, held = a.logs / f"{folder.name}.log", time.monotonic(), used_bytes()
+    most, first = 0, None
+
+    def watch() -> None:
+        nonlocal most, first
+        most = max(most, used_bytes() - held)
+        if first is None and (folder / "metrics.jsonl").exists():
+            first = time.monotonic() - began
+
+    code = run_within(a.timeout_s, command, log, watch)
+    if code:
+        print(last_lines(log), flush=True)
     plan = json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").exists() else None
     steps = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     training, card = ((plan or {}).get(key, 0) / GIB for key in ("training", "total"))

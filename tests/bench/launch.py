@@ -6,8 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def launch(log: Path, module: str, arguments: Sequence[str], timeout_s: float | None = None) -> int:
@@ -25,6 +29,30 @@ def launch(log: Path, module: str, arguments: Sequence[str], timeout_s: float | 
             timeout=timeout_s,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         ).returncode
+
+
+def run_within(timeout_s: float, command: Sequence[str], log: Path, watch: Callable[[], object] = int) -> int:
+    """The exit status of a command whose output goes to `log`; 124 after `timeout_s`, when all of its
+    processes were killed: one that hangs would hold the GPU of what is measured next.
+
+    Args:
+        watch: is called five times a second.
+    """
+    end = time.monotonic() + timeout_s
+    with log.open("w") as sink:
+        process = psutil.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+        while process.poll() is None:
+            watch()
+            time.sleep(0.2)
+            if time.monotonic() > end:
+                for one in [process, *process.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
+                process.wait()
+                return 124
+        return process.wait()
 
 
 def last_lines(log: Path) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ import torch
 import yaml
 
 from rl.store.rows import read_rows
-from tests.bench.launch import last_lines
+from tests.bench.launch import last_lines, run_within
 from tests.bench.workload import Workload, write_model
 
 
@@ -106,12 +104,7 @@ def one_run(case: Case, model: Path, workload: Workload, scratch: Path, a: Any) 
         str(case.cards),
         *a.set,
     ]
-    with log.open("w") as sink:
-        try:
-            given = {"stdout": sink, "stderr": subprocess.STDOUT, "timeout": a.timeout_s}
-            code = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **given).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+    code = run_within(a.timeout_s, command, log)
     if code:
         print(f"{case.name} ended with {code}; {last_lines(log)}", flush=True)
     steps = (read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else [])[1:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +73,31 @@ def test_reward_rises(config_file, method):
     assert len(rewards) == 12
     assert rewards[0] < 0.5
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.15
+
+
+@pytest.mark.rotation("split weights")
+def test_two_processes_that_split_the_weights_train_as_one_does(config_file):
+    """One repeats their steps from the groups that they recorded, and goes on from their checkpoint."""
+    run, again = config_file.parent / "run", config_file.parent / "again"
+    words = [*METHODS["ESPO"], "train.sharding=full", "train.steps=2", "optimizer.lr=1e-4"]
+    two = [sys.executable, "-m", "recipes.cli", "train", str(config_file), *words, "--processes", "2"]
+    path = os.pathsep.join([str(ROOT), str(TOYS)])
+    assert subprocess.run(two, cwd=ROOT, timeout=300, env=os.environ | {"PYTHONPATH": path}).returncode == 0
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("checkpoints", "result.json"))
+    assert main([str(config_file), *words, f"run_dir={again}"]) == 0
+    ours, theirs, first = (
+        load_file(folder / "model.safetensors")
+        for folder in (*(r / "checkpoints" / "step-000002" for r in (run, again)), model_of(config_file))
+    )
+    moved = sum((ours[n] - first[n]).double().square().sum() for n in ours) ** 0.5
+    assert sum((ours[n] - theirs[n]).double().square().sum() for n in ours) ** 0.5 <= 1e-3 * moved
+    assert main([str(config_file), *words, "train.steps=3"]) == 0
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["sync/canary_gap_max"] < 1e-4
+
+
+def model_of(config_file: Path) -> Path:
+    return Path(yaml.safe_load(config_file.read_text())["model"]["name"])
 
 
 def test_a_run_leaves_what_every_run_leaves(config_file, capsys):

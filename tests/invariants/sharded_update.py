@@ -19,13 +19,17 @@ import torch
 from accelerate import Accelerator
 from killed_runs import PR_SET_CHILD_SUBREAPER, in_forks
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recipes.models import teacher_model
 from rl.batch import pack
 from rl.causal import CausalPolicy
+from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import load_config
+from rl.diffusion.rl_policy import MaskedPolicy
+from rl.model.hollow import is_hollow
 from rl.references import Copy, make_reference
-from rl.sharded import ShardedPolicy, gathered
+from rl.sharded import ShardedPolicy, gathered, load_split, own_tensors
 from rl.teacher import Teacher
 from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
@@ -53,25 +57,44 @@ class Recorder(torch.optim.SGD):
 
 
 def make_policy(case: dict[str, Any], world: World) -> tuple[Any, Any, Any, Any]:
-    """Config, policy, reference, teacher; what starts at zero or at the policy is moved away from there."""
+    """Config, policy, reference, teacher. Among several processes each reads its slices of the weights."""
     config = load_config(None, [f"model.name={case['model']}", *BASE, *case["overrides"]])
     torch.manual_seed(0)
-    policy = CausalPolicy(config.model, world.accelerator, temperature=0.9)
-    policy.settle_attention()
-    generator = torch.Generator().manual_seed(1)
+    given: dict[str, Any] = {"temperature": 0.9, "plan": None}
+    if isinstance(config, MaskedRunConfig):
+        policy: Any = MaskedPolicy(config, world.accelerator, name=case["model"])
+    elif world.size > 1:
+        split = load_split(config.model, world.accelerator, longest=60, **given)
+        assert split is not None
+        policy = split[0]
+        assert all(is_hollow(p) for p in own_tensors(policy.model).values() if p.numel() > 1)
+    else:
+        policy = CausalPolicy(config.model, world.accelerator, **given)
+        policy.settle_attention()
     reference = make_reference(policy, moves=False) if config.loss.kl_coef else None
-    moved = [p for n, p in policy.trainable() if "lora_B" in n]
-    moved += list(reference.scorer.parameters()) if isinstance(reference, Copy) else []
-    with torch.no_grad():
-        for parameter in moved:
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config.teacher, teacher_model(config.teacher), policy, longest=60, note=print)
-    if world.size > 1:
+    if isinstance(config, MaskedRunConfig):
+        if world.size > 1:
+            policy.split(reference, sent=torch.float32)
+    elif world.size > 1:
         kind = config.train.sharding if config.train.sharding != "auto" else "full"
         policy = ShardedPolicy(policy, reference, sharding=kind, sent=torch.float32)
+    move(policy, reference)
     return config, policy, reference, teacher
+
+
+@torch.no_grad()
+def move(policy: Any, reference: Any) -> None:
+    """Adds the same numbers for any number of processes; adapters, which are random, are set to them."""
+    generator = torch.Generator().manual_seed(1)
+    adapters = [p for n, p in policy.trainable() if "lora_" in n]
+    for parameter in [*adapters, *(reference.scorer.parameters() if isinstance(reference, Copy) else [])]:
+        noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+        parameter.mul_(not adapters).add_(noise)
 
 
 def one_row(ids: list[int], logprobs: list[float]) -> Completion:

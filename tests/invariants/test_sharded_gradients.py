@@ -22,6 +22,7 @@ ROUNDED = {"bf16": 0.05, "bf16 teacher": 0.05, "bf16 all together": 0.01}
 """Norms have bf16 weights in a unit and fp32 ones in a whole model; bf16 itself moves these gradients by 0.02
 and 0.1.
 """
+MASKED = ("diffusion.block_length=4", "diffusion.mask_token=<unk>", "loss.sampler_correction=null")
 CASES = {
     "tied": ("tied", [ALONE]),
     "untied": ("untied", [ALONE, "loss.name=dapo"]),
@@ -56,6 +57,12 @@ CASES = {
     "rows with demonstrations": (
         "tied",
         [ALONE, "model.attention=rows", "teacher={demonstration: solution}", "train.num_epochs=2"],
+    ),
+    "diffusion": ("tied", [KL, *MASKED, "diffusion.estimator.name=elbo", "diffusion.estimator.num_draws=2"]),
+    "diffusion, one pass": ("tied", [ALONE, *MASKED, "diffusion.estimator.name=one_step"]),
+    "diffusion, both bounds": (
+        "tied",
+        [ALONE, *MASKED, "loss.name=reinforce", "diffusion.estimator={name: sandwich, num_draws: 2}"],
     ),
     "hybrid": ("untied", [KL, "train.sharding=hybrid"]),
 }

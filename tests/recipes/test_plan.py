@@ -106,6 +106,14 @@ def test_a_run_that_goes_on_keeps_its_values_on_its_card_alone(config_file):
     assert "train.token_budget 1234 -> " in other.notes[1]
 
 
+def test_a_plan_says_what_it_pins_and_refuses_what_the_host_lacks(config_file):
+    given = load_config(config_file, [*OPEN, "memory.optimizer_on_host=true"])
+    with pytest.raises(ValueError, match=r"in host memory, and may take 0\.0; use memory\.optimizer"):
+        fit_to(given, Card("NVIDIA H100", 80 * GIB, host=1000))
+    fitted = fit_to(given, Card("NVIDIA H100", 80 * GIB, host=10 * GIB))
+    assert "each process pins 0.0 GiB of host memory of 10.0 that it may take" in fitted.notes[0]
+
+
 @pytest.mark.parametrize(
     ("chosen", "given"),
     [

@@ -267,13 +267,10 @@ def test_other_ids_can_be_asked_for_at_every_loss_token(tiny_model_dir):
     ours = {name: p.grad.clone() for name, p in policy.trainable() if p.grad is not None}
     policy.scorer.zero_grad()
     rows = []
-    for block in drawn.batch.blocks:
-        start = block.completion_start
-        for length in block.completion_lengths:
-            prompt = drawn.batch.token_ids_N[block.start : block.completion_start]
-            ids = torch.cat([prompt, drawn.batch.token_ids_N[start : start + length]])
-            rows.append(policy.model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
-            start += length
+    for row in drawn.batch.rows:
+        ids = torch.tensor([[*row.prompt.token_ids, *row.completion.token_ids]])
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(row.prompt.token_ids) - 1 : -1]
+        rows.append(logits[torch.tensor(row.completion.loss_mask)])
     expected = torch.cat(rows).log_softmax(-1).gather(-1, ids_LK)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     (expected * slopes).sum().backward()

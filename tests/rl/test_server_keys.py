@@ -24,6 +24,11 @@ from rl.config.read import replaced
             {"name": "server", "urls": ["http://a:1"], "token_file": "t", "process": "own"},
             "engine.process=own: under engine.name=server the server decides that",
         ),
+        (
+            {"name": "server", "urls": ["http://a:1"], "token_file": "t"}
+            | {"weights_url": "nccl://a:1", "weights_folder": "w"},
+            "engine.weights_folder does nothing if engine.weights_url=nccl",
+        ),
         ({"name": "server", "urls": ["http://me:pw@a:1"], "token_file": "t"}, "should match pattern"),
     ],
 )

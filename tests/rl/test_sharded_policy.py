@@ -14,7 +14,9 @@ from transformers import (
 )
 
 import recipes.grpo
-from rl.sharded import check_shardable, deal_tensors, make_mesh, units
+from rl.batch import Row, micro_batch_of
+from rl.sharded import check_shardable, deal_tensors, make_mesh, units, with_rows
+from rl.types import Completion, Prompt
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -73,10 +75,20 @@ def test_a_launch_by_accelerates_own_config_is_refused(name, monkeypatch, tmp_pa
     assert f"accelerate is set up for {name}" in said and "set train.sharding=full" in said
 
 
-def test_diffusion_models_with_rewards_are_not_split(tmp_path, capsys):
+@pytest.mark.parametrize(("words", "named"), [("hybrid", "hybrid"), ("full", "full with model.lora")])
+def test_copies_on_hosts_and_adapters_of_diffusion_models_are_not_split(words, named, tmp_path, capsys):
     config = tmp_path / "config.yaml"
-    config.write_text(f"run_dir: {tmp_path}/run\ndiffusion: {{}}\ntrain: {{sharding: full}}\n")
+    adapter = "model: {lora: {r: 4}}\n" if words == "full" else ""
+    config.write_text(f"run_dir: {tmp_path}/run\ndiffusion: {{}}\ntrain: {{sharding: {words}}}\n{adapter}")
     assert recipes.grpo.main([str(config)]) == 1
-    assert "splits causal models, but this run trains a diffusion" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"train.sharding={named} splits causal models only, but this run trains a diffusion" in said
+
+
+def test_added_rows_change_nothing_where_each_token_has_its_own_advantage():
+    completion = Completion([5, 6, 7], [-1.0, 0.0, -2.0], [True, False, True], "stop", [])
+    row = Row(Prompt("p", "", (3, 4)), completion, 0, 0, [1.0, 0.0, -2.0], weight=0.5)
+    padded = with_rows(micro_batch_of([[row]]), 3)
+    assert [block.lengths for block in padded.blocks] == [(2, 3), (1, 1), (1, 1)]
+    assert padded.advantages_L.tolist() == [1.0, -2.0] and padded.columns_L.tolist() == [2, 4]
+    assert padded.num_sequences == 1
