@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from recipes.cli.command import raise_open_files, run_command, say_fault
 from recipes.fit import Fitted
+from rl.config.read import flatten
 from rl.phases import StopSignal, stop_with_launcher
 from rl.report.display import Display
 from rl.report.safe_stream import say
 from rl.report.verdict import judge_run
 from rl.store.durable import RunLock
 from rl.store.folder import check_whole, claim_config, has_steps, write_config
-from rl.store.manifest import unsupported_versions
+from rl.store.manifest import library_versions, unsupported_versions
 from rl.world import World, make_accelerator
 
 CHANGE = "--change"
+MAX_CLOCK_GAP_S = 60.0
 
 
 def recipe_main(
@@ -133,6 +138,7 @@ def run_program(
     fitted = settle(world)
     config = fitted.config
     with RunLock(config.run_dir) if world.is_main else nullcontext():
+        check_alike(world, config)
         if world.is_main:
             claim_config(config, planned=fitted.planned, change=change)
             if not has_steps(config.run_dir):
@@ -160,6 +166,81 @@ def run_program(
                 say(f"stopped after step {steps} of {total}; the same command goes on from there")
     world.end()
     return stop.exit_code() if is_stopped else 0
+
+
+class Laps:
+    """Seconds of a start by part; each call notes those since the one before, the first since `began`."""
+
+    def __init__(self, began: float) -> None:
+        self._began = self._at = began
+        self._said: list[str] = []
+
+    def __call__(self, part: str, detail: str = "") -> str:
+        """Returns all that was noted so far."""
+        before, self._at = self._at, time.monotonic()
+        self._said.append(f"{part} {self._at - before:.1f}{detail and f' ({detail})'}")
+        return f"ready after {self._at - self._began:.0f} s: {', '.join(self._said)}"
+
+
+def check_alike(world: World, config: Any) -> None:
+    """Compares what all processes of a run must share; they are perhaps on several hosts.
+
+    Raises:
+        ValueError: the same on every process: the first thing that differs, and where.
+    """
+    if world.size == 1:
+        return
+    seen = (
+        Path(config.run_dir) / f".seen-{world.gather(secrets.token_hex(8))[0]}"
+    )  # a name that no host caches
+    if world.is_main:
+        seen.touch()
+    world.wait()
+    clock, has_gpu = time.time(), world.accelerator.device.type == "cuda"  # perhaps not, though there is one
+    mine = {
+        "host": socket.gethostname(),
+        "config": flatten(config.model_dump(mode="json")),
+        "versions": library_versions(),
+        "sees": seen.exists(),
+        "gpu": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if has_gpu else "",
+        "clock": clock,
+    }
+    found = world.gather(mine)
+    if world.is_main:
+        seen.unlink()
+    if (fault := first_difference(found, str(config.run_dir))) is not None:
+        raise ValueError(fault)
+
+
+def first_difference(processes: Sequence[Mapping[str, Any]], run_dir: str) -> str | None:
+    """The first thing in which processes differ that they must share, or None.
+
+    Args:
+        processes: by rank: host, config and versions (flat), sees (the run's folder), gpu, clock (seconds).
+    """
+    first, where = processes[0], [f"process {k} on host {p['host']}" for k, p in enumerate(processes)]
+    for what, remedy in (
+        ("config", "start every process with the same file and the same key=value"),
+        ("versions", "install the same on every host"),
+    ):
+        for place, one in zip(where, processes, strict=True):
+            ours, theirs = first[what], one[what]
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    values = (
+                        f"{key}={theirs.get(key, 'missing')}, but {where[0]} has {ours.get(key, 'missing')}"
+                    )
+                    return f"{place} has {values}: {remedy}"
+    gpus: dict[str, str] = {}
+    for place, one in zip(where, processes, strict=True):
+        if not one["sees"]:
+            wrote = f"what {where[0]} wrote into {run_dir}"
+            return f"{place} does not see {wrote}: let run_dir be on a disk that all hosts share"
+        if one["gpu"] and (other := gpus.setdefault(one["gpu"], place)) != place:
+            return f"{place} has the GPU of {other} ({one['gpu']}): start one process for each GPU of a host"
+        if abs(ahead := one["clock"] - first["clock"]) > MAX_CLOCK_GAP_S:
+            return f"{place} has a clock {ahead:+.0f} s off that of {where[0]}: set it by chrony or ntpd"
+    return None
 
 
 def _trained(run: Any, train: Callable[[Any], int], close: Callable[[], None], fitted: Fitted) -> int:

@@ -33,8 +33,7 @@ class Bucket:
     """
 
     def __init__(self, tensors: Mapping[str, HeldTensor], device: torch.device) -> None:
-        sizes = [_aligned(held.num_bytes) for held in tensors.values()]
-        size = max(*sizes, min(BUCKET_BYTES, sum(sizes)))
+        size = size_of_bucket(tensors, BUCKET_BYTES)
         if device.type == "cuda":
             self.bytes_B = torch.empty(size, dtype=torch.uint8, device=device)
             arguments: Any = reduce_tensor(self.bytes_B)[1]
@@ -48,25 +47,10 @@ class Bucket:
         self.tensors, self.is_known = tensors, False
 
     def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Deliver) -> None:
-        """Writes every tensor into the bucket, in the engine's dtype; `deliver` loads each filling."""
-        layout: Layout = []
-        end = 0
-        for name, tensor in weights:
-            held = self.tensors[name]
-            if layout and end + held.num_bytes > len(self.bytes_B):
-                self._deliver(layout, deliver)
-                layout, end = [], 0
-            view(self.bytes_B, end, held).copy_(tensor.detach())
-            layout.append([name, end])
-            end = _aligned(end + held.num_bytes)
-        if layout:
-            self._deliver(layout, deliver)
-
-    def _deliver(self, layout: Layout, deliver: Deliver) -> None:
-        if self.bytes_B.is_cuda:
-            torch.cuda.current_stream(self.bytes_B.device).synchronize()
-        deliver(layout, None if self.is_known else self.handle)
-        self.is_known = True
+        """Sends every tensor through the bucket; `deliver` loads each filling."""
+        for layout, _ in fillings(weights, self.tensors, self.bytes_B):
+            deliver(layout, None if self.is_known else self.handle)
+            self.is_known = True
 
     def close(self, *, is_released: bool) -> None:
         """Gives the memory back.
@@ -87,6 +71,37 @@ class Bucket:
         is_cuda, self.bytes_B = self.bytes_B.is_cuda, torch.empty(0, dtype=torch.uint8)
         if is_cuda:
             torch.cuda.ipc_collect()
+
+
+def size_of_bucket(tensors: Mapping[str, HeldTensor], most: int) -> int:
+    """At most `most` bytes, unless one tensor needs more."""
+    sizes = [_aligned(held.num_bytes) for held in tensors.values()]
+    return max(*sizes, min(most, sum(sizes)))
+
+
+def fillings(
+    weights: Iterable[tuple[str, Tensor]], tensors: Mapping[str, HeldTensor], bytes_B: Tensor
+) -> Iterator[tuple[Layout, int]]:
+    """Writes every tensor into `bytes_B`, in its engine's dtype; (layout, bytes used) of each filling."""
+    layout: Layout = []
+    end = 0
+    for name, tensor in weights:
+        held = tensors[name]
+        if layout and end + held.num_bytes > len(bytes_B):
+            _settle(bytes_B)
+            yield layout, end
+            layout, end = [], 0
+        view(bytes_B, end, held).copy_(tensor.detach())
+        layout.append([name, end])
+        end = _aligned(end + held.num_bytes)
+    if layout:
+        _settle(bytes_B)
+        yield layout, end
+
+
+def _settle(bytes_B: Tensor) -> None:
+    if bytes_B.is_cuda:
+        torch.cuda.current_stream(bytes_B.device).synchronize()
 
 
 def open_bucket(handle: list[Any]) -> Tensor:

@@ -21,6 +21,7 @@ from rollout.vllm.weight_files import Push
 
 NEEDED = ("/pause", "/resume", "/collective_rpc", "/server_info", "/version")
 CONNECT_S = 10.0
+LEASE_S = 120.0  # a run that was killed keeps its servers from others for so long
 
 
 class ServerDead(EngineError):
@@ -127,18 +128,27 @@ class Control:
             PushRefused: it did not load them; after a wrong base or a break the next push has to be whole.
             ServerDead: it did not answer, or its engine failed: its weights are unknown.
         """
-        told = self._rpc("cohort_load", asdict(push), what=f"loading version {push.version}")
+        self.tell("cohort_load", asdict(push), deed=f"load version {push.version}")
+        if self.facts().has_spans:
+            self.call("POST", "/update_weight_version", "its version", json={"new_version": push.content})
+        if (found := self.holds()) != push.content:
+            raise PushRefused(f"server {self.url} says it holds {found} after {push.content} was pushed")
+
+    def tell(self, method: str, *arguments: Any, deed: str) -> dict[str, Any]:
+        """Asks for a step of a load; the answer.
+
+        Raises:
+            PushRefused: the server did not do it; it says why.
+        """
+        told = self._rpc(method, *arguments, what=f"the answer to: {deed}")
         if (fault := told.get("refused") or told.get("broken")) is not None:
             state = (
                 f"it goes on with {told['holds'] or 'what it held'}"
                 if "refused" in told
                 else "its weights are unknown"
             )
-            raise PushRefused(f"server {self.url} did not load version {push.version}: {fault}; {state}")
-        if self.facts().has_spans:
-            self.call("POST", "/update_weight_version", "its version", json={"new_version": push.content})
-        if (found := self.holds()) != push.content:
-            raise PushRefused(f"server {self.url} says it holds {found} after {push.content} was pushed")
+            raise PushRefused(f"server {self.url} did not {deed}: {fault}; {state}")
+        return told
 
     def holds(self) -> str:
         """`Push.content` of the weights that were pushed last; empty if there are none, or a load broke off.
@@ -176,6 +186,19 @@ class Control:
     def fingerprints(self, version: int) -> dict[str, int]:
         """Hashes of what the server computes with, for the columns that are compared at `version`."""
         return self._rpc("cohort_fingerprints", version, what=f"the fingerprints of version {version}")
+
+    def lease(self, run: str, seconds: float = LEASE_S) -> None:
+        """Takes the server for a run, renews that, or gives it back (0 seconds).
+
+        Raises:
+            ValueError: another run has it.
+        """
+        told = self._rpc("cohort_lease", run, seconds)
+        if told["holder"] != run:
+            raise ValueError(
+                f"server {self.url} serves {told['holder']}, which has it for {told['left']:.0f} s more if "
+                "it does not ask again; wait until that run has ended, or name another server"
+            )
 
     def close(self) -> None:
         self._client.close()

@@ -2,8 +2,8 @@
 
 A server that is *up* has proved that it holds the current weights. A *suspect* one does not answer; nothing
 new goes there. Completions of a *dead* one go on elsewhere, from the tokens that they have. A *stale* one
-answers, but has yet to get and to prove the current weights. The thread that asks for answers also judges the
-servers; only streams and health checks run on their own (`rollout.vllm.served`).
+answers, but has yet to get and to prove the current weights. Whoever asks for answers also judges the
+servers; a thread takes lost ones back while nobody asks. Streams and health checks have threads of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from threading import Event, RLock, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,25 @@ from torch import Tensor
 from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
-from rollout.vllm.control import Control, ServerDead
+from rollout.vllm.broadcast import WeightBroadcast
+from rollout.vllm.control import Control
 from rollout.vllm.core import Answer, SleepingPart, Stream, in_thread
-from rollout.vllm.member import RETRY_S, TICK_S, Member, State, check_held, noting, same_canary
+from rollout.vllm.member import (
+    TICK_S,
+    Member,
+    State,
+    check_held,
+    each,
+    in_turn,
+    noting,
+    same_canary,
+    scored,
+)
 from rollout.vllm.served import Server
 from rollout.vllm.weight_files import Push, WeightFiles
 
+LOOK_S = 2.0  # between looks at the servers while nobody asks
 MAX_TRIES = 8  # of a completion; it is an "abort" then
-T = TypeVar("T")
 
 
 class Fleet:
@@ -39,10 +51,11 @@ class Fleet:
     Args:
         connect: url -> a `Control` of a server that is fit for the run. It raises ValueError for one that is
             not, and EngineError for one that does not answer.
-        files: what servers hold -> the writer of their weights; None: another process of this run sends them.
+        files: what servers hold -> what writes or sends their weights; None: another process does.
         tolerance: largest mean gap of the canary's log-probs between two servers, nats.
         timeout_s: longest wait for a server's answer, and for any server to be up.
         note: is told when a server is lost, and when it is up again.
+        run: names the run whose servers these are, while they do not serve another one.
 
     Raises:
         ValueError, EngineError: a server is not fit, or two differ; or none answers.
@@ -59,20 +72,18 @@ class Fleet:
         token: str | None,
         *,
         connect: Callable[[str], Control],
-        files: Callable[[Mapping[str, HeldTensor]], WeightFiles] | None,
+        files: Callable[[Mapping[str, HeldTensor]], WeightFiles | WeightBroadcast] | None,
         tolerance: float,
         timeout_s: float,
         note: Callable[[str], None],
+        run: str = "",
     ) -> None:
         self.connect, self.tolerance, self.timeout_s, self.note = connect, tolerance, timeout_s, note
-        self.device = torch.device("cpu")
-        self.files: WeightFiles | None = None
+        self.device, self.run = torch.device("cpu"), run
+        self.files: WeightFiles | WeightBroadcast | None = None
         self._answered: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
-        salt = secrets.token_hex(16)
-        self.members = [
-            Member(Server(url, token, salt=salt, sink=self._answered, sends=files is not None))
-            for url in urls
-        ]
+        own = {"salt": secrets.token_hex(16), "sink": self._answered, "sends": files is not None, "run": run}
+        self.members = [Member(Server(url, token, **own)) for url in urls]
         self._waiting: deque[list[Stream]] = deque()
         self._finished: list[Answer] = []
         self._expected: dict[str, int] = {}  # fingerprints of what was sent
@@ -80,6 +91,7 @@ class Fleet:
         self._down_since: float | None = None
         self._held: Mapping[str, HeldTensor] = {}
         self._version, self.vocab_size = WEIGHTS_UNKNOWN, 0
+        self._turn, self._is_closed = RLock(), Event()
         try:
             for member, found in [(m, in_thread(partial(connect, m.server.url))) for m in self.members]:
                 try:
@@ -90,6 +102,7 @@ class Fleet:
             if not self._held:
                 raise EngineError(f"no server can be used: {self._said()}")
             self.files = files and files(self._held)
+            Thread(target=self._watch, name="fleet", daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -101,6 +114,7 @@ class Fleet:
             raise ValueError(f"server {member.server.url} has another model: {', '.join(differ[:3])}")
         self._held, self.vocab_size, member.link = held, control.facts().vocab_size or 0, control
 
+    @in_turn
     def add(
         self,
         token_ids: list[int],
@@ -119,6 +133,7 @@ class Fleet:
         self._waiting.append([Stream(name, token_ids, sampling, seed, with_logprobs) for name, seed in pairs])
         self._dispatch()
 
+    @in_turn
     def abort(self, ids: Sequence[str]) -> None:
         given_up = set(ids)
         for member in self.members:
@@ -130,14 +145,16 @@ class Fleet:
     def answers(self, *, timeout_s: float, waiting_for: str) -> list[Answer]:
         deadline = time.monotonic() + timeout_s
         while True:
-            self._look()
-            self._dispatch()
-            self._take_in(0.0 if self._finished else min(TICK_S, max(0.0, deadline - time.monotonic())))
-            if self._finished or time.monotonic() >= deadline:
-                found, self._finished = self._finished, []
-                return found
-            self._check_any_up(waiting_for)
+            with self._turn:
+                self._look()
+                self._dispatch()
+                self._take_in(0.0 if self._finished else min(TICK_S, max(0.0, deadline - time.monotonic())))
+                if self._finished or time.monotonic() >= deadline:
+                    found, self._finished = self._finished, []
+                    return found
+                self._check_any_up(waiting_for)
 
+    @in_turn
     def pause(self) -> None:
         """Does nothing if another process sends the weights: then that one holds the servers."""
         if self.files is not None:
@@ -149,6 +166,7 @@ class Fleet:
     def wake(self, part: SleepingPart) -> None:
         raise EngineError(f"servers never sleep, so there is no {part} to wake")
 
+    @in_turn
     def resume(self, version: int) -> None:
         if self.files is not None:
             self._each(self._up(), lambda member: member.control.resume)
@@ -156,6 +174,7 @@ class Fleet:
         self._version = version
         self._prove([member for member in self.members if member.link is not None], None, lost=State.STALE)
 
+    @in_turn
     def load(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Writes the weights once. Every server that answers loads them, and goes on only when it has shown
         their fingerprints; one that fails is left out.
@@ -184,10 +203,11 @@ class Fleet:
         """The fingerprints that all servers that are up have shown."""
         return self._expected if self._up() else {}
 
+    @in_turn
     def close(self) -> None:
+        self._is_closed.set()
         for member in self.members:
-            member.server.close()
-            member.close()
+            member.leave(self.run if member.server.sends else "")
         if self.files is not None:
             self.files.close()
 
@@ -196,6 +216,14 @@ class Fleet:
 
     def _said(self) -> str:
         return "; ".join(f"{m.server.url} is {m.state}: {m.fault or 'it answers'}" for m in self.members)
+
+    def _watch(self) -> None:
+        """Takes servers back that answer again, so that they sample as soon as somebody asks."""
+        while not self._is_closed.wait(LOOK_S):
+            with self._turn, suppress(EngineError):  # which the next to ask meets, too
+                if not self._is_closed.is_set() and len(self._up()) < len(self.members):
+                    self._look()
+                    self._dispatch()
 
     def _look(self) -> None:
         """Judges every server by its health; gives a stale one the current weights."""
@@ -269,25 +297,11 @@ class Fleet:
     def _check_any_up(self, waiting_for: str) -> None:
         self._down_since = None if self._up() else self._down_since or time.monotonic()
         if self._down_since is not None and time.monotonic() - self._down_since > self.timeout_s:
-            limit = f"timeout_s={self.timeout_s:g}"
-            raise EngineError(f"no server was up for {limit} while {waiting_for}: {self._said()}")
+            what = f"timeout_s={self.timeout_s:g} while {waiting_for}"
+            raise EngineError(f"no server was up for {what}: {self._said()}")
 
-    def _each(
-        self,
-        members: Sequence[Member],
-        work: Callable[[Member], Callable[[], T]],
-        then: Callable[[Member, T], Any] = lambda member, found: None,
-        *,
-        lost: State = State.DEAD,
-    ) -> None:
-        """Does `work` for all members at the same time, in threads of their own, and calls `then` with each
-        result. A member for which either fails is lost.
-        """
-        for member, found in [(member, in_thread(work(member))) for member in members]:
-            try:
-                then(member, member.wait(found, "a call", self.timeout_s))
-            except (EngineError, ValueError) as error:
-                self._lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
+    def _each(self, members: Sequence[Member], *work: Any, **lost: State) -> None:
+        each(members, *work, lose=self._lose, timeout_s=self.timeout_s, **lost)
 
     def _hold(self, members: Sequence[Member]) -> None:
         self._each(members, lambda member: member.hold)
@@ -296,12 +310,6 @@ class Fleet:
         """Loads weights into paused servers, each of which goes on only if it shows their fingerprints. If
         `push` is None, another process has done so, and the servers say whether.
         """
-
-        def load(control: Control) -> tuple[str, dict[str, int]]:
-            if push is None:
-                return control.holds(), {}
-            control.load(push)
-            return push.content, control.fingerprints(push.version)
 
         def judge(member: Member, found: tuple[str, dict[str, int]]) -> None:
             check_held(*found, version=self._version, expected=self._expected)
@@ -314,15 +322,12 @@ class Fleet:
                 same_canary(member, logprobs, others, self.tolerance)
             member.state, member.fault = State.UP, ""
 
-        for member in members:
-            member.started = (member.server.gauges or {}).get("started")
-        self._each(members, lambda member: partial(load, member.control), judge, lost=lost)
+        send = push and self.files and self.files.bring
+        self._each(members, lambda member: partial(member.load, push, send, self.run), judge, lost=lost)
 
     def _join(self, members: Sequence[Member], *, at_once: bool = False) -> None:
         """Gives the current weights, whole, to servers that answer, or checks that another process has."""
-        now = time.monotonic()
-        ready = [m for m in members if m.server.fault is None and m.server.gauges is not None]
-        ready = [m for m in ready if at_once or now >= m.lost_at + RETRY_S]
+        ready = [member for member in members if member.may_join(at_once)]
         new = [member for member in ready if member.link is None]
         self._each(new, lambda member: partial(self.connect, member.server.url), self._met)
         ready = [member for member in ready if member.link is not None]
@@ -336,15 +341,8 @@ class Fleet:
 
     def _scored(self, token_ids: list[int]) -> list[float]:
         """The canary's log-probs of the first server that is up; the others' are compared with them."""
-        self._canary = None
-        for member, score in [(member, member.server.score(token_ids)) for member in self._up()]:
-            try:
-                logprobs = member.wait(score, "the canary", self.timeout_s)
-            except RuntimeError as error:
-                self._lose(member, State.DEAD, str(error))
-                continue
-            self._canary = self._canary or (token_ids, logprobs)
-            same_canary(member, logprobs, self._canary[1], self.tolerance)
-        if self._canary is None:
+        limits = {"tolerance": self.tolerance, "timeout_s": self.timeout_s}
+        if (found := scored(self._up(), token_ids, lose=self._lose, **limits)) is None:
             raise EngineError(f"no server computed the canary's log-probs: {self._said()}")
-        return self._canary[1]
+        self._canary = (token_ids, found)
+        return found

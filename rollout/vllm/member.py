@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +18,9 @@ from torch import Tensor
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor, compared_part, fingerprints, mismatches
 from rollout.vllm.control import RECEIVER, Control, ServerDead
-from rollout.vllm.core import Stream
+from rollout.vllm.core import Stream, in_thread
 from rollout.vllm.served import UNPROVED, Server
+from rollout.vllm.weight_files import Push
 
 DEAD_S = 20.0  # of failing health checks
 FIRST_CAP = 256
@@ -26,6 +29,7 @@ PATIENCE = 3  # consecutive metrics with waiting requests
 RETRY_S = 10.0  # before one that failed to join may try again
 TICK_S = 0.1
 T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 class State(StrEnum):
@@ -104,6 +108,19 @@ class Member:
             self.link.close()
         self.link, self.started, self.lost_at = None, None, -RETRY_S
 
+    def leave(self, run: str) -> None:
+        """Gives it back for other runs, if it has been leased, and ends all connections."""
+        self.server.close()  # first, or it might renew the lease
+        if run and self.link is not None and self.server.fault is None:
+            with suppress(EngineError, ValueError):
+                self.control.lease(run, 0.0)
+        self.close()
+
+    def may_join(self, at_once: bool) -> bool:
+        """Whether it answers, and has not just failed to join."""
+        is_time = at_once or time.monotonic() >= self.lost_at + RETRY_S
+        return is_time and self.server.fault is None and self.server.gauges is not None
+
     def hold(self) -> None:
         """Pauses it, and waits for what its streams still bring."""
         self.control.pause()
@@ -122,6 +139,24 @@ class Member:
             if time.monotonic() > deadline:
                 raise ServerDead(f"{what}: no answer within timeout_s={timeout_s:g}")
         return answer.result()
+
+    def load(
+        self, push: Push | None, bring: Callable[[Member, Push], None] | None, run: str
+    ) -> tuple[str, dict[str, int]]:
+        """Loads weights while it is paused; its label for them, and their fingerprints. If `push` is None,
+        another process has loaded what it holds.
+
+        Raises:
+            EngineError, ValueError: it did not; or it serves another run now.
+        """
+        self.started = (self.server.gauges or {}).get("started")
+        if run:
+            self.control.lease(run)
+        if push is None or bring is None:
+            return self.control.holds(), {}
+        bring(self, push)
+        self.control.load(push)
+        return push.content, self.control.fingerprints(push.version)
 
     def confirm(self, finished: Sequence[Stream]) -> None:
         """Drops answers that do not say what sampled them if the server does not hold the proved weights."""
@@ -151,11 +186,73 @@ class Member:
         self._seen, self._preemptions = gauges, preemptions
 
 
-def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, timeout_s: float) -> Control:
-    """A `Control` of a server that is fit for a run whose longest sequence has `max_model_len` tokens.
+Lose = Callable[[Member, State, str], None]
+
+
+def in_turn(method: M) -> M:
+    """Methods of a `Fleet` wait for each other and for the thread that looks at its servers."""
+
+    @wraps(method)
+    def alone(self: Any, *arguments: Any, **named: Any) -> Any:
+        with self._turn:
+            return method(self, *arguments, **named)
+
+    return cast(M, alone)
+
+
+def ignored(member: Member, found: Any) -> None:
+    """For calls whose result says nothing."""
+
+
+def each(
+    members: Sequence[Member],
+    work: Callable[[Member], Callable[[], T]],
+    then: Callable[[Member, T], Any] = ignored,
+    *,
+    lose: Lose,
+    timeout_s: float,
+    lost: State = State.DEAD,
+) -> None:
+    """Does `work` for all members at the same time, in threads of their own, and calls `then` with each
+    result. A member for which either fails is lost.
+    """
+    for member, found in [(member, in_thread(work(member))) for member in members]:
+        try:
+            then(member, member.wait(found, "a call", timeout_s))
+        except (EngineError, ValueError) as error:
+            lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
+
+
+def scored(
+    members: Sequence[Member], token_ids: list[int], *, lose: Lose, tolerance: float, timeout_s: float
+) -> list[float] | None:
+    """The log-probs of the first member that gives them, to which those of the others are equal, or None.
 
     Raises:
-        ValueError: it is not fit; the message says which vLLM options would make it so.
+        EngineError: two members differ by more than `tolerance`.
+    """
+    first: list[float] | None = None
+    for member, score in [(member, member.server.score(token_ids)) for member in members]:
+        try:
+            logprobs = member.wait(score, "the canary", timeout_s)
+        except RuntimeError as error:
+            lose(member, State.DEAD, str(error))
+            continue
+        first = first or logprobs
+        same_canary(member, logprobs, first, tolerance)
+    return first
+
+
+def connect(
+    url: str, token: str, *, dtype: torch.dtype, max_model_len: int, timeout_s: float, run: str = ""
+) -> Control:
+    """A `Control` of a server that is fit for a run whose longest sequence has `max_model_len` tokens.
+
+    Args:
+        run: names the run that takes the server (`Control.lease`); empty: it is shared by agreement.
+
+    Raises:
+        ValueError: it is not fit; the message says which vLLM options would make it so. Or others have it.
         EngineError: it does not answer.
     """
     control = Control(url, token, timeout_s=timeout_s)
@@ -171,6 +268,8 @@ def connect(url: str, token: str, *, dtype: torch.dtype, max_model_len: int, tim
         if lacks := [fault for fault, is_true in faults.items() if is_true]:
             raise ValueError(f"server {url} lacks {'; '.join(lacks)}: start it again, best by `cohort serve`")
         control.describe()
+        if run:
+            control.lease(run)
     except BaseException:
         control.close()
         raise

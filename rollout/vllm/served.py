@@ -21,11 +21,13 @@ import httpx
 
 from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
+from rollout.vllm.control import LEASE_S
 from rollout.vllm.core import Stream, request_body
 
 GENERATE = "/inference/v1/generate"
 POLL_S = 1.0
 POLL_TIMEOUT_S = 10.0
+RENEW_S = 20.0
 CONNECT_S = 10.0
 KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
 LOOP_S = 60.0  # longest wait for the thread of the streams
@@ -49,6 +51,7 @@ class Server:
         salt: of the prompts that this start of the run caches; prompts that were cached before do not match.
         sink: where (server, stream) goes when one has ended.
         sends: this process sends the weights; else it learns of new ones after they have begun to sample.
+        run: for which it renews the lease of a proved server; empty: it needs none.
 
     Attributes:
         version: of the weights that it was proved to hold; WEIGHTS_UNKNOWN: of none.
@@ -70,7 +73,9 @@ class Server:
         salt: str,
         sink: SimpleQueue[tuple[Server, Stream]],
         sends: bool = True,
+        run: str = "",
     ) -> None:
+        self._holder, self._renewed = run, 0.0
         self.url, self.salt, self.sink, self.sends = url, salt, sink, sends
         self.version, self.label, self._num_proofs = WEIGHTS_UNKNOWN, "", 0
         self.fault: str | None = None
@@ -264,12 +269,25 @@ class Server:
                 self.fault = None if self.fault == before else self.fault  # a stream's, of this moment
                 self.failing_since, self.is_gone = None, False
                 self.answered = time.monotonic()
+                await self._renew()
             except httpx.HTTPError as error:
                 self.fault = f"GET /health: {type(error).__name__} {error}"
                 self.failing_since = self.failing_since or time.monotonic()
                 self.is_gone = isinstance(error, httpx.ConnectError | httpx.HTTPStatusError)
             self.asked.set()
             await asyncio.sleep(POLL_S)
+
+    async def _renew(self) -> None:
+        """Renews the lease of a proved server; an unproved one may lack our extension, and would break."""
+        if not self._holder or self.version == WEIGHTS_UNKNOWN or time.monotonic() < self._renewed + RENEW_S:
+            return
+        body = {"method": "cohort_lease", "args": [self._holder, LEASE_S]}
+        with suppress(httpx.TimeoutException, ValueError, KeyError):  # it loads weights, perhaps
+            reply = await self._http.post("/collective_rpc", json=body, timeout=POLL_TIMEOUT_S)
+            (told,) = reply.json()["results"]
+            self._renewed = time.monotonic()
+            if told["holder"] != self._holder:
+                self.distrust(f"it serves {told['holder']} now")
 
 
 def _gauges(text: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from rollout.vllm.file_server import INDEX, fetch, serving
 
 POSITIONS = "::positions"  # NAME + this: flat positions of the values that NAME holds
 FILE_BYTES = 2 * 2**30
+NOTHING_YET = "no weights were written yet, so there is no version for a server that joins"
 _CHUNK = 16 * 2**20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,10 +39,10 @@ class Push:
 
     Attributes:
         content: names these weights, as a delta or whole: the version, a dot, and who wrote them.
-        where: a folder that the servers see, or the URL they get it from.
-        checksum: of the index, which has those of the files.
+        where: a folder that the servers see, or the URL they get it from; nccl:// if it is broadcast.
+        checksum: of the index, which has those of the files; empty if there are none.
         base: content that a delta is laid over; empty for whole weights.
-        num_bytes: on disk.
+        num_bytes: on disk, or sent.
         changed: share of the values that are sent.
     """
 
@@ -63,6 +64,24 @@ def overwritten(base: Tensor, values: Tensor, positions: Tensor | None) -> Tenso
     return full
 
 
+def known(weights: Iterable[tuple[str, Tensor]], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights on.
+
+    Raises:
+        ValueError: a name is not among `names`, or came twice; or one of them did not come.
+    """
+    missing = dict.fromkeys(names)
+    for name, tensor in weights:
+        if name not in missing:
+            raise ValueError(
+                f"the servers have no weight {name}, or it came twice; send the model they serve"
+            )
+        del missing[name]
+        yield name, tensor
+    if missing:
+        raise ValueError(f"the stream of weights lacks {listed(list(missing))}")
+
+
 class ReadFiles:
     """A version's folder, opened and checked against the checksum of its index.
 
@@ -81,7 +100,7 @@ class ReadFiles:
                 if _checksum(folder / file) != expected:
                     raise ValueError(
                         f"{folder / file} is damaged or cut short (its checksum differs); it holds "
-                        + _listed(sorted(n for n, f in index["weight_map"].items() if f == file))
+                        + listed(sorted(n for n, f in index["weight_map"].items() if f == file))
                     )
         except OSError as error:
             raise ValueError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
@@ -97,9 +116,9 @@ class ReadFiles:
         """
         wanted = {name for name, one in held.items() if one.source == name}
         if extra := sorted(set(self.names) - wanted):
-            raise ValueError(f"the model has no weight {_listed(extra)}")
+            raise ValueError(f"the model has no weight {listed(extra)}")
         if not is_delta and (missing := sorted(wanted - set(self.names))):
-            raise ValueError(f"the files lack {_listed(missing)}")
+            raise ValueError(f"the files lack {listed(missing)}")
         for name, values, positions in self.tensors():
             shape, size = held[name].shape, torch.Size(held[name].shape).numel()
             if values.dtype != held[name].dtype:
@@ -181,7 +200,7 @@ class WeightFiles:
         with self._lock:
             base, self._pending = self._committed, None
             self._remove_all_but(base)
-            changes = (self._changed(name, tensor.detach()) for name, tensor in self._known(weights))
+            changes = (self._changed(name, tensor.detach()) for name, tensor in known(weights, self._dtypes))
             self._pending = self._written(changes, version, base=base.content if base else "")
             return self._pending
 
@@ -204,9 +223,7 @@ class WeightFiles:
         with self._lock:
             last = self._pending or self._committed
             if last is None:
-                raise ValueError(
-                    "no weights were written yet, so there is no version for a server that joins"
-                )
+                raise ValueError(NOTHING_YET)
             if not last.base:
                 return last
             over = {name: (new, at) for name, new, at in self._read(last).tensors()} if self._pending else {}
@@ -216,22 +233,13 @@ class WeightFiles:
             )
             return self._written(every, last.version, base="")
 
+    def bring(self, member: Any, push: Push) -> None:
+        """Does nothing: a server reads the files by itself."""
+
     def close(self) -> None:
         """Removes the files: no server needs what it has loaded."""
         self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        missing = dict.fromkeys(self._dtypes)
-        for name, tensor in weights:
-            if name not in missing:
-                raise ValueError(
-                    f"the servers have no weight {name}, or it came twice; send the model they serve"
-                )
-            del missing[name]
-            yield name, tensor
-        if missing:
-            raise ValueError(f"the stream of weights lacks {_listed(list(missing))}")
 
     def _changed(self, name: str, tensor: Tensor) -> tuple[str, Tensor, Tensor | None]:
         """The values that differ from the base in any bit, with their positions, if that is shorter."""
@@ -303,5 +311,5 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
+def listed(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

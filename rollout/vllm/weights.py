@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
 from rollout.vllm.internals import reach, reach_or, require
 from rollout.vllm.names import Names
-from rollout.vllm.packed_experts import unpacked
 
 # vLLM's parameters of all experts of a layer -> transformers' names; matrices [E, rows, columns], gate
 # before up.
@@ -23,6 +23,8 @@ _EXPERTS_BIAS = {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
 _DERIVED = ("W_UK_T", "W_UV")
 # Where vLLM's kernels of unquantized layers read the parameters as they are; on a CPU it packs copies.
 _AS_THEY_ARE = ("cuda",)
+_DIGIT = 128  # whole numbers below it are exact in every dtype, bfloat16 included
+_ORDERS: dict[tuple[Any, ...], Tensor] = {}
 _UNQUANTIZED = ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
@@ -225,3 +227,60 @@ def repack(slots: Mapping[str, Slot]) -> None:
 def packs_experts(slot: Slot) -> bool:
     """True for experts on a CPU, where vLLM rearranges them for its kernel."""
     return slot.parameter in _EXPERTS and slot.held.device.type == "cpu"
+
+
+def unpacked(packed: Tensor, rows: Sequence[int], parameter: str, pack: Callable[[Any], Any]) -> Tensor:
+    """[E, *rows]: the values of `packed`, bit for bit, in the order in which they were loaded.
+
+    Packing rearranges the values of each expert alike and may add zeros. The order is found by packing
+    numbers.
+
+    Args:
+        rows: rows and columns of one expert.
+        parameter: w13_weight or w2_weight.
+        pack: vLLM's method that packs the experts of a layer.
+    """
+    key = (
+        parameter,
+        tuple(rows),
+        packed.dtype,
+        packed.shape[1:].numel(),
+        type(getattr(pack, "__self__", pack)),
+    )
+    if key not in _ORDERS:
+        _ORDERS[key] = _order(rows, parameter, packed, pack)
+    return packed.detach().reshape(len(packed), -1)[:, _ORDERS[key]].view(len(packed), *rows)
+
+
+def _order(rows: Sequence[int], parameter: str, packed: Tensor, pack: Callable[[Any], Any]) -> Tensor:
+    """Where each value of an expert is in the packed one.
+
+    Raises:
+        ValueError: packing loses or changes values, so that nothing could prove what the kernel holds.
+    """
+    size = math.prod(rows)
+    numbers, found, scale = torch.arange(1, size + 1), torch.zeros(packed[0].numel(), dtype=torch.long), 1
+    while scale <= size:
+        digits = (numbers // scale % _DIGIT).view(1, *rows)
+        found += scale * _packed(digits.to(packed.dtype), parameter, pack).flatten().round().long()
+        scale *= _DIGIT
+    places = found.nonzero().flatten()
+    if not torch.equal(found[places].sort().values, numbers):
+        raise ValueError(
+            f"vLLM's kernel on this CPU packs {parameter} in a way that cannot be read back, so nothing "
+            "would prove that new experts arrived; use engine.name=transformers"
+        )
+    order = torch.empty(size, dtype=torch.long)
+    order[found[places] - 1] = places
+    return order
+
+
+def _packed(values: Tensor, parameter: str, pack: Callable[[Any], Any]) -> Tensor:
+    """These values of one expert as the kernel would hold them; the layer's other parameter is made up."""
+    _, height, width = values.shape
+    layer: Any = nn.Module()
+    other = (1, width, height // 2) if parameter == "w13_weight" else (1, 2 * width, height)
+    layer.w13_weight = nn.Parameter(values if parameter == "w13_weight" else values.new_zeros(other), False)
+    layer.w2_weight = nn.Parameter(values if parameter == "w2_weight" else values.new_zeros(other), False)
+    pack(layer)
+    return getattr(layer, parameter).detach()

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -22,11 +22,12 @@ from vllm.config import ModelConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.fingerprint import compared_part, fingerprints
+from rollout.vllm.broadcast import SCHEME, Group, joined
 from rollout.vllm.bucket import Layout, open_bucket, received
 from rollout.vllm.internals import require
 from rollout.vllm.names import Names
 from rollout.vllm.start import TRAINER_PID
-from rollout.vllm.weight_files import ReadFiles, opened, overwritten
+from rollout.vllm.weight_files import ReadFiles, listed, opened, overwritten
 from rollout.vllm.weights import (
     Slot,
     can_be_written,
@@ -99,7 +100,11 @@ class WeightReceiver:
     cohort_came: dict[str, int]  # fingerprints of what a reload was given
     cohort_bucket: Tensor
     cohort_layers: dict[str, frozenset[str]]
+    cohort_begun: bool = False  # a load, since when the weights are unknown
+    cohort_group: Group
+    cohort_coming: tuple[str, set[str]] = ("", set())  # content, and the names that have yet to come
     cohort_content: str = ""  # of the pushed weights that it holds; "": of its start, or a load broke off
+    cohort_holder: tuple[str, float] = ("", 0.0)  # the run that has this server, and until when
     get_model: Any
     wake_up: Any
     model_runner: Any
@@ -203,33 +208,91 @@ class WeightReceiver:
 
     @torch.no_grad()
     def cohort_load(self, push: dict[str, Any]) -> dict[str, str]:
-        """Loads files of `rollout.vllm.weight_files` if they are undamaged and fit; says what it then holds.
+        """Loads files of `rollout.vllm.weight_files` if they are undamaged and fit, or ends a broadcast; says
+        what it then holds.
+        """
+        return self.cohort_told(
+            self.cohort_end if push["where"].startswith(SCHEME) else self.cohort_read, push
+        )
 
-        A fault is an answer, since vLLM ends an engine whose worker raises. "refused" leaves the weights as
-        they were; after "broken" they are unknown, and the next push has to be whole.
+    def cohort_told(self, work: Callable[..., None], *arguments: Any) -> dict[str, str]:
+        """A fault is an answer, since vLLM ends an engine whose worker raises. "refused" leaves the weights
+        as they were; after "broken" they are unknown, and the next push has to be whole.
         """
         if not hasattr(self, "cohort_slots"):
             self.cohort_describe(False)
-        begun = False
         try:
-            if push["base"] and self.cohort_content not in (push["base"], push["content"]):
-                raise ValueError(
-                    f"the delta to {push['content']} is laid over {push['base']}, but the server holds "
-                    f"{self.cohort_content or 'weights that nobody pushed'}"
-                )
-            with opened(push) as files:
-                files.check({name: slot.held for name, slot in self.cohort_slots.items()}, bool(push["base"]))
-                whole = ((name, values) for name, values, _ in files.tensors())
-                tensors = self.cohort_overwritten(files) if push["base"] else whole
-                begun, self.cohort_content = True, ""
-                self.cohort_begin()
-                self.cohort_receive(tensors)
-                self.cohort_finish(push["version"])
-                self.cohort_content = push["content"]
+            work(*arguments)
         except Exception as fault:
             said = str(fault) if isinstance(fault, ValueError) else f"{type(fault).__name__}: {fault}"
-            return {"holds": self.cohort_content, "broken" if begun else "refused": said}
+            return {"holds": self.cohort_content, "broken" if self.cohort_begun else "refused": said}
         return {"holds": self.cohort_content}
+
+    def cohort_read(self, push: dict[str, Any]) -> None:
+        self.cohort_begun = False
+        if push["base"] and self.cohort_content not in (push["base"], push["content"]):
+            raise ValueError(
+                f"the delta to {push['content']} is laid over {push['base']}, but the server holds "
+                f"{self.cohort_content or 'weights that nobody pushed'}"
+            )
+        with opened(push) as files:
+            files.check({name: slot.held for name, slot in self.cohort_slots.items()}, bool(push["base"]))
+            whole = ((name, values) for name, values, _ in files.tensors())
+            tensors = self.cohort_overwritten(files) if push["base"] else whole
+            self.cohort_begun, self.cohort_content = True, ""
+            self.cohort_begin()
+            self.cohort_receive(tensors)
+            self.cohort_finish(push["version"])
+            self.cohort_content = push["content"]
+
+    def cohort_join(self, url: str, key: str, size: int, timeout_s: float) -> dict[str, str]:
+        """Joins the group `key` of the trainer at `url`, whose broadcasts have at most `size` bytes."""
+
+        def join() -> None:
+            self.cohort_begun = False
+            if hasattr(self, "cohort_group"):
+                self.cohort_group.close()
+            device = next(iter(self.cohort_slots.values())).held.device
+            self.cohort_bucket = torch.empty(size, dtype=torch.uint8, device=device)
+            self.cohort_group = joined(url, key, rank=1, bytes_B=self.cohort_bucket, timeout_s=timeout_s)
+
+        return self.cohort_told(join)
+
+    def cohort_await(self, content: str, plan: dict[str, list[Any]]) -> dict[str, str]:
+        """Gets ready for broadcasts if `plan` {name: [shape, dtype]} is what the model has."""
+
+        def check() -> None:
+            self.cohort_begun = False
+            held = {n: s.held for n, s in self.cohort_slots.items() if s.held.source == n}
+            own = {n: [list(h.shape), str(h.dtype).removeprefix("torch.")] for n, h in held.items()}
+            for name in sorted(plan.keys() | own.keys()):
+                if plan.get(name) != own.get(name):
+                    raise ValueError(
+                        f"{name} is {plan.get(name, 'not sent')}, and in the model {own.get(name, 'missing')}"
+                    )
+            self.cohort_begun, self.cohort_content = True, ""
+            self.cohort_coming = content, set(plan)
+            self.cohort_begin()
+
+        return self.cohort_told(check)
+
+    @torch.no_grad()
+    def cohort_take(self, layout: Layout, num_bytes: int) -> dict[str, str]:
+        """Loads the tensors that the next broadcast brings."""
+
+        def take() -> None:
+            self.cohort_group.move(self.cohort_bucket[:num_bytes])
+            self.cohort_receive_bucket(layout, None)
+            self.cohort_coming[1].difference_update(name for name, _ in layout)
+
+        return self.cohort_told(take)
+
+    def cohort_end(self, push: dict[str, Any]) -> None:
+        content, missing = self.cohort_coming
+        if content != push["content"] or missing:
+            raise ValueError(f"of {push['content']} it was not sent {listed(sorted(missing)) or 'anything'}")
+        self.cohort_finish(push["version"])
+        self.cohort_content = push["content"]
 
     def cohort_overwritten(self, files: ReadFiles) -> Iterable[tuple[str, Tensor]]:
         """Whole tensors with the delta laid over what the model holds now.
@@ -247,6 +310,13 @@ class WeightReceiver:
             for name, base in whole_slots(slots)
         )
         return made if self.cohort_writes else list(made)
+
+    def cohort_lease(self, run: str, seconds: float) -> dict[str, Any]:
+        """Gives the server to `run` for so long, unless another one has it; who has it, and for how long."""
+        now = time.monotonic()
+        if self.cohort_holder[0] in ("", run) or self.cohort_holder[1] <= now:
+            self.cohort_holder = run, now + seconds
+        return {"holder": self.cohort_holder[0], "left": self.cohort_holder[1] - now}
 
     def cohort_facts(self) -> dict[str, Any]:
         """Which pushed weights the model holds, and what the server's config does not tell a trainer."""

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rl.store.ledger import Ledger
-from rollout.vllm.lock import make_token
+from rollout.vllm.control import Control
+from rollout.vllm.lock import make_token, read_token
 from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import ServerProcess, free_port
 
@@ -163,3 +164,17 @@ def test_a_server_that_is_not_fit_is_refused_before_the_first_step(
     said = process.communicate(timeout=200)[0]
     assert process.returncode != 0
     assert re.search(fault, " ".join(said.split())), said
+
+
+def test_a_run_is_refused_whose_server_serves_another_run(folder: Path, servers: list[ServerProcess]):
+    control = Control(servers[1].url, read_token(folder / "token"))
+    control.lease("the run in /elsewhere", 300.0)
+    process = start(config_of(folder, served_by(servers, folder), "second"))
+    said = process.communicate(timeout=300)[0]
+    control.lease("the run in /elsewhere", 0.0)
+    control.close()
+    assert process.returncode == 1
+    assert re.search(
+        f"{servers[1].url} serves the run in /elsewhere, which has it for [12][0-9]+ s more", said
+    )
+    assert "step 1" not in said and not (folder / "second" / "checkpoints").exists()

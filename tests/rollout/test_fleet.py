@@ -4,8 +4,10 @@ The tests share two servers and go from mild faults to deadly ones, in the order
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,11 @@ from tiny_llama import (
 
 from rl.types import Group, Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
+from rollout.vllm import broadcast, served
+from rollout.vllm import fleet as fleet_module
 from rollout.vllm import member as member_module
-from rollout.vllm import served
-from rollout.vllm.control import Control
+from rollout.vllm.broadcast import WeightBroadcast
+from rollout.vllm.control import Control, PushRefused
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.fleet import Fleet
 from rollout.vllm.lock import make_token, read_token
@@ -37,7 +41,7 @@ from rollout.vllm.weight_files import WeightFiles
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import call
 from tests.vllm_engines import needs_vllm, start_vllm
-from tests.vllm_servers import ServerProcess
+from tests.vllm_servers import ServerProcess, free_port
 from tests.waiting import wait_until
 
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
@@ -60,16 +64,27 @@ class Served:
     def start(self, port: int = 0) -> ServerProcess:
         return ServerProcess(self.model, self.token_file, self.folder / "server.log", port=port)
 
-    def engine(self, *numbers: int, timeout_s: float = 60.0, sends: bool = True) -> VllmEngine:
-        fit = {"dtype": torch.float32, "max_model_len": 128, "timeout_s": timeout_s}
+    def engine(
+        self,
+        *numbers: int,
+        timeout_s: float = 60.0,
+        sends: bool = True,
+        by_broadcast: bool = False,
+        run: str = "",
+    ) -> VllmEngine:
+        fit = {"dtype": torch.float32, "max_model_len": 128, "timeout_s": timeout_s, "run": run}
+        files: Any = partial(WeightFiles, self.folder / "weights")
+        if by_broadcast:
+            files = partial(WeightBroadcast, url=f"nccl://127.0.0.1:{free_port()}", timeout_s=timeout_s)
         fleet = Fleet(
             [self.processes[k].url for k in numbers],
             self.token,
             connect=lambda url: connect(url, self.token, **fit),
-            files=partial(WeightFiles, self.folder / "weights") if sends else None,
+            files=files if sends else None,
             tolerance=0.0025,
             timeout_s=timeout_s,
             note=self.said.append,
+            run=run,
         )
         self.open_engines.append(
             VllmEngine(
@@ -255,8 +270,11 @@ def test_tokens_of_weights_that_somebody_else_pushed_are_dropped(
     engine.close()
 
 
-def test_tokens_of_others_weights_are_dropped_where_a_delta_is_refused(both: Served):
+def test_tokens_of_others_weights_are_dropped_where_a_delta_is_refused(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
     """The server says that its base is not ours before the streams say what sampled them."""
+    monkeypatch.setattr(fleet_module, "LOOK_S", 600.0)  # nobody looks before the next publish
     engine, models = both.engine(0), {1: make_model(8), 2: make_model(5)}
     publish(engine, Stream(models[1]), version=1)
     said = len(both.said)
@@ -335,6 +353,147 @@ def test_a_stopped_server_is_left_and_comes_back_proved(both: Served, monkeypatc
     ask = partial(engine._core.answers, timeout_s=0.1, waiting_for="a server to come back")
     wait_until(lambda: ask() == [] and states(engine) == ["up", "up"], "it is back", 60)
     assert "is up and holds version 1" in both.said[-1]
+    engine.close()
+
+
+def test_a_run_keeps_its_server_from_others_until_it_asks_no_more(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served, "RENEW_S", 0.2)
+    monkeypatch.setattr(served, "LEASE_S", 4.0)
+    monkeypatch.setattr(member_module, "RETRY_S", 1.0)
+    engine, control = both.engine(0, run="the run in /a"), Control(both.processes[0].url, both.token)
+    publish(engine, Stream(make_model(4)), version=1)
+    time.sleep(5)  # longer than a lease, which it renews meanwhile
+    with pytest.raises(
+        ValueError, match=r"serves the run in /a, which has it for [34] s more if it does not"
+    ):
+        both.engine(1, 0, run="the run in /b")
+    other = Control(both.processes[1].url, both.token)
+    other.lease("the run in /c")  # /b has given it back, since it did not start
+    other.lease("the run in /c", 0.0)
+    other.close()
+    control.lease("the run in /a", 0.0)
+    control.lease("the run in /b", 6.0)  # as if /a had been asleep for too long
+    ask = partial(engine._core.answers, timeout_s=0.1, waiting_for="the news")
+    wait_until(lambda: ask() == [] and states(engine) == ["stale"], "it is known to be another's", 5)
+    assert "serves the run in /b now" in both.said[-1]
+    wait_until(lambda: ask() == [] and states(engine) == ["up"], "/b has not asked again", 30)
+    assert any("the run in /b, which has it for" in said for said in both.said)  # it was refused
+    assert "is up and holds version 1" in both.said[-1]
+    engine.close()
+    control.lease("the run in /b", 0.0)  # /a has given it back
+    control.close()
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three broadcasts or more for a version of the tiny model."""
+    monkeypatch.setattr(broadcast, "BROADCAST_BYTES", 1 << 16)
+
+
+def test_a_broadcast_reaches_every_server_at_once(both: Served, in_parts: None):
+    """The first version comes from the kept copy, as the servers join; the later ones live."""
+    engine, models = both.engine(0, 1, by_broadcast=True), {k: make_model(k) for k in (1, 2, 3)}
+    sender: WeightBroadcast = engine._core.files  # type: ignore[attr-defined, assignment]
+    links = []
+    for version, model in models.items():
+        report = publish(engine, Stream(model), version=version)
+        assert report.compared_share > 0.2 and report.canary_mean_gap < 1e-5
+        assert states(engine) == ["up", "up"] and len(sender._kept) >= 3
+        links.append(list(sender._links.values()))
+        submit(engine, make_prompts(5, 9, 33, 20))
+        groups = collect_all(engine)
+        assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {version}
+        assert max(largest_gap_to(models, g) for g in groups) < 1e-4
+    assert links[0] == links[2] and len(links[0]) == 2  # nobody had to join again
+    engine.close()
+
+
+def test_a_broadcast_that_is_not_what_was_planned_is_refused_by_name(both: Served, in_parts: None):
+    engine, (name, *_) = both.engine(0, by_broadcast=True), dict(make_model(1).named_parameters())
+    publish(engine, Stream(make_model(1)), version=1)
+    sender: WeightBroadcast = engine._core.files  # type: ignore[attr-defined, assignment]
+    member, held = engine._core.members[0], dict(sender._held)  # type: ignore[attr-defined]
+    sender._held[name] = replace(held[name], shape=(7, 64))
+    push = replace(sender.whole(), content="2.other")
+    with pytest.raises(
+        PushRefused, match=rf"get ready for 2\.other: {name} is \[\[7, 64\], 'float32'\], and in"
+    ):
+        sender.bring(member, push)
+    assert member.control.holds() == sender.whole().content  # it goes on with what it held
+    sender._held |= held
+    (layout, _), *_ = sender._kept
+    del sender._kept[0]
+    sender.bring(member, push)
+    lost = layout[0][0]
+    with pytest.raises(PushRefused, match=rf"load version 1: of 2\.other it was not sent .*{lost}.*unknown"):
+        member.control.load(push)
+    assert member.control.holds() == ""
+    publish(engine, Stream(make_model(2)), version=2)  # and heals
+    assert states(engine) == ["up"]
+    engine.close()
+
+
+def test_bytes_that_change_on_their_way_are_named_by_their_fingerprints(
+    both: Served, in_parts: None, monkeypatch: pytest.MonkeyPatch
+):
+    engine = both.engine(0, by_broadcast=True)
+    sender: WeightBroadcast = engine._core.files  # type: ignore[attr-defined, assignment]
+    keep = type(sender)._keep
+
+    def damaged(self: WeightBroadcast, layout: Any, end: int) -> None:
+        keep(self, layout, end)
+        if layout[0][0] == "model.embed_tokens.weight":
+            self._copies[0].view(torch.float32)[:64] *= 1.001
+
+    monkeypatch.setattr(type(sender), "_keep", damaged)
+    with pytest.raises(WeightSyncError, match=r"fingerprints of 2 of .*: lm_head.weight, model.embed_tokens"):
+        publish(engine, Stream(make_model(1)), version=1)
+    engine.close()
+
+
+def test_a_server_that_stops_in_a_broadcast_holds_up_no_other(
+    both: Served, in_parts: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(member_module, "DEAD_S", 2.0)
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 2.0)
+    engine, models = both.engine(0, 1, by_broadcast=True), {k: make_model(k) for k in (1, 2, 3)}
+    publish(engine, Stream(models[1]), version=1)
+    stream = Stream(models[2])
+
+    def stop(tensors: dict[str, Any]) -> dict[str, Any]:
+        both.processes[1].signal(signal.SIGSTOP)
+        return tensors
+
+    stream.passes = {2: stop}
+    began = time.monotonic()
+    try:
+        publish(engine, stream, version=2)
+        assert states(engine) == ["up", "dead"] and time.monotonic() - began < 30
+        submit(engine, make_prompts(5))
+        assert max(largest_gap_to(models, g) for g in collect_all(engine)) < 1e-4
+    finally:
+        both.processes[1].signal(signal.SIGCONT)
+    wait_until(lambda: states(engine) == ["up", "up"], "it is back although nobody asks", 60)
+    assert "is up and holds version 2" in both.said[-1]  # from the kept copy
+    publish(engine, Stream(models[3]), version=3)
+    assert states(engine) == ["up", "up"]
+    engine.close()
+
+
+def test_a_server_that_was_started_again_gets_the_broadcast_version_once_more(both: Served, in_parts: None):
+    """Its new process never joined a group and took nothing, though the old one had the whole version."""
+    engine, model = both.engine(1, by_broadcast=True), make_model(2)
+    publish(engine, Stream(model), version=1)
+    publish(engine, Stream(model), version=2)  # live: the first came from the kept copy
+    both.processes[1].kill()
+    submit(engine, make_prompts(5))
+    wait_until(lambda: not engine.collect(timeout_s=0.1) and states(engine) == ["dead"], "it is missed", 60)
+    both.processes[1] = both.start(both.processes[1].port)
+    both.processes[1].wait()
+    wait_until(lambda: states(engine) == ["up"], "it is back although nobody asks", 40)
+    assert max(largest_gap_to({2: model}, g) for g in collect_all(engine)) < 1e-4
     engine.close()
 
 

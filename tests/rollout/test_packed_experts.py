@@ -98,7 +98,7 @@ def test_experts_that_are_left_out_of_a_sync_are_named(moved, monkeypatch):
 
 
 def test_a_kernel_whose_packing_loses_values_is_refused():
-    from rollout.vllm.packed_experts import unpacked
+    from rollout.vllm.weights import unpacked
 
     def lossy(layer):
         layer.w2_weight.data.clamp_(max=7)
