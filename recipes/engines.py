@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from rl.config import Config, EngineConfig
 from rl.report.safe_stream import settle
 from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
+from rollout.vllm.broadcast import SCHEME, WeightBroadcast
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.families import refusal
 from rollout.vllm.fleet import Fleet
@@ -25,10 +27,11 @@ from rollout.vllm.local import start_core
 from rollout.vllm.lock import read_token
 from rollout.vllm.member import connect, said_of
 from rollout.vllm.settings import CoreSettings, routes_unavailable, runs_on_cpu
-from rollout.vllm.start import CORE_LOG_LEVEL, start_parts, vllm_available
+from rollout.vllm.start import CORE_LOG_LEVEL, begin_early, end_early, vllm_available, vllm_missing
 from rollout.vllm.weight_files import WeightFiles
 
 ENGINE_LOG = "engine.log"
+MEASURED_WRONG = "Error in memory profiling"  # vLLM's words
 CONTROL_S = 300.0  # longest wait for a server's answer to anything except sampling
 OF_CORE = (  # keys of `engine` that are vLLM's own
     *("process", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
@@ -56,6 +59,23 @@ def start_into(log: Path) -> Iterator[None]:
             yield
 
 
+def started_into(
+    log: Path, make: Callable[[], Engine], note: Callable[[str], None], tries: int = 3
+) -> Engine:
+    """The engine that `make` starts into `log`. vLLM ends if another process gives GPU memory back while it
+    measures what is free, as a run that ends there does; it is then started again, `tries` times in all.
+    """
+    begin = size_of(log)
+    try:
+        with start_into(log):
+            return make()
+    except ValueError:
+        if tries == 1 or MEASURED_WRONG not in said_after(log, begin):
+            raise
+    note("another process gave GPU memory back while vLLM measured what is free; it is started again")
+    return started_into(log, make, note, tries - 1)
+
+
 @contextmanager
 def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> Iterator[None]:
     """Adds the name of `log` to an engine's fault, if something was written there within the block."""
@@ -70,17 +90,48 @@ def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> It
         raise kind(f"{error}; its output is in {log}") from error
 
 
-def said_of_start(log: Path, begin: int, seconds: float) -> str | None:
-    """What took how long in an engine's start, from its log after byte `begin`; None if it does not say."""
+_PARTS = {
+    "imports of its process": r"Imports of the core were waited for ([\d.]+) seconds",
+    "weights": r"Model loading took .*? and ([\d.]+) seconds",
+    "compilation": r"torch\.compile took ([\d.]+) s",
+    "graphs": r"Graph capturing finished in ([\d.]+) secs",
+}
+
+
+def start_parts(log: str) -> dict[str, float]:
+    """Seconds of an engine's start by part, as far as its log says them."""
+    found = {name: re.findall(pattern, log) for name, pattern in _PARTS.items()}
+    return {name: float(seconds[-1]) for name, seconds in found.items() if seconds}
+
+
+def said_of_start(log: Path, begin: int) -> str:
+    """Seconds of an engine's start by part, as its log says them after byte `begin`.
+
+    What is left of the start is imports in the trainer's process, and set-up.
+    """
+    parts = start_parts(said_after(log, begin))
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+
+
+def said_after(log: Path, begin: int) -> str:
+    """What stands in `log` after byte `begin`."""
     with log.open("rb") as file:
         file.seek(begin)
-        parts = start_parts(file.read().decode(errors="replace"))
-    if not parts:
-        return None
-    rest = {"imports and set-up": seconds - sum(parts.values())}
-    return f"the engine started in {seconds:.0f} s: " + ", ".join(
-        f"{name} {part:.1f}" for name, part in (parts | rest).items()
-    )
+        return file.read().decode(errors="replace")
+
+
+def begin_imports(config: Config) -> Callable[[], None]:
+    """Starts the process of vLLM's core, if the run will have one on a GPU, so that it imports vLLM while the
+    policy is loaded. Returns a function that ends it if no engine has taken it.
+
+    On a CPU vLLM's core has libraries of its own, which can only be loaded into a process as it starts.
+    """
+    e = config.engine
+    may_start = e.process == "early" and type(config) is Config and e.name in ("auto", "vllm")
+    if may_start and torch.cuda.is_available() and vllm_missing() is None:
+        with start_into(config.run_dir / ENGINE_LOG):
+            begin_early()
+    return end_early
 
 
 def size_of(path: Path) -> int:
@@ -173,16 +224,21 @@ def served_engine(
         raise ValueError(f"engine.name=server: {unserved}; use engine.name=transformers")
     token = read_token(str(e.token_file))
     fit = {"dtype": dtype, "max_model_len": max_model_length, "timeout_s": min(e.timeout_s, CONTROL_S)}
+    run = f"the run in {config.run_dir.absolute()}"
     own = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:12]
     folder = Path(e.weights_folder) / f"cohort-{own}" if e.weights_folder else config.run_dir / "weights"
+    files: Any = partial(WeightFiles, folder, url=e.weights_url or "", token=token)
+    if e.weights_url and e.weights_url.startswith(SCHEME):
+        files = partial(WeightBroadcast, url=e.weights_url, timeout_s=fit["timeout_s"])
     fleet = Fleet(
         [url.rstrip("/") for url in e.urls],
         token,
-        connect=lambda url: connect(url, token, **fit),
-        files=partial(WeightFiles, folder, url=e.weights_url or "", token=token) if sends else None,
+        connect=lambda url: connect(url, token, **fit, run=run),
+        files=files if sends else None,
         tolerance=config.canary_tolerance or (0.0025 if dtype == torch.float32 else 0.2),
         timeout_s=e.timeout_s,
         note=note,
+        run=run,
     )
     note(said_of(fleet.members))
     engine = VllmEngine(
@@ -241,4 +297,4 @@ def unserved_by_vllm(model: nn.Module) -> str | None:
     rows = next(
         (p.shape[1] // 2 for n, p in model.named_parameters() if "gate_up_proj" in n and p.ndim == 3), None
     )
-    return refusal(str(cast(Any, model).config.model_type), rows, on_cpu=runs_on_cpu())
+    return refusal(cast(Any, model).config, rows, on_cpu=runs_on_cpu())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import xxhash
 from transformers import GenerationConfig
 
 from recipes.cli.init import TEMPLATES, first_rows, look_at
-from recipes.engines import ENGINE_LOG, make_engine, start_into
+from recipes.engines import ENGINE_LOG, make_engine, started_into
 from recipes.environments.wiring import open_environment, playing, with_tools
 from recipes.environments.workers import Workers
 from recipes.evaluation.evaluations import (
@@ -39,7 +40,6 @@ from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.named import TASKS
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
 from rewards.pool.pool import RewardPool
-from rl.causal import CANARY_TEXT
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config
 from rl.model.adapter_folder import read_settings
@@ -50,7 +50,7 @@ from rl.store.checkpoint import CheckpointStore
 from rl.store.inputs import fingerprints
 from rl.store.ledger import Ledger
 from rl.types import Prompt
-from rl.weights import PolicyWeights
+from rl.weights import CANARY_TEXT, PolicyWeights
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
@@ -267,18 +267,19 @@ def open_engine(
         config: of an evaluation or of rejection sampling.
     """
     base, slots, device = base_of(model), config.engine.max_num_seqs, world.accelerator.device
-    with start_into(out / ENGINE_LOG):
-        engine = make_engine(
-            config.engine,
-            base.name,
-            tokenizer=tokenizer,
-            dtype=engine_dtype(config),
-            device=device,
-            max_model_length=max(longest, 128),
-            max_num_seqs=slots if isinstance(slots, int) else 512 if device.type == "cuda" else 64,
-            revision=base.revision,
-            note=note,
-        )
+    make = partial(
+        make_engine,
+        config.engine,
+        base.name,
+        tokenizer=tokenizer,
+        dtype=engine_dtype(config),
+        device=device,
+        max_model_length=max(longest, 128),
+        max_num_seqs=slots if isinstance(slots, int) else 512 if device.type == "cuda" else 64,
+        revision=base.revision,
+        note=note,
+    )
+    engine = started_into(out / ENGINE_LOG, make, note)
     with closing(engine):
         if base is not model:
             publish(engine, _merged(model, tokenizer), version=0, tolerance=config.canary_tolerance)

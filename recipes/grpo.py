@@ -8,7 +8,6 @@ same run_dir, it resumes where it stopped.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.engines import ENGINE_LOG, naming, said_of_start, size_of, start_into
+from recipes.engines import ENGINE_LOG, begin_imports, naming, said_of_start, size_of, started_into
 from recipes.environments.wiring import open_environment, playing, schema_hash, tool_metrics, with_tools
 from recipes.environments.workers import Workers
 from recipes.evaluation.heldout import make_evaluator
@@ -28,6 +26,7 @@ from recipes.fit import Fitted, fit_to_cards
 from recipes.kinds import Kind, kind_of, make_models
 from recipes.models import open_adapter, resolve_model, teacher_model, teacher_server
 from recipes.program import (
+    Laps,
     call_program,
     first_line,
     make_deterministic,
@@ -39,7 +38,7 @@ from recipes.program import (
 from recipes.sources import make_source
 from recipes.tasks import find_modules_beside
 from recipes.tasks.demonstrations import longest_taught
-from recipes.tasks.many import SomePrompts, train_prompts
+from recipes.tasks.many import longest_row, train_prompts
 from recipes.tasks.overlap import settle_overlap
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
 from rewards.compose import reward_specs
@@ -117,9 +116,8 @@ def run(
 
 
 def _train(config: Config, stop: StopSignal, began: float, origins: Origins, *, change: bool) -> int:
-    # Progress bars of these libraries break up the display, which names each wait. Downloads keep theirs.
+    # Progress bars break up the display, which names each wait. Downloads keep theirs.
     disable_progress_bar()
-    disable_progress_bars()
     if is_finished(config):
         return 0
     return run_program(
@@ -164,21 +162,25 @@ def build(
     """
     config: Config = fitted.config
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
-    kind, phases = kind_of(config), Phases(display.phase)
+    kind, phases, lap = kind_of(config), Phases(display.phase), Laps(began)
     kind.check(config)
     display.hold()
     if (arm := config.rewards.control) != "none":
         display.warn(f"control arm: rewards.control={arm} ignores right answers; compare with control=none")
     with ExitStack() as closing:
+        closing.callback(begin_imports(config))
         scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
         inputs = read_inputs(config, scorer, world=world, display=display, closing=closing)
+        lap("data and graders")
         given = {"tokenizer": inputs.tokenizer, "longest": (inputs.longest, inputs.longest_taught)}
         policy, reference, teacher = make_models(config, inputs.model, world=world, display=display, **given)
         with display.phase("a full micro-batch to be tried"):
             fitted.compare(kind.try_out(config, policy, reference, teacher), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
-        engine = _started(config, kind, inputs=inputs, policy=policy, display=display, rank=world.rank)
+        engine = _started(
+            config, kind, inputs=inputs, policy=policy, display=display, lap=lap, rank=world.rank
+        )
         closing.callback(engine.close)
         display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
@@ -187,15 +189,14 @@ def build(
         closing.callback(source.close)
         observer = RunObserver(display, config, is_main=world.is_main, each_step=kind.each_step(policy))
         closing.callback(observer.close)
+        hosted = config.memory.optimizer_on_host is True
         run = Run(
             config=config,
             world=world,
             policy=policy,
             reference=reference,
             teacher=teacher,
-            optimizer=make_optimizer(
-                policy.trainable(), config.optimizer, hosted=config.memory.optimizer_on_host is True
-            ),
+            optimizer=make_optimizer(policy.trainable(), config.optimizer, hosted=hosted),
             source=source,
             measure=make_evaluator(config, world, prompts=inputs.heldout, **parts),
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
@@ -209,21 +210,21 @@ def build(
         )
         closing.callback(run.log.close)
         closing.callback(run.evaluations.close)
-        _go_on(run, observer)
-        _check_saving(run, policy)
+        _make_ready(run, observer, policy=policy, lap=lap)
         return run, closing.pop_all().close
 
 
 def _started(
-    config: Config, kind: Kind, *, inputs: Inputs, policy: Any, display: Display, rank: int
+    config: Config, kind: Kind, *, inputs: Inputs, policy: Any, display: Display, lap: Laps, rank: int
 ) -> Engine:
     """The engine with the policy's weights, in the environment of the run."""
+    lap("policy")
     waiting, log = display.phase(f"the engine to start ({config.engine.name})"), config.run_dir / ENGINE_LOG
-    began, begin = time.monotonic(), size_of(log)
-    with waiting, start_into(log):
-        engine = kind.engine(config, inputs.model, policy, inputs.longest, display.note)
-    if (sentence := said_of_start(log, begin, time.monotonic() - began)) is not None:
-        display.note(sentence)
+    begin = size_of(log)
+    with waiting:
+        make = partial(kind.engine, config, inputs.model, policy, inputs.longest, display.note)
+        engine = started_into(log, make, display.note)
+    lap("engine", said_of_start(log, begin))
     if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
         display.note("memory.engine_sleeps has no effect: only a vLLM of this run can release memory")
     own = {"config": config, "tokenizer": inputs.tokenizer, "model": inputs.model, "rank": rank}
@@ -282,7 +283,7 @@ def read_inputs(
     heldout = make_prompts(held, heldout_rows, tokenizer, "heldout", **said) if held else []
     rows = settle_overlap(config, rows, heldout_rows, display.warn)
     prompts = train_prompts(config, rows, heldout, tokenizer, **said)
-    longest, taught = _longest(config, prompts, heldout), longest_taught(config, prompts)
+    longest, taught = longest_row(config, prompts, heldout), longest_taught(config, prompts)
     longest = max(longest, taught) if teacher is None and server is None else longest
     if teacher is not None and taught:
         check_config(teacher, tokenizer, taught)
@@ -293,6 +294,12 @@ def read_inputs(
 
 def _fingerprint(model: ModelConfig) -> dict[str, str]:
     return fingerprints(model.name, None, {}, revision=model.revision).get("model", {})
+
+
+def _make_ready(run: Run, observer: RunObserver, *, policy: Any, lap: Laps) -> None:
+    _go_on(run, observer)
+    _check_saving(run, policy)
+    observer.note(lap("other"))
 
 
 def _go_on(run: Run, observer: RunObserver) -> None:
@@ -334,16 +341,6 @@ def make_scorer(config: Config, origins: Origins) -> RewardPool:
         num_steps=config.train.steps,
         log=config.run_dir / "graders.log",
     )
-
-
-def _longest(config: Config, prompts: Sequence[Prompt], heldout: list[Prompt]) -> int:
-    """Tokens of the longest prompt plus its longest completion. Where only some of many prompts are rendered,
-    `data.max_prompt_length` is taken, so that the result does not depend on the number of steps.
-    """
-    is_some, others = isinstance(prompts, SomePrompts), [len(p.token_ids) for p in heldout]
-    longest = config.data.max_prompt_length if is_some else max(len(p.token_ids) for p in prompts)
-    ends = [longest + config.sampling.max_completion_length]
-    return max(ends + [n + config.evaluation.sampling.max_completion_length for n in others])
 
 
 if __name__ == "__main__":

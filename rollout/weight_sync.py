@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class SyncReport:
 
     Attributes:
         parts: seconds to "inspect" what is sent, to "send" it (until the engine has loaded it), to compare
-            "fingerprints" and the "canary".
+            "fingerprints" while the policy computes its canary, and to compare the "canary".
         num_bytes: as the engine stores them.
         compared_share: share of these bytes that the fingerprints compared. It is below 1 where a kernel
             packed the weights and only sampled columns can be read back (vLLM on a CPU). The columns move
@@ -105,10 +106,10 @@ def publish(
             _iterated(weights)
     if verify:
         with _part("fingerprints", parts, team):
+            held, (ids, expected) = _at_once(engine, weights, sends)
             if sends:
-                _compare(engine, sent, version)
+                _compare(engine, sent, held, version)
         with _part("canary", parts, team):
-            ids, expected = weights.canary()
             if sends:
                 gaps = _canary_gaps(engine, ids, expected=expected, version=version, tolerance=tolerance)
     if not sends:
@@ -176,7 +177,7 @@ def _iterated(
 
 def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) -> dict[str, int]:
     """Fingerprints of what is about to be sent, by the engine's names."""
-    extremes: dict[str, Tensor] = {}
+    extremes: dict[str, tuple[Tensor, Tensor]] = {}
     copies: dict[str, list[str]] = {}
     for name, held in engine.tensors.items():
         copies.setdefault(held.source, []).append(name)
@@ -187,7 +188,7 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
             if (fault := _shape_fault(engine, name, tensor)) is not None:
                 unexpected.append(fault)
                 continue
-            extremes[name] = torch.stack(torch.aminmax(tensor.detach())).float()
+            extremes[name] = torch.aminmax(tensor.detach())
             for copy in copies[name] if verify else ():
                 yield copy, compared_part(tensor, engine.tensors[copy], version)
 
@@ -195,7 +196,8 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
     sent = _iterated(weights, lambda stream: fingerprints(parts(stream)), what)
     if unexpected:
         raise WeightSyncError(unexpected[0])
-    finite = torch.stack(list(extremes.values())).isfinite().all(-1).tolist() if extremes else []
+    ends = [end.float() for pair in extremes.values() for end in pair]
+    finite = torch.stack(ends).isfinite().view(-1, 2).all(-1).tolist() if ends else []
     broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
     if broken:
         raise WeightSyncError(
@@ -217,12 +219,28 @@ def _shape_fault(engine: Engine, name: str, tensor: Tensor) -> str | None:
     )
 
 
-def _compare(engine: Engine, sent: dict[str, int], version: int) -> None:
+def _at_once(
+    engine: Engine, weights: WeightStream, sends: bool
+) -> tuple[Mapping[str, int], tuple[list[int], list[float]]]:
+    """Fingerprints of what the engine holds, {} without `sends`, and the policy's canary. If the engine has a
+    process of its own, both are computed at once. No fault of the engine keeps this process from the canary,
+    which may be collective.
+    """
+    if sends and engine.runs_alone:
+        with ThreadPoolExecutor(1, "fingerprints") as thread:  # the end of the block waits for the engine
+            held = thread.submit(engine.fingerprints)
+            canary = weights.canary()
+            return held.result(), canary
+    canary = weights.canary()
+    return (engine.fingerprints() if sends else {}), canary
+
+
+def _compare(engine: Engine, sent: dict[str, int], held: Mapping[str, int], version: int) -> None:
     if engine.version != version:
         raise WeightSyncError(
             f"engine {engine.name} says it holds version {engine.version} after version {version} was sent"
         )
-    if wrong := mismatches(sent, engine.fingerprints()):
+    if wrong := mismatches(sent, held):
         raise WeightSyncError(
             f"engine {engine.name} does not hold version {version}: the fingerprints of {len(wrong)} of "
             f"{len(sent)} tensors differ from the policy's: {_listed(wrong)}"

@@ -30,8 +30,9 @@ class EngineConfig(Section):
     )
     weights_url: str | None = Field(
         default=None,
-        pattern=r"^http://[\w.-]+:\d{1,5}$",
-        description="this host's address for servers that share no folder with it: http://10.0.0.5:9000",
+        pattern=r"^(http|nccl)://[\w.-]+:\d{1,5}$",
+        description="this host's address, http://10.0.0.5:9000 for servers that share no folder with it, "
+        "nccl://10.0.0.5:9000 to send weights from GPU to GPU",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(default="auto", description="of its weights")
     max_num_seqs: Annotated[int, Field(ge=1)] | Auto | None = Field(
@@ -42,7 +43,9 @@ class EngineConfig(Section):
     )
     kv_cache_gib: float = Field(default=2.0, gt=0, description="cache of vLLM on a CPU")
     enforce_eager: bool | None = Field(default=None, description="default: eager on CPU, CUDA graphs on GPU")
-    process: Literal["auto", "own", "inside"] = Field(default="auto", description="of vLLM; auto: own on GPU")
+    process: Literal["auto", "own", "early", "inside"] = Field(
+        default="auto", description="of vLLM; auto: own on GPU; early: own, begun while the policy loads"
+    )
     seed_requests: bool | None = Field(default=None, description="for vLLM; default: if seeds cost nothing")
     recompute_kv: bool = Field(default=False, description="rebuild caches of running completions at a sync")
     verify_sync: bool = Field(default=True, description="prove at every weight sync that weights arrived")
@@ -72,6 +75,10 @@ class EngineConfig(Section):
             )
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError(f"engine.urls={self.urls} names a server twice; name each once")
+        if self.weights_folder and (self.weights_url or "").startswith("nccl"):
+            raise ValueError(
+                "engine.weights_folder does nothing if engine.weights_url=nccl://...; remove one"
+            )
         fields = type(self).model_fields
         if own := [key for key in OF_OWN_VLLM if getattr(self, key) != fields[key].default]:
             raise ValueError(

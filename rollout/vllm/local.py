@@ -23,8 +23,14 @@ from rollout.vllm.bucket import Bucket
 from rollout.vllm.core import REASONS, Answer, Core, SleepingPart, in_thread
 from rollout.vllm.internals import reach, require
 from rollout.vllm.scheduler import LOGPROBS, MARKS
-from rollout.vllm.settings import CoreSettings, engine_arguments, request_parameters, runs_on_cpu
-from rollout.vllm.start import start_engine, stop_engine, takes_own_process, vllm_available
+from rollout.vllm.settings import (
+    CoreSettings,
+    engine_arguments,
+    request_parameters,
+    runs_on_cpu,
+    takes_own_process,
+)
+from rollout.vllm.start import start_engine, stop_engine, vllm_available
 
 _LIVENESS_S = 0.5
 _RELEASE_S = 5.0

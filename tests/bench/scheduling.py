@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from rollout.vllm.scheduler import final_only
-from rollout.vllm.start import process_state_kept, vllm_available
+from rollout.vllm.settings import process_state_kept
+from rollout.vllm.start import vllm_available
 from tests.bench.workload import Workload, write_model
 
 BLOCK = 16

@@ -321,3 +321,48 @@ def test_a_class_that_vllm_would_change_is_left_to_a_process_of_its_own(tmp_path
         assert engine.prompt_logprobs(CANARY) == pytest.approx(expected, abs=1e-3)
     finally:
         engine.close()
+
+
+def test_a_core_runs_in_the_process_that_had_imported_vllm(folder, monkeypatch):
+    """The engine proves its weights as any other, and a second one gets a process of its own again."""
+    before = surroundings()
+    vllm_start.begin_early()
+    (early,) = vllm_start._early
+    assert surroundings() == before
+    engine = start_vllm(folder, make_tokenizer(), process="own", **TINY)
+    try:
+        assert engine._core.pid == early.pid and not vllm_start._early
+        report = publish(engine, Stream(make_model(1)), version=1, tolerance=1e-4)
+        assert report.canary_max_gap < 1e-4
+    finally:
+        engine.close()
+    assert not psutil.pid_exists(early.pid)
+    vllm_start.end_early()
+
+
+def test_an_early_process_works_in_the_environment_of_the_hand_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAID_BEFORE", "yes")
+    vllm_start.begin_early()
+    early = vllm_start._early.pop()
+    monkeypatch.setenv("SAID_LATER", "yes")
+    monkeypatch.delenv("SAID_BEFORE")
+    told = {"args": ["sh", "-c", f"env > {tmp_path}/told"], "check": True}
+    early.Process(target=subprocess.run, name="EngineCore", kwargs=told).start()
+    early.join(120)
+    told = (tmp_path / "told").read_text().splitlines()
+    assert early.exitcode == 0 and "SAID_LATER=yes" in told and "SAID_BEFORE=yes" not in told
+
+
+def test_an_early_process_that_nobody_takes_is_ended(folder):
+    vllm_start.begin_early()
+    (early,) = vllm_start._early
+    vllm_start.end_early()
+    assert not psutil.pid_exists(early.pid) and not vllm_start._early
+    too_late = (EngineError, r"engine core did not start within timeout_s=0; raise", {"timeout_s": 0.0})
+    refused = (ValueError, "vLLM did not start with", {"max_model_len": 10**7})
+    for kind, words, changes in (too_late, refused):
+        vllm_start.begin_early()
+        (early,) = vllm_start._early
+        with pytest.raises(kind, match=words):
+            start_vllm(folder, make_tokenizer(), process="own", **TINY | changes)
+        assert not psutil.pid_exists(early.pid) and not vllm_start._early

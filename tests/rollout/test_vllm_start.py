@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer, save
 
+from recipes.engines import start_parts
 from rollout.vllm.internals import version_conflict
 from rollout.vllm.settings import CoreSettings, _on_gpu
-from rollout.vllm.start import start_parts
 from tests.vllm_engines import needs_vllm, start_vllm
 
 pytestmark = needs_vllm

@@ -1,6 +1,7 @@
 """A weight sync proves itself: whatever goes wrong between policy and engine is named and stops the run."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tiny_llama import (
 )
 
 from rl.types import SamplingParams
+from rollout.engine import EngineError
 from rollout.fingerprint import (
     HeldTensor,
     compared_part,
@@ -153,6 +155,46 @@ def test_a_canary_that_is_not_a_number_does_not_pass(engine, policy):
 
     with pytest.raises(WeightSyncError, match="are nan nats"):
         publish(engine, Broken(policy), version=1, tolerance=1.0)
+
+
+def test_an_engine_of_its_own_process_hashes_beside_the_policys_canary(engine, policy, monkeypatch):
+    """Each of the two waits here for the other to have begun."""
+    hashing, scoring, plain = threading.Event(), threading.Event(), engine.fingerprints
+
+    class Noted(Stream):
+        def canary(self):
+            scoring.set()
+            assert hashing.wait(60)
+            return super().canary()
+
+    def answer():
+        hashing.set()
+        assert scoring.wait(60)
+        return plain()
+
+    monkeypatch.setattr(engine, "fingerprints", answer)
+    monkeypatch.setattr(engine, "runs_alone", True)
+    assert publish(engine, Noted(policy), version=1, tolerance=1e-4).canary_max_gap < 1e-4
+
+
+@pytest.mark.parametrize("runs_alone", [False, True])
+def test_no_fault_of_an_engine_keeps_from_a_canary_of_all(engine, policy, monkeypatch, runs_alone):
+    """The others would wait in the collective forward pass for this process."""
+    computed = []
+
+    class Noted(Stream):
+        def canary(self):
+            computed.append(True)
+            return super().canary()
+
+    def broken():
+        raise EngineError("the core is gone")
+
+    monkeypatch.setattr(engine, "fingerprints", broken)
+    monkeypatch.setattr(engine, "runs_alone", runs_alone)
+    with pytest.raises(WeightSyncError, match="EngineError: the core is gone"):
+        publish(engine, Noted(policy), version=1, tolerance=1e-4)
+    assert computed == [True]
 
 
 def test_an_unverified_sync_sends_once_and_proves_nothing(engine, policy):

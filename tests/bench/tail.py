@@ -1,0 +1,90 @@
+"""What training complete groups while others still sample could save at most, on workload W.
+
+    python -m tests.bench.tail [--steps 200] [--train-s 1.78]
+
+Lengths are drawn as W draws them. A decode step takes what one H200 needed for so many running completions,
+and its kernels a part of that (recipes/README.md, "Sampling"), interpolated between three points. A group can
+be trained once all its completions are done, in micro-batches of `--token-budget` tokens. Two bounds are
+printed. On one card the trainer gets what the engine's kernels leave idle, and delays nothing. On two it
+computes at full speed meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from dataclasses import dataclass
+
+from tests.bench.workload import STOP_SHARE, Workload
+
+RUNNING, STEP_MS, KERNELS_MS = (30.0, 120.0, 224.0), (2.4, 3.0, 3.7), (2.2, 2.6, 3.6)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Seconds of one step: its sampling, its idle part, and training done meanwhile on one and two cards."""
+
+    sample: float
+    idle: float
+    one_card: float
+    two_cards: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--train-s", type=float, default=1.78)
+    parser.add_argument("--token-budget", type=int, default=16384)
+    asked = parser.parse_args()
+    draw, w = random.Random(0), Workload()
+    steps = [simulate(w, draw, train_s=asked.train_s, budget=asked.token_budget) for _ in range(asked.steps)]
+    sample, idle, one, two = (
+        statistics.mean(getattr(s, name) for s in steps) for name in Hidden.__dataclass_fields__
+    )
+    total = sample + asked.train_s
+    print(f"sampling {sample:.2f} s, of which kernels leave idle {idle:.2f}; training {asked.train_s:.2f} s")
+    for name, hidden in (("one card", one), ("two cards", two)):
+        print(f"{name}: at most {hidden:.2f} s of training hidden, {hidden / total:.1%} of sample + train")
+
+
+def simulate(w: Workload, draw: random.Random, *, train_s: float, budget: int) -> Hidden:
+    groups = [[length(w, draw) for _ in range(w.group)] for _ in range(w.prompts)]
+    ends = sorted((max(group), w.prompt_length + sum(group)) for group in groups)
+    every = sorted(n for group in groups for n in group)
+    per_token = train_s / sum(tokens for _, tokens in ends)
+    sample = idle = one = two = 0.0
+    done, at, complete = 0, 0, 0
+    for token in range(1, every[-1] + 1):
+        step = interpolated(len(every) - done, STEP_MS) / 1e3
+        left = step - interpolated(len(every) - done, KERNELS_MS) / 1e3
+        sample, idle = sample + step, idle + left
+        ready = complete // budget * budget * per_token  # whole micro-batches only
+        one, two = min(ready, one + left), min(ready, two + step)
+        while done < len(every) and every[done] <= token:
+            done += 1
+        while at < len(ends) and ends[at][0] <= token:
+            complete, at = complete + ends[at][1], at + 1
+    return Hidden(sample, idle, one, two)
+
+
+def length(w: Workload, draw: random.Random) -> int:
+    number = 1
+    while number < w.max_length and draw.random() >= STOP_SHARE:
+        number += 1
+    return number
+
+
+def interpolated(running: float, values: tuple[float, ...]) -> float:
+    """Linear between the points and beyond the last one; the first value below the first point."""
+    if running <= RUNNING[0]:
+        return values[0]
+    k = 1 if running <= RUNNING[1] else 2
+    share = (running - RUNNING[k - 1]) / (RUNNING[k] - RUNNING[k - 1])
+    return values[k - 1] + share * (values[k] - values[k - 1])
+
+
+if __name__ == "__main__":
+    main()
