@@ -321,18 +321,22 @@ def test_a_delta_cut_short_or_over_another_base_is_refused_and_the_server_goes_o
 def test_a_completion_under_way_says_which_weights_sampled_which_tokens(control, files):
     if not control.facts().has_spans:
         pytest.skip("this vLLM answers without spans: the client cuts them")
-    load(control, files.write(make_model(1).named_parameters(), version=1))
-    files.commit()
     request = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-    with ThreadPoolExecutor(32) as pool:  # one alone may be over before the pause
-        asked = [pool.submit(generate, control, **request) for _ in range(32)]
-        time.sleep(0.15)
-        control.pause()
-        control.load(files.write(changed(make_model(1)).named_parameters(), version=2))
-        control.resume()
-        found = [answer.result(60)["choices"][0]["weight_versions"] for answer in asked]
-    spans = next(spans for spans in found if len(spans) > 1)
-    assert [span["version"].partition(".")[0] for span in spans] == ["1", "2"]
+    for version, delay_s in ((1, 0.15), (3, 0.05), (5, 0.3), (7, 0.6)):  # until a pause meets some under way
+        load(control, files.write(make_model(1).named_parameters(), version=version))
+        files.commit()
+        with ThreadPoolExecutor(32) as pool:
+            asked = [pool.submit(generate, control, **request) for _ in range(32)]
+            time.sleep(delay_s)
+            control.pause()
+            control.load(files.write(changed(make_model(1)).named_parameters(), version=version + 1))
+            files.commit()
+            control.resume()
+            found = [answer.result(60)["choices"][0]["weight_versions"] for answer in asked]
+        if cut := [spans for spans in found if len(spans) > 1]:
+            break
+    spans = cut[0]
+    assert [span["version"].partition(".")[0] for span in spans] == [str(version), str(version + 1)]
     assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 100)
 
 
