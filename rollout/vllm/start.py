@@ -247,7 +247,7 @@ def _sockets_of_one_start() -> Iterator[None]:
 
 def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
     """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
-    early = next((one for one in (_early.pop(),) if one.is_alive()), None) if _early else None
+    early = _early.pop() if _early and _early[-1].is_alive() else None
     engine, fault = None, None
     with _children_killed_after(timeout_s, early) as is_late, _core_in(early):
         try:
