@@ -26,7 +26,7 @@ from rollout.diffusion.engine import DiffusionEngine
 from rollout.diffusion.steps import DenoisingParams
 from rollout.weight_sync import WeightSyncError, publish
 from tests.calling import trace_of
-from tests.scoring import alone, logprobs, prepared
+from tests.scoring import alone, logprobs, prepared, relative_error
 
 METHODS = {
     "diffu-GRPO": ["estimator.name=one_step", "estimator.prompt_mask=0.15"],
@@ -82,14 +82,6 @@ def make_reference(policy, config) -> Copy | None:
         for parameter in reference.scorer.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return reference
-
-
-def relative_error(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
-    size = sum(a[n].double().square().sum() for n in a) ** 0.5
-    assert size > 1e-3
-    return (difference / size).item()
 
 
 @pytest.mark.parametrize("method", METHODS)

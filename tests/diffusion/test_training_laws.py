@@ -16,6 +16,7 @@ from rl.diffusion.train import MASKS, step_examples
 from tests.diffusion import training
 from tests.diffusion.processes import launch
 from tests.diffusion.training import make_run, step_gradient
+from tests.scoring import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,6 @@ def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def relative_error(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    difference = sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5
-    size = sum(a[n].double().square().sum() for n in a) ** 0.5
-    assert size > 1e-3
-    return (difference / size).item()
 
 
 @pytest.mark.parametrize("scheme", ["coupled", "count", "bernoulli"])

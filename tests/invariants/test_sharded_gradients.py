@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.conftest import selected
 from tests.diffusion.processes import launch
+from tests.scoring import relative_error
 
 SCRIPT = Path(__file__).with_name("sharded_update.py")
 KL, ALONE = "loss.kl_coef=0.05", "loss.kl_coef=0"
@@ -125,14 +126,6 @@ def found(request, models, other_model_dir, ragged_groups, tmp_path_factory) -> 
     return out
 
 
-def error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative, over all tensors."""
-    assert a.keys() == b.keys() and a
-    size = sum(x.double().square().sum() for x in a.values()) ** 0.5
-    assert size > 1e-3
-    return float(sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5 / size)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, name):
     sizes = (1, 4 if name == "hybrid" else 2)
@@ -143,7 +136,7 @@ def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, na
             {n: x for n, x in tensors.items() if n.startswith("sent.") == (kind != "")}
             for tensors in (one, two)
         ]
-        assert error(*of_kind) <= (1e-6 if kind else limit)
+        assert relative_error(*of_kind) <= (1e-6 if kind else limit)
     assert all(x.dtype == torch.float32 for x in two.values())  # reduced in fp32
     facts = [json.loads((found / f"{name}-of-{size}.json").read_text()) for size in sizes]
     for metric, value in facts[0]["metrics"].items():

@@ -10,6 +10,7 @@ import pytest
 
 from rl.store.rows import read_rows
 from tests.invariants.resume_laws import start, tensors, write_config
+from tests.scoring import relative_error
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.rotation]
 
@@ -31,9 +32,7 @@ def test_sharing_work_out_changes_neither_minibatches_nor_weights(tiny_model_dir
     assert [owners(own, step) for step in (0, 1)] == [[[0] * 8, [1] * 8]] * 2
     assert any(owners(shared, step) != owners(own, step) for step in (0, 1))
     a, b = tensors(own, 2, "."), tensors(shared, 2, ".")
-    assert a.keys() == b.keys() and a
-    size = sum(x.double().square().sum() for x in a.values()) ** 0.5
-    assert sum((a[n] - b[n]).double().square().sum() for n in a) ** 0.5 <= 1e-6 * size
+    assert relative_error(a, b) <= 1e-6
     for one, other in zip(*(read_rows(run / "metrics.jsonl") for run in (own, shared)), strict=True):
         names = ("policy/grad_norm", "policy/kl", "tokens/trained", "reward/mean")
         assert {n: other[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-4)

@@ -24,6 +24,7 @@ from rl.together import divide, exchange, predicted_cost
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from rl.world import World
+from tests.scoring import relative_error
 
 
 class Recorder(torch.optim.SGD):
@@ -95,10 +96,7 @@ def compare(folder: Path, loss: str) -> None:
     one = load_file(folder / f"{loss}-rank0of1.safetensors")
     for rank in (0, 1):
         two = load_file(folder / f"{loss}-rank{rank}of2.safetensors")
-        assert one.keys() == two.keys()
-        difference = sum((one[n] - two[n]).double().square().sum() for n in one) ** 0.5
-        size = sum(one[n].double().square().sum() for n in one) ** 0.5
-        assert size > 1e-3 and (difference / size).item() <= 1e-5
+        assert relative_error(one, two) <= 1e-5
     files = [f"{loss}-{name}.json" for name in ("rank0of1", "rank0of2", "rank1of2")]
     metrics = [json.loads((folder / f).read_text()) for f in files]
     for name in metrics[0].keys() - {"memory/peak", "facts"}:  # each process has its own

@@ -115,6 +115,14 @@ def loss_and_gradients(model):
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def check_same_step(model, loss, gradients, *, among):
+    ours, split = loss_and_gradients(model)
+    assert ours == pytest.approx(loss, abs=2e-6)
+    assert gradients.keys() == split.keys() and any(among in n for n in split)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(split[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize(
     "name", [p for p in PARAMETERS if p.values[0] not in ("gpt_oss", "deepseek_v4")]
 )  # peft fails on v4
@@ -128,11 +136,7 @@ def test_split_experts_have_the_loss_and_the_gradients_of_pefts_own(name):
     done = split_experts(model)
     if not done:
         pytest.skip("peft's own way")
-    ours, split = loss_and_gradients(model)
-    assert ours == pytest.approx(loss, abs=2e-6)
-    assert gradients.keys() == split.keys() and any("experts" in n for n in split)
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(split[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+    check_same_step(model, loss, gradients, among="experts")
     with peft_model.disable_adapter(), torch.no_grad():
         base = model(input_ids=IDS).logits
     assert (base - model(input_ids=IDS).logits).abs().max() > 1e-3
@@ -154,11 +158,7 @@ def test_split_experts_without_adapters_have_the_gradients_of_transformers(name)
     loss, gradients = loss_and_gradients(model)
     assert split_experts(model)
     model.set_experts_implementation("grouped_mm")
-    ours, split = loss_and_gradients(model)
-    assert ours == pytest.approx(loss, abs=2e-6)
-    assert gradients.keys() == split.keys() and any("gate.weight" in n for n in split)
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(split[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+    check_same_step(model, loss, gradients, among="gate.weight")
 
 
 def test_rows_are_put_in_order_and_back_without_adding_up_gradients():
