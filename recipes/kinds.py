@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def make_models(
     elif is_split and isinstance(policy, MaskedPolicy):
         policy.split(reference, sent=engine_dtype(config))
     elif is_split:
-        policy = ShardedPolicy(policy, reference, sharding=sharding, sent=engine_dtype(config))
+        split = partial(ShardedPolicy, reference=reference, sharding=sharding, sent=engine_dtype(config))
+        policy = policy.split(split) if isinstance(policy, MoePolicy) else split(policy)
     return policy, reference, teacher
 
 
@@ -136,16 +138,17 @@ def causal_policy(
     """Loads the policy, settles how its attention and experts are computed, and notes what it settled."""
     check_config(model, tokenizer, longest)
     given: dict[str, Any] = {"temperature": config.sampling.temperature, "plan": lora_plan}
-    is_split, found = config.train.sharding in ("full", "hybrid") and accelerator.num_processes > 1, None
-    if is_split and (found := load_split(model, accelerator, longest=longest, **given)) is None:
+    is_split = config.train.sharding in ("full", "hybrid") and accelerator.num_processes > 1
+    own: dict[str, Any] = {"run_dir": config.run_dir, "world": World(accelerator), "note": note}
+    settle = lambda p: settle_experts(p.model, config.moe, autocast=p.autocast, **own)  # noqa: E731
+    found = load_split(model, accelerator, longest=longest, settle=settle, **given) if is_split else None
+    if is_split and found is None:
         note("every process loads all weights before they are split: the files hold other tensors")
     if found is not None:
         policy, reason = found
     else:
         policy = CausalPolicy(model, accelerator, **given)
-        if expert_stacks(policy.model):
-            own = {"run_dir": config.run_dir, "world": World(accelerator)}
-            settle_experts(policy.model, config.moe, **own, autocast=policy.autocast, note=note)
+        settle(policy)
         reason = policy.settle_attention(longest)
     if reason is not None:
         note(f"packed attention is off: {reason}; sequences are trained one at a time, with the same result")
@@ -203,36 +206,29 @@ def settle_way(
 def causal_engine(config: Config, model: ModelConfig, policy: Any, longest: int, note: Say) -> Engine:
     base = base_of(model)  # the engine begins with it, and the policy's weights follow
     routed = policy if isinstance(policy, MoePolicy) else None
-    length = max(longest, len(policy.canary_ids) + 1)
+    shared: dict[str, Any] = {
+        "tokenizer": policy.tokenizer,
+        "dtype": engine_dtype(config),
+        "max_model_length": max(longest, len(policy.canary_ids) + 1),
+        "trained": policy.model,
+        "routed": routed if routed and routed.replays else None,
+        "note": note,
+    }
     if config.engine.name == "server":
-        if routed and routed.replays:
-            routed.can_replay("servers are not asked for routes yet")
-        return served_engine(
-            config,
-            tokenizer=policy.tokenizer,
-            dtype=engine_dtype(config),
-            max_model_length=length,
-            trained=policy.model,
-            sends=PartialState().is_main_process,
-            note=note,
+        engine = served_engine(config, sends=PartialState().is_main_process, **shared)
+    else:
+        engine = make_engine(
+            config.engine,
+            base.name,
+            device=policy.device,
+            max_num_seqs=config.max_num_seqs,
+            revision=base.revision,
+            sample_while_training=config.train.sample_while_training,
+            sleeps=config.memory.engine_sleeps is True,
+            attention=policy.own_attention,
+            long_factors=policy.long_factors,
+            **shared,
         )
-    engine = make_engine(
-        config.engine,
-        base.name,
-        tokenizer=policy.tokenizer,
-        dtype=engine_dtype(config),
-        device=policy.device,
-        max_model_length=length,
-        max_num_seqs=config.max_num_seqs,
-        revision=base.revision,
-        note=note,
-        trained=policy.model,
-        sample_while_training=config.train.sample_while_training,
-        sleeps=config.memory.engine_sleeps is True,
-        attention=policy.own_attention,
-        long_factors=policy.long_factors,
-        routed=routed if routed and routed.replays else None,
-    )
     for sentence in routed.said() if routed else ():
         note(sentence)
     return engine

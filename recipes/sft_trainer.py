@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -127,7 +128,7 @@ class BalancedTrainer(SFTTrainer):
             values = {name: (s / c).item() for name, (s, c) in zip(self.sums, pairs, strict=True)}
             self.plain.eval()
             with self.accelerator.autocast():
-                routes = routes_of(self.plain, self.sites, self.probe)
+                routes = routes_of(partial(self.plain, use_cache=False), self.sites, self.probe[None])
             self.plain.train()
             values |= self.health.step(self.balancer.end(), routes)
             self.health.write(self.state.global_step + 1)

@@ -24,6 +24,8 @@ from rl.model.packed import Block, Layout, branches_of, first_fit
 from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
+IDLE = Prompt("idle", "", (0,))
+"""The prompt of rows that only keep collective model calls in step, and count nowhere."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ class PackRules:
     share_prompts: bool = True
 
 
-def idle_micro_batch(token_id: int = 0) -> MicroBatch:
+def idle_micro_batch() -> MicroBatch:
     """One token of weight 0 after a prompt of one token: a forward pass that changes nothing."""
-    row = Row(Prompt("idle", "", (token_id,)), Completion([token_id], [0.0], [True], "stop", []), 0, 0, 0.0)
+    row = Row(IDLE, Completion([0], [0.0], [True], "stop", []), 0, 0, 0.0)
     return micro_batch_of([[row]])
 
 

@@ -7,9 +7,9 @@ Gradients are sums over processes, as everywhere in this library, and reduced in
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -28,26 +28,34 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from rl.batch import Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
+from rl.batch import IDLE, Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
 from rl.causal import CausalPolicy
 from rl.config import ModelConfig
 from rl.model.adapter_folder import find_adapter
-from rl.model.adapters import Plan, adapter_parameters, add_lora, check_adapted, original_name
+from rl.model.adapters import Plan, add_lora, check_adapted
 from rl.model.exactness import take_long_factors
-from rl.model.hollow import digest_of, give_memory, hollow_model, is_hollow, short_model, weight_files
+from rl.model.hollow import (
+    can_take_apart,
+    digest_of,
+    give_memory,
+    hollow_model,
+    in_files,
+    is_hollow,
+    own_tensors,
+    short_model,
+    weight_files,
+)
 from rl.model.on_host import decoder_layers
-from rl.model.saving import save_model, save_settings
+from rl.model.saving import save_model, save_settings, shard_name, write_index
 from rl.policy import Prepared, Writer
 from rl.references import Copy
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.store.tensors import TensorFiles, copy_tensors
-from rl.types import Completion, Prompt, WeightStream
+from rl.types import Completion, WeightStream
 from rl.world import World
 
-INDEX = "model.safetensors.index.json"
-ENTRIES = ("own_logprobs", "likeliest")
+ENTRIES = ("own_logprobs", "likeliest", "run")
 """Methods of scorers that compute with the model."""
 
 
@@ -65,15 +73,14 @@ class ShardedPolicy:
 
     def __init__(self, inner: CausalPolicy, reference: Any, *, sharding: str, sent: torch.dtype) -> None:
         self.inner, self.sent, self.world = inner, sent, World(inner.accelerator)
-        check_shardable(inner.model)
         mesh = make_mesh(inner.device, self.world.size, sharding)
+        check_shardable(inner.model, mesh.shape[-1])
         copies = [reference.scorer] if isinstance(reference, Copy) else []
         for scorer in (inner.scorer, *copies):
             shard(scorer, mesh, compute=torch.float32 if inner.config.dtype == "fp32" else torch.bfloat16)
             if inner.unread:
-                copy_tensors(
-                    TensorFiles(inner.unread), own_tensors(cast(Any, scorer).model), inner.config.name
-                )
+                read = in_files(inner.model, own_tensors(cast(Any, scorer).model))
+                copy_tensors(TensorFiles(inner.unread), read, inner.config.name)
         with torch.no_grad():
             inner.score(self._idle())  # FSDP settles gradient dtypes here: adapters must be on
 
@@ -125,12 +132,12 @@ class ShardedPolicy:
                 save_model(self.inner.peft_model, self.inner.model, folder, state_dict=share)
             else:
                 save_settings(self.inner.model, folder)
-                write_index(folder, named, owners, self.world.size)
+                write_index(folder, self.inner.model, named=named, owners=owners, size=self.world.size)
 
         def write(folder: Path) -> None:
             if self.inner.peft_model is None and share:
                 path = folder / shard_name(self.world.rank, self.world.size)
-                save_file(share, path, {"format": "pt"})
+                save_file(in_files(self.inner.model, share), path, {"format": "pt"})
             if self.world.is_main:
                 self.inner.write_model(folder, write_rest)
             write_optimizer(folder)
@@ -152,18 +159,28 @@ class ShardedPolicy:
     def _in_files(self) -> dict[str, Tensor]:
         """The same tensors by their names in the files."""
         if self.inner.peft_model is None:
-            return self._saved()
+            return in_files(self.inner.model, self._saved())
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.inner.peft_model, self._saved())
 
 
 def load_split(
-    config: ModelConfig, accelerator: Accelerator, *, temperature: float, plan: Plan | None, longest: int
+    config: ModelConfig,
+    accelerator: Accelerator,
+    *,
+    temperature: float,
+    plan: Plan | None,
+    longest: int,
+    settle: Callable[[CausalPolicy], object] = id,
 ) -> tuple[CausalPolicy, str | None] | None:
     """A policy whose weights `ShardedPolicy` will read, each process its slices, and why packed rows are off.
 
     What depends on weights (is packing exact?) is settled by the model's first layers, which are freed again.
+
+    Args:
+        settle: settles how a policy computes its experts; called with that of the first layers, then with the
+            one that is returned.
 
     Returns:
         None if the weights must be loaded whole: the name is an adapter's, or the model's files have other
@@ -176,17 +193,23 @@ def load_split(
         return None
     given: Any = {"accelerator": accelerator, "temperature": temperature}
     short = CausalPolicy(config.model_copy(update={"lora": None}), load=short_model, **given)
+    settle(short)
     reason = short.settle_attention(longest)
     if config.lora is not None:
         adapted = hollow_model(config)
         add_lora(adapted, config, plan)
         check_adapted(adapted, config)
     policy = CausalPolicy(config, plan=plan, load=hollow_model, like=short, **given)
+    settle(policy)
     take_over(policy, short)
     policy.unread = weight_files(config)
     shapes, world = TensorFiles(policy.unread).shapes, World(accelerator)
     check_same_files(config.name, world.gather({file.name: digest_of(file) for file in policy.unread}))
-    differs = any(shapes.get(name) != list(one.shape) for name, one in own_tensors(policy.model).items())
+    try:
+        read = in_files(policy.model, own_tensors(policy.model))
+    except ValueError:
+        return None
+    differs = any(shapes.get(name) != list(one.shape) for name, one in read.items())
     return None if differs or is_tied(policy.model) != is_tied(short.model) else (policy, reason)
 
 
@@ -210,14 +233,6 @@ def take_over(policy: CausalPolicy, short: CausalPolicy) -> None:
     policy.set_packed(short.scorer.packed)
 
 
-def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors that a model's files hold, by their names there."""
-    adapters, kept = adapter_parameters(model), model.state_dict().keys()
-    tensors = {n: p for n, p in model.named_parameters() if id(p) not in adapters}
-    tensors |= {n: b for n, b in model.named_buffers() if n in kept}
-    return {original_name(name): tensor for name, tensor in tensors.items()}
-
-
 def one_by_one(batch: MicroBatch) -> list[MicroBatch]:
     """The same rows with one micro-batch per episode, in which each row is a model call."""
     episodes: dict[tuple[int, int], list[list[Row]]] = {}
@@ -231,7 +246,7 @@ def with_rows(batch: MicroBatch, number: int) -> MicroBatch:
     if number <= len(batch.rows):
         return batch
     blank = Completion([0], [0.0], [False], "stop", [])
-    further = replace(batch.rows[-1], prompt=Prompt("idle", "", (0,)), completion=blank, advantage=0.0)
+    further = replace(batch.rows[-1], prompt=IDLE, completion=blank, advantage=0.0)
     return micro_batch_of([[row] for row in (*batch.rows, *[further] * (number - len(batch.rows)))])
 
 
@@ -293,20 +308,27 @@ def is_tied(model: PreTrainedModel) -> bool:
     return cast(Any, model.get_input_embeddings()).weight is cast(Any, model.get_output_embeddings()).weight
 
 
-def check_shardable(model: PreTrainedModel) -> None:
-    """Raises ValueError, naming the family, for a model that cannot be split in this way."""
+def is_adapter(module: Any) -> bool:
+    """Whether it is peft's adapter of a tensor that is not a layer's weight, such as that of all experts."""
+    return hasattr(module, "lora_A") and hasattr(module, "parameter_name")
+
+
+def check_shardable(model: PreTrainedModel, size: int = 1) -> None:
+    """Raises ValueError, naming the family, for a model that cannot be split over `size` processes."""
     parts, named, reason = units(model), dict(model.named_parameters()), None
     seen = [id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
-    meta = {name: torch.empty_like(p, device="meta") for name, p in named.items()}
-    if any(p.ndim == 3 for p in named.values()):
-        reason = "it has experts, and processes choose different ones"
-    elif not any(isinstance(part, nn.Module) and list(part.children()) for part in parts):
+    dealt: list[int] = [cast(Any, m).num_experts for m in model.modules() if is_adapter(m)]
+    if not any(isinstance(part, nn.Module) and list(part.children()) for part in parts):
         reason = "it has no list of decoder layers"
     elif len(set(seen)) < len(seen):
         reason = "its layers share weights"
     elif any(p.ndim == 0 for p in named.values()):
         reason = "it has weights that are single numbers"
-    elif not hasattr(model, "peft_config") and revert_weight_conversion(model, meta).keys() != named.keys():
+    elif any(re.search(r"\.experts\.\d+\.", name) for name in named):
+        reason = "its experts are separate modules, and processes choose different ones"
+    elif any(n > 1 and n % size for n in dealt):
+        reason = f"adapters of its experts cannot be dealt to {size} processes evenly"
+    elif not hasattr(model, "peft_config") and not can_take_apart(model, named):
         reason = "its files have other tensors than the loaded model"
     if reason is not None:
         raise ValueError(
@@ -322,14 +344,3 @@ def deal_tensors(named: dict[str, Tensor], size: int) -> list[int]:
         owners.append(before * size // max(total, 1))
         before += tensor.nbytes
     return owners
-
-
-def shard_name(rank: int, size: int) -> str:
-    return f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def write_index(folder: Path, named: dict[str, Tensor], owners: list[int], size: int) -> None:
-    """Where each tensor is, as transformers and engines look it up."""
-    places = {name: shard_name(owner, size) for name, owner in zip(named, owners, strict=True)}
-    total = {"total_size": sum(tensor.nbytes for tensor in named.values())}
-    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": places}, indent=1) + "\n")

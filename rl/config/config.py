@@ -48,6 +48,11 @@ def _check_experts(config: Config) -> None:
             "moe.trained_experts trains weights of some experts without adapters, and weight decay would "
             "shrink the others; leave out model.lora, and use optimizer.weight_decay=0"
         )
+    if config.moe.trained_experts and config.train.sharding in ("full", "hybrid"):
+        raise ValueError(
+            f"train.sharding={config.train.sharding}: moe.trained_experts masks gradients of whole weights "
+            "only; use train.sharding=none, or train all experts"
+        )
     check_bias(config)
     if config.moe.router_fp32 and config.is_coarse:
         raise ValueError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from rl.config import ModelConfig
+from rl.model.adapters import adapter_parameters, original_name
 from rl.model.loading import read_config, read_model, storage_dtype
 
 MOST_LAYERS = 2
@@ -77,6 +81,58 @@ def weight_files(config: ModelConfig) -> list[Path]:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     found = [Path(path) for name in names if (path := find(name)) is not None]
     return found if len(found) == len(names) else []
+
+
+def in_files(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their names in files. Stacked experts are taken apart into views of their matrices:
+    of a sharded stack, those that this process holds.
+
+    How transformers takes a tensor apart when it saves it is read off from a small one of numbered rows.
+
+    Raises:
+        ValueError: a file holds anything but a whole tensor or consecutive rows of an expert.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        shape = [1] * (tensor.ndim - 2) + [12, 2] if tensor.ndim > 1 else [1] * tensor.ndim
+        numbers = torch.arange(math.prod(shape)).view(shape)
+        for key, part in revert_weight_conversion(model, {name: numbers}).items():
+            if torch.equal(part, numbers):
+                found[key] = tensor
+                continue
+            before, is_expert, after = key.rpartition(".experts.0.")
+            first = int(part.flatten()[0]) // 2
+            if not is_expert or not torch.equal(part, numbers[0, first : first + len(part)]):
+                raise ValueError(f"{name} is {key} in them, in another form")
+            rows = slice(*(tensor.shape[1] * end // 12 for end in (first, first + len(part))))
+            experts, begin = (tensor, 0) if not isinstance(tensor, DTensor) else own_slice(tensor)
+            found |= {
+                f"{before}.experts.{begin + i}.{after}": expert[rows] for i, expert in enumerate(experts)
+            }
+    return found
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a model's files hold, by their names there."""
+    adapters, kept = adapter_parameters(model), model.state_dict().keys()
+    tensors = {n: p for n, p in model.named_parameters() if id(p) not in adapters}
+    tensors |= {n: b for n, b in model.named_buffers() if n in kept}
+    return {original_name(name): tensor for name, tensor in tensors.items()}
+
+
+def can_take_apart(model: PreTrainedModel, named: Mapping[str, Tensor]) -> bool:
+    """Whether `in_files` gives the tensors that transformers would save."""
+    meta = {name: torch.empty_like(p, device="meta") for name, p in named.items()}
+    try:
+        return in_files(model, meta).keys() == revert_weight_conversion(model, meta).keys()
+    except ValueError:
+        return False
+
+
+def own_slice(tensor: DTensor) -> tuple[Tensor, int]:
+    """What this process holds of a tensor, and its first row in the whole."""
+    place = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return tensor.to_local(), place[0]
 
 
 def digest_of(file: Path) -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from rl.model.hollow import in_files
+
+INDEX = "model.safetensors.index.json"
 
 
 def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any) -> None:
@@ -110,3 +116,21 @@ def _write_generation_config(loaded: Any, folder: Path) -> None:
     path = folder / "generation_config.json"
     if path.exists():
         loaded.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
+
+
+def shard_name(rank: int, size: int) -> str:
+    return f"model-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def write_index(
+    folder: Path, model: PreTrainedModel, *, named: Mapping[str, Tensor], owners: Sequence[int], size: int
+) -> None:
+    """Where each tensor is, as transformers and engines look it up."""
+    whole = {name: torch.empty(tensor.shape, device="meta") for name, tensor in named.items()}
+    places = {
+        key: shard_name(owner, size)
+        for name, owner in zip(named, owners, strict=True)
+        for key in in_files(model, {name: whole[name]})
+    }
+    total = {"total_size": sum(tensor.nbytes for tensor in named.values())}
+    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": places}, indent=1) + "\n")

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from rl.batch import MicroBatch
+from rl.batch import IDLE, MicroBatch
 from rl.config.moe import MoeConfig
+from rl.model.hollow import own_slice
 from rl.moe.routers import RouterSite, observed, scores, watching
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -74,6 +75,7 @@ class Rows:
         if not packed:
             lengths = (members @ torch.tensor(lengths, dtype=torch.float)).long().tolist()
             members = torch.eye(len(lengths))
+        members[[row.prompt is IDLE for row in batch.rows]] = 0.0
         segments = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         return cls(segments.to(device), members.to(device))
 
@@ -123,7 +125,7 @@ class Load:
 
     @classmethod
     def nothing(cls, sites: Sequence[RouterSite]) -> Load:
-        weight: Any = sites[0].module.weight
+        weight = next(sites[0].module.parameters())
         shape = len(sites), 2 * sites[0].num_experts + 2
         return cls(torch.zeros(shape, dtype=torch.double, device=weight.device))
 
@@ -237,6 +239,17 @@ def bias_of(site: RouterSite) -> Tensor | None:
     return next((bias for bias in found if isinstance(bias, Tensor)), None)
 
 
+def biases_of(sites: Sequence[RouterSite], rate: float) -> list[Tensor]:
+    """`bias_of` of every router; raises ValueError if one has none."""
+    found = [bias for site in sites if (bias := bias_of(site)) is not None]
+    if len(found) < len(sites):
+        raise ValueError(
+            f"moe.bias_rate={rate}: routers of {sites[0].family} have no bias for choosing experts; use "
+            "moe.bias_rate=0 with moe.balance=switch"
+        )
+    return found
+
+
 @torch.no_grad()
 def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
     """b_i += rate sign(mean count - count_i), minus the mean move, after a step (arXiv:2408.15664, alg. 1).
@@ -246,14 +259,10 @@ def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
     Raises:
         ValueError: a router has no such bias.
     """
-    for site, counts_E in zip(sites, load.counts_LE, strict=True):
-        if (bias := bias_of(site)) is None:
-            raise ValueError(
-                f"moe.bias_rate={rate}: routers of {site.family} have no bias for choosing experts; use "
-                "moe.bias_rate=0 with moe.balance=switch"
-            )
+    for bias, counts_E in zip(biases_of(sites, rate), load.counts_LE, strict=True):
         moves = rate * (counts_E.mean() - counts_E).sign()
-        bias.add_((moves - moves.mean()).to(bias))
+        own, first = own_slice(bias) if isinstance(bias, DTensor) else (bias, 0)
+        own.add_((moves - moves.mean())[first : first + len(own)].to(own))
 
 
 class Balancer:
@@ -268,7 +277,7 @@ class Balancer:
     ) -> None:
         self.sites, self.config, self.reduce = sites, config, reduce
         if config.bias_rate:
-            move_biases(sites, Load.nothing(sites), config.bias_rate)  # only checks: no load moves nothing
+            biases_of(sites, config.bias_rate)
         self.coefs = {"moe/balance": 0.0 if config.balance == "none" else config.balance_coef}
         self.coefs["moe/z_loss"] = config.z_loss_coef
         self._passed: Load | None = None

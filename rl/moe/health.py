@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def overlap(routes_LTK: Int[Tensor, "L T K"], others_LTK: Int[Tensor, "L T K"]) 
 
 
 @torch.no_grad()
-def routes_of(model: Any, sites: list[RouterSite], ids: Int[Tensor, " T"]) -> Int[Tensor, "L T K"]:
-    """The experts that each layer chooses for a row of token ids; the model is in evaluation mode."""
+def routes_of(
+    compute: Callable[[Tensor], Any], sites: list[RouterSite], ids_1T: Int[Tensor, "1 T"]
+) -> Int[Tensor, "L T K"]:
+    """The experts that each layer chooses for a row of token ids, as `compute` runs the model."""
     with seeing(sites) as seen:
-        model(input_ids=ids[None], use_cache=False)
+        compute(ids_1T)
     return torch.stack([seen.experts[site.name][0] for site in sites]).cpu().long()
 
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from rl.batch import Batch
+from rl.batch import IDLE, Batch
 from rl.causal import CausalPolicy
 from rl.config.moe import MoeConfig
-from rl.moe.balance import Balancer, Load, Rows, seeing
+from rl.moe.balance import Balancer, Load, Rows, bias_of, seeing
 from rl.moe.health import Health, routes_of
 from rl.moe.replay import Replay, packed_routes, recorder
 from rl.moe.routers import RouterSite, UnknownRouter, find_routers, self_check
@@ -60,16 +60,33 @@ class MoePolicy:
         self.balancer = Balancer(sites, config, lambda x: cast(Tensor, inner.accelerator.reduce(x, "sum")))
         self.health = Health(None, top_k=sites[0].top_k, num_steps=1)
         self._load: Load | None = None
-        inner.scorer.eval()
-        try:
-            with inner.in_rows(), inner.autocast():
-                self_check(inner.model, sites)
-        except UnknownRouter as error:
-            self.can_replay(str(error))
-        inner.scorer.train()
+        if not inner.unread:
+            self._check_routers()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
+
+    def split(self, split: Callable[[CausalPolicy], Any]) -> MoePolicy:
+        """Splits the weights over processes: `split` makes the policy that replaces `inner`."""
+        self.inner = split(self.inner)
+        self._check_routers()
+        return self
+
+    def _check_routers(self) -> None:
+        try:
+            self._on_canary(self_check)
+        except UnknownRouter as error:
+            self.can_replay(str(error))
+
+    def _on_canary(self, watch: Callable[..., Any]) -> Any:
+        """`watch(compute, sites, ids)` on the ids of the canary, by the model's own attention."""
+        ids = torch.tensor([self.inner.canary_ids], device=self.device)
+        self.inner.scorer.eval()
+        try:
+            with self.inner.in_rows(), self.inner.autocast():
+                return watch(lambda ids_1T: self.inner.scorer.own_logprobs(ids_1T[0]), self.sites, ids)
+        finally:
+            self.inner.scorer.train()
 
     def recorder(self, model: Any) -> Any:
         """The recorder for an in-process engine's copy of the model (`rl.moe.replay.recorder`)."""
@@ -131,7 +148,7 @@ class MoePolicy:
                 local += Load.of_tokens(prepared.drawn.rows, self.sites)
                 continue
             with self._replayed(prepared), self.inner.autocast(), seeing(self.sites) as seen:
-                self.inner.scorer.hidden(prepared.batch)
+                self.inner.scorer.run(prepared.batch)
             local += seen.sums(self.sites, prepared.drawn.rows).load()
         return self.balancer.whole(local)
 
@@ -153,7 +170,8 @@ class MoePolicy:
         with self._replayed(prepared, keeps=torch.is_grad_enabled()):
             with seeing(self.sites) as seen:
                 scores = self.inner.score(prepared, ids_LK=ids_LK)
-            num_tokens = sum(len(r.completion.token_ids) - r.num_context for r in prepared.batch.rows)
+            rows = [row for row in prepared.batch.rows if row.prompt is not IDLE]
+            num_tokens = sum(len(row.completion.token_ids) - row.num_context for row in rows)
             if drawn.routes_NSK is not None:
                 metrics = self.replay.metrics(num_tokens)
             elif self.replays:
@@ -193,12 +211,7 @@ class MoePolicy:
 
     def step_metrics(self) -> dict[str, float]:
         load, self._load = self._load or self.balancer.end(moves=False), None
-        ids = torch.tensor(self.inner.canary_ids, device=self.device)
-        self.inner.scorer.eval()
-        with self.inner.in_rows(), self.inner.autocast():
-            routes = routes_of(self.inner.model, self.sites, ids)
-        self.inner.scorer.train()
-        return self.health.step(load, routes)
+        return self.health.step(load, self._on_canary(routes_of))
 
 
 def settle_routers(
@@ -218,7 +231,8 @@ def settle_routers(
     trains = config.router == "train" or (config.router == "auto" and not partial)
     names = tuple(f"{site.name.removesuffix('.base_layer')}." for site in sites)
     of_routers = [p for n, p in model.named_parameters() if n.startswith(names)]
-    for parameter in () if trains else of_routers:
+    biases = [bias for site in sites if (bias := bias_of(site)) is not None]  # they have no gradient
+    for parameter in biases if trains else [*of_routers, *biases]:
         parameter.requires_grad_(False)
     trained = any(p.requires_grad for p in of_routers)
     if config.router == "train" and not trained:

@@ -165,11 +165,12 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         narrow = max(narrow - token_budget * layer, narrow // size.layers)
     else:
         saved, copies = size.layers * layer, added.copied
+    kept = getattr(config.model, "keep_logits", False) is True
+    logits = token_budget * size.head // size.hidden * compute * kept
     if shares > 1:
         # Gathered: the head and two layers, since the next one is prefetched; one layer's whole gradients.
-        narrow = (2 * size.linear // size.layers + size.head) * compute + trained // size.layers * (
-            compute + 4
-        )
+        of_layers = size.linear + (size.experts.weights if size.experts else 0)
+        narrow = (2 * of_layers // size.layers + size.head) * compute + trained // size.layers * (compute + 4)
     split = lambda number: -(-number // shares)  # noqa: E731
     optimizer, when = split(2 * trained * master), "always"
     reference = split(size.parameters * stored * config.copies_weights)
@@ -188,7 +189,7 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
         # Plain torch holds four copies of fp32 logits, a Triton kernel only the 16-bit ones.
-        Part("logits", max(4 * chunk, chunk + head) if compute == 4 else chunk + head, "train"),
+        Part("logits", logits + (max(4 * chunk, chunk + head) if compute == 4 else chunk + head), "train"),
     ]
     return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
 

@@ -12,9 +12,11 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from killed_runs import PR_SET_CHILD_SUBREAPER, in_forks
@@ -28,6 +30,8 @@ from rl.config.diffusion_rl import MaskedRunConfig
 from rl.config.read import load_config
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.model.hollow import is_hollow
+from rl.moe.adapters import lora_plan, split_experts
+from rl.moe.policy import MoePolicy, with_experts
 from rl.references import Copy, make_reference
 from rl.sharded import ShardedPolicy, gathered, load_split, own_tensors
 from rl.teacher import Teacher
@@ -60,17 +64,21 @@ def make_policy(case: dict[str, Any], world: World) -> tuple[Any, Any, Any, Any]
     """Config, policy, reference, teacher. Among several processes each reads its slices of the weights."""
     config = load_config(None, [f"model.name={case['model']}", *BASE, *case["overrides"]])
     torch.manual_seed(0)
-    given: dict[str, Any] = {"temperature": 0.9, "plan": None}
+    given: dict[str, Any] = {"temperature": 0.9, "plan": lora_plan}
     if isinstance(config, MaskedRunConfig):
         policy: Any = MaskedPolicy(config, world.accelerator, name=case["model"])
     elif world.size > 1:
-        split = load_split(config.model, world.accelerator, longest=60, **given)
+        split = load_split(config.model, world.accelerator, longest=60, settle=settle, **given)
         assert split is not None
         policy = split[0]
-        assert all(is_hollow(p) for p in own_tensors(policy.model).values() if p.numel() > 1)
+        own = [p for p in own_tensors(policy.model).values() if isinstance(p, torch.nn.Parameter)]
+        assert all(is_hollow(p) for p in own if p.numel() > 1)
     else:
         policy = CausalPolicy(config.model, world.accelerator, **given)
+        settle(policy)
         policy.settle_attention()
+    if not isinstance(config, MaskedRunConfig):
+        policy = with_experts(policy, config.moe, print)
     reference = make_reference(policy, moves=False) if config.loss.kl_coef else None
     teacher = None
     if config.teacher is not None:
@@ -80,9 +88,14 @@ def make_policy(case: dict[str, Any], world: World) -> tuple[Any, Any, Any, Any]
             policy.split(reference, sent=torch.float32)
     elif world.size > 1:
         kind = config.train.sharding if config.train.sharding != "auto" else "full"
-        policy = ShardedPolicy(policy, reference, sharding=kind, sent=torch.float32)
+        split_by = partial(ShardedPolicy, reference=reference, sharding=kind, sent=torch.float32)
+        policy = policy.split(split_by) if isinstance(policy, MoePolicy) else split_by(policy)
     move(policy, reference)
     return config, policy, reference, teacher
+
+
+def settle(policy: CausalPolicy) -> None:
+    split_experts(policy.model)
 
 
 @torch.no_grad()
@@ -107,6 +120,8 @@ def groups_of(rows: list[Any], world: World) -> tuple[list[ScoredGroup], list[li
         made = []
         for ids, logprobs, *further in completions:
             made.append(one_row(ids, logprobs))
+            if further and isinstance(further[0], dict):
+                made[-1].routes = np.array(further.pop(0)["routes"])
             made[-1].continuations = [Continuation(tuple(p), one_row(*row)) for p, *row in further]
         groups.append(ScoredGroup(Group(Prompt("p", "", tuple(prompt_ids)), made), [Reward(0.0)] * len(made)))
         advantages.append(advantage)

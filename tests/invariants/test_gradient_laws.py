@@ -155,7 +155,7 @@ def test_minibatch_gradients_of_the_global_token_mean_add_up_to_the_whole(
     assert len({round(w, 12) for b in parts for m in b.micro_batches for w in m.weights_L.tolist()}) == 1
 
 
-@pytest.mark.parametrize("mode", ["gradient_checkpointing=true", "attention=rows"])
+@pytest.mark.parametrize("mode", ["gradient_checkpointing=true", "attention=rows", "keep_logits=true"])
 def test_memory_options_do_not_change_the_gradient(
     policy, reference, tiny_model_dir, ragged_groups, gradients, mode
 ):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.diffusion.processes import launch
+from tests.rl.moe.tiny import save
 
 SCRIPT = Path(__file__).with_name("sharded_checkpoint.py")
 ADAPTED = "model.lora={r: 4, alpha: 8, target_modules: %s}"
@@ -21,6 +22,8 @@ CASES = {
     "untied": [],
     "lora": [ADAPTED % "all-linear"],
     "lora of the embedding": [ADAPTED % "[embed_tokens, q_proj]"],
+    "mixture": ["moe.balance=switch"],
+    "lora of a mixture": [ADAPTED % "all-linear"],
 }
 
 
@@ -36,6 +39,8 @@ def folders(tiny_model_dir, ragged_groups, tmp_path_factory) -> Path:
     untied = out / "model"
     Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False)).save_pretrained(untied)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(untied)
+    mixture = save("qwen3_moe", out / "mixture-model", tiny_model_dir, num_local_experts=7)
+    adapted = save("qwen3_moe", out / "adapted-model", tiny_model_dir)  # eight experts: adapters are even
     groups, advantages = ragged_groups(num_groups=4)
     rows = [
         [list(g.prompt.token_ids), [[c.token_ids, c.behavior_logprobs] for c in g.completions], a]
@@ -43,7 +48,7 @@ def folders(tiny_model_dir, ragged_groups, tmp_path_factory) -> Path:
     ]
     cases = []
     for name, overrides in CASES.items():
-        model = tiny_model_dir if name == "tied" else untied
+        model = {"tied": tiny_model_dir, "mixture": mixture, "lora of a mixture": adapted}.get(name, untied)
         overrides = ["loss.kl_coef=0", "optimizer.lr=1e-4", *overrides]
         cases.append({"name": name, "model": str(model), "rows": rows, "overrides": overrides})
         (out / name).mkdir()

@@ -27,6 +27,7 @@ def test_what_is_open_is_chosen_and_said(config_file, capsys):
         "model.gradient_checkpointing",
         "engine.gpu_memory_utilization",
         "engine.max_num_seqs",
+        "model.keep_logits",
         "train.token_budget",
     ]
     assert cohort([*words, *chosen]) == 0

@@ -64,6 +64,8 @@ def test_parts_of_mixed_precision_training_are_those_by_hand():
         "logits": CHUNK_BYTES["cuda"] + 800 * (2 + 4 + 2),
         "overhead": OVERHEAD_BYTES,
     }
+    kept = bytes_by_name(SMALL, replaced(config, {"model.keep_logits": True}), 1000)
+    assert kept == parts | {"logits": parts["logits"] + 1000 * 100 * 2}  # of 100 ids each, in 16 bits
     hosted = replaced(config, {"memory.optimizer_on_host": True, "memory.reference_on_host": True})
     less = bytes_by_name(SMALL, hosted, 1000)
     assert less == parts | {"reference": 4 * PARAMETERS - 4 * LINEAR // 2}  # one of two layers is there
@@ -129,12 +131,29 @@ def test_the_planned_token_budget_fits_and_a_larger_one_does_not():
     assert not plan_of("1.5b", replaced(config, more), 80).fits
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "kept", "tokens", "without"),
+    [("1.5b", 180, True, 32768, 32768), ("1.5b", 80, True, 12288, 14336), ("0.5b", 24, False, 32768, 32768)],
+)
+def test_logits_are_kept_where_they_cost_few_tokens(name, gib, kept, tokens, without):
+    """151,936 of 2 bytes are 0.29 MiB a token: an eighth of the layers' 2.2 MiB, but more than they leave
+    once recomputed.
+    """
+    config, size = load_config(None, NOTHING_SET), ModelSize.of(QWEN[name], fused_layers=True)
+    for given, wanted in (({}, tokens), ({"model.keep_logits": False}, without)):
+        values = fit(size, replaced(config, given), Card("a GPU", gib * GIB), 2048)
+        assert values is not None and values["train.token_budget"] == wanted
+        assert plan_of(name, replaced(config, values | given), gib).fits
+        assert given or values["model.keep_logits"] is kept
+
+
 def test_given_values_are_not_changed():
     given = {
         "train.token_budget": 4096,
         "engine.gpu_memory_utilization": 0.4,
         "engine.max_num_seqs": 100,
         "model.gradient_checkpointing": True,
+        "model.keep_logits": False,
     }
     config = replaced(load_config(None, NOTHING_SET), given)
     size = ModelSize.of(QWEN["0.5b"], fused_layers=True)
@@ -365,7 +384,7 @@ def test_where_memory_sufficed_before_it_could_be_saved_the_plan_is_the_same(
     name, word, gib, processes, values
 ):
     """As planned when there was no section memory (commit 1b994fa)."""
-    config = load_config(None, [*NOTHING_SET, *([word] if word else [])])
+    config = load_config(None, [*NOTHING_SET, "model.keep_logits=false", *([word] if word else [])])
     card = Card("a GPU", gib * GIB, processes)
     found = fit(ModelSize.of(QWEN[name], fused_layers=True), config, card, 2048)
     keys = ["model.gradient_checkpointing", "engine.gpu_memory_utilization", "engine.max_num_seqs"]

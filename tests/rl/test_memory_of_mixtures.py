@@ -24,7 +24,7 @@ from rl.config.read import load_config
 from rl.model.loading import _narrow_under_autocast, storage_dtype
 from rl.moe.adapters import split_experts
 from rl.plan.memory import training_parts
-from rl.plan.search import Card, fit
+from rl.plan.search import Card, fit, replaced
 from rl.plan.sizes import ModelSize, NoPrediction
 from tests.saved_tensors import bytes_kept
 
@@ -169,3 +169,16 @@ def test_a_mixture_is_planned_with_all_its_experts():
     assert fit(size, config, Card("a GPU", 80 * GIB), 1024) is None
     values = fit(size, config, Card("a GPU", 192 * GIB), 1024)
     assert values is not None and values["train.token_budget"] >= 8192
+    all_weights = replaced(config, {"model.lora": None})
+    found = [fit(size, all_weights, Card("a GPU", 140 * GIB, number), 1024) for number in (4, 8)]
+    assert found[0] is None and found[1] is not None and found[1]["train.sharding"] == "full"
+
+
+def test_parts_of_a_split_mixture_are_those_by_hand():
+    """On four processes: two layers with all experts and the head, gradients of a layer in bf16 and fp32."""
+    size, config = ModelSize.of(QWEN3_30B, fused_layers=True), load_config(None, ["train.sharding=full"])
+    parts = {part.name: part.bytes for part in training_parts(size, config, 1000, 4)}
+    attention, experts = 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048, 128 * 3 * 2048 * 768
+    assert parts["weights"] == parts["gradients"] == 30_532_122_624
+    gathered = 2 * (2 * (attention + experts) + 151936 * 2048)
+    assert parts["gathered weights"] == pytest.approx(gathered + 30_532_122_624 // 48 * 6, rel=1e-3)

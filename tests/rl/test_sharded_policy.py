@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,9 +19,15 @@ from transformers import (
 
 import recipes.grpo
 from rl.batch import Row, micro_batch_of
-from rl.sharded import check_shardable, deal_tensors, make_mesh, units, with_rows
+from rl.config import ModelConfig
+from rl.model.adapters import add_lora
+from rl.model.hollow import in_files
+from rl.moe.adapters import lora_plan
+from rl.sharded import check_shardable, deal_tensors, is_adapter, make_mesh, own_tensors, units, with_rows
 from rl.types import Completion, Prompt
+from tests.rl.families import tiny_config
 
+MIXTURES = ("deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "qwen3_moe")
 SMALL = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -34,14 +44,35 @@ def test_units_are_the_layers_and_an_embedding_that_is_not_the_head():
     assert units(other) == list(other.transformer.h)
 
 
+def mixture(number: int = 4) -> Qwen2MoeForCausalLM:
+    sizes = {"num_experts": number, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **sizes))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_tensors_of_mixtures_are_taken_apart_as_transformers_saves_them(name, tmp_path):
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+    check_shardable(model)
+    model.save_pretrained(tmp_path)
+    saved, found = load_file(tmp_path / "model.safetensors"), in_files(model, own_tensors(model))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    for tensor in found.values():
+        tensor.data.zero_()
+    assert not any(p.any() for p in model.parameters())  # they are views
+
+
 def test_dense_models_can_be_split_and_others_are_refused_by_name():
     check_shardable(llama(tied=True))
     check_shardable(llama(tied=False))
-    mixture = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
-    )
-    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM cannot be split: it has experts"):
-        check_shardable(mixture)
+    check_shardable(mixture())
+    apart = llama(tied=False)
+    apart.model.layers[1].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+    with pytest.raises(ValueError, match="cannot be split: its experts are separate modules"):
+        check_shardable(apart)
+    reordered = AutoModelForCausalLM.from_config(tiny_config("kimi_linear"))
+    with pytest.raises(ValueError, match="its files have other tensors than the loaded model"):
+        check_shardable(reordered)
     shared = llama(tied=False)
     shared.model.layers[2].mlp = shared.model.layers[0].mlp
     with pytest.raises(ValueError, match="cannot be split: its layers share weights"):
@@ -50,6 +81,20 @@ def test_dense_models_can_be_split_and_others_are_refused_by_name():
     short.config.num_hidden_layers = 2
     with pytest.raises(ValueError, match="cannot be split: it has no list of decoder layers"):
         check_shardable(short)
+
+
+def test_adapters_of_experts_are_split_if_each_process_gets_as_many_and_those_of_shared_ones_always():
+    for number in (4, 7):
+        model = mixture(number)
+        add_lora(model, ModelConfig(lora={"r": 4}), lora_plan)  # type: ignore[arg-type]
+        adapted = {m.num_experts for m in cast(Any, model).modules() if is_adapter(m)}
+        assert adapted == {1, number}  # peft counts one expert for the layers of a shared expert
+        check_shardable(model, 1)
+        if number == 4:
+            check_shardable(model, 2)
+            continue
+        with pytest.raises(ValueError, match="adapters of its experts cannot be dealt to 2 processes evenly"):
+            check_shardable(model, 2)
 
 
 def test_tensors_are_dealt_in_spans_of_about_as_many_bytes():

@@ -74,6 +74,9 @@ class TableSource:
         self.table, self.policy_version = dict(weights)["table"].clone(), version
         return {"sync/seconds": 0.0}
 
+    def settle(self) -> None:
+        return
+
     def close(self) -> None:
         return
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
@@ -27,6 +27,7 @@ from rl.moe.balance import (
 )
 from rl.moe.routers import find_routers
 from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup
+from tests.rl.families import tiny_config
 from tests.rl.moe.tiny import E, K, mixtral
 
 
@@ -217,6 +218,13 @@ def test_a_router_without_a_bias_is_refused_one():
     sites = find_routers(mixtral())
     with pytest.raises(ValueError, match=r"moe.bias_rate=0.1: routers of mixtral have no bias"):
         move_biases(sites, Load(torch.ones(2, 2 * E + 2)), 0.1)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "hunyuan_v1_moe", "longcat_flash"])
+def test_the_sums_of_routers_around_a_linear_layer_begin_at_0(name):
+    sites = find_routers(AutoModelForCausalLM.from_config(tiny_config(name)))
+    sums = Load.nothing(sites).sums
+    assert sums.shape == (len(sites), 2 * sites[0].num_experts + 2) and not sums.any()
 
 
 def test_each_row_of_an_episode_is_a_sequence_with_its_prompt():

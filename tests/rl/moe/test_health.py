@@ -68,7 +68,7 @@ def test_growth_is_measured_from_the_first_step_and_warned_of():
 def test_a_run_that_goes_on_compares_with_its_first_step(tmp_path):
     model = mixtral()
     sites, ids = find_routers(model), torch.arange(10)
-    routes = routes_of(model, sites, ids)
+    routes = routes_of(model, sites, ids[None])
     assert routes.shape == (2, 10, 2)
     health = Health(tmp_path, top_k=2, num_steps=100)
     assert health.step(load([[3.0, 1, 0, 0]] * 2), routes)["moe/start_overlap"] == 1
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_compares_with_its_first_step(tmp_path):
     assert rows[0]["load"] == [[300, 100, 0, 0]] * 2 and "start" not in rows[1]
     for site in sites:
         site.module.weight.data.neg_()
-    moved = routes_of(model, sites, ids)
+    moved = routes_of(model, sites, ids[None])
     again = Health(tmp_path, top_k=2, num_steps=100)
     values = again.step(load([[4.0, 0, 0, 0]] * 2), moved)
     assert (

@@ -105,6 +105,13 @@ def test_a_reference_that_follows_selects_experts_as_the_policy_does(tiny_model_
     assert torch.equal(theirs, bias)
 
 
+def test_biases_that_transformers_loads_as_trainable_are_not_trained(tmp_path, tiny_model_dir):
+    policy, _ = load(save("laguna", tmp_path, tiny_model_dir))
+    biases = [bias_of(site) for site in policy.sites]
+    assert biases and all(isinstance(bias, torch.nn.Parameter) for bias in biases)
+    assert not {id(bias) for bias in biases} & {id(p) for _, p in policy.trainable()}
+
+
 def test_biases_that_no_checkpoint_of_adapters_would_hold_are_refused(folder):
     for read in (load_config, lambda _, given: read_config(SftConfig, None, ["data.source=x.jsonl", *given])):
         with pytest.raises(ValueError, match=r"moe\.bias_rate=0\.01 moves biases of the base"):

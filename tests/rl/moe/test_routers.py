@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ import transformers
 from rl.moe.routers import UnknownRouter, find_routers, observed, self_check, watching
 from tests.rl.families import FAMILIES, tiny_config, words
 
+IDS = torch.arange(16)[None] * 7 % 120
 ALL_LAYERS = words(
     "cohere2_moe deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared "
     "hunyuan_v1_moe minimax minimax_m2 minimax_m3_vl_text mixtral olmoe qwen2_moe qwen3_5_moe_text "
@@ -68,7 +71,7 @@ def test_a_family_has_known_routers_or_is_refused_by_name_or_is_dense(name):
 def test_weights_from_logits_and_experts_are_the_routers_own_bit_for_bit(name, dtype):
     model = tiny(name, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
-        self_check(model, find_routers(model))
+        self_check(partial(model, use_cache=False), find_routers(model), IDS)
 
 
 def test_a_router_of_another_version_is_refused():
@@ -77,11 +80,14 @@ def test_a_router_of_another_version_is_refused():
     shorter = lambda _module, _args, output: output[1:]  # noqa: E731
     refused = pytest.raises(UnknownRouter, match="OlmoeTopKRouter returns 2 tensors")
     with model.model.layers[0].mlp.gate.register_forward_hook(shorter), refused:
-        self_check(model, sites)
+        self_check(model, sites, IDS)
 
     def halve(site, output):
         observed(site, output)[1].mul_(0.5)
 
     refused = pytest.raises(UnknownRouter, match=r"layers\.0\.mlp\.gate \(OlmoeTopKRouter\) differ from ours")
+    ended = []
+    model.model.norm.register_forward_hook(lambda *_: ended.append(True))
     with torch.no_grad(), watching(sites, halve), refused:
-        self_check(model, sites)
+        self_check(model, sites, IDS)
+    assert ended  # a pass cut short leaves the layers of a split model gathered
