@@ -38,13 +38,11 @@ class CausalScorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.packed = False
+        self.packed = self.keeps_logits = False
         self.longest = sys.maxsize
 
     def check_length(self, num_tokens: int) -> None:
-        """Raises ValueError for a length at which dynamic rotary frequencies change. Log-probs would then
-        depend on the longest sequence computed so far.
-        """
+        """Raises ValueError where dynamic rotary frequencies would depend on earlier sequences."""
         if num_tokens > self.longest:
             raise ValueError(
                 f"a sequence of {num_tokens} tokens exceeds {self.longest}, beyond which the dynamic rotary "
@@ -67,13 +65,17 @@ class CausalScorer(nn.Module):
         self, hidden_LD: Float[Tensor, "L D"], batch: MicroBatch, temperature: float, ids_LK: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Log-prob and entropy of each loss token; log-probs of `ids_LK`, and of all other ids together."""
-        found = head_logprobs(self.model, hidden_LD, batch.targets_L, temperature=temperature)
+        how = {"temperature": temperature, "keep": self.keeps_logits}
+        found = head_logprobs(self.model, hidden_LD, batch.targets_L, **how)
         if ids_LK is None:
             return *found, None, None
         return *found, *asked_logprobs(self.model, hidden_LD, ids_LK, temperature=temperature)
 
     def own_logprobs(self, ids_T: Int[Tensor, " T"]) -> Float[Tensor, " n"]:
         return own_logprobs(self.model, ids_T)
+
+    def run(self, batch: MicroBatch) -> None:
+        self.hidden(batch)  # for hooks that watch the layers
 
     def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         """Hidden states from which the head computes the log-probs of the loss tokens."""
@@ -138,10 +140,10 @@ class CausalPolicy:
         if adapter is not None:
             load_adapter(self.peft_model, adapter.folder, model.device)
         check_streamed(model)
-        self.long_factors = False
-        self.packing_fault: str | None = None
+        self.long_factors, self.packing_fault = False, None
         self.unread: list[Path] = []
         self.scorer = CausalScorer(model if like else model.to(accelerator.device)).train()
+        self.scorer.keeps_logits = config.keep_logits is True
         self.sums = SummedGradients(self.trainable, accelerator.num_processes)
         self.canary_ids = canary_ids(self.tokenizer, loading.context_length(model.config))
 
@@ -158,7 +160,6 @@ class CausalPolicy:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt is computed once for all its completions in a micro-batch."""
         return self.scorer.packed
 
     def set_packed(self, packed: bool) -> None:
@@ -220,11 +221,10 @@ class CausalPolicy:
         """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
         every config. If the model's own attention is the reason for a difference, eager replaces it.
         """
-        own = self.own_attention
         if batch.layout.longest <= exactness.EAGER_LIMIT:
             self.model.set_attn_implementation("eager")
         plain = plain_logprobs(self.model, batch)
-        gap = math.inf
+        own, gap = self.own_attention, math.inf
         for self.own_attention in dict.fromkeys((own, "eager")):
             self.set_packed(False)
             expected = self.scorer(batch, 1.0)[0]

@@ -98,6 +98,8 @@ class MaskedRunConfig(Config):
                 f"diffusion.estimator.max_canvases={e.max_canvases} scores only some tokens, but KL and "
                 "entropy terms need all; use loss.kl_coef=0, loss.entropy_coef=0, or max_canvases=null"
             )
+        if self.model.keep_logits is True:
+            raise ValueError("model.keep_logits=true does nothing for a diffusion model; leave it out")
         if asked := self.moe.model_dump(exclude_defaults=True):
             raise ValueError(
                 f"moe: {', '.join(asked)} do nothing for a diffusion model; remove the section moe"

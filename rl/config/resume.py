@@ -27,6 +27,7 @@ FREE = {
     "teacher.timeout_s",
     "environment.workers",
     "environment.deadline_s",
+    "model.keep_logits",
 }
 """Keys that may always change: no number of a step depends on them."""
 

@@ -150,6 +150,11 @@ class ModelConfig(TrainedModelConfig):
         default="auto",
         description="packed: a batch in one forward pass, prompts shared; rows: one sequence at a time",
     )
+    keep_logits: bool | Auto = Field(
+        default="auto",
+        description="keeps logits for the backward pass, else computes them twice: more memory, less time; "
+        "auto: if memory is left",
+    )
     reference: ReferenceConfig = ReferenceConfig()
 
 

@@ -1,7 +1,7 @@
 """Token log-probs and entropies from hidden states, in chunks: logits of all tokens are never held at once.
 
-The backward pass recomputes a chunk's logits instead of keeping them. This costs one more matrix product of
-the head and saves 4 bytes x tokens x vocabulary. Accumulation is in fp32 (fp64 inputs stay fp64).
+The backward pass recomputes a chunk's logits, unless they are kept: one more matrix product of the head
+against tokens x vocabulary numbers of memory. Accumulation is in fp32 (fp64 inputs stay fp64).
 """
 
 from __future__ import annotations
@@ -33,19 +33,26 @@ def token_logprobs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    keep: bool = False,
 ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
     """log softmax(softcap(hidden @ weight^T + bias) / temperature)[target], and the entropy, in nats.
 
     Both are differentiable. `logit_scale` multiplies the logits before the soft cap (Cohere, Granite),
-    `softcap` is Gemma 2's final_logit_softcapping.
+    `softcap` is Gemma 2's final_logit_softcapping. With `keep` a backward pass takes the logits of the
+    forward pass, if it is the first one.
     """
-    settings = (temperature, logit_scale, softcap)
-    logprobs, entropy = _TokenLogprobs.apply(hidden_LD, weight_VD, bias_V, targets_L, settings)  # type: ignore[misc]
+    settings, keep = (temperature, logit_scale, softcap), keep and torch.is_grad_enabled()
+    logprobs, entropy = _TokenLogprobs.apply(hidden_LD, weight_VD, bias_V, targets_L, settings, keep)  # type: ignore[misc]
     return logprobs, entropy
 
 
 def head_logprobs(
-    model: Any, hidden_LD: Float[Tensor, "L D"], targets_L: Int[Tensor, " L"], *, temperature: float
+    model: Any,
+    hidden_LD: Float[Tensor, "L D"],
+    targets_L: Int[Tensor, " L"],
+    *,
+    temperature: float,
+    keep: bool = False,
 ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
     """`token_logprobs` by the head of a transformers model; on CUDA in the dtype of autocast, if it is on."""
     if hidden_LD.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -57,6 +64,7 @@ def head_logprobs(
         weight_VD=head.weight,
         bias_V=getattr(head, "bias", None),
         temperature=temperature,
+        keep=keep,
         **head_settings(model),
     )
 
@@ -135,9 +143,12 @@ class _Head:
     softcap: float | None
     fused: bool = False
 
-    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def product(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T
+
+    def logits(self, product: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits over temperature in fp32 or wider, and tanh of the soft cap for the chain rule."""
-        logits = hidden @ self.weight.T
+        logits = product
         if self.bias is not None:
             logits = logits + self.bias
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -151,23 +162,23 @@ class _Head:
             logits = logits / self.temperature
         return logits, tanh
 
-    def statistics(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log-sum-exp, log-prob of the target, and entropy, one per row."""
+    def statistics(self, product: Tensor, targets: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """log-sum-exp, log-prob of the target, and entropy, one per row; with `keep` it leaves `product`."""
         if self.fused:
             from rl.model.head_kernels import logit_statistics
 
-            return logit_statistics(hidden @ self.weight.T, targets, factor=self.scale / self.temperature)
-        logits, _ = self.logits(hidden)
+            return logit_statistics(product, targets, factor=self.scale / self.temperature)
+        logits, _ = self.logits(product)
         lse = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - lse
-        logits -= lse[:, None]
+        logits = logits - lse[:, None] if keep else logits.sub_(lse[:, None])
         entropy = -torch.linalg.vecdot(logits.exp(), logits.clamp_min(torch.finfo(logits.dtype).min))
         return lse, logprobs, entropy
 
     def gradient(
-        self, hidden: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor, *grads: Tensor | None
+        self, product: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor, *grads: Tensor | None
     ) -> Tensor:
-        """d loss / d (hidden @ weight^T + bias) [R, V]: d logp = onehot - p; d H = -p * (log p + H).
+        """d loss / d (product + bias) [R, V], in place: d logp = onehot - p; d H = -p * (log p + H).
 
         Args:
             grads: slopes of the loss by log-prob and by entropy, one number per row; None: 0.
@@ -178,9 +189,8 @@ class _Head:
             from rl.model.head_kernels import logit_gradient_
 
             slopes = [torch.zeros_like(lse) if g is None else g for g in grads]
-            logits = hidden @ self.weight.T
-            return logit_gradient_(logits, targets, [lse, entropy, *slopes], factor=factor)
-        logits, tanh = self.logits(hidden)
+            return logit_gradient_(product, targets, [lse, entropy, *slopes], factor=factor)
+        logits, tanh = self.logits(product)
         logits -= lse[:, None]
         probs = logits.exp()
         coefficient = torch.zeros_like(lse) if grad_logprobs is None else -grad_logprobs
@@ -225,10 +235,10 @@ def _kernel_gap() -> float:
     hidden, weight = draw(3, 64).bfloat16(), draw(5001, 64).bfloat16() / 4
     targets = torch.tensor([0, 17, 5000], device="cuda")
     plain, fused = (_Head(weight, None, 0.7, 1.0, None, fused) for fused in (False, True))
-    expected, found = (head.statistics(hidden, targets) for head in (plain, fused))
+    expected, found = (head.statistics(head.product(hidden), targets, keep=False) for head in (plain, fused))
     gaps = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
     slopes = (expected[0], expected[2], draw(3), draw(3))
-    wide, narrow = (head.gradient(hidden, targets, *slopes) for head in (plain, fused))
+    wide, narrow = (head.gradient(head.product(hidden), targets, *slopes) for head in (plain, fused))
     gaps.append((wide - narrow).abs().max() / wide.abs().max())
     return torch.stack(gaps).max().item()
 
@@ -236,16 +246,28 @@ def _kernel_gap() -> float:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: Settings,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         head, rows = _head(hidden, weight, bias, settings)
+        ctx.kept = {}  # first row of a chunk -> its product
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, lse = (hidden.new_empty(len(targets), dtype=wide) for _ in range(3))
         # Autocast would narrow the entropy's dot product to 16 bits.
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
-                lse[part], logprobs[part], entropy[part] = head.statistics(hidden[part], targets[part])
+                product = head.product(hidden[part])
+                found = head.statistics(product, targets[part], keep=keep)
+                lse[part], logprobs[part], entropy[part] = found
+                if keep:
+                    ctx.kept[start] = product
+                del product
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -262,12 +284,16 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             slopes = (None if g is None else g[part] for g in grads)
-            grad = head.gradient(hidden[part], targets[part], lse[part], entropy[part], *slopes)
+            product = ctx.kept.pop(start, None)
+            product = head.product(hidden[part]) if product is None else product
+            grad = head.gradient(product, targets[part], lse[part], entropy[part], *slopes)
+            del product
             narrow = grad.to(hidden.dtype)
             grad_hidden[part] = narrow @ head.weight
             if grad_weight is not None:
                 grad_weight += narrow.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad, narrow  # before the next chunk takes as much
         pairs = zip(sums, (weight, bias), strict=True)
-        return grad_hidden, *(None if g is None else g.to(x.dtype) for g, x in pairs), None, None
+        return grad_hidden, *(None if g is None else g.to(x.dtype) for g, x in pairs), None, None, None

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from rl.model.varlen import VarlenPlan, flash_serves, shared_prompt_attention
+from rl.model.varlen import VarlenPlan, flash_serves, joined_flash_works, shared_prompt_attention
 
 PACKED = "cohort_packed"
 
@@ -111,7 +111,8 @@ class Layout:
         pairs = [pair for b in self.blocks for pair in b.columns if pair[0]]
         bins = first_fit([len(seen) for seen, _ in pairs], sum(self.sizes))  # a call copies at most N keys
         branches = [[pairs[i] for i in bin_] for bin_ in bins]
-        return VarlenPlan.of([b.lengths for b in self.blocks], self.device, branches=branches)
+        how = {"branches": branches, "may_join": self.device.type != "cuda" or joined_flash_works()}
+        return VarlenPlan.of([b.lengths for b in self.blocks], self.device, **how)
 
 
 def packed_attention(

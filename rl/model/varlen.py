@@ -1,11 +1,14 @@
-"""Packed attention with fused kernels: variable-length calls, merged by their log-sum-exps.
+"""Packed attention with fused kernels: variable-length calls.
 
-In one call, every prompt and every completion attends causally to itself. In a second one, the completions of
-a group attend to their shared prompt, and in further ones branches to what they branch off. Softmax over the
-union of two key sets is the mean of both softmaxes, weighted by the exponentials of their log-sum-exps (ring
-attention, arXiv:2310.01889). The backward kernel needs only the merged output and log-sum-exp of each row, so
-it is called as often with those. The prompt's keys and values are computed, kept and differentiated once per
-group.
+Each completion gets copies of all keys that it sees, its own last. One causal call, whose diagonal ends at
+the last key, attends to them. Keys of grouped queries are narrow, and a backward pass copies them again.
+
+Where prompts are long and completions short, copies would be too many. There, in one call every prompt and
+every completion attends causally to itself. In a second one, the completions of a group attend to their
+shared prompt, and in further ones branches to what they branch off. Softmax over the union of two key sets is
+the mean of both softmaxes, weighted by the exponentials of their log-sum-exps (ring attention,
+arXiv:2310.01889). The backward kernel needs only the merged output and log-sum-exp of each row, so it is
+called as often with those. Either way the prompt's keys and values are computed and kept once per group.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +25,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rl.model.self_check import reproduces
+
+MOST_KEYS = 3
+"""Most copied keys, as a multiple of the row's columns; with more, completions get no copies."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,14 @@ class Segments:
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Segments(ends.to(device), max(lengths, default=0))
+        ends = placed([*accumulate(lengths, initial=0)], device, torch.int32)
+        return Segments(ends, max(lengths, default=0))
+
+
+def placed(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers on a device. From pageable memory the copy would wait for all passes before it."""
+    here = torch.tensor(numbers, dtype=dtype)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Crossing:
     def of(pairs: Sequence[tuple[range, range]], device: torch.device) -> Crossing:
         """The crossing of pairs of columns: those that are seen, and those that see them."""
         prompts, answers = zip(*pairs, strict=True)
-        answers_C, prompts_P = (torch.tensor([*chain(*x)], device=device) for x in (answers, prompts))
+        answers_C, prompts_P = (placed([*chain(*x)], device) for x in (answers, prompts))
         groups, seen = (Segments.of([*map(len, x)], device) for x in (answers, prompts))
         return Crossing(answers_C, prompts_P, groups, seen)
 
@@ -67,6 +79,48 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """For each run of a row all columns that it sees, its own last.
+
+    Attributes:
+        columns_S: of all runs, one after the other.
+        runs: how many of them each run has.
+    """
+
+    columns_S: Int[Tensor, " S"]
+    runs: Segments
+
+    @staticmethod
+    def of(
+        lengths: Sequence[int], pairs: Sequence[tuple[range, range]], device: torch.device
+    ) -> Joined | None:
+        """What consecutive runs of these lengths see; None: nothing but themselves, or too much.
+
+        Args:
+            pairs: columns that are seen, and those of one or more whole runs that see them.
+        """
+        runs = [range(a, b) for a, b in pairwise(accumulate(lengths, initial=0))]
+        first = {run.start: i for i, run in enumerate(runs) if run}
+        seen: list[list[range]] = [[] for _ in runs]
+        for there, mine in pairs:
+            at = first[mine.start] if mine else len(runs)
+            while at < len(runs) and runs[at].start < mine.stop:
+                seen[at] += [there] if runs[at] else []
+                at += 1
+        counts = [len(run) + sum(map(len, before)) for run, before in zip(runs, seen, strict=True)]
+        if not pairs or sum(counts) > MOST_KEYS * sum(lengths):
+            return None
+        columns = chain.from_iterable(chain(*before, run) for run, before in zip(runs, seen, strict=True))
+        return Joined(placed([*columns], device), Segments.of(counts, device))
+
+    def sums(self, grad_SHD: Float[Tensor, "S H D"], like: Float[Tensor, "N H D"]) -> Float[Tensor, "N H D"]:
+        """Gradients of the copies, added up for each column in fp32 or wider."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        total = like.new_zeros(like.shape, dtype=wide).index_add_(0, self.columns_S, grad_SHD.to(wide))
+        return total.to(like.dtype)
+
+
+@dataclass(frozen=True)
 class VarlenPlan:
     """Which columns see which, as varlen calls.
 
@@ -75,11 +129,13 @@ class VarlenPlan:
             its completion if it has only one.
         crossings: completions that see their shared prompt; branches that see the beginning of another one.
         causal: whether a column sees only what precedes it in its run.
+        joined: copied keys in place of crossings, or None.
     """
 
     own: Segments
     crossings: tuple[Crossing, ...]
     causal: bool = True
+    joined: Joined | None = None
 
     @staticmethod
     def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
@@ -92,11 +148,13 @@ class VarlenPlan:
         device: torch.device,
         *,
         branches: Sequence[Sequence[tuple[range, range]]] = (),
+        may_join: bool = True,
     ) -> VarlenPlan:
         """The plan of contiguous blocks, each given by the lengths of its prompt and its completions.
 
         Args:
             branches: for each call, columns of completions that branches share, and their own.
+            may_join: copy keys where they are not too many.
         """
         own, shared, start = list[int](), list[tuple[range, range]](), 0
         for lengths in blocks:
@@ -105,8 +163,16 @@ class VarlenPlan:
                 shared.append((range(start, prompt_end), range(prompt_end, end)))
             own += lengths if len(lengths) > 2 else [end - start]
             start = end
+        if may_join and (joined := Joined.of(own, [*shared, *chain(*branches)], device)) is not None:
+            return VarlenPlan(Segments.of(own, device), (), joined=joined)
         crossings = (Crossing.of(pairs, device) for pairs in (shared, *branches) if pairs)
         return VarlenPlan(Segments.of(own, device), tuple(crossings))
+
+    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Segments, Segments, bool]:
+        """Keys, values, runs of queries, runs of keys and causality of the call for all runs."""
+        if (x := self.joined) is None:
+            return k, v, self.own, self.own, self.causal
+        return k.index_select(0, x.columns_S), v.index_select(0, x.columns_S), self.own, x.runs, True
 
 
 class Kernels(NamedTuple):
@@ -152,10 +218,16 @@ def flash_serves(query: Float[Tensor, "1 Hq N D"], value: Float[Tensor, "1 Hk N 
 @cache
 def flash_works() -> bool:
     """Compares a small row and its gradients with plain attention once, and warns if they differ."""
-    return reproduces("varlen flash attention", _flash_gap, 2e-2)
+    return reproduces("varlen flash attention", lambda: _flash_gap(joined=False), 2e-2)
 
 
-def _flash_gap() -> float:
+@cache
+def joined_flash_works() -> bool:
+    """`flash_works` of one causal call with more keys than queries."""
+    return reproduces("varlen flash attention to copied keys", lambda: _flash_gap(joined=True), 2e-2)
+
+
+def _flash_gap(*, joined: bool) -> float:
     """Largest relative difference of the output and of each gradient, by their largest numbers."""
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, grad = (
@@ -164,7 +236,8 @@ def _flash_gap() -> float:
     # A prompt of 3 with a completion of 4 and a branch of 2 behind 2 of these, and one of 1 with one of 2.
     sees = torch.ones(12, 12, device="cuda").tril().bool()
     sees[7:9, 5:7], sees[9:, :9] = False, False
-    plan = VarlenPlan.of([(3, 4, 2), (1, 2)], q.device, branches=[[(range(3, 5), range(7, 9))]])
+    branches = [[(range(3, 5), range(7, 9))]]
+    plan = VarlenPlan.of([(3, 4, 2), (1, 2)], q.device, branches=branches, may_join=joined)
     with torch.enable_grad():
         ours = [x.clone().requires_grad_() for x in (q, k, v)]
         theirs = [x.float().requires_grad_() for x in (q, k, v)]
@@ -221,7 +294,8 @@ class _SharedPromptAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernels: Kernels
     ) -> Tensor:
-        out, lse = kernels.forward(q, k, v, plan.own, plan.own, plan.causal, scale)
+        keys, values, *how = plan.keys(k, v)
+        out, lse = kernels.forward(q, keys, values, *how, scale)
         for x in plan.crossings:
             sides = (x.answers(q), x.prompts(k), x.prompts(v))
             there, there_lse = kernels.forward(*sides, x.answer_groups, x.prompt_groups, False, scale)
@@ -240,8 +314,10 @@ class _SharedPromptAttention(torch.autograd.Function):
         (grad_out,) = grads
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, kernels = ctx.settings
-        own = (plan.own, plan.own, plan.causal, scale)
-        found = kernels.backward(grad_out, q, k, v, out, lse, *own)
+        keys, values, *how = plan.keys(k, v)
+        found = kernels.backward(grad_out, q, keys, values, out, lse, *how, scale)
+        if plan.joined is not None:
+            found = (found[0], *(plan.joined.sums(x, k) for x in found[1:]))
         for x in plan.crossings:
             sides = (x.answers(q), x.prompts(k), x.prompts(v), x.answers(out))
             runs = (lse.index_select(1, x.answers_C), x.answer_groups, x.prompt_groups)

@@ -151,7 +151,7 @@ _ALL = (
     Metric("sync/seconds_inspect", "s", "of sync/seconds, for fingerprints of what is sent"),
     Metric("sync/seconds_send", "s", "of sync/seconds, until the engine has loaded everything"),
     Metric("sync/seconds_fingerprints", "s", "of sync/seconds, for fingerprints of what the engine holds"),
-    Metric("sync/seconds_canary", "s", "of sync/seconds, for log-probs of fixed tokens on both sides"),
+    Metric("sync/seconds_canary", "s", "for log-probs of fixed tokens on both sides, or beside sampling"),
     Metric("staleness/mean", "steps", "mean age of the weights that sampled a token of the batch"),
     Metric("staleness/max", "steps", "greatest age of the weights that sampled a token of the batch"),
     Metric("staleness/over_age", "groups", "groups older than train.max_staleness, sampled again",

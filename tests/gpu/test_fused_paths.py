@@ -16,8 +16,8 @@ from rl.config import ModelConfig
 from rl.config.read import load_config
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.model.bidirectional import Documents, bidirectional_attention
-from rl.model.head import kernels_work
-from rl.model.varlen import flash_works
+from rl.model.head import kernels_work, token_logprobs
+from rl.model.varlen import flash_works, joined_flash_works
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,6 +69,22 @@ def relative_error(a: dict, b: dict) -> float:
 def test_the_fused_kernels_agree_with_plain_torch():
     assert kernels_work()
     assert flash_works()
+    assert joined_flash_works()
+
+
+def test_kept_logits_change_no_bit():
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, 64, device="cuda", generator=generator).bfloat16().requires_grad_() for n in (70, 5001)
+    )
+    targets = torch.randint(0, 5001, (70,), device="cuda", generator=generator)
+
+    def passes(keep: bool) -> list[torch.Tensor]:
+        found = token_logprobs(hidden, targets, weight_VD=weight, temperature=0.7, keep=keep)
+        return [*found, *torch.autograd.grad((found[0] + 0.1 * found[1]).sum(), (hidden, weight))]
+
+    for found, expected in zip(passes(True), passes(False), strict=True):
+        assert torch.equal(found, expected) and found.isfinite().all()
 
 
 def test_bidirectional_attention_is_that_of_plain_torch_in_fp32():

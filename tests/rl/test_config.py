@@ -17,7 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yam
 
 
 OTHERS = {"gsm8k_traces": TracesConfig} | dict.fromkeys(
-    ("pipeline_r1", "pipeline_sums", "pipeline_python_tool"), PipelineConfig
+    ("pipeline_gsm8k", "pipeline_sums", "pipeline_python_tool"), PipelineConfig
 )
 
 
@@ -155,6 +155,12 @@ def test_a_diffusion_run_corrects_traces_alone(overrides, is_corrected):
     config = load_config(None, ("diffusion.block_length=8", *overrides))
     assert isinstance(config, MaskedRunConfig)
     assert (config.loss.sampler_correction is not None) == is_corrected
+
+
+def test_a_diffusion_run_refuses_to_keep_logits():
+    words = ["diffusion.block_length=8", "model.keep_logits=true"]
+    with pytest.raises(ValueError, match=r"model\.keep_logits=true does nothing for a diffusion model"):
+        load_config(None, words)
 
 
 def test_at_least_one_group_is_in_flight():

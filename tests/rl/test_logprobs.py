@@ -48,6 +48,37 @@ def test_values_and_gradients_equal_full_logits(monkeypatch, rows, temperature, 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_change_no_bit_and_spare_the_second_product(monkeypatch, dtype, softcap):
+    monkeypatch.setattr(rl.model.head, "_chunk_rows", lambda *_: 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 6, generator=generator).to(dtype).requires_grad_() for n in (11, 17))
+    targets = torch.randint(0, 17, (11,), generator=generator)
+    plain, products = rl.model.head._Head.product, []
+    monkeypatch.setattr(
+        rl.model.head._Head, "product", lambda head, rows: (products.append(len(rows)), plain(head, rows))[1]
+    )
+
+    def passes(keep: bool, again: int = 1) -> list[torch.Tensor]:
+        found = token_logprobs(hidden, targets, weight_VD=weight, softcap=softcap, keep=keep)
+        loss = (found[0] + 0.1 * found[1]).sum()
+        grads = [torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(again)]
+        return [*found, *sum(grads, ())]
+
+    twice = passes(keep=False)
+    assert products == [4, 4, 3] * 2
+    products.clear()
+    for found, expected in zip(passes(keep=True), twice, strict=True):
+        assert torch.equal(found, expected)
+    assert products == [4, 4, 3]
+    # A second backward pass, for which nothing is left, computes them.
+    *_, first, more, second, again = passes(keep=True, again=2)
+    assert torch.equal(first, second) and torch.equal(more, again)
+    with torch.no_grad():  # nothing is held for a pass that will never come
+        assert token_logprobs(hidden, targets, weight_VD=weight, keep=True)[0].grad_fn is None
+
+
 def test_a_token_of_zero_probability_gives_no_nan():
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[1e5], [0.0]])

@@ -1,4 +1,4 @@
-"""Two varlen calls and their merge, in fp64 on torch's own CPU flash kernels, against masked attention."""
+"""Varlen calls, joined or merged, in fp64 on torch's own CPU flash kernels, against masked attention."""
 
 from __future__ import annotations
 
@@ -25,12 +25,21 @@ def _heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1).transpose(0, 1)[None].contiguous()
 
 
+def _causal(a: slice, b: slice, causal: bool, like: torch.Tensor) -> dict:
+    """As on a GPU the diagonal ends at the last key, where the CPU kernel's own starts at the first."""
+    n, m = a.stop - a.start, b.stop - b.start
+    if n == m or not causal:
+        return {"is_causal": causal}
+    sees = torch.ones(n, m).tril(m - n).bool()
+    return {"is_causal": False, "attn_mask": like.new_zeros(n, m).masked_fill(~sees, -torch.inf)}
+
+
 def forward(q, k, v, queries, keys, causal, scale):
     out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan)
     for a, b in zip(_runs(queries), _runs(keys), strict=True):
         heads = [_heads(x, q.shape[1]) for x in (q[a], k[b], v[b])]
         piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, causal, scale=scale
+            *heads, 0.0, **_causal(a, b, causal, q), scale=scale
         )
         out[a], lse[:, a] = piece[0].transpose(0, 1), piece_lse[0]
     return out, lse
@@ -42,7 +51,7 @@ def backward(grad_out, q, k, v, out, lse, queries, keys, causal, scale):
     for a, b in zip(_runs(queries), _runs(keys), strict=True):
         sides = [_heads(x, num_heads) for x in (grad_out[a], q[a], k[b], v[b], out[a])]
         pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *sides, lse[None, :, a].contiguous(), 0.0, causal, scale=scale
+            *sides, lse[None, :, a].contiguous(), 0.0, **_causal(a, b, causal, q), scale=scale
         )
         for grad, piece, run in zip(grads, pieces, (a, b, b), strict=True):
             rows = piece[0].transpose(0, 1)
@@ -81,15 +90,17 @@ def _expected(q, k, v, branches, scale):
     return torch.einsum("hnm,mhd->nhd", weights, values)
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize(("kv_heads", "branches"), [(1, []), (2, BRANCHES), (4, []), (4, BRANCHES)])
-def test_output_and_gradients_equal_masked_attention(kv_heads, branches):
+def test_output_and_gradients_equal_masked_attention(kv_heads, branches, joined):
     torch.manual_seed(0)
     total = sum(map(sum, BLOCKS))
     q, grad = torch.randn(2, total, 4, 8, dtype=torch.float64).unbind()
     k, v = torch.randn(2, total, kv_heads, 8, dtype=torch.float64).unbind()
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    plan = VarlenPlan.of(BLOCKS, CPU, branches=[branches[:1], branches[1:]])
+    plan = VarlenPlan.of(BLOCKS, CPU, branches=[branches[:1], branches[1:]], may_join=joined)
+    assert (plan.joined is not None) == joined == (not plan.crossings)
     ours = shared_prompt_attention(*inputs, plan, scale=0.3, kernels=KERNELS)
     theirs = _expected(*inputs, branches, 0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -124,12 +135,23 @@ def test_a_prompt_with_one_completion_needs_one_call_only():
 
 
 def test_shared_prompts_are_the_only_columns_of_the_second_call():
-    plan = VarlenPlan.of([(4, 6), (2, 1, 3)], CPU)
+    plan = VarlenPlan.of([(4, 6), (2, 1, 3)], CPU, may_join=False)
     assert plan.own.ends.tolist() == [0, 10, 12, 13, 16]
     (second,) = plan.crossings
     assert second.prompts_P.tolist() == [10, 11]
     assert second.answers_C.tolist() == [12, 13, 14, 15]
     assert (second.answer_groups.ends.tolist(), second.answer_groups.longest) == ([0, 4], 4)
+
+
+def test_copied_keys_end_with_a_runs_own_and_are_left_out_where_they_are_too_many():
+    plan = VarlenPlan.of([(4, 6), (2, 1, 0, 3)], CPU, branches=[[(range(13, 15), range(12, 13))]])
+    assert plan.joined is not None and plan.own.ends.tolist() == [0, 10, 12, 13, 13, 16]
+    assert plan.joined.runs.ends.tolist() == [0, 10, 12, 17, 17, 22]
+    assert plan.joined.columns_S.tolist()[10:] == [10, 11, 10, 11, 13, 14, 12, 10, 11, 13, 14, 15]
+    assert VarlenPlan.of([(4, 6), (3,)], CPU).joined is None  # nothing is shared
+    # 10 + 4 x 11 keys for 14 columns, and 10 + 4 x 15 for 30.
+    assert VarlenPlan.of([(10, 1, 1, 1, 1)], CPU).joined is None
+    assert VarlenPlan.of([(10, 5, 5, 5, 5)], CPU).joined is not None
 
 
 class Largest(TorchDispatchMode):
