@@ -58,6 +58,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Measures held-out accuracy, unless it is known; never consumes training prompts."""
+        self.source.settle()
         if self.measure is None or self.evaluations.at(step) is not None:
             return
         with self.phases("eval"):

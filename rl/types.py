@@ -325,6 +325,10 @@ class Source(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Ends the proof of the newest weights, on all processes; it raises what `publish` raises."""
+        ...
+
     def close(self) -> None:
         """Ends engine and graders; safe to call twice."""
         ...

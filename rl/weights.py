@@ -37,19 +37,22 @@ def check_streamed(model: PreTrainedModel) -> None:
 
 
 class PolicyWeights:
-    """Every weight under its Hugging Face name. Deltas are added to copies: merging in place would drift."""
+    """Every weight under its Hugging Face name. Deltas are added to copies: merging in place would drift.
+
+    The tensors are looked up once, so that each sync asks for a stream of its own.
+    """
 
     def __init__(self, model: PreTrainedModel, canary: Callable[[], tuple[list[int], list[float]]]) -> None:
         self.model, self.canary = model, canary
+        own = adapter_parameters(model)
+        self._tensors = [(name, tensor) for name, tensor in streamed(model) if id(tensor) not in own]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        own = adapter_parameters(self.model)
-        for name, tensor in streamed(self.model):
-            if id(tensor) in own:
-                continue
+        for name, tensor in self._tensors:
             value = tensor.detach()
             for layer in adapters_of(self.model, name):
                 # In fp32: rounding to the engine's dtype happens once, on arrival.
-                value = value.float() + sum(layer.get_delta_weight(a).float() for a in layer.active_adapters)
+                with torch.no_grad():
+                    deltas = [layer.get_delta_weight(a).float() for a in layer.active_adapters]
+                    value = value.float() + sum(deltas)
             yield original_name(name), value

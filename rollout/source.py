@@ -25,7 +25,7 @@ from rl.types import ALONE, Call, Completion, Prompt, SamplingParams, ScoredGrou
 from rollout.engine import Engine, EngineError
 from rollout.in_flight import GroupSampling, InFlight, Request
 from rollout.prompts import PromptStream, deal, sampling_seed, shortest_cursor
-from rollout.weight_sync import publish
+from rollout.weight_sync import SyncReport, publish
 
 MAX_ATTEMPTS = 3
 
@@ -99,6 +99,8 @@ class RolloutSource:
             engine, scorer, sampling, limit=admission.in_flight, timeout_s=admission.timeout_s
         )
         self._share = 0
+        self._verdict: Callable[[], SyncReport] | None = None
+        self._canary: Mapping[str, float] = {}
         self._over_age: list[ScoredGroup] = []
         self._next = 0
         self._cursor: Any = 0
@@ -113,6 +115,7 @@ class RolloutSource:
 
     @cursor.setter
     def cursor(self, value: Any) -> None:
+        self.settle()
         self._cursor = value
         self._next, pending = (value["next"], value["pending"]) if isinstance(value, dict) else (value, [])
         self._in_flight.end_overlap()
@@ -140,6 +143,9 @@ class RolloutSource:
                 break
             rounds += 1
             self._deal([room for _, room in needs])
+            if self._verdict is not None:  # the engine samples meanwhile
+                self._in_flight.refill()
+                self.settle()
             for scored in self._take(lacking):
                 (kept if self.dynamic.keep_fn(scored) else rejected).append(scored)
         missing = self._share - len(kept)
@@ -151,17 +157,34 @@ class RolloutSource:
         yield from kept + rejected[:missing]
 
     def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
-        """Sends the engine the policy's weights, with requests in flight, and starts what they admit."""
+        """Sends the engine the policy's weights, with requests in flight, and starts what they admit.
+
+        An engine that samples by itself begins before its canary is compared, which `groups` does before
+        anything is trained. The metrics then have the canary of the version before.
+        """
         self._in_flight.end_overlap()
+        assert self._verdict is None, "weights were replaced before their canary was compared"
+        # Until the first batch is asked for, a run may be replaying what its ledger holds.
+        waits = self.engine.runs_alone and self._share > 0
+        how = {"team": self.team, "canary_waits": waits, **asdict(self.sync)}
         with self.phase("sync"):
-            report = publish(self.engine, weights, version=version, team=self.team, **asdict(self.sync))
-        self.policy_version = version
-        # Until the first batch is asked for, a run may be replaying what its ledger holds. Without staleness,
-        # prompts would run beside an evaluation in one run and not in another, and round otherwise.
+            report = publish(self.engine, weights, version=version, **how)
+        self.policy_version, self._verdict = version, report.verdict
+        if not waits:
+            self._canary = report.canary_metrics
+        # Without staleness, prompts would run beside an evaluation in one run and not in another, and round
+        # otherwise. A run may be replaying, as above.
         if self._share and self.admission.max_staleness:
             self._deal(self.team.gather(self._room(self._share)))
             self._in_flight.refill()
-        return report.metrics
+        return {**report.metrics, **self._canary}
+
+    def settle(self) -> None:
+        self._in_flight.end_overlap()
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            with self.phase("sample"):
+                self._canary = verdict().canary_metrics
 
     def close(self) -> None:
         with suppress(EngineError):

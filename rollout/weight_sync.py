@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from rollout.engine import Engine
 from rollout.fingerprint import compared_part, covered_share, fingerprints, mismatches
 
 MAX_NAMED = 8
+NO_GAPS = (float("nan"),)
+Canary = tuple[list[int], list[float]]
 WORST_TOKEN = 8  # a canary token may be off by this many times the allowed mean
 
 
@@ -36,6 +40,8 @@ class SyncReport:
         compared_share: share of these bytes that the fingerprints compared. It is below 1 where a kernel
             packed the weights and only sampled columns can be read back (vLLM on a CPU). The columns move
             with every version.
+        verdict: for a sync whose canary waits: computes and compares it, on all processes, and returns the
+            whole report. Until then the policy must not change, and nothing may be trained.
     """
 
     num_tensors: int
@@ -44,6 +50,7 @@ class SyncReport:
     canary_mean_gap: float
     compared_share: float
     parts: Mapping[str, float]
+    verdict: Callable[[], SyncReport] | None = None
 
     @property
     def seconds(self) -> float:
@@ -56,11 +63,16 @@ class SyncReport:
 
     @property
     def metrics(self) -> dict[str, float]:
+        seconds = {f"sync/seconds_{part}": seconds for part, seconds in self.parts.items()}
+        return {"sync/seconds": self.seconds} | seconds
+
+    @property
+    def canary_metrics(self) -> dict[str, float]:
         return {
-            "sync/seconds": self.seconds,
             "sync/canary_gap_mean": self.canary_mean_gap,
             "sync/canary_gap_max": self.canary_max_gap,
-        } | {f"sync/seconds_{part}": seconds for part, seconds in self.parts.items()}
+            "sync/seconds_canary": self.parts.get("canary", 0.0),
+        }
 
 
 def publish(
@@ -72,13 +84,13 @@ def publish(
     sends: bool = True,
     tolerance: float | None = None,
     verify: bool = True,
+    canary_waits: bool = False,
 ) -> SyncReport:
     """Gives the engine the policy's weights of `version` and proves that it computes with them.
 
     Before sending, every tensor is checked to be finite, expected and of the engine's shape, and
-    fingerprinted as the engine will store it. A fault here leaves the engine as it was. After sending, the
-    version, the fingerprint of every tensor that the engine holds, and log-probs of fixed tokens are
-    compared.
+    fingerprinted as the engine will store it. A fault here leaves the engine as it was. After sending,
+    the version, the fingerprint of every tensor held, and log-probs of fixed tokens are compared.
 
     The processes of `team` stay in step, since a stream may be collective: each iterates every pass to its
     end, whatever breaks off meanwhile. A fault is kept, gathered after the pass, and raised on all.
@@ -87,49 +99,57 @@ def publish(
         weights: iterated twice, so that a stream that changes between two passes is caught as well.
         sends: False: this process iterates along, and its engine adopts the version that others have sent.
         tolerance: largest mean gap of the canary's log-probs, nats; None: 0.0025 if the engine is all
-            float32, else 0.2. One token may be off by `WORST_TOKEN` times as much. A bf16 engine with the
-            right weights has a mean of 0.03 to 0.1, and some tokens at 0.4.
+            float32, else 0.2 (right weights in bf16: 0.03 to 0.1). One token may be off `WORST_TOKEN` times.
         verify: False only checks that everything is finite. It must be the same on all processes.
+        canary_waits: the engine may sample before its canary is compared, by `SyncReport.verdict`.
 
     Raises:
         WeightSyncError: it names the tensors, the version or the gap, and the process if there are several.
     """
     parts: dict[str, float] = {}
-    gaps = [float("nan")]
+    canary: Canary | None = None
     with _part("inspect", parts, team):
         sent = _inspect(engine, weights, version, verify) if sends else _iterated(weights)
     with _part("send", parts, team):
-        if sends:
-            what = f"version {version} was not loaded: engine {engine.name}"
-            _iterated(weights, lambda stream: engine.update_weights(stream, version=version), what)
-        else:
-            _iterated(weights)
+        load = partial(engine.update_weights, version=version)
+        what = f"version {version} was not loaded: engine {engine.name}"
+        work: Any = (load, what) if sends else ()
+        _iterated(weights, *work)
     if verify:
         with _part("fingerprints", parts, team):
-            held, (ids, expected) = _at_once(engine, weights, sends)
+            held, canary = _at_once(engine, weights, sends=sends, canary_waits=canary_waits)
             if sends:
                 _compare(engine, sent, held, version)
+
+    def verdict() -> SyncReport:
         with _part("canary", parts, team):
-            if sends:
-                gaps = _canary_gaps(engine, ids, expected=expected, version=version, tolerance=tolerance)
+            how = {"version": version, "tolerance": tolerance, "sends": sends}
+            gaps = _canary_gaps(engine, canary or weights.canary(), **how)  # the policy's may be collective
+        return _report(engine, gaps, parts, is_proved=sends)
+
+    if verify and not canary_waits:
+        report = verdict()
+    else:
+        waiting = verdict if verify else None
+        report = replace(_report(engine, NO_GAPS, parts, is_proved=verify and sends), verdict=waiting)
     if not sends:
         engine.adopt(version)
-    return _report(engine, gaps, parts, is_proved=verify and sends)
+    return report
 
 
 def _report(
     engine: Engine, gaps: Sequence[float], parts: Mapping[str, float], *, is_proved: bool
 ) -> SyncReport:
     held = engine.tensors.values()
-    size = sum(h.num_bytes for h in held)
-    compared = sum(covered_share(h) * h.num_bytes for h in held) / size
+    sizes = [math.prod(h.own_shape) * h.dtype.itemsize for h in held]
+    compared = sum(covered_share(h) * n for h, n in zip(held, sizes, strict=True)) / sum(sizes)
     return SyncReport(
         num_tensors=len(held),
-        num_bytes=size,
+        num_bytes=sum(sizes),
         canary_max_gap=max(gaps),
         canary_mean_gap=sum(gaps) / len(gaps),
         compared_share=compared if is_proved else 0.0,
-        parts=parts,
+        parts=dict(parts),
     )
 
 
@@ -196,7 +216,7 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
     sent = _iterated(weights, lambda stream: fingerprints(parts(stream)), what)
     if unexpected:
         raise WeightSyncError(unexpected[0])
-    ends = [end.float() for pair in extremes.values() for end in pair]
+    ends = [end for pair in extremes.values() for end in pair]  # of several dtypes: the widest is taken
     finite = torch.stack(ends).isfinite().view(-1, 2).all(-1).tolist() if ends else []
     broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
     if broken:
@@ -220,18 +240,18 @@ def _shape_fault(engine: Engine, name: str, tensor: Tensor) -> str | None:
 
 
 def _at_once(
-    engine: Engine, weights: WeightStream, sends: bool
-) -> tuple[Mapping[str, int], tuple[list[int], list[float]]]:
-    """Fingerprints of what the engine holds, {} without `sends`, and the policy's canary. If the engine has a
-    process of its own, both are computed at once. No fault of the engine keeps this process from the canary,
-    which may be collective.
+    engine: Engine, weights: WeightStream, *, sends: bool, canary_waits: bool
+) -> tuple[Mapping[str, int], Canary | None]:
+    """Fingerprints of what the engine holds, {} without `sends`, and the policy's canary if it is due. If the
+    engine has a process of its own, both are computed at once. No fault of the engine keeps this process from
+    the canary, which may be collective.
     """
-    if sends and engine.runs_alone:
+    if sends and engine.runs_alone and not canary_waits:
         with ThreadPoolExecutor(1, "fingerprints") as thread:  # the end of the block waits for the engine
             held = thread.submit(engine.fingerprints)
             canary = weights.canary()
             return held.result(), canary
-    canary = weights.canary()
+    canary = None if canary_waits else weights.canary()
     return (engine.fingerprints() if sends else {}), canary
 
 
@@ -248,9 +268,12 @@ def _compare(engine: Engine, sent: dict[str, int], held: Mapping[str, int], vers
 
 
 def _canary_gaps(
-    engine: Engine, ids: list[int], *, expected: list[float], version: int, tolerance: float | None
-) -> list[float]:
+    engine: Engine, canary: Canary, *, version: int, tolerance: float | None, sends: bool
+) -> Sequence[float]:
     """Absolute gaps between the engine's log-probs of fixed tokens and the policy's, in nats."""
+    if not sends:
+        return NO_GAPS
+    ids, expected = canary
     if tolerance is None:
         tolerance = 0.0025 if all(h.dtype == torch.float32 for h in engine.tensors.values()) else 0.2
     gaps = [abs(a - b) for a, b in zip(engine.prompt_logprobs(ids), expected, strict=True)]

@@ -1,6 +1,6 @@
 """Sends weights from the trainer's device to the servers': by NCCL between GPUs, by gloo between CPUs.
 
-Each server shares a group of two with the trainer, so that a dead one holds up no other. The group moves
+Each server's workers share a group with the trainer, so that a dead one holds up no other. The group moves
 bytes; what they are is said over the server's locked control. vLLM's own transfer engines are not used: they
 need vLLM in the trainer, answer 200 although a layer is missing, and a fault ends the server.
 """
@@ -34,14 +34,14 @@ from rollout.vllm.member import TICK_S, Member
 from rollout.vllm.weight_files import NOTHING_YET, Push, known
 
 SCHEME = "nccl://"
-BROADCAST_BYTES = 1 << 30  # every filling costs a request of a few milliseconds
+BROADCAST_BYTES = 1 << 29  # twice; every filling costs a request of a few milliseconds
 POLL_S = 0.0005
 _ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _ONE_BY_ONE = Lock()
 
 
 class Group:
-    """The trainer (rank 0) and a server (rank 1), apart from torch's own groups.
+    """The trainer (rank 0) and a server's workers (ranks from 1 on), apart from torch's own groups.
 
     The constructor and the first `move` return when the other end has come, too.
 
@@ -50,17 +50,17 @@ class Group:
     """
 
     def __init__(
-        self, store: dist.Store, key: str, *, rank: int, device: torch.device, timeout_s: float
+        self, store: dist.Store, key: str, *, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
         self._wait_s, self._is_open = timeout_s, True
         pair, limit = dist.PrefixStore(key, store), timedelta(seconds=timeout_s)
         if device.type == "cpu":
-            self._group: Any = dist.ProcessGroupGloo(pair, rank, 2, limit)
+            self._group: Any = dist.ProcessGroupGloo(pair, rank, size, limit)
             return
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
         with _without_watchdog():
-            self._group = dist.ProcessGroupNCCL(pair, rank, 2, options)
+            self._group = dist.ProcessGroupNCCL(pair, rank, size, options)
 
     def move(self, bytes_B: Tensor) -> None:
         """Sends these bytes, or fills them with those that were sent.
@@ -97,12 +97,12 @@ def _without_watchdog() -> Iterator[None]:
                 os.environ[_ERRORS] = before
 
 
-def joined(url: str, key: str, *, rank: int, bytes_B: Tensor, timeout_s: float) -> Group:
+def joined(url: str, key: str, *, rank: int, size: int, bytes_B: Tensor, timeout_s: float) -> Group:
     """One end of the group `key` whose trainer listens at `url`, after a first broadcast of a few bytes."""
     host, _, port = url.removeprefix(SCHEME).rpartition(":")
     limit = timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, int(port), None, False, limit, wait_for_workers=False)
-    group = Group(store, key, rank=rank, device=bytes_B.device, timeout_s=timeout_s)
+    group = Group(store, key, rank=rank, size=size, device=bytes_B.device, timeout_s=timeout_s)
     group.move(bytes_B[:8])
     return group
 
@@ -136,12 +136,13 @@ class WeightBroadcast:
         self._held = {name: one for name, one in held.items() if one.source == name}
         self._writer = secrets.token_hex(4)
         self._push: Push | None = None
-        self._kept: list[tuple[Layout, int]] = []
+        self._kept: list[tuple[Layout, int]] = []  # how the copies are filled
         self._copies: list[Tensor] = []
         self.num_bytes = sum(one.num_bytes for one in self._held.values())
         self._device = next(iter(self._held.values())).device
         size = size_of_bucket(self._held, BROADCAST_BYTES)
-        self._bytes_B = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._first_B = torch.zeros(8, dtype=torch.uint8, device=self._device)
         self._store: dist.TCPStore | None = _listening(url, timeout_s)
 
@@ -153,19 +154,27 @@ class WeightBroadcast:
         """
         content = f"{version}.{self._writer}"
         self._push = Push(version, content, self._url, "", "", self.num_bytes, 1.0)
+        self._wait_for_copies()
         self._kept = []
         for link in list(self._links.values()):
             if not link.member.is_up:
                 self._drop(link)
         for link in list(self._links.values()):
             self._try(link, partial(self._announce, link, content))
-        for layout, end in fillings(known(weights, self._held), self._held, self._bytes_B):
-            sent = [(link, self._begin(link, layout, self._bytes_B[:end])) for link in self._links.values()]
-            self._keep(layout, end)
+        sent: list[tuple[Link, list[Future[Any]]]] = []
+
+        def arrive() -> None:
             for link, ends in sent:
                 self._try(link, partial(self._wait, link.member, ends, f"version {version}"))
-        if self._bytes_B.is_cuda:
-            torch.cuda.synchronize(self._device)
+            sent.clear()
+
+        try:
+            for layout, bytes_B in fillings(known(weights, self._held), self._held, self._buffers):
+                arrive()  # the filling before, whose buffer is the next to be filled
+                sent += [(link, self._begin(link, layout, bytes_B)) for link in self._links.values()]
+                self._keep(layout, bytes_B)
+        finally:
+            arrive()
         for link in self._links.values():
             link.has = content
         return self._push
@@ -183,6 +192,7 @@ class WeightBroadcast:
         if (link := self._links.pop(member.server.url, None)) is not None:
             link.group.close()
         link = self._joined(member)
+        self._wait_for_copies()
         try:
             self._announce(link, push.content)
             for (layout, end), copy in zip(self._kept, self._copies, strict=False):
@@ -212,12 +222,12 @@ class WeightBroadcast:
 
     def _joined(self, member: Member) -> Link:
         key = secrets.token_hex(8)
-        asked = (self._url, key, len(self._bytes_B), self._timeout_s)
+        asked = (self._url, key, len(self._buffers[0]), self._timeout_s)
+        size = 1 + member.control.facts().num_workers
+        own = {"rank": 0, "size": size, "bytes_B": self._first_B, "timeout_s": self._timeout_s}
         ends = (
             in_thread(partial(member.control.tell, "cohort_join", *asked, deed="join the trainer's group")),
-            in_thread(
-                partial(joined, self._url, key, rank=0, bytes_B=self._first_B, timeout_s=self._timeout_s)
-            ),
+            in_thread(partial(joined, self._url, key, **own)),
         )
         self._wait(member, ends, "joining the trainer's group")
         return Link(member, ends[1].result())
@@ -270,14 +280,25 @@ class WeightBroadcast:
         link.group.close()
         self._links = {url: one for url, one in self._links.items() if one is not link}
 
-    def _keep(self, layout: Layout, end: int) -> None:
-        """Copies the bucket while it is on its way, into memory that is used again at the next version."""
-        if len(self._kept) == len(self._copies):
+    def _keep(self, layout: Layout, bytes_B: Tensor) -> None:
+        """Copies a filling while it is on its way, into memory that is used again at the next version. On a
+        GPU that goes on beside everything else, until the buffer is filled again.
+        """
+        number, size = len(self._kept), len(bytes_B)
+        self._kept.append((layout, size))
+        if number == len(self._copies):
             self._copies.append(
-                torch.empty(len(self._bytes_B), dtype=torch.uint8, pin_memory=self._bytes_B.is_cuda)
+                torch.empty(len(self._buffers[0]), dtype=torch.uint8, pin_memory=bytes_B.is_cuda)
             )
-        self._copies[len(self._kept)][:end].copy_(self._bytes_B[:end], non_blocking=True)
-        self._kept.append((layout, end))
+        if self._side is not None:
+            before = self._side.record_event()  # the end of the filling before, whose buffer comes next
+            torch.cuda.current_stream(self._device).wait_event(before)
+        with torch.cuda.stream(self._side):
+            self._copies[number][:size].copy_(bytes_B, non_blocking=True)
+
+    def _wait_for_copies(self) -> None:
+        if self._side is not None:
+            self._side.synchronize()
 
 
 def _listening(url: str, timeout_s: float) -> dist.TCPStore:

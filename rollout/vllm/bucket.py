@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Bucket:
 
     def send(self, weights: Iterable[tuple[str, Tensor]], deliver: Deliver) -> None:
         """Sends every tensor through the bucket; `deliver` loads each filling."""
-        for layout, _ in fillings(weights, self.tensors, self.bytes_B):
+        for layout, _ in fillings(weights, self.tensors, [self.bytes_B]):
             deliver(layout, None if self.is_known else self.handle)
             self.is_known = True
 
@@ -80,23 +81,26 @@ def size_of_bucket(tensors: Mapping[str, HeldTensor], most: int) -> int:
 
 
 def fillings(
-    weights: Iterable[tuple[str, Tensor]], tensors: Mapping[str, HeldTensor], bytes_B: Tensor
-) -> Iterator[tuple[Layout, int]]:
-    """Writes every tensor into `bytes_B`, in its engine's dtype; (layout, bytes used) of each filling."""
+    weights: Iterable[tuple[str, Tensor]], tensors: Mapping[str, HeldTensor], buffers: Sequence[Tensor]
+) -> Iterator[tuple[Layout, Tensor]]:
+    """Writes every tensor into one of `buffers` in turn, in its engine's dtype; (layout, bytes used) of each
+    filling.
+    """
     layout: Layout = []
-    end = 0
+    turns = cycle(buffers)
+    end, bytes_B = 0, next(turns)
     for name, tensor in weights:
         held = tensors[name]
         if layout and end + held.num_bytes > len(bytes_B):
             _settle(bytes_B)
-            yield layout, end
-            layout, end = [], 0
+            yield layout, bytes_B[:end]
+            layout, end, bytes_B = [], 0, next(turns)
         view(bytes_B, end, held).copy_(tensor.detach())
         layout.append([name, end])
         end = _aligned(end + held.num_bytes)
     if layout:
         _settle(bytes_B)
-        yield layout, end
+        yield layout, bytes_B[:end]
 
 
 def _settle(bytes_B: Tensor) -> None:

@@ -167,20 +167,39 @@ def syncs(policy: Policy, tokenizer: Any, url: str, out: Path, *, kinds: str, ti
             note=lambda said: print("fleet:", said, flush=True),
         )
         engine = VllmEngine(fleet, tokenizer, max_model_len=MAX_LEN, timeout_s=200.0)
+        written = timed_write(fleet.files)
         try:
             for version in range(1, times + 1):
-                report = publish(engine, policy, version=version)
+                report = publish(engine, policy, version=version, canary_waits=True)
+                waited = report.seconds  # what a step waits for: the canary is compared beside sampling
+                report = report.verdict() if report.verdict else report
                 push: Any = fleet.files and fleet.files.whole() if kind == "nccl" else fleet.files._committed  # type: ignore[union-attr]
                 parts = " ".join(f"{part} {seconds:.3f}" for part, seconds in report.parts.items())
                 said = (
                     f"{kind} version {version} {'delta' if push.base else 'whole'}: {push.num_bytes:,} bytes"
                 )
-                said += f" of {report.num_bytes:,} ({push.changed:.2%} of the values), {report.seconds:.3f} s"
-                said += f" ({parts}), canary {report.canary_mean_gap:.4f} nats, "
+                said += f" of {report.num_bytes:,} ({push.changed:.2%} of the values), {waited:.3f} s"
+                said += f" ({parts}; of send, writing {written[-1]:.3f}), "
+                said += f"canary {report.canary_mean_gap:.4f} nats, "
                 print(f"{said}compared {report.compared_share:.0%}", flush=True)
                 policy.step() if full else policy.shift()
         finally:
             engine.close()
+
+
+def timed_write(files: Any) -> list[float]:
+    """Seconds of each `write`, from now on: what is left of "send" is the servers' proof."""
+    seconds: list[float] = []
+    plain = files.write
+
+    def write(*of: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        push = plain(*of, **named)
+        seconds.append(time.perf_counter() - began)
+        return push
+
+    files.write = write
+    return seconds
 
 
 def big_model(out: Path, config_folder: str | None, tokenizer: Any) -> tuple[Path, Any]:

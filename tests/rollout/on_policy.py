@@ -54,7 +54,10 @@ class OnPolicySource:
     def publish(self, weights, *, version):
         report = publish(self.engine, weights, version=version, team=self.team, **self.sync)
         self.policy_version = version
-        return report.metrics
+        return report.metrics | report.canary_metrics
+
+    def settle(self):
+        return
 
     def close(self):
         self.scorer.close()

@@ -51,8 +51,9 @@ def test_an_engine_that_breaks_off_ends_both_processes_with_the_tensors_name(end
     assert second["version"] == (5 if case == "first_breaks_off" else 0)
 
 
-def test_an_engine_that_computes_otherwise_on_one_process_ends_both(ends):
-    errors = {end["error"] for end in ends["second_computes_otherwise"]}
+@pytest.mark.parametrize("case", ["second_computes_otherwise", "second_computes_otherwise_later"])
+def test_an_engine_that_computes_otherwise_on_one_process_ends_both(ends, case):
+    errors = {end["error"] for end in ends[case]}
     assert len(errors) == 1
     assert errors.pop().startswith(
         "process 1 of 2: engine transformers holds version 5 but computes differently: the canary's "

@@ -21,10 +21,10 @@ from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.fingerprint import (
     HeldTensor,
+    WordHashes,
     compared_part,
     covered_share,
     fingerprints,
-    hash_words,
     mismatches,
     sampled_columns,
 )
@@ -207,6 +207,13 @@ def test_samples_follow_the_published_weights(engine, policy, folder, tmp_path):
     fresh = TransformersEngine(save(policy, tmp_path), make_tokenizer(), version=1)
     asked = call(make_prompts(4, 7), num_completions=2, sampling=SamplingParams(8), seeds=[1, 2])
     assert engine.generate(asked) == fresh.generate(asked)
+
+
+def hash_words(flats):
+    hashes = WordHashes()
+    for flat in flats:
+        hashes.add(flat)
+    return hashes.found()
 
 
 def words(tensor):

@@ -62,6 +62,7 @@ def main(model_dir: str, out: str) -> None:
         ("first_breaks_off", 7 if world.rank == 0 else 0, True, 0.0),
         ("only_sender_breaks_off", 7, world.rank == 0, 0.0),
         ("second_computes_otherwise", 0, True, 1.0 if world.rank == 1 else 0.0),
+        ("second_computes_otherwise_later", 0, True, 1.0 if world.rank == 1 else 0.0),
         ("not_finite_on_the_second", 0, True, 0.0),
     ]:
         engine, policy = BreakingEngine(model_dir, make_tokenizer()), make_model(1)
@@ -72,7 +73,12 @@ def main(model_dir: str, out: str) -> None:
         stream = CollectiveStream(policy, changes, shift)
         before, began, error = engine.fingerprints(), time.monotonic(), ""
         try:
-            publish(engine, stream, version=5, team=world, sends=sends, tolerance=1e-3)
+            later = case.endswith("later")
+            how = {"team": world, "sends": sends, "tolerance": 1e-3, "canary_waits": later}
+            report = publish(engine, stream, version=5, **how)
+            if later:
+                assert report.verdict is not None
+                report.verdict()
         except WeightSyncError as fault:
             error = str(fault)
         found[case] = {
