@@ -25,13 +25,14 @@ from rollout.vllm.families import refusal
 from rollout.vllm.fleet import Fleet
 from rollout.vllm.local import start_core
 from rollout.vllm.lock import read_token
-from rollout.vllm.member import connect, said_of
+from rollout.vllm.member import connect, routes_lacking, said_of
 from rollout.vllm.settings import CoreSettings, routes_unavailable, runs_on_cpu
 from rollout.vllm.start import CORE_LOG_LEVEL, begin_early, end_early, vllm_available, vllm_missing
 from rollout.vllm.weight_files import WeightFiles
 
 ENGINE_LOG = "engine.log"
 MEASURED_WRONG = "Error in memory profiling"  # vLLM's words
+NO_ROOM = "No available memory for the cache blocks"  # vLLM's too: it counts what others took as its own
 CONTROL_S = 300.0  # longest wait for a server's answer to anything except sampling
 OF_CORE = (  # keys of `engine` that are vLLM's own
     *("process", "kv_cache_gib", "enforce_eager", "recompute_kv", "timeout_s"),
@@ -62,18 +63,24 @@ def start_into(log: Path) -> Iterator[None]:
 def started_into(
     log: Path, make: Callable[[], Engine], note: Callable[[str], None], tries: int = 3
 ) -> Engine:
-    """The engine that `make` starts into `log`. vLLM ends if another process gives GPU memory back while it
-    measures what is free, as a run that ends there does; it is then started again, `tries` times in all.
+    """The engine that `make` starts into `log`. vLLM ends if another process gives GPU memory back, or takes
+    some, while it measures what is free; it is then started again, `tries` times in all.
     """
-    begin = size_of(log)
+    begin, free = size_of(log), free_on_gpu()
     try:
         with start_into(log):
             return make()
     except ValueError:
-        if tries == 1 or MEASURED_WRONG not in said_after(log, begin):
+        said, moved = said_after(log, begin), abs(free_on_gpu() - free) > 2**30
+        if tries == 1 or not (MEASURED_WRONG in said or (NO_ROOM in said and moved)):
             raise
-    note("another process gave GPU memory back while vLLM measured what is free; it is started again")
+    note("another process took or gave back GPU memory while vLLM measured it; it is started again")
     return started_into(log, make, note, tries - 1)
+
+
+def free_on_gpu() -> int:
+    """Bytes of this process's GPU that nobody holds; 0 without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -209,11 +216,13 @@ def served_engine(
     trained: nn.Module,
     sends: bool,
     note: Callable[[str], None],
+    routed: Any = None,
 ) -> Engine:
     """The servers of `config.engine` as an engine, which has no weights until the first are sent.
 
     Args:
         sends: this process sends the weights; the run's other processes adopt what it has proved.
+        routed: a policy that replays routes, or is told why there are none.
 
     Raises:
         ValueError: the token is wrong, or a server does not fit the run; the message says what would.
@@ -240,6 +249,7 @@ def served_engine(
         note=note,
         run=run,
     )
+    fleet.routes = routed is not None and routed.can_replay(routes_lacking(fleet.members))
     note(said_of(fleet.members))
     engine = VllmEngine(
         fleet,

@@ -35,6 +35,7 @@ class ServerProcess:
         *,
         port: int = 0,
         reads_text: bool = False,
+        extension: bool = True,
         **options: Any,
     ) -> None:
         self.port, self.log = port or free_port(), log
@@ -49,12 +50,8 @@ class ServerProcess:
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--enable-scale-out"]
-        command += [
-            "--worker-extension-cls",
-            RECEIVER,
-            "--seed",
-            "0",
-        ]
+        command += ["--worker-extension-cls", RECEIVER] if extension else []
+        command += ["--seed", "0"]
         command += ["--middleware", "rollout.vllm.lock.RequireToken"]
         command += [] if reads_text else ["--skip-tokenizer-init"]
         command += ["--block-size", "32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]

@@ -20,6 +20,7 @@ from rollout.vllm.lock import RECEIVER
 from rollout.vllm.weight_files import Push
 
 NEEDED = ("/pause", "/resume", "/collective_rpc", "/server_info", "/version")
+ROUTES = "enable_return_routed_experts"  # in vLLM's config, in 0.32 and in 0.25 in different places
 CONNECT_S = 10.0
 LEASE_S = 120.0  # a run that was killed keeps its servers from others for so long
 
@@ -44,6 +45,8 @@ class Facts:
         has_spans: its answers say which weights sampled which tokens.
         has_receiver: it has our worker extension, for fingerprints and deltas.
         logprobs_mode: vLLM's name for the log-probs that it answers with.
+        num_workers: its tensor parallelism.
+        has_routes: its answers say which experts computed each token.
     """
 
     vllm: str
@@ -54,6 +57,13 @@ class Facts:
     has_spans: bool
     has_receiver: bool
     logprobs_mode: str
+    num_workers: int
+    has_routes: bool
+
+
+def of_worker(number: int) -> str:
+    """What follows a tensor's name in what a worker says of its slice; nothing for the first."""
+    return f" (worker {number})" if number else ""
 
 
 class Control:
@@ -83,7 +93,8 @@ class Control:
         """What the server's routes and config show; they are asked for once.
 
         Raises:
-            ValueError: the server is not vLLM with its development routes, or has several workers.
+            ValueError: the server is not vLLM with its development routes, or is parallel in other ways than
+                by tensors.
         """
         if self._facts is None:
             api = self.call("GET", "/openapi.json", "the list of routes")
@@ -94,13 +105,16 @@ class Control:
                 )
             shown = self.call("GET", "/server_info", "its config", params={"config_format": "json"})
             model, parallel = (shown["vllm_config"][f"{part}_config"] for part in ("model", "parallel"))
-            if (number := parallel["world_size"] * parallel["data_parallel_size"]) > 1:
+            workers = parallel["tensor_parallel_size"]
+            number = parallel["world_size"] * parallel["data_parallel_size"]
+            if number > workers or (number > 1 and parallel["enable_expert_parallel"]):
                 raise ValueError(
-                    f"server {self.url} spreads its model over {number} workers, whose slices cannot "
-                    "be proved; start one server for each device (cohort serve --devices 0,1)"
+                    f"server {self.url} spreads its model over {number} workers by more than tensor "
+                    "parallelism, which cannot be proved; start it with --tensor-parallel-size alone, or one "
+                    "server for each device (cohort serve --devices 0,1)"
                 )
             has_receiver = parallel["worker_extension_cls"] == RECEIVER
-            told = self._rpc("cohort_facts") if has_receiver else {}
+            told = self._rpc("cohort_facts")[0] if has_receiver else {}
             self._facts = Facts(
                 self.call("GET", "/version", "its version")["version"],
                 model["dtype"].removeprefix("torch."),
@@ -110,6 +124,8 @@ class Control:
                 "/weight_info" in api["paths"],
                 has_receiver,
                 model["logprobs_mode"],
+                workers,
+                bool((shown["vllm_config"].get("aux_output_config") or model).get(ROUTES)),
             )
         return self._facts
 
@@ -134,29 +150,31 @@ class Control:
         if (found := self.holds()) != push.content:
             raise PushRefused(f"server {self.url} says it holds {found} after {push.content} was pushed")
 
-    def tell(self, method: str, *arguments: Any, deed: str) -> dict[str, Any]:
-        """Asks for a step of a load; the answer.
+    def tell(self, method: str, *arguments: Any, deed: str) -> None:
+        """Asks for a step of a load.
 
         Raises:
             PushRefused: the server did not do it; it says why.
         """
-        told = self._rpc(method, *arguments, what=f"the answer to: {deed}")
-        if (fault := told.get("refused") or told.get("broken")) is not None:
-            state = (
-                f"it goes on with {told['holds'] or 'what it held'}"
-                if "refused" in told
-                else "its weights are unknown"
-            )
-            raise PushRefused(f"server {self.url} did not {deed}: {fault}; {state}")
-        return told
+        answers = self._rpc(method, *arguments, what=f"the answer to: {deed}")
+        for told in answers:
+            if (fault := told.get("refused") or told.get("broken")) is not None:
+                state = (
+                    f"it goes on with {told['holds'] or 'what it held'}"
+                    if all("refused" in one for one in answers)
+                    else "its weights are unknown"
+                )
+                raise PushRefused(f"server {self.url} did not {deed}: {fault}; {state}")
 
     def holds(self) -> str:
-        """`Push.content` of the weights that were pushed last; empty if there are none, or a load broke off.
+        """`Push.content` of the weights that were pushed last; empty if there are none, if a load broke off,
+        or if its workers hold different ones.
 
         Raises:
             PushRefused: the server labels its samples differently.
         """
-        holds = self._rpc("cohort_facts")["holds"]
+        holds, *others = {told["holds"] for told in self._rpc("cohort_facts")}
+        holds = "" if others else holds
         if holds and self.facts().has_spans:
             label = self.call("GET", "/weight_info", "its version")["weight_version"]
             if label != holds:
@@ -164,13 +182,14 @@ class Control:
         return holds
 
     def describe(self) -> Mapping[str, HeldTensor]:
-        """Every parameter under its Hugging Face name; asked for once.
+        """Every parameter under its Hugging Face name, and slices of further workers under names that say so;
+        asked for once.
 
         Raises:
             ValueError: this process cannot compute fingerprints as the server does.
         """
         if not self._held:
-            kind = self._rpc("cohort_facts")["device"]
+            kind = self._rpc("cohort_facts")[0]["device"]
             if kind != "cpu" and not torch.cuda.is_available():
                 raise ValueError(
                     f"server {self.url} computes on {kind}, but this process has no such device, so that "
@@ -178,14 +197,16 @@ class Control:
                 )
             device = torch.device(kind, torch.cuda.current_device()) if kind != "cpu" else torch.device(kind)
             self._held = {
-                name: HeldTensor(tuple(shape), getattr(torch, dtype), device, source, sampled)
-                for name, shape, dtype, source, sampled in self._rpc("cohort_describe", False)
+                name + of_worker(k): HeldTensor(tuple(shape), getattr(torch, dtype), device, *more)
+                for k, described in enumerate(self._rpc("cohort_describe", False))
+                for name, shape, dtype, *more in described
             }
         return self._held
 
     def fingerprints(self, version: int) -> dict[str, int]:
         """Hashes of what the server computes with, for the columns that are compared at `version`."""
-        return self._rpc("cohort_fingerprints", version, what=f"the fingerprints of version {version}")
+        found = self._rpc("cohort_fingerprints", version, what=f"the fingerprints of version {version}")
+        return {name + of_worker(k): own for k, prints in enumerate(found) for name, own in prints.items()}
 
     def lease(self, run: str, seconds: float = LEASE_S) -> None:
         """Takes the server for a run, renews that, or gives it back (0 seconds).
@@ -193,7 +214,7 @@ class Control:
         Raises:
             ValueError: another run has it.
         """
-        told = self._rpc("cohort_lease", run, seconds)
+        told = self._rpc("cohort_lease", run, seconds)[0]
         if told["holder"] != run:
             raise ValueError(
                 f"server {self.url} serves {told['holder']}, which has it for {told['left']:.0f} s more if "
@@ -203,8 +224,8 @@ class Control:
     def close(self) -> None:
         self._client.close()
 
-    def _rpc(self, method: str, *arguments: Any, what: str = "") -> Any:
-        """The answer of the only worker.
+    def _rpc(self, method: str, *arguments: Any, what: str = "") -> list[Any]:
+        """The answer of each worker.
 
         Raises:
             ValueError: the server lacks our worker extension; an unknown method would end its engine.
@@ -215,8 +236,7 @@ class Control:
                 "need; start it with `cohort serve`"
             )
         body = {"method": method, "args": list(arguments)}
-        (answer,) = self.call("POST", "/collective_rpc", what or method, json=body)["results"]
-        return answer
+        return self.call("POST", "/collective_rpc", what or method, json=body)["results"]
 
     def call(self, method: str, path: str, what: str, **options: Any) -> Any:
         """The JSON that a route answers with.

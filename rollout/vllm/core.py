@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import groupby
 from threading import Thread
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rl.types import FinishReason, SamplingParams, VersionSpan
+from rollout.calls import completion_routes
 from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 
@@ -55,6 +59,7 @@ class Stream:
         first: number of tokens that earlier servers have sampled.
         said: labels of the weights that sampled each token from `first` on, if the server gives them.
         tries: number of servers that began it.
+        rows: experts that the last server says (`completion_routes`), with its last message.
     """
 
     id: str
@@ -62,6 +67,7 @@ class Stream:
     sampling: SamplingParams
     seed: int | None
     with_logprobs: bool
+    with_routes: bool = False
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -69,13 +75,15 @@ class Stream:
     said: list[str] | None = None
     reason: str | None = None
     tries: int = 0
+    rows: Any = field(default=None, repr=False)
     task: Any = None
 
     def begin(self, salt: str) -> dict[str, Any]:
         """The request for what is left. After kept tokens it has another seed, since the random numbers of
         the first one are used up.
         """
-        self.first, self.tries, self.said, self.reason = len(self.token_ids), self.tries + 1, None, None
+        self.first, self.tries = len(self.token_ids), self.tries + 1
+        self.said, self.reason, self.rows = None, None, None
         left = self.sampling.max_completion_length - self.first
         parameters = request_body(self.sampling, max_tokens=left)
         if self.seed is not None:
@@ -83,6 +91,8 @@ class Stream:
         if self.with_logprobs:
             parameters["logprobs"] = 0
         ids = self.prompt_ids + self.token_ids
+        if self.with_routes:  # prompts are routed live in training
+            parameters["routed_experts_prompt_start"] = len(ids) - 1
         return {"token_ids": ids, "sampling_params": parameters, "cache_salt": salt, "stream": True}
 
     def take(self, message: dict[str, Any], version: int) -> None:
@@ -103,9 +113,12 @@ class Stream:
             self.versions += [version] * len(ids)
             if (spans := choice.get("weight_versions")) is not None:
                 self.said = [s["version"] for s in spans for _ in range(s["end"] - s["start"])]
+            if (routed := choice.get("routed_experts")) is not None:
+                self.rows = np.load(BytesIO(b64decode(routed)), allow_pickle=False)
             self.reason = choice.get("finish_reason") or self.reason
 
     def keep(self, num_tokens: int) -> None:
+        self.rows = None
         for values in (self.token_ids, self.logprobs, self.versions):
             del values[num_tokens:]
 
@@ -121,7 +134,10 @@ class Stream:
             reason = "length" if len(self.token_ids) == self.sampling.max_completion_length else reason
             reason = "stop" if self.token_ids[-1] in self.sampling.stop_token_ids else reason
         spans = [VersionSpan(version, len(list(run))) for version, run in groupby(self.versions)]
-        return Answer(self.id, self.token_ids, self.logprobs, spans, reason)
+        routes = completion_routes(self.rows, len(self.token_ids) - self.first)
+        if routes is not None:  # those of earlier servers went with them
+            routes = np.pad(routes, ((self.first, 0), (0, 0), (0, 0)), constant_values=-1)
+        return Answer(self.id, self.token_ids, self.logprobs, spans, reason, routes=routes)
 
 
 def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:

@@ -145,9 +145,9 @@ class VllmEngine:
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         self._check("score tokens")
         self._go_on()
-        deadline = time.monotonic() + self.timeout_s
         greedy, found = SamplingParams(1, temperature=0.0), None
         (request,) = self._start(token_ids, greedy, [None], with_logprobs=False, with_prompt_logprobs=True)
+        deadline = time.monotonic() + self.timeout_s  # servers have answered by now
         what = f"the log-probs of {len(token_ids)} tokens"
         while found is None and time.monotonic() < deadline:
             found = next((a for a in self._advance(deadline, what) if a.request_id == request), None)

@@ -79,7 +79,7 @@ class Fleet:
         run: str = "",
     ) -> None:
         self.connect, self.tolerance, self.timeout_s, self.note = connect, tolerance, timeout_s, note
-        self.device, self.run = torch.device("cpu"), run
+        self.device, self.run, self.routes = torch.device("cpu"), run, False
         self.files: WeightFiles | WeightBroadcast | None = None
         self._answered: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
         own = {"salt": secrets.token_hex(16), "sink": self._answered, "sends": files is not None, "run": run}
@@ -130,7 +130,8 @@ class Fleet:
             self._finished.append(Answer(ids[0], [], [], [], "length", prompt_logprobs=found))
             return
         pairs = zip(ids, seeds, strict=True)
-        self._waiting.append([Stream(name, token_ids, sampling, seed, with_logprobs) for name, seed in pairs])
+        own = (with_logprobs, self.routes)
+        self._waiting.append([Stream(name, token_ids, sampling, seed, *own) for name, seed in pairs])
         self._dispatch()
 
     @in_turn
@@ -239,14 +240,15 @@ class Fleet:
             self._join([member for member in self.members if member.state is State.STALE])
 
     def _lose(self, member: Member, state: State, fault: str) -> None:
-        """Lets its completions go on elsewhere. Those of a dead one keep their tokens. One that answers, but
-        could not prove its weights, may have had others for a while: what it sampled is dropped.
+        """Lets its completions go on elsewhere. Those of a dead one keep their tokens if its canary was
+        compared. One that answers, but could not prove its weights, may have had others: what it sampled is
+        dropped.
         """
         if fault != member.fault:
             left = len(member.streams)
             self.note(f"server {member.server.url} is {state} with {left} completions: {fault}")
         member.state, member.fault, member.lost_at = state, fault, time.monotonic()
-        member.server.give_up(keep=state is State.DEAD)
+        member.server.give_up(keep=state is State.DEAD and member.is_compared)
         self._take_in(0.0)
         for stream in list(member.streams.values()):
             self._take(member, stream)
@@ -271,7 +273,7 @@ class Fleet:
             return
         if not member.streams:
             member.idle_since = time.monotonic()
-        answer = stream.answer()
+        answer = member.answer(stream)
         if answer.finish_reason != "abort" or stream.tries >= MAX_TRIES:
             self._finished.append(answer)
         else:

@@ -56,9 +56,14 @@ PATHS: dict[str, dict[str, str]] = {
     # Layers of a model; those that the worker finds are checked before the first sync.
     "model": {"mapper": "hf_to_vllm_mapper"},
     "layer": _same("quant_method"),
-    "embedding": _same("org_vocab_size"),
-    "stacked layer": _same("output_sizes"),
-    "emptied layer": _same("cpu_linear", "input_size", "output_size"),
+    "embedding": _same("org_vocab_size")
+    | {"first": "shard_indices.org_vocab_start_index", "end": "shard_indices.org_vocab_end_index"},
+    "stacked layer": _same("output_partition_sizes"),
+    "emptied layer": _same("cpu_linear", "input_size", "output_partition_sizes"),
+    "split experts": _same("moe_config"),
+    # Only of some layers: how tensor parallelism splits them, and which worker this is.
+    "split layer": _same("tp_rank", "output_size", "num_kv_head_replicas")
+    | {"own": "input_size_per_partition"},
     "packed weight": {
         "apply": "quant_method.apply",
         "pack": "quant_method.process_weights_after_loading",

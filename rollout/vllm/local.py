@@ -250,10 +250,8 @@ class LocalCore:
 
     def _describe(self) -> dict[str, HeldTensor]:
         return {
-            name: HeldTensor(tuple(shape), getattr(torch, dtype), self.device, source, sampled)
-            for name, shape, dtype, source, sampled in self.call(
-                "cohort_describe", self.own and self._uncompiled
-            )
+            name: HeldTensor(tuple(shape), getattr(torch, dtype), self.device, *more)
+            for name, shape, dtype, *more in self.call("cohort_describe", self.own and self._uncompiled)
         }
 
     def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

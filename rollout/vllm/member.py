@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
-from rollout.fingerprint import HeldTensor, compared_part, fingerprints, mismatches
+from rollout.fingerprint import Fingerprints, HeldTensor, compared_part, mismatches
 from rollout.vllm.control import RECEIVER, Control, ServerDead
-from rollout.vllm.core import Stream, in_thread
+from rollout.vllm.core import Answer, Stream, in_thread
 from rollout.vllm.served import UNPROVED, Server
 from rollout.vllm.weight_files import Push
 
@@ -51,6 +51,7 @@ class Member:
         cap: highest number of completions that it is given.
         idle_since: `time.monotonic()` when it ran out of work.
         lost_at: `time.monotonic()` when it was lost; for `RETRY_S` it is not asked to join again.
+        is_compared: the canary of its weights has been compared, here or by the process that sends them.
     """
 
     server: Server
@@ -62,6 +63,7 @@ class Member:
     cap: int = FIRST_CAP
     idle_since: float = 0.0
     lost_at: float = -RETRY_S
+    is_compared: bool = False
     _preemptions: float = 0.0
     _num_waits: int = 0
     _seen: Any = None
@@ -127,13 +129,16 @@ class Member:
         self.server.settle()
 
     def wait(self, answer: Future[T], what: str, timeout_s: float) -> T:
-        """The result of a call to the server, waited for while it is alive.
+        """The result of a call to the server, waited for while it is alive. A call may have to wait until
+        completions have ended: its time begins anew whenever one of these gets a token.
 
         Raises:
             ServerDead: it is dead, or has not answered in time.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, before = 0.0, -1
         while not wait_for([answer], TICK_S).done:
+            if (now := sum(len(stream.token_ids) for stream in self.streams.values())) != before:
+                deadline, before = time.monotonic() + timeout_s, now
             if (fault := self.loss) is not None:
                 raise ServerDead(f"{what}: {fault}")
             if time.monotonic() > deadline:
@@ -153,10 +158,18 @@ class Member:
         if run:
             self.control.lease(run)
         if push is None or bring is None:
+            self.is_compared = True
             return self.control.holds(), {}
         bring(self, push)
+        self.is_compared = False
         self.control.load(push)
         return push.content, self.control.fingerprints(push.version)
+
+    def answer(self, stream: Stream) -> Answer:
+        """What it has sampled of a completion; nothing if its canary may never be compared."""
+        if not (self.is_compared or (self.is_up and stream.reason)):
+            stream.drop()
+        return stream.answer()
 
     def confirm(self, finished: Sequence[Stream]) -> None:
         """Drops answers that do not say what sampled them if the server does not hold the proved weights."""
@@ -283,11 +296,19 @@ def noting(
     copies: dict[str, list[str]] = {}
     for name, one in held.items():
         copies.setdefault(one.source, []).append(name)
+    hashes = Fingerprints()
     for name, tensor in weights:
-        found |= fingerprints(
-            (copy, compared_part(tensor, held[copy], version)) for copy in copies.get(name, ())
-        )
+        for copy in copies.get(name, ()):
+            hashes.add(copy, compared_part(tensor, held[copy], version))
         yield name, tensor
+    found |= hashes.found()
+
+
+def routes_lacking(members: Iterable[Member]) -> str | None:
+    """Why servers do not say which experts a token was computed with, or None."""
+    links = [member.link for member in members if member.link is not None]
+    lacking = [link.url for link in links if not link.facts().has_routes]
+    return f"server {lacking[0]} lacks --enable-return-routed-experts" if lacking else None
 
 
 def said_of(members: Iterable[Member]) -> str:
@@ -310,10 +331,15 @@ def check_held(content: str, prints: Mapping[str, int], *, version: int, expecte
 
 
 def same_canary(member: Member, logprobs: Sequence[float], others: Sequence[float], tolerance: float) -> None:
-    """Raises EngineError if a server's log-probs of fixed tokens differ from another one's."""
+    """Notes that a server's canary is compared.
+
+    Raises:
+        EngineError: its log-probs of fixed tokens differ from another one's.
+    """
     mean = sum(abs(a - b) for a, b in zip(logprobs, others, strict=True)) / len(others)
     if not mean <= tolerance:
         raise EngineError(
             f"server {member.server.url} holds the policy's weights but computes differently: its canary's "
             f"log-probs are {mean:.3g} nats from another server's on average, more than {tolerance:g}"
         )
+    member.is_compared = True

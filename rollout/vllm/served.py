@@ -284,7 +284,7 @@ class Server:
         body = {"method": "cohort_lease", "args": [self._holder, LEASE_S]}
         with suppress(httpx.TimeoutException, ValueError, KeyError):  # it loads weights, perhaps
             reply = await self._http.post("/collective_rpc", json=body, timeout=POLL_TIMEOUT_S)
-            (told,) = reply.json()["results"]
+            told = reply.json()["results"][0]
             self._renewed = time.monotonic()
             if told["holder"] != self._holder:
                 self.distrust(f"it serves {told['holder']} now")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rollout.fingerprint import HeldTensor, compared_part, sampled_columns
+from rollout.fingerprint import HeldTensor, sampled_columns
 from rollout.vllm.internals import reach, reach_or, require
 from rollout.vllm.names import Names
 
@@ -45,7 +45,7 @@ class Slot:
 
 
 def find_slots(model: nn.Module, names: Names) -> dict[str, Slot]:
-    """Hugging Face name -> slot, for a model on one device (no tensor parallelism).
+    """Hugging Face name -> slot, for a model on one device, or a worker's slices of it (tensor parallel).
 
     vLLM stacks q, k, v into `qkv_proj` and gate, up into `gate_up_proj`; `packed_modules_mapping` names the
     parts in order. Embeddings are padded to a multiple of 64 rows. On a CPU vLLM moves the weight of a linear
@@ -71,19 +71,16 @@ def find_slots(model: nn.Module, names: Names) -> dict[str, Slot]:
             owner = own_name if moved else owners.setdefault(id(value), own_name)
             if owner != own_name and reach_or("emptied layer", "cpu_linear", module, None) is None:
                 continue  # the same bytes as the owner's
-            width = (reach("emptied layer", "input_size", module),) if moved else value.shape[1:]
             dtype = module.weight.dtype if moved else value.dtype
-            for name, first, last in _parts(module, value, packed.get(leaf, [leaf])):
+            for name, first, last, shape, axis, ranges in _parts(module, value, packed.get(leaf, [leaf])):
                 full = _full_name(names, path, ".".join(filter(None, (parent, name, parameter))), parameter)
                 source = full if owner == own_name else names.transformers_name(owner)
                 sampled = moved or source != full
                 turned = names.is_transposed(full)
-                shape = (
-                    names.shapes.get(full, (last - first, *width))
-                    if parameter in _EXPERTS
-                    else (last - first, *width)
-                )
-                held = HeldTensor(shape, dtype, value.device, source, sampled)
+                if parameter in _EXPERTS:
+                    shape = names.shapes.get(full) or shape
+                    axis, ranges = _cut_of_experts(module, parameter, shape, turned)
+                held = HeldTensor(shape, dtype, value.device, source, sampled, axis, ranges)
                 slots[full] = Slot(module, parameter, first, last, held, turned)
                 if sampled or packs_experts(slots[full]):
                     require("packed weight" if sampled else "packed experts", module)
@@ -100,15 +97,59 @@ def _full_name(names: Names, path: str, name: str, parameter: str) -> str:
     return f"{stem}.{leaf}" if found == f"{stem}.{parameter}" else found
 
 
-def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, first row, last row) of each Hugging Face tensor that is stacked in one parameter."""
+def _parts(module: Any, value: Tensor, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    """(name, first row, last row, whole shape, axis, ranges) of each Hugging Face tensor that is stacked in a
+    parameter; the last two are those of `HeldTensor`.
+    """
     if len(names) > 1:
         require("stacked layer", module)
-        ends = list(accumulate(reach("stacked layer", "output_sizes", module)))
-        yield from zip(names, [0, *ends], ends, strict=False)
-        return
-    padded = len(value) if value.numel() else reach("emptied layer", "output_size", module)
-    yield names[0], 0, reach_or("embedding", "org_vocab_size", module, padded)
+    rows = _rows_here(module, value)
+    stacked = [[part] for part in rows] if len(names) > 1 else [rows]
+    whole = reach_or("emptied layer", "input_size", module, None)
+    own = reach_or("split layer", "own", module, whole)
+    width = value.shape[1:] if value.numel() else (own,)
+    last = 0
+    for name, parts in zip(names, stacked, strict=False):
+        first, last = last, last + sum(end - start for start, end, _ in parts)
+        before = [0, *accumulate(of for _, _, of in parts)]
+        ranges = [(at + start, at + end) for at, (start, end, _) in zip(before, parts, strict=False)]
+        if before[-1] > last - first:
+            yield name, first, last, (before[-1], *width), 0, ranges
+        elif width and own != whole:
+            rank = reach("split layer", "tp_rank", module)
+            yield name, first, last, (last - first, whole), 1, [(rank * own, rank * own + own)]
+        else:
+            yield name, first, last, (last - first, *width), 0, ()
+
+
+def _cut_of_experts(module: Any, parameter: str, shape: Sequence[int], turned: bool) -> tuple[int, Any]:
+    """(axis, ranges) of what tensor parallelism leaves of the experts here: of gate and up, or of down."""
+    given = reach_or("split experts", "moe_config", module, None)
+    if given is None or given.tp_size == 1:
+        return 0, ()
+    halves = 2 if parameter == "w13_weight" else 1
+    axis = 1 if (halves == 2) != turned else 2
+    whole = shape[axis] // halves
+    own = whole // given.tp_size
+    firsts = (k * whole + given.tp_rank * own for k in range(halves))
+    return axis, [(first, first + own) for first in firsts]
+
+
+def _rows_here(module: Any, value: Tensor) -> list[tuple[int, int, int]]:
+    """(first, end, of how many) rows of each tensor stacked in a parameter, of which it may be a slice."""
+    if (size := reach_or("embedding", "org_vocab_size", module, None)) is not None:
+        return [(reach("embedding", "first", module), reach("embedding", "end", module), size)]
+    sizes = reach_or("stacked layer", "output_partition_sizes", module, [len(value)])
+    whole, rank = (reach_or("split layer", name, module, 0) for name in ("output_size", "tp_rank"))
+    if whole <= sum(sizes):  # every worker has all of it
+        return [(0, size, size) for size in sizes]
+    # Of queries, keys and values, on how many workers each slice is: few heads of keys are on several.
+    copies = [1, *[reach_or("split layer", "num_kv_head_replicas", module, 1)] * (len(sizes) - 1)]
+    workers = whole // sum(sizes)
+    return [
+        (rank // times * size, (rank // times + 1) * size, workers // times * size)
+        for size, times in zip(sizes, copies, strict=True)
+    ]
 
 
 def complete_layers(slots: Mapping[str, Slot]) -> dict[str, frozenset[str]]:
@@ -124,7 +165,7 @@ def complete_layers(slots: Mapping[str, Slot]) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for slot in slots.values():
         ours = names.get(id(slot.module), set())
-        loaded = sum(torch.Size(slots[name].held.shape).numel() for name in ours)
+        loaded = sum(math.prod(slots[name].held.own_shape) for name in ours)
         tensors = [*slot.module.parameters(recurse=False), *slot.module.buffers(recurse=False)]
         if loaded == sum(tensor.numel() for tensor in tensors):
             found |= dict.fromkeys(ours, frozenset(ours))
@@ -141,7 +182,7 @@ def read_slots(slots: Mapping[str, Slot], version: int) -> Iterator[tuple[str, T
     for name, slot in slots.items():
         if not slot.held.sampled:
             rows = plain_experts(slot) if packs_experts(slot) else _rows(slot)
-            yield name, compared_part(rows, slot.held, version)
+            yield name, rows.detach()
             continue
         key = id(slot.module)
         if key not in products:
@@ -157,7 +198,7 @@ def _rows(slot: Slot) -> Tensor:
 
 def plain_experts(slot: Slot) -> Tensor:
     """Experts on a CPU, read back from where the kernel has packed them."""
-    rows = slot.held.shape[2:0:-1] if slot.turned else slot.held.shape[1:]
+    rows = slot.held.own_shape[2:0:-1] if slot.turned else slot.held.own_shape[1:]
     packed = getattr(slot.module, slot.parameter)
     plain = unpacked(packed, rows, slot.parameter, reach("packed experts", "pack", slot.module))
     return plain.transpose(1, 2) if slot.turned else plain
@@ -167,23 +208,24 @@ def whole_slots(slots: Mapping[str, Slot]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as a checkpoint has them, from what the model computes with; a tied copy is left out.
 
     A packed weight is multiplied by the identity, which shows every value exactly (a negative zero as zero).
+    Where a worker has a slice, the rest is zeros.
     """
     products: dict[int, Tensor] = {}
     for name, slot in slots.items():
         if slot.held.source != name:
             continue
         if not slot.held.sampled:
-            yield name, plain_experts(slot) if packs_experts(slot) else _rows(slot)
+            yield name, slot.held.spread(plain_experts(slot) if packs_experts(slot) else _rows(slot))
             continue
         key = id(slot.module)
         if key not in products:
-            products = {key: _product(slot, torch.eye(slot.held.shape[-1]))}
-        yield name, products[key][:, slot.first : slot.last].T
+            products = {key: _product(slot, torch.eye(slot.held.own_shape[-1]))}
+        yield name, slot.held.spread(products[key][:, slot.first : slot.last].T)
 
 
 def _columns(slot: Slot, version: int) -> Tensor:
     """Columns `sampled_columns` of a packed weight [N, K], as rows [8, N]."""
-    width = slot.held.shape[-1]
+    width = slot.held.own_shape[-1]
     columns = sampled_columns(width, version)
     units = torch.zeros(len(columns), width)
     units[torch.arange(len(columns)), torch.tensor(columns)] = 1.0
@@ -208,7 +250,7 @@ def can_be_written(model: nn.Module, slots: Mapping[str, Slot]) -> bool:
 
 
 def write_slot(slot: Slot, tensor: Tensor) -> None:
-    _rows(slot).data.copy_(tensor)
+    _rows(slot).data.copy_(slot.held.own(tensor))
 
 
 def repack(slots: Mapping[str, Slot]) -> None:

@@ -110,9 +110,10 @@ class WeightReceiver:
     model_runner: Any
     model_config: Any
     vllm_config: Any
+    rank: int
 
     def cohort_describe(self, uncompiled: bool) -> list[list[Any]]:
-        """[name, shape, dtype, source, sampled] of every tensor, as `HeldTensor` has them.
+        """[name, shape, dtype, source, sampled, axis, ranges] of every tensor, as `HeldTensor` has them.
 
         `uncompiled`: this process compiles nothing from here on (see `LocalCore`).
         """
@@ -125,7 +126,7 @@ class WeightReceiver:
             self.cohort_slots = find_slots(model, self.cohort_names)
             self.cohort_open = self.cohort_writes = False
         return [
-            [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled]
+            [name, list(h.shape), str(h.dtype).removeprefix("torch."), h.source, h.sampled, h.axis, h.ranges]
             for name, h in ((name, slot.held) for name, slot in self.cohort_slots.items())
         ]
 
@@ -247,6 +248,7 @@ class WeightReceiver:
 
     def cohort_join(self, url: str, key: str, size: int, timeout_s: float) -> dict[str, str]:
         """Joins the group `key` of the trainer at `url`, whose broadcasts have at most `size` bytes."""
+        place = {"rank": 1 + self.rank, "size": 1 + self.vllm_config.parallel_config.world_size}
 
         def join() -> None:
             self.cohort_begun = False
@@ -254,7 +256,7 @@ class WeightReceiver:
                 self.cohort_group.close()
             device = next(iter(self.cohort_slots.values())).held.device
             self.cohort_bucket = torch.empty(size, dtype=torch.uint8, device=device)
-            self.cohort_group = joined(url, key, rank=1, bytes_B=self.cohort_bucket, timeout_s=timeout_s)
+            self.cohort_group = joined(url, key, bytes_B=self.cohort_bucket, timeout_s=timeout_s, **place)
 
         return self.cohort_told(join)
 

@@ -105,6 +105,31 @@ def test_a_start_is_made_again_where_memory_came_back_while_vllm_measured(tmp_pa
     assert len(begun) == starts and len(notes) == starts - 1
 
 
+@pytest.mark.parametrize("gib_after, starts", [(40, 2), (100, 1)])
+def test_a_start_without_room_is_made_again_if_another_process_took_memory(
+    tmp_path, monkeypatch, gib_after, starts
+):
+    """vLLM 0.25.1 said so on an H200 where an evaluation started at the same time and took 90 GiB."""
+    begun, engine = [], object()
+    monkeypatch.setattr(
+        recipes.engines, "free_on_gpu", lambda: 2**30 * (gib_after if len(begun) == 1 else 100)
+    )
+
+    def make():
+        begun.append(True)
+        if len(begun) == 2:
+            return engine
+        os.write(2, b"ValueError: No available memory for the cache blocks. Try increasing\n")
+        raise ValueError("vLLM did not start with M")
+
+    if starts == 2:
+        assert started_into(tmp_path / "engine.log", make, print) is engine
+    else:
+        with pytest.raises(ValueError, match="did not start with M"):
+            started_into(tmp_path / "engine.log", make, print)
+    assert len(begun) == starts
+
+
 def test_a_refused_start_is_not_made_again(tmp_path):
     begun = []
 

@@ -5,7 +5,7 @@ The tests share two servers and go from mild faults to deadly ones, in the order
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from tiny_llama import (
+    CANARY,
     END,
     Stream,
     collect_all,
+    largest_gap_to,
     make_model,
     make_prompts,
     make_tokenizer,
@@ -130,18 +133,6 @@ def both_sample(engine: VllmEngine) -> bool:
     return all(any(4 < len(s.token_ids) < 45 for s in m.streams.values()) for m in fleet.members)
 
 
-def largest_gap_to(models: Mapping[int, torch.nn.Module], group: Group) -> float:
-    """Between the log-probs of a group and transformers' own, with the weights that its spans name."""
-    worst, prompt_ids = 0.0, group.prompt.token_ids
-    for c in group.completions:
-        versions = [span.policy_version for span in c.version_spans for _ in range(span.num_tokens)]
-        own = {v: token_logprobs(models[v], [*prompt_ids, *c.token_ids]) for v in set(versions)}  # type: ignore[arg-type]
-        pairs = zip(c.behavior_logprobs, versions, strict=True)
-        gaps = [abs(a - own[v][len(prompt_ids) - 1 + t]) for t, (a, v) in enumerate(pairs)]
-        worst = max([worst, *gaps])
-    return worst
-
-
 def read_counter(process: ServerProcess, token: str, name: str) -> float:
     text = httpx.get(f"{process.url}/metrics", headers={"Authorization": f"Bearer {token}"}).text
     return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + "{"))
@@ -232,6 +223,25 @@ def test_a_completion_whose_end_came_is_dropped_with_its_tokens():
     assert (stream.answer().finish_reason, stream.answer().token_ids) == ("abort", [])  # to be sampled again
 
 
+def test_routes_are_read_as_vllm_writes_them_and_unknown_where_another_server_sampled():
+    """Rows: the last prompt token's and each token's except for the last one's (1 layer, 2 experts)."""
+    from vllm.utils.serial_utils import numpy2base64
+
+    stream = served.Stream("0", [5, 6], LONG, None, with_logprobs=False, with_routes=True)
+    assert stream.begin("salt")["sampling_params"]["routed_experts_prompt_start"] == 1
+    stream.take({"choices": [{"token_ids": [7], "logprobs": None}]}, 1)
+    assert (
+        stream.begin("salt")["sampling_params"]["routed_experts_prompt_start"] == 2
+    )  # elsewhere, from [5, 6, 7]
+    rows = np.array([[[0, 1]], [[2, 3]], [[4, 5]]], dtype=np.uint8)
+    said = {"token_ids": [8, 9, 10], "logprobs": None, "finish_reason": "stop"}
+    stream.take({"choices": [said | {"routed_experts": numpy2base64(rows)}]}, 1)
+    routes = stream.answer().routes
+    assert routes.tolist() == [[[-1, -1]], [[2, 3]], [[4, 5]], [[-1, -1]]]
+    stream.drop()
+    assert stream.answer().routes is None
+
+
 @contextmanager
 def others(both: Served, engine: VllmEngine, number: int) -> Iterator[Callable[[], None]]:
     """Gives a server other weights under the same version, as another run on the same servers does."""
@@ -307,6 +317,20 @@ def test_what_others_weights_cached_is_not_found_after_a_new_proof(both: Served)
     (group,) = engine.generate(call(make_prompts(70), num_completions=2, sampling=SHORT, seeds=[0]))
     assert {span.policy_version for c in group.completions for span in c.version_spans} == {1}
     assert largest_gap_to({1: model}, group) < 1e-4
+    engine.close()
+
+
+def test_a_canary_waits_for_its_turn_as_long_as_completions_go_on(both: Served):
+    """The server samples 32 at a time, and stock vLLM takes the canary last."""
+    engine, model = both.engine(0), make_model(8)
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    publish(engine, Stream(model), version=1)
+    engine.timeout_s = fleet.timeout_s = 2.0
+    submit(engine, make_prompts(*[5, 9, 33, 20] * 15))
+    began = time.monotonic()
+    found, expected = engine.prompt_logprobs(CANARY), token_logprobs(model, CANARY)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4
+    assert time.monotonic() - began > 2.0
     engine.close()
 
 
@@ -540,6 +564,26 @@ def test_a_server_killed_in_a_publish_is_left_out_and_joins_with_old_weights(bot
     for group in groups + collect_all(engine):
         assert {span.policy_version for c in group.completions for span in c.version_spans} == {3}
         assert largest_gap_to(models, group) < 1e-4
+    engine.close()
+
+
+def test_tokens_of_a_server_that_dies_before_its_canary_is_compared_are_sampled_again(both: Served):
+    engine, model = both.engine(0, 1), make_model(7)
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    verdict = publish(engine, Stream(model), version=1, canary_waits=True).verdict
+    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))
+    streams = fleet.members[1].streams
+    wait_until(lambda: any(4 < len(s.token_ids) < 45 for s in streams.values()), "it samples")
+    lost = list(streams.values())
+    both.processes[1].kill()
+    assert verdict is not None and verdict().canary_mean_gap < 1e-5
+    assert states(engine) == ["up", "dead"]
+    groups = collect_all(engine)
+    assert [(stream.tries, stream.first) for stream in lost] == [(2, 0)] * len(lost)
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 72
+    assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
+    both.processes[1] = both.start(both.processes[1].port)
+    both.processes[1].wait()
     engine.close()
 
 

@@ -1,12 +1,14 @@
 """What a vLLM lacks is named when it starts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer, save
 
-from rollout.vllm import internals
+from rollout.fingerprint import HeldTensor, compared_part
+from rollout.vllm import internals, weights
 from rollout.vllm.names import Names
 from rollout.vllm.weights import find_slots
 from tests.vllm_engines import needs_vllm, start_vllm
@@ -63,7 +65,7 @@ class Layers(torch.nn.Module):
         super().__init__()
         self.qkv_proj, self.experts = torch.nn.Module(), torch.nn.Module()
         self.qkv_proj.weight = torch.nn.Parameter(torch.empty(0))
-        self.qkv_proj.output_sizes, self.qkv_proj.input_size, self.qkv_proj.output_size = [4, 2, 2], 3, 8
+        self.qkv_proj.output_partition_sizes, self.qkv_proj.input_size = [4, 2, 2], 3
         self.qkv_proj.cpu_linear = torch.nn.functional.linear
         methods = {"apply": 0, "process_weights_after_loading": 0}
         self.qkv_proj.quant_method = SimpleNamespace(**methods)
@@ -83,8 +85,7 @@ def test_every_attribute_of_a_layer_that_a_sync_needs_is_named_when_it_is_missin
     lost = [
         (lambda m: m.qkv_proj, "cpu_linear", "cpu_linear in its emptied layer"),
         (lambda m: m.qkv_proj, "input_size", "input_size in its emptied layer"),
-        (lambda m: m.qkv_proj, "output_size", "output_size in its emptied layer"),
-        (lambda m: m.qkv_proj, "output_sizes", "output_sizes in its stacked layer"),
+        (lambda m: m.qkv_proj, "output_partition_sizes", "output_partition_sizes in its emptied layer"),
         (lambda m: m.qkv_proj, "quant_method", r"quant_method\.apply in its packed weight"),
         (lambda m: m.qkv_proj.quant_method, "apply", r"quant_method\.apply in its packed weight"),
         (
@@ -103,6 +104,71 @@ def test_every_attribute_of_a_layer_that_a_sync_needs_is_named_when_it_is_missin
         delattr(owner(model), name)
         with pytest.raises(ValueError, match=f"has no {said}"):
             find_slots(model, Names(None, model))
+
+
+class Split(torch.nn.Module):
+    """vLLM's layers on worker 3 of 4: two workers share a head of keys, and the last ids are padding."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        for name, shape, given in (
+            (
+                "qkv_proj",
+                (8, 6),
+                {"output_size": 32, "output_partition_sizes": [4, 2, 2], "num_kv_head_replicas": 2},
+            ),
+            ("gate_up_proj", (4, 6), {"output_size": 16, "output_partition_sizes": [2, 2]}),
+            (
+                "down_proj",
+                (6, 2),
+                {"output_size": 6, "output_partition_sizes": [6], "input_size_per_partition": 2},
+            ),
+            ("gate", (3, 6), {"output_size": 3, "output_partition_sizes": [3]}),
+        ):
+            module = torch.nn.Module()
+            module.weight = torch.nn.Parameter(torch.zeros(shape))
+            vars(module).update({"tp_rank": 3, "input_size": 8 if name == "down_proj" else 6} | given)
+            self.add_module(name, module)
+        self.embed, self.experts = torch.nn.Module(), torch.nn.Module()
+        self.embed.weight, self.embed.org_vocab_size = torch.nn.Parameter(torch.zeros(16, 6)), 61
+        vars(self.embed)["shard_indices"] = SimpleNamespace(org_vocab_start_index=48, org_vocab_end_index=61)
+
+
+def test_slices_of_a_worker_are_found_by_the_rules_of_vllms_layers():
+    """By hand. gate_up_proj is one tensor of 8 gates and 8 ups, as in Phi-3's checkpoints."""
+    found = find_slots(Split(), Names(None, Split()))
+    expected = {
+        "q_proj.weight": ((16, 6), 0, [(12, 16)], 0, 4),
+        "k_proj.weight": ((4, 6), 0, [(2, 4)], 4, 6),
+        "v_proj.weight": ((4, 6), 0, [(2, 4)], 6, 8),
+        "gate_up_proj.weight": ((16, 6), 0, [(6, 8), (14, 16)], 0, 4),
+        "down_proj.weight": ((6, 8), 1, [(6, 8)], 0, 6),
+        "gate.weight": ((3, 6), 0, (), 0, 3),
+        "embed.weight": ((61, 6), 0, [(48, 61)], 0, 13),
+    }
+    slots = {n: (s.held.shape, s.held.axis, s.held.ranges, s.first, s.last) for n, s in found.items()}
+    assert slots == expected
+    experts = SimpleNamespace(moe_config=SimpleNamespace(tp_size=4, tp_rank=3))
+    ranges = lambda name, shape, turned: weights._cut_of_experts(experts, name, shape, turned)  # noqa: E731
+    assert ranges("w13_weight", (2, 16, 6), False) == (1, [(6, 8), (14, 16)])
+    assert ranges("w13_weight", (2, 6, 16), True) == (2, [(6, 8), (14, 16)])
+    assert ranges("w2_weight", (2, 6, 8), False) == (2, [(6, 8)])
+    assert ranges("w2_weight", (2, 8, 6), True) == (1, [(6, 8)])
+
+
+def test_a_slice_is_cut_out_of_a_whole_tensor_and_put_back():
+    whole = torch.arange(24.0).view(2, 12)
+    held = HeldTensor((2, 12), torch.float32, torch.device("cpu"), "x", False, 1, [(1, 3), (8, 11)])
+    assert held.own_shape == (2, 5)
+    assert held.own(whole).tolist() == [[1, 2, 8, 9, 10], [13, 14, 20, 21, 22]]
+    row = [0, 1, 2, 0, 0, 0, 0, 0, 8, 9, 10, 0]
+    assert held.spread(held.own(whole))[0].tolist() == row
+    assert compared_part(whole, replace(held, sampled=True, dtype=torch.bfloat16), 0).T.tolist() == [
+        [1, 2, 8, 9, 10],
+        [13, 14, 20, 21, 22],
+    ]
 
 
 def test_the_short_cuts_are_chosen_by_the_attribute_that_a_request_has(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -78,6 +78,18 @@ def collect_all(engine: Engine) -> list[Group]:
     while engine.in_flight:
         groups += engine.collect(timeout_s=60.0)
     return groups
+
+
+def largest_gap_to(models: Mapping[int, torch.nn.Module], group: Group) -> float:
+    """Between the log-probs of a group and transformers' own, with the weights that its spans name."""
+    worst, prompt_ids = 0.0, group.prompt.token_ids
+    for c in group.completions:
+        versions = [span.policy_version for span in c.version_spans for _ in range(span.num_tokens)]
+        own = {v: token_logprobs(models[v], [*prompt_ids, *c.token_ids]) for v in set(versions)}  # type: ignore[arg-type]
+        pairs = zip(c.behavior_logprobs, versions, strict=True)
+        gaps = [abs(a - own[v][len(prompt_ids) - 1 + t]) for t, (a, v) in enumerate(pairs)]
+        worst = max([worst, *gaps])
+    return worst
 
 
 class Stream:
