@@ -16,6 +16,7 @@ import math
 import random
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 
 from rl.batch import pack
 from rl.causal import CausalPolicy
+from rl.config import Config
 from rl.config.read import load_config
 from rl.model import head as logprobs
 from rl.model import varlen as shared_prompt
@@ -80,17 +82,37 @@ def draw_groups(workload: Workload) -> list[ScoredGroup]:
     return groups
 
 
-def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profiled: bool) -> None:
+def training_config(model: Path, overrides: list[str]) -> Config:
     workload = Workload.current()
     base = [f"model.name={model}", "loss.name=dapo", "loss.kl_coef=0", "loss.sampler_correction=null"]
     base += [f"data.max_prompt_length={workload.prompt_length}"]
     base += [f"sampling.max_completion_length={workload.max_length}"]
-    config = load_config(None, [*base, *overrides])
+    return load_config(None, [*base, *overrides])
+
+
+def training_step(
+    config: Config, groups: list[ScoredGroup]
+) -> tuple[CausalPolicy, Callable[[], tuple[float, float]], str | None]:
+    """A policy, its step (seconds to pack and to train), and why rows are not packed."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     policy = CausalPolicy(config.model, accelerator, temperature=1.0)
     note = policy.settle_attention()
     optimizer = torch.optim.AdamW(weight_decay_groups(policy.trainable(), 0.0), lr=1e-6, fused=True)
     advantages = [[r.score - 0.5 for r in g.rewards] for g in groups]  # type: ignore[operator]
+
+    def step() -> tuple[float, float]:
+        began = now()
+        batches = pack(groups, advantages, pack_rules(config))
+        packed = now()
+        update_policy(policy, optimizer, batches, config.loss, world=World(accelerator))
+        return packed - began, now() - packed
+
+    return policy, step, note
+
+
+def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profiled: bool) -> None:
+    config = training_config(model, overrides)
+    policy, step, note = training_step(config, groups)
     on_gpu = policy.device.type == "cuda"
     if on_gpu:
         size = ModelSize.of(policy.model.config, fused_layers=config.model.fused_layers)
@@ -99,13 +121,6 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
         held = probe(policy, config, rules=pack_rules(config), reference=None)
         print(f"memory: predicted {predicted / GIB:.1f} GiB, probe {held / GIB:.1f} GiB", flush=True)
         torch.cuda.reset_peak_memory_stats()
-
-    def step() -> tuple[float, float]:
-        began = now()
-        batches = pack(groups, advantages, pack_rules(config))
-        packed = now()
-        update_policy(policy, optimizer, batches, config.loss, world=World(accelerator))
-        return packed - began, now() - packed
 
     times = [step() for _ in range(WARM_UP + MEASURED)][WARM_UP:]
     seconds = statistics.median(t for _, t in times)
@@ -122,7 +137,7 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
             step()
         column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=70))
-    del policy, optimizer, step
+    del policy, step
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
