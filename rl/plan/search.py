@@ -189,8 +189,8 @@ def _with_logits(
     )
     if kept is None or plain is None:
         return plain
-    tokens = (found.get("train.token_budget", 1) for found in (kept, plain))
-    return kept if next(tokens) >= KEPT_SHARE * next(tokens) else plain
+    tokens, most = (found.get("train.token_budget", 1) for found in (kept, plain))
+    return kept if tokens >= KEPT_SHARE * most else plain
 
 
 def _with_budget(

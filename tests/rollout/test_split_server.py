@@ -14,6 +14,7 @@ from sync_faults import DOWN, Q0
 from tiny_llama import (
     END,
     Stream,
+    changed,
     collect_all,
     largest_gap_to,
     make_model,
@@ -92,17 +93,6 @@ def engine_of(process: ServerProcess, *, by_broadcast: bool = False) -> VllmEngi
     return VllmEngine(fleet, make_tokenizer(), max_model_len=128, sample_while_training=True, timeout_s=120.0)
 
 
-def moved(model: torch.nn.Module, share: float = 0.01) -> torch.nn.Module:
-    """The model after a step that moves a share of its values, the last of every tensor among them."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            chosen = torch.rand(parameter.shape, generator=generator) < share
-            chosen.view(-1)[-1] = True
-            parameter.add_(chosen * 0.05)
-    return model
-
-
 @pytest.mark.parametrize("by_broadcast", [False, True], ids=["files", "broadcast"])
 def test_every_slice_arrives_whole_and_as_a_delta(
     process: ServerProcess, by_broadcast: bool, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +103,7 @@ def test_every_slice_arrives_whole_and_as_a_delta(
     halves = (shapes[Q0 + SECOND], shapes[DOWN + SECOND], shapes[EMBED], shapes[EMBED + SECOND])
     assert halves == ((32, 64), (64, 48), (160, 64), (140, 64))  # 300 ids, padded to 320
     assert shapes[K0] == shapes[K0 + SECOND] == (32, 64)  # one head of keys, which both have
-    models = {1: make_model(1), 2: moved(make_model(1))}
+    models = {1: make_model(1), 2: changed(make_model(1))}
     for version, model in models.items():
         report = publish(engine, Stream(model), version=version)
         assert report.canary_max_gap < 1e-5 and report.num_tensors == 2 * len(list(model.parameters())) + 2
@@ -172,7 +162,7 @@ def test_slices_of_other_families_arrive(name: str, tmp_path: Path):
     with serving(model) as process:
         engine = engine_of(process)
         for version, share in ((1, 1.0), (2, 0.01), (3, 0.01)):
-            moved(policy.model, share)
+            changed(policy.model, share)
             assert publish(engine, policy.weights(), version=version).canary_max_gap < 1e-4
         engine.close()
 

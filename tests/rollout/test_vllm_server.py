@@ -23,7 +23,7 @@ import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
-from tiny_llama import CANARY, largest_gap, make_model, make_tokenizer, save, token_logprobs
+from tiny_llama import CANARY, changed, largest_gap, make_model, make_tokenizer, save, token_logprobs
 
 from rollout.fingerprint import compared_part, fingerprints, mismatches
 from rollout.vllm.control import Control, PushRefused, ServerDead
@@ -136,17 +136,6 @@ def generate(control, **sampling):
 def canary(control):
     given = generate(control, prompt_logprobs=0)["prompt_logprobs"]
     return [at[str(token)]["logprob"] for at, token in zip(given[1:], CANARY[1:], strict=True)]
-
-
-def changed(model, share=0.01):
-    """The model after a step that moved a share of its values, some in every tensor."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            moved = torch.rand(parameter.shape, generator=generator) < share
-            moved.view(-1)[-1] = True
-            parameter.add_(moved * 0.05)
-    return model
 
 
 def rewritten(push, change):

@@ -110,3 +110,14 @@ class Stream:
 
     def canary(self) -> tuple[list[int], list[float]]:
         return CANARY, token_logprobs(self.model, CANARY)
+
+
+def changed(model: torch.nn.Module, share: float = 0.01) -> torch.nn.Module:
+    """The model after a step that moved a share of its values, some in every tensor."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            moved = torch.rand(parameter.shape, generator=generator) < share
+            moved.view(-1)[-1] = True
+            parameter.add_(moved * 0.05)
+    return model
