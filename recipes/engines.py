@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rl.config import Config, EngineConfig
 from rl.report.safe_stream import settle
+from rl.store.folder import run_name
 from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
 from rollout.vllm.broadcast import SCHEME, WeightBroadcast
@@ -233,8 +234,8 @@ def served_engine(
         raise ValueError(f"engine.name=server: {unserved}; use engine.name=transformers")
     token = read_token(str(e.token_file))
     fit = {"dtype": dtype, "max_model_len": max_model_length, "timeout_s": min(e.timeout_s, CONTROL_S)}
-    run = f"the run in {config.run_dir.absolute()}"
-    own = hashlib.sha256(str(config.run_dir.absolute()).encode()).hexdigest()[:12]
+    run = run_name(config.run_dir)
+    own = hashlib.sha256(run.encode()).hexdigest()[:12]
     folder = Path(e.weights_folder) / f"cohort-{own}" if e.weights_folder else config.run_dir / "weights"
     files: Any = partial(WeightFiles, folder, url=e.weights_url or "", token=token)
     if e.weights_url and e.weights_url.startswith(SCHEME):
@@ -248,6 +249,7 @@ def served_engine(
         timeout_s=e.timeout_s,
         note=note,
         run=run,
+        waits=e.verify_sync,
     )
     fleet.routes = routed is not None and routed.can_replay(routes_lacking(fleet.members))
     note(said_of(fleet.members))

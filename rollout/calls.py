@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from rl.types import Call, Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
+from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
 from rollout.engine import WEIGHTS_UNKNOWN, Engine, EngineError
 from rollout.stop_strings import cut_at_stop
 
 Sampled = tuple[dict[tuple[int, int], Completion], dict[int, str]]
 """(index of the prompt, of the completion) -> completion, and index of the prompt -> why it failed."""
-
-
-class Timed(Engine, Protocol):
-    timeout_s: float
 
 
 def completion(
@@ -74,12 +68,10 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
     filled = [c for c in completions if c.token_ids]
     if not filled:
         return
-    are_cut = cut_at_stop(tokenizer, filled, stop)
     special = special_ids(tokenizer)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     ids = [
-        c.token_ids if is_cut else _without_ends(c, ends, special)
-        for c, is_cut in zip(filled, are_cut, strict=True)
+        c.token_ids if cut_at_stop(c, tokenizer, stop) else _without_ends(c, ends, special) for c in filled
     ]
     for c, text in zip(filled, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
         c.text = text
@@ -141,56 +133,3 @@ def check_groups(groups: Sequence[Group], faults: Mapping[int, str], timeout_s: 
         )
     first = next(iter(faults.values()), "the model's logits are not finite")
     raise EngineError(f"all completions of {len(groups)} prompts failed; the first reason: {first}")
-
-
-class CallQueue:
-    """`submit`, `collect`, `generate` and `abort` of an engine that samples one whole call after another,
-    each with the weights of that moment.
-
-    Args:
-        sample: (call, deadline of time.monotonic()) -> what was sampled by then; the rest is aborted.
-    """
-
-    def __init__(self, engine: Timed, sample: Callable[[Call, float], Sampled]) -> None:
-        self.engine, self.sample = engine, sample
-        self._calls: list[Call] = []
-
-    @property
-    def in_flight(self) -> int:
-        return sum(len(call.prompts) * call.num_completions for call in self._calls)
-
-    def submit(self, call: Call) -> None:
-        """Only notes the call: `collect` samples it."""
-        check_weights(self.engine)
-        self._calls.append(call)
-
-    def collect(self, *, timeout_s: float) -> list[Group]:
-        """Samples all submitted calls; only the engine's own `timeout_s` bounds how long each takes."""
-        if self._calls:
-            check_weights(self.engine)
-        calls, self._calls = self._calls, []
-        return [group for call in calls for group in self._groups(call)[0]]
-
-    def generate(self, call: Call) -> list[Group]:
-        check_weights(self.engine)
-        groups, faults, is_late = self._groups(call)
-        check_groups(groups, faults, self.engine.timeout_s, late=is_late)
-        return groups
-
-    def _groups(self, call: Call) -> tuple[list[Group], dict[int, str], bool]:
-        deadline = time.monotonic() + self.engine.timeout_s
-        done, faults = self.sample(call, deadline)
-        groups = [
-            Group(prompt, [done.get((i, g), aborted()) for g in range(call.num_completions)])
-            for i, prompt in enumerate(call.prompts)
-        ]
-        return groups, faults, time.monotonic() > deadline
-
-    def abort(self, prompts: Collection[Prompt]) -> None:
-        given_up = {prompt.id for prompt in prompts}
-        calls, self._calls = self._calls, []
-        for call in calls:
-            pairs = zip(call.prompts, call.seeds, strict=True)
-            if left := [(prompt, seed) for prompt, seed in pairs if prompt.id not in given_up]:
-                kept, seeds = zip(*left, strict=True)
-                self._calls.append(replace(call, prompts=kept, seeds=seeds))

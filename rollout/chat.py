@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -148,14 +148,18 @@ def end_token_ids(
 def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str], where: str) -> Any:
     """The prompt of a row; raises ValueError if its column or a named one is missing."""
     for name in (prompt_column, *columns):
-        if name not in row:
-            near = difflib.get_close_matches(name, list(row), n=1)
-            key = "data.prompt_column" if name == prompt_column else "data.columns"
-            raise ValueError(
-                f"{where}{key}: the dataset has no column {name!r}; it has {', '.join(map(repr, row))}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+        check_column(name, row, f"{where}data.{'prompt_column' if name == prompt_column else 'columns'}")
     return row[prompt_column]
+
+
+def check_column(name: str, known: Collection[str], where: str) -> None:
+    """Raises ValueError if `name` is none of the known columns; the message names a similar one."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"{where}: the dataset has no column {name!r}; it has {', '.join(map(repr, known))}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
 
 
 def _checked(columns: dict[str, Any], where: str) -> dict[str, Any]:

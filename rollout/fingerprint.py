@@ -139,6 +139,10 @@ def mismatches(sent: Mapping[str, int], held: Mapping[str, int]) -> list[str]:
     return sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
 
 
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 class WordHashes:
     """length + sum over r of p_r * (sum over c of (w_rc xor (w_rc >> 32)) * m_c) mod 2^64, for each tensor.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rl.types import ALONE, Team, WeightStream
 from rollout.engine import Engine
-from rollout.fingerprint import compared_part, covered_share, fingerprints, mismatches
+from rollout.fingerprint import compared_part, covered_share, fingerprints, listed, mismatches
 
 MAX_NAMED = 8
 NO_GAPS = (float("nan"),)
@@ -55,11 +55,6 @@ class SyncReport:
     @property
     def seconds(self) -> float:
         return sum(self.parts.values())
-
-    @property
-    def verify_seconds(self) -> float:
-        """Seconds of the sync that the proof took."""
-        return self.seconds - self.parts["send"]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -117,14 +112,14 @@ def publish(
         _iterated(weights, *work)
     if verify:
         with _part("fingerprints", parts, team):
-            held, canary = _at_once(engine, weights, sends=sends, canary_waits=canary_waits)
+            held, canary = _at_once(engine, weights, version, sends=sends, canary_waits=canary_waits)
             if sends:
                 _compare(engine, sent, held, version)
 
     def verdict() -> SyncReport:
         with _part("canary", parts, team):
-            how = {"version": version, "tolerance": tolerance, "sends": sends}
-            gaps = _canary_gaps(engine, canary or weights.canary(), **how)  # the policy's may be collective
+            own = canary or weights.canary()  # it may be collective
+            gaps = _canary_gaps(engine, own, version=version, tolerance=tolerance)
         return _report(engine, gaps, parts, is_proved=sends)
 
     if verify and not canary_waits:
@@ -132,7 +127,7 @@ def publish(
     else:
         waiting = verdict if verify else None
         report = replace(_report(engine, NO_GAPS, parts, is_proved=verify and sends), verdict=waiting)
-    if not sends:
+    if not (sends or verify):
         engine.adopt(version)
     return report
 
@@ -221,10 +216,10 @@ def _inspect(engine: Engine, weights: WeightStream, version: int, verify: bool) 
     broken = [name for name, is_finite in zip(extremes, finite, strict=True) if not is_finite]
     if broken:
         raise WeightSyncError(
-            f"version {version} is not sent: {_listed(broken)} not finite; the engine keeps {engine.version}"
+            f"version {version} is not sent: {listed(broken)} not finite; the engine keeps {engine.version}"
         )
     if missing := sorted(copies.keys() - extremes.keys()):
-        raise WeightSyncError(f"version {version} is not sent: the policy's stream lacks {_listed(missing)}")
+        raise WeightSyncError(f"version {version} is not sent: the policy's stream lacks {listed(missing)}")
     return sent
 
 
@@ -232,7 +227,7 @@ def _shape_fault(engine: Engine, name: str, tensor: Tensor) -> str | None:
     held = engine.tensors.get(name)
     if held is not None and held.shape == tuple(tensor.shape):
         return None
-    has = f"{name} {held.shape}" if held else f"{_listed(sorted(engine.tensors), 3)}, not this name"
+    has = f"{name} {held.shape}" if held else f"{listed(sorted(engine.tensors), 3)}, not this name"
     return (
         f"the policy sends {name} {tuple(tensor.shape)} and engine {engine.name} has {has}; start both "
         "from the same model (for a model family whose vLLM names differ, use engine.name=transformers)"
@@ -240,11 +235,11 @@ def _shape_fault(engine: Engine, name: str, tensor: Tensor) -> str | None:
 
 
 def _at_once(
-    engine: Engine, weights: WeightStream, *, sends: bool, canary_waits: bool
+    engine: Engine, weights: WeightStream, version: int, *, sends: bool, canary_waits: bool
 ) -> tuple[Mapping[str, int], Canary | None]:
-    """Fingerprints of what the engine holds, {} without `sends`, and the policy's canary if it is due. If the
-    engine has a process of its own, both are computed at once. No fault of the engine keeps this process from
-    the canary, which may be collective.
+    """Fingerprints of what the engine holds, and the policy's canary if it is due. If the engine has a
+    process of its own, both are computed at once. No fault of the engine keeps this process from the canary,
+    which may be collective. Without `sends` the engine adopts the version, and only its canary is compared.
     """
     if sends and engine.runs_alone and not canary_waits:
         with ThreadPoolExecutor(1, "fingerprints") as thread:  # the end of the block waits for the engine
@@ -252,7 +247,10 @@ def _at_once(
             canary = weights.canary()
             return held.result(), canary
     canary = None if canary_waits else weights.canary()
-    return (engine.fingerprints() if sends else {}), canary
+    if sends:
+        return engine.fingerprints(), canary
+    engine.adopt(version)
+    return {}, canary
 
 
 def _compare(engine: Engine, sent: dict[str, int], held: Mapping[str, int], version: int) -> None:
@@ -263,16 +261,12 @@ def _compare(engine: Engine, sent: dict[str, int], held: Mapping[str, int], vers
     if wrong := mismatches(sent, held):
         raise WeightSyncError(
             f"engine {engine.name} does not hold version {version}: the fingerprints of {len(wrong)} of "
-            f"{len(sent)} tensors differ from the policy's: {_listed(wrong)}"
+            f"{len(sent)} tensors differ from the policy's: {listed(wrong)}"
         )
 
 
-def _canary_gaps(
-    engine: Engine, canary: Canary, *, version: int, tolerance: float | None, sends: bool
-) -> Sequence[float]:
+def _canary_gaps(engine: Engine, canary: Canary, *, version: int, tolerance: float | None) -> Sequence[float]:
     """Absolute gaps between the engine's log-probs of fixed tokens and the policy's, in nats."""
-    if not sends:
-        return NO_GAPS
     ids, expected = canary
     if tolerance is None:
         tolerance = 0.0025 if all(h.dtype == torch.float32 for h in engine.tensors.values()) else 0.2
@@ -285,8 +279,3 @@ def _canary_gaps(
             f"{tolerance:g} and {WORST_TOKEN * tolerance:g} (engine.canary_tolerance)"
         )
     return gaps
-
-
-def _listed(names: list[str], limit: int = MAX_NAMED) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

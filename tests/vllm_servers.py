@@ -46,6 +46,7 @@ class ServerProcess:
             "max-num-seqs": 32,
             "kv-cache-memory-bytes": "64M",
             "logprobs-mode": "processed_logprobs",
+            "stream-interval": 8,
         } | options
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]

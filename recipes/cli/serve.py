@@ -106,6 +106,9 @@ def serve(
             f"--devices {','.join(devices)}: {len(devices)} devices do not split into servers of "
             f"{per_server} (tensor x pipeline x data parallel size)"
         )
+    from recipes.models import resolve_model  # it imports torch, which `--help` does not need
+
+    model = resolve_model(model)
     make_token(token_file)
     read_token(token_file)  # checks that an existing file is private, too
     stopped: list[int] = []
@@ -221,7 +224,7 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
     command += ["--middleware", LOCK, "--worker-extension-cls", RECEIVER]
     # The model's own generation config would add its temperature and penalties.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--seed", "0"]
-    command += ["--disable-uvicorn-access-log"]
+    command += ["--disable-uvicorn-access-log", "--stream-interval", "64"]  # a message takes 0.1 ms of Python
     # vLLM versions with this option serve /inference/v1/generate only if it is set; 0.25.1 lacks it.
     options_of = (Path(str(spec.origin)).parent / "entrypoints").glob("*/cli_args.py")
     if any("enable_scale_out" in file.read_text() for file in options_of):

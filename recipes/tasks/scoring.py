@@ -5,16 +5,20 @@ Rows go to `/v1/completions` as token ids, with `prompt_logprobs`: log-probs of 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rl.store.folder import write_atomically
+from rl.weights import canary_ids
 from rollout.engine import EngineError
 from rollout.vllm.control import Control
 from rollout.vllm.core import NOT_FINITE
 
-PROBE = "A teacher reads what a student wrote, word by word: 3 + 4 = 7, and so on."
+DRIFT_NATS = 0.15  # the same bf16 weights, alone and beside long rows: 0.04 (SmolLM2-135M, vLLM on a CPU)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,14 @@ class ScoringServer:
 
     Args:
         token: what its lock asks for; empty: it has none.
+        record: file with its model's canary, a row of every request: fixed ids, and their log-probs when the
+            run began. `check` writes it if it is missing.
     """
 
-    def __init__(self, url: str, token: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, token: str, *, timeout_s: float, record: Path | None = None) -> None:
         self._control = Control(url, token or "none", timeout_s=timeout_s)
-        self.url, self._named = self._control.url, ""
+        self.url, self._named, self._record = self._control.url, "", record
+        self._canary: dict[str, list[Any]] = {}
 
     def model(self) -> tuple[str, int]:
         """The name or folder of its model, and the most tokens of a row with one that is sampled."""
@@ -49,9 +56,12 @@ class ScoringServer:
 
         Raises:
             EngineError: it does not answer in time, or not with a finite log-prob of every token; or it is
-                now another model than at the first call.
+                now another model than at the first call, or has other weights than when the run began.
             ValueError: it refuses the request, such as more than its --max-logprobs.
         """
+        if not self._canary and self._record is not None and self._record.is_file():
+            self._canary = json.loads(self._record.read_bytes())
+        rows = [*rows, self._canary["ids"]] if self._canary else rows
         body = {"prompt": rows, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": k}
         what = f"log-probs of {len(rows)} rows"
         answer = self._control.call("POST", "/v1/completions", what, json=body)
@@ -63,11 +73,23 @@ class ScoringServer:
                     "model that the run began with again, and resume"
                 )
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            return [_read(c["prompt_logprobs"], ids, k) for c, ids in zip(choices, rows, strict=True)]
+            found = [_read(c["prompt_logprobs"], ids, k) for c, ids in zip(choices, rows, strict=True)]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"server {self.url}: {what}: its answer lacks a log-prob ({type(error).__name__}: {error})"
             ) from error
+        if self._canary:
+            self._compare(found.pop().logprobs, self._canary["logprobs"])
+        return found
+
+    def _compare(self, logprobs: list[float], before: list[float]) -> None:
+        mean = math.fsum(abs(a - b) for a, b in zip(logprobs, before, strict=True)) / len(before)
+        if not mean <= DRIFT_NATS:
+            raise EngineError(
+                f"server {self.url}: its model {self._named} has other weights than when the run began: the "
+                f"canary's log-probs are {mean:.3g} nats from those in {self._record} on average, more than "
+                f"{DRIFT_NATS:g}; serve the former ones and resume, or remove that file to go on with these"
+            )
 
     def check(self, tokenizer: Any, longest: int, k: int) -> None:
         """Compares its tokenizer with the policy's, and looks at the log-probs of a probe.
@@ -94,7 +116,7 @@ class ScoringServer:
                 f"server {self.url}: its model {name} has another tokenizer: ids stand for "
                 f"{ours[at : at + 20]!r} here and {theirs[at : at + 20]!r} there; serve one of the family"
             )
-        (row,) = self.score([tokenizer(PROBE, add_special_tokens=False)["input_ids"]], max(k, 1))
+        (row,) = self.score([probe := canary_ids(tokenizer, limit)], max(k, 1))
         mass = max(math.fsum(map(math.exp, found)) for found in row.top_logprobs)
         least = min(found[0] for found in row.top_logprobs)  # the likeliest id has 1 / vocabulary or more
         if not (max(row.logprobs) <= 1e-4 and mass <= 1 + 1e-3 and least >= -math.log(2 * len(ids))):
@@ -103,6 +125,8 @@ class ScoringServer:
                 f"one likeliest id has {least:.3g} nats, so these are not log-probs; serve it with "
                 "--logprobs-mode raw_logprobs"
             )
+        if self._record is not None and not self._record.is_file():
+            write_atomically(self._record, json.dumps({"ids": probe, "logprobs": row.logprobs}))
 
 
 def _read(found: list[Any], ids: list[int], k: int) -> ScoredRow:

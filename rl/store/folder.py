@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rl.config import Config
 from rl.config.diffusion import DiffusionConfig
-from rl.config.read import dump_config, flatten, read_config
+from rl.config.read import differing, dump_config, read_config
 from rl.config.resume import FREE, ON_REQUEST, PLACES
 from rl.config.sft import SftConfig
 from rl.config.traces import TracesConfig
@@ -20,11 +21,13 @@ from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
 from rl.store.metrics import wilson_interval
 from rl.store.redact import redact, strip_controls
-from rl.store.rows import RowLog, read_rows, record_of
+from rl.store.rows import RecordLog, read_rows
 
 E = TypeVar("E")
 RunConfig = Config | DiffusionConfig | SftConfig | TracesConfig
 CHANGES = "changes.jsonl"
+RUN_ID = "run_id"
+CANARY_OF_TEACHER = "teacher.json"
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,8 @@ class Evaluation:
         )
 
 
-class EvaluationLog:
-    """`evaluation.jsonl`: one line per held-out evaluation, a step at most once."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._rows = RowLog(run_dir / "evaluation.jsonl", durable=True)
-        self.path, self.truncate_after = self._rows.path, self._rows.truncate_after
-        self.close = self._rows.close
-
-    def read(self) -> list[Evaluation]:
-        return [found for row in self._rows.read() if (found := record_of(Evaluation, row)) is not None]
-
-    def at(self, step: int) -> Evaluation | None:
-        row = self._rows.find(step)
-        return None if row is None else record_of(Evaluation, row)
-
-    def write(self, evaluation: Evaluation) -> None:
-        """Records an evaluation, replacing an earlier one of its step and all later ones."""
-        self._rows.replace(asdict(evaluation))
+def evaluation_log(run_dir: Path) -> RecordLog[Evaluation]:
+    return RecordLog(run_dir / "evaluation.jsonl", Evaluation)
 
 
 def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
@@ -98,13 +85,25 @@ def claim_config(config: RunConfig, *, planned: Collection[str] = (), change: bo
         ValueError: the folder holds a run with other settings; every difference is listed.
     """
     changed = _changes(config)
-    if has_steps(config.run_dir):
+    is_begun = has_steps(config.run_dir)
+    if is_begun:
         _refuse(config.run_dir, changed, change=change, planned=planned)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if not (config.run_dir / RUN_ID).is_file():
+        write_atomically(config.run_dir / RUN_ID, secrets.token_hex(8) + "\n")
+    if is_begun:
         return
     if changed:
         (config.run_dir / "evaluation.jsonl").unlink(missing_ok=True)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / CANARY_OF_TEACHER).unlink(missing_ok=True)
     write_config(config)
+
+
+def run_name(run_dir: Path) -> str:
+    """Names a run to others: by its folder, and by an id made at its start, as other hosts and containers may
+    have folders of the same name. Both stay as they are when the run resumes.
+    """
+    return f"the run in {run_dir.absolute()} ({(run_dir / RUN_ID).read_text().strip()})"
 
 
 def _refuse(
@@ -192,9 +191,7 @@ def _changes(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Key -> (value in the run folder's config, value in this one), without secrets."""
     path = config.run_dir / "config.yaml"
     before = read_config(type(config), path) if path.is_file() else config
-    old, new = flatten(before.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
-    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return {k: (redact(old.get(k), k), redact(new.get(k), k)) for k in keys}
+    return {k: (redact(old, k), redact(new, k)) for k, (old, new) in differing(before, config).items()}
 
 
 def has_steps(run_dir: Path) -> bool:
@@ -205,7 +202,7 @@ def has_steps(run_dir: Path) -> bool:
 
 def write_result(
     config: Config,
-    evaluations: Sequence[Evaluation],
+    evaluations: Mapping[int, Evaluation],
     *,
     steps: int,
     seconds: float,
@@ -220,7 +217,7 @@ def write_result(
     """
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
     if config.evaluation.data is not None:
-        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        ends, missing = heldout_ends(evaluations, steps, "evaluation.jsonl")
         for name, found in ends.items():
             result[name] = found and found.accuracy
             result[f"{name}_interval"] = found and [found.low, found.high]

@@ -7,19 +7,21 @@ call checks, loads and notes what is held. A fault is an answer instead of the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import httpx
 import torch
+from torch import Tensor
 
 from rollout.engine import EngineError
-from rollout.fingerprint import HeldTensor
-from rollout.vllm.lock import RECEIVER
+from rollout.fingerprint import Fingerprints, HeldTensor, compared_part, mismatches
+from rollout.vllm.lock import RECEIVER, SAMPLED
 from rollout.vllm.weight_files import Push
 
 NEEDED = ("/pause", "/resume", "/collective_rpc", "/server_info", "/version")
+LACKS_ROUTES = "lacks --enable-return-routed-experts"
 ROUTES = "enable_return_routed_experts"  # in vLLM's config, in 0.32 and in 0.25 in different places
 CONNECT_S = 10.0
 LEASE_S = 120.0  # a run that was killed keeps its servers from others for so long
@@ -113,6 +115,11 @@ class Control:
                     "parallelism, which cannot be proved; start it with --tensor-parallel-size alone, or one "
                     "server for each device (cohort serve --devices 0,1)"
                 )
+            if (count := parallel.get("_api_process_count", 1)) > 1:
+                raise ValueError(
+                    f"server {self.url} has {count} API processes, each of which knows only its own "
+                    "completions; start it with --api-server-count 1"
+                )
             has_receiver = parallel["worker_extension_cls"] == RECEIVER
             told = self._rpc("cohort_facts")[0] if has_receiver else {}
             self._facts = Facts(
@@ -132,6 +139,14 @@ class Control:
     def pause(self) -> None:
         """Holds all requests where they are, with no step in flight; safe to call twice."""
         self.call("POST", "/pause", "the pause", params={"mode": "keep", "clear_cache": "false"})
+
+    def sampled(self) -> dict[str, int]:
+        """{id of a request: tokens so far} of what a paused server holds.
+
+        Raises:
+            ValueError: it is not paused, or its lock is of an older version, which cannot say it.
+        """
+        return self.call("GET", SAMPLED, "how much it has sampled")
 
     def resume(self) -> None:
         """Goes on with the requests that a pause holds."""
@@ -261,4 +276,69 @@ class Control:
         if answer.status_code != 200:
             kind = ServerDead if answer.status_code >= 500 else ValueError
             raise kind(f"server {self.url}: {what}: {path} answered {answer.status_code} {answer.text[:300]}")
-        return answer.json()
+        try:
+            return answer.json()
+        except ValueError as error:
+            said = f"server {self.url}: {what}: {path} answered no JSON: {answer.text[:300]}"
+            raise ServerDead(said) from error
+
+
+Layouts = dict[int, Mapping[str, HeldTensor]]
+"""What servers with so many workers hold."""
+
+
+def check_alike(control: Control, layouts: Layouts, *, proved: Collection[int], routes: bool) -> None:
+    """Adds what a server holds to `layouts` if it fits the others. Its slices may differ from theirs.
+
+    Args:
+        proved: layouts whose fingerprints are known; none before the first weights.
+        routes: it has to say which experts computed each token.
+
+    Raises:
+        ValueError: it has another model, or does not say its routes.
+        EngineError: nobody knows what its slices have to show before the next weights are sent.
+    """
+    held, workers = control.describe(), control.facts().num_workers
+    if routes and not control.facts().has_routes:
+        raise ValueError(f"server {control.url} {LACKS_ROUTES}, and this run replays routes: start it again")
+    for number, known in layouts.items():
+        ours, theirs = (known, held) if number == workers else (_as_whole(known), _as_whole(held))
+        if differ := sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)):
+            raise ValueError(f"server {control.url} has another model: {', '.join(differ[:3])}")
+    layouts.setdefault(workers, held)
+    if proved and workers not in proved:
+        raise EngineError(
+            f"server {control.url} has {workers} worker(s), as none had when the current weights were sent; "
+            "it gets the next ones"
+        )
+
+
+def _as_whole(held: Mapping[str, HeldTensor]) -> dict[str, HeldTensor]:
+    plain = {name: one for name, one in held.items() if not name.endswith(")")}
+    return {name: replace(one, sampled=False, axis=0, ranges=()) for name, one in plain.items()}
+
+
+def noting(
+    weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights on, and puts the fingerprints that servers have to show into `found`."""
+    copies: dict[str, list[str]] = {}
+    for name, one in held.items():
+        copies.setdefault(one.source, []).append(name)
+    hashes = Fingerprints()
+    for name, tensor in weights:
+        for copy in copies.get(name, ()):
+            hashes.add(copy, compared_part(tensor, held[copy], version))
+        yield name, tensor
+    found |= hashes.found()
+
+
+def check_held(content: str, prints: Mapping[str, int], *, version: int, expected: Mapping[str, int]) -> None:
+    """Raises EngineError if a server holds other weights than those of this version."""
+    if content.partition(".")[0] != str(version):
+        raise EngineError(f"it holds {content or 'no weights'}, not version {version}")
+    if wrong := mismatches(expected, prints):
+        raise EngineError(
+            f"it does not hold version {version}: the fingerprints of {len(wrong)} of {len(expected)} "
+            f"tensors differ from the policy's: {', '.join(wrong[:8])}"
+        )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rl.types import FinishReason, SamplingParams, VersionSpan
 from rollout.calls import completion_routes
+from rollout.engine import EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 
@@ -58,7 +59,10 @@ class Stream:
         versions: of the weights that sampled each token.
         first: number of tokens that earlier servers have sampled.
         said: labels of the weights that sampled each token from `first` on, if the server gives them.
+        sure: number of tokens after which the server was found to hold the weights that it had proved.
         tries: number of servers that began it.
+        asked_as: the id of its request at the present server, which other processes ask, too.
+        marks: (number of tokens, version): up to so many are of no later version, also those yet to come.
         rows: experts that the last server says (`completion_routes`), with its last message.
     """
 
@@ -72,9 +76,12 @@ class Stream:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     first: int = 0
+    sure: int = 0
     said: list[str] | None = None
     reason: str | None = None
     tries: int = 0
+    asked_as: str = ""
+    marks: list[tuple[int, int]] = field(default_factory=list)
     rows: Any = field(default=None, repr=False)
     task: Any = None
 
@@ -82,8 +89,10 @@ class Stream:
         """The request for what is left. After kept tokens it has another seed, since the random numbers of
         the first one are used up.
         """
-        self.first, self.tries = len(self.token_ids), self.tries + 1
-        self.said, self.reason, self.rows = None, None, None
+        self.first = self.sure = len(self.token_ids)
+        self.tries += 1
+        self.asked_as = f"{salt}.{self.id}.{self.tries}"
+        self.said, self.reason, self.rows, self.marks = None, None, None, []
         left = self.sampling.max_completion_length - self.first
         parameters = request_body(self.sampling, max_tokens=left)
         if self.seed is not None:
@@ -93,7 +102,8 @@ class Stream:
         ids = self.prompt_ids + self.token_ids
         if self.with_routes:  # prompts are routed live in training
             parameters["routed_experts_prompt_start"] = len(ids) - 1
-        return {"token_ids": ids, "sampling_params": parameters, "cache_salt": salt, "stream": True}
+        asked = {"token_ids": ids, "sampling_params": parameters, "cache_salt": salt, "stream": True}
+        return asked | {"request_id": self.asked_as}
 
     def take(self, message: dict[str, Any], version: int) -> None:
         """Adds what a message of the server brings."""
@@ -110,22 +120,36 @@ class Stream:
                 raise RuntimeError("the model's logits are not finite")
             self.token_ids += ids
             self.logprobs += logprobs
-            self.versions += [version] * len(ids)
+            places = range(len(self.versions), len(self.token_ids))
+            self.versions += [next((old for end, old in self.marks if at < end), version) for at in places]
             if (spans := choice.get("weight_versions")) is not None:
                 self.said = [s["version"] for s in spans for _ in range(s["end"] - s["start"])]
             if (routed := choice.get("routed_experts")) is not None:
                 self.rows = np.load(BytesIO(b64decode(routed)), allow_pickle=False)
             self.reason = choice.get("finish_reason") or self.reason
 
+    def mark(self, count: int | None, version: int) -> None:
+        """Notes how many tokens its paused server, of this version, has sampled. None: it has ended, or has
+        not begun; in that case a later mark, or a new request, takes this one's place.
+
+        Raises:
+            EngineError: they are fewer than it has sent.
+        """
+        sent = len(self.token_ids) - self.first
+        if count is not None and count < sent:
+            raise EngineError(f"it counts {count} tokens of a completion of which it has sent {sent}")
+        end = self.first + (self.sampling.max_completion_length if count is None else count)
+        self.marks = [mark for mark in self.marks if mark[0] < end] + [(end, version)]
+
     def keep(self, num_tokens: int) -> None:
         self.rows = None
         for values in (self.token_ids, self.logprobs, self.versions):
             del values[num_tokens:]
 
-    def drop(self) -> None:
-        """Forgets what this server has sampled, its end included, which may have come a moment before."""
+    def drop(self, sure: int = 0) -> None:
+        """Forgets what this server has sampled beyond `sure` tokens, and the end that may just have come."""
         self.reason = None
-        self.keep(self.first)
+        self.keep(max(self.first, sure))
 
     def answer(self) -> Answer:
         """The completion so far; an "abort" if more is left to sample."""

@@ -45,7 +45,6 @@ class VllmEngine:
         sample_while_training: sample while the trainer computes, if the core has its own process. Off on a
             GPU by default, where the two would only take turns.
         timeout_s: longest wait for one `generate` call.
-        version: policy version of the core's weights.
     """
 
     name = "vllm"
@@ -59,12 +58,11 @@ class VllmEngine:
         seed_requests: bool | None = None,
         sample_while_training: bool | None = None,
         timeout_s: float = 600.0,
-        version: int = 0,
     ) -> None:
         goes_on = core.is_on_cpu if sample_while_training is None else sample_while_training
         self.runs_alone, self.held_while_training = core.runs_alone, core.runs_alone and not goes_on
         self.sleeps_while_training, self._is_asleep = core.sleeps, False
-        self.tokenizer, self.version, self.device = tokenizer, version, core.device
+        self.tokenizer, self.version, self.device = tokenizer, 0, core.device
         self.timeout_s, self.max_model_len = timeout_s, max_model_len
         self.seed_requests = core.seeds_are_free if seed_requests is None else seed_requests
         self.tensors: Mapping[str, HeldTensor] = core.describe()

@@ -25,19 +25,9 @@ from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.broadcast import WeightBroadcast
-from rollout.vllm.control import Control
+from rollout.vllm.control import Control, Layouts, check_alike, check_held, noting
 from rollout.vllm.core import Answer, SleepingPart, Stream, in_thread
-from rollout.vllm.member import (
-    TICK_S,
-    Member,
-    State,
-    check_held,
-    each,
-    in_turn,
-    noting,
-    same_canary,
-    scored,
-)
+from rollout.vllm.member import TICK_S, Member, State, each, free_member, in_turn, same_canary
 from rollout.vllm.served import Server
 from rollout.vllm.weight_files import Push, WeightFiles
 
@@ -56,6 +46,7 @@ class Fleet:
         timeout_s: longest wait for a server's answer, and for any server to be up.
         note: is told when a server is lost, and when it is up again.
         run: names the run whose servers these are, while they do not serve another one.
+        waits: nothing that a server sampled is handed out before `prompt_logprobs` has compared its canary.
 
     Raises:
         ValueError, EngineError: a server is not fit, or two differ; or none answers.
@@ -77,19 +68,20 @@ class Fleet:
         timeout_s: float,
         note: Callable[[str], None],
         run: str = "",
+        waits: bool = True,
     ) -> None:
         self.connect, self.tolerance, self.timeout_s, self.note = connect, tolerance, timeout_s, note
         self.device, self.run, self.routes = torch.device("cpu"), run, False
         self.files: WeightFiles | WeightBroadcast | None = None
         self._answered: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
         own = {"salt": secrets.token_hex(16), "sink": self._answered, "sends": files is not None, "run": run}
-        self.members = [Member(Server(url, token, **own)) for url in urls]
+        self.members = [Member(Server(url, token, **own), waits) for url in urls]
         self._waiting: deque[list[Stream]] = deque()
         self._finished: list[Answer] = []
-        self._expected: dict[str, int] = {}  # fingerprints of what was sent
+        self._layouts: Layouts = {}  # the first one stands for all outside
+        self._expected: dict[int, dict[str, int]] = {}  # of each: fingerprints of what was sent
         self._canary: tuple[list[int], list[float]] | None = None
         self._down_since: float | None = None
-        self._held: Mapping[str, HeldTensor] = {}
         self._version, self.vocab_size = WEIGHTS_UNKNOWN, 0
         self._turn, self._is_closed = RLock(), Event()
         try:
@@ -99,20 +91,17 @@ class Fleet:
                     member.server.asked.wait(timeout_s)
                 except EngineError as error:
                     self._lose(member, State.DEAD, str(error))
-            if not self._held:
+            if not self._layouts:
                 raise EngineError(f"no server can be used: {self._said()}")
-            self.files = files and files(self._held)
+            self.files = files and files(self.describe())
             Thread(target=self._watch, name="fleet", daemon=True).start()
         except BaseException:
             self.close()
             raise
 
     def _met(self, member: Member, control: Control) -> None:
-        held = control.describe()
-        if self._held and held != self._held:
-            differ = sorted(name for name in {*held, *self._held} if held.get(name) != self._held.get(name))
-            raise ValueError(f"server {member.server.url} has another model: {', '.join(differ[:3])}")
-        self._held, self.vocab_size, member.link = held, control.facts().vocab_size or 0, control
+        check_alike(control, self._layouts, proved=self._expected, routes=self.routes)
+        self.vocab_size, member.link = control.facts().vocab_size or 0, control
 
     @in_turn
     def add(
@@ -172,6 +161,7 @@ class Fleet:
         if self.files is not None:
             self._each(self._up(), lambda member: member.control.resume)
             return
+        self._canary = self._canary if version == self._version else None
         self._version = version
         self._prove([member for member in self.members if member.link is not None], None, lost=State.STALE)
 
@@ -185,10 +175,13 @@ class Fleet:
         """
         assert self.files is not None
         self._look()
-        self._version, self._expected, self._canary = WEIGHTS_UNKNOWN, {}, None
+        self._version, self._canary = WEIGHTS_UNKNOWN, None
+        self._expected = {workers: {} for workers in self._layouts}
         self._hold(self._up())
         self._take_in(0.0)  # while each holds the weights that sampled it
-        push = self.files.write(noting(weights, self._held, version, self._expected), version=version)
+        for workers, held in self._layouts.items():
+            weights = noting(weights, held, version, self._expected[workers])
+        push = self.files.write(weights, version=version)
         self._version = version
         self._prove(self._up(), push, lost=State.STALE)  # one that lacks the base gets them whole
         self._join([member for member in self.members if member.state is State.STALE], at_once=True)
@@ -198,11 +191,11 @@ class Fleet:
         self.files.commit()
 
     def describe(self) -> Mapping[str, HeldTensor]:
-        return self._held
+        return next(iter(self._layouts.values()))
 
     def fingerprints(self) -> Mapping[str, int]:
         """The fingerprints that all servers that are up have shown."""
-        return self._expected if self._up() else {}
+        return next(iter(self._expected.values()), {}) if self._up() else {}
 
     @in_turn
     def close(self) -> None:
@@ -221,7 +214,7 @@ class Fleet:
     def _watch(self) -> None:
         """Takes servers back that answer again, so that they sample as soon as somebody asks."""
         while not self._is_closed.wait(LOOK_S):
-            with self._turn, suppress(EngineError):  # which the next to ask meets, too
+            with self._turn, suppress(EngineError, ValueError, OSError):  # which the next to ask meets, too
                 if not self._is_closed.is_set() and len(self._up()) < len(self.members):
                     self._look()
                     self._dispatch()
@@ -240,7 +233,7 @@ class Fleet:
             self._join([member for member in self.members if member.state is State.STALE])
 
     def _lose(self, member: Member, state: State, fault: str) -> None:
-        """Lets its completions go on elsewhere. Those of a dead one keep their tokens if its canary was
+        """Lets its completions go on elsewhere. Those of a dead one keep what is sure if its canary was
         compared. One that answers, but could not prove its weights, may have had others: what it sampled is
         dropped.
         """
@@ -264,7 +257,7 @@ class Fleet:
             streams = [stream for server, stream in found if server is member.server]
             if self.files is not None:
                 member.confirm([one for one in streams if one.reason is not None and one.said is None])
-            for stream in streams:
+            for stream in member.ready(streams):
                 self._take(member, stream)
 
     def _take(self, member: Member, stream: Stream) -> None:
@@ -273,7 +266,9 @@ class Fleet:
             return
         if not member.streams:
             member.idle_since = time.monotonic()
-        answer = member.answer(stream)
+        if not member.is_compared:  # and it may never be
+            stream.drop()
+        answer = stream.answer()
         if answer.finish_reason != "abort" or stream.tries >= MAX_TRIES:
             self._finished.append(answer)
         else:
@@ -282,19 +277,11 @@ class Fleet:
             raise EngineError(f"server {member.server.url} refuses what it is asked: {refusal}")
 
     def _dispatch(self) -> None:
-        """Sends all completions of a prompt to one server, which caches it: the one with the fewest, or of
-        several idle ones the longest idle.
-        """
-        while self._waiting:
-            group = self._waiting[0]
-            ready = [m for m in self.members if m.state is State.UP and m.server.fault is None]
-            free = [m for m in ready if not m.streams or len(m.streams) + len(group) <= m.cap]
-            if not free:
-                return
-            member = min(free, key=lambda m: (len(m.streams), m.idle_since))
+        """Sends all completions of a prompt to one server, which caches it."""
+        while self._waiting and (member := free_member(self.members, len(self._waiting[0]))) is not None:
+            group = self._waiting.popleft()
             member.streams |= {stream.id: stream for stream in group}
             member.server.start(group)
-            self._waiting.popleft()
 
     def _check_any_up(self, waiting_for: str) -> None:
         self._down_since = None if self._up() else self._down_since or time.monotonic()
@@ -306,7 +293,7 @@ class Fleet:
         each(members, *work, lose=self._lose, timeout_s=self.timeout_s, **lost)
 
     def _hold(self, members: Sequence[Member]) -> None:
-        self._each(members, lambda member: member.hold)
+        self._each(members, lambda member: member.hold, lost=State.STALE)
 
     def _prove(self, members: Sequence[Member], push: Push | None, *, lost: State = State.DEAD) -> None:
         """Loads weights into paused servers, each of which goes on only if it shows their fingerprints. If
@@ -314,7 +301,8 @@ class Fleet:
         """
 
         def judge(member: Member, found: tuple[str, dict[str, int]]) -> None:
-            check_held(*found, version=self._version, expected=self._expected)
+            expected = self._expected.get(member.control.facts().num_workers, {})
+            check_held(*found, version=self._version, expected=expected)
             member.server.holds(self._version, found[0])
             if push is not None:
                 member.control.resume()
@@ -342,9 +330,14 @@ class Fleet:
             self.note(f"server {member.server.url} is up and holds version {self._version}")
 
     def _scored(self, token_ids: list[int]) -> list[float]:
-        """The canary's log-probs of the first server that is up; the others' are compared with them."""
-        limits = {"tolerance": self.tolerance, "timeout_s": self.timeout_s}
-        if (found := scored(self._up(), token_ids, lose=self._lose, **limits)) is None:
+        """The canary's log-probs of the first server that is up; one whose own differ from these is lost."""
+        self._canary = None
+
+        def compare(member: Member, logprobs: list[float]) -> None:
+            self._canary = self._canary or (token_ids, logprobs)
+            same_canary(member, logprobs, self._canary[1], self.tolerance)
+
+        self._each(self._up(), lambda member: member.server.score(token_ids).result, compare)
+        if self._canary is None:
             raise EngineError(f"no server computed the canary's log-probs: {self._said()}")
-        self._canary = (token_ids, found)
-        return found
+        return self._canary[1]

@@ -43,6 +43,7 @@ PATHS: dict[str, dict[str, str]] = {
         "call_utility": "engine_core.call_utility",
         "processes": "engine_core.resources.engine_manager.processes",
     },
+    "server": {"states": "output_processor.request_states", "came": "engine_core.outputs_queue"},
     "scheduler": {
         "requests": "requests",
         "waiting": "waiting",

@@ -85,7 +85,7 @@ class LocalCore:
         self.seeds_are_free = self.is_on_cpu or getattr(engine.vllm_config, "use_v2_model_runner", False)
         self.device = torch.device("cpu" if self.is_on_cpu else f"cuda:{torch.cuda.current_device()}")
         self.vocab_size: int = engine.model_config.get_vocab_size()
-        self._versions = [settings.version]  # of the weights, one more at each resumption
+        self._versions = [0]  # of the weights, one more at each resumption
         self._begun: dict[str, tuple[int, list[int]]] = {}  # request -> index of its first version, prompt
         self._finished: list[Answer] = []  # in the steps before a pause
         self._asleep: set[SleepingPart] = set()

@@ -1,4 +1,6 @@
-"""The lock of a server: every route except /health asks for the run's token.
+"""The lock of a server: every route except /health asks for the run's token. And the route behind it that is
+ours, `SAMPLED`: how many tokens a paused server has sampled of each completion. A message brings several
+(vLLM's --stream-interval), which may be of two versions.
 
 vLLM's own `--api-key` leaves the routes open that replace weights. Start a server with
 `--middleware rollout.vllm.lock.RequireToken` and name the token's file in `COHORT_TOKEN_FILE`. The token
@@ -7,17 +9,27 @@ itself is never in an environment, on a command line or in a log.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
 import os
 import secrets
 import stat
+import time
 from pathlib import Path
 from typing import Any
+
+from rollout.vllm.internals import reach, require
 
 TOKEN_FILE = "COHORT_TOKEN_FILE"
 RECEIVER = "rollout.vllm.worker.WeightReceiver"  # the worker extension, which a run's server needs as well
 OPEN_PATHS = ("/health",)
 MIN_CHARACTERS = 16
+SAMPLED = "/cohort/sampled"
+PREFIX = "generate-tokens-"  # vLLM's, before the id that a request gives
+QUIET_TURNS = 5  # of the event loop, in which vLLM takes in what its engine has sent
+TURN_S = 0.001
+LONGEST_S = 10.0
 
 
 def read_token(file: str | Path) -> str:
@@ -61,8 +73,39 @@ def bears(headers: Any, token: str) -> bool:
     return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {token}".encode())
 
 
+async def counted(engine: Any) -> dict[str, int] | None:
+    """{id of a request: its tokens so far} of vLLM's frontend; None if they still become more.
+
+    The engine answers a pause after it has sent its last tokens, so that all of them are here already.
+    """
+    require("server", engine)
+    states, came = reach("server", "states", engine), reach("server", "came", engine)
+    before: dict[str, int] | None = None
+    quiet, deadline = 0, time.monotonic() + LONGEST_S
+    while quiet < QUIET_TURNS and time.monotonic() < deadline:
+        await asyncio.sleep(TURN_S)
+        now = {
+            state.external_req_id.removeprefix(PREFIX): state.detokenizer.num_output_tokens()
+            for state in states.values()
+        }
+        quiet = quiet + 1 if now == before and came.empty() else 0
+        before = now
+    return before if quiet == QUIET_TURNS else None
+
+
+async def answer(scope: Any, send: Any) -> None:
+    """Answers a request for `SAMPLED`, with 409 if the server is not paused."""
+    found = await counted(scope["app"].state.engine_client)
+    status = 409 if found is None else 200
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    said = "it samples: pause it first" if found is None else found
+    await send({"type": "http.response.body", "body": json.dumps(said).encode()})
+
+
 class RequireToken:
-    """ASGI middleware that answers 401 to any request, and closes any web socket, without the token.
+    """ASGI middleware that answers 401 to any request, and closes any web socket, without the token. It adds
+    the route `SAMPLED`.
 
     Raises:
         ValueError: `COHORT_TOKEN_FILE` does not name a token's file.
@@ -77,7 +120,8 @@ class RequireToken:
         kind = scope["type"]
         is_open = kind == "lifespan" or (kind == "http" and scope["path"] in OPEN_PATHS)
         if is_open or bears(scope["headers"], self._token):
-            await self.app(scope, receive, send)
+            is_ours = kind == "http" and scope["path"] == SAMPLED
+            await (answer(scope, send) if is_ours else self.app(scope, receive, send))
         elif kind == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
-from rollout.fingerprint import Fingerprints, HeldTensor, compared_part, mismatches
-from rollout.vllm.control import RECEIVER, Control, ServerDead
-from rollout.vllm.core import Answer, Stream, in_thread
+from rollout.vllm.control import LACKS_ROUTES, RECEIVER, Control, ServerDead
+from rollout.vllm.core import Stream, in_thread
 from rollout.vllm.served import UNPROVED, Server
 from rollout.vllm.weight_files import Push
 
@@ -27,6 +25,7 @@ FIRST_CAP = 256
 FULL_CACHE = 0.95
 PATIENCE = 3  # consecutive metrics with waiting requests
 RETRY_S = 10.0  # before one that failed to join may try again
+LEAVE_S = 10.0  # for a server to hear that it is free
 TICK_S = 0.1
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -51,10 +50,13 @@ class Member:
         cap: highest number of completions that it is given.
         idle_since: `time.monotonic()` when it ran out of work.
         lost_at: `time.monotonic()` when it was lost; for `RETRY_S` it is not asked to join again.
-        is_compared: the canary of its weights has been compared, here or by the process that sends them.
+        waits: nothing that it sampled is handed out before the canary of its weights is compared.
+        is_compared: that has been done, by this process.
+        early: completions that have ended, and wait for it.
     """
 
     server: Server
+    waits: bool = True
     link: Control | None = None
     state: State = State.STALE
     fault: str = "it has not answered yet"
@@ -64,13 +66,15 @@ class Member:
     idle_since: float = 0.0
     lost_at: float = -RETRY_S
     is_compared: bool = False
+    early: list[Stream] = field(default_factory=list)
     _preemptions: float = 0.0
     _num_waits: int = 0
     _seen: Any = None
 
     @property
     def control(self) -> Control:
-        assert self.link is not None
+        if self.link is None:
+            raise EngineError("another process has taken its place")
         return self.link
 
     @property
@@ -114,8 +118,8 @@ class Member:
         """Gives it back for other runs, if it has been leased, and ends all connections."""
         self.server.close()  # first, or it might renew the lease
         if run and self.link is not None and self.server.fault is None:
-            with suppress(EngineError, ValueError):
-                self.control.lease(run, 0.0)
+            with suppress(EngineError, ValueError, TimeoutError):
+                in_thread(partial(self.control.lease, run, 0.0)).result(LEAVE_S)
         self.close()
 
     def may_join(self, at_once: bool) -> bool:
@@ -124,9 +128,17 @@ class Member:
         return is_time and self.server.fault is None and self.server.gauges is not None
 
     def hold(self) -> None:
-        """Pauses it, and waits for what its streams still bring."""
+        """Pauses it, and asks how much it has sampled of each stream, and with what.
+
+        Raises:
+            EngineError: weights that nobody has proved.
+        """
         self.control.pause()
-        self.server.settle()
+        if self.streams:
+            self.server.mark(self.control.sampled())
+        self.confirm(sampled := list(self.streams.values()))
+        if sampled and self.server.version == WEIGHTS_UNKNOWN:
+            raise EngineError(self.server.doubt)
 
     def wait(self, answer: Future[T], what: str, timeout_s: float) -> T:
         """The result of a call to the server, waited for while it is alive. A call may have to wait until
@@ -137,7 +149,7 @@ class Member:
         """
         deadline, before = 0.0, -1
         while not wait_for([answer], TICK_S).done:
-            if (now := sum(len(stream.token_ids) for stream in self.streams.values())) != before:
+            if (now := sum(len(stream.token_ids) for stream in list(self.streams.values()))) != before:
                 deadline, before = time.monotonic() + timeout_s, now
             if (fault := self.loss) is not None:
                 raise ServerDead(f"{what}: {fault}")
@@ -157,30 +169,35 @@ class Member:
         self.started = (self.server.gauges or {}).get("started")
         if run:
             self.control.lease(run)
+        self.is_compared = not self.waits
         if push is None or bring is None:
-            self.is_compared = True
             return self.control.holds(), {}
         bring(self, push)
-        self.is_compared = False
         self.control.load(push)
         return push.content, self.control.fingerprints(push.version)
 
-    def answer(self, stream: Stream) -> Answer:
-        """What it has sampled of a completion; nothing if its canary may never be compared."""
-        if not (self.is_compared or (self.is_up and stream.reason)):
-            stream.drop()
-        return stream.answer()
+    def ready(self, ended: list[Stream]) -> list[Stream]:
+        """Completions to be handed out, or to go on elsewhere: all that have not to wait for the canary."""
+        ended = self.early + ended
+        waits = self.is_up and not self.is_compared
+        self.early = [stream for stream in ended if waits and stream.reason is not None]
+        return [stream for stream in ended if stream not in self.early]
 
-    def confirm(self, finished: Sequence[Stream]) -> None:
-        """Drops answers that do not say what sampled them if the server does not hold the proved weights."""
-        if not finished:
+    def confirm(self, streams: Sequence[Stream]) -> None:
+        """Drops what streams have brought, and do not say what sampled it, if the server does not hold the
+        proved weights.
+        """
+        if not streams:
             return
         try:
-            holds = self.link.holds() if self.link is not None else "unknown"
+            link = self.control
+            holds = self.wait(in_thread(link.holds), "what it holds", link.timeout_s)
         except (EngineError, ValueError) as error:
             holds = str(error)
         if holds != self.server.label:
-            self.server.distrust(UNPROVED.format(holds), finished)
+            self.server.distrust(UNPROVED.format(holds), streams)
+        for stream in streams:
+            stream.sure = len(stream.token_ids)
 
     def follow_metrics(self) -> None:
         """Lowers the cap to what runs if the cache is full, or if requests are preempted or wait. Raises it
@@ -199,6 +216,13 @@ class Member:
         self._seen, self._preemptions = gauges, preemptions
 
 
+def free_member(members: Sequence[Member], number: int) -> Member | None:
+    """The server for so many completions: that with the fewest, or of several idle ones the longest idle."""
+    ready = [m for m in members if m.state is State.UP and m.server.fault is None]
+    free = [m for m in ready if not m.streams or len(m.streams) + number <= m.cap]
+    return min(free, key=lambda m: (len(m.streams), m.idle_since), default=None)
+
+
 Lose = Callable[[Member, State, str], None]
 
 
@@ -213,14 +237,10 @@ def in_turn(method: M) -> M:
     return cast(M, alone)
 
 
-def ignored(member: Member, found: Any) -> None:
-    """For calls whose result says nothing."""
-
-
 def each(
     members: Sequence[Member],
     work: Callable[[Member], Callable[[], T]],
-    then: Callable[[Member, T], Any] = ignored,
+    then: Callable[[Member, T], Any] = lambda member, found: None,
     *,
     lose: Lose,
     timeout_s: float,
@@ -234,26 +254,6 @@ def each(
             then(member, member.wait(found, "a call", timeout_s))
         except (EngineError, ValueError) as error:
             lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
-
-
-def scored(
-    members: Sequence[Member], token_ids: list[int], *, lose: Lose, tolerance: float, timeout_s: float
-) -> list[float] | None:
-    """The log-probs of the first member that gives them, to which those of the others are equal, or None.
-
-    Raises:
-        EngineError: two members differ by more than `tolerance`.
-    """
-    first: list[float] | None = None
-    for member, score in [(member, member.server.score(token_ids)) for member in members]:
-        try:
-            logprobs = member.wait(score, "the canary", timeout_s)
-        except RuntimeError as error:
-            lose(member, State.DEAD, str(error))
-            continue
-        first = first or logprobs
-        same_canary(member, logprobs, first, tolerance)
-    return first
 
 
 def connect(
@@ -275,11 +275,13 @@ def connect(
             "--enable-scale-out, for token ids in and out": not facts.has_generate,
             f"--worker-extension-cls {RECEIVER}, for weights and their proof": not facts.has_receiver,
             "--logprobs-mode processed_logprobs": facts.logprobs_mode != "processed_logprobs",
-            f"--dtype {wanted}, not {facts.dtype}": facts.dtype != wanted,
+            f"--dtype {wanted} (it has {facts.dtype})": facts.dtype != wanted,
             f"--max-model-len {max_model_len} or more": facts.max_model_len < max_model_len,
         }
         if lacks := [fault for fault, is_true in faults.items() if is_true]:
-            raise ValueError(f"server {url} lacks {'; '.join(lacks)}: start it again, best by `cohort serve`")
+            raise ValueError(
+                f"server {url} lacks {'; '.join(lacks)}: start it again with that, best by `cohort serve`"
+            )
         control.describe()
         if run:
             control.lease(run)
@@ -289,26 +291,11 @@ def connect(
     return control
 
 
-def noting(
-    weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Passes weights on, and puts the fingerprints that servers have to show into `found`."""
-    copies: dict[str, list[str]] = {}
-    for name, one in held.items():
-        copies.setdefault(one.source, []).append(name)
-    hashes = Fingerprints()
-    for name, tensor in weights:
-        for copy in copies.get(name, ()):
-            hashes.add(copy, compared_part(tensor, held[copy], version))
-        yield name, tensor
-    found |= hashes.found()
-
-
 def routes_lacking(members: Iterable[Member]) -> str | None:
     """Why servers do not say which experts a token was computed with, or None."""
     links = [member.link for member in members if member.link is not None]
     lacking = [link.url for link in links if not link.facts().has_routes]
-    return f"server {lacking[0]} lacks --enable-return-routed-experts" if lacking else None
+    return f"server {lacking[0]} {LACKS_ROUTES}" if lacking else None
 
 
 def said_of(members: Iterable[Member]) -> str:
@@ -317,17 +304,6 @@ def said_of(members: Iterable[Member]) -> str:
     known = [f for f in facts if f is not None]
     kinds = sorted({f"vLLM {f.vllm}, versions {'said' if f.has_spans else 'cut here'}" for f in known})
     return f"{len(facts)} server(s): {'; '.join(kinds)}"
-
-
-def check_held(content: str, prints: Mapping[str, int], *, version: int, expected: Mapping[str, int]) -> None:
-    """Raises EngineError if a server holds other weights than those of this version."""
-    if content.partition(".")[0] != str(version):
-        raise EngineError(f"it holds {content or 'no weights'}, not version {version}")
-    if wrong := mismatches(expected, prints):
-        raise EngineError(
-            f"it does not hold version {version}: the fingerprints of {len(wrong)} of {len(expected)} "
-            f"tensors differ from the policy's: {', '.join(wrong[:8])}"
-        )
 
 
 def same_canary(member: Member, logprobs: Sequence[float], others: Sequence[float], tolerance: float) -> None:

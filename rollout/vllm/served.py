@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import SimpleQueue
@@ -27,12 +27,11 @@ from rollout.vllm.core import Stream, request_body
 GENERATE = "/inference/v1/generate"
 POLL_S = 1.0
 POLL_TIMEOUT_S = 10.0
-RENEW_S = 20.0
+RENEW_S = 5.0  # also the time whose tokens are lost with a server
 CONNECT_S = 10.0
 KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
+END_S = 5.0  # for the last message of a completion that a server has ended
 LOOP_S = 60.0  # longest wait for the thread of the streams
-SETTLE_S = 0.05  # a paused server has sent all that it sampled if nothing came for so long
-MAX_SETTLE_S = 5.0
 UNPROVED = "it sampled with weights that nobody has proved ({})"
 GAUGES = {
     "vllm:num_requests_running": "running",
@@ -106,32 +105,44 @@ class Server:
         self._loop.call_soon_threadsafe(self._cancel, ids)
 
     def give_up(self, *, keep: bool) -> None:
-        """Ends all streams, and distrusts the server. With `keep`, streams keep their tokens, unless unproved
+        """Ends all streams, and distrusts the server. With `keep`, streams keep what is sure, unless unproved
         weights were found there: which tokens those sampled is not known before a stream's end.
         """
 
         def end() -> None:
-            if self.version == WEIGHTS_UNKNOWN or not keep:
-                for stream in self._streams.values():
-                    stream.drop()
+            is_sure = keep and self.version != WEIGHTS_UNKNOWN
+            for stream in self._streams.values():
+                stream.drop(stream.sure if is_sure else 0)
             self._cancel(list(self._streams))
             self._labels, self.version = {}, WEIGHTS_UNKNOWN
 
         self._in_loop(end)
 
-    def distrust(self, doubt: str, streams: Sequence[Stream] = ()) -> None:
+    def distrust(self, doubt: str, streams: Iterable[Stream] = ()) -> None:
         """Notes that unproved weights were found, with which these streams have sampled."""
         self.doubt, self.version = doubt, WEIGHTS_UNKNOWN
         for stream in streams:
             stream.drop()
 
-    def settle(self) -> None:
-        """Waits until a paused server has sent all that it sampled."""
-        deadline, before = time.monotonic() + MAX_SETTLE_S, -1
-        count = lambda: sum(len(stream.token_ids) for stream in self._streams.values())  # noqa: E731
-        while (now := self._in_loop(count)) != before and time.monotonic() < deadline:
-            before = now
-            time.sleep(SETTLE_S)
+    def mark(self, counts: Mapping[str, int]) -> None:
+        """Notes how much of each stream it has sampled, by request, while it is paused. A stream that it does
+        not count any longer has ended; this waits for its last message.
+
+        Raises:
+            EngineError: a stream does not end, or has brought more than it counts.
+        """
+
+        def note() -> list[Stream]:
+            for stream in self._streams.values():
+                stream.mark(counts.get(stream.asked_as), self.version)
+            begun = [stream for stream in self._streams.values() if len(stream.token_ids) > stream.first]
+            return [stream for stream in begun if stream.asked_as not in counts]
+
+        ended, deadline = self._in_loop(note), time.monotonic() + END_S
+        while any(self._streams.get(stream.id) is stream for stream in ended):
+            if time.monotonic() > deadline:
+                raise EngineError(f"it counts no tokens of a completion that did not end within {END_S:g} s")
+            time.sleep(END_S / 1000)
 
     def holds(self, version: int, label: str) -> None:
         """Notes that its tokens are now of `version`, which it calls `label`. Streams without a token begin
@@ -140,8 +151,7 @@ class Server:
         Raises:
             EngineError: this process does not send weights, and these come from another sender than before.
         """
-        writer = label.partition(".")[2]
-        if not self.sends and self.label.partition(".")[2] not in ("", writer):
+        if not self.sends and writer_of(self.label) not in ("", writer_of(label)):
             raise EngineError(f"it holds weights of another run ({label})")
 
         def begin_again() -> None:
@@ -213,8 +223,9 @@ class Server:
                 async for line in reply.aiter_lines():
                     if line.startswith("data: {"):
                         stream.take(json.loads(line.removeprefix("data: ")), self.version)
-        except (httpx.HTTPError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            stream.reason, self.fault = None, f"{type(error).__name__}: {error}"
+        except Exception as error:  # nobody else would know that the stream has ended
+            stream.drop(stream.sure if self.version != WEIGHTS_UNKNOWN else 0)
+            self.fault = f"{type(error).__name__}: {error}"
         self._check_versions(stream)
         del self._streams[stream.id]
         self.sink.put((self, stream))
@@ -241,9 +252,8 @@ class Server:
 
     def _version_of(self, label: str) -> int | None:
         """A label's version, None if unproved. A process that does not send trusts its sender's labels."""
-        number, _, writer = label.partition(".")
-        is_next = not self.sends and writer == self.label.partition(".")[2]
-        return int(number) if is_next else self._labels.get(label)
+        is_next = not self.sends and writer_of(label) == writer_of(self.label)
+        return int(label.partition(".")[0]) if is_next else self._labels.get(label)
 
     async def _score(self, token_ids: list[int]) -> list[float]:
         wanted = request_body(SamplingParams(1, temperature=0.0), max_tokens=1, prompt_logprobs=0)
@@ -270,24 +280,39 @@ class Server:
                 self.failing_since, self.is_gone = None, False
                 self.answered = time.monotonic()
                 await self._renew()
-            except httpx.HTTPError as error:
-                self.fault = f"GET /health: {type(error).__name__} {error}"
+            except Exception as error:  # without these checks nobody would ever know that it has died
+                self.fault = f"its health check: {type(error).__name__} {error}"
                 self.failing_since = self.failing_since or time.monotonic()
                 self.is_gone = isinstance(error, httpx.ConnectError | httpx.HTTPStatusError)
             self.asked.set()
             await asyncio.sleep(POLL_S)
 
     async def _renew(self) -> None:
-        """Renews the lease of a proved server; an unproved one may lack our extension, and would break."""
+        """Renews the lease of a proved server; an unproved one may lack our extension, and would break. What
+        streams have brought is sure if it still holds weights of this run's sender.
+        """
         if not self._holder or self.version == WEIGHTS_UNKNOWN or time.monotonic() < self._renewed + RENEW_S:
             return
+        proof, before = self._num_proofs, {one: len(one.token_ids) for one in self._streams.values()}
         body = {"method": "cohort_lease", "args": [self._holder, LEASE_S]}
         with suppress(httpx.TimeoutException, ValueError, KeyError):  # it loads weights, perhaps
             reply = await self._http.post("/collective_rpc", json=body, timeout=POLL_TIMEOUT_S)
             told = reply.json()["results"][0]
             self._renewed = time.monotonic()
+            if self.version == WEIGHTS_UNKNOWN or proof != self._num_proofs:
+                return  # these streams may be elsewhere by now
             if told["holder"] != self._holder:
                 self.distrust(f"it serves {told['holder']} now")
+            elif writer_of(told["holds"]) == writer_of(self.label):
+                for stream, number in before.items():
+                    stream.sure = number
+            elif told["holds"]:  # else a load is under way
+                self.distrust(UNPROVED.format(told["holds"]), before)
+
+
+def writer_of(label: str) -> str:
+    """Who wrote the weights that a label names (`Push.content`)."""
+    return label.partition(".")[2]
 
 
 def _gauges(text: str) -> dict[str, float]:

@@ -49,7 +49,6 @@ class CoreSettings:
         recompute_kv: an update computes the keys and values of running completions anew with the new weights;
             default: they stay those of the weights that sampled them.
         timeout_s: longest wait for the start, and for one answer of the core.
-        version: policy version of the weights in `model`.
         routes: answers say which experts each token was computed with.
         sleeps: weights and cache lie where `sleep` can drop them. On a CPU nothing is dropped.
     """
@@ -65,7 +64,6 @@ class CoreSettings:
     recompute_kv: bool = False
     timeout_s: float = 600.0
     revision: str | None = None
-    version: int = 0
     routes: bool = False
     sleeps: bool = False
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rollout.fingerprint import HeldTensor
+from rollout.fingerprint import HeldTensor, listed
 from rollout.vllm.file_server import INDEX, fetch, serving
 
 POSITIONS = "::positions"  # NAME + this: flat positions of the values that NAME holds
@@ -309,7 +309,3 @@ def _checksum(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

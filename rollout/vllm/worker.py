@@ -21,13 +21,13 @@ from torch import Tensor
 from vllm.config import ModelConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.fingerprint import compared_part, fingerprints
+from rollout.fingerprint import compared_part, fingerprints, listed
 from rollout.vllm.broadcast import SCHEME, Group, joined
 from rollout.vllm.bucket import Layout, open_bucket, received
 from rollout.vllm.internals import require
 from rollout.vllm.names import Names
 from rollout.vllm.start import TRAINER_PID
-from rollout.vllm.weight_files import ReadFiles, listed, opened, overwritten
+from rollout.vllm.weight_files import ReadFiles, opened, overwritten
 from rollout.vllm.weights import (
     Slot,
     can_be_written,
@@ -314,11 +314,12 @@ class WeightReceiver:
         return made if self.cohort_writes else list(made)
 
     def cohort_lease(self, run: str, seconds: float) -> dict[str, Any]:
-        """Gives the server to `run` for so long, unless another one has it; who has it, and for how long."""
+        """Gives the server to `run` for so long, unless another has it; who has it, and what it holds."""
         now = time.monotonic()
         if self.cohort_holder[0] in ("", run) or self.cohort_holder[1] <= now:
             self.cohort_holder = run, now + seconds
-        return {"holder": self.cohort_holder[0], "left": self.cohort_holder[1] - now}
+        holder, until = self.cohort_holder
+        return {"holder": holder, "left": until - now, "holds": self.cohort_content}
 
     def cohort_facts(self) -> dict[str, Any]:
         """Which pushed weights the model holds, and what the server's config does not tell a trainer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rl.store.folder import run_name
 from rl.store.ledger import Ledger
 from rollout.vllm.control import Control
 from rollout.vllm.lock import make_token, read_token
 from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import ServerProcess, free_port
+from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 pytestmark = [needs_vllm, pytest.mark.timeout(900)]
@@ -143,12 +146,34 @@ def ledger(folder: Path, name: str) -> list[list[Any]]:
     return [[c for g in step.groups for c in g.completions] for step in steps if step]
 
 
+def test_a_folder_of_the_same_name_is_another_run(folder: Path, servers: list[ServerProcess]):
+    """As in two containers, which have folders of their own under one path."""
+    config = config_of(folder, served_by(servers, folder), "same")
+    process, own, away = start(config), folder / "same", folder / "away"
+    wait_until((own / "run_id").is_file, "the run has begun", 200)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    name = run_name(own)
+    for server in servers:  # or it might run out on a slow machine
+        control = Control(server.url, read_token(folder / "token"))
+        control.lease(name, 600.0)
+        control.close()
+    own.rename(away)
+    process = start(config)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert re.search(rf"serves {re.escape(name)}, which has it for [0-9]+ s more", said), said
+    shutil.rmtree(own)
+    away.rename(own)
+    assert "step 4" in trained(config)  # at once: it has them still
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
         (
             {"dtype": "bfloat16"},
-            "lacks --dtype bfloat16, not float32: start it again",
+            r"lacks --dtype bfloat16 \(it has float32\): start it again with that",
         ),
         (
             {"urls": ["http://127.0.0.1:9"]},

@@ -152,3 +152,20 @@ def test_logits_are_refused_whatever_their_level(serve, tmp_path, change):
     serve(tokenizer=tokenizer).check(tokenizer, 63, 5)
     with pytest.raises(ValueError, match=r"these are not log-probs; serve it with --logprobs-mode"):
         serve(lambda answer: each(answer, change), tokenizer).check(tokenizer, 63, 5)
+
+
+def test_other_weights_are_found_by_the_canary_of_any_request(serve, tmp_path):
+    """Every log-prob moves by as much, so that this is the mean gap; 0.15 is allowed."""
+    tokenizer, moved = make_tiny_tokenizer(tmp_path / "tokenizer"), [0.0]
+    at = serve(lambda answer: each(answer, lambda x: x + moved[0]), tokenizer)
+    at._record = tmp_path / "teacher.json"
+    at.check(tokenizer, 63, 5)
+    ids = json.loads(at._record.read_text())["ids"]
+    assert len(ids) == 63 and len(at.score([[9, 1, 50]], 2)) == 1
+    moved[0] = -0.14
+    at.score([[9, 1, 50]], 2)
+    moved[0] = -0.16
+    with pytest.raises(
+        EngineError, match=r"m has other weights than .* are 0\.16 nats from those in .*teacher"
+    ):
+        at.score([[9, 1, 50]], 2)

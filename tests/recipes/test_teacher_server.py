@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
+import httpx
 import pytest
 import torch
 from accelerate import Accelerator
@@ -185,6 +186,36 @@ def test_a_server_that_is_gone_or_silent_ends_the_run_by_name(served, tiny_model
     finally:
         server.signal(signal.SIGCONT)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.trainable(), strict=True))
+
+
+def test_weights_that_change_in_place_end_the_run_and_its_continuation_by_name(
+    served, teacher_dir, tmp_path, capsys
+):
+    """The server keeps its address and its model's name. It is of no more use for other tests."""
+    server, token = served
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is w{i} ?"}) + "\n" for i in range(10)))
+    (tmp_path / "config.yaml").write_text("{}")
+    words = [str(tmp_path / "config.yaml"), f"run_dir={tmp_path / 'run'}", "engine.name=transformers", *ALONE]
+    words += [f"model.name={teacher_dir.with_name('student')}", "model.dtype=fp32", f"data.source={data}"]
+    words += ["data.max_prompt_length=32", "sampling.max_completion_length=10", "train.prompts_per_step=4"]
+    words += ["train.group_size=4", f"teacher={json.dumps({'url': server.url, 'token_file': str(token)})}"]
+    assert main([*words, "train.steps=2"]) == 0
+    record = tmp_path / "run" / "teacher.json"
+    before = json.loads(record.read_text())
+    at = ScoringServer(server.url, read_token(token), timeout_s=60, record=record)
+    assert len(at.score([[5, 6, 7]], 0)) == 1 and len(before["logprobs"]) == len(before["ids"]) - 1 > 20
+    asked = {"method": "reload_weights", "kwargs": {"weights_path": str(teacher_dir.with_name("student"))}}
+    headers = {"Authorization": f"Bearer {read_token(token)}"}
+    httpx.post(f"{server.url}/collective_rpc", json=asked, headers=headers, timeout=60).raise_for_status()
+    words_of_fault = "has other weights than when the run began: the canary's log-probs are"
+    with pytest.raises(EngineError, match=words_of_fault):
+        at.score([[5, 6, 7]], 0)
+    capsys.readouterr()
+    assert main([*words, "train.steps=3"]) == 1
+    assert words_of_fault in " ".join(capsys.readouterr().err.split())
+    assert json.loads(record.read_text()) == before
+    assert not list((tmp_path / "run" / "checkpoints").glob("*3"))
 
 
 def test_logits_are_not_taken_for_log_probs(teacher_dir, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from rl.config import Config
-from rl.config.read import replaced
+from rl.config.read import load_config, replaced
+from rl.store.folder import claim_config, run_name
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,16 @@ def test_what_is_planned_for_a_card_may_be_set_under_servers():
         replaced(config, {"engine.max_num_seqs": 64, "train.token_budget": 4096}).engine.urls
         == engine["urls"]
     )
+
+
+def test_a_run_keeps_its_name_and_another_folder_of_the_same_path_has_another(tmp_path):
+    """Servers know a run by it: two containers may have folders of their own under one path."""
+    config = load_config(None, [f"run_dir={tmp_path / 'run'}"])
+    claim_config(config)
+    name = run_name(config.run_dir)
+    assert re.fullmatch(rf"the run in {tmp_path}/run \([0-9a-f]{{16}}\)", name)
+    claim_config(config)  # it resumes
+    assert run_name(config.run_dir) == name
+    config.run_dir.rename(tmp_path / "away")
+    claim_config(config)
+    assert run_name(config.run_dir) != name

@@ -115,12 +115,6 @@ def states(engine: VllmEngine) -> list[str]:
     return [str(member.state) for member in engine._core.members]  # type: ignore[attr-defined]
 
 
-def running(engine: VllmEngine) -> list[int]:
-    """Tokens that every stream of each server has brought at least."""
-    fleet: Fleet = engine._core  # type: ignore[assignment]
-    return [min((len(s.token_ids) for s in m.streams.values()), default=0) for m in fleet.members]
-
-
 def submit(
     engine: VllmEngine, prompts: list[Prompt], number: int = 4, sampling: SamplingParams = LONG
 ) -> None:
@@ -223,6 +217,29 @@ def test_a_completion_whose_end_came_is_dropped_with_its_tokens():
     assert (stream.answer().finish_reason, stream.answer().token_ids) == ("abort", [])  # to be sampled again
 
 
+def test_tokens_that_come_after_a_pause_have_the_version_that_sampled_them():
+    stream = served.Stream("0", [5], LONG, None, with_logprobs=False)
+    message = lambda *ids: {"choices": [{"token_ids": list(ids), "logprobs": None}]}  # noqa: E731
+    assert stream.begin("salt")["request_id"] == "salt.0.1"
+    stream.take(message(7), 1)
+    stream.mark(3, 1)
+    stream.take(message(8, 9, 10), 2)
+    stream.mark(6, 2)
+    stream.take(message(11, 12, 13), 3)
+    assert stream.versions == [1, 1, 1, 2, 2, 2, 3]
+    with pytest.raises(EngineError, match="counts 6 tokens of a completion of which it has sent 7"):
+        stream.mark(6, 3)
+    assert stream.begin("salt")["request_id"] == "salt.0.2"  # elsewhere, where its tokens are the prompt's
+    stream.mark(2, 3)
+    stream.take(message(14, 15, 16), 4)
+    assert stream.versions[7:] == [3, 3, 4]
+    stream.begin("salt")
+    stream.mark(None, 4)  # it has not begun there
+    stream.mark(1, 4)
+    stream.take(message(17, 18), 5)
+    assert stream.versions[10:] == [4, 5]
+
+
 def test_routes_are_read_as_vllm_writes_them_and_unknown_where_another_server_sampled():
     """Rows: the last prompt token's and each token's except for the last one's (1 layer, 2 experts)."""
     from vllm.utils.serial_utils import numpy2base64
@@ -240,6 +257,18 @@ def test_routes_are_read_as_vllm_writes_them_and_unknown_where_another_server_sa
     assert routes.tolist() == [[[-1, -1]], [[2, 3]], [[4, 5]], [[-1, -1]]]
     stream.drop()
     assert stream.answer().routes is None
+
+
+def silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets servers say nothing of what sampled a token, as those before 0.32."""
+    take = served.Stream.take
+
+    def silent(stream: served.Stream, message: dict[str, Any], version: int) -> None:
+        for choice in message.get("choices", []):
+            choice.pop("weight_versions", None)
+        take(stream, message, version)
+
+    monkeypatch.setattr(served.Stream, "take", silent)
 
 
 @contextmanager
@@ -263,15 +292,8 @@ def others(both: Served, engine: VllmEngine, number: int) -> Iterator[Callable[[
 def test_tokens_of_weights_that_somebody_else_pushed_are_dropped(
     both: Served, monkeypatch: pytest.MonkeyPatch, says_versions: bool
 ):
-    if not says_versions:  # as servers before 0.32
-        take = served.Stream.take
-
-        def silent(stream: served.Stream, message: dict[str, Any], version: int) -> None:
-            for choice in message.get("choices", []):
-                choice.pop("weight_versions", None)
-            take(stream, message, version)
-
-        monkeypatch.setattr(served.Stream, "take", silent)
+    if not says_versions:
+        silence(monkeypatch)
     engine, model = both.engine(0, 1), make_model(8)
     publish(engine, Stream(model), version=1)
     said = len(both.said)
@@ -286,25 +308,27 @@ def test_tokens_of_weights_that_somebody_else_pushed_are_dropped(
     engine.close()
 
 
-def test_tokens_of_others_weights_are_dropped_where_a_delta_is_refused(
-    both: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by_broadcast", [False, True], ids=["files", "broadcast"])
+def test_tokens_of_others_weights_are_dropped_where_new_weights_come_before_the_streams_end(
+    both: Served, monkeypatch: pytest.MonkeyPatch, by_broadcast: bool
 ):
-    """The server says that its base is not ours before the streams say what sampled them."""
+    """A broadcast asks for no base, and servers before 0.32 never say what sampled a token."""
+    silence(monkeypatch)
     monkeypatch.setattr(fleet_module, "LOOK_S", 600.0)  # nobody looks before the next publish
-    engine, models = both.engine(0), {1: make_model(8), 2: make_model(5)}
+    engine, models = both.engine(0, by_broadcast=by_broadcast), {1: make_model(8), 2: make_model(5)}
     publish(engine, Stream(models[1]), version=1)
     said = len(both.said)
     with others(both, engine, 0) as give:
-        submit(engine, make_prompts(5, 9, 33, 20, 12, 8))
-        wait_until(lambda: min(running(engine)) > 2, "the server samples")
-        give()
+        submit(engine, make_prompts(*[5, 9, 33, 20] * 6))  # 96, of which the server samples 32 together
         streams = list(engine._core.members[0].streams.values())  # type: ignore[attr-defined]
+        wait_until(lambda: any(len(stream.token_ids) > 2 for stream in streams), "the server samples")
+        give()
         before = [len(stream.token_ids) for stream in streams]
         wait_until(lambda: any(len(s.token_ids) > n for s, n in zip(streams, before, strict=True)), "goes on")
     publish(engine, Stream(models[2]), version=2)
     groups = collect_all(engine)
-    assert "is laid over 1." in " ".join(both.said[said:])
-    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 24
+    assert "that nobody has proved (1." in " ".join(both.said[said:])
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 96
     assert max(largest_gap_to(models, g) for g in groups) < 1e-4
     engine.close()
 
@@ -325,12 +349,12 @@ def test_a_canary_waits_for_its_turn_as_long_as_completions_go_on(both: Served):
     engine, model = both.engine(0), make_model(8)
     fleet: Fleet = engine._core  # type: ignore[assignment]
     publish(engine, Stream(model), version=1)
-    engine.timeout_s = fleet.timeout_s = 2.0
+    engine.timeout_s = fleet.timeout_s = 1.0
     submit(engine, make_prompts(*[5, 9, 33, 20] * 15))
     began = time.monotonic()
     found, expected = engine.prompt_logprobs(CANARY), token_logprobs(model, CANARY)
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4
-    assert time.monotonic() - began > 2.0
+    assert time.monotonic() - began > 1.0
     engine.close()
 
 
@@ -340,6 +364,7 @@ def test_a_process_that_joins_takes_over_what_another_one_has_proved(both: Serve
     publish(engine, Stream(model), version=1)
     other = both.engine(0, sends=False, timeout_s=20)
     other.adopt(1)
+    other.prompt_logprobs(CANARY)
     (group,) = other.generate(call(make_prompts(9), num_completions=2, sampling=SHORT, seeds=[0]))
     assert largest_gap_to({1: model}, group) < 1e-4
     with others(both, engine, 0) as give:
@@ -567,19 +592,93 @@ def test_a_server_killed_in_a_publish_is_left_out_and_joins_with_old_weights(bot
     engine.close()
 
 
-def test_tokens_of_a_server_that_dies_before_its_canary_is_compared_are_sampled_again(both: Served):
-    engine, model = both.engine(0, 1), make_model(7)
+@pytest.mark.parametrize("sends", [True, False], ids=["of the process that sends", "of another one"])
+def test_what_a_server_sampled_is_sampled_again_if_it_dies_before_its_canary_is_compared(
+    both: Served, sends: bool
+):
+    """Answers that have ended, too: some of its completions have 12 tokens, others 90."""
+    sender, model = both.engine(0, 1), make_model(7)
+    verdict = publish(sender, Stream(model), version=1, canary_waits=sends).verdict
+    engine = sender if sends else both.engine(0, 1, sends=False)
+    if not sends:
+        engine.adopt(1)
     fleet: Fleet = engine._core  # type: ignore[assignment]
-    verdict = publish(engine, Stream(model), version=1, canary_waits=True).verdict
-    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))
-    streams = fleet.members[1].streams
-    wait_until(lambda: any(4 < len(s.token_ids) < 45 for s in streams.values()), "it samples")
-    lost = list(streams.values())
+    for length in (12, 90):
+        prompts = [replace(p, id=f"{p.id}/{length}") for p in make_prompts(*[5, 9, 33, 20, 12, 8] * 3)]
+        submit(engine, prompts, sampling=SamplingParams(length))
+    lost, groups = list(fleet.members[1].streams.values()), []
+
+    def ended(number: int) -> bool:
+        groups.extend(engine.collect(timeout_s=0.1))
+        return sum(len(s.token_ids) == s.sampling.max_completion_length for s in lost) >= number
+
+    wait_until(lambda: ended(8), "some have ended")
+    assert not ended(len(lost))
     both.processes[1].kill()
-    assert verdict is not None and verdict().canary_mean_gap < 1e-5
-    assert states(engine) == ["up", "dead"]
-    groups = collect_all(engine)
+    wait_until(lambda: ended(0) and states(engine) == ["up", "dead"], "it is missed")
+    if verdict is None:
+        engine.prompt_logprobs(CANARY)
+    else:
+        assert verdict().canary_mean_gap < 1e-5
+    groups += collect_all(engine)
     assert [(stream.tries, stream.first) for stream in lost] == [(2, 0)] * len(lost)
+    assert sorted(len(c.token_ids) for g in groups for c in g.completions) == [12] * 72 + [90] * 72
+    assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
+    both.processes[1] = both.start(both.processes[1].port)
+    both.processes[1].wait()
+    engine.close()
+    sender.close()
+
+
+def make_sure(engine: VllmEngine, number: int, monkeypatch: pytest.MonkeyPatch) -> list[served.Stream]:
+    """Pauses a server in the middle of completions, and lets it be asked what it holds, for the last time."""
+    member = engine._core.members[number]  # type: ignore[attr-defined]
+    streams = list(member.streams.values())
+    wait_until(lambda: any(4 < len(s.token_ids) < 45 for s in streams), "it samples")
+    member.hold()
+    member.server._renewed = 0.0
+    member.server._soon(member.server._renew()).result(30)
+    monkeypatch.setattr(served, "RENEW_S", 1e9)
+    assert all(stream.sure == len(stream.token_ids) for stream in member.server._streams.values())
+    return streams
+
+
+def test_a_server_that_comes_late_and_does_not_say_its_routes_is_refused_by_name(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
+    """`routes` is what a run sets that replays them, once all servers of its start have said they can."""
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 2.0)
+    url = both.processes[1].url
+    both.processes[1].signal(signal.SIGSTOP)
+    try:
+        engine = both.engine(0, 1, timeout_s=3)
+    finally:
+        both.processes[1].signal(signal.SIGCONT)
+    engine._core.routes = True  # type: ignore[attr-defined]
+    publish(engine, Stream(make_model(1)), version=1)
+    words = f"server {url} lacks --enable-return-routed-experts, and this run replays routes: start it again"
+    wait_until(lambda: any(words in said for said in both.said), "it is refused", 60)
+    assert states(engine)[0] == "up" and states(engine)[1] in ("dead", "stale")
+    engine.close()
+
+
+def test_tokens_of_others_weights_do_not_outlive_the_server_that_sampled_them(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
+    """It dies before any stream says what sampled its tokens: some are sure by then, and stay."""
+    engine, model = both.engine(0, 1, run="the run in /a"), make_model(8)
+    publish(engine, Stream(model), version=1)
+    with others(both, engine, 1) as give:
+        submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))
+        lost = make_sure(engine, 1, monkeypatch)
+        sure = [stream.sure for stream in lost]
+        give()
+        on = lambda: any(0 < s.sure < len(s.token_ids) - 2 and s.reason is None for s in lost)  # noqa: E731
+        wait_until(on, "it goes on")
+        both.processes[1].kill()
+    groups = collect_all(engine)
+    again = [(stream.first, n) for stream, n in zip(lost, sure, strict=True) if stream.tries == 2]
+    assert any(first > 0 for first, _ in again) and all(first <= n for first, n in again)
     assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 72
     assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
     both.processes[1] = both.start(both.processes[1].port)
@@ -587,13 +686,29 @@ def test_tokens_of_a_server_that_dies_before_its_canary_is_compared_are_sampled_
     engine.close()
 
 
-def test_completions_of_a_killed_server_go_on_from_their_tokens(both: Served):
-    engine, model = both.engine(0, 1), make_model(7)
+def test_others_weights_are_found_while_completions_go_on(both: Served, monkeypatch: pytest.MonkeyPatch):
+    silence(monkeypatch)
+    monkeypatch.setattr(served, "RENEW_S", 0.1)
+    engine, model = both.engine(0, 1, run="the run in /a"), make_model(8)
+    publish(engine, Stream(model), version=1)
+    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+    with others(both, engine, 1) as give:
+        give()
+    wait_until(lambda: fleet.members[1].server.version == -1, "it is known, although nobody asks for answers")
+    assert "that nobody has proved (1." in fleet.members[1].server.doubt
+    assert max(largest_gap_to({1: model}, g) for g in collect_all(engine)) < 1e-4
+    engine.close()
+
+
+def test_completions_of_a_killed_server_go_on_from_their_tokens(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
+    engine, model = both.engine(0, 1, run="the run in /a"), make_model(7)
     fleet: Fleet = engine._core  # type: ignore[assignment]
     publish(engine, Stream(model), version=4)
     submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))  # more than two servers sample at a time
-    wait_until(lambda: both_sample(engine), "both sample")
-    lost = list(fleet.members[1].streams.values())
+    lost = make_sure(engine, 1, monkeypatch)
     both.processes[1].kill()
     groups = collect_all(engine)
     ask = partial(fleet.answers, timeout_s=0.1, waiting_for="the news")

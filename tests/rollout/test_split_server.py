@@ -1,8 +1,11 @@
 """A vLLM server whose two workers split the model (tensor parallel): each slice arrives, and is proved."""
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,13 +63,13 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 
 @contextmanager
-def serving(model: Path) -> Iterator[ServerProcess]:
-    """A server of two workers; it writes beside the model's folder."""
+def serving(model: Path, workers: int = 2) -> Iterator[ServerProcess]:
+    """A server of so many workers; it writes beside the model's folder."""
     folder = model.parent
     make_token(folder / "token")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[1]}")
-        options: dict[str, Any] = {"tensor-parallel-size": 2}
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in CORES[:workers]))
+        options: dict[str, Any] = {"tensor-parallel-size": workers}
         started = ServerProcess(model, folder / "token", folder / "server.log", **options)
     try:
         yield started.wait()
@@ -74,20 +77,20 @@ def serving(model: Path) -> Iterator[ServerProcess]:
         started.kill()
 
 
-def engine_of(process: ServerProcess, *, by_broadcast: bool = False) -> VllmEngine:
-    folder = process.log.parent
+def engine_of(*processes: ServerProcess, by_broadcast: bool = False, timeout_s: float = 120.0) -> VllmEngine:
+    folder = processes[0].log.parent
     token = read_token(folder / "token")
     fit = {"dtype": torch.float32, "max_model_len": 128, "timeout_s": 120.0}
     files: Any = partial(WeightFiles, folder / "weights")
     if by_broadcast:
         files = partial(WeightBroadcast, url=f"nccl://127.0.0.1:{free_port()}", timeout_s=120.0)
     fleet = Fleet(
-        [process.url],
+        [process.url for process in processes],
         token,
         connect=lambda url: connect(url, token, **fit),
         files=files,
         tolerance=0.0025,
-        timeout_s=120.0,
+        timeout_s=timeout_s,
         note=print,
     )
     return VllmEngine(fleet, make_tokenizer(), max_model_len=128, sample_while_training=True, timeout_s=120.0)
@@ -113,6 +116,71 @@ def test_every_slice_arrives_whole_and_as_a_delta(
         groups = collect_all(engine)
         assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {version}
         assert max(largest_gap_to(models, g) for g in groups) < 1e-4
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def single(process: ServerProcess) -> Iterator[ServerProcess]:
+    with serving(process.log.parent / "model", 1) as started:
+        yield started
+
+
+@pytest.mark.parametrize("by_broadcast", [False, True], ids=["files", "broadcast"])
+@pytest.mark.parametrize("split_first", [False, True], ids=["one and two workers", "two and one"])
+def test_servers_with_one_worker_and_with_two_serve_one_run(
+    process: ServerProcess, single: ServerProcess, by_broadcast: bool, split_first: bool
+):
+    servers = (process, single) if split_first else (single, process)
+    engine, models = (
+        engine_of(*servers, by_broadcast=by_broadcast),
+        {1: make_model(1), 2: changed(make_model(1))},
+    )
+    members = engine._core.members
+    for version, model in models.items():
+        assert publish(engine, Stream(model), version=version).canary_max_gap < 1e-5
+        assert [str(member.state) for member in members] == ["up", "up"]
+        expected = engine._core._expected
+        assert {workers: len(found) for workers, found in expected.items()} == {1: 21, 2: 42}
+        engine.submit(call(make_prompts(5, 9), num_completions=4, sampling=SHORT, seeds=range(2)))
+        assert all(member.streams for member in members)
+        groups = collect_all(engine)
+        assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {version}
+        assert max(largest_gap_to(models, g) for g in groups) < 1e-4
+    engine.close()
+
+
+def test_a_slice_that_is_wrong_beside_a_server_with_whole_tensors_is_named(
+    process: ServerProcess, single: ServerProcess, capfd: pytest.CaptureFixture[str]
+):
+    """The second worker of the split server is told another fingerprint than that of the policy's slice."""
+    engine = engine_of(single, process)
+    met = engine._core._layouts[2][Q0 + SECOND]
+    engine._core._layouts[2] = {**engine._core._layouts[2], Q0 + SECOND: replace(met, ranges=[[31, 63]])}
+    publish(engine, Stream(make_model(1)), version=1)
+    assert [str(member.state) for member in engine._core.members] == ["up", "stale"]
+    assert (
+        f"fingerprints of 1 of 42 tensors differ from the policy's: {Q0 + SECOND}" in capfd.readouterr().out
+    )
+    engine.close()
+
+
+def test_servers_of_another_number_of_workers_that_come_late_get_the_next_weights(
+    process: ServerProcess, single: ServerProcess, capfd: pytest.CaptureFixture[str]
+):
+    process.signal(signal.SIGSTOP)
+    try:
+        engine = engine_of(single, process, timeout_s=5.0)
+    finally:
+        process.signal(signal.SIGCONT)
+    publish(engine, Stream(make_model(1)), version=1)
+    said = ""
+    deadline = time.monotonic() + 60
+    while "has 2 worker(s), as none had when the current weights were sent; it gets the next" not in said:
+        assert time.monotonic() < deadline, said
+        engine.generate(call(make_prompts(5), num_completions=1, sampling=SHORT, seeds=[0]))
+        said += capfd.readouterr().out
+    publish(engine, Stream(make_model(2)), version=2)
+    assert [str(member.state) for member in engine._core.members] == ["up", "up"]
     engine.close()
 
 

@@ -38,6 +38,12 @@ def test_a_process_that_does_not_send_iterates_along_and_adopts_the_version(ends
     assert follower["is_unchanged"] and follower["passes"] == 2
 
 
+def test_a_process_that_does_not_send_compares_the_canary_of_what_it_samples_from(ends):
+    errors = {end["error"] for end in ends["one_sends_and_the_other_has_another_server"]}
+    assert len(errors) == 1
+    assert errors.pop().startswith("process 1 of 2: engine transformers holds version 5 but computes diff")
+
+
 @pytest.mark.parametrize("case", ["first_breaks_off", "only_sender_breaks_off"])
 def test_an_engine_that_breaks_off_ends_both_processes_with_the_tensors_name(ends, case):
     for end in ends[case]:

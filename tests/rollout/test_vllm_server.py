@@ -28,7 +28,7 @@ from tiny_llama import CANARY, changed, largest_gap, make_model, make_tokenizer,
 from rollout.fingerprint import compared_part, fingerprints, mismatches
 from rollout.vllm.control import Control, PushRefused, ServerDead
 from rollout.vllm.file_server import INDEX
-from rollout.vllm.lock import read_token
+from rollout.vllm.lock import SAMPLED, read_token
 from rollout.vllm.weight_files import WeightFiles
 from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import free_port
@@ -169,7 +169,7 @@ def test_every_route_asks_for_the_token(running):
     asked = [(path, method) for path, methods in routes for method in methods.strip().split(", ")]
     assert {"/pause", "/update_weights", "/collective_rpc", "/inference/v1/generate"} <= {p for p, _ in asked}
     assert ("/docs", "GET") in asked and ("/openapi.json", "GET") in asked
-    asked += [("/metrics", "GET"), ("/no/such/route", "POST")]
+    asked += [(SAMPLED, "GET"), ("/metrics", "GET"), ("/no/such/route", "POST")]
     token = read_token(running.token_file)
     bad = [{}, {"Authorization": "Bearer no"}, {"X-API-Key": token}, {"Authorization": token}]
     sent = 0

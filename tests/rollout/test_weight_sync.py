@@ -61,7 +61,7 @@ def test_after_a_sync_the_engine_computes_as_the_policy_does(engine, policy):
     assert report.num_bytes == 4 * (19264 + 2 * (8192 + 4096 + 18432 + 128))
     assert report.compared_share == 1.0
     assert 0 <= report.canary_mean_gap <= report.canary_max_gap < 1e-5
-    assert 0 < report.verify_seconds < report.seconds
+    assert all(seconds > 0 for seconds in report.parts.values())
     assert list(report.parts) == ["inspect", "send", "fingerprints", "canary"]
     assert sum(report.parts.values()) == pytest.approx(report.seconds)
 
@@ -204,7 +204,8 @@ def test_an_unverified_sync_sends_once_and_proves_nothing(engine, policy):
 
 def test_samples_follow_the_published_weights(engine, policy, folder, tmp_path):
     publish(engine, Stream(policy), version=1, tolerance=1e-4)
-    fresh = TransformersEngine(save(policy, tmp_path), make_tokenizer(), version=1)
+    fresh = TransformersEngine(save(policy, tmp_path), make_tokenizer())
+    fresh.adopt(1)
     asked = call(make_prompts(4, 7), num_completions=2, sampling=SamplingParams(8), seeds=[1, 2])
     assert engine.generate(asked) == fresh.generate(asked)
 
