@@ -8,7 +8,6 @@ Gradients are sums over processes, as everywhere in this library, and reduced in
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -27,7 +26,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from rl.batch import IDLE, Batch, MicroBatch, Row, idle_micro_batch, micro_batch_of
 from rl.causal import CausalPolicy
@@ -36,7 +34,6 @@ from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import Plan, add_lora, check_adapted
 from rl.model.exactness import take_long_factors
 from rl.model.hollow import (
-    can_take_apart,
     digest_of,
     give_memory,
     hollow_model,
@@ -46,8 +43,8 @@ from rl.model.hollow import (
     short_model,
     weight_files,
 )
-from rl.model.on_host import decoder_layers
 from rl.model.saving import save_model, save_settings, shard_name, write_index
+from rl.model.units import check_shardable, is_tied, units
 from rl.policy import Prepared, Writer
 from rl.references import Copy
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
@@ -60,7 +57,8 @@ ENTRIES = ("own_logprobs", "likeliest", "run")
 
 
 class ShardedPolicy:
-    """`rl.policy.Policy` around a causal policy, which answers for everything not defined here.
+    """`rl.policy.Policy` around a causal policy, which answers for everything not defined here. Around other
+    models it is what `rl.policy.Trained` names.
 
     Args:
         inner: has the same weights on every process, or reads them here (`load_split`); it is split in place.
@@ -71,7 +69,7 @@ class ShardedPolicy:
 
     in_step = True
 
-    def __init__(self, inner: CausalPolicy, reference: Any, *, sharding: str, sent: torch.dtype) -> None:
+    def __init__(self, inner: Any, reference: Any, *, sharding: str, sent: torch.dtype) -> None:
         self.inner, self.sent, self.world = inner, sent, World(inner.accelerator)
         mesh = make_mesh(inner.device, self.world.size, sharding)
         check_shardable(inner.model, mesh.shape[-1])
@@ -81,8 +79,7 @@ class ShardedPolicy:
             if inner.unread:
                 read = in_files(inner.model, own_tensors(cast(Any, scorer).model))
                 copy_tensors(TensorFiles(inner.unread), read, inner.config.name)
-        with torch.no_grad():
-            inner.score(self._idle())  # FSDP settles gradient dtypes here: adapters must be on
+        inner.canary()  # FSDP settles gradient dtypes in its first pass: adapters must be on
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -297,44 +294,6 @@ def shard(scorer: Any, mesh: DeviceMesh, *, compute: torch.dtype) -> None:
     for name in ENTRIES:  # they do not go through forward, whose hooks gather
         if hasattr(scorer, name):
             register_fsdp_forward_method(scorer, name)
-
-
-def units(model: PreTrainedModel) -> list[nn.Module]:
-    """Parts that are gathered separately: decoder layers, and an embedding not tied to the head."""
-    return [*([] if is_tied(model) else [model.get_input_embeddings()]), *decoder_layers(model)]
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    return cast(Any, model.get_input_embeddings()).weight is cast(Any, model.get_output_embeddings()).weight
-
-
-def is_adapter(module: Any) -> bool:
-    """Whether it is peft's adapter of a tensor that is not a layer's weight, such as that of all experts."""
-    return hasattr(module, "lora_A") and hasattr(module, "parameter_name")
-
-
-def check_shardable(model: PreTrainedModel, size: int = 1) -> None:
-    """Raises ValueError, naming the family, for a model that cannot be split over `size` processes."""
-    parts, named, reason = units(model), dict(model.named_parameters()), None
-    seen = [id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
-    dealt: list[int] = [cast(Any, m).num_experts for m in model.modules() if is_adapter(m)]
-    if not any(isinstance(part, nn.Module) and list(part.children()) for part in parts):
-        reason = "it has no list of decoder layers"
-    elif len(set(seen)) < len(seen):
-        reason = "its layers share weights"
-    elif any(p.ndim == 0 for p in named.values()):
-        reason = "it has weights that are single numbers"
-    elif any(re.search(r"\.experts\.\d+\.", name) for name in named):
-        reason = "its experts are separate modules, and processes choose different ones"
-    elif any(n > 1 and n % size for n in dealt):
-        reason = f"adapters of its experts cannot be dealt to {size} processes evenly"
-    elif not hasattr(model, "peft_config") and not can_take_apart(model, named):
-        reason = "its files have other tensors than the loaded model"
-    if reason is not None:
-        raise ValueError(
-            f"train.sharding: {type(model).__name__} cannot be split: {reason}; use train.sharding=none, and "
-            "model.lora or model.gradient_checkpointing=true where memory is short"
-        )
 
 
 def deal_tensors(named: dict[str, Tensor], size: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rl.diffusion.objectives import (
     step_generator,
 )
 from rl.model.loading import context_length
-from rl.store.rows import RowLog, record_of
+from rl.store.rows import RecordLog
 from rl.world import World
 
 EXAMPLES_AT_ONCE = 16
@@ -178,23 +178,6 @@ def bound(
     return Bound(mean, error, int(counts.sum()), n)
 
 
-class BoundLog:
+def bound_log(run_dir: Path) -> RecordLog[Bound]:
     """`likelihood.jsonl` of a run folder: the held-out bound, at most once per step."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._rows = RowLog(run_dir / "likelihood.jsonl", durable=True)
-        self.path, self.truncate_after = self._rows.path, self._rows.truncate_after
-        self.close = self._rows.close
-
-    def read(self) -> list[tuple[int, Bound]]:
-        return [
-            (row["step"], found) for row in self._rows.read() if (found := record_of(Bound, row)) is not None
-        ]
-
-    def at(self, step: int) -> Bound | None:
-        row = self._rows.find(step)
-        return None if row is None else record_of(Bound, row)
-
-    def write(self, step: int, found: Bound) -> None:
-        """Records the bound after a step, replacing an earlier one of that step and all later ones."""
-        self._rows.replace({"step": step, **asdict(found)})
+    return RecordLog(run_dir / "likelihood.jsonl", Bound)

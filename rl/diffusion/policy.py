@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from rl.config.diffusion import DiffusionModelConfig
@@ -28,11 +26,12 @@ from rl.diffusion.model import (
 )
 from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config
 from rl.model.adapters import add_lora, load_adapter
+from rl.model.bidirectional import Documents
 from rl.model.loading import check_vocabulary, context_length, storage_dtype
 from rl.model.saving import save_model
-from rl.optimizer import finish_gradients
 from rl.policy import Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.together import SummedGradients
 
 ARCHITECTURE = "MaskedDiffusionLM"
 
@@ -42,7 +41,13 @@ class DiffusionPolicy:
 
     Args:
         name: folder or hub name; `config.name` with built-in names resolved.
+
+    Attributes:
+        is_coarse: log-probs are compared with those of a model in bf16.
+        unread: files that `rl.sharded` is to read weights from; none, as they are there.
     """
+
+    in_step, unread = False, ()
 
     def __init__(self, config: DiffusionModelConfig, accelerator: Accelerator, *, name: str) -> None:
         self.config, self.accelerator = config, accelerator
@@ -70,7 +75,7 @@ class DiffusionPolicy:
         self.peft_model: Any = add_lora(model, plain) if config.lora else None
         self.scorer = DiffusionScorer(model).to(accelerator.device)
         self.scorer.train()
-        self.sharded = False
+        self.is_coarse = config.dtype != "fp32"
         if config.compile:
             for layer in model.base_model.layers:  # type: ignore[union-attr]
                 layer.compile(dynamic=True)
@@ -96,22 +101,17 @@ class DiffusionPolicy:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        # FSDP averages gradients over processes, but they must add up, as weights are global shares.
-        (loss * self.accelerator.num_processes if self.sharded else loss).backward()
+        loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
-        if not self.sharded:
-            number = self.accelerator.num_processes
-            return finish_gradients(self.trainable(), max_norm, num_processes=number)
-        norm: Any = nn.utils.clip_grad_norm_([p for _, p in self.trainable()], max_norm)
-        return norm.full_tensor().item()
+        return SummedGradients(self.trainable, self.accelerator.num_processes).finish(max_norm)
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
-        weights, write_optimizer = self.whole_weights(), optimizer_writer(optimizer, self.trainable())
+        write_optimizer = optimizer_writer(optimizer, self.trainable())
 
         def write(folder: Path) -> None:
             if self.accelerator.is_main_process:
-                self.write_model(folder, weights)
+                self.write_model(folder)
             write_optimizer(folder)
 
         return write
@@ -126,48 +126,38 @@ class DiffusionPolicy:
             load_adapter(self.peft_model, folder, self.device)
             return
         saved = load_diffusion_model(str(folder), dtype=self.dtype)
-        if not self.sharded:
-            self.model.load_state_dict(saved.state_dict())
-            return
-        whole = dict(saved.named_parameters())
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                assert isinstance(p, DTensor)
-                # Every process has read the whole tensor, so nothing has to be sent.
-                share = distribute_tensor(
-                    whole[name].to(self.device), p.device_mesh, p.placements, src_data_rank=None
-                )
-                p.copy_(share)
+        self.model.load_state_dict(saved.state_dict())
 
-    def shard(self) -> None:
-        """Splits the weights of every layer over the processes (FSDP2), which then averages gradients."""
-        mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
-        layers: Any = self.model.base_model.layers
-        for part in (*layers, self.scorer):
-            fully_shard(part, mesh=mesh)
-        self.sharded = True
+    @torch.no_grad()
+    def canary(self) -> tuple[list[int], list[float]]:
+        """Ids from all over the vocabulary, and log p(ids[i] | ids[0] and masks) for i >= 1.
 
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights on the CPU of the main process, gathered with the others' help; None if they are not
-        split.
+        If log-probs are coarse, they are the likeliest ids: rounding moves a log-prob of -20 by more than a
+        lost weight would.
         """
-        if not self.sharded:
-            return None
-        found = {}
-        for name, p in self.model.named_parameters():
-            assert isinstance(p, DTensor)
-            whole = p.full_tensor().detach()
-            if self.accelerator.is_main_process:
-                found[name] = whole.cpu()
-        return found
+        size = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        spread = [token for i in range(18) if (token := (i * 7919 + 13) % size) != self.mask_token_id][:16]
+        ids = torch.tensor(spread, device=self.device)
+        canvas = torch.full_like(ids, self.mask_token_id)
+        canvas[0] = ids[0]
+        columns = torch.arange(1, len(ids), device=self.device)
+        documents = Documents.of([len(ids)], self.device)
+        training = self.scorer.training
+        self.scorer.eval()
+        with self.autocast():
+            if self.is_coarse:
+                ids[1:] = self.scorer.likeliest(canvas, documents, columns)
+            logprobs = self.scorer(canvas, documents, columns, ids[1:])[0]
+        self.scorer.train(training)
+        return ids.tolist(), logprobs.float().tolist()
 
-    def write_model(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    def write_model(self, folder: Path, save: Callable[[Path], None] | None = None) -> None:
         """Writes a Hugging Face folder that `load_diffusion_model` opens (with LoRA an adapter's folder), and
-        the tokenizer.
+        the tokenizer. `save` replaces the writing of the weights and settings.
 
         Engines for causal models do not know the name of its architecture, so none serves it as causal.
         """
-        save_model(self.peft_model or self.model, self.model, folder, state_dict=weights)
+        (save or partial(save_model, self.peft_model or self.model, self.model))(folder)
         if self.peft_model is not None:
             write_record(folder, mask_token_id=self.mask_token_id, shift=is_shifted(self.model))
         self.tokenizer.save_pretrained(folder)

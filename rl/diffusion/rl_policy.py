@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rl.batch import Batch, idle_micro_batch
 from rl.config.diffusion import DiffusionModelConfig
 from rl.config.diffusion_rl import MaskedRunConfig
 from rl.diffusion.elbo import idle_row
 from rl.diffusion.estimators import Plan, count_repeats, draw_plan, score
-from rl.diffusion.model import DiffusionScorer
 from rl.diffusion.policy import DiffusionPolicy
-from rl.model.bidirectional import Documents
-from rl.policy import Prepared, Reference, Scores
-from rl.references import Copy
-from rl.sharded import GatheredWeights, make_mesh, shard
+from rl.policy import Prepared, Scores
+from rl.sharded import GatheredWeights
 from rl.types import WeightStream
 from rl.world import World
 
@@ -38,13 +35,10 @@ class MaskedPolicy:
     """
 
     shares_prompts = True  # its estimator counts the copies it makes in its own budget
-    in_step = False
-    sent: torch.dtype | None = None
 
     def __init__(self, config: MaskedRunConfig, accelerator: Accelerator, *, name: str) -> None:
         self.estimator, self.seed = config.diffusion.estimator, config.train.seed
         self.token_budget = config.token_budget
-        self.is_coarse = config.is_coarse
         # Only a trace is scored under the distribution that was sampled from.
         self.temperature = config.sampling.temperature if self.estimator.name == "trace" else 1.0
         try:
@@ -54,11 +48,15 @@ class MaskedPolicy:
             raise ValueError(said) from error
         self.scorer.random_in_training = False
         self.scorer.train()
-        t = self.trained
-        self.peft_model, self.tokenizer, self.device = t.peft_model, t.tokenizer, t.device
-        self.trainable, self.autocast, self.write_model = t.trainable, t.autocast, t.write_model
-        self.backward, self.finish_gradients = t.backward, t.finish_gradients
-        self.snapshot, self.load, self.load_weights = t.snapshot, t.load, t.load_weights
+        self.trained.is_coarse = config.is_coarse
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["trained"], name)
+
+    def split(self, split: Callable[[DiffusionPolicy], Any]) -> MaskedPolicy:
+        """Splits the weights over processes: `split` makes the policy that replaces `trained`."""
+        self.trained = split(self.trained)
+        return self
 
     @property
     def redraws(self) -> bool:
@@ -71,14 +69,6 @@ class MaskedPolicy:
     def step_metrics(self) -> dict[str, float]:
         return {}
 
-    @property
-    def scorer(self) -> DiffusionScorer:
-        return self.trained.scorer
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.trained.model
-
     def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
         repeats = count_repeats(row for micro_batch in batch.micro_batches for row in micro_batch.rows)
         prepared = []
@@ -87,7 +77,7 @@ class MaskedPolicy:
                 micro_batch,
                 self.estimator,
                 draw=draw,
-                mask_token_id=self.trained.mask_token_id,
+                mask_token_id=self.mask_token_id,
                 seed=self.seed,
                 token_budget=self.token_budget,
                 repeats=repeats,
@@ -95,28 +85,13 @@ class MaskedPolicy:
             prepared.append(Prepared(micro_batch, plan))
         return self._in_step(prepared) if self.in_step else prepared
 
-    def split(self, reference: Reference | None, *, sent: torch.dtype) -> None:
-        """Splits the weights over all processes, and those of the reference if it is a copy (`rl.sharded`).
-
-        Args:
-            sent: dtype of the sampler's weights.
-        """
-        mesh = make_mesh(self.device, self.trained.accelerator.num_processes, "full")
-        copies = [reference.scorer] if isinstance(reference, Copy) else []
-        for scorer in (self.scorer, *copies):
-            shard(scorer, mesh, compute=torch.bfloat16 if self.is_coarse else torch.float32)
-        self.in_step, self.sent, self.trained.sharded = True, sent, True
-        self.backward = lambda loss, *, last: loss.backward()  # gradients are sums, in fp32
-
     def _in_step(self, prepared: list[Prepared]) -> list[Prepared]:
         """Adds idle micro-batches, and idle rows inside each, until all processes have equally many."""
-        one = idle_row(self.trained.mask_token_id)
+        one = idle_row(self.mask_token_id)
         one = replace(one, weights_L=torch.ones_like(one.weights_L)).to(self.device)
         slot = torch.zeros(1, dtype=torch.long, device=self.device)
         counts = [len(p.drawn.rows) for p in prepared]
-        most = [
-            max(all_) for all_ in zip_longest(*World(self.trained.accelerator).gather(counts), fillvalue=1)
-        ]
+        most = [max(all_) for all_ in zip_longest(*World(self.accelerator).gather(counts), fillvalue=1)]
         nothing = Prepared(idle_micro_batch().to(self.device), Plan([one], [slot]), is_idle=True)
         prepared = prepared + [nothing] * (len(most) - len(prepared))
         idle = [(one,) * (number - len(p.drawn.rows)) for p, number in zip(prepared, most, strict=True)]
@@ -139,7 +114,7 @@ class MaskedPolicy:
             )
 
     def weights(self) -> WeightStream:
-        return MaskedWeights(self) if self.sent is None else GatheredWeights(MaskedWeights(self), self.sent)
+        return GatheredWeights(MaskedWeights(self), self.sent) if self.in_step else MaskedWeights(self)
 
 
 class MaskedWeights:
@@ -150,34 +125,10 @@ class MaskedWeights:
     """
 
     def __init__(self, policy: MaskedPolicy) -> None:
-        self.policy = policy
+        self.model, self.canary = policy.model, policy.canary
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter.detach()) for name, parameter in self.policy.model.named_parameters())
-
-    @torch.no_grad()
-    def canary(self) -> tuple[list[int], list[float]]:
-        """Ids from all over the vocabulary, and log p(ids[i] | ids[0] and masks) for i >= 1.
-
-        Under bf16 they are the likeliest ids: rounding moves a log-prob of -20 by more than a lost weight
-        would.
-        """
-        policy, mask = self.policy, self.policy.trained.mask_token_id
-        size = policy.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        spread = [token for i in range(18) if (token := (i * 7919 + 13) % size) != mask][:16]
-        ids = torch.tensor(spread, device=policy.device)
-        canvas = torch.full_like(ids, mask)
-        canvas[0] = ids[0]
-        columns = torch.arange(1, len(ids), device=policy.device)
-        documents = Documents.of([len(ids)], policy.device)
-        scorer, training = policy.scorer, policy.scorer.training
-        scorer.eval()
-        with policy.autocast():
-            if policy.is_coarse:
-                ids[1:] = scorer.likeliest(canvas, documents, columns)
-            logprobs = scorer(canvas, documents, columns, ids[1:])[0]
-        scorer.train(training)
-        return ids.tolist(), logprobs.float().tolist()
+        return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
 
 
 def diffusion_model_config(config: MaskedRunConfig) -> DiffusionModelConfig:

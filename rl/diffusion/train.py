@@ -16,7 +16,7 @@ import torch
 
 from rl.config.diffusion import DiffusionConfig
 from rl.diffusion.elbo import idle_row, masked_elbo, pack_plan
-from rl.diffusion.likelihood import BoundLog, bound
+from rl.diffusion.likelihood import Bound, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, padded_examples
@@ -25,6 +25,7 @@ from rl.optimizer import set_learning_rate
 from rl.phases import Phases, StopSignal
 from rl.store.checkpoint import CheckpointStore
 from rl.store.metrics import MetricsLog
+from rl.store.rows import RecordLog
 from rl.types import Observer
 from rl.update import peak_memory_gib
 from rl.world import World
@@ -49,7 +50,7 @@ class DiffusionRun:
     heldout: Sequence[Example]
     store: CheckpointStore
     log: MetricsLog
-    bounds: BoundLog
+    bounds: RecordLog[Bound]
     observer: Observer
     phases: Phases
     stop: StopSignal
@@ -74,7 +75,7 @@ class DiffusionRun:
                 num_draws=config.evaluation.num_draws,
                 token_budget=config.token_budget,
                 world=self.world,
-                in_step=policy.sharded,
+                in_step=policy.in_step,
             )
         if self.world.is_main:
             self.bounds.write(step, found)
@@ -123,7 +124,7 @@ def train_step(run: DiffusionRun, step: int) -> dict[str, float]:
         )
         mine = [copy for copy in plan if copy.example % world.size == world.rank]
         rows = pack_plan(mine, config.token_budget)
-        if policy.sharded:  # forward passes gather weights from all processes
+        if policy.in_step:  # forward passes gather weights from all processes
             most = int(world.max([len(rows)])[0])
             rows += [idle_row(policy.mask_token_id)] * (most - len(rows))
         rows = [row.to(policy.device) for row in rows]

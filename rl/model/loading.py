@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,10 +42,6 @@ def storage_dtype(config: TrainedModelConfig) -> torch.dtype:
     if config.dtype == "bf16" or (config.dtype == "bf16-mixed" and config.lora is not None):
         return torch.bfloat16
     return torch.float32
-
-
-def _stored(config: ModelConfig) -> Literal["bf16", "fp32"]:
-    return "bf16" if storage_dtype(config) == torch.bfloat16 else "fp32"
 
 
 def load_tokenizer(config: ModelConfig, *, reader: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
@@ -106,8 +102,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             does not fit its base.
     """
     if (adapter := find_adapter(config.name, config.revision)) is not None:
-        base = {"name": adapter.base, "revision": adapter.revision}
-        model = load_model(config.model_copy(update=base | {"lora": None, "dtype": _stored(config)}))
+        dtype = "bf16" if storage_dtype(config) == torch.bfloat16 else "fp32"
+        base = {"name": adapter.base, "revision": adapter.revision, "dtype": dtype, "lora": None}
+        model = load_model(config.model_copy(update=base))
         if config.lora is None:
             merge(model, adapter)
         return model

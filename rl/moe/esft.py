@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from rl.model.hollow import own_slice
 from rl.moe.adapters import expert_stacks, part_of
 from rl.moe.routers import RouterSite, find_routers, observed, watching
 
@@ -123,16 +126,21 @@ def train_only(model: Any, chosen: TrainedExperts) -> None:
         for p in stack.parameters():
             p.requires_grad_(bool(mask_E.any()))
             if p.requires_grad:
-                p.register_hook(_Masked(mask_E))
+                p.register_hook(partial(_masked, mask_E))
                 cast(Any, p).trained_share = mask_E.float().mean().item()  # for `audit`
+        cast(Any, stack).trained_E = mask_E
 
 
-class _Masked:
-    """A hook that sets the gradient of all other experts to 0."""
+def mask_split_gradients(model: Any) -> None:
+    """Does what the hooks of `train_only` do, where processes split the weights: a shard has no hooks."""
+    for stack in expert_stacks(model).values():
+        for p in stack.parameters() if hasattr(stack, "trained_E") else ():
+            if isinstance(p.grad, DTensor):
+                own, first = own_slice(p.grad)
+                own.copy_(_masked(cast(Any, stack).trained_E[first : first + len(own)], own))
 
-    def __init__(self, mask_E: Tensor) -> None:
-        self.mask_E = mask_E
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        mask = self.mask_E.to(gradient.device).view(-1, *[1] * (gradient.ndim - 1))
-        return torch.where(mask, gradient, 0.0)
+def _masked(mask_E: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, with 0 for all other experts."""
+    mask = mask_E.to(gradient.device).view(-1, *[1] * (gradient.ndim - 1))
+    return torch.where(mask, gradient, 0.0)

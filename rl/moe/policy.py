@@ -16,6 +16,7 @@ from rl.batch import IDLE, Batch
 from rl.causal import CausalPolicy
 from rl.config.moe import MoeConfig
 from rl.moe.balance import Balancer, Load, Rows, bias_of, seeing
+from rl.moe.esft import mask_split_gradients
 from rl.moe.health import Health, routes_of
 from rl.moe.replay import Replay, packed_routes, recorder
 from rl.moe.routers import RouterSite, UnknownRouter, find_routers, self_check
@@ -204,6 +205,7 @@ class MoePolicy:
             self.replay.remove()
 
     def finish_gradients(self, max_norm: float) -> float:
+        mask_split_gradients(self.model)
         norm = self.inner.finish_gradients(max_norm)
         load = self.balancer.end(moves=math.isfinite(norm))
         self._load = load if self._load is None else self._load + load

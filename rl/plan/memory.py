@@ -50,7 +50,6 @@ class MemoryPlan:
 
     Attributes:
         room: bytes that the run may fill.
-        longest_row: tokens of the longest prompt with one completion; a micro-batch holds at least that.
         fault: why the engine cannot work with what it is given, whatever the total.
         sleeps: the engine frees its "sample" parts while the trainer computes.
     """
@@ -58,7 +57,6 @@ class MemoryPlan:
     parts: tuple[Part, ...]
     capacity: int
     room: int
-    longest_row: int
     fault: str | None = None
     sleeps: bool = False
 
@@ -97,12 +95,11 @@ def plan_memory(
         max_length: tokens of the longest prompt with its completion, of training and evaluation.
         free: bytes of the GPU that nobody else holds; None: all.
     """
-    row = config.longest_row
-    shares = num_shares(config, processes)
-    parts = training_parts(size, config, max(row, config.token_budget), shares)
+    tokens, shares = max(config.token_budget, indivisible(config)), num_shares(config, processes)
+    parts = training_parts(size, config, tokens, shares)
     room, fault = int(FILLED * min(capacity, free or capacity)), None
     if not isinstance(config, Config) or config.engine.name == "server":
-        return MemoryPlan(tuple(parts), capacity, room, row)
+        return MemoryPlan(tuple(parts), capacity, room)
     weights = engine_weights(size, config)
     parts += [Part("engine weights", weights, "sample")]
     if not uses_vllm(size, config):  # the memory of its own sampler follows what it samples
@@ -118,7 +115,14 @@ def plan_memory(
                 f"of {max_length} tokens; it needs {least:.2f}"
             )
     parts += [Part("engine cache", max(cache, 0), "sample")]
-    return MemoryPlan(tuple(parts), capacity, room, row, fault, sleeps(size, config))
+    return MemoryPlan(tuple(parts), capacity, room, fault, sleeps(size, config))
+
+
+def indivisible(config: Planned) -> int:
+    """Tokens of the longest episode behind its prompt; its rows share a micro-batch, whatever the budget."""
+    if not isinstance(config, Config):
+        return config.longest_row
+    return config.longest_row + (config.rows_of_episode - 1) * config.sampling.max_completion_length
 
 
 def sleeps(size: ModelSize, config: Planned) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from rl.batch import PackRules, pack
 from rl.causal import CausalPolicy
 from rl.config import Config
+from rl.model.varlen import MOST_KEYS
 from rl.plan.memory import GIB, OVERHEAD_BYTES, takes_share
 from rl.policy import Reference
 from rl.teacher import Teacher
-from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
+from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
 
 def probe(
@@ -25,7 +27,8 @@ def probe(
     teacher: Teacher | None = None,
 ) -> int:
     """Does two passes over a full micro-batch of the longest completions, the second while gradients of the
-    first are held; returns the peak in bytes. No weight, moment or generator is changed.
+    first are held, and one over each other of the `largest`; returns the peak in bytes. No weight, moment or
+    generator is changed.
 
     Raises:
         ValueError: they do not fit, alone or beside the engine that will start; names settings to try.
@@ -33,14 +36,16 @@ def probe(
     device, budget = policy.device, config.token_budget
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    prepared, *_ = policy.prepare(pack(*_longest_groups(policy, config, rules), rules)[0], draw=0)
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    packed = [pack(*groups, rules)[0] for groups in largest(config, rules, vocabulary)]
+    first, *others = (policy.prepare(batch, draw=0)[0] for batch in packed)
     try:
         copies = 0 if config.memory.optimizer_on_host is True else 2
         moments = [torch.empty_like(p) for _, p in policy.trainable() for _ in range(copies)]
-        if reference is not None:
-            reference.logprobs(prepared)
-        ids_LK = None if teacher is None else teacher.score(prepared).ids_LK
-        for _ in range(2):
+        for prepared in (first, first, *others):
+            if reference is not None:
+                reference.logprobs(prepared)
+            ids_LK = None if teacher is None else teacher.score(prepared).ids_LK
             scores = policy.score(prepared, ids_LK=ids_LK)
             loss = scores.logprobs_L.sum() + config.loss.entropy_coef * scores.entropy_L.sum()
             if scores.logprobs_LK is not None and scores.rest_L is not None:
@@ -77,21 +82,36 @@ def _check_beside_engine(config: Config, held: int, total: int) -> None:
         )
 
 
-def _longest_groups(
-    policy: CausalPolicy, config: Config, rules: PackRules
-) -> tuple[list[ScoredGroup], Sequence[Sequence[float]]]:
-    """A full micro-batch of one group: the longest prompt, as many of the longest completions as fit, and
-    a shorter one in the remaining room.
+def largest(
+    config: Config, rules: PackRules, vocabulary: int
+) -> Iterator[tuple[list[ScoredGroup], Sequence[Sequence[float]]]]:
+    """Groups of full micro-batches, one of the first: the longest prompt, as many of the longest completions
+    as fit, and a shorter one in the remaining room.
+
+    In the second, completions are so short that they copy about `MOST_KEYS` keys for each column. Rows of
+    trees copy no more. The third is an episode of several rows, if it exceeds the budget.
     """
-    draw, vocabulary = random.Random(0), policy.model.config.get_text_config().vocab_size
+    draw, rows = random.Random(0), config.rows_of_episode
     length, prompt_length = config.sampling.max_completion_length, config.data.max_prompt_length
     shared, copied = (prompt_length, 0) if rules.share_prompts else (0, prompt_length)
-    count, left = divmod(max(rules.token_budget - shared, 0), copied + length)
-    lengths = [length] * max(1, count) + ([left - copied] if count and left > copied else [])
+    room, short = max(rules.token_budget - shared, 0), -(-shared // (MOST_KEYS - 1))
+    count, left = divmod(room, copied + length)
     ids = [draw.randrange(vocabulary) for _ in range(max(prompt_length, length))]
-    answers = [Completion(ids[:n], [0.0] * n, [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]
-    group = Group(Prompt("probe", "", tuple(ids[:prompt_length])), answers)
-    return [ScoredGroup(group, [Reward(0.0)] * len(answers))], [[1.0] * len(answers)]
+
+    def row(n: int) -> Completion:
+        return Completion(ids[:n], [0.0] * n, [True] * n, "stop", [VersionSpan(0, n)])
+
+    def group(answers: list[Completion]) -> tuple[list[ScoredGroup], list[list[float]]]:
+        made = Group(Prompt("probe", "", tuple(ids[:prompt_length])), answers)
+        return [ScoredGroup(made, [Reward(0.0)] * len(answers))], [[1.0] * len(answers)]
+
+    rest = [row(left - copied)] if count and left > copied else []
+    yield group([row(length)] * max(1, count) + rest)
+    if 0 < short < length:
+        yield group([row(short)] * max(1, room // short))
+    if rows > 1 and rows * (copied + length) > room:
+        further = Continuation(tuple(ids[:prompt_length]), row(length))
+        yield group([replace(row(length), continuations=[further] * (rows - 1))])
 
 
 def _free_gib(device: torch.device) -> float:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
-from rl.config import Config
+from rl.config import Config, ModelConfig
 from rl.config.read import replaced
+from rl.model.units import whole_because
 from rl.plan.costs import seconds_of
 from rl.plan.host import pinned
-from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, plan_memory, uses_vllm
+from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, indivisible, plan_memory, uses_vllm
 from rl.plan.sizes import ModelSize
 
 PLANNED = (
@@ -78,7 +80,7 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     then splits weights over processes. The last resort is to keep moments and reference in host memory.
     """
     splits: list[dict[str, Any]] = [{}]
-    if can_split(size, config, card.processes):
+    if kept_whole(size, config, card.processes) is None:
         splits.append({"train.sharding": "full"})
     rules = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
     asleep, hosted = _asleep(size, config), _hosted(size, config, card)
@@ -131,11 +133,25 @@ def _recomputes(config: Planned) -> tuple[bool, ...]:
     return (False, True) if given == "auto" else (given,)
 
 
-def can_split(size: ModelSize, config: Planned, processes: int) -> bool:
-    """Whether the config leaves it open to split weights over processes, and this kind of model can be."""
-    if not isinstance(config, Config) or config.memory.keeps_whole or config.moe.trained_experts is not None:
-        return False
-    return config.train.sharding == "auto" and processes > 1 and not size.has_own_sampler
+def kept_whole(size: ModelSize, config: Planned, processes: int) -> str | None:
+    """Why train.sharding=auto keeps whole copies of the weights, however short memory is. "" if that is not
+    left open, None where it may split them.
+    """
+    if not isinstance(config, Config) or config.train.sharding != "auto" or processes == 1:
+        return ""
+    if size.has_own_sampler:
+        return "every process loads all weights of such a model before they are split"
+    return config.whole_because or _kept_whole(
+        size, config.model.model_dump_json(), processes, config.moe.freezes
+    )
+
+
+@lru_cache(maxsize=64)
+def _kept_whole(size: ModelSize, model: str, processes: int, freezes: bool) -> str | None:
+    hollow = size.without_storage(ModelConfig.model_validate_json(model))
+    if freezes:  # which of its dtypes are trained is settled later
+        hollow.requires_grad_(False)
+    return whole_because(hollow, processes)
 
 
 def remedy(
@@ -208,7 +224,7 @@ def _with_budget(
 
     if config.train.token_budget != "auto":
         return values if plan(None).fits else None
-    row = config.longest_row
+    row = indivisible(config)
     step = -(-in_flight(config, card.processes) * row // STEP) * STEP
     most = max(row, min(MOST_TOKENS, step))
     least = max(row, min(floor, most))
@@ -243,7 +259,7 @@ def _changes(config: Planned) -> Iterator[dict[str, Any]]:
 def has_choice(size: ModelSize, config: Planned, processes: int) -> bool:
     """Whether the config leaves something open that would change what fits."""
     unused = set() if uses_vllm(size, config) else {"engine.gpu_memory_utilization"}
-    unused |= set() if can_split(size, config, processes) else {"train.sharding"}
+    unused |= set() if kept_whole(size, config, processes) is None else {"train.sharding"}
     unused |= set() if isinstance(config, Config) else {"engine.max_num_seqs"}
     # These never make room for other keys.
     unused |= {key for key in PLANNED if key.startswith(("memory.", "model.keep_"))}

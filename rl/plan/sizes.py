@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rl.config import LoraConfig, ModelConfig
 from rl.model.adapters import add_lora
+from rl.model.loading import storage_dtype
 
 NORMS = {"fused": (4, 2), "bf16-mixed": (11, 4), "bf16": (8, 4), "fp32": (6, 2)}
 """(What a layer's two norms keep per token, in widths of the model; the part of it that only gradients of
@@ -65,8 +66,8 @@ class ModelSize:
         sampled_per_sequence: what it also holds for each sequence.
         has_own_sampler: the model is sampled in this process, never by vLLM.
         teacher: all weights of the teacher.
-        config: the transformers config, to find what is adapted in a mixture.
-        adapt: (model, config); puts the adapters of a run around a mixture without storage.
+        config, family: the transformers config, and its name of the family.
+        adapt: (model, config); puts the adapters of a run around a model without storage.
     """
 
     parameters: int
@@ -83,6 +84,7 @@ class ModelSize:
     experts: Experts | None = None
     teacher: int = 0
     config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+    family: str = ""
     adapt: Callable[..., Any] = field(default=add_lora, repr=False)
 
     @property
@@ -97,6 +99,14 @@ class ModelSize:
         """
         experts = self.experts.weights * self.experts.top_k // self.experts.number if self.experts else 0
         return self.linear + self.head + experts
+
+    def without_storage(self, config: ModelConfig) -> PreTrainedModel:
+        """The model with its adapters, in the dtype in which a run keeps it."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=storage_dtype(config))
+            if config.lora is not None:
+                self.adapt(model, config)
+        return model
 
     @staticmethod
     def of(config: PreTrainedConfig, *, fused_layers: bool, dtype: str = "bf16-mixed") -> ModelSize:
@@ -154,7 +164,8 @@ class ModelSize:
             cache_per_token=2 * layers * keys,
             sampled_per_token=2 * layers * keys,
             experts=experts,
-            config=config if experts else None,
+            config=config,
+            family=config.model_type,
         )
 
 
@@ -205,8 +216,8 @@ class Adapters:
 
 def adapters_of(size: ModelSize, lora: LoraConfig) -> Adapters:
     """The adapters by peft's rule for names; in a mixture by peft itself, which has rules per family."""
-    if size.config is not None:
-        return _adapters_by_peft(size, size.config.model_type, lora.model_dump_json())
+    if size.experts is not None:
+        return _adapters_by_peft(size, lora.model_dump_json())
     targets = lora.target_modules
 
     def is_target(name: str) -> bool:
@@ -219,10 +230,8 @@ def adapters_of(size: ModelSize, lora: LoraConfig) -> Adapters:
 
 
 @lru_cache(maxsize=16)
-def _adapters_by_peft(size: ModelSize, family: str, lora: str) -> Adapters:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(size.config)
-        size.adapt(model, ModelConfig(lora=LoraConfig.model_validate_json(lora)))
+def _adapters_by_peft(size: ModelSize, lora: str) -> Adapters:
+    model = size.without_storage(ModelConfig(lora=LoraConfig.model_validate_json(lora)))
     wrapped: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     linear = [m for m in wrapped if isinstance(m.base_layer, nn.Linear)]
     of_tensors = [(m.get_base_layer(), m.parameter_name) for m in wrapped if hasattr(m, "parameter_name")]

@@ -24,7 +24,7 @@ def launch(script: Path, arguments: Sequence[str], size: int) -> None:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
             command = [sys.executable, str(script), *arguments]
             children.append(subprocess.Popen(command, env=os.environ | shared | own))
-        assert [child.wait(timeout=200) for child in children] == [0] * size
+        assert [child.wait(timeout=560) for child in children] == [0] * size
     finally:
         for child in children:
             child.kill()

@@ -19,7 +19,7 @@ from recipes.llada import main as train
 from rl.config.diffusion import DiffusionConfig, DiffusionModelConfig
 from rl.config.read import load_config, read_config
 from rl.diffusion.harness import DiffusionHarness
-from rl.diffusion.likelihood import BoundLog
+from rl.diffusion.likelihood import bound_log
 from rl.diffusion.model import DiffusionScorer, hidden_states, is_shifted, load_diffusion_model, logits_at
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.rl_policy import MaskedPolicy
@@ -81,7 +81,7 @@ def logits(model) -> torch.Tensor:
 
 
 def test_the_evaluator_finds_the_bound_of_the_run(adapter, rows, capsys):
-    before, after = (found for _, found in BoundLog(adapter.parents[1]).read())
+    before, after = bound_log(adapter.parents[1]).read().values()
     assert evaluate([str(adapter), "--perplexity", str(rows), "--num-draws", "512"]) == 0
     found = float(re.findall(r"at most ([0-9.]+) \+-", capsys.readouterr().out)[0])
     assert found == pytest.approx(after.nats_per_token, rel=0.02)

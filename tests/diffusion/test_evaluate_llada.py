@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from recipes.evaluate_llada import main
 from recipes.llada import main as train
 from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
-from rl.diffusion.likelihood import BoundLog, bound, choose, log_likelihoods
+from rl.diffusion.likelihood import bound, bound_log, choose, log_likelihoods
 from rl.diffusion.model import DiffusionScorer, load_diffusion_model
 from rl.diffusion.objectives import Example, step_generator
 from rl.diffusion.text import encode_rows, padded_examples
@@ -175,7 +175,7 @@ def test_what_recipes_llada_saved_has_the_bound_of_its_run(tiny_model_dir, tmp_p
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     assert train([str(path)]) == 0
-    before, after = (found for _, found in BoundLog(run_dir).read())
+    before, after = bound_log(run_dir).read().values()
     capsys.readouterr()
     folder = run_dir / "checkpoints" / "step-000003"
     assert (folder / "adapter_config.json").exists() == lora

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rl.diffusion.harness import DiffusionHarness, harness_model
-from rl.diffusion.likelihood import Bound, BoundLog, bound, choose, log_likelihoods
+from rl.diffusion.likelihood import Bound, bound, bound_log, choose, log_likelihoods
 from rl.diffusion.model import DiffusionScorer, load_diffusion_model, to_diffusion
 from rl.diffusion.objectives import Example, step_generator
 from tests.diffusion.conftest import MASK, SMALL, VOCABULARY, randomised
@@ -95,10 +95,10 @@ def test_choices_are_compared_whole_or_per_unit_of_length():
 
 
 def test_bounds_are_kept_a_step_at_most_once(tmp_path):
-    log = BoundLog(tmp_path)
+    log = bound_log(tmp_path)
     for step, value in ((0, 3.0), (5, 2.5), (5, 2.25), (10, 2.0)):
         log.write(step, Bound(value, 0.1, 100, 10))
-    assert [(s, b.nats_per_token) for s, b in log.read()] == [(0, 3.0), (5, 2.25), (10, 2.0)]
+    assert [(s, b.nats_per_token) for s, b in log.read().items()] == [(0, 3.0), (5, 2.25), (10, 2.0)]
     log.truncate_after(5)
     assert log.at(10) is None and log.at(5) == Bound(2.25, 0.1, 100, 10)
 

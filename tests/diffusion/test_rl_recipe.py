@@ -76,24 +76,30 @@ def test_reward_rises(config_file, method):
 
 
 @pytest.mark.rotation("split weights")
-def test_two_processes_that_split_the_weights_train_as_one_does(config_file):
+@pytest.mark.parametrize("adapter", [[], ["model.lora={r: 4}"]])
+def test_two_processes_that_split_the_weights_train_as_one_does(config_file, adapter):
     """One repeats their steps from the groups that they recorded, and goes on from their checkpoint."""
     run, again = config_file.parent / "run", config_file.parent / "again"
-    words = [*METHODS["ESPO"], "train.sharding=full", "train.steps=2", "optimizer.lr=1e-4"]
+    words = [*METHODS["ESPO"], "train.sharding=full", "train.steps=2", "optimizer.lr=1e-4", *adapter]
     two = [sys.executable, "-m", "recipes.cli", "train", str(config_file), *words, "--processes", "2"]
     path = os.pathsep.join([str(ROOT), str(TOYS)])
     assert subprocess.run(two, cwd=ROOT, timeout=300, env=os.environ | {"PYTHONPATH": path}).returncode == 0
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("checkpoints", "result.json"))
     assert main([str(config_file), *words, f"run_dir={again}"]) == 0
-    ours, theirs, first = (
-        load_file(folder / "model.safetensors")
-        for folder in (*(r / "checkpoints" / "step-000002" for r in (run, again)), model_of(config_file))
-    )
-    moved = sum((ours[n] - first[n]).double().square().sum() for n in ours) ** 0.5
+    ours, theirs = (weights_in(r / "checkpoints" / "step-000002") for r in (run, again))
+    first = {n: torch.zeros(1) for n in ours if "lora_B" in n} or weights_in(model_of(config_file))
+    moved = sum((ours[n] - first[n]).double().square().sum() for n in first) ** 0.5
+    assert ours.keys() == theirs.keys() and moved > 1e-4
     assert sum((ours[n] - theirs[n]).double().square().sum() for n in ours) ** 0.5 <= 1e-3 * moved
     assert main([str(config_file), *words, "train.steps=3"]) == 0
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["sync/canary_gap_max"] < 1e-4
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model or an adapter, in one file or in several."""
+    files = folder.glob("*model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def model_of(config_file: Path) -> Path:

@@ -75,12 +75,12 @@ def test_gradient_equals_the_plain_formula_on_padded_rows(tiny_model_dir, data, 
     assert len(pack_plan(plan, 50)) > 5
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
-def test_gradient_does_not_depend_on_the_number_of_processes(tiny_model_dir, data, tmp_path, shard):
+@pytest.mark.parametrize(("shard", "words"), [("false", []), ("true", []), ("true", ["model.lora={r: 4}"])])
+def test_gradient_does_not_depend_on_the_number_of_processes(tiny_model_dir, data, tmp_path, shard, words):
     """Seven examples over two ranks, copies of the weights or halves of them: one rank has four examples,
     the other three, and other numbers of rows.
     """
-    arguments = [str(tiny_model_dir), str(data), str(tmp_path / "out"), "train.token_budget=60"]
+    arguments = [str(tiny_model_dir), str(data), str(tmp_path / "out"), "train.token_budget=60", *words]
     launch(Path(training.__file__), arguments, 1)
     launch(Path(training.__file__), [*arguments, f"train.shard={shard}"], 2)
     one = load_file(tmp_path / "out-0of1.safetensors")

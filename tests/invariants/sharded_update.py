@@ -31,6 +31,7 @@ from rl.config.read import load_config
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.model.hollow import is_hollow
 from rl.moe.adapters import lora_plan, split_experts
+from rl.moe.esft import load_experts, train_only
 from rl.moe.policy import MoePolicy, with_experts
 from rl.references import Copy, make_reference
 from rl.sharded import ShardedPolicy, gathered, load_split, own_tensors
@@ -77,19 +78,18 @@ def make_policy(case: dict[str, Any], world: World) -> tuple[Any, Any, Any, Any]
         policy = CausalPolicy(config.model, world.accelerator, **given)
         settle(policy)
         policy.settle_attention()
+    if config.moe.trained_experts:
+        train_only(policy.model, load_experts(config.moe.trained_experts))
     if not isinstance(config, MaskedRunConfig):
         policy = with_experts(policy, config.moe, print)
     reference = make_reference(policy, moves=False) if config.loss.kl_coef else None
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config.teacher, teacher_model(config.teacher), policy, longest=60, note=print)
-    if isinstance(config, MaskedRunConfig):
-        if world.size > 1:
-            policy.split(reference, sent=torch.float32)
-    elif world.size > 1:
+    if world.size > 1:
         kind = config.train.sharding if config.train.sharding != "auto" else "full"
         split_by = partial(ShardedPolicy, reference=reference, sharding=kind, sent=torch.float32)
-        policy = policy.split(split_by) if isinstance(policy, MoePolicy) else split_by(policy)
+        policy = policy.split(split_by) if isinstance(policy, MoePolicy | MaskedPolicy) else split_by(policy)
     move(policy, reference)
     return config, policy, reference, teacher
 

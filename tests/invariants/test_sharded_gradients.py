@@ -65,7 +65,10 @@ CASES = {
         "tied",
         [ALONE, *MASKED, "loss.name=reinforce", "diffusion.estimator={name: sandwich, num_draws: 2}"],
     ),
+    "diffusion, all together": ("untied", [KL, LORA, CHECKPOINTING, *MASKED]),
+    "diffusion, one process without work": ("untied", [ALONE, LORA, *MASKED]),
     "hybrid": ("untied", [KL, "train.sharding=hybrid"]),
+    "diffusion, hybrid": ("tied", [KL, LORA, CHECKPOINTING, *MASKED, "train.sharding=hybrid"]),
 }
 
 
@@ -92,7 +95,7 @@ def models(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-OFTEN = ("tied", "two minibatches twice", "rows", "all together")
+OFTEN = ("tied", "two minibatches twice", "rows", "all together", "diffusion, all together")
 NAMES = [pytest.param(n, marks=[] if n in OFTEN else [pytest.mark.rotation("rarer cases")]) for n in CASES]
 
 
@@ -113,8 +116,8 @@ def found(request, models, other_model_dir, ragged_groups, tmp_path_factory) -> 
             case["lr"] = 0.002
         if name == "clipped":
             case |= {"max_grad_norm": 0.01, "lr": 1.0}
-        case["processes"] = 4 if name == "hybrid" else 2
-        if name == "one process without work":
+        case["processes"] = 4 if "hybrid" in name else 2
+        if "one process without work" in name:
             case["rows"] = [[p, c, [0.0] * len(a) if i % 2 else a] for i, (p, c, a) in enumerate(rows)]
         if name == "rows of episodes":  # the i-th of a group has i further rows: the next completions'
             case["rows"] = [
@@ -128,7 +131,7 @@ def found(request, models, other_model_dir, ragged_groups, tmp_path_factory) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, name):
-    sizes = (1, 4 if name == "hybrid" else 2)
+    sizes = (1, 4 if "hybrid" in name else 2)
     one, two = (load_file(found / f"{name}-of-{size}.safetensors") for size in sizes)
     limit = ROUNDED.get(name, 1e-6)
     for kind in ("sent.", ""):  # what an engine is sent after the steps, and the gradients

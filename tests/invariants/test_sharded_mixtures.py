@@ -21,11 +21,14 @@ LAYERS = 4
 ALONE, KL = "loss.kl_coef=0", "loss.kl_coef=0.05"
 LORA = "model.lora={r: 4, alpha: 8}"
 BALANCED = ["moe.balance=switch", "moe.balance_coef=1.0", "moe.z_loss_coef=0.01"]
+CHOSEN = ["moe.trained_experts=FILE", "optimizer.weight_decay=0"]
+EXPERTS = {"experts": {"0": [0, 5], "1": [7], "3": [0, 1, 2]}, "non_expert_modules": True}
 CASES = {
     "replayed and balanced": ("qwen3_moe", [ALONE, *BALANCED]),
     "one process without work": ("qwen3_moe", [ALONE, *BALANCED]),
     "rows": ("qwen3_moe", [ALONE, "model.attention=rows", *BALANCED, "moe.balance=sequence"]),
     "all together": ("qwen3_moe", [KL, LORA, "model.gradient_checkpointing=true"]),
+    "chosen experts": ("qwen3_moe", [KL, "model.gradient_checkpointing=true", *CHOSEN]),
     "shared experts": ("qwen2_moe", [KL, LORA, "model.gradient_checkpointing=true"]),
     "laguna": ("laguna", [ALONE, "moe.bias_rate=0.01"]),
     "hunyuan": ("hunyuan_v1_moe", [ALONE, *BALANCED]),
@@ -66,8 +69,10 @@ def found(request, model_of, ragged_groups, tmp_path_factory) -> Path:
     """What one process and two say of every case that is asked for."""
     out, cases = tmp_path_factory.mktemp("gradients"), []
     groups, advantages = ragged_groups(num_groups=8)
+    (out / "experts.json").write_text(json.dumps(EXPERTS))
     for name in selected(request, "name"):
         family, overrides = CASES[name]
+        overrides = [x.replace("FILE", str(out / "experts.json")) for x in overrides]
         model = model_of(family)
         config = json.loads((model / "config.json").read_text())
         number = next(
@@ -106,6 +111,11 @@ def test_two_processes_that_split_a_mixture_have_the_gradient_of_one(found, name
     assert all(x.dtype == torch.float32 for x in two.values())
     facts = [json.loads((found / f"{name}-of-{size}.json").read_text()) for size in (1, 2)]
     assert any(n.startswith("moe/") for n in facts[0]["metrics"])
+    if name == "chosen experts":  # of eight; layer 2 has none
+        grads = [two[f"0.model.layers.{layer}.mlp.experts.gate_up_proj"] for layer in (0, 1, 3)]
+        moved = [{i for i, g in enumerate(grad) if g.any()} for grad in grads]
+        assert moved == [{0, 5}, {7}, {0, 1, 2}]
+        assert not any(".layers.2.mlp.experts" in n for n in two if not n.startswith("sent."))
     for metric, value in facts[0]["metrics"].items():
         if metric != "memory/peak":
             assert facts[1]["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric

@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from recipes.cli import main as cohort
 from recipes.fit import as_before, fit_to, read_plan
+from recipes.kinds import size_of
 from rl.config.read import dump_config, load_config, replaced
+from rl.model.units import check_shardable
 from rl.plan.memory import GIB
-from rl.plan.search import Card
+from rl.plan.search import Card, kept_whole
+from tests.rl.families import tiny_config
 
 OPEN = ["engine.name=auto", "train.token_budget=auto"]
 
@@ -87,6 +90,55 @@ def test_a_diffusion_model_is_planned_without_a_share_of_vllm(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "train.token_budget=" in out.split("\nfits with ")[1]
     assert "gpu_memory_utilization" not in out and "engine overhead" not in out
+
+
+SERVED = ["engine.name=server", "engine.urls=[http://127.0.0.1:1]", "engine.token_file=token"]
+
+
+@pytest.fixture
+def mixture(tmp_path) -> Path:
+    """Qwen3-30B-A3B with 126 experts instead of 128: 56 GiB in bf16."""
+    heads: dict = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 126}
+    sizes = {"vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768}
+    Qwen3MoeConfig(**heads, **sizes, num_hidden_layers=48).save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+@pytest.mark.parametrize(
+    ("processes", "words", "reason"),
+    [
+        (2, [], None),
+        (4, [], "adapters of its 126 experts cannot be dealt to 4 processes evenly"),
+        (4, ["model.lora={r: 16, target_modules: [q_proj]}"], None),
+        (2, ["memory.optimizer_on_host=true"], "memory.reference_on_host keep whole ones in host memory"),
+        (2, ["teacher={demonstration: solution, divergence: reverse}"], "by sampled tokens only"),
+    ],
+)
+def test_auto_splits_nothing_that_full_would_refuse_and_says_it_in_the_same_words(
+    mixture, processes, words, reason
+):
+    """Whole weights do not fit 48 GiB; a half or a quarter does."""
+    given = [f"model.name={mixture}", "model.lora={r: 16}", "train.prompts_per_step=4", *SERVED, *words]
+    config, card = load_config(None, given), Card("NVIDIA L40S", 48 * GIB, processes)
+    if reason is None:
+        assert fit_to(config, card).chosen["train.sharding"] == "full"
+        return
+    with pytest.raises(ValueError, match="this run does not fit") as refused:
+        fit_to(config, card)
+    said = str(refused.value).partition("train.sharding=auto keeps whole copies: ")[2]
+    assert reason in said.partition("; it does with")[0].partition(", and neither")[0]
+    with pytest.raises(ValueError, match=r"train\.sharding") as of_full:
+        full = load_config(None, [*given, "train.sharding=full"])
+        check_shardable(size_of(config, full.model).without_storage(full.model), processes)
+    assert reason in str(of_full.value)
+
+
+@pytest.mark.parametrize(("router", "reason"), [("auto", "several dtypes"), ("freeze", "None")])
+def test_auto_counts_only_dtypes_that_are_trained(tmp_path, router, reason):
+    """Routers of this family stay fp32."""
+    tiny_config("hunyuan_v1_moe").save_pretrained(tmp_path)
+    config = load_config(None, [f"model.name={tmp_path}", "model.dtype=bf16", f"moe.router={router}"])
+    assert reason in str(kept_whole(size_of(config, config.model), config, 2))
 
 
 CARDS = [Card("NVIDIA H100", 80 * GIB), Card("NVIDIA L4", 24 * GIB)]
