@@ -1,9 +1,15 @@
 """Workload W on 1, 2 and 4 GPUs of one host: weak scaling, and the same prompts on more cards.
 
-    python -m tests.bench.scaling [--counts 1,2,4] [--stale 0,1] [--steps 6] [--logs DIR] [--set KEY=VALUE]
+    python -m tests.bench.scaling [--counts 1,2,4] [--stale 0,1] [--kinds weak,strong,served] [--steps 6]
+        [--logs DIR] [--set KEY=VALUE]
 
-Weak: `--prompts` of them for each card. Strong: as many in all. The single card comes first and again at the
-end, as the noise of the host is part of every ratio. Tokens a second are medians of all steps but the first.
+Weak: `--prompts` of them for each card. Strong: as many in all. Served: as weak, but the first half of the
+cards trains, and vLLM servers have the others; weights go by NCCL. The single card comes first and again at
+the end, as the noise of the host is part of every ratio. Tokens a second are sums over all steps but the
+first, parts of a step means over these: one step ahead, long steps and short ones take turns. "wait" is the
+share of these steps in which trainers wait for completions, "idle" that of all seconds between its first
+completion and its last in which a server has none. A run ends with a checkpoint of 12 bytes a parameter;
+TMPDIR=/dev/shm keeps it off a slow disk.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +29,16 @@ import yaml
 
 from rl.store.rows import read_rows
 from tests.bench.launch import last_lines, run_within
+from tests.bench.server import Idle, serving
 from tests.bench.workload import Workload, write_model
+from tests.vllm_servers import free_port
+
+PARTS = ("step", "sample", "train", "sync", "pack", "score")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run on so many cards; `kind`: weak, strong, or the baseline."""
+    """A run on so many cards; `kind`: weak, strong, served, or the baseline."""
 
     kind: str
     cards: int
@@ -45,6 +56,7 @@ def main() -> int:
     parser.set_defaults(steps=6)
     parser.add_argument("--counts", default="1,2,4", help="cards; those that are not there are left out")
     parser.add_argument("--stale", default="0,1", help="train.max_staleness")
+    parser.add_argument("--kinds", default="weak,strong", help="of runs on several cards; also: served")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="for each run")
     parser.add_argument("--logs", type=Path, default=Path("."))
     parser.add_argument("--set", nargs="*", default=[], help="overrides of Cohort's config")
@@ -57,28 +69,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model", workload)
         rows = [
-            one_run(case, model, workload, Path(scratch), a)
-            for case in cases(counts, [int(n) for n in a.stale.split(",")], workload.prompts)
+            one_run(case, model, workload, Path(scratch), a) for case in cases(counts, a, workload.prompts)
         ]
     print(table(rows), flush=True)
     return int(any(row["rc"] for row in rows))
 
 
-def cases(counts: list[int], stalenesses: list[int], prompts: int) -> list[Case]:
+def cases(counts: list[int], a: Any, prompts: int) -> list[Case]:
     found = []
-    for staleness in stalenesses:
-        more = [n for n in counts if n > 1]
+    for staleness in map(int, a.stale.split(",")):
         found.append(Case("baseline", 1, prompts, staleness))
-        found += [Case("weak", n, n * prompts, staleness) for n in more]
-        found += [Case("strong", n, prompts, staleness) for n in more]
+        for kind in a.kinds.split(","):
+            many = prompts if kind == "strong" else None
+            found += [Case(kind, n, many or n * prompts, staleness) for n in counts if n > 1]
         found.append(Case("again", 1, prompts, staleness))
     return found
 
 
 def one_run(case: Case, model: Path, workload: Workload, scratch: Path, a: Any) -> dict[str, Any]:
     replace(workload, prompts=case.prompts).export()
-    folder = scratch / case.name
-    config = {
+    folder, token = scratch / case.name, scratch / "token"
+    config: dict[str, Any] = {
         "run_dir": str(folder),
         "model": {"name": str(model)} | ({"lora": {"r": workload.lora}} if workload.lora else {}),
         "data": {"source": "tests.bench.workload:rows", "max_prompt_length": workload.prompt_length},
@@ -93,36 +104,42 @@ def one_run(case: Case, model: Path, workload: Workload, scratch: Path, a: Any) 
         "checkpoint": {"every": 0},
     }
     path, log = scratch / f"{case.name}.yaml", a.logs / f"{case.name}.log"
-    path.write_text(yaml.safe_dump(config))
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.cli",
-        "train",
-        str(path),
-        "--processes",
-        str(case.cards),
-        *a.set,
-    ]
-    code = run_within(a.timeout_s, command, log)
+    trainers = case.cards // 2 if case.kind == "served" else case.cards
+    idle, on_gpus = None, torch.cuda.is_available()
+    with ExitStack() as stack:
+        if case.kind == "served":
+            length = workload.prompt_length + workload.max_length + 1
+            words = ["--dtype", "bfloat16" if on_gpus else "float32", "--max-model-len", str(length)]
+            words += ["--max-num-seqs", str(case.prompts * workload.group // (case.cards - trainers))]
+            devices = range(trainers, case.cards) if on_gpus else ()
+            server_log = a.logs / f"{case.name}-servers.log"
+            urls = stack.enter_context(serving(model, server_log, token, *words, devices=devices))
+            config["engine"] = {"name": "server", "urls": urls, "token_file": str(token)}
+            config["engine"] |= {"weights_url": f"nccl://127.0.0.1:{free_port()}"} if on_gpus else {}
+            idle = Idle(urls, token)
+        path.write_text(yaml.safe_dump(config))
+        seen = ["env", "CUDA_VISIBLE_DEVICES=" + ",".join(map(str, range(trainers)))] if on_gpus else []
+        command = [*seen, sys.executable, "-m", "recipes.cli", "train", str(path)]
+        command += ["--processes", str(trainers), *a.set]
+        code = run_within(a.timeout_s, command, log, idle or int)
     if code:
         print(f"{case.name} ended with {code}; {last_lines(log)}", flush=True)
     steps = (read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else [])[1:]
-    parts = ("step", "sample", "train", "sync", "pack", "score")
-    row = {"case": case, "rc": code, "tokens_per_s": median(steps, "tokens/per_second")}
-    row |= {part: median(steps, f"time/{part}") for part in parts} | {"peak": median(steps, "memory/peak")}
+    tokens = sum(row["tokens/per_second"] * row["time/step"] for row in steps)
+    row = {part: statistics.mean(s.get(f"time/{part}", 0.0) for s in steps or [{}]) for part in PARTS}
+    row |= {"case": case, "rc": code, "peak": max((s.get("memory/peak", 0.0) for s in steps), default=0.0)}
+    row["tokens_per_s"] = tokens / (row["step"] * len(steps)) if steps else float("nan")
+    row["wait"] = row["sample"] / (row["step"] or float("nan"))
+    row["idle"] = idle.share() if idle else float("nan")
     print(json.dumps(row | {"case": case.name}), flush=True)
     return row
-
-
-def median(steps: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(row.get(name, 0.0) for row in steps) if steps else 0.0
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Each run against the mean of the single card's two in tokens a second: speed-up, and that per card."""
     head = f"{'run':20s}{'cards':>6s}{'prompts':>8s}{'tokens/s':>10s}{'speed-up':>9s}{'per card':>9s}"
-    lines = [head + "".join(f"{part:>8s}" for part in ("step", "sample", "train", "sync", "pack", "peak"))]
+    shown = (*PARTS, "peak", "wait", "idle")
+    lines = [head + "".join(f"{part:>8s}" for part in shown)]
     for row in rows:
         case = row["case"]
         alone = [
@@ -130,8 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         speed = row["tokens_per_s"] / (statistics.mean(alone) or float("nan"))
         text = f"{case.name:20s}{case.cards:6d}{case.prompts:8d}{row['tokens_per_s']:10.0f}{speed:9.2f}"
-        parts = "".join(f"{row[part]:8.2f}" for part in ("step", "sample", "train", "sync", "pack", "peak"))
-        lines.append(f"{text}{speed / case.cards:9.2f}{parts}")
+        lines.append(f"{text}{speed / case.cards:9.2f}" + "".join(f"{row[part]:8.2f}" for part in shown))
     return "\n".join(lines)
 
 

@@ -9,9 +9,9 @@ cost as much per token as larger ones. Two bounds are printed. On one card whose
 trainer gets what the engine's kernels leave idle, and delays nothing. On two it computes at full speed
 meanwhile. A decode step of few completions has kernels at nearly all times, and yet uses a third of the
 memory's bandwidth and hardly any arithmetic. So one card that both use at once, each with its own
-multiprocessors (green contexts, or MPS), is not bounded by its idle time. For that case nothing is measured:
-printed is what a step saves if the trainer has the share `--trainer-sms` of them and their speed, and decode
-steps take 1, 1.25, 1.5 or 2 times as long meanwhile.
+multiprocessors (green contexts, or MPS), is not bounded by its idle time. For that case printed is what a
+step saves if the trainer has the share `--trainer-sms` of them and their speed, and decode steps take 1,
+1.25, 1.5 or 2 times as long meanwhile. `tests.bench.at_once` measures both and asks this model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tests.bench.workload import STOP_SHARE, Workload
 
@@ -28,9 +31,20 @@ SLOWER = (1.0, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """A card that both use at once: how many times as long decode steps take meanwhile, and the trainer's
+    speed as a share of that alone, for numbers of `running` completions; between them linear, beyond equal.
+    """
+
+    running: Sequence[float]
+    slower: Sequence[float]
+    speed: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Hidden:
     """Seconds of a step: its sampling, its idle part, training done meanwhile on one and two cards, and what
-    a card that both use at once saves, for each of `SLOWER`."""
+    each `Sharing` of a card saves, which is used for a decode step only where that saves time."""
 
     sample: float
     idle: float
@@ -48,8 +62,8 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=4096)
     parser.add_argument("--trainer-sms", type=float, default=0.75)
     asked = parser.parse_args()
-    draw, w = random.Random(0), Workload()
-    steps = [simulate(w, draw, asked) for _ in range(asked.steps)]
+    how = [Sharing([1], [slower], [asked.trainer_sms]) for slower in SLOWER]
+    steps = simulated(how, asked.steps, train_s=asked.train_s, token_budget=asked.token_budget)
     sample, idle, one, two = (
         statistics.mean(getattr(s, name) for s in steps)
         for name in ("sample", "idle", "one_card", "two_cards")
@@ -63,26 +77,40 @@ def main() -> None:
         print(f"one card, at once, decode steps {slower:.2f}x as long meanwhile: {share:.1%} saved")
 
 
-def simulate(w: Workload, draw: random.Random, asked: argparse.Namespace) -> Hidden:
-    budget: int = asked.token_budget
+def saved_at_once(how: Sharing, steps: int = 100, *, train_s: float, token_budget: int) -> float:
+    """The share of sample + train that a card shared in this way saves."""
+    found = simulated([how], steps, train_s=train_s, token_budget=token_budget)
+    return sum(s.shared[0] for s in found) / sum(s.sample + train_s for s in found)
+
+
+def simulated(how: Sequence[Sharing], steps: int, *, train_s: float, token_budget: int) -> list[Hidden]:
+    draw, w = random.Random(0), Workload()
+    return [simulate(w, draw, how, train_s=train_s, token_budget=token_budget) for _ in range(steps)]
+
+
+def simulate(
+    w: Workload, draw: random.Random, how: Sequence[Sharing], *, train_s: float, token_budget: int
+) -> Hidden:
     groups = [[length(w, draw) for _ in range(w.group)] for _ in range(w.prompts)]
     ends = sorted((max(group), w.prompt_length + sum(group)) for group in groups)
     every = sorted(n for group in groups for n in group)
-    per_token = asked.train_s / sum(tokens for _, tokens in ends)
+    per_token = train_s / sum(tokens for _, tokens in ends)
     sample = idle = one = two = 0.0
-    trained, longer = [0.0] * len(SLOWER), [0.0] * len(SLOWER)
+    trained, longer = [0.0] * len(how), [0.0] * len(how)
     done, at, complete = 0, 0, 0
     for token in range(1, every[-1] + 1):
         step = interpolated(len(every) - done, STEP_MS) / 1e3
         left = step - interpolated(len(every) - done, KERNELS_MS) / 1e3
         sample, idle = sample + step, idle + left
-        ready = complete // budget * budget * per_token  # whole micro-batches only
+        ready = complete // token_budget * token_budget * per_token  # whole micro-batches only
         one, two = min(ready, one + left), min(ready, two + step)
-        for i, slower in enumerate(SLOWER):
-            if (todo := ready - trained[i]) > 0:
+        for i, sharing in enumerate(how):
+            at_once = len(every) - done, sharing.running
+            slower, speed = (float(np.interp(*at_once, x)) for x in (sharing.slower, sharing.speed))
+            if (todo := ready - trained[i]) > 0 and speed * slower > slower - 1:
                 # Of the step the part that training lasts, if less is left to train than a whole one takes.
-                part = min(1.0, todo / (step * slower * asked.trainer_sms))
-                trained[i] += part * step * slower * asked.trainer_sms
+                part = min(1.0, todo / (step * slower * speed))
+                trained[i] += part * step * slower * speed
                 longer[i] += part * step * (slower - 1)
         while done < len(every) and every[done] <= token:
             done += 1

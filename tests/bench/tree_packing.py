@@ -145,7 +145,7 @@ def main(run: Path) -> None:
     for step in range(config.train.steps):
         record = ledger.read(step)
         for batch in pack(record.groups, record.advantages, pack_rules(config)) if record else ():
-            packed += batch.num_packed_tokens
+            packed += sum(len(m.token_ids_N) for m in batch.micro_batches)
             groups = defaultdict[int, list[list[int]]](list)
             for m in batch.micro_batches:
                 behind += sum(block.prompt_length for block in m.blocks)

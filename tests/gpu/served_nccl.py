@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from rollout.vllm.lock import read_token
 from rollout.vllm.member import connect
 from rollout.vllm.weight_files import WeightFiles
 from rollout.weight_sync import publish
+from tests.bench.server import serving
 from tests.vllm_servers import free_port
 
 ON_GPUS = torch.cuda.device_count() > 1
 DTYPE = torch.bfloat16 if ON_GPUS else torch.float32
-START_S, MAX_LEN, GIB, LR = 400.0, 512, 2**30, 1e-6
+MAX_LEN, GIB, LR = 512, 2**30, 1e-6
 REWARD = '''
 def vowels(prompts, completions, **columns):
     """Share of vowels, which differs between completions."""
@@ -46,44 +46,12 @@ def vowels(prompts, completions, **columns):
 '''
 
 
-@contextmanager
-def serving(model: Path, out: Path, *options: str) -> Iterator[str]:
-    """The URL of a server on GPU 1."""
-    port, log = free_port(), out / f"server-{model.name}.log"
-    words = [
-        str(model),
-        "--port",
-        str(port),
-        "--token-file",
-        str(out / "token"),
-        "--max-model-len",
-        str(MAX_LEN),
-    ]
-    words += ["--dtype", str(DTYPE).removeprefix("torch."), "--enforce-eager", *options]
-    words += ["--devices", "1", "--gpu-memory-utilization", "0.5"] if ON_GPUS else []
-    words += [] if ON_GPUS else ["--kv-cache-memory-bytes", str(2**26)]
-    began = time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "recipes.cli", "serve", *words], stdout=subprocess.PIPE, stderr=file
-        )
-    try:
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        while not (process.stdout.read() or b"").endswith(b"\n"):
-            late = time.monotonic() - began > START_S
-            if process.poll() is not None or late:
-                raise SystemExit(f"no server: {log}: {log.read_text(errors='replace')[-6000:]}")
-            time.sleep(0.2)
-        print(f"server of {model.name} after {time.monotonic() - began:.0f} s", flush=True)
-        yield f"http://127.0.0.1:{port}"
-    except BaseException:
-        print(log.read_text(errors="replace")[-5000:], flush=True)
-        raise
-    finally:
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def serving_on(model: Path, out: Path, *options: str) -> AbstractContextManager[list[str]]:
+    """A server on GPU 1, or on the CPU."""
+    words = ["--max-model-len", str(MAX_LEN), "--dtype", str(DTYPE).removeprefix("torch.")]
+    words += ["--enforce-eager", *options, *(("--gpu-memory-utilization", "0.5") if ON_GPUS else ())]
+    log, devices = out / f"server-{model.name}.log", [1] if ON_GPUS else []
+    return serving(model, log, out / "token", *words, devices=devices)
 
 
 def train(model: Path, out: Path, url: str, name: str, engine: dict[str, Any]) -> None:
@@ -243,7 +211,8 @@ def main() -> None:
     model, device = asked.model.absolute(), "cuda:0" if ON_GPUS else "cpu"
     print(f"torch {torch.__version__}, on {'two GPUs' if ON_GPUS else 'the CPU'}", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with serving(model, out) if set(asked.parts.split()) & {"sync", "train"} else nullcontext("") as url:
+    needs_small = set(asked.parts.split()) & {"sync", "train"}
+    with serving_on(model, out) if needs_small else nullcontext([""]) as (url,):
         if "sync" in asked.parts:
             policy = Policy(AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE).to(device))
             syncs(policy, tokenizer, url, out, kinds="files nccl", times=4, full=True)
@@ -255,7 +224,7 @@ def main() -> None:
             train(model, out, url, "by_nccl", {"weights_url": f"nccl://127.0.0.1:{free_port()}"})
     if asked.big or asked.config:
         folder, big = big_model(out, asked.config, tokenizer)
-        with serving(folder, out, "--load-format", "dummy") as url:
+        with serving_on(folder, out, "--load-format", "dummy") as (url,):
             syncs(Policy(big), tokenizer, url, out, kinds="nccl", times=4, full=False)
 
 
