@@ -42,13 +42,6 @@ def denoising_params(config: MaskedRunConfig, sampling: SamplingConfig) -> Denoi
 
 def check_canvas(config: MaskedRunConfig) -> None:
     """Refuses lengths and steps that do not fit each other, before anything is loaded."""
-    sharding = config.train.sharding
-    if sharding == "hybrid" or (sharding == "full" and config.model.lora):
-        other = "hybrid" if sharding == "hybrid" else "full with model.lora"
-        raise ValueError(
-            f"train.sharding={other} splits causal models only, but this run trains a diffusion model with "
-            "rewards; use train.sharding=full for all weights, or train.sharding=none"
-        )
     sections = {"sampling": config.sampling}
     if config.evaluation.data:
         sections["evaluation.sampling"] = config.evaluation.sampling
@@ -83,7 +76,7 @@ def make_masked_policy(
     raw = raw_config(model.name, model.revision)
     check_not_quantised(raw.get("quantization_config"), model.name)
     policy = MaskedPolicy(config, accelerator, name=model.name)
-    room = policy.trained.context_length
+    room = policy.context_length
     if room is not None and longest > room:
         raise ValueError(
             f"the longest prompt and its completion may have {longest} tokens, but {config.model.name} has "
@@ -115,7 +108,7 @@ def copy_of_model(
         model.name,
         revision=model.revision,
         dtype=dtype,
-        mask_token_id=policy.trained.mask_token_id,
+        mask_token_id=policy.mask_token_id,
         shift=is_shifted(policy.model),
     )
     own = own.to(policy.device)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from transformers import GenerationConfig
 
 from recipes.cli.init import TEMPLATES, first_rows, look_at
@@ -43,14 +42,16 @@ from rewards.pool.pool import RewardPool
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config
 from rl.model.adapter_folder import read_settings
-from rl.model.loading import base_of, check_config, load_model, read_config
+from rl.model.loading import base_of, check_config, context_length, load_model, read_config
+from rl.packed_check import own_logprobs
 from rl.record import check_faults
 from rl.report.safe_stream import say
 from rl.store.checkpoint import CheckpointStore
 from rl.store.inputs import fingerprints
 from rl.store.ledger import Ledger
+from rl.store.manifest import digest_of
 from rl.types import Prompt
-from rl.weights import CANARY_TEXT, PolicyWeights
+from rl.weights import PolicyWeights, canary_ids
 from rl.world import World
 from rollout.chat import end_token_ids
 from rollout.engine import Engine
@@ -133,11 +134,11 @@ def _task(task: str, is_run: bool) -> dict[str, Any]:
     data, reward = {"source": task}, "reasoning_gym"
     if (named := TASKS.get(task)) is not None:
         data = {"source": f"task:{task}", "split": named.split or "test"}
-        data["template"], reward = json.loads(TEMPLATES[named.reward]), named.reward
+        data["template"], reward = TEMPLATES[named.reward], named.reward
     elif not task.startswith("reasoning_gym:"):
         look = look_at(first_rows(task)[0])
         reward = look.reward if look.reward in TEMPLATES else "math"
-        data |= {"prompt_column": look.prompt or "prompt", "template": json.loads(TEMPLATES[reward])}
+        data |= {"prompt_column": look.prompt or "prompt", "template": TEMPLATES[reward]}
         if look.gold not in (None, "answer", "tests"):
             data |= {"rename": {look.gold: "tests" if reward == "code" else "answer"}}
     keys: dict[str, Any] = {"evaluation.data": {"max_prompt_length": 4096, **data}}
@@ -230,11 +231,11 @@ def _inputs(
     _check_begun(ask, model, found.get("model", {}), below.get("model", {}))
     facts = {
         "revision": model.revision,
-        "digest": digest([found.get("model"), below.get("model")]),
-        "chat_template": digest(found["chat template"]),
+        "digest": digest_of([found.get("model"), below.get("model")]),
+        "chat_template": digest_of(found["chat template"]),
         "data": held.source,
-        "rows": digest(found["rows"]),
-        "prompts": digest([p.token_ids for p in prompts]),
+        "rows": digest_of(found["rows"]),
+        "prompts": digest_of([p.token_ids for p in prompts]),
     }
     facts |= {"environment": e.model_dump(mode="json")} if (e := config.environment) else {}
     return prompts, tokenizer, model, facts
@@ -288,12 +289,11 @@ def open_engine(
 
 def _merged(model: ModelConfig, tokenizer: Any) -> PolicyWeights:
     merged = load_model(model)
-    ids = tokenizer(CANARY_TEXT, add_special_tokens=False)["input_ids"][:64]
+    ids = canary_ids(tokenizer, context_length(merged.config))
 
     @torch.no_grad()
     def canary() -> tuple[list[int], list[float]]:
-        logprobs = merged(input_ids=torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-        return ids, logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        return ids, own_logprobs(merged, torch.tensor(ids)).tolist()
 
     return PolicyWeights(merged, canary)
 
@@ -304,10 +304,6 @@ def generation_config(model: ModelConfig) -> GenerationConfig:
         return GenerationConfig.from_pretrained(base.name, revision=base.revision or "main")
     except OSError:
         return GenerationConfig.from_model_config(read_config(base))
-
-
-def digest(value: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _claim(out: Path, head: Mapping[str, Any]) -> None:

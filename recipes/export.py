@@ -13,7 +13,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, get_token
-from xxhash import xxh3_128_hexdigest
 
 from recipes.exports.card import ABSOLUTE, is_local, write_card
 from recipes.exports.merging import DTYPES, write_proved
@@ -22,7 +21,7 @@ from rl.model.adapter_folder import find_adapter, read_settings
 from rl.model.loading import first_line
 from rl.store.durable import fsync_path
 from rl.store.inputs import MODEL_FILES, fingerprints
-from rl.store.manifest import files_below, hash_file, read_manifest
+from rl.store.manifest import digest_of, files_below, hash_file, read_manifest
 
 MASKED = {"diffusion", "objective"}  # sections of the configs of diffusion models
 
@@ -122,7 +121,7 @@ def _write(
         adapter = replace(adapter, settings=adapter.settings | {"revision": revision})
         (source / "adapter_config.json").write_text(json.dumps(adapter.settings, indent=2) + "\n")
         facts |= {"base": adapter.base, "revision": revision}
-    facts["digest"] = xxh3_128_hexdigest(json.dumps([own, below], sort_keys=True).encode())  # as cohort eval
+    facts["digest"] = digest_of([own, below])  # as cohort eval
     as_it_is = masked or (adapter is not None and not merge)
     if (merge and (as_it_is or not adapter)) or (dtype and as_it_is):
         raise ValueError(

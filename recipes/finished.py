@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from rl.config import Config
-from rl.config.read import flatten, read_config
+from rl.config.read import differing, read_config
 from rl.config.resume import FREE
 from rl.report.safe_stream import say
 from rl.store.folder import read_result
@@ -27,12 +27,10 @@ def is_finished(config: Config) -> bool:
     if not (run_dir / "checkpoints" / f"step-{steps:06d}").is_dir():
         return False
     try:
-        trees = (read_config(type(config), run_dir / "config.yaml"), config)
+        changed = differing(read_config(type(config), run_dir / "config.yaml"), config)
     except ValueError:
         return False
-    before, now = (flatten(tree.model_dump(mode="json")) for tree in trees)
-    given = {key for key in before.keys() | now.keys() if now.get(key) != "auto"}
-    if any(before.get(key) != now.get(key) for key in given - FREE):
+    if any(now != "auto" and key not in FREE for key, (_, now) in changed.items()):
         return False
     done = f"{steps} of {wanted} steps" if steps == wanted else f"{steps} steps, of {wanted} asked for"
     accuracy = f", held-out {result[ends[0]]:.1%} -> {result[ends[1]]:.1%}" if ends else ""

@@ -18,7 +18,7 @@ from rl.config.sections import UNPLANNED_TOKENS
 from rl.plan.costs import seconds_of
 from rl.plan.host import check_host, host_share, pinned
 from rl.plan.memory import GIB, MemoryPlan, Planned
-from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, plan_for, remedy, value_at
+from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, kept_whole, plan_for, remedy, value_at
 from rl.plan.sizes import ModelSize, NoPrediction
 from rl.store.folder import has_steps, write_atomically
 from rl.world import World
@@ -132,7 +132,8 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
     plan = plan_for(size, settled, card, length)
     costs = seconds_of(size, settled, card.processes)
     host = said_host(pinned(size, settled), card.host)
-    notes = (_sentence(plan, card, chosen) + said_costs(costs) + host, *_moved(before, chosen))
+    said = said_costs(costs) + host + said_whole(size, settled, card)
+    notes = (_sentence(plan, card, chosen) + said, *_moved(before, chosen))
     return Fitted(settled, chosen, notes, plan, card, size, costs)
 
 
@@ -144,6 +145,11 @@ def said_costs(costs: Mapping[str, float]) -> str:
 def said_host(needed: int, free: int | None) -> str:
     of = "" if free is None else f" of {free / GIB:.1f} that it may take"
     return f"; each process pins {needed / GIB:.1f} GiB of host memory{of}" if needed else ""
+
+
+def said_whole(size: ModelSize, config: Planned, card: Card) -> str:
+    reason = kept_whole(size, config, card.processes)
+    return f"; train.sharding=auto keeps whole copies: {reason}" if reason else ""
 
 
 def as_before(config: Any, before: Mapping[str, Any] | None, card: Card | None = None) -> Fitted:
@@ -203,6 +209,7 @@ def refusal(size: ModelSize, config: Planned, card: Card) -> str:
             f" with {card.host / GIB:.1f} GiB of host memory for each process; with {needed / GIB:.1f} it "
             "would (memory.host_gib)"
         )
+    head += said_whole(size, config, card)
     if found is None:
         return f"{head}, and neither do adapters and short completions; use a smaller model or a larger GPU"
     return f"{head}; it does with: {as_overrides(found[0])}"

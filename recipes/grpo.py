@@ -23,7 +23,7 @@ from recipes.environments.workers import Workers
 from recipes.evaluation.heldout import make_evaluator
 from recipes.finished import is_finished
 from recipes.fit import Fitted, fit_to_cards
-from recipes.kinds import Kind, kind_of, make_models
+from recipes.kinds import kind_of, make_models
 from recipes.models import open_adapter, resolve_model, teacher_model, teacher_server
 from recipes.program import (
     Laps,
@@ -35,13 +35,12 @@ from recipes.program import (
     run_program,
     without_change,
 )
-from recipes.sources import make_source
+from recipes.sources import make_scorer, make_source
 from recipes.tasks import find_modules_beside
 from recipes.tasks.demonstrations import longest_taught
 from recipes.tasks.many import longest_row, train_prompts
 from recipes.tasks.overlap import settle_overlap
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
-from rewards.compose import reward_specs
 from rewards.functions import Origins, name_functions, origin_of, sources_of
 from rewards.pool.pool import RewardPool
 from rl.config import Config, ModelConfig
@@ -57,7 +56,7 @@ from rl.report.safe_stream import say
 from rl.report.verdict import judge_run
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore
-from rl.store.folder import EvaluationLog, claim_inputs, heldout_ends, read_result, write_result
+from rl.store.folder import claim_inputs, evaluation_log, heldout_ends, read_result, write_result
 from rl.store.inputs import file_fingerprints, fingerprints
 from rl.store.ledger import Ledger
 from rl.store.metrics import MetricsLog
@@ -145,7 +144,7 @@ def conclude(run: Run, steps: int) -> None:
         ends = {"steps": steps, "seconds": run.progress.seconds, "checkpoint": run.store.path(steps)}
         result = write_result(config, evaluations, verdict=judge_run(config.run_dir).headline, **ends)
     if config.evaluation.data is not None:
-        ends, missing = heldout_ends({e.step: e for e in evaluations}, steps, "evaluation.jsonl")
+        ends, missing = heldout_ends(evaluations, steps, "evaluation.jsonl")
         for name, found in ends.items():
             text = str(found) if found else f"missing ({missing[f'{name}_missing']})"
             say(f"held-out {name.removeprefix('heldout_')}: {text}")
@@ -178,9 +177,7 @@ def build(
         with display.phase("a full micro-batch to be tried"):
             fitted.compare(kind.try_out(config, policy, reference, teacher), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
-        engine = _started(
-            config, kind, inputs=inputs, policy=policy, display=display, lap=lap, rank=world.rank
-        )
+        engine = _started(config, inputs, policy, display=display, lap=lap, rank=world.rank)
         closing.callback(engine.close)
         display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
@@ -202,7 +199,7 @@ def build(
             store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
             ledger=Ledger(config.run_dir, world.rank, world.size),
             log=MetricsLog(config.run_dir, own=[*kind.metrics, *tool_metrics(inputs.environment)]),
-            evaluations=EvaluationLog(config.run_dir),
+            evaluations=evaluation_log(config.run_dir),
             observer=observer,
             phases=phases,
             stop=stop,
@@ -210,19 +207,21 @@ def build(
         )
         closing.callback(run.log.close)
         closing.callback(run.evaluations.close)
-        _make_ready(run, observer, policy=policy, lap=lap)
+        _go_on(run, observer)
+        _check_saving(run, policy)
+        observer.note(lap("other"))
         return run, closing.pop_all().close
 
 
 def _started(
-    config: Config, kind: Kind, *, inputs: Inputs, policy: Any, display: Display, lap: Laps, rank: int
+    config: Config, inputs: Inputs, policy: Any, *, display: Display, lap: Laps, rank: int
 ) -> Engine:
     """The engine with the policy's weights, in the environment of the run."""
     lap("policy")
     waiting, log = display.phase(f"the engine to start ({config.engine.name})"), config.run_dir / ENGINE_LOG
     begin = size_of(log)
     with waiting:
-        make = partial(kind.engine, config, inputs.model, policy, inputs.longest, display.note)
+        make = partial(kind_of(config).engine, config, inputs.model, policy, inputs.longest, display.note)
         engine = started_into(log, make, display.note)
     lap("engine", said_of_start(log, begin))
     if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
@@ -261,7 +260,8 @@ def read_inputs(
     named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)
-    teacher, server = teacher_model(config.teacher), teacher_server(config.teacher)
+    teacher = teacher_model(config.teacher)
+    server = teacher_server(config.teacher, config.run_dir if world.is_main else None)
     if teacher is not None:
         check_tokenizers(teacher, tokenizer, config.longest_sequence)
     if world.is_main:
@@ -296,12 +296,6 @@ def _fingerprint(model: ModelConfig) -> dict[str, str]:
     return fingerprints(model.name, None, {}, revision=model.revision).get("model", {})
 
 
-def _make_ready(run: Run, observer: RunObserver, *, policy: Any, lap: Laps) -> None:
-    _go_on(run, observer)
-    _check_saving(run, policy)
-    observer.note(lap("other"))
-
-
 def _go_on(run: Run, observer: RunObserver) -> None:
     rows = run.log.read() if run.world.is_main else []
     (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
@@ -311,7 +305,7 @@ def _go_on(run: Run, observer: RunObserver) -> None:
         return
     if run.world.is_main:
         observer.goes_on([row for row in rows if row["step"] <= loaded.step])
-        for e in run.evaluations.read():
+        for e in run.evaluations.read().values():
             observer.display.heldout(e.step, e.accuracy, e.low, e.high, from_before=True)
     observer.note(f"going on from {loaded.path} (step {loaded.step})")
 
@@ -328,18 +322,6 @@ def _check_saving(run: Run, policy: Any) -> None:
         keep=config.checkpoint.keep,
         reference=config.model.reference.update_every > 0 and run.reference is not None,
         warn=run.observer.warn,
-    )
-
-
-def make_scorer(config: Config, origins: Origins) -> RewardPool:
-    r = config.rewards
-    return RewardPool(
-        reward_specs(config.paid_rewards, origins),
-        workers=r.workers,
-        deadline_s=r.deadline_s,
-        memory_bytes=int(r.memory_gib * 2**30),
-        num_steps=config.train.steps,
-        log=config.run_dir / "graders.log",
     )
 
 

@@ -24,14 +24,16 @@ from rl.diffusion.model import changed_config
 from rl.diffusion.rl_policy import MaskedPolicy
 from rl.diffusion.saved_config import load_diffusion_tokenizer, model_config, refuse_masked
 from rl.model.adapters import add_lora
-from rl.model.hollow import is_hollow
+from rl.model.hollow import hollow_model, is_hollow
 from rl.model.loading import base_of, check_config, load_tokenizer, read_config
+from rl.model.units import check_shardable
 from rl.moe.adapters import check_trained, expert_stacks, lora_plan, split_experts
 from rl.moe.esft import load_experts, train_only
 from rl.moe.health import Health
 from rl.moe.kernels import choose_experts
 from rl.moe.policy import METRICS as MOE_METRICS
 from rl.moe.policy import MoePolicy, with_experts
+from rl.plan.memory import num_shares
 from rl.plan.probe import probe
 from rl.plan.sizes import ModelSize, NoPrediction, count_parameters
 from rl.policy import Reference
@@ -93,22 +95,15 @@ def make_models(
         longest: most tokens of a sequence that the policy reads, and that the teacher reads (0: the same).
     """
     sharding, is_split = config.train.sharding, config.train.sharding in ("full", "hybrid") and world.size > 1
-    if is_split and (t := config.teacher) and t.is_policy and t.divergence != "sampled":
-        raise ValueError(
-            f"train.sharding={sharding} splits the policy, which then teaches itself by sampled tokens only; "
-            "use teacher.divergence=sampled, train.sharding=none, or teacher.name"
-        )
     with display.phase("the model to load"):
         policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest[0], display.note)
     world.share(parameter.data for _, parameter in policy.trainable() if not is_hollow(parameter))
     reference, teacher = _frozen(config, policy, max(longest), display)
     if sharding in ("full", "hybrid") and world.size == 1:
         display.note(f"train.sharding={sharding}: one process holds all weights")
-    elif is_split and isinstance(policy, MaskedPolicy):
-        policy.split(reference, sent=engine_dtype(config))
     elif is_split:
         split = partial(ShardedPolicy, reference=reference, sharding=sharding, sent=engine_dtype(config))
-        policy = policy.split(split) if isinstance(policy, MoePolicy) else split(policy)
+        policy = policy.split(split) if isinstance(policy, MoePolicy | MaskedPolicy) else split(policy)
     return policy, reference, teacher
 
 
@@ -122,7 +117,7 @@ def _frozen(
     if config.teacher is None:
         return reference, None
     with display.phase("the teacher to load"):
-        server = teacher_server(config.teacher)
+        server = teacher_server(config.teacher, config.run_dir)
         model = teacher_model(config.teacher) if server is None else server.score
         return reference, Teacher(config.teacher, model, policy, longest=longest, note=display.note)
 
@@ -141,6 +136,13 @@ def causal_policy(
     is_split = config.train.sharding in ("full", "hybrid") and accelerator.num_processes > 1
     own: dict[str, Any] = {"run_dir": config.run_dir, "world": World(accelerator), "note": note}
     settle = lambda p: settle_experts(p.model, config.moe, autocast=p.autocast, **own)  # noqa: E731
+    if is_split:  # before anything is loaded
+        hollow = hollow_model(base_of(model))
+        if model.lora is not None:
+            adapt(hollow, model)
+        if config.moe.freezes:
+            hollow.requires_grad_(False)  # which of its dtypes are trained is settled later
+        check_shardable(hollow, num_shares(config, accelerator.num_processes))
     found = load_split(model, accelerator, longest=longest, settle=settle, **given) if is_split else None
     if is_split and found is None:
         note("every process loads all weights before they are split: the files hold other tensors")
@@ -152,6 +154,8 @@ def causal_policy(
         reason = policy.settle_attention(longest)
     if reason is not None:
         note(f"packed attention is off: {reason}; sequences are trained one at a time, with the same result")
+    if config.moe.trained_experts is not None:
+        train_only(policy.model, load_experts(config.moe.trained_experts))
     trained = with_experts(policy, config.moe, note)
     if expert_stacks(policy.model):
         note(check_trained(policy.model, model.lora))
@@ -164,7 +168,7 @@ def causal_policy(
 def settle_experts(
     model: Any, moe: MoeConfig, *, run_dir: Path, world: World, autocast: Callable[[], Any], note: Say
 ) -> None:
-    """Settles the adapters of experts, the way in which experts are computed, and which of them are trained.
+    """Settles the adapters of experts, and the way in which experts are computed.
 
     Raises:
         ValueError: experts with adapters cannot be computed in the way that `moe` asks for.
@@ -178,8 +182,6 @@ def settle_experts(
             f"moe.experts_implementation={moe.experts_implementation}: experts with adapters are "
             "computed by grouped_mm; use moe.experts_implementation=auto, or adapt other layers"
         )
-    if moe.trained_experts is not None:
-        train_only(model, load_experts(moe.trained_experts))
 
 
 def settle_way(
@@ -286,12 +288,6 @@ def text_size(config: DiffusionConfig, model: ModelConfig) -> ModelSize:
     return counted(config, found, fused=own.compile or has_fused_layers(plain))
 
 
-def masked_engine(
-    config: MaskedRunConfig, model: ModelConfig, policy: Any, longest: int, note: Say
-) -> Engine:
-    return diffusion_rl.make_masked_engine(config, model, policy, dtype=engine_dtype(config))
-
-
 def masked_size(config: MaskedRunConfig, model: ModelConfig) -> ModelSize:
     """The size with a sampler that holds a layer's activations of each canvas, and a block's logits twice."""
     found = model_config(model.name, model.revision)
@@ -337,7 +333,9 @@ KINDS: dict[type[Config], Kind] = {
         check=diffusion_rl.check_canvas,
         tokenizer=lambda config, model: load_diffusion_tokenizer(model),
         policy=diffusion_rl.make_masked_policy,
-        engine=masked_engine,
+        engine=lambda config, model, policy, longest, note: diffusion_rl.make_masked_engine(
+            config, model, policy, dtype=engine_dtype(config)
+        ),
         try_out=lambda config, policy, reference, teacher: None,
     ),
 }

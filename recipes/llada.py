@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from recipes.fit import Fitted, fit_to_cards
 from recipes.models import resolve_model
 from recipes.program import (
@@ -25,7 +27,7 @@ from recipes.program import (
 from recipes.tasks import find_modules_beside, load_rows
 from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.config.read import read_config
-from rl.diffusion.likelihood import BoundLog
+from rl.diffusion.likelihood import bound_log
 from rl.diffusion.model import is_shifted
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import raw_config
@@ -39,6 +41,7 @@ from rl.phases import Phases, StopSignal
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
+from rl.sharded import ShardedPolicy
 from rl.store.checkpoint import CheckpointStore
 from rl.store.folder import claim_inputs, heldout_ends, write_atomically
 from rl.store.inputs import fingerprints
@@ -96,11 +99,11 @@ def build(
             f"objective.random_length_share={share} is for pre-training on rows with 'text'; these have "
             "prompts, and a cut would remove answers: use objective.random_length_share=0"
         )
-    policy = _load(config, world, {"data": rows, "evaluation data": heldout_rows}, display)
+    policy: Any = _load(config, world, {"data": rows, "evaluation data": heldout_rows}, display)
     examples, padding = _examples(config, rows, policy, display)
     world.share(parameter.data for _, parameter in policy.trainable())
     if config.train.shard:
-        policy.shard()
+        policy = ShardedPolicy(policy, None, sharding="full", sent=torch.float32)
     display.head(first_line(config, policy, rows=len(examples), engine=""))
     observer = RunObserver(display, config, is_main=world.is_main, judged=False)
     run = DiffusionRun(
@@ -113,7 +116,7 @@ def build(
         heldout=_heldout(held, heldout_rows, policy),
         store=CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep),
         log=MetricsLog(config.run_dir),
-        bounds=BoundLog(config.run_dir),
+        bounds=bound_log(config.run_dir),
         observer=observer,
         phases=Phases(display.phase),
         stop=stop,
@@ -171,7 +174,7 @@ def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
     result["checkpoint"] = str(run.store.path(steps).resolve())
     if run.heldout:
-        ends, missing = heldout_ends(dict(run.bounds.read()), steps, "likelihood.jsonl")
+        ends, missing = heldout_ends(run.bounds.read(), steps, "likelihood.jsonl")
         for name, bound in ends.items():
             result[name] = bound and {
                 "nats_per_token": bound.nats_per_token,

@@ -24,6 +24,7 @@ from rl.model.loading import load_model, load_tokenizer, read_config, storage_dt
 from rl.model.saving import save_model
 from rl.moe.adapters import lora_plan
 from rl.report.safe_stream import say
+from rl.store.folder import CANARY_OF_TEACHER
 from rl.store.manifest import hash_file
 from rl.world import World
 from rollout.vllm.lock import read_token
@@ -63,12 +64,16 @@ def teacher_model(teacher: TeacherConfig | None) -> ModelConfig | None:
     return ModelConfig(name=resolve_model(teacher.name), **found)
 
 
-def teacher_server(teacher: TeacherConfig | None) -> ScoringServer | None:
-    """The server that a teacher is behind; None where it is not. Raises ValueError for a bad token file."""
+def teacher_server(teacher: TeacherConfig | None, run_dir: Path | None = None) -> ScoringServer | None:
+    """The server that a teacher is behind; None where it is not. Raises ValueError for a bad token file.
+
+    `run_dir` has the canary that its answers are compared with.
+    """
     if teacher is None or teacher.url is None:
         return None
     token = read_token(teacher.token_file) if teacher.token_file else ""
-    return ScoringServer(teacher.url, token, timeout_s=teacher.timeout_s)
+    record = run_dir and run_dir / CANARY_OF_TEACHER
+    return ScoringServer(teacher.url, token, timeout_s=teacher.timeout_s, record=record)
 
 
 def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable[[str], None]) -> ModelConfig:
@@ -124,7 +129,6 @@ def _fetch(name: str, folder: Path) -> None:
 
 
 def _convert(source: Path, gguf_name: str, target: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_name, trust_remote_code=False)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,17 +21,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recipes.cli.command import BOOT, run_command
+from recipes.cli.command import BOOT, pass_signals_on, run_command
 from recipes.finished import is_finished
 from recipes.tasks import check_local, find_modules_beside
 from rewards.compose import reward_specs
 from rewards.pool.pool import RewardPool
 from rl.config import Config
 from rl.config.bounded_yaml import read_yaml
-from rl.config.read import COMMANDS, dump_config, flatten, read_config, validated, validated_run
+from rl.config.read import COMMANDS, differing, dump_config, read_config, validated, validated_run
 from rl.config.resume import FREE
 from rl.config.traces import PipelineConfig, StageConfig, TracesConfig
-from rl.phases import ASKS_TO_STOP
 from rl.report.safe_stream import say
 from rl.store.durable import RunLock
 from rl.store.folder import read_result, write_atomically
@@ -118,7 +116,8 @@ def run(path: str, overrides: Sequence[str] = ()) -> int:
         for stage in stages[first:]:
             with of_stage(stage.name):
                 check_rewards(stage.config)
-        running, heard = pass_signals_on()
+        running = list[subprocess.Popen[bytes]]()
+        heard = pass_signals_on(running)
         for number, stage in enumerate(stages[first:], first + 1):
             say(f"stage {number} of {len(stages)}: {stage.name} ({stage.recipe.module})")
             code = run_stage(stage, running, heard)
@@ -195,8 +194,7 @@ def filled(tree: Any, made: Mapping[str, str]) -> Any:
 def check_rewards(config: Any) -> None:
     """Raises ValueError for rewards that cannot be found or set up."""
     if isinstance(config, Config | TracesConfig):
-        specs = config.paid_rewards if isinstance(config, Config) else config.rewards.functions
-        RewardPool(reward_specs(specs)).close()
+        RewardPool(reward_specs(config.paid_rewards)).close()
 
 
 def is_done(stage: Stage) -> bool:
@@ -208,7 +206,8 @@ def is_done(stage: Stage) -> bool:
     if stage.config is None:
         if not stage.output.exists():
             return False
-        before, now = {"arguments": read_yaml(stage.file)}, {"arguments": list(stage.words)}
+        before, now = read_yaml(stage.file), list(stage.words)
+        changed = {"arguments": (before, now)} if before != now else {}
     else:
         file, result = stage.folder / "config.yaml", read_result(stage.folder)
         if not result or not file.is_file():
@@ -217,11 +216,10 @@ def is_done(stage: Stage) -> bool:
         steps = getattr(getattr(old, "train", None), "steps", 0)
         if result.get("steps", 0) < steps or not (stage.folder / stage.recipe.output(old)).exists():
             return False
-        before, now = (flatten(c.model_dump(mode="json")) for c in (old, stage.config))
-    free = FREE - {"train.steps"}
-    keys = [k for k in before.keys() | now.keys() if now.get(k) != "auto" and k not in free]
-    if changed := sorted(k for k in keys if before.get(k) != now.get(k)):
-        lines = "\n  ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed)
+        free, found = FREE - {"train.steps"}, differing(old, stage.config).items()
+        changed = {k: both for k, both in found if both[1] != "auto" and k not in free}
+    if changed:
+        lines = "\n  ".join(f"{k}: {there!r} there, {now!r} now" for k, (there, now) in changed.items())
         raise ValueError(
             f"stage {stage.name} is finished with other settings:\n  {lines}\nput them back, use another "
             f"run_dir, or remove {stage.folder} and the folders of later stages to redo them"
@@ -230,20 +228,6 @@ def is_done(stage: Stage) -> bool:
         return is_finished(stage.config)
     say(f"already finished: {stage.output}")
     return True
-
-
-def pass_signals_on() -> tuple[list[subprocess.Popen[bytes]], list[int]]:
-    """(processes to which signals that ask to stop are passed on, signals that came); both lists are live."""
-    running, heard = list[subprocess.Popen[bytes]](), list[int]()
-
-    def pass_on(number: int, frame: Any) -> None:
-        heard.append(number)
-        for child in running:
-            child.send_signal(number)
-
-    for number in ASKS_TO_STOP:
-        signal.signal(number, pass_on)
-    return running, heard
 
 
 def run_stage(stage: Stage, running: list[subprocess.Popen[bytes]], heard: Sequence[int]) -> int:

@@ -24,15 +24,14 @@ from recipes.evaluate import generation_config, open_engine
 from recipes.evaluation.evaluations import described
 from recipes.models import resolve_model
 from recipes.program import make_deterministic, recipe_main
-from recipes.sources import sampling_params
+from recipes.sources import make_scorer, sampling_params
 from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.overlap import without_asked
 from recipes.tasks.prompts import grader_columns, make_prompts, unrendered_prompt
 from recipes.tasks.traces import Trace, ask_endpoint, choose, read_traces
-from rewards.compose import reward_specs
 from rewards.pool.pool import RewardPool
 from rl.config import ModelConfig
-from rl.config.read import flatten, read_config
+from rl.config.read import differing, read_config
 from rl.config.traces import CHOOSING, TracesConfig
 from rl.diffusion.saved_config import refuse_masked
 from rl.model.loading import check_config, load_tokenizer
@@ -78,8 +77,7 @@ def is_finished(config: TracesConfig) -> bool:
     result = read_result(config.run_dir)
     if "kept" not in result or not (config.run_dir / TRACES).is_file():
         return False
-    before = read_config(TracesConfig, config.run_dir / "config.yaml").model_dump(mode="json")
-    if flatten(before) != flatten(config.model_dump(mode="json")):
+    if differing(read_config(TracesConfig, config.run_dir / "config.yaml"), config):
         return False
     say(f"already finished: {result['kept']} traces kept; {config.run_dir / TRACES}")
     return True
@@ -97,14 +95,7 @@ def sample(config: TracesConfig, stop: StopSignal) -> int:
             stack.enter_context(RunLock(config.run_dir))
             claim_config(config, planned=CHOOSING)
         world.wait()
-        r = config.rewards
-        pool = RewardPool(
-            reward_specs(r.functions),
-            workers=r.workers,
-            deadline_s=r.deadline_s,
-            memory_bytes=int(r.memory_gib * 2**30),
-            log=config.run_dir / "graders.log",
-        )
+        pool = make_scorer(config)
         stack.callback(pool.close)
         teacher = make_teacher(config, pool, world, stack)
         if world.is_main:
@@ -210,8 +201,9 @@ def conclude(config: TracesConfig, teacher: Teacher) -> None:
     if not traces:
         raise ValueError(
             f"of {counts['completions']} completions {counts['verified']} are verified by {config.verify} "
-            f"(graded: {counts['graded']}), and none of these was complete; lower sample.verify, raise "
-            f"sampling.max_completion_length, or look at them with cohort report {config.run_dir}"
+            f"(graded: {counts['graded']}), and no verified one is complete; sample more prompts, lower "
+            "sample.verify, raise sampling.max_completion_length, or look at them with cohort report "
+            f"{config.run_dir}"
         )
     graders = described({spec.name: spec.options for spec in config.rewards.functions})
     origin = {

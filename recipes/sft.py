@@ -24,7 +24,7 @@ from recipes.program import make_deterministic, recipe_main
 from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.overlap import without_asked
 from rl.config import ModelConfig
-from rl.config.read import dump_config, flatten, read_config
+from rl.config.read import differing, dump_config, read_config
 from rl.config.sft import SftConfig
 from rl.diffusion.text import encode_rows
 from rl.model.adapters import peft_config_of
@@ -243,11 +243,9 @@ def claim(config: SftConfig) -> str | None:
             f"every checkpoint of {config.run_dir} is damaged: {faults}; put back a copy, or use "
             "another run_dir"
         )
-    now = config.model_dump(mode="json")
     if newest is not None and file.is_file():
-        before = flatten(read_config(SftConfig, file).model_dump(mode="json"))
         free = ("run_dir", "trackers", "checkpoint.", "train.steps")
-        other = [k for k, v in flatten(now).items() if before.get(k) != v and not k.startswith(free)]
+        other = [k for k in differing(read_config(SftConfig, file), config) if not k.startswith(free)]
         if other:
             raise ValueError(
                 f"{config.run_dir} holds a run with another {', '.join(other)}; use another run_dir"

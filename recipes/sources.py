@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rewards.compose import reward_specs
+from rewards.functions import Origins
+from rewards.pool.pool import RewardPool
 from rl.advantages import group_outcome
 from rl.config import Config, SamplingConfig
+from rl.config.traces import TracesConfig
 from rl.phases import Phases
 from rl.types import SamplingParams, Scorer, Source
 from rl.world import World
@@ -51,14 +55,21 @@ def group_sampling(config: Config, ends: Sequence[int]) -> GroupSampling:
 
 
 def sampling_params(sampling: SamplingConfig, ends: Sequence[int]) -> SamplingParams:
-    return SamplingParams(
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        stop_token_ids=tuple(sorted({*ends, *sampling.stop_token_ids})),
-        stop=tuple(sampling.stop),
+    ids = tuple(sorted({*ends, *sampling.stop_token_ids}))
+    given = sampling.model_dump() | {"stop_token_ids": ids, "stop": tuple(sampling.stop)}
+    return SamplingParams(**given)
+
+
+def make_scorer(config: Config | TracesConfig, origins: Origins | None = None) -> RewardPool:
+    """The graders of a run; only training has steps that they are told of."""
+    r = config.rewards
+    return RewardPool(
+        reward_specs(config.paid_rewards, origins),
+        workers=r.workers,
+        deadline_s=r.deadline_s,
+        memory_bytes=int(r.memory_gib * 2**30),
+        num_steps=config.train.steps if isinstance(config, Config) else -1,
+        log=config.run_dir / "graders.log",
     )
 
 

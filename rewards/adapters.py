@@ -15,7 +15,7 @@ from typing import Any
 
 from rewards.completion import completion_text
 from rewards.plugins import RewardFunction, find, load_reward
-from rewards.pool.calling import arguments, grade
+from rewards.pool.calling import grade
 from rl.types import Reward
 
 EXTRAS = ("trainer_state", "log_extra", "log_metric")
@@ -178,11 +178,7 @@ def _grade_one(
 ) -> Reward:
     _check(loaded, row)
     columns = {name: [value] for name, value in row.items()}
-    return grade(
-        loaded,
-        arguments(loaded, [prompt], completions=[completion], completion_ids=[ids], columns=columns),
-        1,
-    )[0]
+    return grade(loaded, [prompt], completions=[completion], completion_ids=[ids], columns=columns)[0]
 
 
 def _scores(
@@ -205,12 +201,8 @@ def _scores(
         cut = {name: [values[i] for i in run] for name, values in columns.items()}
         asked, said = [prompts[i] for i in run], [completions[i] for i in run]
         cut_ids = None if ids is None else [ids[i] for i in run]
-        found = grade(
-            loaded,
-            arguments(loaded, asked, completions=said, completion_ids=cut_ids, columns=cut, extras=extras),
-            len(run),
-        )
-        scores += [reward.score for reward in found]
+        given = {"completions": said, "completion_ids": cut_ids, "columns": cut, "extras": extras}
+        scores += [reward.score for reward in grade(loaded, asked, **given)]
     return scores
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.plugins import groupwise, ignores_answer, load_reward, per_completion
-from rewards.pool.calling import arguments, grade
+from rewards.pool.calling import grade
 from rl.types import Reason, Reward
 
 WITHOUT_ANSWER = {Reason.NO_ANSWER, Reason.TRUNCATED, Reason.FORMAT, Reason.PARSE_ERROR}
@@ -54,10 +54,8 @@ class FormatControl:
         self.time_limit_s = self.reward.time_limit_s
 
     def __call__(self, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[Reward]:
-        given = arguments(
-            self.reward, prompts, completions=completions, completion_ids=completion_ids, columns=columns
-        )
-        return [self._form(found) for found in grade(self.reward, given, len(completions))]
+        given = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        return [self._form(found) for found in grade(self.reward, prompts, **given)]
 
     def _form(self, found: Reward) -> Reward:
         if found.extracted is None and found.score is None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rewards.plugins import RewardFunction, load_reward
-from rewards.pool.calling import arguments, grade
+from rewards.pool.calling import grade
 from rl.types import Reward
 
 Ids = Sequence[Sequence[int]]
@@ -69,31 +69,18 @@ class Repetition:
         return self.max_penalty * (1 - unique / num_ngrams)
 
 
-@dataclass(frozen=True)
-class Correctness:
-    """Grades with another reward: length pays differently for correct (score >= 1) and wrong completions."""
-
-    accuracy: str = "math"
-    accuracy_options: Mapping[str, Any] = field(default_factory=dict)
-    inner: RewardFunction = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        inner = load_reward(self.accuracy, self.accuracy_options)
-        if inner.is_async:
-            raise ValueError(f"accuracy={self.accuracy!r} must not be async; 'math' is usual")
-        object.__setattr__(self, "inner", inner)
-
-    def rewards(
-        self, prompts: Sequence[Any], completions: Sequence[Any], ids: Ids, columns: Mapping[str, Any]
-    ) -> list[Reward]:
-        return grade(
-            self.inner,
-            arguments(self.inner, prompts, completions=completions, completion_ids=ids, columns=columns),
-            len(completions),
-        )
+def _accuracy(name: str, options: Mapping[str, Any] | None) -> RewardFunction:
+    """The reward by which length pays differently for correct (score >= 1) and wrong completions."""
+    inner = load_reward(name, options)
+    if inner.is_async:
+        raise ValueError(f"accuracy={name!r} must not be async; 'math' is usual")
+    return inner
 
 
 def _shaped(verdict: Reward, score: float) -> Reward:
+    """The score with the verdict's reason; an abstention stays one."""
+    if verdict.score is None:
+        return verdict
     return Reward(score, verdict.reason, verdict.detail, verdict.extracted)
 
 
@@ -126,20 +113,17 @@ class CosineLength:
             )
         self.max_length = max_length
         self.correct, self.wrong = (max_correct, min_correct), (min_wrong, max_wrong)
-        self.correctness = Correctness(accuracy, accuracy_options or {})
-        self.groupwise = self.correctness.inner.groupwise
-        self.required_columns = self.correctness.inner.required
-        self.time_limit_s = self.correctness.inner.time_limit_s
+        self.inner = _accuracy(accuracy, accuracy_options)
+        self.groupwise, self.required_columns = self.inner.groupwise, self.inner.required
+        self.time_limit_s = self.inner.time_limit_s
         self.takes_any_column = True
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Ids, **columns: Any
     ) -> list[Reward]:
-        verdicts = self.correctness.rewards(prompts, completions, completion_ids, columns)
-        return [
-            verdict if verdict.score is None else _shaped(verdict, self._score(verdict.score >= 1, len(ids)))
-            for verdict, ids in zip(verdicts, completion_ids, strict=True)
-        ]
+        given = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        pairs = zip(grade(self.inner, prompts, **given), completion_ids, strict=True)
+        return [_shaped(found, self._score((found.score or 0) >= 1, len(ids))) for found, ids in pairs]
 
     def _score(self, correct: bool, num_tokens: int) -> float:
         short, long = self.correct if correct else self.wrong
@@ -156,21 +140,19 @@ class KimiLength:
     groupwise = True
 
     def __init__(self, accuracy: str = "math", accuracy_options: Mapping[str, Any] | None = None) -> None:
-        self.correctness = Correctness(accuracy, accuracy_options or {})
-        self.required_columns = self.correctness.inner.required
-        self.time_limit_s = self.correctness.inner.time_limit_s
+        self.inner = _accuracy(accuracy, accuracy_options)
+        self.required_columns, self.time_limit_s = self.inner.required, self.inner.time_limit_s
         self.takes_any_column = True
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Ids, **columns: Any
     ) -> list[Reward]:
-        verdicts = self.correctness.rewards(prompts, completions, completion_ids, columns)
+        given = {"completions": completions, "completion_ids": completion_ids, "columns": columns}
+        verdicts = grade(self.inner, prompts, **given)
         lengths = [len(ids) for ids in completion_ids]
         shortest, spread = min(lengths), max(lengths) - min(lengths)
         scores = [0.5 - (length - shortest) / spread if spread else 0.0 for length in lengths]
         return [
-            verdict
-            if verdict.score is None
-            else _shaped(verdict, lam if verdict.score >= 1 else min(0.0, lam))
+            _shaped(verdict, lam if (verdict.score or 0) >= 1 else min(0.0, lam))
             for verdict, lam in zip(verdicts, scores, strict=True)
         ]

@@ -130,10 +130,6 @@ class Batch:
     num_loss_tokens: float
     num_skipped_rows: int = 0
 
-    @property
-    def num_packed_tokens(self) -> int:
-        return sum(len(m.token_ids_N) for m in self.micro_batches)
-
 
 @dataclass(frozen=True)
 class PackRules:

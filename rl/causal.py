@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +23,7 @@ from rl.model.adapters import Plan, add_lora, check_adapted, load_adapter
 from rl.model.head import asked_logprobs, head_logprobs
 from rl.model.packed import PACKED
 from rl.model.saving import name_dtype, save_model
-from rl.packed_check import own_logprobs, plain_logprobs, probe_batch
+from rl.packed_check import own_logprobs, settled
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.together import SummedGradients
@@ -160,6 +159,7 @@ class CausalPolicy:
 
     @property
     def shares_prompts(self) -> bool:
+        """Whether rows are packed: only then do completions share the prompt's columns."""
         return self.scorer.packed
 
     def set_packed(self, packed: bool) -> None:
@@ -189,93 +189,7 @@ class CausalPolicy:
             ValueError: the head is not a plain linear layer, so log-probs from hidden states would be wrong;
                 or attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
         """
-        rope = exactness.moving_rope(self.model)
-        if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
-            exactness.take_long_factors(self.model)
-            self.long_factors, rope = True, None
-        if rope and "dynamic" in rope[0]:
-            self.scorer.longest = rope[1]
-            self.scorer.check_length(longest or 0)
-        batch = probe_batch(self.model, longest).to(self.device)
-        self.scorer.eval()
-        with torch.no_grad():
-            expected = self._settle_rows(batch)
-            if self.config.attention == "rows":
-                reason = "model.attention=rows"
-            elif rope and (longest is None or longest > rope[1]):
-                reason = (
-                    f"the rotary frequencies ({rope[0]}) of a whole row change when one of its sequences "
-                    f"exceeds {rope[1]} tokens"
-                )
-            else:
-                reason = self._compare_packed(batch, expected)
-        self.scorer.train()
-        if reason is not None:
-            if self.config.attention == "packed":
-                raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
-            self.packing_fault = reason
-            self.set_packed(False)
-        return reason
-
-    def _settle_rows(self, batch: MicroBatch) -> Float[Tensor, " L"]:
-        """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours
-        every config. If the model's own attention is the reason for a difference, eager replaces it.
-        """
-        if batch.layout.longest <= exactness.EAGER_LIMIT:
-            self.model.set_attn_implementation("eager")
-        plain = plain_logprobs(self.model, batch)
-        own, gap = self.own_attention, math.inf
-        for self.own_attention in dict.fromkeys((own, "eager")):
-            self.set_packed(False)
-            expected = self.scorer(batch, 1.0)[0]
-            gap = self._gap(expected, plain)
-            if gap <= self.tolerance:
-                return expected
-        if broken := loading.nonfinite_parameters(self.model) if math.isnan(gap) else []:
-            raise ValueError(
-                f"{self.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; "
-                "take an earlier checkpoint, or download the model again"
-            )
-        raise ValueError(
-            f"{type(self.model).__name__}: log-probs from hidden states differ by {gap:.2g} nats from its "
-            "own logits; its output head does more than a linear layer, a scale and a soft cap, and is not "
-            "supported"
-        )
-
-    def _compare_packed(self, batch: MicroBatch, expected_L: Tensor) -> str | None:
-        """Why packed rows may not be used, or None. Their log-probs are compared in the storage dtype, and in
-        the compute dtype: there they may differ by what rounding does (fused kernels take 16 bits only).
-        """
-        try:
-            with self.autocast():
-                rounded = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-            self.set_packed(True)
-            gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-            if not gap <= self.tolerance:
-                return (
-                    f"packed log-probs differ by {gap:.2g} nats: another layer than attention mixes tokens "
-                    "of the row, or attention does not take distances or its window from the positions"
-                )
-            with self.autocast():
-                gap = self._gap(self.scorer(batch, 1.0)[0], expected_L)
-        except ValueError as error:
-            return str(error).splitlines()[0]
-        except (TypeError, AttributeError, RuntimeError):
-            name = type(self.model).__name__
-            return f"the layers of {name} need an attention mask, or shapes that a packed row does not have"
-        if not gap <= 4 * rounded + self.tolerance:
-            return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
-        return None
-
-    @property
-    def tolerance(self) -> float:
-        """Nats by which log-probs of the same weights may differ."""
-        return 2e-4 if loading.storage_dtype(self.config) == torch.float32 else 0.15
-
-    def _gap(self, ours_L: Tensor, theirs_L: Tensor) -> float:
-        """The largest gap in nats; in bf16 the mean gap, as rounding alone moves single tokens by 0.3."""
-        gaps_L = (ours_L - theirs_L).abs()
-        return (gaps_L.max() if loading.storage_dtype(self.config) == torch.float32 else gaps_L.mean()).item()
+        return settled(self, longest)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":

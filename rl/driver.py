@@ -228,7 +228,8 @@ def _put_back(run: Loop, loaded: LoadedCheckpoint) -> None:
     if run.reference is not None:
         run.reference.load(loaded.path)
     if (mine := state.rng.get(f"rank{run.world.rank}")) is not None:
-        restore_rng(mine)
+        for sentence in restore_rng(mine):
+            run.observer.warn(sentence)
     at.step = at.start_step = at.saved_step = state.step
     at.seconds_before = state.counters.get("seconds", 0.0)
     at.bad_steps_in_row = state.counters["bad_steps_in_row"]

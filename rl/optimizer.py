@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rl.config import OptimizerConfig
 from rl.model.on_host import PIECE_BYTES, host_like
-from rl.together import Named, SummedGradients
+from rl.together import Named
 
 Pairs = list[tuple[nn.Parameter, Tensor]]
 
@@ -87,11 +87,6 @@ def weight_decay_groups(named: Named, weight_decay: float) -> list[dict[str, obj
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def finish_gradients(named: Named, max_norm: float, *, num_processes: int) -> float:
-    """Sums gradients over processes (no mean: weights are global), clips; returns the norm before that."""
-    return SummedGradients(lambda: named, num_processes).finish(max_norm)
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:

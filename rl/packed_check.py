@@ -1,9 +1,11 @@
-"""A packed row and the plain forward passes it is compared with, at lengths where a model switches."""
+"""Settles how a policy reads its rows: packed only where that gives the log-probs of single sequences."""
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +13,102 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rl.batch import MicroBatch, Row, micro_batch_of
-from rl.model.exactness import PROBE_LIMIT, switch_lengths
+from rl.model.exactness import EAGER_LIMIT, PROBE_LIMIT, moving_rope, switch_lengths, take_long_factors
+from rl.model.loading import nonfinite_parameters, storage_dtype
 from rl.types import Completion, Prompt, VersionSpan
+
+
+def settled(policy: Any, longest: int | None) -> str | None:
+    """`CausalPolicy.settle_attention`: sets how the policy computes rows; why not packed, or None."""
+    config, rope = policy.config, moving_rope(policy.model)
+    if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
+        take_long_factors(policy.model)
+        policy.long_factors, rope = True, None
+    if rope and "dynamic" in rope[0]:
+        policy.scorer.longest = rope[1]
+        policy.scorer.check_length(longest or 0)
+    batch = probe_batch(policy.model, longest).to(policy.device)
+    policy.scorer.eval()
+    with torch.no_grad():
+        expected_L = _settled_rows(policy, batch)
+        if config.attention == "rows":
+            reason = "model.attention=rows"
+        elif rope and (longest is None or longest > rope[1]):
+            reason = (
+                f"the rotary frequencies ({rope[0]}) of a whole row change when one of its sequences exceeds "
+                f"{rope[1]} tokens"
+            )
+        else:
+            reason = _packed_fault(policy, batch, expected_L)
+    policy.scorer.train()
+    if reason is not None:
+        if config.attention == "packed":
+            raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
+        policy.packing_fault = reason
+        policy.set_packed(False)
+    return reason
+
+
+def _settled_rows(policy: Any, batch: MicroBatch) -> Float[Tensor, " L"]:
+    """Log-probs of one sequence at a time, checked against the logits of eager attention, which honours every
+    config. If the model's own attention is the reason for a difference, eager replaces it.
+    """
+    model, own, gap = policy.model, policy.own_attention, math.inf
+    if batch.layout.longest <= EAGER_LIMIT:
+        model.set_attn_implementation("eager")
+    plain_L = plain_logprobs(model, batch)
+    for policy.own_attention in dict.fromkeys((own, "eager")):
+        policy.set_packed(False)
+        expected_L = policy.scorer(batch, 1.0)[0]
+        gap = _gap(policy, expected_L, plain_L)
+        if gap <= _tolerance(policy):
+            return expected_L
+    if broken := nonfinite_parameters(model) if math.isnan(gap) else []:
+        raise ValueError(
+            f"{policy.config.name}: {len(broken)} weights such as {broken[0]} hold NaN or infinity; take an "
+            "earlier checkpoint, or download the model again"
+        )
+    raise ValueError(
+        f"{type(model).__name__}: log-probs from hidden states differ by {gap:.2g} nats from its own logits; "
+        "its output head does more than a linear layer, a scale and a soft cap, and is not supported"
+    )
+
+
+def _packed_fault(policy: Any, batch: MicroBatch, expected_L: Float[Tensor, " L"]) -> str | None:
+    """Why packed rows may not be used, or None. Their log-probs are compared in the storage dtype, and in the
+    compute dtype: there they may differ by what rounding does (fused kernels take 16 bits only).
+    """
+    try:
+        with policy.autocast():
+            rounded = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
+        policy.set_packed(True)
+        gap = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
+        if not gap <= _tolerance(policy):
+            return (
+                f"packed log-probs differ by {gap:.2g} nats: another layer than attention mixes tokens of "
+                "the row, or attention does not take distances or its window from the positions"
+            )
+        with policy.autocast():
+            gap = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    except (TypeError, AttributeError, RuntimeError):
+        name = type(policy.model).__name__
+        return f"the layers of {name} need an attention mask, or shapes that a packed row does not have"
+    if not gap <= 4 * rounded + _tolerance(policy):
+        return f"packed log-probs differ by {gap:.2g} nats, and rounding alone by {rounded:.2g}"
+    return None
+
+
+def _tolerance(policy: Any) -> float:
+    """Nats by which log-probs of the same weights may differ."""
+    return 2e-4 if storage_dtype(policy.config) == torch.float32 else 0.15
+
+
+def _gap(policy: Any, ours_L: Float[Tensor, " L"], theirs_L: Float[Tensor, " L"]) -> float:
+    """The largest gap in nats; in bf16 the mean gap, as rounding alone moves single tokens by 0.3."""
+    gaps_L = (ours_L - theirs_L).abs()
+    return (gaps_L.max() if storage_dtype(policy.config) == torch.float32 else gaps_L.mean()).item()
 
 
 def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatch:

@@ -110,14 +110,11 @@ class StopSignal:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
         elif self.received == number and not is_again:
-            is_again = self._last_arrival(number) - self._received_at >= REPEAT_S
+            time.sleep(SETTLE_S)  # lets the thread note the arrival
+            is_again = self._arrived.get(number, time.monotonic()) - self._received_at >= REPEAT_S
         if is_again:  # set by the thread if both came during one long call: then this handler runs once
             self._restore_handlers()
             signal.raise_signal(number)
-
-    def _last_arrival(self, number: int) -> float:
-        time.sleep(SETTLE_S)  # lets the thread note the arrival
-        return self._arrived.get(number, time.monotonic())
 
     def _note_arrivals(self, reader: socket.socket) -> None:
         first, since = 0, 0.0

@@ -13,9 +13,10 @@ from rl.driver import Log, Progress
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy, Reference
 from rl.store.checkpoint import CheckpointStore
-from rl.store.folder import Evaluation, EvaluationLog
+from rl.store.folder import Evaluation
 from rl.store.ledger import Ledger, LedgerStep
 from rl.store.metrics import MetricsLog
+from rl.store.rows import RecordLog
 from rl.teacher import Teacher
 from rl.types import Observer, Source
 from rl.world import World
@@ -40,7 +41,7 @@ class Run:
     store: CheckpointStore
     ledger: Ledger
     log: MetricsLog
-    evaluations: EvaluationLog
+    evaluations: RecordLog[Evaluation]
     observer: Observer
     phases: Phases
     stop: StopSignal
@@ -64,7 +65,7 @@ class Run:
         with self.phases("eval"):
             found = self.measure(step)
         if self.world.is_main:
-            self.evaluations.write(found)
+            self.evaluations.write(step, found)
             self.observer.heldout(step, found.accuracy, found.low, found.high)
         self.world.wait()
 

@@ -93,9 +93,6 @@ class World:
     def any(self, wish: bool) -> bool:
         return self.sum([float(wish)])[0] > 0
 
-    def all(self, wish: bool) -> bool:
-        return self.sum([float(wish)])[0] == self.size
-
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Copies the main process's values into the tensors of every process."""
         for tensor in tensors if self.size > 1 else ():

@@ -81,6 +81,11 @@ class EpisodeEngine:
         self.name, self.tensors = engine.name, engine.tensors
         self.runs_alone, self.held_while_training = engine.runs_alone, engine.held_while_training
         self.sleeps_while_training = engine.sleeps_while_training
+        self.hold, self.fingerprints, self.prompt_logprobs = (
+            engine.hold,
+            engine.fingerprints,
+            engine.prompt_logprobs,
+        )
         self._playing: list[Playing] = []
         self._finished: list[Playing] = []
         self._ready: list[Play] = []
@@ -170,9 +175,6 @@ class EpisodeEngine:
         for play in plays - set(self._asking.values()):
             self._close(play)
 
-    def hold(self, *, release: bool = False) -> None:
-        self.engine.hold(release=release)
-
     def update_weights(self, weights: Iterable[tuple[str, Any]], *, version: int) -> None:
         self.engine.update_weights(weights, version=version)
         self.journal.begin(version)
@@ -180,12 +182,6 @@ class EpisodeEngine:
     def adopt(self, version: int) -> None:
         self.engine.adopt(version)
         self.journal.begin(version)
-
-    def fingerprints(self) -> Mapping[str, int]:
-        return self.engine.fingerprints()
-
-    def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
-        return self.engine.prompt_logprobs(token_ids)
 
     def close(self) -> None:
         with suppress(EngineError):

@@ -13,15 +13,12 @@ from typing import Any
 from rl.types import Completion, VersionSpan
 
 
-def cut_at_stop(tokenizer: Any, completions: Sequence[Completion], stop: Sequence[str]) -> list[bool]:
-    """Cuts each completion after the token that completes its first stop string; returns which were cut.
+def cut_at_stop(c: Completion, tokenizer: Any, stop: Sequence[str]) -> bool:
+    """Cuts a completion after the token that completes its first stop string; returns whether it was cut.
 
-    The string and the rest of that token stay. Aborted completions are left as they are.
+    The string and the rest of that token stay. An aborted completion is left as it is.
     """
-    return [_cut(c, tokenizer, stop) for c in completions]
 
-
-def _cut(c: Completion, tokenizer: Any, stop: Sequence[str]) -> bool:
     def holds(num: int) -> bool:
         text = tokenizer.decode(c.token_ids[:num], skip_special_tokens=False)
         return any(string in text for string in stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from rl.types import Call, Completion, FinishReason, SamplingParams
 from rollout.calls import (
-    CallQueue,
     Sampled,
     completion,
     completion_routes,
@@ -25,9 +24,7 @@ from rollout.calls import (
     prompt_faults,
     version_spans,
 )
-from rollout.engine import WEIGHTS_UNKNOWN
-from rollout.fingerprint import HeldTensor
-from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
+from rollout.in_process import InProcessEngine
 from rollout.sampler import SeededSampler, completion_seed
 
 Record = Callable[[int], AbstractContextManager[list[Any]]]
@@ -36,7 +33,7 @@ layers, K], those of each row's last token in each call.
 """
 
 
-class TransformersEngine:
+class TransformersEngine(InProcessEngine):
     """`generate` of transformers on its own copy of the model; equal seeds, equal results (bitwise on a CPU).
 
     Args:
@@ -44,14 +41,12 @@ class TransformersEngine:
         tokenizer: a transformers tokenizer; turns completions into text and is used for nothing else.
         max_num_seqs: completions that are sampled together.
         timeout_s: longest wait for one `generate` call.
-        version: policy version of the weights in `model`.
         attention: how transformers computes attention. Eager honours every config; what the policy settled on
             is as exact and may be faster.
         recorder: (model); makes what records the experts of each token; default: nothing records them.
     """
 
     name = "transformers"
-    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(
         self,
@@ -63,15 +58,9 @@ class TransformersEngine:
         max_num_seqs: int = 256,
         timeout_s: float = 600.0,
         revision: str | None = None,
-        version: int = 0,
         attention: str = "eager",
         recorder: Callable[[Any], Record] | None = None,
     ) -> None:
-        self._queue = CallQueue(self, self._sampled)
-        self.submit, self.collect = self._queue.submit, self._queue.collect
-        self.generate, self.abort = self._queue.generate, self._queue.abort
-        self.tokenizer, self.version, self.max_num_seqs = tokenizer, version, max_num_seqs
-        self.timeout_s = timeout_s
         self.device = torch.device(device)
         with torch.random.fork_rng():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,21 +70,13 @@ class TransformersEngine:
                 attn_implementation=attention,
                 trust_remote_code=False,
             )
-        self.model: Any = loaded.to(self.device).eval().requires_grad_(False)
+        super().__init__(loaded.to(self.device), tokenizer, max_num_seqs=max_num_seqs, timeout_s=timeout_s)
         # A model folder may bring its own temperature, penalties or end ids, which `generate` would merge in.
         self.model.generation_config = GenerationConfig()
-        self.tensors: Mapping[str, HeldTensor] = held_tensors(self.model)
         self._record: Record = lambda num_rows: nullcontext([])
         self.cache = self._usable_cache()
         if recorder is not None:
             self._record = recorder(self.model)
-
-    @property
-    def in_flight(self) -> int:
-        return self._queue.in_flight
-
-    def hold(self, *, release: bool = False) -> None:
-        return  # it samples only while it is called
 
     def _usable_cache(self) -> str:
         """ "shared": rows with one prompt share its keys and values. "own": each row computes its own.
@@ -160,25 +141,11 @@ class TransformersEngine:
             done |= zip(chunk, sampled, strict=True)
         return done, faults
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.version = WEIGHTS_UNKNOWN
-        copy_weights(self.model, weights)
-        self.version = version
-
-    def adopt(self, version: int) -> None:
-        self.version = version
-
-    def fingerprints(self) -> dict[str, int]:
-        return own_fingerprints(self.model, self.tensors, self.version)
-
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         ids = torch.tensor([token_ids], device=self.device)
         logprobs = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()
-
-    def close(self) -> None:
-        self.model = None
 
     @torch.no_grad()
     def _sample(

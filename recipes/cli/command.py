@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import os
 import resource
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from subprocess import Popen
 from typing import Any, NoReturn, cast
 
+from rewards.score import take_flags_anywhere
+from rl.phases import ASKS_TO_STOP
 from rl.report.safe_stream import say, settle
 from rl.store.durable import with_remedy
 from rl.store.redact import safe_text
@@ -60,6 +65,31 @@ def leave(code: int) -> NoReturn:
     cast(Any, atexit)._run_exitfuncs()
     settle()
     os._exit(code)
+
+
+def pass_signals_on(children: Sequence[Popen[Any]]) -> list[int]:
+    """Passes signals that ask to stop on to the processes that `children` holds when they come; returns the
+    signals that came, a list that grows.
+    """
+    heard: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        heard.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    for number in ASKS_TO_STOP:
+        signal.signal(number, pass_on)
+    return heard
+
+
+def add_config(
+    parser: argparse.ArgumentParser, *, such: str, example: str = "recipes/configs/quickstart.yaml"
+) -> None:
+    """Adds the arguments that name a config; key=value words may follow flags."""
+    parser.add_argument("config", help=f"a YAML file, such as {example}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {such}")
+    take_flags_anywhere(parser)
 
 
 def say_fault(text: str) -> None:

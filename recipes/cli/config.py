@@ -15,11 +15,7 @@ from pydantic import BaseModel
 from rewards.score import take_flags_anywhere
 from rl.config import Config, Section
 from rl.config.describe import defaults_of, described, meaning, section_in
-from rl.config.diffusion import DiffusionConfig
-from rl.config.diffusion_rl import MaskedRunConfig
-from rl.config.read import COMMANDS, command_of, read_any_config
-from rl.config.sft import SftConfig
-from rl.config.traces import PipelineConfig, TracesConfig
+from rl.config.read import COMMANDS, KINDS, command_of, read_any_config
 from rl.report.safe_stream import say
 from rl.store.redact import redact
 
@@ -32,7 +28,6 @@ WORDS = {
     type(None): "null",
     Path: "path",
 }
-KINDS = (Config, MaskedRunConfig, DiffusionConfig, SftConfig, TracesConfig, PipelineConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from recipes.tasks.tables import FILE_LOADERS, refuse_missing
 from rewards.score import read_rows, take_flags_anywhere
+from rl.config.data import TEMPLATES as NAMED
 
 NUM_ROWS = 50
 PROMPTS = ("prompt", "messages", "question", "problem", "instruction", "query", "input", "task", "text")
@@ -21,10 +22,7 @@ ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "gold", 
 TESTS = ("tests", "test_cases", "unit_tests", "test_list", "test")
 NUMBER = re.compile(r"\s*\$?\s*[-+]?(\d[\d,]*(\.\d+)?|\.\d+)(\s*/\s*\d+)?\s*\\?[%$]?\s*")
 MOST = 0.8
-TEMPLATES = {
-    "math": r'"{prompt}\n\nReason step by step, and put the final answer into \\boxed{}."',
-    "code": r'"{prompt}\n\nAnswer with one block of Python code."',
-}
+TEMPLATES = {"math": NAMED["boxed"][0], "code": NAMED["code"][0]}
 OWN_REWARD = """\
     # FILL IN: no answers were found that a built-in reward could grade. Write rewards.py beside this file:
     #   def score(prompts, completions, **columns):   # columns: one list each, such as answer
@@ -183,5 +181,5 @@ def _data(data: str, look: Look) -> str:
     if look.reward == "code":
         lines.append("# forms that `tests` may have: rewards/code/tests.py; cohort doctor says which fit")
     if isinstance(row.get(look.prompt or ""), str) and look.reward in TEMPLATES:
-        lines.append(f"template: {TEMPLATES[look.reward]}")
+        lines.append(f"template: {json.dumps(TEMPLATES[look.reward])}")
     return "".join(f"  {line}\n" for line in lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from recipes.cli.command import BOOT
+from recipes.cli.command import BOOT, pass_signals_on
 from rl.phases import ASKS_TO_STOP
 from rl.report.safe_stream import say
 from rl.store.redact import safe_text
@@ -41,7 +40,7 @@ def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.gr
         children: list[Child] = []
         words = [program, *recipe]
         stack.callback(_end, children)
-        _pass_signals_on(children)
+        pass_signals_on(children)
         for rank, log in enumerate([None, *logs]):
             own = {
                 "RANK": str(rank),
@@ -87,15 +86,6 @@ def _start(
         start_new_session=True,
         pass_fds=descriptors,
     )
-
-
-def _pass_signals_on(children: Sequence[Child]) -> None:
-    def pass_on(number: int, frame: Any) -> None:
-        for child in children:
-            child.send_signal(number)
-
-    for number in ASKS_TO_STOP:
-        signal.signal(number, pass_on)
 
 
 def _wait(children: Sequence[Child]) -> int:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 
-from rewards.score import take_flags_anywhere
+from recipes.cli.command import add_config
 from rl.config.read import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bf16")
+    add_config(parser, such="model.dtype=bf16")
     parser.add_argument(
         "--gpu-gib", type=float, default=None, help="memory of the GPU to plan for; default: this machine's"
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="of the run, one GPU each")
-    take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
     import torch
 
-    from recipes.fit import as_overrides, fit_to, refusal, said_costs, said_host
+    from recipes.fit import as_overrides, fit_to, refusal, said_costs, said_host, said_whole
     from rl.config import check_processes
     from rl.plan.host import host_share, pinned
     from rl.plan.memory import GIB
@@ -62,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'predicted':30s}{plan.total / GIB:8.1f} GiB {judged}")
     if host := said_host(pinned(fitted.size, fitted.config), card.host):
         print(host.removeprefix("; "))
+    if whole := said_whole(fitted.size, fitted.config, card):
+        print(whole.removeprefix("; "))
     if not plan.fits:
         print(f"does not fit{f': {plan.fault}' if plan.fault else ''}; {refusal(fitted.size, config, card)}")
         return 1

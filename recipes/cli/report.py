@@ -11,24 +11,13 @@ from rl.report.shelf import PAGE_BYTES, SIDE_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_dir", type=Path, nargs="+", help="the folder of a run; several are compared on one page"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="default: RUN/report.html; for several runs ./compare.html"
-    )
-    parser.add_argument(
-        "--page-mb",
-        type=int,
-        default=PAGE_BYTES >> 20,
-        help="MiB of completions on the page itself; older ones go to a folder beside it (%(default)s)",
-    )
-    parser.add_argument(
-        "--side-mb",
-        type=int,
-        default=SIDE_BYTES >> 20,
-        help="MiB of that folder; still older completions are only in the ledger (%(default)s)",
-    )
+    add = parser.add_argument
+    add("run_dir", type=Path, nargs="+", help="the folder of a run; several are compared on one page")
+    add("--out", type=Path, help="default: RUN/report.html; for several runs ./compare.html")
+    on_page = "MiB of completions on the page itself; older ones go to a folder beside it (%(default)s)"
+    add("--page-mb", type=int, default=PAGE_BYTES >> 20, help=on_page)
+    beside = "MiB of that folder; still older completions are only in the ledger (%(default)s)"
+    add("--side-mb", type=int, default=SIDE_BYTES >> 20, help=beside)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from rewards.score import take_flags_anywhere
+from recipes.cli.command import add_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file, such as recipes/configs/gsm8k_traces.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as sample.num_samples=16")
+    add_config(parser, such="sample.num_samples=16", example="recipes/configs/gsm8k_traces.yaml")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="records are split over them")
-    take_flags_anywhere(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

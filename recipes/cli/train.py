@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from recipes.cli.command import add_config
 from recipes.finished import is_finished
-from rewards.score import take_flags_anywhere
 from rl.config.read import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file, such as recipes/configs/quickstart.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as train.steps=20 model.dtype=fp32"
-    )
-    parser.add_argument(
-        "--processes",
-        type=_count,
-        default=None,
-        metavar="N",
-        help="default: one per GPU; without a GPU, one",
-    )
-    parser.add_argument(
-        "--change",
-        action="store_true",
-        help="resume with other settings, such as another learning rate; changes.jsonl records them",
-    )
-    take_flags_anywhere(parser)
+    add_config(parser, such="train.steps=20 model.dtype=fp32")
+    add = parser.add_argument
+    add("--processes", type=_count, metavar="N", help="default: one per GPU; without a GPU, one")
+    said = "resume with other settings, such as another learning rate; changes.jsonl records them"
+    add("--change", action="store_true", help=said)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from importlib.metadata import version
@@ -11,15 +10,15 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from xxhash import xxh3_128_hexdigest
 
 from recipes.evaluation.evaluations import read_evaluation
 from recipes.models import BUILT_IN
 from rl.model.adapter_folder import read_settings
 from rl.report.safe_stream import say
-from rl.store.folder import CHANGES, Evaluation
+from rl.store.folder import CHANGES, evaluation_log
+from rl.store.manifest import digest_of
 from rl.store.redact import redact, strip_controls
-from rl.store.rows import read_rows, record_of
+from rl.store.rows import read_rows
 
 ABSOLUTE = re.compile(r"(?:(?<=file://)|(?<![\w.:/<~]))~?(?:/[\w.@+\-]+){2,}/?")
 LOADING = {
@@ -98,7 +97,7 @@ def write_card(stage: Path, run: Path, facts: dict[str, Any], *, name: str) -> N
         template_str=CARD,
         origin=f"{named} of the package {BUILT_IN[named][0]}" if named in BUILT_IN else origin,
         inputs=read_settings(run / "inputs.json"),
-        heldout={r["step"]: record_of(Evaluation, r) for r in read_rows(run / "evaluation.jsonl")},
+        heldout=evaluation_log(run).read(),
         measured=_measured(run, {facts["digest"], base_digest(run)}),
         load=LOADING[form],
         changes=read_rows(run / CHANGES),
@@ -131,7 +130,7 @@ def base_digest(run: Path) -> str:
     inputs = read_settings(run / "inputs.json")
     began = inputs.get("model")
     both = [began, inputs.get("base model") or began]
-    return xxh3_128_hexdigest(json.dumps(both, sort_keys=True).encode())
+    return digest_of(both)
 
 
 def _measured(run: Path, digests: set[str]) -> list[list[Any]]:

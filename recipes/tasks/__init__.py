@@ -17,6 +17,7 @@ from recipes.tasks.tables import read_table, refuse_missing
 from rewards.plugins import import_module
 from rl.config import DataConfig
 from rl.config.data import SourceConfig, check_source
+from rollout.chat import check_column
 
 Row = dict[str, Any]
 
@@ -53,12 +54,7 @@ def _renamed(rows: list[Row], names: Mapping[str, str]) -> list[Row]:
     if not names or not rows:
         return rows
     for old, new in names.items():
-        if old not in (known := dict.fromkeys(name for row in rows for name in row)):
-            near = difflib.get_close_matches(old, known, n=1)
-            raise ValueError(
-                f"data.rename: the dataset has no column {old!r}; it has {', '.join(map(repr, known))}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+        check_column(old, known := dict.fromkeys(name for row in rows for name in row), "data.rename")
         if new in known and new not in names:
             raise ValueError(
                 f"data.rename={{{old}: {new}}}: the dataset has a column {new!r} already; rename that one as "

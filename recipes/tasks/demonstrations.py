@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from recipes.tasks.prompts import make_prompts
 from rl.config import Config, DataConfig
 from rl.config.teacher import TeacherConfig
 from rl.types import Prompt
+from rollout.chat import check_column
 
 
 def with_demonstrations(
@@ -53,12 +53,7 @@ def longest_taught(config: Config, prompts: Sequence[Prompt]) -> int:
 
 
 def _text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        near = difflib.get_close_matches(column, list(row), n=1)
-        raise ValueError(
-            f"{where}: the dataset has no column {column!r}; it has {', '.join(map(repr, row))}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+    check_column(column, row, where)
     if not isinstance(text := row[column], str) or not text.strip():
         raise ValueError(
             f"{where}: column {column!r} holds {text!r:.60}, which is nothing that a teacher could show; "

@@ -10,8 +10,12 @@ from typing import Any
 from recipes.tasks import load_rows
 from rl.config import Config, DataConfig
 from rl.types import Prompt
-from rollout.chat import kept_columns, render_prompts
+from rollout.chat import check_column, kept_columns, render_prompts
 from rollout.messages import chat_messages, check_text
+
+RENDERED_BY = ("prompt_column", "columns", "system_prompt", "template", "chat", "chat_template_kwargs")
+RENDERED_BY += ("continue_final_message", "max_prompt_length", "too_long")
+"""Keys of `data` by which `rollout.chat.render_prompts` renders rows."""
 
 
 def load_sets(
@@ -75,8 +79,7 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
 def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:
     """The prompt of a row as graders see it in training, without token ids, which need a tokenizer."""
     for name in (data.prompt_column, *data.columns):
-        if name not in row:
-            raise ValueError(f"{where}: the dataset has no column {name!r}; it has {', '.join(row)}")
+        check_column(name, row, where)
     value, kept = row[data.prompt_column], kept_columns(row, data.prompt_column, data.columns)
     if not data.chat and isinstance(value, str):
         return Prompt(where, data.template.replace("{prompt}", check_text(value, where)), (), (), kept)
@@ -98,17 +101,9 @@ def make_prompts(
         tokenizer,
         num_rows=num_rows,
         prefix=prefix,
-        prompt_column=data.prompt_column,
-        columns=data.columns,
-        system_prompt=data.system_prompt,
-        template=data.template,
-        chat=data.chat,
-        chat_template_kwargs=data.chat_template_kwargs,
-        continue_final_message=data.continue_final_message,
-        max_prompt_length=data.max_prompt_length,
-        too_long=data.too_long,
         template_file=template_file,
         note=note,
+        **{key: getattr(data, key) for key in RENDERED_BY},
     )
 
 

@@ -65,16 +65,18 @@ def arguments(
 def _ignore(*_: Any, **__: Any) -> None: ...
 
 
-def grade(reward: RewardFunction, arguments: Mapping[str, Any], num_completions: int) -> list[Reward]:
-    """Calls the function in this thread; it may be async.
+def grade(
+    reward: RewardFunction, prompts: Sequence[Any], *, completions: Sequence[Any], **given: Any
+) -> list[Reward]:
+    """Calls the function, with `arguments` of all that is given, in this thread; it may be async.
 
     Raises:
-        BadValue: it did not return a list of `num_completions` finite numbers, Nones or Rewards.
+        BadValue: it did not return one finite number, None or Reward per completion, as a list.
     """
-    values = reward.fn(**arguments)
+    values = reward.fn(**arguments(reward, prompts, completions=completions, **given))
     if inspect.isawaitable(values):
         values = asyncio.run(_wait_for(values))
-    return [to_reward(reward.name, value) for value in check_length(reward.name, values, num_completions)]
+    return [to_reward(reward.name, value) for value in check_length(reward.name, values, len(completions))]
 
 
 async def _wait_for(awaitable: Any) -> Any:

@@ -132,16 +132,9 @@ class RewardPool:
                         "get JSON values only (text, numbers, booleans, lists, dicts); convert it"
                     )
 
-    def begin(self, prompt: Prompt) -> Ticket:
-        """Opens a group. Rewards that grade single completions can start while others are being sampled."""
-        return Ticket(self._grading, prompt)
-
     def submit(self, group: Group) -> Future[ScoredGroup]:
         """Starts grading a group; the future ends when every reward has answered or abstained."""
-        ticket = self.begin(group.prompt)
-        for completion in group.completions:
-            ticket.add(completion)
-        return ticket.finish(group)
+        return Ticket(self._grading, group).start()
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Rewards for every completion, in order. A bad sample abstains; deadlines bound the wait.

@@ -1,4 +1,4 @@
-"""One group on its way through the graders. Completions go in one by one; rewards come back in any order."""
+"""One group on its way through the graders. Rewards come back in any order."""
 
 from __future__ import annotations
 
@@ -31,48 +31,32 @@ class Grading:
 
 
 class Ticket:
-    """A group being graded: `add` each completion as it arrives, then `finish`."""
+    """A group being graded; `start` it once."""
 
-    def __init__(self, grading: Grading, prompt: Prompt) -> None:
-        self._grading, self._prompt = grading, prompt
+    def __init__(self, grading: Grading, group: Group) -> None:
+        self._grading, self._group = grading, group
         self._columns = [
-            {k: v for k, v in asks.pick(prompt.columns).items() if is_json(v)} for asks in grading.asks
+            {k: v for k, v in asks.pick(group.prompt.columns).items() if is_json(v)} for asks in grading.asks
         ]
-        self._completions: list[Completion] = []
-        self._parts: list[dict[str, Reward]] = []
-        self._faults: list[dict[str, Fault]] = []
-        self._missing = 1  # answers to come, and the call of `finish`
+        self._live = [i for i, c in enumerate(group.completions) if c.finish_reason != "abort"]
+        self._parts: list[dict[str, Reward]] = [
+            {asks.name: _ungraded(c) for asks in grading.asks} if c.finish_reason == "abort" else {}
+            for c in group.completions
+        ]
+        self._faults: list[dict[str, Fault]] = [{} for _ in group.completions]
+        self._missing = len(self._live) * len(grading.asks)
         self._lock = threading.Lock()
-        self._group: Group | None = None
         self._future: Future[ScoredGroup] = Future()
 
-    def add(self, completion: Completion) -> None:
-        """Starts every reward that grades single completions; an aborted completion is not graded."""
-        aborted = completion.finish_reason == "abort"
-        with self._lock:
-            index = len(self._completions)
-            self._completions.append(completion)
-            fault = completion.facts.get(
-                "fault"
-            )  # a fault of its environment; otherwise the engine aborted it
-            verdict = replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
-            self._parts.append({asks.name: verdict for asks in self._grading.asks} if aborted else {})
-            self._faults.append({})
-            self._missing += 0 if aborted else len(self._grading.asks)
+    def start(self) -> Future[ScoredGroup]:
+        """Calls every reward; the future ends when all have answered. Aborted completions are not graded."""
+        if not self._live:
+            self._file("", [], Answer([]))
         for number, asks in enumerate(self._grading.asks):
-            if not aborted and not asks.groupwise:
+            if asks.groupwise and self._live:
+                self._call(number, self._live, partial(self._take_group, number, self._live))
+            for index in () if asks.groupwise else self._live:
                 self._call(number, [index], partial(self._file, asks.name, [index]))
-
-    def finish(self, group: Group | None = None) -> Future[ScoredGroup]:
-        """Starts the rewards that get a whole group; the future ends when all have answered.
-
-        The scored group is `group`, or else the prompt with the added completions in their order.
-        """
-        live = [i for i, c in enumerate(self._completions) if c.finish_reason != "abort"]
-        for number, asks in enumerate(self._grading.asks):
-            if asks.groupwise and live:
-                self._call(number, live, partial(self._take_group, number, live))
-        self._file("", [], Answer([]), group=group or Group(self._prompt, list(self._completions)))
         return self._future
 
     def _take_group(self, number: int, indices: list[int], answer: Answer) -> None:
@@ -102,8 +86,8 @@ class Ticket:
 
     def _call(self, number: int, indices: list[int], then: Callable[[Answer], None]) -> None:
         """Calls a reward with these completions; `then` gets the answer, in another thread."""
-        asks, completions = self._grading.asks[number], [self._completions[i] for i in indices]
-        chat = bool(self._prompt.messages)
+        asks, completions = self._grading.asks[number], [self._group.completions[i] for i in indices]
+        prompt, chat = self._group.prompt, bool(self._group.prompt.messages)
         message: dict[str, Any] = {
             "reward": number,
             "prompt": None,
@@ -117,7 +101,7 @@ class Ticket:
             "deadline_s": max(self._grading.deadline_s, asks.time_limit_s) * len(indices),
         }
         if "prompts" in asks.given:
-            message["prompt"] = [dict(m) for m in self._prompt.messages] if chat else self._prompt.text
+            message["prompt"] = [dict(m) for m in prompt.messages] if chat else prompt.text
         if "completion_ids" in asks.given:
             message["completion_ids"] = [c.token_ids for c in completions]
         if "completion_facts" in asks.given:
@@ -129,27 +113,29 @@ class Ticket:
             return then(failed_call("bad_value", f"cannot be sent to a grader: {error}", len(indices)))
         answer.add_done_callback(lambda a: then(read_answer(a.result(), len(indices))))
 
-    def _file(self, name: str, indices: Sequence[int], answer: Answer, *, group: Group | None = None) -> None:
-        """Records the answer of one call, or the group; whoever records the last one composes the rewards."""
+    def _file(self, name: str, indices: Sequence[int], answer: Answer) -> None:
+        """Records the answer of one call; whoever records the last one composes the rewards."""
         with self._lock:
             for index, (reward, fault) in zip(indices, answer.items, strict=True):
                 self._parts[index][name] = reward
                 self._missing -= 1
                 if fault:
                     self._faults[index][name] = fault
-            if group is not None:
-                self._group, self._missing = group, self._missing - 1
             if self._missing or not self._future.set_running_or_notify_cancel():
                 return
         try:
             rewards = [compose(self._grading.specs, parts) for parts in self._parts]
-            for completion, faults in zip(self._completions, self._faults, strict=True):
-                if completion.finish_reason != "abort":
-                    self._grading.count(self._prompt, faults)
-            assert self._group is not None
+            for index in self._live:
+                self._grading.count(self._group.prompt, self._faults[index])
             self._future.set_result(ScoredGroup(self._group, rewards))
         except Exception as error:  # a bug, which the waiting caller must see
             self._future.set_exception(error)
+
+
+def _ungraded(aborted: Completion) -> Reward:
+    """The verdict on a completion that its environment failed, or else the engine aborted."""
+    fault = aborted.facts.get("fault")
+    return replace(ABORTED, detail=f"the environment failed: {fault}") if fault else ABORTED
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode

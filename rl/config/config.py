@@ -7,7 +7,7 @@ config is written to the run folder, so a run can be repeated from its folder al
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,6 @@ from rl.config.engine import EngineConfig
 from rl.config.environment import EnvironmentConfig, check_environment
 from rl.config.moe import MoeConfig
 from rl.config.sections import (
-    HOME,
     AdvantageConfig,
     CheckpointConfig,
     LossConfig,
@@ -25,8 +24,10 @@ from rl.config.sections import (
     OptimizerConfig,
     RewardsConfig,
     RewardSpec,
+    RunDir,
     SamplingConfig,
     Section,
+    Trackers,
     TrainConfig,
     tokens_of,
 )
@@ -48,11 +49,6 @@ def _check_experts(config: Config) -> None:
             "moe.trained_experts trains weights of some experts without adapters, and weight decay would "
             "shrink the others; leave out model.lora, and use optimizer.weight_decay=0"
         )
-    if config.moe.trained_experts and config.train.sharding in ("full", "hybrid"):
-        raise ValueError(
-            f"train.sharding={config.train.sharding}: moe.trained_experts masks gradients of whole weights "
-            "only; use train.sharding=none, or train all experts"
-        )
     check_bias(config)
     if config.moe.router_fp32 and config.is_coarse:
         raise ValueError(
@@ -64,8 +60,8 @@ def _check_experts(config: Config) -> None:
 class Config(Section):
     """A whole run."""
 
-    run_dir: Annotated[Path, HOME] = Path("runs/default")
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+    run_dir: RunDir = Path("runs/default")
+    trackers: Trackers = Field(default=[])
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
@@ -145,9 +141,30 @@ class Config(Section):
         return self.loss.kl_coef > 0 and self.model.lora is None
 
     @property
+    def whole_because(self) -> str | None:
+        """Why no model's weights can be split over processes in this run; None: they can be."""
+        if self.memory.keeps_whole:
+            return (
+                "moments and reference would be split over the GPUs, but memory.optimizer_on_host and "
+                "memory.reference_on_host keep whole ones in host memory; leave one of the two out"
+            )
+        if self.teacher and self.teacher.is_policy and self.teacher.divergence != "sampled":
+            return (
+                "a split policy teaches itself by sampled tokens only; use teacher.divergence=sampled, "
+                "train.sharding=none, or teacher.name"
+            )
+        return None
+
+    @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with one completion; a micro-batch holds at least that."""
         return self.data.max_prompt_length + self.sampling.max_completion_length
+
+    @property
+    def rows_of_episode(self) -> int:
+        """The most rows of an episode, of which each may have as many tokens as the longest completion."""
+        several = self.environment if self.environment and self.environment.history == "template" else None
+        return several.max_turns if several else 1
 
     @property
     def longest_sequence(self) -> int:
@@ -235,12 +252,8 @@ def check_memory(config: Config) -> None:
             "memory.reference_on_host=true, but this run has no copy of the model as reference: loss.kl_coef "
             "is 0, or the base below model.lora takes its place; leave it out"
         )
-    if t.sharding in ("full", "hybrid") and memory.keeps_whole:
-        raise ValueError(
-            f"train.sharding={t.sharding} splits moments and reference over the GPUs, but "
-            "memory.optimizer_on_host and memory.reference_on_host keep whole ones in host memory; leave "
-            "one of the two out"
-        )
+    if t.sharding in ("full", "hybrid") and (reason := config.whole_because):
+        raise ValueError(f"train.sharding={t.sharding}: {reason}")
 
 
 def check_staleness(config: Config) -> None:

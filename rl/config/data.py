@@ -52,21 +52,6 @@ TEMPLATES: dict[str, tuple[str, bool]] = {
 """Name -> (text, whether it goes into a chat). r1-zero: DeepSeek-R1, arXiv:2501.12948, table 1."""
 
 
-def with_template(values: Any) -> Any:
-    """The keys of a data section, in which a template's name is replaced by its text and its `chat`.
-
-    A run records the text, so that a later version of the named template does not change the run.
-    """
-    name = values.get("template") if isinstance(values, dict) else None
-    if not isinstance(name, str) or name not in TEMPLATES:
-        return values
-    text, chat = TEMPLATES[name]
-    if values.get("chat", chat) is not chat:
-        kind = "a chat" if chat else "plain text of base models"
-        raise ValueError(f"template={name} is for {kind}; leave out chat, or use chat={str(chat).lower()}")
-    return {**values, "template": text, "chat": chat}
-
-
 class SourceConfig(Section):
     """Where rows come from."""
 
@@ -79,16 +64,43 @@ class SourceConfig(Section):
     )
 
 
-class DataConfig(SourceConfig):
+class PromptsConfig(SourceConfig):
+    """Where rows come from, and how their prompts are read."""
+
+    prompt_column: str = Field(default="prompt", description="text or messages")
+    system_prompt: str | None = Field(default=None, description="put before chats that have none")
+    template: str = Field(
+        default="{prompt}",
+        description=f"wraps a text prompt; {{prompt}} is replaced; or one of {', '.join(TEMPLATES)}",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_template(cls, values: Any) -> Any:
+        """Replaces a template's name by its text and its `chat`.
+
+        A run records the text, so that a later version of the named template does not change the run.
+        """
+        name = values.get("template") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in TEMPLATES:
+            return values
+        text, chat = TEMPLATES[name]
+        if values.get("chat", chat) is not chat:
+            kind = "a chat" if chat else "plain text of base models"
+            raise ValueError(
+                f"template={name} is for {kind}; leave out chat, or use chat={str(chat).lower()}"
+            )
+        return {**values, "template": text, "chat": chat}
+
+
+class DataConfig(PromptsConfig):
     """Where prompts come from: `task:NAME`, `reasoning_gym:NAME`, a hub name, a file or folder that
     `datasets` reads, or `module:callable`.
     """
 
     source: Annotated[str, HOME] = "reasoning_gym:chain_sum"
-    prompt_column: str = Field(default="prompt", description="text or messages")
     rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
-    system_prompt: str | None = Field(default=None, description="put before chats that have none")
     chat: bool = Field(
         default=True, description="a text prompt becomes a user message; false: it stays plain text"
     )
@@ -98,10 +110,6 @@ class DataConfig(SourceConfig):
     continue_final_message: bool = Field(
         default=False, description="completions continue the last message if it is the assistant's"
     )
-    template: str = Field(
-        default="{prompt}",
-        description=f"wraps a text prompt; {{prompt}} is replaced; or one of {', '.join(TEMPLATES)}",
-    )
     max_prompt_length: int = Field(
         default=1024, ge=1, description="tokens, the chat template included; see too_long"
     )
@@ -110,11 +118,6 @@ class DataConfig(SourceConfig):
         description="rows above max_prompt_length: refuse to start the run, or drop them",
     )
     shuffle: bool = Field(default=True, description="a new order of prompts in each epoch, by train.seed")
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_template(cls, values: Any) -> Any:
-        return with_template(values)
 
 
 class HeldoutConfig(DataConfig):

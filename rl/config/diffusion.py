@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rl.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, Section
-from rl.config.data import SourceConfig, check_source, with_template
-from rl.config.sections import HOME, TokenBudget, TrainedModelConfig, tokens_of
+from rl.config.data import PromptsConfig, SourceConfig, check_source
+from rl.config.sections import HOME, RunDir, TokenBudget, Trackers, TrainedModelConfig, tokens_of
 
 
 class TrainConfig(Section):
@@ -65,7 +65,7 @@ class DiffusionModelConfig(TrainedModelConfig):
         )
 
 
-class TextConfig(SourceConfig):
+class TextConfig(PromptsConfig):
     """Rows in TRL's formats: `prompt` and `completion` (text or messages), `messages`, or `text`.
 
     `text` is pre-training: rows are joined, an end-of-text token after each, and cut every `max_length`.
@@ -77,22 +77,12 @@ class TextConfig(SourceConfig):
     format: Literal["auto", "prompt_completion", "messages", "text"] = Field(
         default="auto", description="auto: by the columns of the first row"
     )
-    prompt_column: str = Field(default="prompt", description="text or messages")
     completion_column: str = Field(default="completion", description="the answer, text or messages")
     chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
-    system_prompt: str | None = Field(default=None, description="put before chats that have none")
-    template: str = Field(
-        default="{prompt}", description="wraps text prompts, as data.template of `cohort train` does"
-    )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
     too_long: Literal["error", "drop"] = Field(
         default="error", description="what to do with rows beyond max_length"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_template(cls, values: Any) -> Any:
-        return with_template(values)
 
     @model_validator(mode="after")
     def check_template(self) -> TextConfig:
@@ -158,12 +148,8 @@ class BoundConfig(Section):
 class DiffusionConfig(Section):
     """A whole run of pre-training or supervised fine-tuning."""
 
-    run_dir: Annotated[Path, HOME] = Field(
-        default=Path("runs/llada"), description="logs, checkpoints and the report; the same folder resumes"
-    )
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default=[], description="receive the metrics too, besides metrics.jsonl"
-    )
+    run_dir: RunDir = Path("runs/llada")
+    trackers: Trackers = Field(default=[])
     train: TrainConfig = TrainConfig()
     model: DiffusionModelConfig = DiffusionModelConfig()
     data: TextConfig
@@ -200,13 +186,4 @@ class DiffusionConfig(Section):
         check_source(self.data, "data")
         if self.evaluation.data is not None:
             check_source(self.evaluation.data, "evaluation.data")
-        return self
-
-    @model_validator(mode="after")
-    def check_shard(self) -> DiffusionConfig:
-        if self.train.shard and self.model.lora is not None:
-            raise ValueError(
-                "train.shard=true splits what is trained, but adapters are small; use train.shard=false with "
-                "model.lora (model.dtype=bf16 keeps the frozen weights small)"
-            )
         return self

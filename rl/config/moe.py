@@ -39,3 +39,8 @@ class MoeConfig(Section):
     trained_experts: Annotated[str, HOME] | None = Field(
         default=None, description="path of an ESFT json: only the experts it names are trained"
     )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether weights of a model without adapters are frozen."""
+        return self.router == "freeze" or self.trained_experts is not None

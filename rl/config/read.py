@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "python -m recipes.pipeline": (PipelineConfig,),
 }
 """Command -> schemas of its configs."""
+KINDS = tuple(schema for schemas in COMMANDS.values() for schema in schemas)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -55,22 +56,19 @@ def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str
     else:
         tree = _read_tree(config, ())
     for key, value in given.items():
-        inner = (
-            value.items()
-            if isinstance(value, Mapping) and key in MaskedRunConfig.model_fields
-            else [(None, value)]
-        )
-        for name, part in inner:
-            _put(tree, key if name is None else f"{key}.{name}", part)
+        is_section = isinstance(value, Mapping) and key in MaskedRunConfig.model_fields
+        parts = {f"{key}.{name}": part for name, part in value.items()} if is_section else {key: value}
+        for name, part in parts.items():
+            _put(tree, name, part)
     return tree
 
 
 def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
     """The config by the schema that it fits best; where two fit equally, that of an RL run."""
     tree = _read_tree(path, overrides)
-    run = MaskedRunConfig if "diffusion" in tree else Config
-    schemas = (run, DiffusionConfig, SftConfig, TracesConfig, PipelineConfig)
-    return validated(min(schemas, key=lambda schema: _num_faults(schema, tree)), tree, path)
+    other = Config if "diffusion" in tree else MaskedRunConfig
+    kinds = (kind for kind in KINDS if kind is not other)
+    return validated(min(kinds, key=lambda kind: _num_faults(kind, tree)), tree, path)
 
 
 def command_of(config: Section) -> str:
@@ -140,15 +138,18 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differing(before: Section, now: Section) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value before, value now) where two configs differ; a missing key is None."""
+    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
+    keys = sorted(old.keys() | new.keys())
+    return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+
+
 def replaced(config: C, values: Mapping[str, Any]) -> C:
     """The config with other values at some dotted keys, validated again."""
     tree = config.model_dump()
     for key, value in values.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
+        _put(tree, key, value)
     return type(config).model_validate(tree)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
@@ -21,8 +22,12 @@ def _from_home(path: Any) -> Any:
     return whole
 
 
-HOME = BeforeValidator(_from_home)
-"""Annotates a key that may hold the path of a file or folder."""
+HOME = BeforeValidator(_from_home)  # annotates a key that may hold the path of a file or folder
+RunDir = Annotated[Path, HOME, Field(description="logs, checkpoints and the report; the same folder resumes")]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]],
+    Field(description="receive the metrics too, besides metrics.jsonl"),
+]
 
 Auto = Literal["auto"]
 """Leaves a key to `rl.plan` on a GPU, which knows the model's config, the card and the processes."""
@@ -123,7 +128,7 @@ class ReferenceConfig(Section):
     )
 
 
-class TrainedModelConfig(Section):
+class TunedModelConfig(Section):
     """Keys that models of every kind have."""
 
     name: Annotated[str, HOME] = Field(
@@ -133,16 +138,19 @@ class TrainedModelConfig(Section):
     dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
         default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
     )
-    gradient_checkpointing: bool | Auto = Field(
-        default="auto", description="recomputes activations: less memory, more time; auto: if memory is short"
-    )
-    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
     lora: LoraConfig | None = Field(
         default=None, description="train adapters beside frozen weights; default: train all weights"
     )
     chat_template: Annotated[str, HOME] | None = Field(
         default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
+
+
+class TrainedModelConfig(TunedModelConfig):
+    gradient_checkpointing: bool | Auto = Field(
+        default="auto", description="recomputes activations: less memory, more time; auto: if memory is short"
+    )
+    fused_layers: bool = Field(default=True, description="Liger's Triton layers, on a GPU, where installed")
 
 
 class ModelConfig(TrainedModelConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from rl.config.config import check_bias
 from rl.config.data import OverlapConfig, check_source
 from rl.config.diffusion import TextConfig
 from rl.config.moe import MoeConfig
-from rl.config.sections import HOME, LoraConfig
+from rl.config.sections import RunDir, Trackers, TunedModelConfig
 
 
 class SftTrainConfig(Section):
@@ -25,22 +25,9 @@ class SftTrainConfig(Section):
     seed: int = Field(default=0, ge=0, description="seed of the data order and new weights")
 
 
-class SftModelConfig(Section):
-    name: Annotated[str, HOME] = Field(
-        default="smollm2-135m-instruct", description="hub name, folder, or the built-in smollm2-135m-instruct"
-    )
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
-    dtype: Literal["bf16-mixed", "fp32", "bf16"] = Field(
-        default="bf16-mixed", description="bf16-mixed: fp32 master weights, bf16 compute"
-    )
+class SftModelConfig(TunedModelConfig):
     gradient_checkpointing: bool = Field(
         default=False, description="recomputes activations: less memory, more time"
-    )
-    lora: LoraConfig | None = Field(
-        default=None, description="train adapters beside frozen weights; default: train all weights"
-    )
-    chat_template: Annotated[str, HOME] | None = Field(
-        default=None, description="path of a Jinja file; default: the tokenizer's own"
     )
 
 
@@ -58,12 +45,8 @@ class SftMoeConfig(MoeConfig):
 class SftConfig(Section):
     """A whole run of supervised fine-tuning."""
 
-    run_dir: Annotated[Path, HOME] = Field(
-        default=Path("runs/sft"), description="logs, checkpoints and the report; the same folder resumes"
-    )
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default=[], description="receive the metrics too, besides metrics.jsonl"
-    )
+    run_dir: RunDir = Path("runs/sft")
+    trackers: Trackers = Field(default=[])
     train: SftTrainConfig = SftTrainConfig()
     model: SftModelConfig = SftModelConfig()
     data: TextConfig

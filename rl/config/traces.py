@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config import DataConfig, EngineConfig, RewardsConfig, SamplingConfig, Section
+from rl.config import DataConfig, EngineConfig, RewardsConfig, RewardSpec, SamplingConfig, Section
 from rl.config.data import OverlapConfig, check_data
 from rl.config.sections import HOME
 
@@ -84,6 +84,10 @@ class TracesConfig(Section):
     engine: TeacherEngineConfig = TeacherEngineConfig()
     rewards: RewardsConfig = RewardsConfig()
     sample: SampleConfig = SampleConfig()
+
+    @property
+    def paid_rewards(self) -> list[RewardSpec]:
+        return self.rewards.functions
 
     @property
     def verify(self) -> dict[str, float]:

@@ -31,7 +31,8 @@ class RunObserver:
     ) -> None:
         self._each_step = each_step
         self.display, self.note, self.phase = display, display.note, display.phase
-        self.trackers = Trackers.of_run(config, is_main=is_main, warn=display.warn)
+        names, settings = config.trackers if is_main else [], config.model_dump(mode="json")
+        self.trackers = Trackers(names, run_dir=config.run_dir, config=settings, warn=display.warn)
         self.report = LiveReport(config.run_dir) if is_main else None
         self._watch = Watch() if judged else None
         self._told: set[str] = set()

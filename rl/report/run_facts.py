@@ -13,7 +13,7 @@ from typing import Any
 from rl.config.bounded_yaml import parse_yaml
 from rl.report.figures import with_derived
 from rl.report.history import MAX_POINTS, Curve, History, read_history
-from rl.report.verdict import Row, Verdict, evaluations_in, judge, part_spreads, range_text, series_of
+from rl.report.verdict import Row, Verdict, judge, part_spreads, range_text, series_of
 from rl.store.metrics import METRICS, Metric, metric_of, show_seconds, show_value
 from rl.store.redact import redact, show_controls
 from rl.store.safe_read import is_number, plain_tree, read_at_most
@@ -54,7 +54,7 @@ def gather_facts(run_dir: Path, *, is_running: bool = False) -> RunFacts:
         )
     notes: list[str] = []
     history = _history(run_dir / "metrics.jsonl", notes)
-    evaluations = _evaluations(run_dir / "evaluation.jsonl", notes) or evaluations_in(history)
+    evaluations = _evaluations(run_dir / "evaluation.jsonl", notes)
     config = redact(_read_mapping(run_dir / "config.yaml", notes))
     result = redact(_read_mapping(run_dir / "result.json", notes))
     verdict = judge(history, evaluations)

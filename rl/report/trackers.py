@@ -29,34 +29,23 @@ class Trackers:
         warn: Callable[[str], None],
     ) -> None:
         self._warn = warn
-        self._active: dict[str, Any] = {}
+        self.active: dict[str, Any] = {}  # name -> a tracker that still works
         plain = bool | int | float | str
         settings = {k: v if isinstance(v, plain) else str(v) for k, v in flatten(redact(config)).items()}
         for name in names:
             self._guarded(name, "did not start", lambda name=name: self._start(name, Path(run_dir), settings))
 
-    @classmethod
-    def of_run(cls, config: Any, *, is_main: bool, warn: Callable[[str], None]) -> Trackers:
-        """The trackers that a run's config names; none on processes other than the main one."""
-        names, settings = config.trackers if is_main else [], config.model_dump(mode="json")
-        return cls(names, run_dir=config.run_dir, config=settings, warn=warn)
-
-    @property
-    def names(self) -> list[str]:
-        """The trackers that still work."""
-        return list(self._active)
-
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends one row without its non-finite values, which trackers draw as zeros or fail on."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        for name, tracker in list(self._active.items()):
+        for name, tracker in list(self.active.items()):
             self._guarded(name, "failed", lambda tracker=tracker: tracker.log(finite, step=step))
 
     def close(self) -> None:
         """Lets every tracker finish; safe to call twice."""
-        for name, tracker in list(self._active.items()):
+        for name, tracker in list(self.active.items()):
             self._guarded(name, "did not finish", tracker.finish)
-        self._active.clear()
+        self.active.clear()
 
     def _start(self, name: str, run_dir: Path, settings: dict[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -69,7 +58,7 @@ class Trackers:
         else:
             tracker = make("cohort", name=run_dir.name)
         tracker.start()
-        self._active[name] = tracker
+        self.active[name] = tracker
         tracker.store_init_configuration(settings)
 
     def _guarded(self, name: str, what: str, action: Callable[[], None]) -> None:
@@ -77,7 +66,7 @@ class Trackers:
             action()
         # Third-party code that uses disks and networks may raise anything; training must go on.
         except Exception as error:
-            self._active.pop(name, None)
+            self.active.pop(name, None)
             reason = redact(" ".join(str(error).split()))[:300]
             if isinstance(error, ImportError):
                 reason += f'; pip install "cohort-rl[{name}]" brings it'

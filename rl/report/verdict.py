@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rl.report.history import RECENT, History, read_history
-from rl.store.folder import EvaluationLog
+from rl.store.folder import evaluation_log
 from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
 Level = Literal["No data", "Healthy", "Warning", "Broken"]
@@ -79,7 +79,7 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     findings += growing_gaps(rows)
     findings += constant_parts(rows)
     findings += _nonfinite_rule(rows)
-    findings += _heldout_rule(evaluations or evaluations_in(rows))
+    findings += _heldout_rule(evaluations)
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
     parts = part_spreads(rows)
     arm = next((arm for arm in ("random", "format") if f"reward/{arm}_control/std" in parts), "")
@@ -89,7 +89,7 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
 def judge_run(run_dir: Path) -> Verdict:
     """The verdict on the run of a folder, as its report shows it."""
     path = run_dir / "metrics.jsonl"
-    evaluations = [asdict(evaluation) for evaluation in EvaluationLog(run_dir).read()]
+    evaluations = [asdict(evaluation) for evaluation in evaluation_log(run_dir).read().values()]
     return judge(read_history(path) if path.is_file() else [], evaluations)
 
 
@@ -136,13 +136,6 @@ def series_of(rows: Rows, name: str) -> list[tuple[int, float]]:
         return rows.series(name)
     found = [(row["step"], row.get(name)) for row in rows]
     return [(s, float(v)) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
-
-
-def evaluations_in(rows: Rows) -> list[dict[str, Any]]:
-    """Held-out results that a run put into its metric rows, for folders without evaluation.jsonl."""
-    ends = {key: dict(series_of(rows, f"heldout/{key}")) for key in ("accuracy", "low", "high")}
-    steps = sorted({step for values in ends.values() for step in values})
-    return [{"step": step, **{key: values.get(step) for key, values in ends.items()}} for step in steps]
 
 
 def range_text(metric: Metric) -> str:

@@ -40,7 +40,7 @@ def write_manifest(folder: Path, step: int) -> None:
         "versions": library_versions(),
         "files": files,
     }
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": _digest(manifest)}, indent=1))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1))
     fsync_path(folder / "manifest.json")
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"manifest.json is damaged ({type(error).__name__}: {error})") from None
     if schema != SCHEMA:
         raise ValueError(f"manifest.json has schema {schema!r}, this version of cohort reads {SCHEMA}")
-    if digest != _digest(manifest):
+    if digest != digest_of(manifest):
         raise ValueError("manifest.json has changed since it was written (its digest differs)")
     return manifest
 
@@ -139,5 +139,6 @@ def version_changes(saved: Mapping[str, str]) -> list[str]:
     return [f"{name} was {before} and is {after}" for name, before, after in pairs if before != after]
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+def digest_of(value: Any) -> str:
+    """The hash of a JSON value, whatever the order of its keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())

@@ -7,9 +7,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 from rl.store.durable import gone, is_at, written_whole
 from rl.store.safe_read import open_regular
@@ -109,6 +109,26 @@ class RowLog:
         with written_whole(self.path) as file:
             for row in rows:
                 file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+class RecordLog(Generic[R]):
+    """A file of a run folder with a dataclass of numbers for some steps, at most one for a step."""
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self._rows, self._kind = RowLog(path, durable=True), kind
+        self.truncate_after, self.close = self._rows.truncate_after, self._rows.close
+
+    def read(self) -> dict[int, R]:
+        found = {row["step"]: record_of(self._kind, row) for row in self._rows.read()}
+        return {step: record for step, record in found.items() if record is not None}
+
+    def at(self, step: int) -> R | None:
+        row = self._rows.find(step)
+        return None if row is None else record_of(self._kind, row)
+
+    def write(self, step: int, record: R) -> None:
+        """Records what was found at a step, replacing an earlier record of it and all later ones."""
+        self._rows.replace({"step": step, **asdict(record)})  # type: ignore[call-overload]
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rl.types import Call, Completion, SamplingParams
-from rollout.calls import CallQueue, Sampled, aborted, completion, decode_texts, prompt_faults, version_spans
+from rollout.calls import Sampled, aborted, completion, decode_texts, prompt_faults, version_spans
 from rollout.diffusion.denoise import Denoised, denoise, prompt_canvas
 from rollout.diffusion.graph import GraphedDenoiser
 from rollout.diffusion.model import Denoiser, Layout, TransformersDenoiser
 from rollout.diffusion.steps import DenoisingParams
-from rollout.engine import WEIGHTS_UNKNOWN
-from rollout.fingerprint import HeldTensor
-from rollout.own_copy import copy_weights, held_tensors, own_fingerprints
+from rollout.in_process import InProcessEngine
 from rollout.sampler import completion_seed
 
 
-class DiffusionEngine:
+class DiffusionEngine(InProcessEngine):
     """The sampler behind the Engine protocol, on its own copy of the model.
 
     A call's `max_completion_length`, temperature and end ids replace those of `settings`; the steps per block
@@ -39,12 +35,10 @@ class DiffusionEngine:
         settings: how canvases are filled.
         max_num_seqs: canvases in one model call.
         timeout_s: longest wait for one `generate` call.
-        version: policy version of the weights in `model`.
         graphs: capture CUDA graphs where the model is on a GPU.
     """
 
     name = "diffusion"
-    runs_alone = held_while_training = sleeps_while_training = False
 
     def __init__(
         self,
@@ -54,27 +48,14 @@ class DiffusionEngine:
         *,
         max_num_seqs: int = 64,
         timeout_s: float = 600.0,
-        version: int = 0,
         graphs: bool = True,
     ) -> None:
-        self._queue = CallQueue(self, self._sampled)
-        self.submit, self.collect = self._queue.submit, self._queue.collect
-        self.generate, self.abort = self._queue.generate, self._queue.abort
-        self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer, self.settings = tokenizer, settings
-        self.max_num_seqs, self.version, self.timeout_s = max_num_seqs, version, timeout_s
+        super().__init__(model, tokenizer, max_num_seqs=max_num_seqs, timeout_s=timeout_s)
+        self.settings = settings
         self.plain = TransformersDenoiser(model)
         on_gpu = self.plain.device.type == "cuda"
         self.denoiser: Denoiser = GraphedDenoiser(self.plain) if graphs and on_gpu else self.plain
-        self.tensors: Mapping[str, HeldTensor] = held_tensors(model)
         self._piece = cache(lambda token: self.tokenizer.decode([token]))
-
-    @property
-    def in_flight(self) -> int:
-        return self._queue.in_flight
-
-    def hold(self, *, release: bool = False) -> None:
-        return  # it samples only while it is called
 
     def _sampled(self, call: Call, deadline: float) -> Sampled:
         prompts, params = call.prompts, self._params(call.sampling)
@@ -100,17 +81,6 @@ class DiffusionEngine:
         decode_texts(self.tokenizer, list(done.values()))
         return done, faults
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        self.version = WEIGHTS_UNKNOWN
-        copy_weights(self.model, weights)
-        self.version = version
-
-    def adopt(self, version: int) -> None:
-        self.version = version
-
-    def fingerprints(self) -> dict[str, int]:
-        return own_fingerprints(self.model, self.tensors, self.version)
-
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         """log p(ids[i] | ids[0] and masks) for i >= 1: the canary of a weight sync."""
@@ -121,9 +91,6 @@ class DiffusionEngine:
         wanted = hidden_ND[:-1] if self.plain.shift else hidden_ND[1:]
         targets = torch.tensor(token_ids[1:], device=self.plain.device)
         return self.plain.logits(wanted).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].tolist()
-
-    def close(self) -> None:
-        self.model = None
 
     def _params(self, sampling: SamplingParams) -> DenoisingParams:
         if sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:

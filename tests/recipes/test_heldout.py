@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from recipes.grpo import main
-from rl.store.folder import EvaluationLog
+from rl.store.folder import evaluation_log
 from rl.store.ledger import Ledger
 from rl.store.rows import read_rows
 
@@ -61,7 +61,7 @@ def test_an_evaluation_recorded_without_shares_is_read(tmp_path):
     (tmp_path / "evaluation.jsonl").write_text(
         '{"step": 0, "accuracy": 0.5, "low": 0.2, "high": 0.8, "n": 8}\n'
     )
-    (found,) = EvaluationLog(tmp_path).read()
+    (found,) = evaluation_log(tmp_path).read().values()
     assert (found.accuracy, found.n, found.truncated) == (0.5, 8, 0.0)
 
 

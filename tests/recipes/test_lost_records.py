@@ -9,7 +9,7 @@ import pytest
 
 from recipes.grpo import main
 from recipes.llada import main as llada
-from rl.store.folder import Evaluation, EvaluationLog
+from rl.store.folder import Evaluation, evaluation_log
 from rl.store.metrics import MetricsLog
 
 LONG = ["train.steps=4", "checkpoint.every=0"]
@@ -52,7 +52,7 @@ def test_a_damaged_evaluation_is_no_number(tmp_path):
     rows = ['{"step": 0, "accuracy": NaN, "low": 0, "high": 1, "n": 4}', '{"step": 5, "accuracy": 0.5}']
     good = '{"step": 7, "accuracy": 0.5, "low": 0.1, "high": 0.9, "n": 4}'
     (tmp_path / "evaluation.jsonl").write_text("\n".join([*rows, good]) + "\n")
-    assert EvaluationLog(tmp_path).read() == [Evaluation(7, 0.5, 0.1, 0.9, 4)]
+    assert evaluation_log(tmp_path).read() == {7: Evaluation(7, 0.5, 0.1, 0.9, 4)}
 
 
 def stopped_without_checkpoint(config_file: Path) -> Path:
@@ -129,14 +129,14 @@ def test_a_diffusion_run_whose_first_bound_was_lost_has_none(tiny_model_dir, tmp
 
 def test_what_a_step_writes_reads_no_file_that_grows(tmp_path):
     """Files are read once, when the process starts: 48 rows of 90 bytes read again each time are 100 kB."""
-    log, evaluations = MetricsLog(tmp_path), EvaluationLog(tmp_path)
+    log, evaluations = MetricsLog(tmp_path), evaluation_log(tmp_path)
     log.write(1, {})
-    evaluations.write(Evaluation(1, 0.5, 0.1, 0.9, 4))
+    evaluations.write(1, Evaluation(1, 0.5, 0.1, 0.9, 4))
     before = _bytes_read()
     for step in range(2, 50):
         log.write(step, {"reward/mean": 0.5})
         assert evaluations.at(step) is None
-        evaluations.write(Evaluation(step, 0.5, 0.1, 0.9, 4))
+        evaluations.write(step, Evaluation(step, 0.5, 0.1, 0.9, 4))
     assert _bytes_read() - before < 20_000
     assert len(evaluations.read()) == len(log.read()) == 49
 

@@ -8,7 +8,7 @@ import torch
 
 from rewards.adapters import as_areal, as_openrlhf, as_trl, as_verl
 from rewards.plugins import load_reward
-from rewards.pool.calling import arguments, grade
+from rewards.pool.calling import grade
 
 HERE = "rewards_for_tests:"
 
@@ -17,12 +17,7 @@ def scores(name, completions, *, options=None, prompts=None, ids=None, **columns
     reward = load_reward(name, options)
     prompts = prompts or [""] * len(completions)
     return [
-        r.score
-        for r in grade(
-            reward,
-            arguments(reward, prompts, completions=completions, completion_ids=ids, columns=columns),
-            len(completions),
-        )
+        r.score for r in grade(reward, prompts, completions=completions, completion_ids=ids, columns=columns)
     ]
 
 

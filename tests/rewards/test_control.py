@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.grpo import make_scorer
+from recipes.sources import make_scorer
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
 from rl.config.read import load_config
@@ -24,7 +24,7 @@ def scores(tmp_path):
 
     def of(arm: str, *groups: Group, seed: int = 0) -> list[tuple[list, list]]:
         overrides = [MATH, f"rewards.control={arm}", f"train.seed={seed}", f"run_dir={tmp_path}"]
-        scorer = make_scorer(load_config(None, overrides), {})
+        scorer = make_scorer(load_config(None, overrides))
         try:
             found = scorer.score(groups)
         finally:

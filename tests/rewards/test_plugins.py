@@ -11,19 +11,14 @@ import torch
 from rewards import plugins
 from rewards.completion import completion_text, last_message_text
 from rewards.plugins import import_path, load_reward
-from rewards.pool.calling import BadValue, arguments, grade
+from rewards.pool.calling import BadValue, grade
 from rl.types import Reason, Reward
 
 
 def call(name, completions, *, options=None, ids=None, **columns):
     reward = load_reward(name, options)
-    return grade(
-        reward,
-        arguments(
-            reward, [""] * len(completions), completions=completions, completion_ids=ids, columns=columns
-        ),
-        len(completions),
-    )
+    prompts = [""] * len(completions)
+    return grade(reward, prompts, completions=completions, completion_ids=ids, columns=columns)
 
 
 def scores(*args, **kwargs):

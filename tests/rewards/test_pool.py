@@ -3,7 +3,6 @@
 import datetime
 import os
 import signal
-import time
 
 import pytest
 import rewards_for_tests
@@ -12,6 +11,7 @@ from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishm
 
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
+from rewards.pool.ticket import Ticket
 from rl.types import Group, Prompt, Reason
 from tests.waiting import wait_until
 
@@ -179,42 +179,18 @@ def test_async_rewards_run_beside_each_other_and_a_stuck_one_costs_itself():
         pool.close()
 
 
-def test_a_completion_is_graded_while_its_group_is_still_being_sampled():
-    pool = RewardPool([HERE + "pid", HERE + "centred"])
-    try:
-        ticket = pool.begin(group([]).prompt)
-        ticket.add(completion("a"))
-        for _ in range(200):
-            if ticket._parts[0]:
-                break
-            time.sleep(0.02)
-        assert ticket._parts[0][HERE + "pid"].score in pool.pids()
-        ticket.add(completion("abc"))
-        scored = ticket.finish().result(timeout=30)
-        assert [c.text for c in scored.completions] == ["a", "abc"]
-        assert [r.parts[HERE + "centred"] for r in scored.rewards] == [-1.0, 1.0]
-    finally:
-        pool.close()
+def test_answers_that_come_before_all_calls_are_made_complete_the_group_once(pool):
+    ticket = Ticket(pool._grading, group(["abc", "a"]))
+    call, left = ticket._call, []
 
+    def call_and_wait(*given):
+        left.append(ticket._missing - 1)
+        call(*given)
+        wait_until(lambda: ticket._missing == left[-1], "the answer has come")
 
-def test_an_answer_in_the_middle_of_finish_completes_the_group_once(pool):
-    ticket = pool.begin(group([]).prompt)
-    lock, released = ticket._lock, []
-
-    class Lock:
-        """Lets the open answer come when finish has released it, as a crowded machine once did."""
-
-        def __enter__(self):
-            lock.acquire()
-
-        def __exit__(self, *error):
-            lock.release()
-            released.append(wait_until(lambda: ticket._missing == 0, "the answer has come"))
-
-    ticket.add(completion("abc"))
-    ticket._lock = Lock()
-    scored = ticket.finish().result(timeout=30)
-    assert released and [r.score for r in scored.rewards] == [3.0]
+    ticket._call = call_and_wait
+    scored = ticket.start().result(timeout=30)
+    assert left == [1, 0] and [r.score for r in scored.rewards] == [3.0, 1.0]
 
 
 def test_parts_weights_gates_and_none_are_composed():

@@ -7,7 +7,7 @@ from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward,
 
 from rewards.language import LanguageConsistency
 from rewards.plugins import load_reward
-from rewards.pool.calling import arguments, grade
+from rewards.pool.calling import grade
 from rewards.shaping import CosineLength, KimiLength, Repetition, SoftOverlong
 from rl.types import Reason, Reward
 
@@ -91,10 +91,8 @@ def test_length_rewards_need_the_columns_of_their_accuracy_reward():
     # A group a call, as its accuracy reward is a function from outside; with a built-in one, a completion.
     assert (reward.required, reward.needs_ids, reward.groupwise) == (("answer",), True, True)
     assert not load_reward("cosine_length", {"max_length": 10}).groupwise
-    call = arguments(
-        reward, [""], completions=["3"], completion_ids=ids(10), columns={"answer": ["3"], "unused": [0]}
-    )
-    assert grade(reward, call, 1)[0].score == 0.5
+    columns = {"answer": ["3"], "unused": [0]}
+    assert grade(reward, [""], completions=["3"], completion_ids=ids(10), columns=columns)[0].score == 0.5
     assert load_reward("kimi_length", EXACT).groupwise
 
 

@@ -287,7 +287,7 @@ def test_a_tracker_that_fails_at_start_is_reported_once_and_dropped(tmp_path):
     trackers = Trackers(
         ["tensorboard", "nonesuch"], run_dir=tmp_path / "run", config={}, warn=warnings.append
     )
-    assert trackers.names == []
+    assert not trackers.active
     for step in range(3):
         trackers.log(step, {"reward/mean": 1.0})
     trackers.close()
@@ -309,11 +309,11 @@ def test_a_tracker_that_fails_while_logging_is_reported_once_and_dropped(tmp_pat
     pytest.importorskip("tensorboard")
     warnings = []
     trackers = Trackers(["tensorboard"], run_dir=tmp_path, config={}, warn=warnings.append)
-    trackers._active["tensorboard"].writer = None  # what a tracker that lost its backend looks like
+    trackers.active["tensorboard"].writer = None  # what a tracker that lost its backend looks like
     for step in range(3):
         trackers.log(step, {"reward/mean": 1.0})
     assert len(warnings) == 1 and "tracker tensorboard failed" in warnings[0]
-    assert trackers.names == []
+    assert not trackers.active
 
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch):

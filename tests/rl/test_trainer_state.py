@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rl import driver
 from rl.store.checkpoint import CheckpointStore
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.store.tensors import NonFiniteError, TensorFiles, check_finite, read_tensors, write_tensors
@@ -106,6 +109,25 @@ def test_a_cuda_generator_without_a_device_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     [sentence] = restore_rng({**capture_rng(), "cuda": torch.zeros(16, dtype=torch.uint8)})
     assert sentence.startswith("the saved CUDA generator has no device here")
+
+
+def test_a_run_that_goes_on_without_a_generators_device_warns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = []
+    rng = {"rank0": {**capture_rng(), "cuda": torch.zeros(16, dtype=torch.uint8)}}
+    state = TrainerState(3, rng=rng, counters={"bad_steps_in_row": 0, "skipped_steps": 0})
+    run: Any = SimpleNamespace(
+        progress=SimpleNamespace(),
+        policy=SimpleNamespace(load=lambda *_: None),
+        optimizer=None,
+        reference=None,
+        world=SimpleNamespace(rank=0),
+        observer=SimpleNamespace(warn=said.append),
+        put_back=lambda counters: None,
+    )
+    loaded: Any = SimpleNamespace(path=None, trainer_state=state)
+    driver._put_back(run, loaded)
+    assert run.progress.step == 3 and len(said) == 1 and "has no device here" in said[0]
 
 
 def test_moments_keep_their_dtype_where_parameters_are_narrower(tmp_path):

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rl.batch import Batch
-from rl.optimizer import finish_gradients
 from rl.policy import Prepared, Scores
 from rl.store.metrics import Metric
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.store.tensors import read_tensors, write_tensors
+from rl.together import SummedGradients
 
 SETTINGS = ["loss.kl_coef=0.2", "model.reference={update_every: 1, mixup: 0.25}"]
 METRIC = Metric("toy/largest", "nats", "largest logit")
@@ -44,7 +44,7 @@ class Table:
         loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
-        return finish_gradients(self.trainable(), max_norm, num_processes=1)
+        return SummedGradients(self.trainable, 1).finish(max_norm)
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Any:
         write, table = optimizer_writer(optimizer, self.trainable()), {"table": self.table.detach()}

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rl.batch import Batch, MicroBatch
-from rl.optimizer import finish_gradients
 from rl.policy import Prepared, Scores
 from rl.store.metrics import Metric
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from rl.together import SummedGradients
 from rl.world import World
 
 SETTINGS = ["loss.kl_coef=0", "train.num_epochs=2"]
@@ -56,7 +56,7 @@ class Redraws:
         loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
-        return finish_gradients(self.trainable(), max_norm, num_processes=self.world.size)
+        return SummedGradients(self.trainable, self.world.size).finish(max_norm)
 
     def snapshot(self, optimizer: torch.optim.Optimizer) -> Any:
         write_optimizer = optimizer_writer(optimizer, self.trainable())

@@ -26,7 +26,7 @@ from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.run import Run
 from rl.store.checkpoint import CheckpointStore
-from rl.store.folder import EvaluationLog
+from rl.store.folder import evaluation_log
 from rl.store.ledger import Ledger
 from rl.store.metrics import MetricsLog
 from rl.train import train
@@ -100,7 +100,7 @@ def main(name: str, run_dir: str, kill_at: str = "-1") -> None:
         store=CheckpointStore(Path(run_dir) / "checkpoints"),
         ledger=Ledger(run_dir, world.rank, world.size),
         log=MetricsLog(run_dir, own=[toy.METRIC]),
-        evaluations=EvaluationLog(Path(run_dir)),
+        evaluations=evaluation_log(Path(run_dir)),
         observer=RunObserver(display, config, is_main=world.is_main),
         phases=Phases(display.phase),
         stop=StopSignal(),
