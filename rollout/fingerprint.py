@@ -44,6 +44,9 @@ class HeldTensor:
     axis: int = 0
     ranges: Sequence[Sequence[int]] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranges", tuple(map(tuple, self.ranges)))  # lists where they came by a wire
+
     @property
     def num_bytes(self) -> int:
         """Size of the whole tensor."""

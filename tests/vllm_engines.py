@@ -24,7 +24,7 @@ OF_ENGINE = ("seed_requests", "sample_while_training")
 def start_vllm(model: Any, tokenizer: Any, **options: Any) -> VllmEngine:
     own = {name: options.pop(name) for name in OF_ENGINE if name in options}
     settings = CoreSettings(model, **options)
-    own |= {name: getattr(settings, name) for name in ("max_model_len", "timeout_s", "version")}
+    own |= {name: getattr(settings, name) for name in ("max_model_len", "timeout_s")}
     return VllmEngine(start_core(settings), tokenizer, **own)
 
 

@@ -179,7 +179,10 @@ def test_tensors_on_the_host_have_shapes_and_dtypes_of_their_own_and_share_no_by
         (["memory.engine_sleeps=true", "train.sample_while_training=true"], "samples with them"),
         (["memory.reference_on_host=true", "loss.kl_coef=0"], "no copy of the model as reference"),
         (["memory.reference_on_host=true", "model.lora={r: 8}"], "no copy of the model as reference"),
-        (["memory.optimizer_on_host=true", "train.sharding=full"], "train.sharding=full splits moments"),
+        (
+            ["memory.optimizer_on_host=true", "train.sharding=full"],
+            "train.sharding=full: moments and reference would be split",
+        ),
     ],
 )
 def test_ways_that_exclude_each_other_are_refused(words, said):
