@@ -140,9 +140,8 @@ def causal_policy(
         hollow = hollow_model(base_of(model))
         if model.lora is not None:
             adapt(hollow, model)
-        if config.moe.freezes:
-            hollow.requires_grad_(False)  # which of its dtypes are trained is settled later
-        check_shardable(hollow, num_shares(config, accelerator.num_processes))
+        shares = num_shares(config, accelerator.num_processes)
+        check_shardable(hollow, shares, freezes=config.moe.freezes)
     found = load_split(model, accelerator, longest=longest, settle=settle, **given) if is_split else None
     if is_split and found is None:
         note("every process loads all weights before they are split: the files hold other tensors")

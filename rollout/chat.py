@@ -153,7 +153,7 @@ def _prompt_of(row: Mapping[str, Any], prompt_column: str, columns: Sequence[str
 
 
 def check_column(name: str, known: Collection[str], where: str) -> None:
-    """Raises ValueError if `name` is none of the known columns; the message names a similar one."""
+    """Raises ValueError if `name` is not among the known columns; the message names a similar one."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise ValueError(

@@ -26,17 +26,21 @@ def is_adapter(module: Any) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "parameter_name")
 
 
-def check_shardable(model: PreTrainedModel, size: int = 1) -> None:
-    """Raises ValueError for a model that cannot be split over `size` processes."""
-    if reason := whole_because(model, size):
+def check_shardable(model: PreTrainedModel, size: int = 1, *, freezes: bool = False) -> None:
+    """Raises ValueError for a model that cannot be split over `size` processes (`whole_because`)."""
+    if reason := whole_because(model, size, freezes=freezes):
         raise ValueError(
             f"train.sharding: {reason}; use train.sharding=none, and model.lora or "
             "model.gradient_checkpointing=true where memory is short"
         )
 
 
-def whole_because(model: PreTrainedModel, size: int) -> str | None:
-    """Why a model, with storage or without, cannot be split over `size` processes; None: it can be."""
+def whole_because(model: PreTrainedModel, size: int, *, freezes: bool = False) -> str | None:
+    """Why a model, with storage or without, cannot be split over `size` processes; None: it can be.
+
+    Args:
+        freezes: some weights are still to be frozen, so that the dtypes of trained ones are not known yet.
+    """
     parts, named, reason = units(model), dict(model.named_parameters()), None
     seen = [id(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
     dealt: list[int] = [cast(Any, m).num_experts for m in model.modules() if is_adapter(m)]
@@ -48,7 +52,7 @@ def whole_because(model: PreTrainedModel, size: int) -> str | None:
         reason = "it has weights that are single numbers"
     elif any(re.search(r"\.experts\.\d+\.", name) for name in named):
         reason = "its experts are separate modules, and processes choose different ones"
-    elif len({p.dtype for p in named.values() if p.requires_grad}) > 1:
+    elif not freezes and len({p.dtype for p in named.values() if p.requires_grad}) > 1:
         reason = "its weights have several dtypes, unlike under model.dtype=bf16-mixed"
     elif any(n > 1 and n % size for n in dealt):
         reason = f"adapters of its {max(dealt)} experts cannot be dealt to {size} processes evenly"

@@ -149,9 +149,7 @@ def kept_whole(size: ModelSize, config: Planned, processes: int) -> str | None:
 @lru_cache(maxsize=64)
 def _kept_whole(size: ModelSize, model: str, processes: int, freezes: bool) -> str | None:
     hollow = size.without_storage(ModelConfig.model_validate_json(model))
-    if freezes:  # which of its dtypes are trained is settled later
-        hollow.requires_grad_(False)
-    return whole_because(hollow, processes)
+    return whole_because(hollow, processes, freezes=freezes)
 
 
 def remedy(

@@ -144,7 +144,7 @@ class Control:
         """{id of a request: tokens so far} of what a paused server holds.
 
         Raises:
-            ValueError: it is not paused, or its lock is of an older version, which cannot say it.
+            ValueError: it samples on, or its lock is of an older version, which cannot say it.
         """
         return self.call("GET", SAMPLED, "how much it has sampled")
 

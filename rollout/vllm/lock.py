@@ -94,7 +94,7 @@ async def counted(engine: Any) -> dict[str, int] | None:
 
 
 async def answer(scope: Any, send: Any) -> None:
-    """Answers a request for `SAMPLED`, with 409 if the server is not paused."""
+    """Answers a request for `SAMPLED`, with 409 if the server samples on."""
     found = await counted(scope["app"].state.engine_client)
     status = 409 if found is None else 200
     headers = [(b"content-type", b"application/json")]
