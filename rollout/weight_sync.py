@@ -105,10 +105,11 @@ def publish(
     canary: Canary | None = None
     with _part("inspect", parts, team):
         sent = _inspect(engine, weights, version, verify) if sends else _iterated(weights)
+        if not sends:
+            engine.hold()  # before others replace the weights that it samples with
     with _part("send", parts, team):
         load = partial(engine.update_weights, version=version)
-        what = f"version {version} was not loaded: engine {engine.name}"
-        work: Any = (load, what) if sends else ()
+        work: Any = (load, f"version {version} was not loaded: engine {engine.name}") if sends else ()
         _iterated(weights, *work)
     if verify:
         with _part("fingerprints", parts, team):
@@ -118,8 +119,7 @@ def publish(
 
     def verdict() -> SyncReport:
         with _part("canary", parts, team):
-            own = canary or weights.canary()  # it may be collective
-            gaps = _canary_gaps(engine, own, version=version, tolerance=tolerance)
+            gaps = _canary_gaps(engine, canary or weights.canary(), version=version, tolerance=tolerance)
         return _report(engine, gaps, parts, is_proved=sends)
 
     if verify and not canary_waits:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from rollout.vllm.control import RECEIVER
+from rollout.vllm.lock import LOCK, RECEIVER
 
 START_S = 240.0
 
@@ -24,8 +24,17 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+def end_with_us(group: int) -> subprocess.Popen[bytes]:
+    """Kills a process group when this process ends, however it ends. A stopped server would hear no SIGTERM.
+
+    Kill what this returns before the group: its number may be another one's then.
+    """
+    code = f"import os, sys; sys.stdin.read(); os.killpg({group}, {signal.SIGKILL:d})"
+    return subprocess.Popen([sys.executable, "-Sc", code], stdin=subprocess.PIPE, start_new_session=True)
+
+
 class ServerProcess:
-    """A server in a process group of its own; killed with all of its processes."""
+    """A server in a process group of its own, which ends with all of its processes, or with the tests."""
 
     def __init__(
         self,
@@ -36,6 +45,7 @@ class ServerProcess:
         port: int = 0,
         reads_text: bool = False,
         extension: bool = True,
+        has_lock: bool = True,
         **options: Any,
     ) -> None:
         self.port, self.log = port or free_port(), log
@@ -52,8 +62,8 @@ class ServerProcess:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--enable-scale-out"]
         command += ["--worker-extension-cls", RECEIVER] if extension else []
+        command += ["--middleware", LOCK] if has_lock else []
         command += ["--seed", "0"]
-        command += ["--middleware", "rollout.vllm.lock.RequireToken"]
         command += [] if reads_text else ["--skip-tokenizer-init"]
         command += ["--block-size", "32", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
         environment = os.environ | {
@@ -67,6 +77,7 @@ class ServerProcess:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=file, start_new_session=True
             )
+        self._end = end_with_us(self.process.pid)
 
     def wait(self) -> ServerProcess:
         """Until it answers."""
@@ -87,6 +98,8 @@ class ServerProcess:
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
+        self._end.kill()
+        self._end.wait(30)
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGKILL)

@@ -46,7 +46,7 @@ class ScoringServer:
 
     def model(self) -> tuple[str, int]:
         """The name or folder of its model, and the most tokens of a row with one that is sampled."""
-        (card, *_) = self._control.call("GET", "/v1/models", "its model")["data"]
+        card = self._control.call("GET", "/v1/models", "its model", lambda found: dict(found["data"][0]))
         if not card.keys() >= {"root", "max_model_len"}:
             raise ValueError(f"server {self.url} does not say what vLLM says of a model; serve it with vLLM")
         return card["root"], card["max_model_len"]
@@ -108,7 +108,8 @@ class ScoringServer:
                 f"longest row may have {longest}; serve it with --max-model-len {longest + 1}"
             )
         ids = sorted(tokenizer.get_vocab().values())
-        theirs = self._control.call("POST", "/detokenize", "its vocabulary", json={"tokens": ids})["prompt"]
+        asked = ("POST", "/detokenize", "its vocabulary", lambda found: found["prompt"])
+        theirs = self._control.call(*asked, json={"tokens": ids})
         if theirs != (ours := tokenizer.decode(ids)):
             differing = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
             at = max(0, next(differing, min(len(ours), len(theirs))) - 5)

@@ -7,16 +7,17 @@ call checks, loads and notes what is held. A fault is an answer instead of the e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import httpx
 import torch
-from torch import Tensor
 
 from rollout.engine import EngineError
-from rollout.fingerprint import Fingerprints, HeldTensor, compared_part, mismatches
+from rollout.fingerprint import HeldTensor, mismatches
+from rollout.vllm.core import UNREAD, unread
 from rollout.vllm.lock import RECEIVER, SAMPLED
 from rollout.vllm.weight_files import Push
 
@@ -24,11 +25,17 @@ NEEDED = ("/pause", "/resume", "/collective_rpc", "/server_info", "/version")
 LACKS_ROUTES = "lacks --enable-return-routed-experts"
 ROUTES = "enable_return_routed_experts"  # in vLLM's config, in 0.32 and in 0.25 in different places
 CONNECT_S = 10.0
+CONFIG = ("dtype", "max_model_len", "logprobs_mode", "routes", "worker_extension_cls")
+CONFIG += ("tensor_parallel_size", "world_size", "data_parallel_size", "enable_expert_parallel")
 LEASE_S = 120.0  # a run that was killed keeps its servers from others for so long
 
 
 class ServerDead(EngineError):
     """A server does not answer, or its engine has failed: it samples nothing until it is started again."""
+
+
+class NoRoute(ValueError):
+    """A server has no such route."""
 
 
 class PushRefused(EngineError):
@@ -49,6 +56,7 @@ class Facts:
         logprobs_mode: vLLM's name for the log-probs that it answers with.
         num_workers: its tensor parallelism.
         has_routes: its answers say which experts computed each token.
+        has_lock: it has our lock, which counts what it has sampled at a pause.
     """
 
     vllm: str
@@ -61,6 +69,7 @@ class Facts:
     logprobs_mode: str
     num_workers: int
     has_routes: bool
+    has_lock: bool
 
 
 def of_worker(number: int) -> str:
@@ -99,54 +108,62 @@ class Control:
                 by tensors.
         """
         if self._facts is None:
-            api = self.call("GET", "/openapi.json", "the list of routes")
-            if missing := [path for path in NEEDED if path not in api["paths"]]:
+            paths = self.call("GET", "/openapi.json", "the list of routes", itemgetter("paths"))
+            if missing := [path for path in NEEDED if path not in paths]:
                 raise ValueError(
                     f"server {self.url} lacks {', '.join(missing)}; start it with `cohort serve`, or "
                     "vLLM's own server with VLLM_SERVER_DEV_MODE=1"
                 )
-            shown = self.call("GET", "/server_info", "its config", params={"config_format": "json"})
-            model, parallel = (shown["vllm_config"][f"{part}_config"] for part in ("model", "parallel"))
-            workers = parallel["tensor_parallel_size"]
-            number = parallel["world_size"] * parallel["data_parallel_size"]
-            if number > workers or (number > 1 and parallel["enable_expert_parallel"]):
+            shown = self.call("GET", "/server_info?config_format=json", "its config", _read_config)
+            workers, number = shown["tensor_parallel_size"], shown["world_size"] * shown["data_parallel_size"]
+            if number > workers or (number > 1 and shown["enable_expert_parallel"]):
                 raise ValueError(
                     f"server {self.url} spreads its model over {number} workers by more than tensor "
                     "parallelism, which cannot be proved; start it with --tensor-parallel-size alone, or one "
                     "server for each device (cohort serve --devices 0,1)"
                 )
-            if (count := parallel.get("_api_process_count", 1)) > 1:
+            if shown["apis"] > 1:
                 raise ValueError(
-                    f"server {self.url} has {count} API processes, each of which knows only its own "
+                    f"server {self.url} has {shown['apis']} API processes, each of which knows only its own "
                     "completions; start it with --api-server-count 1"
                 )
-            has_receiver = parallel["worker_extension_cls"] == RECEIVER
+            has_receiver = shown["worker_extension_cls"] == RECEIVER
             told = self._rpc("cohort_facts")[0] if has_receiver else {}
             self._facts = Facts(
-                self.call("GET", "/version", "its version")["version"],
-                model["dtype"].removeprefix("torch."),
-                model["max_model_len"],
+                self.call("GET", "/version", "its version", itemgetter("version")),
+                shown["dtype"].removeprefix("torch."),
+                shown["max_model_len"],
                 told.get("vocab_size"),
-                "/inference/v1/generate" in api["paths"],
-                "/weight_info" in api["paths"],
+                "/inference/v1/generate" in paths,
+                "/weight_info" in paths,
                 has_receiver,
-                model["logprobs_mode"],
+                shown["logprobs_mode"],
                 workers,
-                bool((shown["vllm_config"].get("aux_output_config") or model).get(ROUTES)),
+                shown["routes"],
+                self._has_lock(),
             )
         return self._facts
+
+    def _has_lock(self) -> bool:
+        try:
+            self.call("GET", SAMPLED, "its lock")
+        except ValueError as fault:  # or it has not counted yet
+            return not isinstance(fault, NoRoute)
+        return True
 
     def pause(self) -> None:
         """Holds all requests where they are, with no step in flight; safe to call twice."""
         self.call("POST", "/pause", "the pause", params={"mode": "keep", "clear_cache": "false"})
 
-    def sampled(self) -> dict[str, int]:
-        """{id of a request: tokens so far} of what a paused server holds.
+    def sampled(self, label: str, method: str = "POST") -> dict[str, int]:
+        """{id of a request: tokens that weights of this label sampled} of what a paused server holds; with
+        "GET", what was answered last to another process, which has loaded other weights since.
 
         Raises:
-            ValueError: it samples on, or its lock is of an older version, which cannot say it.
+            ValueError: it samples on, or nobody has asked, or its lock is of an older version.
         """
-        return self.call("GET", SAMPLED, "how much it has sampled")
+        what = f"how much {label or 'its first weights'} sampled"
+        return self.call(method, f"{SAMPLED}?{label}", what, dict)
 
     def resume(self) -> None:
         """Goes on with the requests that a pause holds."""
@@ -174,11 +191,8 @@ class Control:
         answers = self._rpc(method, *arguments, what=f"the answer to: {deed}")
         for told in answers:
             if (fault := told.get("refused") or told.get("broken")) is not None:
-                state = (
-                    f"it goes on with {told['holds'] or 'what it held'}"
-                    if all("refused" in one for one in answers)
-                    else "its weights are unknown"
-                )
+                kept = f"it goes on with {told['holds'] or 'what it held'}"
+                state = kept if all("refused" in one for one in answers) else "its weights are unknown"
                 raise PushRefused(f"server {self.url} did not {deed}: {fault}; {state}")
 
     def holds(self) -> str:
@@ -191,7 +205,7 @@ class Control:
         holds, *others = {told["holds"] for told in self._rpc("cohort_facts")}
         holds = "" if others else holds
         if holds and self.facts().has_spans:
-            label = self.call("GET", "/weight_info", "its version")["weight_version"]
+            label = self.call("GET", "/weight_info", "its version", itemgetter("weight_version"))
             if label != holds:
                 raise PushRefused(f"server {self.url} labels its samples {label} and holds {holds}")
         return holds
@@ -251,36 +265,43 @@ class Control:
                 "need; start it with `cohort serve`"
             )
         body = {"method": method, "args": list(arguments)}
-        return self.call("POST", "/collective_rpc", what or method, json=body)["results"]
+        one_or_more = lambda answer: [answer["results"][0], *answer["results"][1:]]  # noqa: E731
+        return self.call("POST", "/collective_rpc", what or method, one_or_more, json=body)
 
-    def call(self, method: str, path: str, what: str, **options: Any) -> Any:
-        """The JSON that a route answers with.
+    def call(self, method: str, path: str, what: str, read: Any = lambda found: found, **options: Any) -> Any:
+        """What `read` makes of the JSON that a route answers with.
 
         Raises:
-            ServerDead: no answer within `timeout_s`, or one of a server that failed.
+            ServerDead: no answer in time, one of a server that failed, or one that `read` cannot read.
             ValueError: the token is wrong, or the request.
         """
+        where = f"server {self.url}: {what}"
         try:
             answer = self._client.request(method, path, **options)
         except httpx.TimeoutException as error:
-            raise ServerDead(
-                f"server {self.url}: {what}: no answer within timeout_s={self.timeout_s:g}"
-            ) from error
+            raise ServerDead(f"{where}: no answer within timeout_s={self.timeout_s:g}") from error
         except httpx.HTTPError as error:
-            raise ServerDead(f"server {self.url}: {what}: {type(error).__name__} {error}") from error
+            raise ServerDead(f"{where}: {type(error).__name__} {error}") from error
         if answer.status_code == 401:
             raise ValueError(
                 f"server {self.url} rejects this token; engine.token_file (of a teacher: teacher.token_file) "
                 "must be its own"
             )
         if answer.status_code != 200:
-            kind = ServerDead if answer.status_code >= 500 else ValueError
-            raise kind(f"server {self.url}: {what}: {path} answered {answer.status_code} {answer.text[:300]}")
+            kind = NoRoute if answer.status_code == 404 else ValueError
+            kind = ServerDead if answer.status_code >= 500 else kind
+            raise kind(f"{where}: {path} answered {answer.status_code} {answer.text[:300]}")
         try:
-            return answer.json()
-        except ValueError as error:
-            said = f"server {self.url}: {what}: {path} answered no JSON: {answer.text[:300]}"
-            raise ServerDead(said) from error
+            return read(answer.json())
+        except UNREAD as error:
+            raise ServerDead(f"{where}: {unread(path, error, answer.text)}") from error
+
+
+def _read_config(shown: Any) -> dict[str, Any]:
+    config = shown["vllm_config"]
+    both = config["model_config"] | config["parallel_config"]
+    both["routes"] = bool((config.get("aux_output_config") or both).get(ROUTES))
+    return {key: both[key] for key in CONFIG} | {"apis": both.get("_api_process_count", 1)}
 
 
 Layouts = dict[int, Mapping[str, HeldTensor]]
@@ -316,21 +337,6 @@ def check_alike(control: Control, layouts: Layouts, *, proved: Collection[int], 
 def _as_whole(held: Mapping[str, HeldTensor]) -> dict[str, HeldTensor]:
     plain = {name: one for name, one in held.items() if not name.endswith(")")}
     return {name: replace(one, sampled=False, axis=0, ranges=()) for name, one in plain.items()}
-
-
-def noting(
-    weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Passes weights on, and puts the fingerprints that servers have to show into `found`."""
-    copies: dict[str, list[str]] = {}
-    for name, one in held.items():
-        copies.setdefault(one.source, []).append(name)
-    hashes = Fingerprints()
-    for name, tensor in weights:
-        for copy in copies.get(name, ()):
-            hashes.add(copy, compared_part(tensor, held[copy], version))
-        yield name, tensor
-    found |= hashes.found()
 
 
 def check_held(content: str, prints: Mapping[str, int], *, version: int, expected: Mapping[str, int]) -> None:

@@ -27,6 +27,7 @@ from rollout.sampler import completion_seed
 T = TypeVar("T")
 SleepingPart = Literal["weights", "cache"]
 NOT_FINITE = -9999.0  # what vLLM's API says for a log-prob that is not finite
+UNREAD = (ValueError, KeyError, TypeError, IndexError, AttributeError)  # where an answer is odd
 REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -128,16 +129,21 @@ class Stream:
                 self.rows = np.load(BytesIO(b64decode(routed)), allow_pickle=False)
             self.reason = choice.get("finish_reason") or self.reason
 
-    def mark(self, count: int | None, version: int) -> None:
+    def mark(self, count: int | None, version: int, now: int | None = None) -> None:
         """Notes how many tokens its paused server, of this version, has sampled. None: it has ended, or has
         not begun; in that case a later mark, or a new request, takes this one's place.
 
+        Args:
+            now: the version with which it has gone on since, if it has.
+
         Raises:
-            EngineError: they are fewer than it has sent.
+            EngineError: they are fewer than it has sent, though it has not gone on.
         """
         sent = len(self.token_ids) - self.first
         if count is not None and count < sent:
-            raise EngineError(f"it counts {count} tokens of a completion of which it has sent {sent}")
+            if now is None:
+                raise EngineError(f"it counts {count} tokens of a completion of which it has sent {sent}")
+            self.versions[self.first + count :] = [now] * (sent - count)
         end = self.first + (self.sampling.max_completion_length if count is None else count)
         self.marks = [mark for mark in self.marks if mark[0] < end] + [(end, version)]
 
@@ -176,6 +182,11 @@ def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
 
     Thread(target=run, name=name, daemon=True).start()
     return found
+
+
+def unread(path: str, error: Exception, text: str) -> str:
+    """What is said of an answer in which something is missing or odd."""
+    return f"{path} answered what cannot be read ({type(error).__name__}: {error}): {text[:300]}"
 
 
 def request_body(sampling: SamplingParams, **more: Any) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.broadcast import WeightBroadcast
-from rollout.vllm.control import Control, Layouts, check_alike, check_held, noting
+from rollout.vllm.control import Control, Layouts, check_alike, check_held
 from rollout.vllm.core import Answer, SleepingPart, Stream, in_thread
-from rollout.vllm.member import TICK_S, Member, State, each, free_member, in_turn, same_canary
+from rollout.vllm.member import TICK_S, Member, Paused, State, each, free_member, in_turn, same_canary
 from rollout.vllm.served import Server
-from rollout.vllm.weight_files import Push, WeightFiles
+from rollout.vllm.weight_files import Push, WeightFiles, noting
 
 LOOK_S = 2.0  # between looks at the servers while nobody asks
 MAX_TRIES = 8  # of a completion; it is an "abort" then
@@ -83,7 +83,7 @@ class Fleet:
         self._canary: tuple[list[int], list[float]] | None = None
         self._down_since: float | None = None
         self._version, self.vocab_size = WEIGHTS_UNKNOWN, 0
-        self._turn, self._is_closed = RLock(), Event()
+        self._turn, self._is_closed, self._is_held = RLock(), Event(), False
         try:
             for member, found in [(m, in_thread(partial(connect, m.server.url))) for m in self.members]:
                 try:
@@ -100,8 +100,9 @@ class Fleet:
             raise
 
     def _met(self, member: Member, control: Control) -> None:
-        check_alike(control, self._layouts, proved=self._expected, routes=self.routes)
-        self.vocab_size, member.link = control.facts().vocab_size or 0, control
+        fits = partial(check_alike, layouts=self._layouts, proved=self._expected, routes=self.routes)
+        member.meet(control, fits, self.run)
+        self.vocab_size = control.facts().vocab_size or 0
 
     @in_turn
     def add(
@@ -146,9 +147,12 @@ class Fleet:
 
     @in_turn
     def pause(self) -> None:
-        """Does nothing if another process sends the weights: then that one holds the servers."""
+        """If another process sends the weights, that one holds the servers, and here nothing begins."""
+        self._is_held = self.files is None
         if self.files is not None:
             self._hold(self._up())
+        for member in self.members if self._is_held else ():
+            member.server.stand_still()
 
     def sleep(self) -> None:
         raise EngineError("servers do not sleep: a trainer could not use their memory")
@@ -159,10 +163,10 @@ class Fleet:
     @in_turn
     def resume(self, version: int) -> None:
         if self.files is not None:
-            self._each(self._up(), lambda member: member.control.resume)
+            self._each(self._up(), "the resumption", lambda member: member.control.resume)
             return
         self._canary = self._canary if version == self._version else None
-        self._version = version
+        self._version, self._is_held = version, False
         self._prove([member for member in self.members if member.link is not None], None, lost=State.STALE)
 
     @in_turn
@@ -201,7 +205,8 @@ class Fleet:
     def close(self) -> None:
         self._is_closed.set()
         for member in self.members:
-            member.leave(self.run if member.server.sends else "")
+            member.server.close()  # first, or it might renew the lease
+            member.give_back(self.run)
         if self.files is not None:
             self.files.close()
 
@@ -278,7 +283,8 @@ class Fleet:
 
     def _dispatch(self) -> None:
         """Sends all completions of a prompt to one server, which caches it."""
-        while self._waiting and (member := free_member(self.members, len(self._waiting[0]))) is not None:
+        waiting = () if self._is_held else self._waiting
+        while waiting and (member := free_member(self.members, len(waiting[0]))) is not None:
             group = self._waiting.popleft()
             member.streams |= {stream.id: stream for stream in group}
             member.server.start(group)
@@ -286,24 +292,25 @@ class Fleet:
     def _check_any_up(self, waiting_for: str) -> None:
         self._down_since = None if self._up() else self._down_since or time.monotonic()
         if self._down_since is not None and time.monotonic() - self._down_since > self.timeout_s:
-            what = f"timeout_s={self.timeout_s:g} while {waiting_for}"
-            raise EngineError(f"no server was up for {what}: {self._said()}")
+            what = f"no server was up for timeout_s={self.timeout_s:g} while {waiting_for}"
+            raise EngineError(f"{what}: {self._said()}")
 
     def _each(self, members: Sequence[Member], *work: Any, **lost: State) -> None:
         each(members, *work, lose=self._lose, timeout_s=self.timeout_s, **lost)
 
     def _hold(self, members: Sequence[Member]) -> None:
-        self._each(members, lambda member: member.hold, lost=State.STALE)
+        self._each(members, "the pause", lambda member: member.hold, lost=State.STALE)
 
     def _prove(self, members: Sequence[Member], push: Push | None, *, lost: State = State.DEAD) -> None:
         """Loads weights into paused servers, each of which goes on only if it shows their fingerprints. If
         `push` is None, another process has done so, and the servers say whether.
         """
 
-        def judge(member: Member, found: tuple[str, dict[str, int]]) -> None:
+        def judge(member: Member, found: tuple[str, dict[str, int], Paused]) -> None:
+            label, prints, paused = found
             expected = self._expected.get(member.control.facts().num_workers, {})
-            check_held(*found, version=self._version, expected=expected)
-            member.server.holds(self._version, found[0])
+            check_held(label, prints, version=self._version, expected=expected)
+            member.server.holds(self._version, label, paused)
             if push is not None:
                 member.control.resume()
             if self._canary is not None:
@@ -312,14 +319,14 @@ class Fleet:
                 same_canary(member, logprobs, others, self.tolerance)
             member.state, member.fault = State.UP, ""
 
-        send = push and self.files and self.files.bring
-        self._each(members, lambda member: partial(member.load, push, send, self.run), judge, lost=lost)
+        own = (push, self.files and self.files.bring, self.run)
+        self._each(members, f"version {self._version}", lambda one: partial(one.load, *own), judge, lost=lost)
 
     def _join(self, members: Sequence[Member], *, at_once: bool = False) -> None:
         """Gives the current weights, whole, to servers that answer, or checks that another process has."""
         ready = [member for member in members if member.may_join(at_once)]
         new = [member for member in ready if member.link is None]
-        self._each(new, lambda member: partial(self.connect, member.server.url), self._met)
+        self._each(new, "its first answer", lambda one: partial(self.connect, one.server.url), self._met)
         ready = [member for member in ready if member.link is not None]
         if self.files is not None:
             self._hold(ready)
@@ -337,7 +344,7 @@ class Fleet:
             self._canary = self._canary or (token_ids, logprobs)
             same_canary(member, logprobs, self._canary[1], self.tolerance)
 
-        self._each(self._up(), lambda member: member.server.score(token_ids).result, compare)
+        self._each(self._up(), "the canary", lambda one: one.server.score(token_ids).result, compare)
         if self._canary is None:
             raise EngineError(f"no server computed the canary's log-probs: {self._said()}")
         return self._canary[1]

@@ -1,6 +1,7 @@
 """The lock of a server: every route except /health asks for the run's token. And the route behind it that is
 ours, `SAMPLED`: how many tokens a paused server has sampled of each completion. A message brings several
-(vLLM's --stream-interval), which may be of two versions.
+(vLLM's --stream-interval), which may be of two versions. A POST counts, and keeps the answer under the label
+of these weights (the query). A GET has what was kept, for processes that were not there at the pause.
 
 vLLM's own `--api-key` leaves the routes open that replace weights. Start a server with
 `--middleware rollout.vllm.lock.RequireToken` and name the token's file in `COHORT_TOKEN_FILE`. The token
@@ -25,6 +26,7 @@ TOKEN_FILE = "COHORT_TOKEN_FILE"
 RECEIVER = "rollout.vllm.worker.WeightReceiver"  # the worker extension, which a run's server needs as well
 OPEN_PATHS = ("/health",)
 MIN_CHARACTERS = 16
+LOCK = "rollout.vllm.lock.RequireToken"
 SAMPLED = "/cohort/sampled"
 PREFIX = "generate-tokens-"  # vLLM's, before the id that a request gives
 QUIET_TURNS = 5  # of the event loop, in which vLLM takes in what its engine has sent
@@ -94,12 +96,15 @@ async def counted(engine: Any) -> dict[str, int] | None:
 
 
 async def answer(scope: Any, send: Any) -> None:
-    """Answers a request for `SAMPLED`, with 409 if the server samples on."""
-    found = await counted(scope["app"].state.engine_client)
+    """Answers a request for `SAMPLED`, with 409 if the server samples on, or nothing is kept."""
+    state, label = scope["app"].state, scope["query_string"]
+    if scope["method"] == "POST":
+        state.cohort_sampled = {label: await counted(state.engine_client)}
+    found = getattr(state, "cohort_sampled", {}).get(label)
     status = 409 if found is None else 200
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    said = "it samples: pause it first" if found is None else found
+    said = "not counted: it samples, or was not paused" if found is None else found
     await send({"type": "http.response.body", "body": json.dumps(said).encode()})
 
 

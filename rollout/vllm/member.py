@@ -17,7 +17,8 @@ import torch
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.vllm.control import LACKS_ROUTES, RECEIVER, Control, ServerDead
 from rollout.vllm.core import Stream, in_thread
-from rollout.vllm.served import UNPROVED, Server
+from rollout.vllm.lock import LOCK
+from rollout.vllm.served import Server
 from rollout.vllm.weight_files import Push
 
 DEAD_S = 20.0  # of failing health checks
@@ -27,6 +28,7 @@ PATIENCE = 3  # consecutive metrics with waiting requests
 RETRY_S = 10.0  # before one that failed to join may try again
 LEAVE_S = 10.0  # for a server to hear that it is free
 TICK_S = 0.1
+Paused = list[tuple[Stream, int | None]]
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
 
@@ -114,10 +116,18 @@ class Member:
             self.link.close()
         self.link, self.started, self.lost_at = None, None, -RETRY_S
 
-    def leave(self, run: str) -> None:
-        """Gives it back for other runs, if it has been leased, and ends all connections."""
-        self.server.close()  # first, or it might renew the lease
-        if run and self.link is not None and self.server.fault is None:
+    def meet(self, control: Control, check: Callable[[Control], None], run: str) -> None:
+        """Talks to it from now on; but one that `check` refuses is given back."""
+        self.link = control
+        try:
+            check(control)
+        except BaseException:
+            self.give_back(run)
+            raise
+
+    def give_back(self, run: str) -> None:
+        """Lets other runs have it, if this process leased it, and forgets the one that it talked to."""
+        if run and self.server.sends and self.link is not None and self.server.fault is None:
             with suppress(EngineError, ValueError, TimeoutError):
                 in_thread(partial(self.control.lease, run, 0.0)).result(LEAVE_S)
         self.close()
@@ -134,8 +144,7 @@ class Member:
             EngineError: weights that nobody has proved.
         """
         self.control.pause()
-        if self.streams:
-            self.server.mark(self.control.sampled())
+        self.server.mark(self.control.sampled(self.server.label))
         self.confirm(sampled := list(self.streams.values()))
         if sampled and self.server.version == WEIGHTS_UNKNOWN:
             raise EngineError(self.server.doubt)
@@ -159,9 +168,9 @@ class Member:
 
     def load(
         self, push: Push | None, bring: Callable[[Member, Push], None] | None, run: str
-    ) -> tuple[str, dict[str, int]]:
+    ) -> tuple[str, dict[str, int], Paused]:
         """Loads weights while it is paused; its label for them, and their fingerprints. If `push` is None,
-        another process has loaded what it holds.
+        another process has done so: last comes how much other weights had sampled before.
 
         Raises:
             EngineError, ValueError: it did not; or it serves another run now.
@@ -171,10 +180,16 @@ class Member:
             self.control.lease(run)
         self.is_compared = not self.waits
         if push is None or bring is None:
-            return self.control.holds(), {}
+            if self.streams and self.server.version == WEIGHTS_UNKNOWN:
+                raise EngineError(self.server.doubt)
+            label, before, streams = self.control.holds(), self.server.label, list(self.streams.values())
+            if label == before or not streams:
+                return label, {}, []
+            counts = self.control.sampled(before, "GET")
+            return label, {}, [(stream, counts.get(stream.asked_as)) for stream in streams]
         bring(self, push)
         self.control.load(push)
-        return push.content, self.control.fingerprints(push.version)
+        return push.content, self.control.fingerprints(push.version), []
 
     def ready(self, ended: list[Stream]) -> list[Stream]:
         """Completions to be handed out, or to go on elsewhere: all that have not to wait for the canary."""
@@ -194,10 +209,7 @@ class Member:
             holds = self.wait(in_thread(link.holds), "what it holds", link.timeout_s)
         except (EngineError, ValueError) as error:
             holds = str(error)
-        if holds != self.server.label:
-            self.server.distrust(UNPROVED.format(holds), streams)
-        for stream in streams:
-            stream.sure = len(stream.token_ids)
+        self.server.settle(holds, {stream: len(stream.token_ids) for stream in streams})
 
     def follow_metrics(self) -> None:
         """Lowers the cap to what runs if the cache is full, or if requests are preempted or wait. Raises it
@@ -239,6 +251,7 @@ def in_turn(method: M) -> M:
 
 def each(
     members: Sequence[Member],
+    what: str,
     work: Callable[[Member], Callable[[], T]],
     then: Callable[[Member, T], Any] = lambda member, found: None,
     *,
@@ -247,11 +260,11 @@ def each(
     lost: State = State.DEAD,
 ) -> None:
     """Does `work` for all members at the same time, in threads of their own, and calls `then` with each
-    result. A member for which either fails is lost.
+    result. A member for which either fails is lost; `what` names what it was waited for.
     """
     for member, found in [(member, in_thread(work(member))) for member in members]:
         try:
-            then(member, member.wait(found, "a call", timeout_s))
+            then(member, member.wait(found, what, timeout_s))
         except (EngineError, ValueError) as error:
             lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
 
@@ -274,14 +287,16 @@ def connect(
         faults = {
             "--enable-scale-out, for token ids in and out": not facts.has_generate,
             f"--worker-extension-cls {RECEIVER}, for weights and their proof": not facts.has_receiver,
+            f"--middleware {LOCK}, for its token and what it has sampled": not facts.has_lock,
             "--logprobs-mode processed_logprobs": facts.logprobs_mode != "processed_logprobs",
             f"--dtype {wanted} (it has {facts.dtype})": facts.dtype != wanted,
             f"--max-model-len {max_model_len} or more": facts.max_model_len < max_model_len,
         }
         if lacks := [fault for fault, is_true in faults.items() if is_true]:
-            raise ValueError(
-                f"server {url} lacks {'; '.join(lacks)}: start it again with that, best by `cohort serve`"
-            )
+            is_asked = facts.dtype != wanted and facts.dtype in ("bfloat16", "float32")
+            other = f", or train with engine.dtype={facts.dtype}" if is_asked else ""
+            remedy = f"start it again with that, best by `cohort serve`{other}"
+            raise ValueError(f"server {url} lacks {'; '.join(lacks)}: {remedy}")
         control.describe()
         if run:
             control.lease(run)

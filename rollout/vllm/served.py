@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
@@ -21,14 +22,14 @@ import httpx
 
 from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
-from rollout.vllm.control import LEASE_S
-from rollout.vllm.core import Stream, request_body
+from rollout.vllm.control import CONNECT_S, LEASE_S
+from rollout.vllm.core import NOT_FINITE, UNREAD, Stream, request_body, unread
+from rollout.vllm.weight_files import writer_of
 
 GENERATE = "/inference/v1/generate"
 POLL_S = 1.0
 POLL_TIMEOUT_S = 10.0
 RENEW_S = 5.0  # also the time whose tokens are lost with a server
-CONNECT_S = 10.0
 KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
 END_S = 5.0  # for the last message of a completion that a server has ended
 LOOP_S = 60.0  # longest wait for the thread of the streams
@@ -79,9 +80,8 @@ class Server:
         self.version, self.label, self._num_proofs = WEIGHTS_UNKNOWN, "", 0
         self.fault: str | None = None
         self.failing_since: float | None = None
-        self.is_gone, self.answered = False, 0.0
+        self.is_gone, self.answered, self.doubt = False, 0.0, ""
         self.refusal: str | None = None
-        self.doubt = ""
         self.gauges: dict[str, float] | None = None
         self.asked = threading.Event()  # its health, for the first time
         self._streams: dict[str, Stream] = {}
@@ -116,13 +116,22 @@ class Server:
             self._cancel(list(self._streams))
             self._labels, self.version = {}, WEIGHTS_UNKNOWN
 
-        self._in_loop(end)
+        self._in_loop(end, "the end of its streams")
 
-    def distrust(self, doubt: str, streams: Iterable[Stream] = ()) -> None:
-        """Notes that unproved weights were found, with which these streams have sampled."""
+    def distrust(self, doubt: str) -> None:
         self.doubt, self.version = doubt, WEIGHTS_UNKNOWN
-        for stream in streams:
-            stream.drop()
+
+    def settle(self, holds: str, brought: Mapping[Stream, int]) -> None:
+        """What streams had brought is sure if the server, asked afterwards, `holds` the weights that it has
+        proved. Else it is dropped, and the server is not trusted any longer.
+        """
+        if holds != self.label:
+            self.distrust(UNPROVED.format(holds))
+        for stream, number in brought.items():
+            if holds == self.label:
+                stream.sure = number
+            else:
+                stream.drop()
 
     def mark(self, counts: Mapping[str, int]) -> None:
         """Notes how much of each stream it has sampled, by request, while it is paused. A stream that it does
@@ -138,15 +147,22 @@ class Server:
             begun = [stream for stream in self._streams.values() if len(stream.token_ids) > stream.first]
             return [stream for stream in begun if stream.asked_as not in counts]
 
-        ended, deadline = self._in_loop(note), time.monotonic() + END_S
+        ended, deadline = self._in_loop(note, "a pause's counts"), time.monotonic() + END_S
         while any(self._streams.get(stream.id) is stream for stream in ended):
             if time.monotonic() > deadline:
                 raise EngineError(f"it counts no tokens of a completion that did not end within {END_S:g} s")
             time.sleep(END_S / 1000)
 
-    def holds(self, version: int, label: str) -> None:
+    def stand_still(self) -> None:
+        """Ends streams without a token until `holds`: others may replace the weights that would sample it."""
+        self._in_loop(lambda: [stream.task.cancel() for stream in self._empty()], "a pause")
+
+    def holds(self, version: int, label: str, paused: Iterable[tuple[Stream, int | None]] = ()) -> None:
         """Notes that its tokens are now of `version`, which it calls `label`. Streams without a token begin
         again, so that they do not find prompts that older weights have cached.
+
+        Args:
+            paused: streams, and what it had sampled of each (`mark`), if another process has updated it.
 
         Raises:
             EngineError: this process does not send weights, and these come from another sender than before.
@@ -155,13 +171,15 @@ class Server:
             raise EngineError(f"it holds weights of another run ({label})")
 
         def begin_again() -> None:
+            for stream, count in paused:
+                stream.mark(count, self.version, version)
             self._labels[label] = self.version = version
             self.label, self._num_proofs = label, self._num_proofs + 1
-            empty = [one for one in self._streams.values() if len(one.token_ids) == one.first]
+            empty = self._empty()
             self._cancel([stream.id for stream in empty])
             self._start(empty)
 
-        self._in_loop(begin_again)
+        self._in_loop(begin_again, f"version {version}")
 
     def score(self, token_ids: list[int]) -> Future[list[float]]:
         """log p(ids[i] | ids[:i]) for i >= 1 at temperature 1; streams do not bring these."""
@@ -188,11 +206,15 @@ class Server:
     def _soon(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _in_loop(self, work: Callable[[], T]) -> T:
+    def _in_loop(self, work: Callable[[], T], what: str) -> T:
         async def run() -> T:
             return work()
 
-        return self._soon(run()).result(LOOP_S)
+        try:
+            return self._soon(run()).result(LOOP_S)
+        except TimeoutError as error:
+            took = f"did not take {what} within {LOOP_S:g} s"
+            raise EngineError(f"server {self.url}: the thread of its streams {took}") from error
 
     def _start(self, streams: Sequence[Stream]) -> None:
         for stream in streams:
@@ -204,6 +226,9 @@ class Server:
             stream = self._streams.pop(name, None)
             if stream is not None and stream.task is not None:
                 stream.task.cancel()
+
+    def _empty(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if len(stream.token_ids) == stream.first]
 
     def _salt(self) -> str:
         """A digest of the run, its start, the version and its proof. Other weights never find these cached
@@ -221,6 +246,9 @@ class Server:
                     await reply.aread()
                     self._raise_for(reply)
                 async for line in reply.aiter_lines():
+                    if self.version == WEIGHTS_UNKNOWN:  # it would stand where `settle` drops tokens
+                        stream.drop()
+                        break
                     if line.startswith("data: {"):
                         stream.take(json.loads(line.removeprefix("data: ")), self.version)
         except Exception as error:  # nobody else would know that the stream has ended
@@ -264,8 +292,14 @@ class Server:
             raise EngineError(f"POST {GENERATE}: {type(error).__name__} {error}") from error
         if not reply.is_success:
             self._raise_for(reply)
-        pairs = zip(reply.json()["prompt_logprobs"][1:], token_ids[1:], strict=True)
-        return [at[str(token)]["logprob"] for at, token in pairs]
+        try:
+            pairs = zip(reply.json()["prompt_logprobs"][1:], token_ids[1:], strict=True)
+            found = [float(at[str(token)]["logprob"]) for at, token in pairs]
+            if not all(NOT_FINITE < logprob < math.inf for logprob in found):
+                raise ValueError("a log-prob that is not finite")
+        except UNREAD as error:
+            raise EngineError(f"server {self.url}: {unread(GENERATE, error, reply.text)}") from error
+        return found
 
     async def _watch(self) -> None:
         """Asks for health and metrics, every `POLL_S`."""
@@ -288,31 +322,22 @@ class Server:
             await asyncio.sleep(POLL_S)
 
     async def _renew(self) -> None:
-        """Renews the lease of a proved server; an unproved one may lack our extension, and would break. What
-        streams have brought is sure if it still holds weights of this run's sender.
-        """
+        """Renews a proved server's lease, and settles its tokens; others may lack our extension."""
         if not self._holder or self.version == WEIGHTS_UNKNOWN or time.monotonic() < self._renewed + RENEW_S:
             return
         proof, before = self._num_proofs, {one: len(one.token_ids) for one in self._streams.values()}
         body = {"method": "cohort_lease", "args": [self._holder, LEASE_S]}
         with suppress(httpx.TimeoutException, ValueError, KeyError):  # it loads weights, perhaps
             reply = await self._http.post("/collective_rpc", json=body, timeout=POLL_TIMEOUT_S)
-            told = reply.json()["results"][0]
-            self._renewed = time.monotonic()
+            told, self._renewed = reply.json()["results"][0], time.monotonic()
             if self.version == WEIGHTS_UNKNOWN or proof != self._num_proofs:
-                return  # these streams may be elsewhere by now
+                return
+            # Others are elsewhere by now, or handed out.
+            before = {one: number for one, number in before.items() if self._streams.get(one.id) is one}
             if told["holder"] != self._holder:
                 self.distrust(f"it serves {told['holder']} now")
-            elif writer_of(told["holds"]) == writer_of(self.label):
-                for stream, number in before.items():
-                    stream.sure = number
-            elif told["holds"]:  # else a load is under way
-                self.distrust(UNPROVED.format(told["holds"]), before)
-
-
-def writer_of(label: str) -> str:
-    """Who wrote the weights that a label names (`Push.content`)."""
-    return label.partition(".")[2]
+            elif told["holds"] == self.label or writer_of(told["holds"]) not in ("", writer_of(self.label)):
+                self.settle(told["holds"], before)  # else a load is under way
 
 
 def _gauges(text: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rollout.fingerprint import HeldTensor, listed
+from rollout.fingerprint import Fingerprints, HeldTensor, compared_part, listed
 from rollout.vllm.file_server import INDEX, fetch, serving
 
 POSITIONS = "::positions"  # NAME + this: flat positions of the values that NAME holds
@@ -309,3 +309,23 @@ def _checksum(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def noting(
+    weights: Iterable[tuple[str, Tensor]], held: Mapping[str, HeldTensor], version: int, found: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes weights on, and puts the fingerprints that servers have to show into `found`."""
+    copies: dict[str, list[str]] = {}
+    for name, one in held.items():
+        copies.setdefault(one.source, []).append(name)
+    hashes = Fingerprints()
+    for name, tensor in weights:
+        for copy in copies.get(name, ()):
+            hashes.add(copy, compared_part(tensor, held[copy], version))
+        yield name, tensor
+    found |= hashes.found()
+
+
+def writer_of(label: str) -> str:
+    """Who wrote the weights that a label names (`Push.content`)."""
+    return label.partition(".")[2]

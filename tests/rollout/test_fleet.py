@@ -3,9 +3,12 @@
 The tests share two servers and go from mild faults to deadly ones, in the order in which they stand.
 """
 
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,7 +41,7 @@ from rollout.vllm.broadcast import WeightBroadcast
 from rollout.vllm.control import Control, PushRefused
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.fleet import Fleet
-from rollout.vllm.lock import make_token, read_token
+from rollout.vllm.lock import SAMPLED, make_token, read_token
 from rollout.vllm.member import connect
 from rollout.vllm.weight_files import WeightFiles
 from rollout.weight_sync import WeightSyncError, publish
@@ -169,29 +172,164 @@ def test_nothing_is_sampled_before_weights_are_proved(both: Served):
     engine.close()
 
 
-def test_updates_go_in_under_running_completions(both: Served, monkeypatch: pytest.MonkeyPatch):
-    """The cuts that this side makes at a pause, for servers that tell of no versions, are the server's."""
-    cuts: list[tuple[list[int], list[int]]] = []
-    check = served.Server._check_versions
+Cuts = list[tuple[served.Stream, list[int]]]
 
-    def noted(server: served.Server, stream: served.Stream) -> None:
-        ours = list(stream.versions)
-        check(server, stream)
-        cuts.append((ours, list(stream.versions)))
 
-    monkeypatch.setattr(served.Server, "_check_versions", noted)
-    engine, models = both.engine(0, 1), {1: make_model(4), 2: make_model(5)}
-    publish(engine, Stream(models[1]), version=1)
-    submit(engine, make_prompts(*range(5, 35)))  # 60 completions for each server, which samples 32 together
-    fleet: Fleet = engine._core  # type: ignore[assignment]
-    wait_until(lambda: any(s.reason for s in fleet.members[0].streams.values()), "the first ones end")
-    publish(engine, Stream(models[2]), version=2)
+@pytest.fixture
+def cuts(monkeypatch: pytest.MonkeyPatch) -> Cuts:
+    """Completions of servers that tell no versions, as those before 0.32, and the versions that they know."""
+    found: Cuts = []
+    take = served.Stream.take
+
+    def noted(stream: served.Stream, message: dict[str, Any], version: int) -> None:
+        for choice in message["choices"]:
+            if spans := choice.pop("weight_versions", None):
+                each = [(span["version"].partition(".")[0], span["end"] - span["start"]) for span in spans]
+                found.append((stream, [int(known) for known, number in each for _ in range(number)]))
+        take(stream, message, version)
+
+    monkeypatch.setattr(served.Stream, "take", noted)
+    return found
+
+
+def hold_in_the_middle(engine: VllmEngine, asked: VllmEngine, number: int = 30) -> None:
+    """Pauses servers when one has sampled a part of a completion that was `asked` for, and not its end."""
+
+    def is_in_the_middle(member: member_module.Member) -> bool:
+        said = member.control.sampled(member.server.label)
+        return any(0 < said.get(stream.asked_as, 0) < 90 for stream in list(member.streams.values()))
+
+    for turn in range(4):
+        submit(asked, [replace(p, id=f"{p.id}/{turn}") for p in make_prompts(*range(5, 5 + number))])
+        members = asked._core.members  # type: ignore[attr-defined]
+        begun = lambda m: any(2 < len(s.token_ids) < 60 for s in list(m.streams.values()))  # noqa: E731
+        wait_until(lambda: any(begun(member) for member in members), "one begins")  # noqa: B023
+        engine.hold()
+        if any(map(is_in_the_middle, members)):
+            return
+        engine.prompt_logprobs(CANARY)  # which lets them go on
+    pytest.fail("no pause met a completion under way")
+
+
+def check_cuts(engine: VllmEngine, cuts: Cuts) -> None:
     spans = [c.version_spans for g in collect_all(engine) for c in g.completions]
     kinds = {tuple(span.policy_version for span in s) for s in spans}
     assert (1, 2) in kinds and kinds <= {(1,), (1, 2), (2,)}
     assert all(sum(span.num_tokens for span in s) == 90 for s in spans)
-    assert len(cuts) >= 120 and all(ours == said for ours, said in cuts)
+    assert len(cuts) == len(spans)
+    wrong = [(stream.versions, known) for stream, known in cuts if stream.versions != known]
+    assert not wrong
+
+
+def test_updates_go_in_under_running_completions(both: Served, cuts: Cuts):
+    """The cuts that this side makes at a pause, for servers that tell of no versions, are the server's."""
+    engine = both.engine(0, 1)
+    publish(engine, Stream(make_model(4)), version=1)
+    hold_in_the_middle(engine, engine)
+    publish(engine, Stream(make_model(5)), version=2)
+    check_cuts(engine, cuts)
     engine.close()
+
+
+class Pair:
+    """One of two processes of a run, here threads."""
+
+    size = 2
+
+    def __init__(self, rank: int, barrier: threading.Barrier, told: list[Any]) -> None:
+        self.rank, self.barrier, self.told = rank, barrier, told
+
+    def gather(self, mine: Any) -> list[Any]:
+        self.told[self.rank] = mine
+        self.barrier.wait(60)
+        found = list(self.told)
+        self.barrier.wait(60)
+        return found
+
+
+def test_a_process_that_does_not_send_cuts_tokens_where_the_weights_were_replaced(both: Served, cuts: Cuts):
+    """It learns of new weights when servers have sampled with them for a while, in messages of 8 tokens."""
+    sender, engine = both.engine(0, 1), both.engine(0, 1, sends=False)
+    publish(sender, Stream(make_model(4)), version=1)
+    engine.adopt(1)
+    engine.prompt_logprobs(CANARY)
+    hold_in_the_middle(sender, engine, 6)
+    adopt = engine.adopt
+
+    def late(version: int) -> None:
+        """After two messages since the servers go on. What is asked for meanwhile has to wait."""
+        streams = [s for m in engine._core.members for s in m.streams.values() if s.token_ids]  # type: ignore[attr-defined]
+        before = [min(len(stream.token_ids) + 16, 90) for stream in streams]
+        submit(engine, [replace(p, id=f"{p.id}/late") for p in make_prompts(5, 9)])
+        wait_until(lambda: all(len(s.token_ids) >= n for s, n in zip(streams, before, strict=True)), "go on")
+        adopt(version)
+
+    engine.adopt = late  # type: ignore[method-assign]
+    shared = threading.Barrier(2), [None, None]
+    with ThreadPoolExecutor(1) as thread:
+        team, model = Pair(0, *shared), make_model(5)
+        sent = thread.submit(publish, sender, Stream(model), version=2, team=team)
+        publish(engine, Stream(model), version=2, team=Pair(1, *shared), sends=False)
+        sent.result(60)
+    check_cuts(engine, cuts)
+    engine.close()
+    sender.close()
+
+
+def test_a_process_that_is_held_asks_nothing_of_a_server_that_comes_back(both: Served, cuts: Cuts):
+    """By then others have counted what it has sampled: what comes later is of their next version."""
+    sender, engine = both.engine(0), both.engine(0, sends=False)
+    publish(sender, Stream(make_model(4)), version=1)
+    engine.adopt(1)
+    engine.hold()
+    fleet: Fleet = engine._core  # type: ignore[assignment]
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        fleet._lose(fleet.members[0], member_module.State.STALE, "it was away")
+        fleet.members[0].lost_at = -member_module.RETRY_S
+        submit(engine, make_prompts(5, 9))
+        wait_until(lambda: states(engine) == ["up"], "it comes back")
+        time.sleep(1.0)  # for requests that nobody should make
+        yield from Stream(make_model(5))
+
+    sender.update_weights(weights(), version=2)
+    wait_until(
+        lambda: not fleet.members[0].streams or any(s.reason for s in fleet.members[0].streams.values()),
+        "it ends",
+    )
+    engine.adopt(2)
+    engine.prompt_logprobs(CANARY)
+    groups = collect_all(engine)
+    assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {2}
+    assert all(stream.versions == known == [2] * 90 for stream, known in cuts)
+    engine.close()
+    sender.close()
+
+
+def test_what_a_server_has_sampled_is_dropped_where_its_counts_are_gone(
+    both: Served, monkeypatch: pytest.MonkeyPatch
+):
+    silence(monkeypatch)
+    sender, engine = both.engine(0), both.engine(0, sends=False)
+    publish(sender, Stream(make_model(4)), version=1)
+    engine.adopt(1)
+    engine.prompt_logprobs(CANARY)
+    hold_in_the_middle(sender, engine, 6)
+    engine.hold()
+    sender.update_weights(iter(Stream(make_model(5))), version=2)
+    sender.hold()  # a second pause, whose counts take the place of those of the first
+    url, label = both.processes[0].url, engine._core.members[0].server.label  # type: ignore[attr-defined]
+    engine.adopt(2)
+    said = f"how much {label} sampled: {SAMPLED}.{label} answered 409 .not counted"
+    assert re.search(f"server {url} is stale with .*: {said}", both.said[-1])
+    sender.prompt_logprobs(CANARY)  # which lets it go on
+    wait_until(lambda: states(engine) == ["up"], "it has proved itself")
+    engine.prompt_logprobs(CANARY)
+    groups = collect_all(engine)
+    assert {s.policy_version for g in groups for c in g.completions for s in c.version_spans} == {2}
+    assert max(largest_gap_to({2: make_model(5)}, g) for g in groups) < 1e-4
+    engine.close()
+    sender.close()
 
 
 def test_another_start_finds_no_prompt_in_the_cache(both: Served):
@@ -651,7 +789,7 @@ def test_a_server_that_comes_late_and_does_not_say_its_routes_is_refused_by_name
     url = both.processes[1].url
     both.processes[1].signal(signal.SIGSTOP)
     try:
-        engine = both.engine(0, 1, timeout_s=3)
+        engine = both.engine(0, 1, timeout_s=3, run="the run in /a")
     finally:
         both.processes[1].signal(signal.SIGCONT)
     engine._core.routes = True  # type: ignore[attr-defined]
@@ -659,6 +797,25 @@ def test_a_server_that_comes_late_and_does_not_say_its_routes_is_refused_by_name
     words = f"server {url} lacks --enable-return-routed-experts, and this run replays routes: start it again"
     wait_until(lambda: any(words in said for said in both.said), "it is refused", 60)
     assert states(engine)[0] == "up" and states(engine)[1] in ("dead", "stale")
+    assert engine._core.members[1].link is None  # type: ignore[attr-defined]
+    other = Control(url, both.token)
+    other.lease("the run in /b")  # which may use what this run refuses
+    other.lease("the run in /b", 0.0)
+    other.close()
+    engine.close()
+
+
+def test_an_odd_answer_to_the_canary_is_a_fault_of_its_server(both: Served, monkeypatch: pytest.MonkeyPatch):
+    """Another route of the real server says what nobody asked for, with 200."""
+    engine, url = both.engine(0), both.processes[0].url
+    monkeypatch.setattr(served, "GENERATE", "/resume")
+    said = rf"no server computed the canary's log-probs: {url} is dead: server {url}: /resume answered what"
+    with pytest.raises(WeightSyncError, match=rf"{said} cannot be read \(KeyError: 'prompt_logprobs'\)"):
+        publish(engine, Stream(make_model(1)), version=1)
+    monkeypatch.undo()
+    wait_until(lambda: states(engine) != ["dead"], "it answers")
+    publish(engine, Stream(make_model(2)), version=2)
+    assert states(engine) == ["up"]
     engine.close()
 
 
@@ -669,7 +826,7 @@ def test_tokens_of_others_weights_do_not_outlive_the_server_that_sampled_them(
     engine, model = both.engine(0, 1, run="the run in /a"), make_model(8)
     publish(engine, Stream(model), version=1)
     with others(both, engine, 1) as give:
-        submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))
+        submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3), 12)  # in three waves
         lost = make_sure(engine, 1, monkeypatch)
         sure = [stream.sure for stream in lost]
         give()
@@ -679,7 +836,7 @@ def test_tokens_of_others_weights_do_not_outlive_the_server_that_sampled_them(
     groups = collect_all(engine)
     again = [(stream.first, n) for stream, n in zip(lost, sure, strict=True) if stream.tries == 2]
     assert any(first > 0 for first, _ in again) and all(first <= n for first, n in again)
-    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 72
+    assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 216
     assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4
     both.processes[1] = both.start(both.processes[1].port)
     both.processes[1].wait()
@@ -707,7 +864,7 @@ def test_completions_of_a_killed_server_go_on_from_their_tokens(
     engine, model = both.engine(0, 1, run="the run in /a"), make_model(7)
     fleet: Fleet = engine._core  # type: ignore[assignment]
     publish(engine, Stream(model), version=4)
-    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3))  # more than two servers sample at a time
+    submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3), 12)  # in three waves, so that a pause meets one
     lost = make_sure(engine, 1, monkeypatch)
     both.processes[1].kill()
     groups = collect_all(engine)
@@ -715,7 +872,7 @@ def test_completions_of_a_killed_server_go_on_from_their_tokens(
     wait_until(lambda: ask() == [] and states(engine) == ["up", "dead"], "it is known to be dead")
     assert sorted(g.prompt.id for g in groups) == sorted(f"tiny/{k}" for k in range(18))
     gone_on = [stream for stream in lost if stream.tries == 2 and stream.first > 0]
-    assert gone_on
+    assert gone_on, ([(s.tries, s.first, s.sure) for s in lost], both.said[-4:])
     completions = [c for g in groups for c in g.completions]
     assert all(len(c.token_ids) == 90 and c.version_spans == [VersionSpan(4, 90)] for c in completions)
     assert max(largest_gap_to({4: model}, g) for g in groups) < 1e-4

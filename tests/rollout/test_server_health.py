@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 
+import psutil
 import pytest
 
 from rl.types import SamplingParams
+from rollout.engine import EngineError
 from rollout.vllm import served
-from rollout.vllm.control import Control, ServerDead
+from rollout.vllm.control import NEEDED, Control, ServerDead
 from rollout.vllm.core import Stream
 from rollout.vllm.served import Server
 from tests.waiting import wait_until
@@ -90,11 +95,161 @@ def test_a_stream_that_breaks_off_keeps_what_is_sure_of_this_server_alone(say: S
     server.close()
 
 
+def test_a_running_stream_that_was_dropped_takes_nothing_more(say: Say):
+    """What comes after would stand where the lost tokens were, as tokens of proved weights."""
+    http, sink, goes_on = say({}), SimpleQueue(), threading.Event()
+    message = {"choices": [{"token_ids": [1, 2, 3], "logprobs": None}]}
+    spans = [{"version": "1.a", "end": 3, "start": 0}, {"version": "1.b", "end": 6, "start": 3}]
+    last = {"token_ids": [4, 5, 6], "logprobs": None, "weight_versions": spans, "finish_reason": "length"}
+
+    def say_in_parts(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(f"data: {json.dumps(message)}\n\n".encode())
+        goes_on.wait(20)
+        handler.wfile.write(f"data: {json.dumps({'choices': [last]})}\n\n".encode())
+
+    http.RequestHandlerClass.do_POST = say_in_parts  # type: ignore[attr-defined]
+    server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=sink)
+    server.holds(1, "1.a")
+    stream = Stream("0", [5], SamplingParams(6), None, with_logprobs=False)
+    server.start([stream])
+    wait_until(lambda: len(stream.token_ids) == 3, "it begins")
+    server.settle("1.b", {stream: 3})  # as the health checks do
+    goes_on.set()
+    sink.get(timeout=20)
+    assert (stream.token_ids, stream.versions, stream.answer().finish_reason) == ([], [], "abort")
+    server.close()
+
+
+def test_a_completion_that_was_handed_out_is_not_dropped_by_a_late_answer(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+):
+    """The lease is answered when somebody else's load is over. What ended before has labels that prove it."""
+    monkeypatch.setattr(served, "POLL_S", 0.05)
+    spans = [{"version": "1.a", "start": 0, "end": 3}]
+    last = {"token_ids": [1, 2, 3], "logprobs": None, "weight_versions": spans, "finish_reason": "length"}
+    http, sink = say({}), SimpleQueue()
+    begun, asked, ends, is_loaded = (threading.Event() for _ in range(4))
+
+    def say_late(handler: BaseHTTPRequestHandler) -> None:
+        is_lease = handler.path == "/collective_rpc"
+        (asked if is_lease else begun).set()
+        (is_loaded if is_lease else ends).wait(20)
+        told = {"results": [{"holder": "a run", "holds": "1.b"}]}
+        body = json.dumps(told) if is_lease else f"data: {json.dumps({'choices': [last]})}\n\n"
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body.encode())
+
+    http.RequestHandlerClass.do_POST = say_late  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{http.server_port}"
+    server = Server(url, None, salt="s", sink=sink, run="a run")
+    server.start([Stream("0", [5], SamplingParams(3), None, with_logprobs=False)])
+    assert begun.wait(20)
+    server.holds(1, "1.a")
+    assert asked.wait(20)
+    ends.set()
+    _, stream = sink.get(timeout=20)
+    answer = stream.answer()
+    is_loaded.set()
+    wait_until(lambda: server.doubt, "it is known that others' weights are there")
+    assert (answer.token_ids, answer.finish_reason) == ([1, 2, 3], "length")
+    server.close()
+
+
 def test_an_answer_that_is_not_json_names_the_server_and_what_was_asked(say: Say):
     url = f"http://127.0.0.1:{say({'/openapi.json': '<html>a proxy</html>'}).server_port}"
     control = Control(url, "t" * 16, timeout_s=20)
     with pytest.raises(
-        ServerDead, match=f"server {url}: the list of routes: /openapi.json answered no JSON: <"
+        ServerDead,
+        match=f"server {url}: the list of routes: /openapi.json answered what .*JSONDecode.*: <html",
     ):
         control.facts()
     control.close()
+
+
+CONFIG = '{"vllm_config": {"model_config": {"dtype": "torch.float32"}, "parallel_config": {}}}'
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (
+            {"/openapi.json": '{"error": "busy"}'},
+            r"the list of routes: /openapi.json .* \(KeyError: 'paths'\)",
+        ),
+        ({"/server_info?config_format=json": "[]"}, r"its config: /server_info.* \(TypeError: .*: \[\]"),
+        ({"/server_info?config_format=json": CONFIG}, r"its config: .* \(KeyError: 'max_model_len'\)"),
+    ],
+)
+def test_an_answer_that_lacks_what_was_asked_for_names_the_server_and_the_route(
+    say: Say, texts: dict[str, str], said: str
+):
+    needed = dict.fromkeys(NEEDED)
+    url = f"http://127.0.0.1:{say({'/openapi.json': json.dumps({'paths': needed})} | texts).server_port}"
+    control = Control(url, "t" * 16, timeout_s=20)
+    with pytest.raises(ServerDead, match=f"server {url}: {said}"):
+        control.facts()
+    control.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "odd"),
+    [
+        ("{}", "KeyError: 'prompt_logprobs'"),
+        ("[]", "TypeError: list indices must be integers or slices, not str"),
+        ('{"prompt_logprobs": null}', "TypeError: 'NoneType' object is not subscriptable"),
+        ('{"prompt_logprobs": [null]}', r"ValueError: zip\(\) argument 2 is longer than argument 1"),
+        ('{"prompt_logprobs": [null, null]}', "TypeError: 'NoneType' object is not subscriptable"),
+        ('{"prompt_logprobs": [null, {"8": {"logprob": -1}}]}', "KeyError: '7'"),
+        ('{"prompt_logprobs": [null, {"7": {"logprob": null}}]}', "TypeError: float.* 'NoneType'"),
+        (
+            '{"prompt_logprobs": [null, {"7": {"logprob": -9999.0}}]}',
+            "ValueError: a log-prob that is not finite",
+        ),
+        ('{"prompt_logprobs": [null, {"7": {"logprob": NaN}}]}', "ValueError: a log-prob that is not finite"),
+        ("<html>", "JSONDecodeError: Expecting value"),
+    ],
+)
+def test_odd_log_probs_of_a_canary_name_the_server_and_the_route(say: Say, text: str, odd: str):
+    url = f"http://127.0.0.1:{say({served.GENERATE: text}).server_port}"
+    server = Server(url, None, salt="s", sink=SimpleQueue())
+    with pytest.raises(
+        EngineError, match=f"server {url}: {served.GENERATE} answered what .* \\({odd}.*\\): "
+    ):
+        server.score([5, 7]).result(20)
+    server.close()
+
+
+def test_a_thread_of_streams_that_is_stuck_is_named_with_its_server(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(served, "LOOP_S", 0.1)
+    url, free = f"http://127.0.0.1:{say({}).server_port}", threading.Event()
+    server = Server(url, None, salt="s", sink=SimpleQueue())
+    assert server.asked.wait(20)
+    server._loop.call_soon_threadsafe(free.wait, 20)
+    said = f"server {url}: the thread of its streams did not take version 1 within 0.1 s"
+    with pytest.raises(EngineError, match=said):
+        server.holds(1, "1.a")
+    free.set()
+    server.close()
+
+
+def test_a_stopped_server_of_killed_tests_ends_with_them():
+    code = """
+import os, signal, subprocess, time
+from tests.vllm_servers import end_with_us
+server = subprocess.Popen(["sleep", "1000"], start_new_session=True, stdout=subprocess.DEVNULL)
+end_with_us(server.pid)
+server.send_signal(signal.SIGSTOP)
+print(server.pid, flush=True)
+time.sleep(1000)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        server = psutil.Process(int(tests.stdout.readline()))
+        assert server.is_running()
+        tests.kill()
+    wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "it ends")

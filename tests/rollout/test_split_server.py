@@ -157,7 +157,7 @@ def test_a_slice_that_is_wrong_beside_a_server_with_whole_tensors_is_named(
     met = engine._core._layouts[2][Q0 + SECOND]
     engine._core._layouts[2] = {**engine._core._layouts[2], Q0 + SECOND: replace(met, ranges=[[31, 63]])}
     publish(engine, Stream(make_model(1)), version=1)
-    assert [str(member.state) for member in engine._core.members] == ["up", "stale"]
+    assert [member.is_up for member in engine._core.members] == [True, False]
     assert (
         f"fingerprints of 1 of 42 tensors differ from the policy's: {Q0 + SECOND}" in capfd.readouterr().out
     )

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from sync_faults import DOWN, FAULTS, Q0
 from tiny_llama import CANARY, make_model, save, token_logprobs
 
-from rollout.vllm.control import RECEIVER
-from rollout.vllm.lock import make_token, read_token
+from rollout.vllm.lock import LOCK, RECEIVER, make_token, read_token
 from rollout.vllm.member import connect
 from tests.vllm_engines import needs_vllm
 from tests.vllm_servers import ServerProcess
@@ -48,7 +47,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder: Path = tmp_path_factory.mktemp("stock")
     make_token(folder / "token")
     model = save(make_model(0), folder / "model")
-    started = ServerProcess(model, folder / "token", folder / "server.log", extension=False)
+    started = ServerProcess(model, folder / "token", folder / "server.log", extension=False, has_lock=False)
     try:
         yield started.wait()
     finally:
@@ -57,7 +56,10 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def test_it_is_refused_with_the_option_that_it_lacks(stock: ServerProcess):
     token = read_token(stock.log.parent / "token")
-    with pytest.raises(ValueError, match=rf"lacks --worker-extension-cls {RECEIVER}, for weights and their"):
+    own = (
+        f"--worker-extension-cls {RECEIVER}, for weights and their proof; --middleware {LOCK}, for its token"
+    )
+    with pytest.raises(ValueError, match=f"server {stock.url} lacks {own} and what it has sampled: start it"):
         connect(stock.url, token, dtype=torch.float32, max_model_len=128, timeout_s=60.0)
 
 

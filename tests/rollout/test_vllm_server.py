@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from rollout.vllm.file_server import INDEX
 from rollout.vllm.lock import SAMPLED, read_token
 from rollout.vllm.weight_files import WeightFiles
 from tests.vllm_engines import needs_vllm
-from tests.vllm_servers import free_port
+from tests.vllm_servers import end_with_us, free_port
 
 pytestmark = needs_vllm
 Q0, Q1 = (f"model.layers.{k}.self_attn.q_proj.weight" for k in (0, 1))
@@ -68,7 +68,9 @@ def serving(model: Path, folder: Path, *options: str) -> Iterator[Running]:
             stderr=errors,
             env=environment,
             cwd=Path(__file__).parents[2],
+            start_new_session=True,
         )
+    end = end_with_us(process.pid)  # and the servers then end with `cohort serve`
     try:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -79,6 +81,8 @@ def serving(model: Path, folder: Path, *options: str) -> Iterator[Running]:
             time.sleep(0.1)
         yield Running(f"http://127.0.0.1:{port}", process, folder / "token", log, said.decode())
     finally:
+        end.kill()
+        end.wait(30)
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -154,8 +158,8 @@ def rewritten(push, change):
 
 
 def test_the_line_for_the_trainer_and_the_facts(running, control):
-    line = f"engine.name=server 'engine.urls=[{running.url}]' engine.token_file={running.token_file}\n"
-    assert running.said == line
+    keys = f"'engine.urls=[{running.url}]' engine.token_file={running.token_file} engine.dtype=float32"
+    assert running.said == f"engine.name=server {keys}\n"
     facts = control.facts()
     assert (facts.dtype, facts.max_model_len, facts.vocab_size) == ("float32", 128, 300)
     assert facts.has_generate and facts.has_receiver
@@ -311,12 +315,17 @@ def test_a_completion_under_way_says_which_weights_sampled_which_tokens(control,
     if not control.facts().has_spans:
         pytest.skip("this vLLM answers without spans: the client cuts them")
     request = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-    for version, delay_s in ((1, 0.15), (3, 0.05), (5, 0.3), (7, 0.6)):  # until a pause meets some under way
+    took_s = 0.0  # of 32 that nothing interrupts
+    for version, share in ((1, 0.0), (3, 0.5), (5, 0.3), (7, 0.7)):  # until a pause meets some under way
         load(control, files.write(make_model(1).named_parameters(), version=version))
         files.commit()
         with ThreadPoolExecutor(32) as pool:
+            began = time.monotonic()
             asked = [pool.submit(generate, control, **request) for _ in range(32)]
-            time.sleep(delay_s)
+            if not took_s:
+                wait(asked)
+                took_s = time.monotonic() - began
+            time.sleep(share * took_s)
             control.pause()
             control.load(files.write(changed(make_model(1)).named_parameters(), version=version + 1))
             files.commit()
