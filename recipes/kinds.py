@@ -152,7 +152,8 @@ def causal_policy(
         settle(policy)
         reason = policy.settle_attention(longest)
     if reason is not None:
-        note(f"packed attention is off: {reason}; sequences are trained one at a time, with the same result")
+        how = "in padded batches" if policy.scorer.padded else "one at a time"
+        note(f"packed attention is off: {reason}; sequences are trained {how}, with the same result")
     if config.moe.trained_experts is not None:
         train_only(policy.model, load_experts(config.moe.trained_experts))
     trained = with_experts(policy, config.moe, note)

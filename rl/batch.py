@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rl.model.packed import Block, Layout, branches_of, first_fit
+from rl.model.packed import Block, Layout, branches_of, even_bins, padded_bins
 from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
@@ -141,7 +141,7 @@ class PackRules:
         skip_without_signal: leave out rows with advantage 0 (right only without KL and entropy terms).
         mask_truncated: completions cut by the length limit have no loss tokens.
         share_prompts: completions of a group share one copy of the prompt. Else each has its own, which
-            counts in the budget: for a policy that computes one sequence at a time.
+            counts in the budget, and so does padding: for a policy that cannot pack rows.
     """
 
     token_budget: int
@@ -249,7 +249,7 @@ def _batch(
         for row in rows
         if row.num_loss_tokens and row.episode in teaching
     ]
-    micro_batches = [*map(micro_batch_of, _bins(_parcels(kept, rules), rules.token_budget))]
+    micro_batches = [*map(micro_batch_of, _bins(_parcels(kept, rules), rules))]
     return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
 
 
@@ -279,21 +279,14 @@ def _blocks(episodes: list[list[Row]], token_budget: int) -> list[list[Row]]:
     return blocks
 
 
-def _bins(parcels: list[list[list[Row]]], token_budget: int) -> list[list[list[Row]]]:
-    """As few bins as first-fit decreasing needs, filled evenly: the largest parcel into the emptiest bin.
-
-    Even bins have a lower memory peak. If one is larger than every first-fit bin, the latter are kept.
-    """
-    sizes = [sum(_block_of(rows).end for rows in parcel) for parcel in parcels]
-    bins = first_fit(sizes, token_budget)
-    even, filled = [list[int]() for _ in bins], [0] * len(bins)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        emptiest = filled.index(min(filled))
-        even[emptiest].append(i)
-        filled[emptiest] += sizes[i]
-    limit = max((sum(sizes[i] for i in bin_) for bin_ in bins), default=0)
-    chosen = even if max(filled, default=0) <= limit else bins
-    return [[block for i in bin_ for block in parcels[i]] for bin_ in chosen]
+def _bins(parcels: list[list[list[Row]]], rules: PackRules) -> list[list[list[Row]]]:
+    """Parcels of each micro-batch: filled evenly, or rows without shared prompts side by side."""
+    widths = [[_block_of(rows).end for rows in parcel] for parcel in parcels]
+    if rules.share_prompts:
+        bins = even_bins([*map(sum, widths)], rules.token_budget)
+    else:
+        bins = padded_bins([(max(own), len(own)) for own in widths], rules.token_budget)
+    return [[block for i in bin_ for block in parcels[i]] for bin_ in bins]
 
 
 def _block_of(rows: list[Row], start: int = 0) -> Block:

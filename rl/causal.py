@@ -37,7 +37,7 @@ class CausalScorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.packed = self.keeps_logits = False
+        self.packed = self.padded = self.keeps_logits = False
         self.longest = sys.maxsize
 
     def check_length(self, num_tokens: int) -> None:
@@ -78,7 +78,13 @@ class CausalScorer(nn.Module):
 
     def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         """Hidden states from which the head computes the log-probs of the loss tokens."""
-        return self._packed_hidden(batch) if self.packed else self._row_hidden(batch)
+        if self.packed:
+            return self._packed_hidden(batch)
+        return self._padded_hidden(batch) if self.pads(batch) else self._row_hidden(batch)
+
+    def pads(self, batch: MicroBatch) -> bool:
+        """Whether all rows are one padded call. Rows that share a prompt might be too large for one."""
+        return self.padded and len(batch.blocks) == len(batch.rows)
 
     def _packed_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         hidden_1ND = exactness.backbone(self.model)(
@@ -88,6 +94,15 @@ class CausalScorer(nn.Module):
             cohort_layout=batch.layout,
         ).last_hidden_state
         return hidden_1ND[0, batch.predecessors_L]
+
+    def _padded_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
+        """All sequences side by side. There is no mask: none sees the padding on its right (`settled`)."""
+        layout = batch.layout
+        self.check_length(layout.longest)
+        fill = int(getattr(self.model.config, "pad_token_id", None) == 0)  # transformers warns of that id
+        ids_BT = layout.padded(batch.token_ids_N, fill).view(-1, layout.longest)
+        hidden_BTD = exactness.backbone(self.model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD.flatten(0, 1)[layout.places[batch.predecessors_L]]
 
     def _row_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
         """One sequence at a time through the model's own attention: slow, exact, for any model."""
@@ -211,8 +226,7 @@ class CausalPolicy:
         return {}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.sums.begin(last=last)
-        loss.backward()
+        self.sums.backward(loss, last=last)
 
     def finish_gradients(self, max_norm: float) -> float:
         return self.sums.finish(max_norm)

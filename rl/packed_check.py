@@ -16,6 +16,9 @@ from rl.batch import MicroBatch, Row, micro_batch_of
 from rl.model.exactness import EAGER_LIMIT, PROBE_LIMIT, moving_rope, switch_lengths, take_long_factors
 from rl.model.loading import nonfinite_parameters, storage_dtype
 from rl.types import Completion, Prompt, VersionSpan
+from rl.world import World
+
+NUM_BEHIND = 64
 
 
 def settled(policy: Any, longest: int | None) -> str | None:
@@ -40,7 +43,14 @@ def settled(policy: Any, longest: int | None) -> str | None:
             )
         else:
             reason = _packed_fault(policy, batch, expected_L)
+            if reason is not None:
+                policy.set_packed(False)
+                apart = micro_batch_of([[row] for row in batch.rows]).to(policy.device)
+                policy.scorer.padded = _packed_fault(policy, apart, expected_L, padded=True) is None
     policy.scorer.train()
+    found = World(policy.accelerator).gather([reason, policy.scorer.padded])  # cards may round differently
+    reason = next(filter(None, [why for why, _ in found]), None)
+    policy.scorer.padded = reason is not None and all(padded for why, padded in found if why)
     if reason is not None:
         if config.attention == "packed":
             raise ValueError(f"model.attention=packed: {reason}; use model.attention=auto")
@@ -57,6 +67,7 @@ def _settled_rows(policy: Any, batch: MicroBatch) -> Float[Tensor, " L"]:
     if batch.layout.longest <= EAGER_LIMIT:
         model.set_attn_implementation("eager")
     plain_L = plain_logprobs(model, batch)
+    policy.rounding = _rounding(policy, batch, plain_L)
     for policy.own_attention in dict.fromkeys((own, "eager")):
         policy.set_packed(False)
         expected_L = policy.scorer(batch, 1.0)[0]
@@ -74,14 +85,17 @@ def _settled_rows(policy: Any, batch: MicroBatch) -> Float[Tensor, " L"]:
     )
 
 
-def _packed_fault(policy: Any, batch: MicroBatch, expected_L: Float[Tensor, " L"]) -> str | None:
-    """Why packed rows may not be used, or None. Their log-probs are compared in the storage dtype, and in the
-    compute dtype: there they may differ by what rounding does (fused kernels take 16 bits only).
+def _packed_fault(
+    policy: Any, batch: MicroBatch, expected_L: Float[Tensor, " L"], *, padded: bool = False
+) -> str | None:
+    """Why packed (or padded) rows may not be used, or None. Log-probs are compared in the storage dtype, and
+    in the compute dtype: there they may differ by what rounding does (fused kernels take 16 bits only).
     """
     try:
         with policy.autocast():
             rounded = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
-        policy.set_packed(True)
+        policy.scorer.padded = padded
+        policy.set_packed(not padded)
         gap = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
         if not gap <= _tolerance(policy):
             return (
@@ -101,8 +115,27 @@ def _packed_fault(policy: Any, batch: MicroBatch, expected_L: Float[Tensor, " L"
 
 
 def _tolerance(policy: Any) -> float:
-    """Nats by which log-probs of the same weights may differ."""
-    return 2e-4 if storage_dtype(policy.config) == torch.float32 else 0.15
+    """Nats by which log-probs of the same weights may differ: the surer a model is, the more it rounds."""
+    return max(2e-4 if storage_dtype(policy.config) == torch.float32 else 0.15, 4 * policy.rounding)
+
+
+def _rounding(policy: Any, batch: MicroBatch, plain_L: Float[Tensor, " L"]) -> float:
+    """The gap between the model's own log-probs without and with tokens behind the sequence.
+
+    Those change the shapes of products, hence rounding, hence a tied expert; in a causal model nothing else.
+    """
+    model, rope = policy.model, moving_rope(policy.model)
+    room = min(_context(model), rope[1] if rope else sys.maxsize) - batch.layout.longest
+    moved_L = plain_logprobs(model, batch, behind=max(0, min(room, NUM_BEHIND)))
+    gap, most = _gap(policy, moved_L, plain_L), 1e-4 if storage_dtype(policy.config) == torch.float32 else 0.1
+    most *= plain_L.abs().mean().item()
+    rows = zip(*(x.split([r.num_loss_tokens for r in batch.rows]) for x in (moved_L, plain_L)), strict=True)
+    if gap > most and torch.tensor([_gap(policy, *row) for row in rows]).median() > most / 10:
+        raise ValueError(
+            f"{policy.config.name}: log-probs differ by {gap:.2g} nats with what stands behind their tokens: "
+            "this is not a causal language model"
+        )
+    return min(gap, most)
 
 
 def _gap(policy: Any, ours_L: Float[Tensor, " L"], theirs_L: Float[Tensor, " L"]) -> float:
@@ -117,8 +150,7 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     Args:
         longest: tokens of the longest sequence of the run; None: `PROBE_LIMIT`.
     """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    config, context = model.config.get_text_config(), _context(model)
     reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
     extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
     generator = torch.Generator().manual_seed(0)
@@ -136,9 +168,18 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     return micro_batch_of(blocks)
 
 
-def plain_logprobs(model: PreTrainedModel, batch: MicroBatch) -> Float[Tensor, " L"]:
-    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
-    return torch.cat([own_logprobs(model, ids, given=given) for ids, given, _ in batch.sequences()])
+def _context(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def plain_logprobs(model: PreTrainedModel, batch: MicroBatch, *, behind: int = 0) -> Float[Tensor, " L"]:
+    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens.
+
+    Args:
+        behind: tokens to put behind each sequence; copies of its first one.
+    """
+    more = ((torch.cat([ids, ids[:1].expand(behind)]), len(ids), n) for ids, n, _ in batch.sequences())
+    return torch.cat([own_logprobs(model, ids, given=n)[: end - n] for ids, end, n in more])
 
 
 def own_logprobs(model: PreTrainedModel, ids_T: Int[Tensor, " T"], *, given: int = 1) -> Float[Tensor, " n"]:

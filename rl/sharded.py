@@ -89,7 +89,7 @@ class ShardedPolicy:
         padded to equally many rows on all processes.
         """
         parts, calls = batch.micro_batches, [1] * len(batch.micro_batches)
-        if not self.inner.shares_prompts:
+        if not (self.inner.shares_prompts or self.inner.scorer.padded):
             ones = [one for part in parts for one in one_by_one(part)]
             parts = sorted(ones, key=lambda one: -len(one.rows))
             calls = [len(one.rows) for one in parts]
@@ -224,7 +224,7 @@ def take_over(policy: CausalPolicy, short: CausalPolicy) -> None:
         parameter.data = parameter.data.to(policy.device)
     policy.model.generation_config = short.model.generation_config
     policy.packing_fault, policy.long_factors = short.packing_fault, short.long_factors
-    policy.scorer.longest = short.scorer.longest
+    policy.scorer.longest, policy.scorer.padded = short.scorer.longest, short.scorer.padded
     if policy.long_factors:
         take_long_factors(policy.model)
     policy.set_packed(short.scorer.packed)

@@ -127,8 +127,8 @@ class Teacher:
                 "may sample an id that the teacher cannot read; resize the teacher's embedding, and save it"
             )
         if (reason := self.scorer.settle_attention(longest)) is not None:
-            note(f"the teacher reads one sequence at a time: {reason}")
-        self.scorer.scorer.requires_grad_(False).eval()
+            note(f"the teacher reads sequences without packing them: {reason}")
+        self.scorer.scorer.requires_grad_(False).eval().padded &= not policy.shares_prompts  # else too wide
 
     @torch.no_grad()
     def score(self, prepared: Prepared) -> Scores:

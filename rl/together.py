@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.batch import PackRules
+from rl.model.linear import adding
 from rl.store.ledger_lines import decode_advantages, decode_group, encode_group
 from rl.types import Advantage, ScoredGroup, Team
 
@@ -32,8 +33,8 @@ IN_FLIGHT = 2
 class SummedGradients:
     """grad <- sum of grad over all processes, in flat buckets; a process without a gradient adds zeros.
 
-    All processes send buckets in the same order: the last parameters first, as a backward pass does. After
-    `begin`, a bucket is sent as soon as it and all before it are complete; `finish` sends the others. So
+    All processes send buckets in the same order: the last parameters first, as a backward pass does. In the
+    last one, a bucket is sent as soon as it and all before it are complete; `finish` sends the others. So
     processes agree however much work each has; one without work sends everything at the end.
 
     Args:
@@ -54,15 +55,16 @@ class SummedGradients:
     def buckets(self) -> list[list[nn.Parameter]]:
         return in_buckets([p for _, p in self.trainable()][::-1], self.bucket_bytes)
 
-    def begin(self, *, last: bool) -> None:
-        """Call it before each backward pass. In deterministic mode `finish` sends everything."""
-        if self.num_processes == 1 or not last or torch.are_deterministic_algorithms_enabled():
-            return
-        if not self._bucket_of:
-            self._bucket_of = {p: n for n, bucket in enumerate(self.buckets) for p in bucket}
-            for parameter in self._bucket_of:
-                parameter.register_post_accumulate_grad_hook(self._note)
-        self._missing = [set(bucket) for bucket in self.buckets]
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """A backward pass, which sends buckets if it is the last one. In deterministic mode `finish` does."""
+        if self.num_processes > 1 and last and not torch.are_deterministic_algorithms_enabled():
+            if not self._bucket_of:
+                self._bucket_of = {p: n for n, bucket in enumerate(self.buckets) for p in bucket}
+                for parameter in self._bucket_of:
+                    parameter.register_post_accumulate_grad_hook(self._note)
+            self._missing = [set(bucket) for bucket in self.buckets]
+        with adding():
+            loss.backward()
 
     def finish(self, max_norm: float) -> float:
         """Sends the remaining buckets, waits for all, clips, and returns the norm before clipping."""

@@ -28,7 +28,7 @@ from rl.packed_check import own_logprobs
 from rl.weights import CANARY_LENGTH, CANARY_TEXT
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LIMIT = 1e-3  # nats, of any token: fp32 sums in another order move log-probs by some 1e-5
+LIMIT = 1e-3  # nats, of any token: fp32 sums in another order move most models' log-probs by some 1e-5
 U32 = 2.0**-24  # unit roundoff of fp32: half the distance from 1 to the next number
 
 
@@ -61,7 +61,7 @@ def write_proved(
         plain, adapted = logprobs(base, rows), attach(base, adapter).eval()
         expected = logprobs(adapted.get_base_model(), rows)
         model = merge_layers(adapted, adapter)
-        _check_gap("the merged model and the adapter", logprobs(model, rows) - expected)
+        _check_gap("the merged model and the adapter", model, rows, expected)
         facts = {"form": "merged", "adapter_moves": (expected - plain).abs().max().item()}
     for tensor in model.state_dict(keep_vars=True).values():  # buffers that are computed anew stay
         tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
@@ -72,7 +72,7 @@ def write_proved(
     ]:
         raise ValueError(f"the export is broken: {odd[0]} on disk is not what was written")
     found = logprobs(again, rows)
-    _check_gap("the folder and the model that was written", found - logprobs(model, rows))
+    _check_gap("the folder and the model that was written", model, rows, found)
     gap = (found - expected).abs().max().item()
     return {"dtype": str(dtype).removeprefix("torch."), "tokens": len(found), "gap": gap, **facts}
 
@@ -117,10 +117,13 @@ def merge_layers(adapted: Any, adapter: Adapter) -> PreTrainedModel:
     return adapted.unload()
 
 
-def _check_gap(what: str, gaps: Tensor) -> None:
-    if not (gap := gaps.abs().max().item()) <= LIMIT:
+def _check_gap(what: str, model: PreTrainedModel, rows: list[Tensor], others: Tensor) -> None:
+    ours = logprobs(model, rows)
+    moved = torch.cat([own_logprobs(model, torch.cat([row, row[:16]]))[: len(row) - 1] for row in rows])
+    gap, rounding = ((x - ours).abs().max().item() for x in (others, moved))
+    if not gap <= (limit := max(LIMIT, min(4 * rounding, 10 * LIMIT))):
         raise ValueError(
-            f"the export is broken: log-probs by {what} differ by {gap:.2g} nats, over {LIMIT:g}"
+            f"the export is broken: log-probs by {what} differ by {gap:.2g} nats, over {limit:.2g}"
         )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rl.model.linear import plus_product
 from rl.model.self_check import reproduces
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
@@ -278,9 +279,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         head, rows = _head(hidden, weight, bias, ctx.settings)
         grad_hidden = torch.empty_like(hidden)
-        needed = zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
-        sums = [torch.zeros_like(x, dtype=lse.dtype) if needs else None for x, needs in needed]
-        grad_weight, grad_bias = sums
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_weight = None
+        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias else None
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             slopes = (None if g is None else g[part] for g in grads)
@@ -290,10 +291,10 @@ class _TokenLogprobs(torch.autograd.Function):
             del product
             narrow = grad.to(hidden.dtype)
             grad_hidden[part] = narrow @ head.weight
-            if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part]
+            if needs_weight:
+                grad_weight = plus_product(grad_weight, narrow.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             del grad, narrow  # before the next chunk takes as much
-        pairs = zip(sums, (weight, bias), strict=True)
+        pairs = ((grad_weight, weight), (grad_bias, bias))
         return grad_hidden, *(None if g is None else g.to(x.dtype) for g, x in pairs), None, None, None

@@ -26,6 +26,7 @@ from rl.config import ModelConfig
 from rl.config.sections import TrainedModelConfig
 from rl.model.adapter_folder import find_adapter, merge
 from rl.model.exactness import backbone
+from rl.model.linear import add_gradients_in_products
 
 
 def base_of(config: ModelConfig) -> ModelConfig:
@@ -125,9 +126,9 @@ def read_model(config: ModelConfig, /, **options: Any) -> PreTrainedModel:
 
 
 def use_fused_layers(model: PreTrainedModel, config: ModelConfig, *, is_checked: bool = False) -> None:
-    """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, and Liger's
-    Triton norms, rotary embedding and gated MLP. The latter need `liger-kernel` and a family that it knows;
-    mixtures of experts are left out.
+    """Prepares a model on a CUDA device for bf16 compute: a bf16 residual stream under autocast, gradients of
+    linear layers that are added up in fp32, and Liger's Triton norms, rotary embedding and gated MLP. The
+    latter need `liger-kernel` and a family that it knows; mixtures of experts are left out.
 
     Args:
         is_checked: another model of the same family was compared with its own layers.
@@ -139,6 +140,8 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig, *, is_checked:
         return
     embedding = cast(Any, model.get_input_embeddings())
     embedding.register_forward_hook(_narrow_under_autocast)
+    if config.fused_layers and config.lora is None:
+        add_gradients_in_products(model)
     # Liger's kernel of stacked experts ignores autocast, and its norms alone change a mixture's routes.
     has_experts = any(p.ndim == 3 for p in model.parameters())
     if not config.fused_layers or has_experts or importlib.util.find_spec("liger_kernel") is None:
@@ -248,7 +251,10 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
         named = f"model.name={config.name!r}"
         if Path(config.name, "adapter_config.json").is_file():
             named += ", an adapter: its base (base_model_name_or_path in adapter_config.json)"
-        raise ValueError(f"{named}: its config cannot be read: {first_line(error)}") from error
+        raise ValueError(
+            f"{named}: its config cannot be read: {first_line(error)} Check the spelling, or name a folder "
+            "that holds a model; a private or gated model needs `hf auth login`"
+        ) from error
     for part in (whole, whole.get_text_config()):
         check_not_quantised(getattr(part, "quantization_config", None), config.name)
     return whole

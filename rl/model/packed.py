@@ -18,7 +18,7 @@ from os.path import commonprefix
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -105,6 +105,17 @@ class Layout:
             runs = (range(g * width, g * width + n) for g, n in enumerate(block.completion_lengths))
             slots.append(torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device))
         return tuple(slots)
+
+    @cached_property
+    def places(self) -> Int[Tensor, " N"]:
+        """Where each column lies in the flattened rectangle of blocks, padded on the right to the longest."""
+        runs = (range(i * self.longest, i * self.longest + sum(b.lengths)) for i, b in enumerate(self.blocks))
+        return torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device)
+
+    def padded(self, x_N: Shaped[Tensor, " N *any"], fill: int) -> Shaped[Tensor, " BT *any"]:
+        """The flattened rectangle of what columns hold, with `fill` in its padding."""
+        flat = x_N.new_full((len(self.blocks) * self.longest, *x_N.shape[1:]), fill)
+        return flat.index_copy(0, self.places, x_N)
 
     @cached_property
     def varlen(self) -> VarlenPlan:
@@ -255,4 +266,34 @@ def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
             room.append(budget)
         bins[found].append(index)
         room[found] -= sizes[index]
+    return bins
+
+
+def even_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """As few bins as first-fit decreasing needs, filled evenly: the largest index into the emptiest bin.
+
+    Even bins have a lower memory peak. If one is larger than every first-fit bin, the latter are kept.
+    """
+    bins = first_fit(sizes, budget)
+    even, filled = [list[int]() for _ in bins], [0] * len(bins)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        emptiest = filled.index(min(filled))
+        even[emptiest].append(i)
+        filled[emptiest] += sizes[i]
+    limit = max((sum(sizes[i] for i in bin_) for bin_ in bins), default=0)
+    return even if max(filled, default=0) <= limit else bins
+
+
+def padded_bins(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Bins of parcels, given as (width, rows), the widest first. All rows of a bin, padded to its widest,
+    stay in the budget, and every parcel has three quarters of that width or more.
+    """
+    bins, widest, height = list[list[int]](), 0, 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        width, rows = sizes[i]
+        if not bins or widest * (height + rows) > budget or 4 * width < 3 * widest:
+            bins.append([])
+            widest, height = width, 0
+        bins[-1].append(i)
+        height += rows
     return bins

@@ -18,7 +18,7 @@ from rl.config.moe import MoeConfig
 from rl.moe.balance import Balancer, Load, Rows, bias_of, seeing
 from rl.moe.esft import mask_split_gradients
 from rl.moe.health import Health, routes_of
-from rl.moe.replay import Replay, packed_routes, recorder
+from rl.moe.replay import MISSING, Replay, packed_routes, recorder
 from rl.moe.routers import RouterSite, UnknownRouter, find_routers, self_check
 from rl.policy import Prepared, Scores
 from rl.store.metrics import Metric
@@ -131,10 +131,11 @@ class MoePolicy:
         return [replace(p, drawn=replace(p.drawn, load=load)) for p in found]
 
     def _drawn(self, prepared: Prepared) -> Drawn:
-        batch, packed = prepared.batch, self.inner.scorer.packed
-        return Drawn(
-            packed_routes(batch, self.sites) if self.replays else None, Rows.of_batch(batch, packed=packed)
-        )
+        batch, scorer = prepared.batch, self.inner.scorer
+        rows = Rows.of_batch(batch, packed=scorer.packed)
+        if scorer.pads(batch):
+            rows = replace(rows, segments_N=batch.layout.padded(rows.segments_N, -1))
+        return Drawn(packed_routes(batch, self.sites) if self.replays else None, rows)
 
     @torch.no_grad()
     def _whole_load(self, found: list[Prepared]) -> Load:
@@ -184,14 +185,13 @@ class MoePolicy:
         return replace(scores, extra_loss=extra, metrics={**scores.metrics, **metrics})
 
     def _by_forward(self, prepared: Prepared, routes_NSK: Tensor) -> list[Tensor]:
-        """Routes of each forward pass: of the packed row, or of its sequences one by one."""
+        """Routes of each forward pass: of the packed row, of padded rows, or of sequences one by one."""
         if self.inner.scorer.packed:
             return [routes_NSK]
-        found = []
-        for ids_T, num_prompt, start in prepared.batch.sequences():
-            prompt = routes_NSK.new_full((num_prompt, *routes_NSK.shape[1:]), -1)
-            found.append(torch.cat([prompt, routes_NSK[start : start + len(ids_T) - num_prompt]]))
-        return found
+        if self.inner.scorer.pads(prepared.batch):
+            return [prepared.batch.layout.padded(routes_NSK, MISSING)]
+        rows = ((routes_NSK[at : at + len(ids) - n], n) for ids, n, at in prepared.batch.sequences())
+        return [nn.functional.pad(own, (0, 0, 0, 0, n, 0), value=MISSING) for own, n in rows]
 
     def score_by(self, scorer: nn.Module, prepared: Prepared, *, ids_LK: Tensor | None = None) -> Scores:
         """Scores a reference without replay: other weights choose other experts."""

@@ -17,6 +17,8 @@ from rl.policy import Reference
 from rl.teacher import Teacher
 from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 
+Scored = tuple[list[ScoredGroup], Sequence[Sequence[float]]]
+
 
 def probe(
     policy: CausalPolicy,
@@ -82,14 +84,13 @@ def _check_beside_engine(config: Config, held: int, total: int) -> None:
         )
 
 
-def largest(
-    config: Config, rules: PackRules, vocabulary: int
-) -> Iterator[tuple[list[ScoredGroup], Sequence[Sequence[float]]]]:
+def largest(config: Config, rules: PackRules, vocabulary: int) -> Iterator[Scored]:
     """Groups of full micro-batches, one of the first: the longest prompt, as many of the longest completions
     as fit, and a shorter one in the remaining room.
 
     In the second, completions are so short that they copy about `MOST_KEYS` keys for each column. Rows of
-    trees copy no more. The third is an episode of several rows, if it exceeds the budget.
+    trees copy no more. Rows without shared prompts are one more instead, so wide that they fill the budget.
+    The third is an episode of several rows, if it exceeds the budget.
     """
     draw, rows = random.Random(0), config.rows_of_episode
     length, prompt_length = config.sampling.max_completion_length, config.data.max_prompt_length
@@ -101,12 +102,15 @@ def largest(
     def row(n: int) -> Completion:
         return Completion(ids[:n], [0.0] * n, [True] * n, "stop", [VersionSpan(0, n)])
 
-    def group(answers: list[Completion]) -> tuple[list[ScoredGroup], list[list[float]]]:
-        made = Group(Prompt("probe", "", tuple(ids[:prompt_length])), answers)
+    def group(answers: list[Completion], given: int = prompt_length) -> Scored:
+        made = Group(Prompt("probe", "", tuple(ids[:given])), answers)
         return [ScoredGroup(made, [Reward(0.0)] * len(answers))], [[1.0] * len(answers)]
 
     rest = [row(left - copied)] if count and left > copied else []
     yield group([row(length)] * max(1, count) + rest)
+    if copied and count and (width := room // (count + 1)) > 1:
+        given = min(copied, width - 1)
+        yield group([row(width - given)] * (count + 1), given)
     if 0 < short < length:
         yield group([row(short)] * max(1, room // short))
     if rows > 1 and rows * (copied + length) > room:

@@ -77,10 +77,13 @@ def _shape(dims: Any) -> tuple[int, ...]:
 
 
 def _flop(op: str, shapes: Sequence[tuple[int, ...]]) -> float:
-    """2 x the size of a matrix product; 0 of other operators."""
+    """2 x the size of a matrix product; 0 of other operators. A sum that it is added to comes first, and
+    the output last.
+    """
     if op not in PRODUCTS:
         return 0.0
-    a, b = [shape for shape in shapes if len(shape) >= 2][-2:]
+    found = [shape for shape in shapes if len(shape) >= 2]
+    a, b = found[1:3] if len(found) > 2 else found
     return 2.0 * torch.Size(a).numel() * b[-1]
 
 

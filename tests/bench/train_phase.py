@@ -102,7 +102,7 @@ def training_step(
 
     def step() -> tuple[float, float]:
         began = now()
-        batches = pack(groups, advantages, pack_rules(config))
+        batches = pack(groups, advantages, pack_rules(config, share_prompts=policy.shares_prompts))
         packed = now()
         update_policy(policy, optimizer, batches, config.loss, world=World(accelerator))
         return packed - began, now() - packed
@@ -118,7 +118,9 @@ def measure(model: Path, groups: list[ScoredGroup], overrides: list[str], profil
         size = ModelSize.of(policy.model.config, fused_layers=config.model.fused_layers)
         parts = training_parts(size, config, config.token_budget)
         predicted = sum(part.bytes for part in parts if part.phase != "update")
-        held = probe(policy, config, rules=pack_rules(config), reference=None)
+        held = probe(
+            policy, config, rules=pack_rules(config, share_prompts=policy.shares_prompts), reference=None
+        )
         print(f"memory: predicted {predicted / GIB:.1f} GiB, probe {held / GIB:.1f} GiB", flush=True)
         torch.cuda.reset_peak_memory_stats()
 

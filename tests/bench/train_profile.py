@@ -6,8 +6,8 @@ The step is that of `tests.bench.train_phase`: the median of three without a pro
 that is traced. `idle` is the measured step without the time in which kernels ran. MFU counts useful FLOP
 only; the rate of the matrix products counts all that they computed, the head's second pass included.
 `--compare` measures the same step with other settings of the config afterwards, `--compare-attention` with
-a call per crossing in place of copied keys (`rl.model.varlen`), in this process. `waits` are the places where
-a step's host waits for the GPU.
+a call per crossing in place of copied keys (`rl.model.varlen`), `--compare-sums` with gradients that autograd
+adds up (`rl.model.linear`), in this process. `waits` are the places where a step's host waits for the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from rl.model import varlen
+from rl.model import linear, loading, varlen
 from rl.types import ScoredGroup
 from tests.bench.flops import peak_flops, training_flops
 from tests.bench.kernels import PRODUCTS, largest, table, trace
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the config")
     parser.add_argument("--compare", nargs="*", default=[], help="overrides of a second measurement")
     parser.add_argument("--compare-attention", action="store_true")
+    parser.add_argument("--compare-sums", action="store_true")
     parser.add_argument("--largest", type=int, default=16, help="kernels listed by name")
     arguments = parser.parse_args()
     workload = Workload.of(arguments)
@@ -56,6 +57,11 @@ def main() -> None:
             varlen.MOST_KEYS = 0
             other = profiled(model, groups, overrides, arguments.largest)
             print(f"a call per crossing: {other / seconds:.3f} of the seconds of copied keys")
+        if arguments.compare_sums:
+            loading.add_gradients_in_products = id
+            linear.wide_products_work = lambda: False
+            other = profiled(model, groups, overrides, arguments.largest)
+            print(f"gradients added by autograd: {other / seconds:.3f} of the seconds within products")
 
 
 def profiled(model: Path, groups: list[ScoredGroup], overrides: list[str], count: int) -> float:

@@ -5,6 +5,7 @@ python -m pytest tests/gpu
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from rl.config.read import load_config
 from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusion_layers
 from rl.model.bidirectional import Documents, bidirectional_attention
 from rl.model.head import kernels_work, token_logprobs
+from rl.model.linear import add_gradients_in_products, adding, wide_products_work
 from rl.model.varlen import flash_works, joined_flash_works
 
 pytestmark = [
@@ -85,6 +87,28 @@ def test_kept_logits_change_no_bit():
 
     for found, expected in zip(passes(True), passes(False), strict=True):
         assert torch.equal(found, expected) and found.isfinite().all()
+
+
+def test_weights_gradients_are_added_up_in_fp32_and_all_else_is_autocasts():
+    """Five micro-batches, against double precision of the same rounded numbers."""
+    assert wide_products_work()
+    generator = torch.Generator("cuda").manual_seed(0)
+    plain = torch.nn.Linear(512, 256, device="cuda")
+    ours = copy.deepcopy(plain)
+    add_gradients_in_products(ours)
+    exact = torch.zeros(256, 512, device="cuda", dtype=torch.float64)
+    for _ in range(5):
+        x, slope = (torch.randn(1, 300, n, device="cuda", generator=generator).bfloat16() for n in (512, 256))
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = [layer(one) for layer, one in zip((plain, ours), inputs, strict=True)]
+        with adding():
+            for y in outputs:
+                y.backward(slope)
+        assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad)
+        exact += slope[0].double().T @ x[0].double()
+    autocasts, found = (((y.weight.grad - exact).norm() / exact.norm()).item() for y in (plain, ours))
+    assert found <= 1e-5 < 1e-4 < autocasts < 0.01
 
 
 def test_bidirectional_attention_is_that_of_plain_torch_in_fp32():

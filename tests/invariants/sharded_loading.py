@@ -32,10 +32,11 @@ def most_memory() -> int:
 
 def work(kind: str, model: str, out: Path) -> int:
     world = World(Accelerator(cpu=True))
-    config = load_config(None, [f"model.name={model}", "model.dtype=fp32"])
+    attention = "rows" if kind == "rows of one" and world.rank == 1 else "auto"
+    config = load_config(None, [f"model.name={model}", "model.dtype=fp32", f"model.attention={attention}"])
     given: dict[str, Any] = {"temperature": 1.0, "plan": None}
     before = most_memory()
-    if kind == "slices":
+    if kind != "whole":
         split = load_split(config.model, world.accelerator, longest=60, **given)
         assert split is not None
         policy: Any = split[0]
@@ -58,7 +59,7 @@ def work(kind: str, model: str, out: Path) -> int:
 
 def main(model: str, out: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    for kind in ("whole", "slices"):
+    for kind in ("whole", "slices", "rows of one"):
         assert in_forks(lambda rank, kind=kind: work(kind, model, Path(out)), 2)[0] == [0, 0], kind
 
 

@@ -15,13 +15,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from rl.model.linear import add_gradients_in_products
 from rl.together import SummedGradients
 
 SIZES = (40, 30, 20, 50, 10)
 
 
 class Net(nn.Module):
-    """Layers of different sizes, of which one is used twice and one only in passes of even number."""
+    """Layers of different sizes, of which one is used twice and one only in passes of even number. Half of
+    them add their weights' gradients in a matrix product.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +32,7 @@ class Net(nn.Module):
         self.spare = nn.Linear(40, 60)  # a bucket of its own
         self.layers = nn.ModuleList(nn.Linear(40, size) for size in SIZES)
         self.back = nn.ModuleList(nn.Linear(size, 40) for size in SIZES)
+        add_gradients_in_products(self.layers)
 
     def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
         def block(n: int, y: torch.Tensor) -> torch.Tensor:
@@ -39,16 +43,19 @@ class Net(nn.Module):
         return (self.spare(x) if number % 2 == 0 else x).square().mean()
 
 
-def step(net: Net, sums: SummedGradients, passes: int, seed: int) -> dict[str, torch.Tensor]:
+def step(net: Net, sums: SummedGradients | None, passes: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         parameter.grad = None
     for number in range(passes):
         loss = net(torch.randn(8, 40, generator=generator), number + (passes == 1))
-        sums.begin(last=number + 1 == passes)
-        loss.backward()
-    sent_before_the_end = sums._next
-    sums.finish(1e9)
+        if sums is None:
+            loss.backward()
+        else:
+            sums.backward(loss, last=number + 1 == passes)
+    sent_before_the_end = sums._next if sums else 0
+    if sums:
+        sums.finish(1e9)
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
     return {"sent": torch.tensor(sent_before_the_end)} | found
 
@@ -92,14 +99,10 @@ def main(out: str) -> None:
 
 
 def alone_gradients(net: Net, passes: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """The gradients of both processes' work, in this one."""
+    """The gradients of both processes' work, in this one and by autograd alone."""
     totals = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for rank, number in enumerate(passes):
-        own = (
-            step(net, SummedGradients(lambda: [*net.named_parameters()], 1), number, 7 + rank)
-            if number
-            else {}
-        )
+        own = step(net, None, number, 7 + rank) if number else {}
         for name in totals:
             totals[name] += own.get(name, 0)
     return totals

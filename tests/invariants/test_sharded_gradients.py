@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rl.model.packed import padded_bins
 from tests.conftest import selected
 from tests.diffusion.processes import launch
+from tests.rl.families import save_tiny, tiny_config
 from tests.scoring import relative_error
 
 SCRIPT = Path(__file__).with_name("sharded_update.py")
@@ -33,6 +35,21 @@ CASES = {
         "tied",
         [ALONE, "model.attention=rows", "loss.name=gspo", "loss.sampler_correction={level: sequence}"],
     ),
+    "padded rows": ("falcon_h1", [ALONE]),
+    "padded rows of episodes": (
+        "falcon_h1",
+        [ALONE, "loss.name=gspo", "loss.sampler_correction={level: sequence}", "train.num_minibatches=2"],
+    ),
+    "padded rows, all together": ("qwen3_next", [KL, LORA, CHECKPOINTING]),
+    "padded rows of a teacher": (
+        "falcon_h1",
+        [KL, "teacher={name: TEACHER, divergence: reverse, dtype: fp32, top_k: 5}"],
+    ),
+    "padded rows with demonstrations": (
+        "falcon_h1",
+        [ALONE, "teacher={demonstration: solution}", "train.num_epochs=2"],
+    ),
+    "padded rows, one process without work": ("falcon_h1", [ALONE]),
     "kl": ("tied", [KL]),
     "lora": ("untied", [ALONE, LORA]),
     "all together": ("untied", [KL, LORA, CHECKPOINTING]),
@@ -92,10 +109,14 @@ def models(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp("models") / name
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folders[name])
+    for name in ("falcon_h1", "qwen3_next"):  # never packed
+        own = tiny_config(name, vocab_size=105)
+        folders[name] = save_tiny(name, tmp_path_factory.mktemp("models") / name, own)
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folders[name])
     return folders
 
 
-OFTEN = ("tied", "two minibatches twice", "rows", "all together", "diffusion, all together")
+OFTEN = ("tied", "two minibatches twice", "rows", "padded rows", "all together", "diffusion, all together")
 NAMES = [pytest.param(n, marks=[] if n in OFTEN else [pytest.mark.rotation("rarer cases")]) for n in CASES]
 
 
@@ -119,7 +140,7 @@ def found(request, models, other_model_dir, ragged_groups, tmp_path_factory) -> 
         case["processes"] = 4 if "hybrid" in name else 2
         if "one process without work" in name:
             case["rows"] = [[p, c, [0.0] * len(a) if i % 2 else a] for i, (p, c, a) in enumerate(rows)]
-        if name == "rows of episodes":  # the i-th of a group has i further rows: the next completions'
+        if "rows of episodes" in name:  # the i-th of a group has i further rows: the next completions'
             case["rows"] = [
                 [p, [[*c[i], *([p, *c[j]] for j in range(i))] for i in range(len(c))], a] for p, c, a in rows
             ]
@@ -149,10 +170,14 @@ def test_two_processes_that_split_the_weights_have_the_gradient_of_one(found, na
     assert facts[0]["shares_prompts"] == facts[1]["shares_prompts"] == ("rows" not in name)
 
 
-@pytest.mark.parametrize("name", ["rows"])
+@pytest.mark.parametrize("name", ["rows", "padded rows"])
 def test_a_process_with_fewer_sequences_makes_as_many_model_calls(found, name):
-    """One per sequence with a signal, where a call computes a single one."""
+    """One per sequence with a signal, where a call computes a single one; else one per padded batch."""
     case = next(case for case in json.loads((found / "cases.json").read_text()) if case["name"] == name)
-    counts = [sum(a != 0 for _, _, row in case["rows"][rank::2] for a in row) for rank in (0, 1)]
-    assert counts[0] != counts[1]
-    assert json.loads((found / "rows-of-2.json").read_text())["calls"] == max(counts)
+    widths: list[list[int]] = [[], []]
+    for i, (prompt, made, advantages) in enumerate(case["rows"]):
+        signal = [len(ids) for (ids, _), a in zip(made, advantages, strict=True) if a]
+        widths[i % 2] += [len(prompt) + number for number in signal]
+    assert len(widths[0]) != len(widths[1])
+    counts = [len(w) if name == "rows" else len(padded_bins([(n, 1) for n in w], 60)) for w in widths]
+    assert json.loads((found / f"{name}-of-2.json").read_text())["calls"] == max(counts)

@@ -49,6 +49,7 @@ def test_two_processes_hold_the_same_bits_and_never_the_whole(tied, tiny_model_d
         assert all(torch.equal(whole[name], slices[name]) for name in whole)
         facts = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for kind in ("whole", "slices")]
         assert facts[0]["packed"] and facts[1]["packed"]
+        assert not json.loads((tmp_path / f"rows of one-{rank}.json").read_text())["packed"]
         assert facts[0]["canary"] == facts[1]["canary"]
         print([round(f["grew"] / size, 2) for f in facts])
         assert facts[0]["grew"] > 2.1 * size

@@ -27,6 +27,7 @@ CASES = {
     "replayed and balanced": ("qwen3_moe", [ALONE, *BALANCED]),
     "one process without work": ("qwen3_moe", [ALONE, *BALANCED]),
     "rows": ("qwen3_moe", [ALONE, "model.attention=rows", *BALANCED, "moe.balance=sequence"]),
+    "padded rows": ("granitemoehybrid", [ALONE, *BALANCED]),
     "all together": ("qwen3_moe", [KL, LORA, "model.gradient_checkpointing=true"]),
     "chosen experts": ("qwen3_moe", [KL, "model.gradient_checkpointing=true", *CHOSEN]),
     "shared experts": ("qwen2_moe", [KL, LORA, "model.gradient_checkpointing=true"]),

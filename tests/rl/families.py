@@ -31,7 +31,10 @@ NO_LORA = set(
     )
 )
 ALWAYS = set(
-    words("llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite deepseek_v3 qwen3_moe gpt_oss mamba")
+    words(
+        "llama gemma2 gemma3_text mistral qwen2 qwen3 phi3 granite deepseek_v3 qwen3_moe gpt_oss mamba "
+        "qwen3_next falcon_h1"
+    )
 )
 WINDOW = 12  # tokens; the sequences of the tests are longer
 SIZES = dict.fromkeys(

@@ -104,11 +104,33 @@ def test_prompts_that_are_not_shared_count_in_the_budget(ragged_groups):
     groups, advantages = ragged_groups(num_groups=24)
     options = {"skip_without_signal": False, "share_prompts": False}
     (batch,) = pack(groups, advantages, rules(budget=300, **options))
-    sizes = [sum(b.prompt_length + sum(b.completion_lengths) for b in m.blocks) for m in batch.micro_batches]
-    assert max(sizes) <= 300 and len(sizes) > 3
+    sizes, padded = zip(*(size_of(m) for m in batch.micro_batches), strict=True)
+    assert max(padded) <= 300 and len(sizes) > 3
+    assert all(4 * size >= 3 * whole for size, whole in zip(sizes, padded, strict=True))
     assert sum(sizes) == sum(
         len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions
     )
+
+
+def size_of(m) -> tuple[int, int]:
+    """Tokens of rows with prompts of their own, and of the rectangle that they are padded to."""
+    rows = [len(row.prompt.token_ids) + len(row.completion.token_ids) for row in m.rows]
+    assert len(m.token_ids_N) == sum(rows)
+    return sum(rows), len(rows) * max(rows)
+
+
+def test_rows_with_prompts_of_their_own_stand_beside_rows_of_about_their_length():
+    """Under a budget of 30: 9 8 7 are padded to 27; 6 is less than 3/4 of 9. With an episode of rows of 3 and
+    8: 24; a fourth row would make 32, 5 is less than 3/4 of 7.
+    """
+    group, found = scored([9], *(completion([1] * n) for n in (4, 7, 1, 8, 5, 2, 6))), []
+    episode = completion([1, 1])
+    episode.continuations.append(Continuation((9, 9), completion([1] * 6)))
+    for third in (group.completions[3], episode):
+        group.completions[3] = third
+        (batch,) = pack([group], [[1.0] * 7], rules(budget=30, share_prompts=False))
+        found.append([[block.end - block.start for block in m.blocks] for m in batch.micro_batches])
+    assert found == [[[9, 8, 7], [6, 5], [3], [2]], [[8, 3, 8], [7, 6], [5], [3], [2]]]
 
 
 def test_advantages_may_stand_per_token_and_reach_the_loss_tokens():

@@ -26,6 +26,7 @@ from rl.teacher import DIVERGENCES, Teacher, check_tokenizers, lesson
 from rl.types import Completion, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
 from tests.conftest import word_tokenizer
+from tests.rl.families import save_tiny
 from tests.rl.taught import ALONE
 from tests.scoring import alone, prepared, relative_error
 
@@ -237,6 +238,24 @@ def test_the_gradient_of_a_teacher_does_not_depend_on_how_work_is_cut(
         assert relative_error(whole, other) <= 1e-5, name
 
 
+def test_a_teacher_beside_a_packed_policy_computes_no_more_than_the_budget(tiny_model_dir, tmp_path):
+    """One completion a prompt: 20 short rows and a long one are 126 columns packed, and 1,302 padded."""
+    save_tiny("lfm2", tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    policy, teacher, config = make(tiny_model_dir, tmp_path, "sampled", "train.token_budget=130")
+    assert teacher.scorer.packing_fault is not None
+    ids = [5 + i % 90 for i in range(60)]
+    made = [Completion(ids[:n], [-1.0] * n, [True] * n, "stop", [VersionSpan(0, n)]) for n in (60, *[1] * 20)]
+    groups = [ScoredGroup(Group(Prompt(f"{i}", "", (3, 4)), [c]), [Reward(0.0)]) for i, c in enumerate(made)]
+    (batch,) = pack(groups, [[0.0]] * 21, pack_rules(config))
+    seen = []
+    teacher.scorer.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
+    for micro_batch in batch.micro_batches:
+        teacher.score(prepared(policy, micro_batch))
+    assert max(ids.numel() for ids in seen) <= 130
+    assert sum(ids.numel() for ids in seen) == 62 + 20 * 3
+
+
 def test_later_passes_keep_the_advantage_of_the_first(tiny_model_dir, other_model_dir, ragged_groups):
     """The sampled log-ratio is that of the policy that the step began with: two passes report it twice."""
     groups, advantages = ragged_groups()
@@ -306,7 +325,9 @@ def test_a_teacher_with_another_tokenizer_is_refused(tiny_model_dir, tmp_path):
         check_tokenizers(model, ours, 64)
     with pytest.raises(ValueError, match=r"may have 600 tokens.* has 512 positions"):
         check_tokenizers(teacher_model(TeacherConfig(name=str(tiny_model_dir))), ours, 600)
-    with pytest.raises(ValueError, match=r"teacher\.name='nowhere/at-all' gives no tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"model 'nowhere/at-all': there is no such folder.*HF_HUB_OFFLINE is set"
+    ):
         check_tokenizers(teacher_model(TeacherConfig(name="nowhere/at-all")), ours, 64)
 
 

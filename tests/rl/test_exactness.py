@@ -10,11 +10,11 @@ import transformers
 from accelerate import Accelerator
 
 from rl.advantages import compute_advantages
-from rl.batch import PackRules, pack
+from rl.batch import PackRules, micro_batch_of, pack
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.model.exactness import moving_rope
-from rl.packed_check import probe_batch
+from rl.packed_check import plain_logprobs, probe_batch
 from rl.references import make_reference
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
 from rl.update import pack_rules, update_policy
@@ -61,6 +61,19 @@ def eager(folder):
 def whole(model, ids: list[int]) -> list[float]:
     logprobs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def sure(folder):
+    """The model of a folder with larger logits, which round more."""
+    model = eager(folder)
+    with torch.no_grad():
+        next(
+            p
+            for name, p in model.named_parameters()
+            if name.endswith(("model.norm.weight", "embedding_norm.weight"))
+        ).mul_(1e4)
+    model.save_pretrained(folder)
+    return folder
 
 
 def row_of(lengths: list[int]):
@@ -164,6 +177,7 @@ def test_packed_rows_are_off_where_one_long_sequence_moves_the_others(family):
     folder = family("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64)
     policy, _ = load(folder)
     assert "(longrope) of a whole row change" in (policy.settle_attention() or "")
+    assert not policy.scorer.padded
     assert far_from(eager(folder), policy, row_of([30, 80, 20])) < 1e-5
     policy.set_packed(True)  # is refused
     assert far_from(eager(folder), policy, row_of([30, 80, 20])) < 1e-5
@@ -198,6 +212,22 @@ def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family)
     with pytest.raises(ValueError, match="a sequence of 90 tokens exceeds 64"):
         load(folder)[0].settle_attention(90)
     assert load(folder)[0].settle_attention(64) is None
+
+
+def test_rows_are_padded_where_none_sees_what_is_on_its_right(family):
+    """Padding is never the id of which transformers warns. A layer that sees the whole row is refused."""
+    policy, _ = load(family("gptj"))
+    batch, read = micro_batch_of([[row] for row in row_of([30, 2, 20]).rows]), []
+    embedding = policy.model.transformer.wte
+    assert policy.settle_attention(60) is not None and policy.scorer.padded
+    hook = embedding.register_forward_hook(lambda _, ids, out: read.append(ids[0]))
+    assert far_from(policy.model, policy, batch) < 1e-5
+    assert [len(ids) for ids in read[3:]] == [3]  # after those of the plain model
+    assert not (read[-1] == policy.model.config.pad_token_id).any()
+    hook.remove()
+    embedding.register_forward_hook(lambda _, ids, out: out - 0.1 * out.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match="this is not a causal language model"):
+        policy.settle_attention(60)
 
 
 @pytest.mark.parametrize("name", ["phimoe", "doge"])
@@ -237,3 +267,48 @@ def test_a_cache_that_loses_the_prompt_is_not_sampled_with(family, name, recwarn
             ids = [*group.prompt.token_ids, *completion.token_ids]
             expected = whole(plain, ids)[len(group.prompt.token_ids) - 1 :]
             assert completion.behavior_logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_whose_log_probs_round_more_is_trained_packed_all_the_same(family):
+    """Logits of thousands, as those of a model that is sure of what it learnt and gets noise."""
+    folder = sure(family("llama"))
+    policy, _ = load(folder)
+    assert policy.settle_attention() is None
+    assert (
+        2e-4 < policy.rounding < far_from(eager(folder).double(), policy, probe_batch(policy.model)) * 8 < 1
+    )
+
+
+def test_an_expert_that_rounding_changes_is_neither_a_view_of_what_follows_nor_a_tolerance(family):
+    """As where two experts tie: among 64 more tokens, one token of the longest row has another expert."""
+    policy, _ = load(family("qwen3_moe"))
+
+    def changes(_module, _inputs, out):
+        if out.shape[1] == 12 + 64:
+            out[:, 6] *= -1
+
+    policy.model.model.layers[1].mlp.register_forward_hook(changes)
+    batch = probe_batch(policy.model)
+    with torch.no_grad():
+        plain_L, moved_L = (plain_logprobs(policy.model, batch, behind=n) for n in (0, 64))
+    most = 1e-4 * plain_L.abs().mean()
+    assert (moved_L - plain_L).abs().max() > 2 * most
+    assert policy.settle_attention() is None
+    assert policy.rounding == pytest.approx(most.item(), rel=1e-3)
+
+
+def test_packed_rows_of_a_sure_model_that_see_each_other_are_found(family):
+    policy, _ = load(sure(family("lfm2")))
+    assert "packed log-probs differ by" in (policy.settle_attention() or "")
+
+
+def test_a_model_in_which_tokens_see_what_follows_is_refused(tiny_model_dir, tmp_path):
+    """transformers takes BERT for a causal language model, and says that it needs is_decoder=True."""
+    config = transformers.BertConfig(
+        vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    policy, _ = load(tmp_path)
+    with pytest.raises(ValueError, match="what stands behind their tokens: this is not a causal"):
+        policy.settle_attention()

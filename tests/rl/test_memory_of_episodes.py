@@ -127,3 +127,17 @@ def test_a_plan_for_episodes_holds_a_whole_one_whatever_the_budget():
     config = replaced(config, {"train.token_budget": "auto", "environment.max_turns": 512})
     found = fit(ModelSize.of(SHAPE, fused_layers=False), config, Card("a GPU", 24 * GIB), P + C)
     assert found is not None and found["train.token_budget"] >= 6 + 512 * 16
+
+
+@pytest.mark.parametrize("budget", [16, 25, 60, 65, 100, 1_000])
+@pytest.mark.parametrize(("prompt", "answer"), [(6, 16), (40, 2), (20, 20)])
+def test_no_padded_batch_is_larger_than_those_that_are_tried(budget, prompt, answer):
+    """All numbers of rows and widths that a batch can have, to within a token of each row."""
+    words = [f"data.max_prompt_length={prompt}", f"sampling.max_completion_length={answer}"]
+    config = load_config(None, [*words, f"train.token_budget={budget}"])
+    rules, longest = pack_rules(config, share_prompts=False), prompt + answer
+    firsts = [pack(*groups, rules)[0].micro_batches[0] for groups in largest(config, rules, 200)]
+    rows = range(1, budget // 2 + 1)
+    most, number = max((n * min(longest, budget // n), n) for n in rows)
+    assert most - number < max(len(m.blocks) * m.layout.longest for m in firsts) <= max(budget, longest)
+    assert max(m.layout.longest for m in firsts) == longest  # attention holds the square of it

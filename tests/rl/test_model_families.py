@@ -1,5 +1,5 @@
-"""Every causal family of transformers as a tiny random model: exact in packed rows, exact one sequence at a
-time, or refused in words; and every weight that is trained reaches the engine.
+"""Every causal family of transformers as a tiny random model: exact in packed rows, or in padded batches, or
+refused in words; and every weight that is trained reaches the engine.
 
 The yardstick is the plain model: eager attention, fp32, nothing random, one sequence at a time. Sequences are
 longer than every window, chunk and index of these configs.
@@ -21,9 +21,9 @@ from rollout.transformers import TransformersEngine
 from rollout.weight_sync import publish
 from tests.calling import call
 from tests.rl.families import ALWAYS, FAMILIES, NO_LORA, REFUSED, load, words
-from tests.scoring import logprobs
+from tests.scoring import logprobs, relative_error
 
-# One at a time: state runs along the row, positions are those of columns, attention takes no layout, or a
+# Not packed: state runs along the row, positions are those of columns, attention takes no layout, or a
 # window or an index acts on a mask alone.
 ROWS = set(
     words(
@@ -86,6 +86,13 @@ def test_a_family_is_exact_or_refused_in_words(name, ragged_groups, gradients, t
         # At ratio 1 the loss has the gradient of -weight * advantage * log-prob.
         (-(batch.weights_L * batch.advantages_L * expected).sum()).backward()
     theirs = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert policy.scorer.padded == (name in ROWS)
+    if policy.scorer.padded:
+        found = [logprobs(policy, batch).detach() for batch in batches]
+        policy.scorer.padded = False
+        for batch, padded in zip(batches, found, strict=True):
+            torch.testing.assert_close(padded, logprobs(policy, batch).detach(), rtol=1e-6, atol=1e-6)
+        assert relative_error(ours, gradients(policy, config, groups, advantages)) <= 1e-6
     off = sum(float((ours.get(n, torch.zeros(())) - g).square().sum()) for n, g in theirs.items())
     assert math.sqrt(off) < 2e-4 * math.sqrt(sum(float(g.square().sum()) for g in theirs.values()))
     every_trained_weight_reaches_the_engine(policy, tmp_path)
