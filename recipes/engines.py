@@ -41,7 +41,7 @@ OF_CORE = (  # keys of `engine` that are vLLM's own
 
 
 @contextmanager
-def start_into(log: Path) -> Iterator[None]:
+def start_into(log: Path, *, is_own: bool = True) -> Iterator[None]:
     """Sends this process's standard streams into `log` within the block, and those of children that start in
     it for good. So all output of an engine lands there, even of C libraries. Its faults name the file.
     """
@@ -57,19 +57,19 @@ def start_into(log: Path) -> Iterator[None]:
             stack.callback(os.dup2, before, fd)
             os.dup2(file.fileno(), fd)
         stack.callback(settle)
-        with naming(log, (ValueError, EngineError)):
+        with naming(log, (ValueError, EngineError), is_own=is_own):
             yield
 
 
 def started_into(
-    log: Path, make: Callable[[], Engine], note: Callable[[str], None], tries: int = 3
+    log: Path, make: Callable[[], Engine], note: Callable[[str], None], tries: int = 3, *, is_own: bool = True
 ) -> Engine:
     """The engine that `make` starts into `log`. vLLM ends if another process gives GPU memory back, or takes
     some, while it measures what is free; it is then started again, `tries` times in all.
     """
     begin, free = size_of(log), free_on_gpu()
     try:
-        with start_into(log):
+        with start_into(log, is_own=is_own):
             return make()
     except ValueError:
         said, moved = said_after(log, begin), abs(free_on_gpu() - free) > 2**30
@@ -85,14 +85,20 @@ def free_on_gpu() -> int:
 
 
 @contextmanager
-def naming(log: Path, kinds: tuple[type[Exception], ...] = (EngineError,)) -> Iterator[None]:
-    """Adds the name of `log` to an engine's fault, if something was written there within the block."""
+def naming(
+    log: Path, kinds: tuple[type[Exception], ...] = (EngineError,), *, is_own: bool = True
+) -> Iterator[None]:
+    """Adds the name of `log` to an engine's fault, if something was written there within the block. What
+    servers write (`is_own` is false) is not in it.
+    """
     before = size_of(log)
     try:
         yield
     except kinds as error:
         settle()
-        if size_of(log) == before:
+        if not is_own and isinstance(error, EngineError):
+            raise EngineError(f"{error}; a server's output is where `cohort serve` was started") from error
+        if not is_own or size_of(log) == before:
             raise
         kind = EngineError if isinstance(error, EngineError) else ValueError
         raise kind(f"{error}; its output is in {log}") from error

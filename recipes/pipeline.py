@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from recipes.cli.command import BOOT, pass_signals_on, run_command
 from recipes.finished import is_finished
 from recipes.tasks import check_local, find_modules_beside
 from rewards.compose import reward_specs
+from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
 from rl.config import Config
 from rl.config.bounded_yaml import read_yaml
@@ -170,7 +172,8 @@ def _resolved(own: StageConfig, folder: Path, made: Mapping[str, str]) -> Stage:
         raise ValueError(f"its run_dir is {folder}; remove config.run_dir")
     tree = filled(own.config, made) | {"run_dir": str(folder)}
     (schema, *others) = COMMANDS[recipe.command]
-    config: Any = validated_run(tree) if others else validated(schema, tree, None)
+    read = validated_run if others else partial(validated, schema)
+    config: Any = read(tree, None, rewards=reward_names())
     held = getattr(getattr(config, "evaluation", None), "data", None)
     for data in (config.data, held):
         if data is not None and data.source not in made.values():

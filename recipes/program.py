@@ -160,7 +160,10 @@ def run_program(
             if not is_stopped:
                 conclude(run, steps)
             if judged:
-                say(f"verdict: {judge_run(config.run_dir).headline}")
+                verdict = judge_run(config.run_dir)
+                say(f"verdict: {verdict.headline}")
+                if verdict.findings and (hint := verdict.findings[0].hint):
+                    say(f"what to do: {hint}")
             say(f"report: {run.observer.report.finish()}")
             if is_stopped:
                 say(f"stopped after step {steps} of {total}; the same command goes on from there")

@@ -29,6 +29,7 @@ from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.overlap import without_asked
 from recipes.tasks.prompts import grader_columns, make_prompts, unrendered_prompt
 from recipes.tasks.traces import Trace, ask_endpoint, choose, read_traces
+from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
 from rl.config import ModelConfig
 from rl.config.read import differing, read_config
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(arguments: list[str], stop: StopSignal, began: float) -> int:
         path, *overrides = arguments
         find_modules_beside(path)
-        return sample(read_config(TracesConfig, path, overrides), stop)
+        return sample(read_config(TracesConfig, path, overrides, rewards=reward_names()), stop)
 
     return recipe_main("recipes.rejection", argv, run)
 

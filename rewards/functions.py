@@ -25,7 +25,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from rewards.compose import RewardSpec
-from rewards.plugins import BUILT_IN, import_file
+from rewards.imports import import_fault, import_file
+from rewards.plugins import BUILT_IN
 
 Origin = dict[str, Any]
 """`function`, its `source`, and one of `module` (its name), `file` (with `package` and `argv`) and `text`."""
@@ -119,8 +120,8 @@ def find_function(name: str, origin: Mapping[str, Any]) -> Any:
         found: Any = _load(name, origin)
     except BaseException as error:  # a script may raise anything, SystemExit too
         raise ValueError(
-            f"reward {name!r}: importing {where} for a grader process failed with {type(error).__name__}: "
-            f'{error}; put the statements that run the script under `if __name__ == "__main__":`'
+            f"reward {name!r}, for a grader process: {import_fault(where, error)}; put the statements that "
+            'run the script under `if __name__ == "__main__":`'
         ) from error
     for attribute in origin["function"].split("."):
         if not hasattr(found, attribute):

@@ -9,17 +9,12 @@ the options and returns the reward function.
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from importlib.abc import Loader
-from types import ModuleType
 from typing import Any
+
+from rewards.imports import import_fault, import_module
 
 BUILT_IN: dict[str, str] = {
     "math": "rewards.math:math_reward",
@@ -47,7 +42,6 @@ BUILT_IN: dict[str, str] = {
     "areal": "rewards.adapters:from_areal",
 }
 ENTRY_POINT_GROUP = "cohort.rewards"
-OURS = frozenset({"recipes", "rewards", "rl", "rollout"})
 MARKERS = ("prompts", "completions", "completion_ids")
 TRLS = frozenset({*MARKERS, "trainer_state", "log_extra", "log_metric"})
 GIVEN = TRLS | {"completion_facts"}
@@ -259,8 +253,7 @@ def find(name: str) -> Any:
         return _import(name, *BUILT_IN[name].split(":"))
     if ":" in name:
         return _import(name, *name.split(":", 1))
-    found = _entry_points().get(name)
-    if found is not None:
+    if (found := _entry_points().get(name)) is not None:
         try:
             return found.load()
         except (ImportError, AttributeError) as error:
@@ -269,10 +262,14 @@ def find(name: str) -> Any:
             ) from error
     if "." in name:
         return _import(name, *name.rsplit(".", 1))
-    known = [*BUILT_IN, *_entry_points()]
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name, known := reward_names(), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"built in are: {', '.join(known)}"
     raise ValueError(f"no reward {name!r}; {hint} (a function of your own is named module:function)")
+
+
+def reward_names() -> list[str]:
+    """The names of rewards that are not paths of functions: built-in, and of installed packages."""
+    return [*BUILT_IN, *_entry_points()]
 
 
 def _entry_points() -> dict[str, Any]:
@@ -285,10 +282,7 @@ def _import(name: str, module_name: str, attributes: str) -> Any:
     try:
         found: Any = import_module(module_name)
     except Exception as error:
-        raise ValueError(
-            f"reward {name!r}: importing {module_name} failed with {type(error).__name__}: {error}; it must "
-            "be installed, or lie in the working directory"
-        ) from error
+        raise ValueError(f"reward {name!r}: {import_fault(module_name, error)}") from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             near = difflib.get_close_matches(attribute, [n for n in dir(found) if not n.startswith("_")], n=2)
@@ -296,54 +290,3 @@ def _import(name: str, module_name: str, attributes: str) -> Any:
             raise ValueError(f"reward {name!r}: {module_name} has no {attribute!r}{hint}")
         found = getattr(found, attribute)
     return found
-
-
-def import_module(name: str) -> ModuleType:
-    """The module that a config names. `./NAME.py` takes precedence, even over an installed module or a
-    package of Cohort: the file is then loaded under a private name.
-
-    Raises:
-        ImportError: there is no such module, or a package of Cohort hides its folder.
-    """
-    if (file := _file_of_user(name)) is None:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            hidden = name.replace(".", "/") + ".py"
-            if name.partition(".")[0] in OURS and os.path.exists(hidden):
-                raise ImportError(f"a package of Cohort hides ./{hidden}; rename its folder") from None
-            raise
-    private = f"_cohort_{name}"
-    if getattr(sys.modules.get(private), "__file__", None) == file:
-        return sys.modules[private]
-    return import_file(private, file)
-
-
-def import_file(
-    name: str, path: str, *, loader: Loader | None = None, within: AbstractContextManager[Any] | None = None
-) -> ModuleType:
-    """Imports a file as the module `name`, inside the context `within`; a failed one leaves no module."""
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        with within or nullcontext():
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _file_of_user(name: str) -> str | None:
-    """`NAME.py` of the working directory, or a file of any `sys.path` folder that a package of ours hides;
-    None where a plain import finds it.
-    """
-    folders = [os.getcwd(), *(sys.path if name in OURS else ())]
-    files = (os.path.join(os.path.abspath(folder), f"{name}.py") for folder in folders)
-    file = next(filter(os.path.isfile, files), None)
-    try:
-        spec = None if file is None else importlib.util.find_spec(name)
-    except ValueError:  # a module that was put into sys.modules by hand
-        spec = None
-    return None if spec and spec.origin and file and os.path.samefile(spec.origin, file) else file

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
+from rewards.plugins import reward_names
 from rewards.score import take_flags_anywhere
 from rl.config import Config, Section
 from rl.config.describe import defaults_of, described, meaning, section_in
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     path, key = arguments.config, arguments.explain
     if key and Path(key).suffix in (".yaml", ".yml"):  # --explain without a key, before the config
         path, key = key, ""
-    config = None if path is None else read_any_config(path, arguments.overrides)
+    config = None if path is None else read_any_config(path, arguments.overrides, rewards=reward_names())
     if arguments.schema:
         print(json.dumps(schema_of(Config if config is None else type(config)), indent=1))
     elif key:

@@ -10,6 +10,7 @@ from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.prompts import unrendered_prompt
 from rewards.compose import reward_specs
 from rewards.doctor import examine_all
+from rewards.plugins import reward_names
 from rewards.score import add_deadline
 from rl.config.read import load_config
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     find_modules_beside(arguments.config)
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, rewards=reward_names())
     specs, rows = reward_specs(config.rewards.functions), load_rows(config.data)
     options = {name: getattr(arguments, name) for name in ("gold", "workers", "deadline")}
     options |= {"prompt_column": config.data.prompt_column, "ask": partial(unrendered_prompt, config.data)}

@@ -15,6 +15,7 @@ from typing import Any
 from recipes.tasks.tables import FILE_LOADERS, refuse_missing
 from rewards.score import read_rows, take_flags_anywhere
 from rl.config.data import TEMPLATES as NAMED
+from rl.model.hub import hub_fault
 
 NUM_ROWS = 50
 PROMPTS = ("prompt", "messages", "question", "problem", "instruction", "query", "input", "task", "text")
@@ -78,12 +79,13 @@ def first_rows(data: str) -> tuple[list[dict[str, Any]], str]:
     path = Path(data)
     if not path.is_file():
         refuse_missing(data)
+        fault = hub_fault()
         import datasets
 
         try:
             return list(islice(datasets.load_dataset(data, split="train", streaming=True), NUM_ROWS)), ""
         except Exception as error:  # the hub and its readers raise whatever they like
-            return [], f"the rows of {data} could not be read ({type(error).__name__})"
+            return [], f"the rows of {data} could not be read ({fault or type(error).__name__})"
     if path.suffix not in FILE_LOADERS:
         raise ValueError(f"{data}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}")
     rows = _of_file(path)

@@ -6,6 +6,7 @@ import argparse
 import math
 
 from recipes.cli.command import add_config
+from rewards.plugins import reward_names
 from rl.config.read import load_config
 
 
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: no choice for the `auto` keys fits (the message has overrides that do), or no prediction.
     """
-    config, gib = load_config(arguments.config, arguments.overrides), arguments.gpu_gib
+    config = load_config(arguments.config, arguments.overrides, rewards=reward_names())
+    gib = arguments.gpu_gib
     import torch
 
     from recipes.fit import as_overrides, fit_to, refusal, said_costs, said_host, said_whole

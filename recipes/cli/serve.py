@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import httpx
 from rl.phases import PR_SET_PDEATHSIG
 from rl.report.safe_stream import say
 from rollout.vllm.internals import distribution
-from rollout.vllm.lock import RECEIVER, TOKEN_FILE, make_token, read_token
+from rollout.vllm.lock import LOCK, RECEIVER, TOKEN_FILE, make_token, read_token
 
 SIZES = (
     ("--tensor-parallel-size", "-tp"),
@@ -31,7 +31,6 @@ SIZES = (
 )
 PATIENCE_S = 20.0
 POLL_S = 0.2
-LOCK = "rollout.vllm.lock.RequireToken"
 _ON_CPU = (  # why: rollout.vllm.settings
     *("--enforce-eager", "--no-enable-chunked-prefill", "--block-size", "32"),
     *("--kv-cache-memory-bytes", str(2 * 2**30)),
@@ -193,9 +192,22 @@ def _watch(servers: list[Server], token_file: Path, start_timeout: float, stoppe
         if not is_said and all(server.is_ready for server in servers):
             is_said = True
             urls = ",".join(server.url for server in servers)
-            say(f"engine.name=server 'engine.urls=[{urls}]' engine.token_file={token_file}")
+            key = f"engine.token_file={token_file}{_dtype_key(servers[0].url, token_file)}"
+            say(f"engine.name=server 'engine.urls=[{urls}]' {key}")
         time.sleep(POLL_S)
     return 0
+
+
+def _dtype_key(url: str, token_file: Path) -> str:
+    """What makes a trainer ask for the dtype that a server has, by --dtype or by its model's config."""
+    from rollout.engine import EngineError
+    from rollout.vllm.control import Control
+
+    known = closing(Control(url, read_token(token_file), timeout_s=PATIENCE_S))
+    with suppress(EngineError, ValueError), known as control:  # of one that a trainer refuses, with a reason
+        if (dtype := control.facts().dtype) in ("bfloat16", "float32"):
+            return f" engine.dtype={dtype}"
+    return ""
 
 
 def _check_free(host: str, port: int) -> None:

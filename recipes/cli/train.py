@@ -6,6 +6,7 @@ import argparse
 
 from recipes.cli.command import add_config
 from recipes.finished import is_finished
+from rewards.plugins import reward_names
 from rl.config.read import load_config
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks the config before torch is loaded, then trains; returns the run's exit code."""
-    if is_finished(load_config(arguments.config, arguments.overrides)):
+    if is_finished(load_config(arguments.config, arguments.overrides, rewards=reward_names())):
         return 0
     import torch
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from rewards.plugins import import_module
+from rewards.imports import import_fault, import_module
 from rollout.environment import Environment, EnvironmentFault
 
 BUILT_IN = {
@@ -34,11 +34,8 @@ def found(path: str) -> Any:
         raise ValueError(f"{path!r} does not say where to look; write module:name, such as my_tools:multiply")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{path!r} is not found ({error}); its module must be installed, or lie in the working "
-            "directory or beside the config file"
-        ) from error
+    except Exception as error:  # the user's module may raise anything
+        raise ValueError(f"{path!r} is not found: {import_fault(module, error)}") from error
 
 
 def load(name: str, options: Mapping[str, Any]) -> Environment:

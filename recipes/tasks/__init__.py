@@ -14,7 +14,7 @@ from typing import Any
 
 from recipes.tasks.named import TASKS, task_rows
 from recipes.tasks.tables import read_table, refuse_missing
-from rewards.plugins import import_module
+from rewards.imports import import_fault, import_module
 from rl.config import DataConfig
 from rl.config.data import SourceConfig, check_source
 from rollout.chat import check_column
@@ -123,10 +123,9 @@ def _from_callable(path: str, config: DataConfig) -> list[Row]:
     try:
         function = getattr(import_module(module_name), attribute)
     except Exception as error:  # the user's module may raise anything
-        said = f"{type(error).__name__}: {error}"
+        said = import_fault(module_name, error)
         raise ValueError(
-            f"data.source={path!r} is neither a file, a hub name nor an importable module:callable ({said}); "
-            "a module must be installed, or lie in the working directory or beside the config file"
+            f"data.source={path!r} is neither a file, a hub name nor an importable module:callable: {said}"
         ) from None
     try:
         made = function(**config.options)

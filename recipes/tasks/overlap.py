@@ -21,16 +21,18 @@ from rl.model.messages import messages_of
 
 N = 13
 WORD = re.compile(r"\w+")
+SIGN = re.compile(r"[+*/^<>×÷]|[-−](?=\s*\d)|(?<=\d\s)[-−]|(?<![^\W\d])[-−](?!\s)")  # no dash of words
 RENDERING = ("template", "system_prompt", "chat", "chat_template_kwargs", "continue_final_message")
 Row = dict[str, Any]
 
 
-def words_of(prompt: Any) -> tuple[str, ...]:
-    """The words of a prompt, or of a chat's last message, without case and punctuation."""
+def parts_of(prompt: Any) -> tuple[tuple[str, ...], str]:
+    """(words, signs) of a prompt, or of a chat's last message, without case and punctuation."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         last = prompt[-1] if prompt else ""
         prompt = last.get("content") if isinstance(last, Mapping) else last
-    return tuple(WORD.findall(unicodedata.normalize("NFKC", str(prompt)).casefold()))
+    text = unicodedata.normalize("NFKC", str(prompt)).casefold()
+    return tuple(WORD.findall(text)), "".join(SIGN.findall(text)).replace("−", "-")
 
 
 def grams(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -40,14 +42,15 @@ def grams(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 def overlapping(training: Sequence[Any], heldout: Sequence[Any]) -> tuple[set[int], set[int]]:
     """(indices of training prompts that equal a held-out one, of others that share 13 words with one)."""
-    whole = {words_of(prompt) for prompt in heldout}
+    asked = {parts_of(prompt) for prompt in heldout}
+    whole = {words for words, _ in asked}
     counts = Counter(gram for words in whole for gram in set(grams(words)))
     telling = {gram for gram, number in counts.items() if number <= max(1, len(whole) // 50)}
     equal, shared = set[int](), set[int]()
     for index, prompt in enumerate(training):
-        if (words := words_of(prompt)) in whole:
+        if (parts := parts_of(prompt)) in asked:
             equal.add(index)
-        elif any(gram in telling for gram in grams(words)):
+        elif any(gram in telling for gram in grams(parts[0])):
             shared.add(index)
     return equal, shared
 
@@ -66,13 +69,13 @@ def settle_overlap(
     prompts = [row.get(config.data.prompt_column) for row in rows]
     asked = [row.get(held.prompt_column) for row in heldout]
     equal, shared = overlapping(prompts, asked)
+    left_out = set[int]()
     is_alike = all(getattr(config.data, key) == getattr(held, key) for key in RENDERING)
     if config.evaluation.overlap == "warn" and is_alike:  # the same tokens are left out anyway
         same = {repr(prompt) for prompt in asked}
-        equal = {index for index in equal if repr(prompts[index]) not in same}
-    return _settled(
-        rows, equal, shared=shared, rule=("evaluation.overlap", config.evaluation.overlap), say=say
-    )
+        left_out = {index for index in equal if repr(prompts[index]) in same}
+    rule = ("evaluation.overlap", config.evaluation.overlap)
+    return _settled(rows, equal - left_out, shared=shared, rule=rule, say=say, but=len(left_out))
 
 
 def without_asked(
@@ -105,14 +108,21 @@ def without_asked(
 
 
 def _settled(
-    rows: list[Row], equal: set[int], *, shared: set[int], rule: tuple[str, str], say: Callable[[str], None]
+    rows: list[Row],
+    equal: set[int],
+    *,
+    shared: set[int],
+    rule: tuple[str, str],
+    say: Callable[[str], None],
+    but: int = 0,
 ) -> list[Row]:
+    """`but`: number of rows that are left out anyway, and are not among those that the sentence counts."""
     key, action = rule
     if not equal | shared:
         return rows
     sentence = (
-        f"of {len(rows)} training prompts {len(equal)} equal a held-out one, and {len(shared)} share {N} "
-        f"consecutive words with one (such as row {min(equal | shared)})"
+        f"of {len(rows) - but} training prompts {len(equal)} equal a held-out one, and {len(shared)} share "
+        f"{N} consecutive words with one (such as row {min(equal | shared)})"
     )
     if action == "refuse":
         raise ValueError(f"{sentence}; use other rows, or {key}=drop to leave these out")

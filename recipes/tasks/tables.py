@@ -11,6 +11,7 @@ from typing import Any
 
 from rl.config import DataConfig
 from rl.config.data import DATA_SUFFIXES, check_source
+from rl.model.hub import hub_fault
 
 ROWS_READ = 10_000  # at once: reading them one by one takes ten times as long
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -25,6 +26,7 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
     source, path = config.source, Path(config.source)
     if not path.exists():
         refuse_missing(source)
+        hub_fault()
     elif path.is_file():
         _check_file(path)
     if is_saved := path.is_dir() and any((path / n).exists() for n in ("dataset_dict.json", "state.json")):
@@ -118,7 +120,10 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
         root = deeper
     lines = [f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}" for e in (error, root)]
     asked = "" if Path(config.source).exists() else f" (revision {config.revision}, split {config.split!r})"
-    return f"data.source={config.source!r}{asked} could not be read: {'; '.join(dict.fromkeys(lines))}"
+    said = "; ".join(dict.fromkeys(lines))
+    if asked and (fault := hub_fault()):
+        said += f"; {fault}: check the network and the spelling, or give a file"
+    return f"data.source={config.source!r}{asked} could not be read: {said}"
 
 
 def _broken_line(path: Path) -> str:

@@ -5,6 +5,7 @@ from rl.config.config import Config, check_processes
 from rl.config.data import DataConfig, EvaluationConfig
 from rl.config.engine import EngineConfig
 from rl.config.moe import MoeConfig
+from rl.config.rewards import RewardsConfig, RewardSpec
 from rl.config.sections import (
     CLIP_RANGES,
     AdvantageConfig,
@@ -15,8 +16,6 @@ from rl.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ReferenceConfig,
-    RewardsConfig,
-    RewardSpec,
     SamplerCorrectionConfig,
     SamplingConfig,
     Section,

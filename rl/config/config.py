@@ -15,6 +15,7 @@ from rl.config.data import DataConfig, EvaluationConfig, check_data, check_heldo
 from rl.config.engine import EngineConfig
 from rl.config.environment import EnvironmentConfig, check_environment
 from rl.config.moe import MoeConfig
+from rl.config.rewards import RewardsConfig, RewardSpec
 from rl.config.sections import (
     AdvantageConfig,
     CheckpointConfig,
@@ -22,8 +23,6 @@ from rl.config.sections import (
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardsConfig,
-    RewardSpec,
     RunDir,
     SamplingConfig,
     Section,

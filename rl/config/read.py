@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,6 +23,7 @@ from rl.config.sft import SftConfig
 from rl.config.traces import PipelineConfig, TracesConfig
 
 C = TypeVar("C", bound=Section)
+Names = Collection[str]
 COMMANDS: dict[str, tuple[type[Section], ...]] = {
     "cohort train": (Config, MaskedRunConfig),
     "python -m recipes.llada": (DiffusionConfig,),
@@ -34,14 +35,14 @@ COMMANDS: dict[str, tuple[type[Section], ...]] = {
 KINDS = tuple(schema for schemas in COMMANDS.values() for schema in schemas)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, rewards: Names = ()) -> Config:
     """The config of an RL run: `MaskedRunConfig` where there is a section `diffusion`."""
-    return validated_run(_read_tree(path, overrides), path)
+    return validated_run(_read_tree(path, overrides), path, rewards=rewards)
 
 
-def validated_run(tree: dict[str, Any], path: str | Path | None = None) -> Config:
+def validated_run(tree: dict[str, Any], path: str | Path | None = None, *, rewards: Names = ()) -> Config:
     """`load_config` of what a YAML file holds; `path` is for messages."""
-    return validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path)
+    return validated(MaskedRunConfig if "diffusion" in tree else Config, tree, path, rewards=rewards)
 
 
 def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,12 +64,14 @@ def run_tree(config: str | Path | Mapping[str, Any] | Config, given: Mapping[str
     return tree
 
 
-def read_any_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Section:
+def read_any_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, rewards: Names = ()
+) -> Section:
     """The config by the schema that it fits best; where two fit equally, that of an RL run."""
     tree = _read_tree(path, overrides)
     other = Config if "diffusion" in tree else MaskedRunConfig
     kinds = (kind for kind in KINDS if kind is not other)
-    return validated(min(kinds, key=lambda kind: _num_faults(kind, tree)), tree, path)
+    return validated(min(kinds, key=lambda kind: _num_faults(kind, tree)), tree, path, rewards=rewards)
 
 
 def command_of(config: Section) -> str:
@@ -76,14 +79,20 @@ def command_of(config: Section) -> str:
     return next(command for command, schemas in COMMANDS.items() if type(config) in schemas)
 
 
-def read_config(schema: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+def read_config(
+    schema: type[C], path: str | Path | None, overrides: Sequence[str] = (), *, rewards: Names = ()
+) -> C:
     """Reads a YAML file, applies `a.b=value` overrides and validates by `schema`.
+
+    Args:
+        rewards: names that a reward may have, besides paths to functions. Without them any name may
+            stand, as in the folder of a run whose program handed rewards over.
 
     Raises:
         ValueError: the file is not a mapping, an override has no '=', or a key, type, range or rule is wrong;
             every fault is listed.
     """
-    return validated(schema, _read_tree(path, overrides), path)
+    return validated(schema, _read_tree(path, overrides), path, rewards=rewards)
 
 
 def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -121,12 +130,12 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def validated(schema: type[C], tree: dict[str, Any], path: str | Path | None) -> C:
+def validated(schema: type[C], tree: dict[str, Any], path: str | Path | None, *, rewards: Names = ()) -> C:
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(tree, context={"rewards": rewards})
     except ValidationError as error:
-        lines = _explain(error, path, schema)
-        raise ValueError("\n  ".join(lines + _other_command(schema, tree, len(error.errors())))) from None
+        lines = _explain(error, path, schema) + _other_command(schema, tree, _num_faults(schema, tree))
+        raise ValueError("\n  ".join(lines)) from None
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -180,33 +180,6 @@ class SamplingConfig(Section):
     )
 
 
-class RewardSpec(Section):
-    name: str = Field(description="built-in name, entry point of group cohort.rewards, or module:callable")
-    weight: float = Field(default=1.0, description="weight in the sum of rewards")
-    requires: str | None = Field(default=None, description="a reward that must be > 0 for this one to count")
-    options: dict[str, Any] = Field(default={}, description="arguments of the reward")
-    clip: tuple[float, float] | None = Field(default=None, description="(low, high) to clip the score to")
-
-
-class RewardsConfig(Section):
-    functions: list[RewardSpec] = Field(
-        default=[RewardSpec(name="math")], description="rewards to pay; []: only a teacher teaches"
-    )
-    workers: int = Field(default=1, ge=1, description="grader processes")
-    deadline_s: float = Field(
-        default=10.0, gt=0, description="per completion; then the grader is killed and the sample abstains"
-    )
-    memory_gib: float = Field(default=2.0, gt=0, description="address space of one grader")
-    max_fault_share: float = Field(
-        default=0.05, ge=0, le=1, description="share of grader faults in a step that stops the run"
-    )
-    control: Literal["none", "random", "format"] = Field(
-        default="none",
-        description="a control arm. random: pays 0 or 1 at random; format: pays any answer that the reward "
-        "of evaluation.metric finds, right or wrong. functions are then only logged, with weight 0",
-    )
-
-
 class DynamicSamplingConfig(Section):
     """DAPO (arXiv:2503.14476) section 3.2: groups without spread are replaced by fresh ones."""
 

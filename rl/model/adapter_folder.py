@@ -11,6 +11,8 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from rl.model.hub import refuse_absent
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -43,10 +45,15 @@ class Adapter:
 
 
 def find_adapter(name: str, revision: str | None) -> Adapter | None:
-    """The adapter that a folder or hub repository holds; None: it holds no adapter."""
+    """The adapter that a folder or hub repository holds; None: it holds no adapter.
+
+    Raises:
+        ValueError: there is no such folder, and `rl.model.hub` cannot find it either.
+    """
+    refuse_absent(name)
     try:
         file = find_adapter_config_file(name, revision=revision)
-    except OSError:  # neither a folder nor a repository: loading it will say so
+    except OSError:  # not a repository: loading it will say so
         file = None
     return None if file is None else Adapter(checkpoint_folder(name, revision), read_settings(Path(file)))
 

@@ -13,7 +13,7 @@ from rl.report.history import RECENT, History, read_history
 from rl.store.folder import evaluation_log
 from rl.store.metrics import METRICS, Metric, metric_of, show_value
 
-Level = Literal["No data", "Healthy", "Warning", "Broken"]
+Level = Literal["No data", "Too early", "Healthy", "Warning", "Broken"]
 GROWING = ("sampler/logprob_gap_mean", "sync/canary_gap_mean")
 """Gaps that stay at their first value as long as the engine computes with the policy's weights."""
 _GROWN = (
@@ -22,7 +22,7 @@ _GROWN = (
 )
 PATIENCE = max(metric.patience for metric in METRICS.values())  # of the slowest rule, in steps
 NUM_FIRST = 2  # steps whose smaller gap counts as the first value
-_ORDER = ("No data", "Healthy", "Warning", "Broken")
+_ORDER = ("No data", "Too early", "Healthy", "Warning", "Broken")
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row] | History
@@ -62,8 +62,10 @@ class Verdict:
         if self.level == "No data":
             return "No data: no step is recorded yet"
         if not self.findings:
-            few = f"; some rules wait for {PATIENCE} steps" if self.num_steps < PATIENCE else ""
-            return f"Healthy: every number is inside its range{few}"
+            if self.num_steps >= PATIENCE:
+                return "Healthy: every number is inside its range"
+            steps = f"{self.num_steps} of the {PATIENCE} steps (train.steps) that rules wait for"
+            return f"Too early: {steps}; no number is out of its range so far"
         worst = self.findings[0]
         return f"{self.level}: {worst.text}, since step {worst.since}"
 
@@ -76,6 +78,7 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     if not len(rows) and not evaluations:
         return Verdict("No data")
     findings = [finding for metric in METRICS.values() if (finding := _range_rule(metric, rows))]
+    findings += _taught_nothing(rows)
     findings += growing_gaps(rows)
     findings += constant_parts(rows)
     findings += _nonfinite_rule(rows)
@@ -83,7 +86,8 @@ def judge(rows: Rows, evaluations: Sequence[Row] = ()) -> Verdict:
     findings.sort(key=lambda finding: (-_ORDER.index(finding.level), finding.since))
     parts = part_spreads(rows)
     arm = next((arm for arm in ("random", "format") if f"reward/{arm}_control/std" in parts), "")
-    return Verdict(findings[0].level if findings else "Healthy", tuple(findings), arm, len(rows))
+    level: Level = "Healthy" if len(rows) >= PATIENCE else "Too early"
+    return Verdict(findings[0].level if findings else level, tuple(findings), arm, len(rows))
 
 
 def judge_run(run_dir: Path) -> Verdict:
@@ -212,6 +216,16 @@ def _range_rule(metric: Metric, rows: Rows) -> Finding | None:
             text = f"{metric.name} is {show_value(metric.name, value)}, healthy is {range_text(metric)}"
             return Finding(level, metric.name, step, text, metric.hint)
     return None
+
+
+def _taught_nothing(rows: Rows) -> list[Finding]:
+    """Fires if no group has had spread, in a run that is too short for the rule of the metric's range."""
+    metric = METRICS["groups/without_spread"]
+    series = series_of(rows, metric.name)
+    if not 0 < len(series) < metric.patience or not all(metric.is_broken(share) for _, share in series):
+        return []
+    text = f"all rewards of every group were equal in all steps ({len(series)}), so they taught nothing"
+    return [Finding("Warning", metric.name, series[0][0], text, metric.hint)]
 
 
 def _nonfinite_rule(rows: Rows) -> list[Finding]:

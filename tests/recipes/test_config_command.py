@@ -11,7 +11,7 @@ import pytest
 from recipes.cli import main as cohort
 from recipes.cli.config import KINDS, _keys, explained
 from rl.config.bounded_yaml import read_yaml
-from rl.config.read import read_any_config
+from rl.config.read import load_config, read_any_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 
@@ -81,3 +81,30 @@ def test_the_schema_without_a_config_is_that_of_a_run(capsys):
     schema = json.loads(capsys.readouterr().out)
     steps = schema["$defs"]["TrainConfig"]["properties"]["steps"]
     assert (steps["minimum"], steps["default"], steps["description"]) == (1, 100, "steps of the whole run")
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        ("[{name: maht}]", "rewards.functions.0.name='maht': no such reward; did you mean math?"),
+        ("[{name: math}, {name: zzzz}]", "rewards.functions.1.name='zzzz': no such reward; there are: math,"),
+        ('[{name: "nowhere:short"}, {name: math}]', None),
+        ("[{name: nowhere.short}, {name: math}]", None),
+    ],
+)
+def test_a_reward_that_no_registry_has_is_refused_wherever_a_config_is_checked(functions, said, capsys):
+    """A path of a function is not imported here; a wrong name is not blamed on `evaluation.metric`."""
+    words = [str(CONFIGS[-1]), f"rewards.functions={functions}"]
+    assert cohort(["config", *words]) == (0 if said is None else 1)
+    for more in [["train"], ["doctor", "rewards"], ["plan", "--gpu-gib", "24"]] if said else []:
+        assert cohort([*more, *words]) == 1
+        assert f"1 fault in {CONFIGS[-1]}:\n      {said}" in capsys.readouterr().err
+
+
+def test_a_reward_that_a_program_hands_over_is_known():
+    known = ["math", "short"]
+    tree = ["rewards.functions=[{name: short}]", "evaluation.metric=short"]
+    assert load_config(CONFIGS[-1], tree, rewards=known).rewards.functions[0].name == "short"
+    with pytest.raises(ValueError, match=r"name='short': no such reward; there are: math \("):
+        load_config(CONFIGS[-1], tree, rewards=["math"])
+    assert load_config(CONFIGS[-1], tree).rewards.functions[0].name == "short"  # a run's folder is read so

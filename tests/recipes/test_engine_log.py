@@ -56,6 +56,19 @@ def test_a_fault_names_the_file_if_something_is_in_it(tmp_path, kind):
         raise kind("it died")
 
 
+def test_a_fault_of_a_server_does_not_name_the_trainers_file(tmp_path):
+    log = tmp_path / "engine.log"
+    with (
+        pytest.raises(EngineError, match=r"^it died; a server's output is where `cohort serve` was started$"),
+        start_into(log, is_own=False),
+    ):
+        os.write(2, b"of the trainer\n")
+        raise EngineError("it died")
+    with pytest.raises(ValueError, match=r"^not fit$"), start_into(log, is_own=False):
+        os.write(2, b"of the trainer\n")
+        raise ValueError("not fit")
+
+
 def test_a_run_that_samples_with_transformers_does_not_wait_for_the_import_of_vllm(monkeypatch):
     monkeypatch.setattr(recipes.engines, "vllm_available", lambda: pytest.fail("vLLM is imported"))
     given = {"trained": nn.Linear(1, 1), "long_factors": False}

@@ -65,7 +65,10 @@ def test_a_callable_by_import_path():
             {"source": "reasoning_gym:chain_sum", "options": {"min_term": 2}},
             "do not fit reasoning-gym's chain_sum",
         ),
-        ({"source": "no_such_module:rows"}, "neither a file, a hub name nor an importable module:callable"),
+        (
+            {"source": "no_such_module:rows"},
+            "module:callable: there is no module 'no_such_module'",
+        ),
     ],
 )
 def test_unreadable_sources_name_the_cause(config, message):

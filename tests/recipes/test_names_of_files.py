@@ -104,7 +104,7 @@ def test_a_file_of_the_working_directory_wins_under_a_private_name(folder, monke
     assert find("math").__module__.startswith("rewards.math")
     assert "pow" in dir(sys.modules["math"]) and "rewards.completion" in sys.modules
     assert find("rewards:short") is find("rewards:short")
-    with pytest.raises(ValueError, match="rollout failed with RuntimeError: taken for ours"):
+    with pytest.raises(ValueError, match=r"rollout failed: .*rollout\.py, line \d+: RuntimeError: taken"):
         find("rollout:rows")
     (folder / "plain_rows.py").write_text(ROWS)
     monkeypatch.syspath_prepend(folder)

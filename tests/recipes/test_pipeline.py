@@ -181,7 +181,10 @@ FAULTS = [
     (changed(3, "arguments", ["x"]), "stage sft: sft takes no arguments; use config"),
     (changed(6, "config", {"x": 1}), "stage measured: eval takes no config; use arguments"),
     (changed(6, "arguments", ["${distil}", "train.steps=3"]), "train.steps=3: an evaluation takes keys of"),
-    (changed(2, "config.rewards", {"functions": [{"name": "mth"}]}), "stage traces: no reward 'mth'"),
+    (
+        changed(2, "config.rewards", {"functions": [{"name": "mth"}]}),
+        "rewards.functions.0.name='mth': no such reward",
+    ),
 ]
 
 

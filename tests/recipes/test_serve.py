@@ -84,16 +84,16 @@ def test_the_environment_names_the_tokens_file_and_the_devices(tmp_path, monkeyp
 def test_faults_are_named_before_a_server_starts(tmp_path):
     file = tmp_path / "token"
     with pytest.raises(ValueError, match=r"--devices 0,1,2: 3 devices do not split into servers of 2"):
-        serve.serve("m", devices=["0", "1", "2"], per_server=2, token_file=file)
+        serve.serve(str(tmp_path), devices=["0", "1", "2"], per_server=2, token_file=file)
     file.write_text("0123456789abcdef")
     file.chmod(0o644)
     with pytest.raises(ValueError, match="others may read the token file"):
-        serve.serve("m", token_file=file)
+        serve.serve(str(tmp_path), token_file=file)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        words = ["serve", "m", "--port", str(port), "--token-file", str(tmp_path / "new")]
+        words = ["serve", str(tmp_path), "--port", str(port), "--token-file", str(tmp_path / "new")]
         told = subprocess.run(
             [sys.executable, "-m", "recipes.cli", *words], cwd=HOUSE, capture_output=True, text=True
         )

@@ -173,11 +173,13 @@ def test_a_folder_of_the_same_name_is_another_run(folder: Path, servers: list[Se
     [
         (
             {"dtype": "bfloat16"},
-            r"lacks --dtype bfloat16 \(it has float32\): start it again with that",
+            r"lacks --dtype bfloat16 \(it has float32\): start it again with that"
+            r".* or train with engine\.dtype=float32",
         ),
         (
             {"urls": ["http://127.0.0.1:9"]},
-            r"no server can be used: http://127.0.0.1:9 is dead: .*(refused|attempts failed)",
+            r"no server can be used: http://127.0.0.1:9 is dead: .*(refused|attempts failed)"
+            r".*; a server's output is where `cohort serve` was started$",
         ),
     ],
     ids=["another dtype", "nobody there"],

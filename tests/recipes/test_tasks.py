@@ -11,7 +11,7 @@ import pytest
 from recipes.grpo import main
 from recipes.tasks import load_rows
 from recipes.tasks.named import TASKS
-from recipes.tasks.overlap import overlapping, words_of
+from recipes.tasks.overlap import overlapping, parts_of, settle_overlap
 from rewards.code.grader import CodeOptions, code_sandbox, grade
 from rewards.gym import ReasoningGym
 from rewards.math import math_reward
@@ -240,7 +240,34 @@ def test_the_wording_that_evaluation_prompts_share_is_not_an_overlap():
     assert overlapping([text(*LONG, "z")], wording) == (set(), set())
     assert overlapping([text(*LONG, "z")], wording[:1]) == (set(), {0})
     assert overlapping([text(*LONG, "z")], wording[:1] * 2) == (set(), {0})  # the same prompt twice is one
-    assert words_of("  $X_1$, (Ｙ)? ") == ("x_1", "y")
+    assert parts_of("  $X_1$, (Ｙ)? ") == (("x_1", "y"), "")
+
+
+def test_sums_of_other_signs_are_not_equal():
+    """The words of a question do not have its signs: `6 + 2` and `6 - 2` are other questions."""
+    assert overlapping(["What is 6 - 2?", "what is 6 − 2", "What is 6 + 2?"], ["What is 6 - 2 ="])[0] == {
+        0,
+        1,
+    }
+    assert overlapping(["a well-known sum"], ["A well known sum."]) == ({0}, set())
+    assert overlapping(["n-1 of n - 2?", "-x"], ["n - 1 of n-2?", "x"]) == ({0}, set())  # spaces tell nothing
+    assert overlapping(["Sum:\n- all - of it"], ["sum: all; of it"]) == ({0}, set())
+    assert [parts_of(f"2{minus}x")[1] for minus in (" - ", "-", " −")] == ["-"] * 3
+    assert [*parts_of("x - 3 * (4-5)")] == [("x", "3", "4", "5"), "-*-"]
+
+
+def test_the_overlap_is_counted_among_what_will_be_trained_on():
+    """One of four prompts is asked token for token, so it is left out anyway; others differ in case."""
+    config = Config.model_validate({"evaluation": {"data": {"source": "heldout.jsonl"}}})
+    rows = [{"prompt": prompt} for prompt in ("2 + 2?", "Why so?", "why so?", "2 - 2?")]
+    said = []
+    assert settle_overlap(config, rows, [{"prompt": "2 + 2?"}, {"prompt": "why so"}], said.append) is rows
+    assert said == [
+        "of 3 training prompts 2 equal a held-out one, and 0 share 13 consecutive words with one (such as "
+        "row 1); evaluation.overlap=drop leaves them out"
+    ]
+    said.clear()
+    assert settle_overlap(config, rows, [{"prompt": "2 + 2?"}], said.append) is rows and not said
 
 
 def test_a_run_says_drops_or_refuses_what_overlaps(config_file, heldout, capsys, tmp_path):

@@ -89,8 +89,8 @@ def test_what_cannot_be_paid_is_a_fault_and_no_zero():
     ("path", "message"),
     [
         ("multiply", "does not say where to look; write module:name"),
-        ("no_such_module:f", "is not found .*No module named 'no_such_module'.*beside the config file"),
-        ("verifiers_environments:nothing", "is not found .*no attribute 'nothing'"),
+        ("no_such_module:f", "is not found: there is no module 'no_such_module'.*beside the config file"),
+        ("verifiers_environments:nothing", "is not found: module .* has no attribute 'nothing'"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_said_with_a_remedy(path, message):

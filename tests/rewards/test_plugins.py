@@ -43,7 +43,7 @@ def test_an_entry_point_of_the_group_is_found_by_its_name(monkeypatch):
     [
         ("think_fromat", "no reward 'think_fromat'; did you mean think_format"),
         ("rewards_for_tests:lenght", "rewards_for_tests has no 'lenght'; did you mean length?"),
-        ("no_such_module_here:f", "importing no_such_module_here failed with ModuleNotFoundError"),
+        ("no_such_module_here:f", "there is no module 'no_such_module_here'; it must be installed"),
         ("rewards_for_tests:not_callable", "is int, not a function"),
         ("rewards_for_tests:make_scaled", "needs the option 'factor'"),
         ("rewards_for_tests:makes_nothing", "returned float"),
@@ -52,6 +52,27 @@ def test_an_entry_point_of_the_group_is_found_by_its_name(monkeypatch):
 def test_a_name_that_leads_nowhere_is_explained(name, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\n\ndef f(:\n", ", line 3: SyntaxError: invalid syntax"),
+        (
+            "import os\nimport nothing_so\n",
+            ", line 2: ModuleNotFoundError: No module named 'nothing_so'",
+        ),
+        ("def half():\n    return 1 / 0\n\nhalf()\n", ", line 4: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_fault_inside_of_a_module_is_told_by_file_and_line(text, said, tmp_path, monkeypatch):
+    """It is not told as a module that must be installed."""
+    (tmp_path / "faulty.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^reward 'faulty:f': importing faulty failed: ") as raised:
+        load_reward("faulty:f")
+    assert str(raised.value).endswith(f"{tmp_path / 'faulty.py'}{said}")
+    assert "must be installed" not in str(raised.value)
 
 
 def test_columns_come_from_the_signature():

@@ -80,7 +80,7 @@ def test_a_metric_that_only_the_run_knows_is_shown_plainly(tmp_path):
     assert show_value("mixture/balance", 12345.678) == "1.235e+04"
     page = build_report(tmp_path).read_text()
     assert page.count("mixture/balance") >= 1
-    assert judge(log.read()).level == "Healthy"
+    assert judge(log.read()).level == "Too early" and not judge(log.read()).findings
 
 
 def test_parts_of_a_reward_need_no_definition():
@@ -186,9 +186,25 @@ HEALTHY_ROWS = [
 
 def test_a_run_inside_every_range_is_healthy():
     assert judge(HEALTHY_ROWS).headline == "Healthy: every number is inside its range"
-    assert judge(HEALTHY_ROWS[:4]).headline.endswith("; some rules wait for 5 steps")
+    early = (
+        "Too early: 4 of the 5 steps (train.steps) that rules wait for; no number is out of its range so far"
+    )
+    assert judge(HEALTHY_ROWS[:4]).headline == early and judge(HEALTHY_ROWS[:4]).level == "Too early"
     assert judge(HEALTHY_ROWS[:5]).headline.endswith("range")
     assert judge([]).headline == "No data: no step is recorded yet"
+
+
+def test_a_short_run_without_spread_has_taught_nothing():
+    def shares(*values):
+        return [{"step": s, "groups/without_spread": v} for s, v in enumerate(values, start=1)]
+
+    verdict = judge(shares(1.0, 1.0))
+    said = "Warning: all rewards of every group were equal in all steps (2), so they taught nothing"
+    assert verdict.headline == f"{said}, since step 1" and verdict.findings[0].hint.startswith(
+        "all right: harder prompts;"
+    )
+    assert judge(shares(1.0, 0.875)).level == "Too early"
+    assert [f.level for f in judge(shares(*[1.0] * 5)).findings] == ["Broken"]  # the metric's own rule
 
 
 def test_a_range_fires_after_its_patience_with_the_first_step_of_the_stretch():
