@@ -37,6 +37,8 @@ class Evaluation:
     Attributes:
         truncated, abstained: shares of the completions cut at the length limit, and not graded.
         mean_tokens: mean tokens of a completion.
+        gain: mean change since step 0 of the `paired` prompts that were graded at both, with its 95 %
+            interval and the two-sided p of a random-sign test.
     """
 
     step: int
@@ -47,6 +49,11 @@ class Evaluation:
     truncated: float = 0.0
     abstained: float = 0.0
     mean_tokens: float = 0.0
+    gain: float = 0.0
+    gain_low: float = 0.0
+    gain_high: float = 0.0
+    gain_p: float = 1.0
+    paired: int = 0
 
     @staticmethod
     def of(step: int, total_score: float, n: int) -> Evaluation:
@@ -55,8 +62,13 @@ class Evaluation:
 
     def __str__(self) -> str:
         out = f"; {self.abstained:.1%} not graded and left out" if self.abstained else ""
+        since = (
+            f"; {self.gain:+.1%} since step 0 ({self.gain_low:+.1%} to {self.gain_high:+.1%}, paired by "
+            f"prompt, p = {self.gain_p:.2g})"
+        )
         return (
             f"{self.accuracy:.1%} right (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n}{out})"
+            f"{since if self.paired else ''}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from statistics import fmean
 
 import pytest
 from safetensors.torch import load_file
@@ -55,6 +57,39 @@ def test_evaluating_every_step_with_several_samples_leaves_training_as_it_is(con
     assert all(
         0 <= row["truncated"] <= 1 and row["abstained"] == 0 and row["mean_tokens"] > 0 for row in rows
     )
+
+
+def test_the_gain_since_step_0_is_that_of_a_paired_test_of_the_kept_rewards(config_file, heldout, capsys):
+    run, sampled = (
+        config_file.parent / "run",
+        ["evaluation.num_samples=4", "evaluation.sampling.temperature=1.0"],
+    )
+    settings = [
+        *heldout,
+        *sampled,
+        "train.steps=2",
+        "optimizer.lr=0.05",
+        f"run_dir={run}",
+        "evaluation.every=1",
+    ]
+    assert main([str(config_file), *settings]) == 0
+    means = [
+        {g.prompt.id: fmean(r.score for r in g.rewards) for g in step.groups}
+        for step in Ledger(run, folder="evaluations").sample(9)
+    ]
+    assert (
+        means[0].keys() == means[2].keys() and means[0] != means[2] and means[1] not in (means[0], means[2])
+    )
+    gains = [means[2][key] - means[0][key] for key in means[0]]
+    row = read_rows(run / "evaluation.jsonl")[-1]
+    assert (row["gain"], row["paired"]) == (pytest.approx(fmean(gains)), len(gains))
+    moved = [g for g in gains if g]
+    signs = [
+        abs(sum(s * g for s, g in zip(way, moved, strict=True)))
+        for way in product((-1, 1), repeat=len(moved))
+    ]
+    assert row["gain_p"] == pytest.approx(fmean(s >= abs(sum(moved)) - 1e-9 for s in signs))
+    assert f"{row['gain']:+.1%} since step 0" in capsys.readouterr().out
 
 
 def test_an_evaluation_recorded_without_shares_is_read(tmp_path):
@@ -113,4 +148,6 @@ def test_a_control_arm_whose_real_reward_fails_is_stopped(config_file, heldout, 
     ]
     assert main([str(config_file), *words, heldout[0], heldout[2], "rewards.control=random"]) == 1
     error = capsys.readouterr().err
-    assert "graders failed on 4 of 4 held-out completions" in error and "the arm cannot be measured" in error
+    assert "graders failed on 4 of 4 held-out completions" in error
+    assert "so that the arm cannot be measured: " in error and "OSError: gone" in error
+    assert not (config_file.parent / "run" / "graders.log").exists()  # it has what rewards print
