@@ -106,6 +106,8 @@ def _packed_fault(
             gap = _gap(policy, policy.scorer(batch, 1.0)[0], expected_L)
     except ValueError as error:
         return str(error).splitlines()[0]
+    except torch.OutOfMemoryError:
+        return f"the {len(batch.token_ids_N)} tokens that try it do not fit into memory"
     except (TypeError, AttributeError, RuntimeError):
         name = type(policy.model).__name__
         return f"the layers of {name} need an attention mask, or shapes that a packed row does not have"
