@@ -189,7 +189,7 @@ def test_an_adapter_without_a_base_is_refused(adapter, rows, tmp_path, capsys):
 
 def test_a_base_that_is_gone_or_another_is_named(adapter, kind, base, tiny_model_dir, hub_llada, tmp_path):
     gone = changed(adapter, tmp_path / "gone", base_model_name_or_path="/gone")
-    with pytest.raises(ValueError, match=r"its base cannot be read: model.name='/gone' is neither"):
+    with pytest.raises(ValueError, match=r"its base cannot be read: model '/gone': there is no such folder"):
         load_diffusion_model(gone)
     other = hub_llada if kind == "converted" else tiny_model_dir
     with pytest.raises(ValueError, match=rf"does not fit its base {other}: .*size mismatch"):
