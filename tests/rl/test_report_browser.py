@@ -155,6 +155,6 @@ def test_two_runs_lie_side_by_side(tmp_path, browser):
     legends = "[...document.querySelector('#figures .legend').children].map((key) => key.textContent)"
     assert browser.run(legends) == ["accuracy (share)", "first", "second"]
     assert browser.run("document.querySelectorAll('#figures polyline.c2').length") >= 3
-    assert browser.run("document.body.innerText").count("train.steps") == 1
+    assert browser.run("document.body.innerText").count("train.steps") == 2  # the keys that differ, a verdict
     browser.run("document.querySelector('details.fold').open = true")
     browser.wait("document.querySelectorAll('#more-figures svg.plot').length > 0")
