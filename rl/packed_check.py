@@ -175,16 +175,19 @@ def _context(model: PreTrainedModel) -> int:
 
 
 def plain_logprobs(model: PreTrainedModel, batch: MicroBatch, *, behind: int = 0) -> Float[Tensor, " L"]:
-    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens.
+    """Log-probs by the model's own logits, one sequence at a time, in the order of the loss tokens."""
+    found = [own_logprobs(model, ids, given=n, behind=behind) for ids, n, _ in batch.sequences()]
+    return torch.cat(found)
+
+
+def own_logprobs(
+    model: PreTrainedModel, ids_T: Int[Tensor, " T"], *, given: int = 1, behind: int = 0
+) -> Float[Tensor, " n"]:
+    """Log-probs of all but the first `given` ids, each after what precedes it, by the model's own logits.
 
     Args:
-        behind: tokens to put behind each sequence; copies of its first one.
+        behind: tokens to put behind the ids, copies of the first one: what they change is rounding.
     """
-    more = ((torch.cat([ids, ids[:1].expand(behind)]), len(ids), n) for ids, n, _ in batch.sequences())
-    return torch.cat([own_logprobs(model, ids, given=n)[: end - n] for ids, end, n in more])
-
-
-def own_logprobs(model: PreTrainedModel, ids_T: Int[Tensor, " T"], *, given: int = 1) -> Float[Tensor, " n"]:
-    """Log-probs of all but the first `given` ids, each after what precedes it, by the model's own logits."""
-    logits = model(input_ids=ids_T[None], use_cache=False).logits[0, given - 1 : -1].float()
+    read = torch.cat([ids_T, ids_T[:1].expand(behind)])[None]
+    logits = model(input_ids=read, use_cache=False).logits[0, given - 1 : len(ids_T) - 1].float()
     return torch.log_softmax(logits, -1).gather(-1, ids_T[given:, None]).squeeze(-1)

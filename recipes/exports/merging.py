@@ -119,8 +119,7 @@ def merge_layers(adapted: Any, adapter: Adapter) -> PreTrainedModel:
 
 def _check_gap(what: str, model: PreTrainedModel, rows: list[Tensor], others: Tensor) -> None:
     ours = logprobs(model, rows)
-    moved = torch.cat([own_logprobs(model, torch.cat([row, row[:16]]))[: len(row) - 1] for row in rows])
-    gap, rounding = ((x - ours).abs().max().item() for x in (others, moved))
+    gap, rounding = ((x - ours).abs().max().item() for x in (others, logprobs(model, rows, behind=16)))
     if not gap <= (limit := max(LIMIT, min(4 * rounding, 10 * LIMIT))):
         raise ValueError(
             f"the export is broken: log-probs by {what} differ by {gap:.2g} nats, over {limit:.2g}"
@@ -137,9 +136,9 @@ def fixed_ids(folder: Path, model: PreTrainedModel) -> list[Tensor]:
 
 
 @torch.no_grad()
-def logprobs(model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
-    """Log-probs of all tokens except each row's first, in nats."""
-    return torch.cat([own_logprobs(model, row) for row in rows])
+def logprobs(model: PreTrainedModel, rows: list[Tensor], *, behind: int = 0) -> Tensor:
+    """Log-probs of all tokens except each row's first, in nats; `behind`: as in `own_logprobs`."""
+    return torch.cat([own_logprobs(model, row, behind=behind) for row in rows])
 
 
 def load_whole(folder: Path) -> PreTrainedModel:

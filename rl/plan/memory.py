@@ -153,7 +153,8 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
     lora, is_mixed = config.model.lora, config.model.dtype == "bf16-mixed"
     if lora is None:
         trained, master, added = size.parameters, stored, Adapters(0, ())
-        narrowed, head = size.linear, size.head * (4 + compute + (compute if is_mixed else 0))
+        # The head's gradient, to which fp32 adds products in place; in 16 bits a product and a narrowed head.
+        narrowed, head = size.linear, size.head * (4 if compute == 4 else 6 + 2 * is_mixed)
         layer, experts = size.saved_per_token * compute, size.experts
         if experts:
             narrowed += experts.weights
@@ -171,6 +172,8 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         saved, copies = size.layers * layer, added.copied
     kept = getattr(config.model, "keep_logits", False) is True
     logits = token_budget * size.head // size.hidden * compute * kept
+    # Plain torch holds four copies of fp32 logits, two beside the gradient; a Triton kernel the 16-bit ones.
+    chunks = max(4 * chunk, 2 * chunk + head) if compute == 4 else chunk + head
     if shares > 1:
         # Gathered: the head and two layers, since the next one is prefetched; one layer's whole gradients.
         of_layers = size.linear + (size.experts.weights if size.experts else 0)
@@ -192,8 +195,7 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         Part("weights in the compute dtype" if shares == 1 else "gathered weights", narrow, "train"),
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
-        # Plain torch holds four copies of fp32 logits, a Triton kernel only the 16-bit ones.
-        Part("logits", logits + (max(4 * chunk, chunk + head) if compute == 4 else chunk + head), "train"),
+        Part("logits", logits + chunks, "train"),
     ]
     return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
 
