@@ -34,7 +34,7 @@ def atom(parser: Grammar) -> Node:
     if kind == "big":
         return big(parser, value)
     if kind == "set0":
-        return ("empty",)
+        return ("set", ())
     if kind == "cur":
         parser.currency = raw
         return parser.atom()
@@ -121,7 +121,7 @@ def _is_builder(parser: Grammar) -> bool:
 def _set(parser: Grammar, closer: str) -> Node:
     """\\{1, 2\\}, \\{x | x > 2\\}, \\{x \\in \\mathbb{R} : x > 2\\}, \\{\\}."""
     if parser.accept(closer):
-        return ("empty",)
+        return ("set", ())
     parser.descend()
     outer, parser.in_builder = parser.in_builder, True
     bars, parser.bars = parser.bars, 0
@@ -149,7 +149,8 @@ def symbol(parser: Grammar, name: str) -> Named | Applied:
         is_named = parser.peek(1)[0] == "sym" and (name == "P" or parser.peek(5)[0] == "rel")
         if parser.peek(2)[1] == "," and parser.peek(4)[1] == ")" and not is_named:  # C(8, 3)
             return ("fn", _CHOICES[name], _entries(bracket(parser, parser.take()[1])))
-    if parser.value() == "(" and (name[0] in _FUNCTION_LETTERS or _is_definition(parser)):
+    at_zero = parser.peek(1)[:2] == ("num", 0) and parser.peek(2)[1] == ")"  # I(0) is not a product
+    if parser.value() == "(" and (name[0] in _FUNCTION_LETTERS or at_zero or _is_definition(parser)):
         return ("call", name, _entries(bracket(parser, parser.take()[1])))
     return ("sym", name)
 

@@ -210,15 +210,16 @@ def _same_assigned(gold: Shape, prediction: Shape, options: MathOptions) -> bool
     if gold[0] != "assign" and all(len(name) == 1 for name, _ in pairs):
         pairs = sorted(pairs, key=lambda pair: pair[0])  # y = 2, x = 1 is the point (1, 2)
     values = tuple(value for _, value in pairs)
+    numbered = all("_" in name for name, _ in pairs) and len({name.split("_")[0] for name, _ in pairs}) == 1
+    items = _items(prediction if gold[0] == "assign" else gold)
+    if numbered and items is not None and options.loose_shapes:  # x_1 = 3, x_2 = -1 for 1 ± 2
+        sides = (values, items) if gold[0] == "assign" else (items, values)
+        return _same_unordered(*sides, options, is_set=False)
     left = values if gold[0] == "assign" else _in_order(gold)
     right = values if prediction[0] == "assign" else _in_order(prediction)
     if left is None or right is None or len(left) != len(right) or not options.loose_shapes:
         return False
-    if _same_each(left, right, options):
-        return True
-    numbered = all("_" in name for name, _ in pairs) and len({name.split("_")[0] for name, _ in pairs}) == 1
-    is_list = "many" in (gold[0], prediction[0])
-    return numbered and is_list and _same_unordered(left, right, options, is_set=False)
+    return _same_each(left, right, options)
 
 
 def _in_order(item: Shape) -> Items | None:
@@ -304,6 +305,8 @@ def _same_named(gold: Shape, prediction: Shape, options: MathOptions) -> bool:
             is_function = name.endswith("()") or other_name.endswith("()")
             if name == other_name or is_function or "" in (name, other_name):
                 if arguments and len(arguments) == len(other_arguments):
+                    if (set(arguments) - set(other_arguments)) & symbols(inner):
+                        return False  # f(z) = x for f(x) = x
                     inner = renamed(inner, dict(zip(other_arguments, arguments, strict=True)))
                 if same(value, inner, options):
                     return True

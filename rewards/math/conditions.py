@@ -30,11 +30,12 @@ _SPOKEN = (
 )
 _DOMAIN = re.compile(rf"(?:{_MEMBER}|{_SPOKEN})\s*\)?\s*$")
 _SEPARATOR = re.compile(
-    r"(?:[,;\s(]|\\q?quad|\\[ ,;]|\\text\s*\{\s*,?\s*(?:where|for|with|for all|for any|for some)?\s*\})+$"
+    r"(?:[,;\s(]|\\(?:q?quad|forall|[ ,;]|text\s*\{\s*,?\s*(?:where|with|for(?: all| any| some)?)?\s*\}))+$"
 )
 _RELATION = r"(?:[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant)(?![a-zA-Z]))"
 _IN_BRACKETS = re.compile(rf"\((?P<relation>[^()]*{_RELATION}[^()]*)\)\s*$")
 _OF_AN_INDEX = re.compile(r"\s*[nkmpqijN]\s*(?:\\geq?(?:slant)?|>)\s*[012]\s*")
+_AFTER_COMMA = re.compile(rf"(?:,|\\q?quad)(?P<relation>{_OF_AN_INDEX.pattern})$")
 _MAY_HOLD_ONE = re.compile(rf"\\in(?![a-z])|\\text|{_RELATION}")
 _INDICES = frozenset("knmt")
 _REASONS = ("\\text{since", "\\text{because", "\\text{as ", "\\because")
@@ -42,7 +43,7 @@ _TAIL_CHARS, _MAX_CONDITIONS = 120, 3
 
 
 class Conditions(NamedTuple):
-    """`members`: (variable, domain), with the domain "" for any integer; `relations`: texts."""
+    """`members`: (variable, domain), "" for any integer, ">" for n >= 1; `relations`: texts."""
 
     members: tuple[tuple[str, str], ...]
     relations: tuple[str, ...]
@@ -53,13 +54,14 @@ NONE = Conditions((), ())
 
 def split_conditions(text: str) -> tuple[str, Conditions]:
     """Splits a cleaned answer into the part before the conditions at its end, and the conditions."""
-    if text[-1:].isdigit() or not _MAY_HOLD_ONE.search(text):
+    is_index = text[-1:].isdigit() and len(re.findall(_RELATION, text)) == 1 and _AFTER_COMMA.search(text)
+    if (text[-1:].isdigit() and not is_index) or not _MAY_HOLD_ONE.search(text):
         return text, NONE
     members: list[tuple[str, str]] = []
     relations: list[str] = []
     for _ in range(_MAX_CONDITIONS):
         tail = text[-_TAIL_CHARS:]
-        found = _DOMAIN.search(tail) or _IN_BRACKETS.search(tail)
+        found = is_index or _DOMAIN.search(tail) or _IN_BRACKETS.search(tail)
         if found is None:
             break
         rest = text[: len(text) - len(tail) + found.start()]
@@ -78,7 +80,10 @@ def split_conditions(text: str) -> tuple[str, Conditions]:
         elif len(rest) < 2 and not rest.isdigit():  # P(X > 1)
             break
         elif _OF_AN_INDEX.fullmatch(relation):
-            members.append((relation.strip()[0], ""))
+            name = relation.strip()[0]
+            if is_index and not re.search(rf"(?<![a-zA-Z\\]){name}(?![a-zA-Z])", rest):
+                break
+            members.append((name, ">"))
         elif not relation.lstrip().startswith(_REASONS):
             relations.append(relation)
         text = rest
@@ -92,8 +97,9 @@ def same_under_conditions(gold: Shape, prediction: Shape, same: Callable[[Shape,
     right, other_members, other_relations = prediction[1:] if is_given else (prediction, (), ())
     if len(relations) != len(other_relations) or not all(map(same, relations, other_relations)):
         return False
-    domains = {domain for _, domain in members} | {domain for _, domain in other_members}
-    if members and other_members and len(domains - {""}) > 1:
+    domains, others = ({domain for _, domain in found} for found in (members, other_members))
+    is_half = (">" in domains) != (">" in others) and "Z" in domains | others  # n >= 1 for every n in Z
+    if members and other_members and (is_half or len((domains | others) - {"", ">"}) > 1):
         return False
     mine, theirs = symbols(left) - symbols(right), symbols(right) - symbols(left)
     free = {name for name, _ in (*members, *other_members)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from rewards.math.cursor import Grammar
@@ -18,6 +19,7 @@ _ORDINALS = frozenset(f"{{{ending}}}" for ending in ("th", "st", "nd", "rd"))
 _TRANSPOSED = ("T", "\\top", "\\intercal", "t")
 _BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
 _OF_SETS = split("max min gcd lcm")
+_TOTAL = re.compile(r"(\d{0,4})([a-z])")
 _INVERSES = split("asin acos atan acot asec acsc asinh acosh atanh acoth")
 
 
@@ -113,12 +115,8 @@ def _arguments(parser: Grammar, name: str) -> tuple[Node, ...]:
     while parser.kind() in _PLAIN_ARGUMENT or (parser.kind() == "op" and parser.value() == "{"):
         if parser.kind() == "cmd" and parser.value() not in ("frac", "sqrt", "binom"):
             break
-        node = _times(node, parser.power())
+        node = ("mul", (node, parser.power()))
     return (node,)
-
-
-def _times(left: Node, right: Node) -> Node:
-    return ("mul", (left, right))
 
 
 def big(parser: Grammar, kind: str) -> Node:
@@ -151,6 +149,9 @@ def environment(parser: Grammar) -> Node:
         if parser.accept("\\\\"):
             rows.append([])
         elif parser.accept("&") or (parser.kind() == "sep" and parser.take()):
+            if parser.kind() == "rel" and rows[-1]:  # x &= 1
+                rows[-1].append(parser.relation(rows[-1].pop()))
+        elif name in _LINES - {"cases"} and parser.accept(","):
             pass
         elif name == "cases" and (parser.accept(",") or parser.kind() == "text"):
             rows[-1].extend(_spoken_condition(parser))
@@ -159,13 +160,14 @@ def environment(parser: Grammar) -> Node:
         elif len(rows) > 100 or len(rows[-1]) > 100:
             raise TooComplex("a matrix of more than 100 rows or columns")
         else:
-            rows[-1].append(parser.relation() if name in _LINES else parser.setop())
+            rows[-1].append(parser.relation() if name in _LINES or name == "array" else parser.setop())
     parser.take()
     if raw_argument(parser) != name:
         raise Unparsable(f"{name} is not closed")
     parser.depth -= 1
     rows = [row for row in rows if row]
-    if name in _LINES and rows and all(len(row) == 1 for row in rows):
+    is_system = all(cell[0] == "rel" for row in rows for cell in row)
+    if (name in _LINES or is_system) and rows and all(len(row) == 1 for row in rows):
         return ("list", "and", tuple(row[0] for row in rows)) if len(rows) > 1 else rows[0][0]
     if name == "cases" and rows and all(len(row) == 2 for row in rows):
         return ("cases", tuple((value, condition) for value, condition in rows))
@@ -192,7 +194,8 @@ def exponent(parser: Grammar, base: Node) -> Node:
     braced = parser.value() == "{" and parser.peek(1)[0] == "circ" and parser.peek(2)[1] == "}"
     if braced or parser.kind() == "circ" or (base[0] == "num" and parser.peek()[2] == "o"):
         parser.at += 3 if braced else 1
-        return _degrees(parser, base)
+        is_temperature = parser.peek()[1] in ("C", "F") and parser.peek(1)[0] == "end"
+        return ("unit", base, parse_unit("°" + parser.take()[1])) if is_temperature else ("deg", base)
     if parser.value() == "'" or (parser.value() == "{" and parser.peek(1)[1] == "'"):
         primes = raw_argument(parser)
         match base:
@@ -233,6 +236,8 @@ def _chosen(letter: str, total: str, picked: Node) -> Node | None:
     """The node of C_8^3 or A_8^3 (Chinese: combinations, permutations of 3 out of 8); None for others."""
     name = {"C": "binom", "A": "perm"}.get(letter)
     match picked:
+        case ("sym" | "num", _) if name and (found := _TOTAL.fullmatch(total)):  # C_{2n}^n
+            return ("fn", name, (("mul", (("num", Fraction(found[1] or 1)), ("sym", found[2]))), picked))
         case ("num", value) if name and total.isascii() and total.isdigit() and value <= int(total[:9]):
             return ("fn", name, (("num", Fraction(int(total[:9]))), picked))
     return None
@@ -242,13 +247,9 @@ def _marked_domain(name: str, mark: str) -> Node:
     """R^+, N^*, Z_+: the positive numbers of a domain."""
     if mark in ("+", "*", "{+}", "{*}", ">0") and (mark[-1] in "+0" or name != "R"):
         return ("domain", "Z+" if name in "NZ" else f"{name}+")
+    if name == "R" and mark.replace("{", "") in ("\\ge0", "\\geq0", "\\geqslant0"):
+        return ("seq", "[", ")", (("num", Fraction(0)), ("const", "inf")))
     return ("sym", f"{name}^{mark}")
-
-
-def _degrees(parser: Grammar, base: Node) -> Node:
-    if parser.peek(0)[1] in ("C", "F") and parser.peek(1)[0] == "end":
-        return ("unit", base, parse_unit("°" + parser.take()[1]))
-    return ("deg", base)
 
 
 def exponent_value(parser: Grammar) -> Node:

@@ -76,9 +76,10 @@ def grade(completion: str, answer: str, *, options: MathOptions = DEFAULTS) -> R
     """
     started = time.perf_counter()
     found = extract(completion, options.extraction)
+    is_open = any(_OPERATION.search(text.rpartition("=")[2]) for text in found.answers if options.evaluated)
     if not gold_texts(answer):
         reason, detail = Reason.BAD_GOLD, "the gold holds no answer"
-    elif options.evaluated and not _OPERATION.search(answer) and any(map(_unfinished, found.answers)):
+    elif is_open and not _OPERATION.search(answer):
         reason, detail = Reason.WRONG_ANSWER, "the answer is not worked out"
     elif found.answers:
         reason, detail = _verdict(answer, found.answers, options)
@@ -87,11 +88,6 @@ def grade(completion: str, answer: str, *, options: MathOptions = DEFAULTS) -> R
     score = 1.0 if reason is Reason.CORRECT else None if reason in _ABSTAINS else 0.0
     extracted = ", ".join(found.answers) if found.answers else None
     return Reward(score, reason, detail, extracted, (time.perf_counter() - started) * 1e3)
-
-
-def _unfinished(text: str) -> bool:
-    """Whether an operation remains to be done after the last equals sign."""
-    return _OPERATION.search(text.rpartition("=")[2]) is not None
 
 
 def math_reward(

@@ -38,6 +38,7 @@ _PLAIN = re.compile(
 )
 _THOUSANDS = re.compile(r"\d(?:,|\\,| )\d{3}")
 _SCIENTIFIC = re.compile(r"\de-?\d")
+_ONLY_SCIENTIFIC = re.compile(r"-?[\d.]+[eE][-+]?\d+")
 _HAS_A_POLE = re.compile(
     r"frac|over|div|[/÷^!∕⁄∞]|inf|nan|log|ln|lg|tan|cot|sec|csc|binom|zeta|Gamma|root|sqrt\["
 )
@@ -52,7 +53,7 @@ _CHOICE = re.compile(
     re.IGNORECASE,
 )
 _MARK = "[A-J①-⑳]"
-_MARKS = re.compile(_MARK)
+_MARKS = re.compile(rf"I{{2,}}|{_MARK}")  # II is one mark
 _CHOICES = re.compile(rf"{_MARK}(?:[\s,;&]*(?:and)?[\s,;&]*{_MARK})+|[①-⑳]")
 _OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]:]|\bor\b|\band\b|或")
 # A lone letter: not part of a word, product or name, nor the constant of an integral or a degree.
@@ -249,7 +250,7 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
     everything = " ".join((*gold, *texts))
     if _THOUSANDS.search(everything):
         yield gold, texts, False, True
-    if _SCIENTIFIC.search(everything):
+    if _SCIENTIFIC.search(everything) and not _ONLY_SCIENTIFIC.fullmatch(gold[0].strip(" $")):
         yield gold, texts, True, False
     if any("+-" in text for text in texts):  # 4+-2 is 4 - 2, if it is not 4 ± 2
         yield gold, tuple(text.replace("+-", "-") for text in texts), True, True
@@ -264,7 +265,7 @@ def _readings(gold: Texts, texts: Texts, options: MathOptions) -> Iterator[tuple
 
 def _with_point(text: str, least_decimals: int) -> str | None:
     """1,22 as 1.22. A gold needs two decimals, because 0,1 is more likely a list."""
-    stripped = clean(text)
+    stripped = clean(text).replace("{,}", ",")
     match = _DECIMAL_COMMA.fullmatch(stripped)
     if match is None or len(match.group(1)) < least_decimals or not match.group(1).strip("0"):
         return None
@@ -295,11 +296,13 @@ def choice_letters(gold: str, text: str) -> bool | None:
     """Whether two multiple-choice answers name the same letters; None if they are not such answers."""
     if len(gold) > 60 or len(text) > 400 or _MARKS.search(gold) is None:
         return None
-    expected, given = (_unstyled(each) for each in (gold, text))
+    expected, given = (
+        _STYLE.sub(lambda match: match.group(1) or " ", clean(each)).strip(" .") for each in (gold, text)
+    )
     choice = _CHOICE.fullmatch(expected)
     if choice is None or not choice.group(2).isupper():
         if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
-            return set(_MARKS.findall(expected)) == set(_MARKS.findall(given)) or None
+            return sorted(_MARKS.findall(expected)) == sorted(_MARKS.findall(given)) or None
         return None
     wanted = choice.group(4)
     if wanted and (choice.group(3)[0] not in ").]" or _OTHER_CHOICE.search(wanted)):
@@ -318,7 +321,3 @@ def choice_letters(gold: str, text: str) -> bool | None:
     if rest and wanted and text_key(rest) != text_key(wanted):
         return None
     return answer.group(2).upper() == choice.group(2) or None
-
-
-def _unstyled(text: str) -> str:
-    return _STYLE.sub(lambda match: match.group(1) or " ", clean(text)).strip(" .")

@@ -66,8 +66,8 @@ _WORDY = re.compile(r"[A-Za-z]{2,}|[\u3400-\u9fff]")
 _BRACED = re.compile(r"\s*\{")
 _ARGUMENT = re.compile(r"\s*[\w(\[{\\]")
 _SLASH_WORD = re.compile(r"/\s*([A-Za-z]+)")
-_THIN_SPACE = re.compile(r"~|\\[,;:! ]")
-_UNIT_GROUP = re.compile(r"([A-Za-z][^{}]{0,40}\^\s*\{-?\d\}[^{}]{0,20})\}")
+_THIN_SPACE = re.compile(r"~|\\[,;:! ]|\\cdot(?![a-z])")
+_UNIT_GROUP = re.compile(r"(?:\\[,;: ])?([A-Za-z][^{}]{0,40}\^\s*\{-?\d\}[^{}]{0,20})\}")
 _LISTED = re.compile(r",\s+(?:and\s+)?|\s+and\s+")  # Alice, Bob and Carol
 _JOINED = re.compile(r"([A-Za-z][A-Za-z ]*?),?\s+(and|or)")
 

@@ -38,6 +38,9 @@ def without_units(gold: Shape, prediction: Shape, options: MathOptions) -> tuple
         return _scaled(gold_inner, gold_unit.factor), _scaled(inner, unit.factor)
     if options.units == "strict" and (gold_unit or unit):
         return None
+    written = gold_unit or unit
+    if written and written.dimensions == (("rad", 1),):  # in a product, the sign of 45° counts
+        return _scaled(gold_inner, Fraction(2)), _scaled(inner, Fraction(2))
     return gold_inner, inner
 
 
@@ -52,10 +55,13 @@ def _in_fahrenheit(item: Shape, unit: Unit) -> Shape:
 
 def _is_odd(item: Shape, unit: Unit | None) -> bool:
     """Whether a marked number meets another unit: 25% and 25 dollars, 25 degrees and 25 cm or 25 °C."""
-    is_marked = item[0] == "scalar" and item[1][0] in ("percent", "deg")
-    dimensions = (unit.dimensions if unit else None) or ()
+    if item[0] != "scalar" or item[1][0] not in ("percent", "deg"):
+        return False
+    if unit is not None and unit.dimensions is None:
+        return item[1][0] == "percent"  # 15% and 15 students
+    dimensions = unit.dimensions if unit and unit.dimensions else ()
     is_rate = all(exponent < 0 for _, exponent in dimensions)  # 8% per year
-    return is_marked and not is_rate and dimensions != (("rad", 1),)
+    return not is_rate and dimensions != (("rad", 1),)
 
 
 def _scaled(item: Shape, factor: Fraction) -> Shape:

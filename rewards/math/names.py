@@ -15,6 +15,7 @@ _C: Node = ("sym", "C")
 _CONSTANTS = frozenset(("C", "D", "C_1", "C_2", "c_1", "c_2"))
 OTHER_CONSTANTS = _CONSTANTS | {"c", "d", "K", "k", "A", "B"}
 _OF_ONE_NAME = frozenset(("abs", "max", "min", "det", "Re", "Im", "arg", "gcd", "lcm"))
+_BARRED = frozenset("zwABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OF_AN_ANGLE = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 
 
@@ -22,7 +23,8 @@ def name_of(node: Node) -> tuple[str, ...] | None:
     """The names that a left side defines, "f()" for the function f; None if it is a formula."""
     match node:
         case ("sym", name):
-            return (name.removeprefix("vector "),)
+            bare = name.removeprefix("accent ")  # not of a conjugate or a complement
+            return (name if bare in _BARRED else bare.removeprefix("vector "),)
         case ("setop", _, *sides):
             return (repr(node),) if all(part[0] in ("sym", "setop") for part in sides) else None
         case ("call", name, arguments):
@@ -65,6 +67,8 @@ def _name_of_function(node: Applied) -> tuple[str, ...] | None:
         return (repr(node),) if is_of_names else None
     inner = name_of(arguments[0])
     if name in _OF_ONE_NAME:
+        if name == "abs" and _is_segment(arguments[0]):
+            return inner
         return (f"{name} {inner[0]}",) if inner and len(inner) == 1 else None
     return (repr(node),) if name in _OF_AN_ANGLE and symbols(arguments[0]) else None
 
@@ -109,7 +113,7 @@ def same_renamed(gold: Scalar, prediction: Scalar, same: Callable[[Shape, Shape]
     is_apart = "".join(names & others).islower()  # from the C of A + B + C
     is_constant = is_apart and _CONSTANTS.issuperset(mine) and OTHER_CONSTANTS.issuperset(theirs)
     found = residue_class(("scalar", left)) if mine == ["k"] else None
-    is_class = found is not None and found[1] not in (_ZERO, found[2])  # 3k + 1: numbers with a remainder
+    is_class = found is not None and found[1] not in (_ZERO, found[2]) and found[2] != _ONE  # 3k + 1
     if len(mine) == len(theirs) and (is_constant or is_class):
         return same(gold, renamed(prediction, dict(zip(theirs, mine, strict=True))))
     if not names or not others:
@@ -163,6 +167,8 @@ def same_vector(gold: Shape, prediction: Shape, same: Callable[[Shape, Shape], b
     match gold, prediction:
         case ("scalar", _), ("matrix", ((entry,),)):
             return same(gold, ("scalar", entry))
+        case ("seq", _, _, entries), ("scalar", ("fn", "perm", (x, y))) if len(entries) == 2:  # P(2, 3)
+            return same(entries[0], ("scalar", x)) and same(entries[1], ("scalar", y))
         case (("scalar", formula), ("seq", _, _, entries)) | (("seq", _, _, entries), ("scalar", formula)):
             pass
         case (("scalar", formula), ("matrix", rows)) | (("matrix", rows), ("scalar", formula)):

@@ -146,7 +146,7 @@ class Parser(Grammar):
     def setop(self) -> Node:
         node = self.ratio()
         while self.tokens[self.at][0] == "setop":
-            node = _combined(self.take()[1], node, self.ratio())
+            node = ("setop", self.take()[1], node, self.ratio())
         return node
 
     def ratio(self) -> Node:
@@ -275,10 +275,6 @@ class Parser(Grammar):
         if node[0] == "call" and value == "'":
             return ("call", node[1] + "'", node[2]), True
         return ("percent", node), True
-
-
-def _combined(op: str, left: Node, right: Node) -> Node:
-    return ("setop", op, left, right)
 
 
 def _listed(nodes: list[Node], how: str) -> Node:

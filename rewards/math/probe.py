@@ -81,8 +81,8 @@ def _quotient(node: Node) -> Fraction | None:
 
 def _points(names: frozenset[str], left: Node, right: Node) -> tuple[int, ...]:
     pair = ("pair", left, right)
-    if _is_rational(left, right):
-        return _RATIONAL_POINTS
+    if all(part[0] in _RATIONAL and (part[0] != "pow" or part[2][0] == "num") for part in parts(pair[1:])):
+        return _RATIONAL_POINTS  # rational functions agree at random points only if they agree everywhere
     powers = [part for part in parts(pair) if part[0] == "pow"]
     alternates = any(part[1][0] == "neg" and symbols(part[2]) for part in powers)  # (-1)^n
     if names <= _WHOLE_NAMES and (alternates or has(pair, "floor", "ceil", "gcd", "lcm")):
@@ -105,12 +105,6 @@ def _has_radical(node: Node) -> bool:
     roots = [part[2][0] for part in parts(node) if part[0] == "fn" and part[1] == "root"]
     powers = [part for part in parts(node) if part[0] == "pow" and part[2][0] != "num"]
     return any(map(symbols, roots)) or any(symbols(part[1]) and not symbols(part[2]) for part in powers)
-
-
-def _is_rational(*nodes: Node) -> bool:
-    """Whether trees are rational functions, which agree at random points only if they agree everywhere."""
-    found = parts(nodes)
-    return all(part[0] in _RATIONAL and (part[0] != "pow" or part[2][0] == "num") for part in found)
 
 
 _RATIONAL = frozenset(("num", "dec", "sym", "add", "mul", "div", "neg", "pow"))

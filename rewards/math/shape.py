@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import cast
 
 from rewards.math import region as regions
 from rewards.math import tree
@@ -29,8 +28,13 @@ from rewards.math.words import EMPTY_WORDS, NUMBER_WORDS, REAL_WORDS, split
 
 _PLAIN = frozenset(("num", "dec", "const"))
 _NOT_IN_FORMULAS = frozenset(("set", "list", "rel", "text", "setop", "cases"))
-_NO_NUMBERS = split("seq set list text unit ratio domain empty setop matrix pm base inf dots")
+_NO_NUMBERS = split("seq set list text unit ratio domain setop matrix pm base inf dots")
 _INEQUALITIES = frozenset(("<", ">", "<=", ">=", "!="))
+_SPOKEN: dict[str, Shape] = {
+    **{word: ("scalar", ("num", Fraction(number))) for word, number in NUMBER_WORDS.items()},
+    **dict.fromkeys(REAL_WORDS, ("region", regions.REALS)),
+    **dict.fromkeys(EMPTY_WORDS, ("set", ())),
+}
 
 
 def shape(node: Node) -> Shape:
@@ -56,17 +60,16 @@ def shape(node: Node) -> Shape:
             return _sequence(node)
         case ("setop", op, left, right):
             return _set_operation(op, shape(left), shape(right))
+        case ("add", (("domain" | "seq", *_) as left, ("neg", ("set", _) as right))):
+            return _set_operation("minus", shape(left), shape(right))
+        case ("mul", (("sym", name), ("seq", "(", ")", _) as point)) if len(name) == 1 and name.isupper():
+            return ("named", name, _sequence(point), ())  # A(2, -3)
         case ("builder", head, conditions):
             return _builder(head, conditions)
         case ("cases", pieces):
             return ("pieces", _without_otherwise([(shape(a), shape(condition)) for a, condition in pieces]))
-        case ("text", words) if words in NUMBER_WORDS:
-            return ("scalar", ("num", Fraction(NUMBER_WORDS[words])))
         case ("text", words):
-            everything = ("region", regions.REALS) if words in REAL_WORDS else node
-            return ("set", ()) if words in EMPTY_WORDS else everything
-        case ("empty",):
-            return ("set", ())
+            return _SPOKEN.get(words, node)
         case ("domain", name):
             return ("region", regions.DOMAINS[name]) if name in regions.DOMAINS else node
         case ("base" | "dots" | "ratio" | "residue", *_):
@@ -78,7 +81,7 @@ def shape(node: Node) -> Shape:
         return ("scalar", node)
     inside = tree.kinds(node)
     if "seq" in inside and kind in ("add", "mul", "neg", "div"):  # (1, 3) + t (2, -1)
-        columns = _with_columns(node)
+        columns = tree.with_columns(node)
         if has(columns, "seq"):
             raise Unparsable("a formula with an interval in it")
         return shape(columns)
@@ -92,15 +95,6 @@ def shape(node: Node) -> Shape:
     if node[0] == "sym" and node[1] in ("", None):
         raise Unparsable("an empty name")
     return ("scalar", node)
-
-
-def _with_columns(node: tree.T) -> tree.T:
-    """A formula of tuples as a formula of column vectors."""
-    if not isinstance(node, tuple) or node[:1] == ("fn",):
-        return node
-    if node[:3] == ("seq", "(", ")"):
-        return cast("tree.T", ("matrix", tuple((entry,) for entry in node[3])))
-    return cast("tree.T", tuple(map(_with_columns, node)))
 
 
 def _without_otherwise(pieces: list[tuple[Shape, Shape]]) -> tree.Pieces:
@@ -192,9 +186,9 @@ def _equality(sides: tuple[Node, ...]) -> Shape:
             return shape(sides[-1])
         if has(sides[0], "dots") and len(plain) == len(sides) - 1:  # 1 + 2 + ... + 10 = 55
             return shape(sides[-1])
-        if len(sides) != 2:
+        if len(sides) != 2 and (sides[0] in plain or len(plain) < len(sides) - 1):  # not a + b = 6 + 8 = 14
             raise Unsupported("a chain of equations")
-        left, right = _number(sides[0]), _number(sides[1])
+        left, right = _number(sides[0]), _number(sides[-1])
         is_value = bool(plain) and is_quantity(left) and not _agree(right, ("num", Fraction(0)))
         return ("equation", ("add", (left, ("neg", right))), right if is_value else None)
     value = shape(sides[-1])
@@ -275,6 +269,11 @@ def _several(how: str, items: list[Shape]) -> Shape:
             return ("named", first[1], _joined(how, [value for _, value in named], of_one=True), first[3])
         if len(names) == len(named) and how != "or" and not any(value[0] == "region" for _, value in named):
             return ("assign", tuple((name, _all(value)) for name, value in named))
+        first_names = list(dict.fromkeys(name for name, _ in named))
+        size = len(first_names)
+        if [name for name, _ in named] == first_names * (len(named) // size):  # x = 2, y = 1 or x = 1, y = 2
+            parts = [named[at : at + size] for at in range(0, len(named), size)]
+            return ("many", "or", tuple(("assign", tuple(part)) for part in parts))
     return _joined(how, [_unnamed(item) for item in flat])
 
 

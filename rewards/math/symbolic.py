@@ -104,7 +104,10 @@ class SymbolicWorker:
         process = self._process
         assert process is not None and process.stdin is not None
         if not self._is_ready:
-            self._await_start()
+            self._is_ready = bool((self._receive(time.monotonic() + START_TIMEOUT_S) or {}).get("ready"))
+            if not self._is_ready:
+                self.close()
+                raise SymbolicFault(f"the sympy process was not ready within {START_TIMEOUT_S} s")
         try:
             process.stdin.write(json.dumps({"gold": gold, "prediction": prediction}).encode() + b"\n")
             process.stdin.flush()
@@ -133,12 +136,6 @@ class SymbolicWorker:
             env={**kept, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is the trainer's
         )
-
-    def _await_start(self) -> None:
-        if not (self._receive(time.monotonic() + START_TIMEOUT_S) or {}).get("ready"):
-            self.close()
-            raise SymbolicFault(f"the sympy process was not ready within {START_TIMEOUT_S} s")
-        self._is_ready = True
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
         """One message; {} if the process has ended, None at the deadline."""

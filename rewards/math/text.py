@@ -70,19 +70,14 @@ def clean(text: str) -> str:
     if "U" in text:
         text = _CUP_U.sub(r"\\cup ", text)
     if _RARE.search(text):
-        text = _without_rarities(text)
+        for sign in _IMPLIES:  # of a => b, b is the answer
+            text = text.rpartition(sign)[2]
+        text = _MODULO.sub(r"\\pmod{\1}", text.replace("{:}", ":"))
+        text = _PRIMES.sub(lambda match: "'" * match.group().count("prime"), text)
+        text = _MERIDIEM.sub(r"\1m", text)
     if "or" in text or "and" in text:
         text = _GLUED_OR.sub(lambda match: r" \lor " if match.group(1) == "or" else r" \land ", text)
     return respelled(_strip(text))
-
-
-def _without_rarities(text: str) -> str:
-    """Rewrites rare notations in a uniform way. Of a => b, b is the answer."""
-    for sign in _IMPLIES:
-        text = text.rpartition(sign)[2]
-    text = _MODULO.sub(r"\\pmod{\1}", text.replace("{:}", ":"))
-    text = _PRIMES.sub(lambda match: "'" * match.group().count("prime"), text)
-    return _MERIDIEM.sub(r"\1m", text)
 
 
 def _without_delimiters(text: str) -> str:
@@ -120,7 +115,8 @@ _SPACES = re.compile(r"(?:\\[,;:!> ]|[\s~]|\\q?quad(?![a-zA-Z]))+")
 _ARTICLE = re.compile(r"^(?:an?|the|on|in|at) (?=[a-z]{3})")
 _NOUN = re.compile(r"(?<=[a-z]) (?:conditions?|triangles?)$")
 _ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)(?![a-z])")
-_SYNONYMS = {"dne": "does not exist"}
+_SYNONYMS = {"dne": "does not exist", "infinitely many solutions": "infinitely many"}
+_FILLING = re.compile(r"^(?:there (?:is|are)|the limit) ")
 _LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
@@ -138,7 +134,7 @@ def text_key(text: str) -> str:
     text = _NOUN.sub("", _LOOSE_SPACE.sub("", text))
     if len(text) < 2:
         return text
-    key = _ARTICLE.sub("", _ORDINAL.sub("", text.casefold()))
+    key = _ARTICLE.sub("", _FILLING.sub("", _ORDINAL.sub("", text.casefold())))
     return _SYNONYMS.get(key, key)
 
 
@@ -172,7 +168,7 @@ Omega :: (?<=\d)GAPSTYLED([kM]?)\}?GAP\\Omega\b\s*(?=$|[,;.}]) => \\text{ \1Ω}
 C :: (?:\{\s*\}|(?<![\w)}\]'\s|]))[_^]\s*\{?(\w+)\}?\s*\\?(?:mathrm)?\{?C\}?_\{?(\w+)\}? => \\binom{\1}{\2}
 angle :: (?<=\d)\s*\\angle\s*(?=-?(?:\d|\\[dt]?frac|\\pi)) => \\operatorname{cis}
 underbrace :: \\underbrace\s*(\{.*\})_\s*\{(?:[^{}]|\{[^{}]*\})*\} => \1
-overset :: \\overset\s*\{[^{}]*\} => 
+overset :: \\overset\s*\{\s*(?:\\[a-z]+|[^{}\w\\]+)\s*\} => 
 \math :: \\math(?:bf|rm)\{(\d)\}(?=\d) => \1
 /_ :: ^\^\{?(\w)\}?/_\{?(\w)\}?$ => \\frac{\1}{\2}
 out of :: ^(\d+) out of (\d+)$ => \\frac{\1}{\2}
@@ -181,7 +177,11 @@ the year :: ^the year (\d{1,4})$ => \1
 D :: ^(\d{1,4}) ?A\.? ?D\.?$ => \1
 # :: ^\\?#\s*(\w+)\s*= => |\1|=
 real :: ^BUT (?:x ?= ?)?(.+)$ => \\mathbb{R}\\setminus\\{\1\\}
-only :: ^([IV]+) only$ => \1
+I :: ^(X?(?:I[VX]|V?I{2,3}|VI)|XI|XV)(?: only)?$ => \\text{\1}
+only :: ^([IV]) only$ => \1
+mapsto :: ^(?:\w *: *)?([a-zA-Z]) *\\mapsto *(.+)$ => f(\1)=\2
+> :: ^<([^<>=]+,[^<>=]+)>$ => \\langle \1\\rangle 
+\begin :: \\left\s*\\\{\s*(\\begin(?s:.*)\\end\{\w+\*?\})\s*\\right\s*\.? => \1
 noon :: ^(?:12 )?noon$ => 12:00\\text{ pm}
 midnight :: ^(?:12 )?midnight$ => 12:00\\text{ am}
 . :: ^(\d{1,3})\.(\d{3})\.(\d{3})$ => \1\2\3

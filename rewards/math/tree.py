@@ -35,7 +35,7 @@ Node: TypeAlias = """(
     | tuple[Literal["add", "mul", "set"], Nodes] | tuple[Literal["div", "pow"], Node, Node]
     | tuple[Literal["neg", "fact", "percent", "deg", "transpose"], Node]
     | tuple[Literal["pm"], int, Node | None, Node] | tuple[Literal["big"], str, str, Node, Node, Node]
-    | tuple[Literal["list"], str, Nodes] | tuple[Literal["rel"], Names, Nodes] | tuple[Literal["empty"]]
+    | tuple[Literal["list"], str, Nodes] | tuple[Literal["rel"], Names, Nodes]
     | tuple[Literal["setop"], str, Node, Node] | tuple[Literal["unit"], Node, Unit]
     | tuple[Literal["digits"], str, Fraction] | tuple[Literal["cases"], tuple[tuple[Node, Node], ...]]
 )"""  # pm: sign, a, b of a ± b; big: sum or prod, index, low, high, body; list: joined by "," ";" "or" "and"
@@ -262,8 +262,17 @@ def _product(left: Node, right: Node) -> Node:
     if max(len(left[1]), len(right[1]), len(right[1][0])) > MAX_SIZE:
         raise TooComplex(f"a product of matrices larger than {MAX_SIZE}")
     columns = tuple(zip(*right[1], strict=True))
-    return ("matrix", tuple(tuple(_inner_product(row, column) for column in columns) for row in left[1]))
+    pairs = (tuple(tuple(zip(row, column, strict=True)) for column in columns) for row in left[1])
+    return (
+        "matrix",
+        tuple(tuple(("add", tuple(("mul", p) for p in entry)) for entry in row) for row in pairs),
+    )
 
 
-def _inner_product(row: Nodes, column: Nodes) -> Node:
-    return ("add", tuple(("mul", pair) for pair in zip(row, column, strict=True)))
+def with_columns(node: T) -> T:
+    """A formula of tuples as a formula of column vectors."""
+    if not isinstance(node, tuple) or node[:1] == ("fn",):
+        return node
+    if node[:3] == ("seq", "(", ")"):
+        return cast("T", ("matrix", tuple((entry,) for entry in node[3])))
+    return cast("T", tuple(map(with_columns, node)))

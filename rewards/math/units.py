@@ -38,7 +38,7 @@ g*m2/s3*A 1000 V volt volts; A 1 A amp amps ampere amperes; K 1 K kelvin kelvins
 g/s2*A 1000 T tesla; F 1 F farad farads; g*m2/s3*A2 1000 Ω ohm ohms; g*m2/s2*A 1000 Wb weber; eV 1 eV;
 arcsec 1 arcsecond arcseconds arcsec; arcsec 60 arcminute arcminutes arcmin; mol 1 mol mole moles;
 °C 1 °C celsius; °F 1 °F fahrenheit; m/s 0.44704 mph; m/s 5/18 kmh kph; - 12 dozen dozens;
-- 100 hundred hundreds; - 1000 thousand thousands; - 1000000 million millions;
+- 100 hundred hundreds; - 1000 thousand thousands 千; - 1000000 million millions;
 - 1000000000 billion billions; - 1000000000000 trillion trillions; - 10000 万; - 100000000 亿
 """
 _PREFIXES = {"k": 3, "M": 6, "G": 9, "c": -2, "d": -1, "m": -3, "µ": -6, "u": -6, "n": -9, "p": -12}
@@ -149,7 +149,7 @@ def parse_unit(text: str) -> Unit:
         factor *= entry[1] ** (sign * power) if entry[0] else 1
         power = 1
     is_claim = len(words) > 6 or any(word in CLAIMS or any(c.isdigit() for c in word) for word in words)
-    is_claim = is_claim and words != ["times"]
+    is_claim = (is_claim and words != ["times"]) or text.strip() in ("squared", "cubed")
     stems = frozenset(_stem(word) for word in words)
     pairs = tuple(sorted((name, exponent) for name, exponent in dimensions.items() if exponent))
     return Unit(pairs if known else None, factor if known else Fraction(1), stems, is_claim, count)

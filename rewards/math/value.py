@@ -61,8 +61,11 @@ class Evaluator:
                 return -self.value(inner)
             case ("fn", name, arguments):
                 return _function(self, name, arguments)
+            case ("const", "inf"):
+                raise Undefined("infinity in a formula")
             case ("const", name):
-                return _constant(arithmetic, name)
+                mp = arithmetic.mp
+                return mp.mpc(0, 1) if name == "i" else +(mp.pi if name == "pi" else mp.e)
             case ("deg", inner):
                 turned = arithmetic.combine(self.value(inner), +arithmetic.mp.pi, "*")
                 return arithmetic.combine(turned, Fraction(180), "/")
@@ -116,13 +119,6 @@ def _fold(evaluator: Evaluator, nodes: tuple[Node, ...], op: str) -> Number:
     for node in nodes[1:]:
         total = evaluator.arithmetic.combine(total, evaluator.value(node), op)
     return total
-
-
-def _constant(arithmetic: Arithmetic, name: str) -> Number:
-    if name == "inf":
-        raise Undefined("infinity in a formula")
-    mp = arithmetic.mp
-    return mp.mpc(0, 1) if name == "i" else +(mp.pi if name == "pi" else mp.e)
 
 
 def _big(evaluator: Evaluator, of: tuple[str, str], *, low: Node, high: Node, body: Node) -> Number:

@@ -52,8 +52,8 @@ cmd accent overline bar hat dot ddot widehat tilde; cmd vector vec overrightarro
 op / div; op | mid vert lvert rvert; op << langle; op >> rangle; op \\{ lbrace; op \\} rbrace; op [ lbrack;
 op ] rbrack; op : colon; op ' prime; sym P Pr; mod residue pmod; mod remainder bmod mod; sep or lor vee;
 sep and land wedge; dots ... ldots dots cdots dotsc dotsb vdots ddots hdots; set0 - emptyset varnothing;
-setop cup cup; setop cap cap; setop minus setminus backslash smallsetminus; deg - degree deg; circ - circ;
-pm 1 pm; pm -1 mp; const pi pi; const inf infty infin; const i imath; sym j jmath; big sum sum;
+setop cup cup bigcup; setop cap cap bigcap; setop minus setminus backslash smallsetminus; deg - degree deg;
+circ - circ; pm 1 pm; pm -1 mp; const pi pi; const inf infty infin; const i imath; sym j jmath; big sum sum;
 big prod prod; open floor lfloor; close floor rfloor; open ceil lceil; close ceil rceil; fn zeta zeta;
 fn gamma Gamma; prefix angle angle; prefix triangle triangle; domain R R reals; domain Z Z; domain N N;
 domain Q Q; domain C C; cur £ pounds; cur € euro; cur ¥ yen
@@ -81,7 +81,7 @@ text textbf textit textrm textsf texttt textnormal textup textmd mbox hbox opera
 # Three consecutive letters that are a word and not a product of variables.
 SHORT_WORDS = split("""
 odd yes all one two six ten the any for not day men won sum max min are has cat dog red sun mon tue wed thu
-fri sat
+fri sat dne
 """)
 _COUNTED = """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
@@ -95,7 +95,7 @@ EMPTY_WORDS, REAL_WORDS = frozenset(_NOTHING.split(",")), frozenset(_EVERYTHING.
 INTRODUCTIONS = split("""
 the a an answer is are final approximately about approx roughly nearly equals equal to solution value total
 exactly of so thus hence therefore there option choice letter result maximum minimum largest smallest
-greatest possible sum product area number remainder
+greatest possible sum product area number remainder point
 """)
 
 _SAME_THING = ("or equivalently", "or simply", "equivalently", "that is", "i.e.", "i.e")
