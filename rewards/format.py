@@ -1,8 +1,7 @@
 r"""Rewards for the form of a completion: think block, <think>/<answer>, tag count, \boxed{...}, code fence.
 
-Each is 1 for a well-formed completion and 0 otherwise (tag count: quarters). Text that a reader takes for a
-tag (other case, blanks or invisible characters inside, full-width brackets) counts as a surplus tag. All take
-time linear in the length of the completion.
+Each is 1 for a well-formed completion, else 0 (tag count: quarters), in linear time. Text that a reader takes
+for a tag (other case, blanks or invisible characters inside, full-width brackets) counts as a surplus tag.
 """
 
 from __future__ import annotations
@@ -12,8 +11,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from rewards.code.extract import TAGS, VERSION, fenced_blocks
 from rewards.completion import completion_text
 from rewards.math.boxes import closing_brace
+from rewards.math.extract import extract
+from rewards.math.lex import lex
+from rewards.math.text import clean
+from rewards.math.tree import MathError
 from rl.types import Reason, Reward
 
 _UNSEEN = (  # white space, controls, joiners, direction marks, fillers, variation selectors, tag characters
@@ -21,8 +25,7 @@ _UNSEEN = (  # white space, controls, joiners, direction marks, fillers, variati
     "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 UNSEEN, SEEN = re.compile(f"[{_UNSEEN}]+"), re.compile(f"[^{_UNSEEN}]")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-SPACING_COMMANDS = re.compile(r"\\(?:[,;:! ]|q?quad(?![a-zA-Z])|(?:text|mathrm|hspace|phantom)(?=\s*\{))")
+FORM_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OPEN_R1_TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
 
 
@@ -60,7 +63,7 @@ def _check_tags(text: str, *names: str) -> None:
             if (count := text.count(tag)) != 1:
                 raise ValueError(f"{tag} occurs {count} times" if count else f"no {tag}")
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    if plain.count("<") == sum(text.count(tag) for tag in TAGS):
+    if plain.count("<") == sum(text.count(tag) for tag in FORM_TAGS):
         return  # every bracket belongs to a proper tag
     shown = UNSEEN.sub("", plain).casefold()
     for name in names:
@@ -125,19 +128,25 @@ def answer_part(text: str) -> str:
 
 
 def boxed_format(completions: Sequence[Any], **columns: Any) -> list[Reward]:
-    r"""1 if the last \boxed{...} of the answer is closed and holds visible text."""
+    r"""1 if the last \boxed{...} that the math grader reads is closed and holds visible text."""
     return [_verdict(_check_boxed, completion) for completion in completions]
 
 
 def _check_boxed(text: str) -> str:
-    answer = answer_part(text)
-    start = answer.rfind("\\boxed{")
-    if start < 0:
-        raise ValueError("no \\boxed{")
-    content = braced(answer, start + len("\\boxed"))
-    if is_blank(SPACING_COMMANDS.sub("", content).translate({ord(c): None for c in "{}~$"})):
+    found = extract(answer_part(text), "boxed")
+    if not found.answers:
+        raise ValueError(found.detail)
+    if is_blank("".join(map(_shown, found.answers))):
         raise ValueError("nothing inside \\boxed{}")
-    return content.strip()
+    return ", ".join(found.answers)
+
+
+def _shown(answer: str) -> str:
+    """What a reader sees of a formula: not its spaces, styles and phantoms."""
+    try:
+        return "".join(raw for _, _, raw in lex(clean(answer)) if raw not in "{}")
+    except MathError:
+        return answer
 
 
 def braced(text: str, start: int) -> str:
@@ -153,30 +162,19 @@ def braced(text: str, start: int) -> str:
 
 
 def code_format(completions: Sequence[Any], *, language: str = "python", **columns: Any) -> list[Reward]:
-    """1 if the answer has a closed, non-empty code fence of the language; `language=""` takes any."""
+    """1 if the answer has a closed, non-empty fence that the code grader takes for `language` ("": any)."""
     return [_verdict(_check_code, completion, language) for completion in completions]
 
 
 def _check_code(text: str, language: str) -> str:
-    found, inside, counts = "", False, False
-    body: list[str] = []
-    for line in answer_part(text).split("\n"):
-        stripped = line.strip()
-        if not inside and stripped.startswith("```"):
-            inside, body = True, []
-            named = stripped[3:].strip().casefold()
-            counts = not language or named == language.casefold()
-        elif inside and stripped == "```":
-            inside = False
-            if counts and not is_blank("".join(body)):
-                found = "\n".join(body)
-        elif inside:
-            body.append(line)
-    if inside:
+    blocks = fenced_blocks(answer_part(text))
+    if blocks and not blocks[-1][2]:
         raise ValueError("a code fence is never closed")
-    if not found:
-        raise ValueError(f"no non-empty ```{language} fence")
-    return found
+    tags = TAGS.get(name := VERSION.sub("", language.casefold()), (name,))
+    for tag, code, _ in reversed(blocks):
+        if (not language or tag in tags) and not is_blank(code):
+            return code
+    raise ValueError(f"no non-empty ```{language} fence")
 
 
 def _verdict(check: Any, completion: Any, *arguments: Any) -> Reward:

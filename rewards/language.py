@@ -13,7 +13,7 @@ from typing import Any
 from rewards.completion import completion_text
 from rl.types import Reason, Reward
 
-LATIN = "A-Za-z\u00c0-\u024f\u1e00-\u1eff"
+LATIN = "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u024f\u1e00-\u1eff\ufb00-\ufb06"
 HAN, KANA = "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f", "\u3040-\u30ff\u31f0-\u31ff"
 HANGUL, CYRILLIC, GREEK = "\u1100-\u11ff\uac00-\ud7af", "\u0400-\u052f", "\u0370-\u03ff\u1f00-\u1fff"
 ARABIC, HEBREW = "\u0600-\u06ff\u0750-\u077f", "\u0590-\u05ff"
@@ -34,9 +34,9 @@ NEUTRAL = re.compile(r"```.*?```|\\[A-Za-z]+|</?[a-z]+>|https?://\S+", re.DOTALL
 class LanguageConsistency:
     """Words in the target language / words (DeepSeek-R1, arXiv:2501.12948, section 2.3.2), in 0..1.
 
-    A word is a run of letters; in scripts without spaces each character is a word. Numbers, LaTeX commands,
-    tags and code fences do not count. A completion without words scores 0. Greek letters count as Greek
-    words, in formulas too.
+    A word is a run of letters, which all must be of the target's script; in scripts without spaces each
+    character is a word. Numbers, LaTeX commands, tags and code fences do not count. A completion without
+    words scores 0. Greek letters count as Greek words, in formulas too.
     """
 
     def __init__(self, language: str = "en") -> None:
@@ -44,6 +44,8 @@ class LanguageConsistency:
             known = ", ".join(SCRIPTS)
             raise ValueError(f"language_consistency: language={language!r} is unknown; use one of {known}")
         self.of_target = re.compile(f"[{SCRIPTS[language]}]")
+        others = {*SCRIPTS.values(), KANA} - {HAN + KANA}
+        self.of_another = re.compile(f"[{''.join(each for each in others if each not in SCRIPTS[language])}]")
 
     def __call__(self, completions: Sequence[Any]) -> list[Reward]:
         return [self._score(completion_text(completion)) for completion in completions]
@@ -52,6 +54,6 @@ class LanguageConsistency:
         words = WORD.findall(NEUTRAL.sub(" ", text))
         if not words:
             return Reward(0.0, Reason.NO_ANSWER, "no words")
-        foreign = [word for word in words if not self.of_target.match(word)]
+        foreign = [word for word in words if not self.of_target.match(word) or self.of_another.search(word)]
         share = (len(words) - len(foreign)) / len(words)
         return Reward(share, Reason.SCORED, f"other words: {' '.join(foreign[:5])}" if foreign else "")

@@ -6,52 +6,69 @@ import re
 
 from rl.types import Reason
 
-# Tags of a fence per language; the first is its name.
+# Tags of a fence per language, without a version; the first is its name.
 TAGS: dict[str, tuple[str, ...]] = {
-    "python": ("python", "python3", "py", "py3"),
+    "python": ("python", "py"),
     "c": ("c",),
     "cpp": ("cpp", "c++", "cc", "cxx"),
     "javascript": ("javascript", "js", "node"),
 }
-# Possessive: a long line that is not a fence takes linear, not cubic, time.
-FENCE = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$", re.MULTILINE)
+# In a list or a quotation, too. Possessive: a long line that is not a fence takes linear, not cubic, time.
+FENCE = re.compile(
+    r"^([ \t>]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)?+)(?:[^`\n~]*+(?=```[a-z]))?+"
+    r"(`{3,}+|~{3,}+)[ \t]*+([\w+#.-]*+)[^`\n]*+$",
+    re.MULTILINE | re.IGNORECASE,
+)
+VERSION = re.compile(r"[\d.]+$")
 
 
 def extract_code(text: str, language: str) -> tuple[str | None, Reason]:
     """The last fenced block in `language`, else the last untagged block, else a whole text without fences.
 
-    Only the text after the last `</think>` counts. Without a block, the reason is NO_ANSWER, or TRUNCATED
-    inside `<think>`.
+    Only the text after the last `</think>` counts, without <answer> around it. Without a block, the reason is
+    NO_ANSWER, or TRUNCATED inside `<think>`.
     """
     text = text.replace("\r\n", "\n").rpartition("</think>")[2]
-    if text.lstrip().startswith("<think>"):
+    if re.search(r"(?<![`'\"])<think>", text.partition("```")[0]):
         return None, Reason.TRUNCATED
-    blocks = _blocks(text)
-    if blocks is None:
+    text = text.strip().removeprefix("<answer>").removesuffix("</answer>") if "<answer>" in text else text
+    blocks = fenced_blocks(text, from_prompt=True)
+    if not blocks:
         return (text, Reason.SCORED) if text.strip() else (None, Reason.NO_ANSWER)
     for wanted in (TAGS[language], ("",)):
-        found = [code for tag, code in blocks if tag.lower() in wanted and code.strip()]
+        found = [code for tag, code, _ in blocks if tag in wanted and code.strip()]
         if found:
             return found[-1], Reason.SCORED
     return None, Reason.NO_ANSWER
 
 
-def _blocks(text: str) -> list[tuple[str, str]] | None:
-    """(tag, content) of each fenced block; None without any. The next tag or the end closes an open block."""
-    fences = list(FENCE.finditer(text))
-    if not fences:
-        return None
-    untagged = all(not fence[2] for fence in fences)
-    blocks: list[tuple[str, str]] = []
-    # An odd number of bare fences: the prompt opened the first block.
-    marker, tag, start = ("```", "", 0) if untagged and len(fences) % 2 else ("", "", 0)
-    for fence in fences:
-        closes = marker and not fence[2] and fence[1].startswith(marker)
-        if marker and not closes and not fence[2]:
-            continue  # a shorter or different fence inside the block
+def fenced_blocks(text: str, *, from_prompt: bool = False) -> list[tuple[str, str, bool]]:
+    """(tag without its version, content, is closed) of each fenced block; the next tag ends an open one.
+
+    Args:
+        from_prompt: of an odd number of bare fences, the first closes a block that the prompt opened.
+    """
+    fences = [fence for fence in FENCE.finditer(text) if fence[3] or not fence[1].strip(" \t>")]
+    outer = [bool(fence[3]) or len(fence[1]) < 4 for fence in fences]  # an indented bare fence opens nothing
+    bare = from_prompt and sum(outer) % 2 and not any(fence[3] for fence in fences)
+    blocks: list[tuple[str, str, bool]] = []
+    marker, tag, start, indent = "```" if bare else "", "", 0, ""
+    for fence, opens in zip(fences, outer, strict=True):
+        closes = marker and not fence[3] and fence[2].startswith(marker) and len(fence[1]) < len(indent) + 4
+        is_inside = marker and (not fence[3] or len(fence[1]) >= len(indent) + 4)
+        if not closes and (not opens or is_inside):
+            continue  # a shorter, different or indented fence inside the block
         if marker:
-            blocks.append((tag, text[start : fence.start()]))
-        marker, tag, start = ("", "", 0) if closes else (fence[1], fence[2], fence.end() + 1)
+            blocks.append((tag, _without_indent(text[start : fence.start()], indent), bool(closes)))
+        marker, start, indent = "" if closes else fence[2], fence.end() + 1, fence[1]
+        tag = VERSION.sub("", fence[3].casefold())
     if marker:
-        blocks.append((tag, text[start:]))
+        content = re.split(r"(?<=\S)```[ \t]*$", text[start:], maxsplit=1, flags=re.MULTILINE)[0]
+        blocks.append((tag, _without_indent(content, indent), False))
     return blocks
+
+
+def _without_indent(code: str, indent: str) -> str:
+    """The lines of a block without what stands before its fence: the indentation of a list, or ">"."""
+    marks = r"[ \t>]" if ">" in indent else r"[ \t]"
+    return re.sub(rf"^{marks}{{1,{len(indent)}}}", "", code, flags=re.MULTILINE) if indent else code

@@ -152,7 +152,8 @@ def _judge(
     if _continues_prompt(code, tests):
         code = tests.prompt + code
     if sandbox is None:
-        packages = [name for name in options.packages if _mentions(name, code, tests.code, tests.prompt)]
+        words = "\n".join((code, tests.code, tests.prompt))
+        packages = [name for name in options.packages if re.search(rf"\b{re.escape(name)}\b", words)]
         sandbox = shared_sandbox(options, packages=options.packages if packages else ())
     if tests.kind == STDIO:
         source = code.encode("utf-8", "surrogatepass")
@@ -181,7 +182,3 @@ def _continues_prompt(code: str, tests: CodeTests) -> bool:
     # One look at each line after its first `import`: a pattern for both would try every pair of them.
     imported = re.findall(r"\bimport\b(.*)", code)
     return not any(re.search(rf"\b{name}\b", rest) for rest in imported)
-
-
-def _mentions(package: str, *texts: str) -> bool:
-    return any(package in text and re.search(rf"\b{re.escape(package)}\b", text) for text in texts)

@@ -32,8 +32,8 @@ class CodeOptions:
         total_timeout_s: for all stdin/stdout cases of one completion.
         memory_mib: address space beyond the interpreter's own.
         output_mib: each of stdout and stderr.
-        float_tolerance: absolute or relative, for numbers in outputs of types stdio and calls. An infinity
-            equals only itself, NaN nothing.
+        float_tolerance: absolute or relative, for numbers in outputs of types stdio and calls, except two
+            integers. An infinity equals only itself, NaN nothing.
         language: language of completions whose tests name none.
         packages: third-party packages that programs may import if they are installed.
     """
@@ -89,7 +89,10 @@ def judge_outputs(
             stdin = case["input"].encode("utf-8", "surrogatepass")
             left = replace(limits, timeout_s=min(limits.timeout_s, remaining))
             result = sandbox.run_programs([program(stdin)], limits=left)[0]
-            found = fault_of(result) or _compared(result, case["output"], options.float_tolerance)
+            found, actual = fault_of(result), result.stdout.decode("utf-8", "surrogateescape")
+            if found is None and not same_output(actual, case["output"], options.float_tolerance):
+                found = Verdict(Reason.WRONG_ANSWER, f"wrong output {actual[:100]!r}")
+            found = found or Verdict(Reason.CORRECT)
         passed.append(found.reason is Reason.CORRECT)
         if not passed[-1] and first.reason is Reason.CORRECT:
             first = Verdict(found.reason, f"case {index}: {found.detail}")
@@ -97,13 +100,6 @@ def judge_outputs(
             break
     first.passed = passed
     return first
-
-
-def _compared(result: RunResult, expected: str, tolerance: float) -> Verdict:
-    actual = result.stdout.decode("utf-8", "replace")
-    if same_output(actual, expected, tolerance):
-        return Verdict(Reason.CORRECT)
-    return Verdict(Reason.WRONG_ANSWER, f"wrong output {actual[:100]!r}")
 
 
 def judge_calls(code: str, tests: CodeTests, options: CodeOptions, sandbox: Sandbox) -> Verdict:

@@ -23,14 +23,10 @@ COMPILE_MEMORY_MIB = 2048
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """How a program is built and run: lists of words in which {source}, {folder}, {memory_mib} are filled in.
+    """The words of two commands, in which {source}, {folder} and {memory_mib} are filled in.
 
-    Attributes:
-        file: the name of the source file.
-        compile: the compiler's command, or empty.
-        run: the program's command.
-        address_space: False if the runtime reserves far more address space than it uses memory; then the
-            memory limit counts data only.
+    `address_space` is False if the runtime reserves far more addresses than it uses memory; then the memory
+    limit counts data only.
     """
 
     file: str

@@ -36,12 +36,19 @@ KINDS: dict[str, type] = {
     )
 }
 NUMBERS = (int, float, fractions.Fraction, decimal.Decimal)
+FIXED = (*NUMBERS, bool, complex, str, bytes)  # a value of these never changes, so it is asked for once
+OF_PLAIN: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "index": operator.index}
+# Questions whose argument is an expected value: the built-in class underneath answers them.
+JUDGING = """startswith endswith find rfind index rindex count partition rpartition isdisjoint issubset
+    issuperset intersection union difference symmetric_difference""".split()  # noqa: SIM905
 
 
 def _asked(operation: str) -> Callable[..., Any]:
     def ask(self: Remote, *args: Any, **kwargs: Any) -> Any:
         if self._mixed and operation in ABOUT_VALUE:
             raise TypeError(f"{operation} of an object that was computed with a number of the tests")
+        if operation in OF_PLAIN and type(plain := self._plain()) in NUMBERS:
+            return OF_PLAIN[operation](plain)
         return self._link.ask(operation, self._number, args, kwargs)
 
     return ask
@@ -77,15 +84,17 @@ def _computed(operation: str, *, swapped: bool = False) -> Callable[[Remote, Any
 
 class Remote:
     # An object of the solution that stays there. `_number`: its handle, or the path of an entry point.
-    __slots__ = ("_kind", "_link", "_mixed", "_number")
+    __slots__ = ("_fixed", "_kind", "_link", "_mixed", "_number")
 
     def __init__(self, link: Any, number: int | str) -> None:
-        for name, value in (("_link", link), ("_number", number), ("_kind", None), ("_mixed", False)):
+        for name, value in zip(Remote.__slots__, (None, None, link, False, number), strict=True):
             object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in NAMES:
             raise AttributeError(name)
+        if name in JUDGING and type(plain := self._plain()) is not Remote and hasattr(plain, name):
+            return getattr(plain, name)
         return self._link.ask("getattr", self._number, (name,))
 
     def __iter__(self) -> Any:
@@ -127,7 +136,12 @@ class Remote:
         return self._link.ask("deepcopy", self._number)
 
     def _plain(self) -> Any:
-        return self._link.ask("plain", self._number)
+        if self._fixed is None:
+            plain = self._link.ask("plain", self._number)
+            if type(plain) not in FIXED:
+                return plain
+            object.__setattr__(self, "_fixed", plain)
+        return self._fixed
 
 
 for _name in ASKED:

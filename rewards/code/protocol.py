@@ -2,8 +2,8 @@
 
 Neither end trusts the other. Frames have a maximal size. Decoding makes only built-in values, `Remote`
 handles of objects that stay in the solution, and objects of classes that the decoding side itself defines. A
-value whose class overrides `__eq__`, `__repr__` or arithmetic arrives as the plain value
-underneath, or as a handle that equals nothing else.
+value whose class overrides `__eq__`, `__repr__` or arithmetic arrives as the plain value underneath, or as a
+handle that equals nothing else.
 
 A value is a JSON scalar (None, bool, int, float, str) or `[tag, ...]`; objects of shared classes go into a
 table beside it, so that linked lists, deep trees and cycles become flat.
@@ -262,10 +262,14 @@ class Decoder:
     def decode_message(self, values: list[Any], objects: list[Any]) -> list[Any]:
         """The decoded `values`. Raises BadValue for anything that an `Encoder` would not send."""
         try:
-            self._objects = [self._new(entry[0]) for entry in objects]
+            self._objects = [object.__new__(self._classes[entry[0]]) for entry in objects]
             for made, (_, attributes) in zip(self._objects, objects, strict=True):
                 for name, value in self._mapping(attributes).items():
-                    if type(name) is not str or name.startswith("__"):
+                    if (
+                        type(name) is not str
+                        or name.startswith("__")
+                        or callable(getattr(type(made), name, None))
+                    ):
                         raise BadValue(f"attribute {name!r}")
                     object.__setattr__(made, name, value)
             return [self.decode(value) for value in values]
@@ -279,9 +283,6 @@ class Decoder:
             return value
         make = _MAKE.get(value[0])
         return self._resolve(value[0], value[1]) if make is None else make(self, value)
-
-    def _new(self, name: str) -> Any:
-        return object.__new__(self._classes[name])
 
     def _list(self, values: list[Any]) -> list[Any]:
         if type(values) is not list:

@@ -15,7 +15,8 @@ from typing import Any
 from rewards.code.objects import KINDS, Remote
 from rewards.code.protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
-# These could end a loop of the tests early, or the tests themselves; so they arrive as RuntimeError.
+# These could end a loop of the tests early, or the tests themselves; so they arrive as RuntimeError, as does
+# what unittest takes for a skipped test.
 CONTROL_FLOW = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt"}
 MAX_BASES, MAX_EXCEPTIONS = 20, 1000
 SEED = random.seed
@@ -37,11 +38,7 @@ class Misuse(Exception):
 
 
 class Link:
-    """Asks the solution, one question at a time.
-
-    Attributes:
-        fault: the first fault of the solution; once set, every question raises it again.
-    """
+    """Asks the solution, one question at a time. After its first `fault`, every question raises it again."""
 
     def __init__(self, channel: Channel, on_first_call: Callable[[], None]) -> None:
         self.channel = channel
@@ -137,7 +134,8 @@ class Link:
         if kind == "missing":
             raise SolutionFault("missing", f"the solution does not define {target}")
         if kind == "fatal" and len(reply) == 3:
-            raise SolutionFault("fatal", f"{_first_name(reply[1])}: {reply[2]}")
+            names = reply[1] if type(reply[1]) is list and reply[1] else ["error"]
+            raise SolutionFault("fatal", f"{str(names[0])[:100]}: {reply[2]}")
         raise SolutionFault("bad_value", str(reply[1])[:200] if kind == "bad" else "a malformed answer")
 
     def _accept(self, reply: list[Any], args: tuple[Any, ...]) -> Any:
@@ -157,7 +155,8 @@ class Link:
         """The nearest built-in exception. `content`: its message, then encoded arguments and attributes."""
         names = [name for name in names if type(name) is str] if type(names) is list else []
         message, args, attributes = content
-        kind: Any = RuntimeError if CONTROL_FLOW.intersection(names) else self._exception_class(names)
+        ends = any(name in CONTROL_FLOW or name.startswith("unittest.") for name in names)
+        kind: Any = RuntimeError if ends else self._exception_class(names)
         text = str(message) if kind is not RuntimeError or not names else f"{names[0]}: {message}"
         args, attributes = Decoder(self._resolve, self._classes).decode_message([args, attributes], [])
         error: Exception = RuntimeError(text)  # UnicodeError and the like take five arguments
@@ -272,14 +271,10 @@ class Link:
 
 def _update(original: Any, update: Any) -> None:
     """Gives a mutable argument the contents that the solution left in it."""
-    for kind in (list, bytearray):
-        if isinstance(original, kind) and isinstance(update, kind):
-            original[:] = update  # pyright: ignore[reportIndexIssue]
-            return
-    for kind in (dict, set, collections.deque):
+    for kind in (list, bytearray, dict, set, collections.deque):
         if isinstance(original, kind) and isinstance(update, kind):
             original.clear()
-            (original.extend if isinstance(original, collections.deque) else original.update)(update)
+            (original.extend if hasattr(original, "extend") else original.update)(update)  # pyright: ignore
             return
     if type(original) is not type(update):
         raise BadValue("an argument changed its type")
@@ -288,7 +283,3 @@ def _update(original: Any, update: Any) -> None:
         return
     for name, value in parts_of(update).items():
         object.__setattr__(original, name, value)
-
-
-def _first_name(names: Any) -> str:
-    return str(names[0])[:100] if type(names) is list and names else "error"

@@ -1,32 +1,36 @@
 """Runs the tests of a dataset against a solution in another process; this process is in the sandbox, too.
 
 The tests see the solution through proxies (`rewards.code.remote`); every comparison happens here, between
-values that the protocol has rebuilt from plain data. The verdict goes to descriptor 5, which the solution
-does not have.
+values that the protocol has rebuilt from plain data. The solution lacks descriptor 5, for the verdict.
 
-Tests are a script of asserts, `check(candidate)` as in HumanEval, `test_*` functions, `unittest` classes, or
-data (`cases` of arguments and expected outputs).
+Tests are a script of asserts, `check(candidate)` as in HumanEval, functions and classes for pytest, cases of
+unittest, or data (`cases` of arguments and expected outputs).
 """
 
 from __future__ import annotations
 
 import ast
+import asyncio
+import inspect
 import json
 import os
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from rewards.code.compare import same_value
-from rewards.code.namespace import Namespace
+from rewards.code.namespace import MODULE, Namespace
 from rewards.code.objects import Remote
 from rewards.code.protocol import Channel
 from rewards.code.remote import OWN, SEED, Link, Misuse, SolutionFault
 from rewards.code.soft_asserts import Sites, soften
 
 VERDICT = 5
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NOT_RUN = ("__unittest_skip__", "__unittest_expecting_failure__")  # as decorators of the tests say
 MAX_DETAIL = 500
 # What may outlast a script of tests: attributes that it sets, except on its own `self`, and settings of the
 # interpreter and the library.
@@ -81,13 +85,13 @@ def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
     for index, case in enumerate(given["cases"]):
         try:
             value = call(*case.get("args", ()), **case.get("kwargs", {}))
-            passed.append(same_value(value, case["output"], given["tolerance"]))
-            if not passed[-1]:
-                detail = detail or f"case {index}: wrong value {_brief(value)}"
+            is_same = same_value(value, case["output"], given["tolerance"])
+            problem = "" if is_same else f"wrong value {repr(value)[:100]}"
         except Exception as error:
-            passed.append(False)
-            detail = detail or f"case {index}: {_described(error)}"
-        if not passed[-1] and not given["partial"]:
+            problem = _described(error)
+        passed.append(not problem)
+        detail = detail or (problem and f"case {index}: {problem}")
+        if problem and not given["partial"]:
             break
     return {"outcome": "passed" if all(passed) else "failed", "passed": passed, "detail": detail}
 
@@ -95,15 +99,11 @@ def _run_cases(given: dict[str, Any], link: Link) -> dict[str, Any]:
 def _run_code(given: dict[str, Any], link: Link) -> dict[str, Any]:
     source, entry_point = given["code"], given["entry_point"]
     sites = Sites()
-    tree = ast.Module([], [])
     try:
-        if given["partial"] or _has_more_than_a_script(source, entry_point):
-            tree = _without(ast.parse(source, "<tests>"), entry_point)
-            if given["partial"]:
-                tree.body = soften(tree.body, sites)
-            code = compile(tree, "<tests>", "exec", dont_inherit=True)
-        else:
-            code = compile(source, "<tests>", "exec", dont_inherit=True)
+        tree = _without(ast.parse(source, "<tests>"), entry_point)
+        if given["partial"]:
+            tree.body = soften(tree.body, sites)
+        code = compile(tree, "<tests>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError) as error:
         return {"outcome": "bad_gold", "detail": f"the tests do not compile: {_described(error)}"}
     namespace = Namespace(
@@ -150,52 +150,91 @@ def _run_prompt(prompt: str, entry_point: str, namespace: Namespace) -> None:
 
 
 def _without(tree: ast.Module, name: str) -> ast.Module:
-    """The module without its own definition of `name`, so that the solution's is tested."""
-    tree.body = [node for node in tree.body if getattr(node, "name", None) != name]
+    """The module without its own definition of `name`, so that the solution's is tested, without calls of
+    unittest.main, whose part `_collected` takes, and with tests under `if __name__ == "__main__"` unwrapped.
+    """
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "unittest"]
+    runners = ("unittest.main(", "main(") if imports else ("unittest.main(",)
+    asserting = {getattr(node, "name", None) for node in tree.body if _asserts(node)}
+    found: list[ast.stmt] = []
+    for node in tree.body:
+        if isinstance(node, ast.If) and "'__main__'" in ast.unparse(node.test):
+            found += node.body if _asserts(node) or _called([node]) & asserting else [node]
+        elif getattr(node, "name", None) != name:
+            found.append(node)
+    tree.body = [n for n in found if not (isinstance(n, ast.Expr) and ast.unparse(n).startswith(runners))]
     return tree
 
 
-def _has_more_than_a_script(source: str, entry_point: str) -> bool:
-    """Whether `source` may need more than a run from top to bottom: it holds an uncalled test function, a
-    class, or a stub of the solution. (Parsing a tree takes three times as long as compiling.)
-    """
-    lines = "\n" + source
-    uncalled_check = "\ndef check(" in lines and "\ncheck(" not in lines
-    stub = bool(entry_point) and f"\ndef {entry_point}(" in lines
-    return uncalled_check or stub or "\nclass " in lines or "\ndef test" in lines or "\nasync def" in lines
+def _asserts(node: ast.stmt) -> bool:
+    return any(isinstance(part, ast.Assert) for part in ast.walk(node))
+
+
+def _called(nodes: Iterable[ast.AST]) -> set[str | None]:
+    calls = (part for node in nodes for part in ast.walk(node) if isinstance(part, ast.Call))
+    return {call.func.id for call in calls if isinstance(call.func, ast.Name)}
 
 
 def _collected(tree: ast.Module, namespace: Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of each test for a runner: uncalled `check(candidate)` and `test*`, unittest cases."""
-    script = (node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef))
-    calls = (node for part in script for node in ast.walk(part) if isinstance(node, ast.Call))
-    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name not in called:
-            function = namespace[node.name]
-            parameters = [argument.arg for argument in node.args.posonlyargs + node.args.args]
-            required = parameters[: len(parameters) - len(node.args.defaults)]
+    """(name, call) of each uncalled test: `check(candidate)`, `test*`, of classes `Test*`, unittest cases."""
+    definitions = [node for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    called = _called(node for node in tree.body if definitions and node not in definitions)
+    unittest, result = sys.modules.get("unittest"), None
+    if unittest:
+        result = unittest.suite._DebugResult()  # remembers whose setUpClass has run, and raises
+        result._testRunEntered = True
+        sys.modules[MODULE].__dict__["setUpModule"] = dict.get(namespace, "setUpModule")
+    for node in definitions:
+        if isinstance(node, FUNCTIONS) and node.name not in called:
+            function, required = namespace[node.name], _required(node)
             if (node.name == "check" and len(required) == 1) or required == ["candidate"]:
-                yield node.name, lambda function=function: function(namespace["candidate"])
+                yield node.name, partial(_run, function, namespace["candidate"])
             elif node.name.startswith("test") and not required:
-                yield node.name, function
+                yield node.name, partial(_run, function)
             elif node.name.startswith("test") and not any(
                 isinstance(part, ast.Name) and part.id == node.name for part in ast.walk(tree)
             ):
                 raise Misuse(f"{node.name} needs the fixtures of pytest {', '.join(required)}")
-        if isinstance(node, ast.ClassDef) and "unittest" in sys.modules:
+        if isinstance(node, ast.ClassDef):
             found = namespace[node.name]
-            if isinstance(found, type) and issubclass(found, sys.modules["unittest"].TestCase):
-                for case in sys.modules["unittest"].defaultTestLoader.loadTestsFromTestCase(found):
-                    yield f"{node.name}.{case._testMethodName}", case.debug
+            if unittest and isinstance(found, type) and issubclass(found, unittest.TestCase):
+                for case in unittest.defaultTestLoader.loadTestsFromTestCase(found):
+                    parts = (case, getattr(case, case._testMethodName))
+                    if not any(getattr(part, mark, None) for part in parts for mark in NOT_RUN):
+                        run = partial(unittest.TestSuite([case]).run, result, True)
+                        yield f"{node.name}.{case._testMethodName}", run
+            elif (
+                node.name.startswith("Test") and node.name not in called and found.__init__ is object.__init__
+            ):
+                yield from _methods(found)
+
+
+def _methods(kind: type) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Those of a class for pytest and of its bases."""
+    for name in dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base)):
+        if name.startswith("test") and callable(method := getattr(kind, name)):
+            taken = [p.name for p in inspect.signature(method).parameters.values() if p.default is p.empty]
+            if len(taken) > 1:
+                raise Misuse(f"{name} needs the fixtures of pytest {taken[1:]}")
+            yield f"{kind.__name__}.{name}", partial(_run_method, kind, name)
+
+
+def _required(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    parameters = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+    return parameters[: len(parameters) - len(node.args.defaults)]
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> None:
+    if inspect.iscoroutine(result := function(*arguments)):
+        asyncio.run(result)
+
+
+def _run_method(kind: type, name: str) -> None:
+    case = kind()
+    for step in ("setup_class", "setup_method", name, "teardown_method", "teardown_class"):
+        taken = inspect.signature(function := getattr(case, step, lambda: None)).parameters
+        _run(function, *([getattr(case, name)] if taken and step != name else []))
 
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:MAX_DETAIL]
-
-
-def _brief(value: Any) -> str:
-    try:
-        return repr(value)[:100]
-    except Exception as error:
-        return type(error).__name__

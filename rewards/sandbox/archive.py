@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import marshal
-import sys
 from types import CodeType, ModuleType
 from typing import Any, cast
 
@@ -40,12 +39,3 @@ class ArchiveFinder:
 
     def exec_module(self, module: ModuleType) -> None:
         exec(self.get_code(module.__name__), module.__dict__)
-
-
-def import_only_from(finder: ArchiveFinder) -> None:
-    """Ends imports from files. Built-in, frozen and archived modules can still be imported."""
-    builtin, frozen = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
-    sys.meta_path[:] = [builtin, frozen, cast(Any, finder)]
-    sys.path.clear()
-    sys.path_hooks.clear()
-    sys.path_importer_cache.clear()

@@ -122,20 +122,13 @@ def drop_privileges(own_uid: int, gid: int) -> bool:
 def count_user_tasks() -> int:
     """The number of this user's processes and threads, which RLIMIT_NPROC counts together."""
     uid, total = os.getuid(), 0
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if os.stat(f"/proc/{entry}").st_uid == uid:
-                    total += len(os.listdir(f"/proc/{entry}/task"))
-            except OSError:
-                continue
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{entry}").st_uid == uid:
+                total += len(os.listdir(f"/proc/{entry}/task"))
+        except OSError:
+            continue
     return total
-
-
-def address_space_bytes() -> int:
-    """The virtual size of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def writable_shared_memory() -> list[str]:
@@ -160,7 +153,9 @@ def writable_shared_memory() -> list[str]:
 
 def limit_memory_and_output(memory_bytes: int, output_bytes: int) -> None:
     """Sets hard limits for this process and its children; memory is on top of current use."""
-    lower_limit(resource.RLIMIT_AS, memory_bytes + address_space_bytes())
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    lower_limit(resource.RLIMIT_AS, memory_bytes + mapped)
     lower_limit(resource.RLIMIT_FSIZE, output_bytes)
 
 

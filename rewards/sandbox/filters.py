@@ -62,7 +62,10 @@ def zygote_filter(architecture: int, *, opens: bool, commands: bool = False) -> 
     for name in listed:
         program += block(name, [_returns(ALLOW)])
     for name, flags_index in (("open", 1), ("openat", 2)):
-        program += block(name, [_returns(ALLOW)] if opens else _open_refused(flags_index))
+        # Acts as if there were no files: reading finds none, and writing is not permitted.
+        flags = [(LOAD, 0, 0, FIRST_ARGUMENT_OFFSET + 8 * flags_index), (AND, 0, 0, WRITING_OPEN_FLAGS)]
+        refused = [(JUMP_EQUAL, 0, 1, 0), _returns(ERRNO | errno.ENOENT), _returns(ERRNO | errno.EACCES)]
+        program += block(name, [_returns(ALLOW)] if opens else [*flags, *refused])
     program += block("fcntl", _argument_in(1, (*FCNTL_COMMANDS, *(FCNTL_LOCKS if commands else ()))))
     program += block("ioctl", _argument_in(1, IOCTL_COMMANDS))
     # Through sendto, a datagram pair could reach any datagram socket of the host; a stream pair cannot.
@@ -117,9 +120,3 @@ def _argument_in(index: int, values: Iterable[int], mask: int | None = None) -> 
     for value in values:
         body += [(JUMP_EQUAL, 0, 1, value), _returns(ALLOW)]
     return [*body, _returns(ERRNO | errno.EPERM)]
-
-
-def _open_refused(flags_index: int) -> list[Instruction]:
-    """Acts as if there were no files: reading finds none, and writing is not permitted."""
-    body = [(LOAD, 0, 0, FIRST_ARGUMENT_OFFSET + 8 * flags_index), (AND, 0, 0, WRITING_OPEN_FLAGS)]
-    return [*body, (JUMP_EQUAL, 0, 1, 0), _returns(ERRNO | errno.ENOENT), _returns(ERRNO | errno.EACCES)]

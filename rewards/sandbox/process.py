@@ -89,8 +89,7 @@ class RunResult:
     """How one program ended.
 
     Attributes:
-        exit_code: 0..255, or None after a signal.
-        signal: the signal that ended it, or None.
+        exit_code, signal: 0..255, or the signal that ended it; the other is None.
         timed_out: it was still running at the deadline, or ran out of CPU time.
         killed: the sandbox ended it: at the deadline, or because the program it served had ended.
         truncated: stdout or stderr reached its cap.

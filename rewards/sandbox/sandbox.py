@@ -7,8 +7,8 @@ exceeds its cap.
 There are two tiers, and a probe that tries forbidden actions picks the best that holds: "landlock+seccomp";
 "seccomp", for kernels without Landlock, which refuses every open. Both work without privileges, in containers
 that forbid user namespaces, on x86-64 and aarch64 (where the filters are tested, but were never run). If
-neither works, the sandbox refuses to start and says why; sandlock, bubblewrap and WASM are not supported.
-Programs in other languages need Landlock. Without root all workers share one user's limit of threads.
+neither works, the sandbox does not start. Programs in other languages need Landlock. Without root all workers
+share one user's limit of threads.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class Sandbox:
         judges: of `rewards`, whose `main(source)` judging programs may name, and what those import of it.
         limits: of a program where `run` gives none; those of `run` may be tighter, or longer, not larger.
         commands: run programs in other languages (`run_command`) instead of Python; needs Landlock.
-        packages: third-party modules to import beforehand, such as "numpy"; otherwise only the standard
-            library can be imported.
+        packages: third-party modules to import beforehand, such as "numpy"; no others can be imported.
 
     Raises:
         SandboxError: no tier works on this machine; the message says why.

@@ -32,16 +32,6 @@ def module_named(name: str) -> types.ModuleType:
     return module
 
 
-def exit_status(leaving: SystemExit) -> int:
-    if leaving.code is None:
-        return 0
-    if isinstance(leaving.code, int):
-        return leaving.code & 0xFF
-    with contextlib.suppress(Exception):
-        print(leaving.code, file=sys.stderr)
-    return 1
-
-
 def report_exception() -> None:
     with contextlib.suppress(BaseException):
         sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
@@ -54,7 +44,10 @@ def main(source: bytes) -> int:
     try:
         exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as leaving:
-        status = exit_status(leaving)
+        code = 0 if leaving.code is None else leaving.code
+        status = code & 0xFF if isinstance(code, int) else 1
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
     except BaseException:
         report_exception()
         status = 1
@@ -63,9 +56,11 @@ def main(source: bytes) -> int:
             threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         if atexit._ncallbacks() != NUM_OWN_EXIT_HANDLERS:  # pyright: ignore[reportAttributeAccessIssue]
             atexit._run_exitfuncs()
-        sys.stdout.flush()
+        if not sys.stdout.closed:
+            sys.stdout.flush()
         module.__dict__.clear()  # this flushes files that the program left open
-        cast(Any, sys.__stdout__).flush()
+        if not cast(Any, sys.__stdout__).closed:
+            cast(Any, sys.__stdout__).flush()
     except BaseException:
         report_exception()
         status = status or 120  # as the interpreter does when it cannot flush

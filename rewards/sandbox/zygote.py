@@ -21,7 +21,7 @@ import _signal  # pyright: ignore[reportMissingImports]
 import contextlib
 import fcntl
 import gc
-import importlib
+import importlib.machinery
 import json
 import math
 import mmap
@@ -33,7 +33,7 @@ import socket
 import sys
 import time
 import types
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 if TYPE_CHECKING:
     from rewards.sandbox import archive, confine, filters, judging, reaper
@@ -113,7 +113,10 @@ def _prepare(options: dict[str, Any]) -> tuple[int, int]:
     # Private: what a child writes to its copy after mprotect stays invisible to judges and later children.
     packed = mmap.mmap(options["archive"], 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     os.close(options["archive"])
-    archive.import_only_from(archive.ArchiveFinder(packed))
+    builtin, frozen = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
+    sys.meta_path[:] = [builtin, frozen, cast(Any, archive.ArchiveFinder(packed))]  # no imports from files
+    for known in (sys.path, sys.path_hooks, sys.path_importer_cache):
+        known.clear()
     for name in ("rewards", *(f"rewards.{wing}" for wing in PACKAGES)):
         sys.modules[name].__path__ = []
     for name in () if commands else options["judges"]:

@@ -425,6 +425,11 @@ sys.exit()
 print(sum(map(int, input().split())), flush=True)
 os._exit(0)
 """,
+    "closed streams": """import sys
+print(sum(map(int, input().split())))
+sys.stdout.close()
+sys.stderr.close()
+""",
     "noise on stderr": """import sys
 print('debug', file=sys.stderr)
 print(sum(map(int, input().split())))

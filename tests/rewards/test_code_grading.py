@@ -288,6 +288,10 @@ def test_what_the_prompt_defines_is_no_answer(sandbox: Sandbox) -> None:
         assert run(sandbox, "x = 1", {**ADD_TESTS, "prompt": prompt}).score == 0.0
 
 
+DOCUMENTED = "def f():\n    '''\n    ```\n    f()\n    ```\n    '''"
+TAGGED = DOCUMENTED.replace("```\n    f", "```python\n    f")
+
+
 def test_the_last_block_of_the_language_is_the_answer() -> None:
     texts = {
         "plain = 1": "plain = 1",
@@ -300,11 +304,29 @@ def test_the_last_block_of_the_language_is_the_answer() -> None:
         "x = 0\n```\nsome text\n```python\nx = 3\n": "x = 3\n",
         "````python\ns = '''\n```\n'''\n````": "s = '''\n```\n'''\n",
         "```Python3\r\nx = 1\r\n```": "x = 1\n",
+        "1. Code:\n   ```python\n   def f():\n       return 1\n   ```": "def f():\n    return 1\n",
+        "1.\n\n    ```python\n    if a:\n\n        b()\n    ```": "if a:\n\n    b()\n",
+        "- ```python\n  x = 1\n  ```": "x = 1\n",
+        "\t```python\n\tx = 1\n\t```": "x = 1\n",
+        "> ```python\n> x = 1\n> ```": "x = 1\n",
+        "~~~py\nx = 1\n~~~": "x = 1\n",
+        "```python3.10\nx = 1\n```": "x = 1\n",
+        "Here it is:```python\nx = 1\n```": "x = 1\n",
+        "```python\nx = 1```": "x = 1",
+        "```python\nx = 1```\nThis is `x`.": "x = 1",
+        "<think>a</think><answer>```python\nx = 1\n```</answer>": "x = 1\n",
+        "<think>a</think>\n<answer>\nx = 1\n</answer>": "\nx = 1\n",
+        DOCUMENTED: DOCUMENTED,
+        f"```python\n{DOCUMENTED}\n```": DOCUMENTED + "\n",
+        f"```python\n{TAGGED}\n```": TAGGED + "\n",
+        "x = s.split('<think>')": "x = s.split('<think>')",
     }
     for text, code in texts.items():
         assert extract_code(text, "python")[0] == code, text
     assert extract_code("```javascript\n1\n```", "python") == (None, Reason.NO_ANSWER)
     assert extract_code("<think>```python\nx\n```", "python") == (None, Reason.TRUNCATED)
+    assert extract_code("So. <think>```python\nx\n```", "python") == (None, Reason.TRUNCATED)
+    assert extract_code("```C++17\nint x;\n```", "cpp")[0] == "int x;\n"
 
 
 def test_outputs_compare_by_line_and_numbers_within_the_tolerance() -> None:
@@ -317,6 +339,12 @@ def test_outputs_compare_by_line_and_numbers_within_the_tolerance() -> None:
     assert not same_output("1.1 x", "1 x", 1e-6)
     assert not same_output("nan", "1", 1e-6)
     assert not same_output("1\n2", "1", 1e-6)
+    assert same_output("5\r\n6\r\n", "5\n6") and not same_output("1\x0c2", "1\n2")
+    assert same_output("2.9999999", "3", 1e-6) and same_output("+07", "7", 1e-6)
+    for actual, expected in (("1000000008", "1000000007"), ("1_0", "10"), ("１０", "10")):
+        assert not same_output(actual, expected, 1e-6)
+    assert not same_value([10**9 + 8], [10**9 + 7], 1e-6) and same_value([1e9 + 8], [10**9 + 7], 1e-6)
+    assert same_value({1: 2}, {"1": 2}, 0.0) and not same_value({1: 2, "1": 3}, {"1": 3}, 0.0)
 
 
 @pytest.mark.parametrize("tolerance", [1e-6, 0.5, 10.0])

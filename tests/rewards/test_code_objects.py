@@ -149,3 +149,12 @@ def test_a_crash_does_not_make_the_weights_of_asserts_unusable(sandbox: Sandbox)
         ("def f(x): return x", 1.0),
     ):
         assert grade(code, tests, options=options, sandbox=sandbox).score == score
+
+
+@pytest.mark.parametrize("skipped", ["SkipTest('x')", "case._ShouldStop()"])
+def test_a_skipped_test_is_not_a_share_of_the_tests_passed(sandbox: Sandbox, skipped: str) -> None:
+    row = HOSTILE[f"unittest.{skipped} for a runner"]
+    tests = {"type": "asserts", "entry_point": "add", "code": row["tests"]}
+    options = CodeOptions(timeout_s=30.0, scoring="fraction")
+    assert grade(row["code"], tests, options=options, sandbox=sandbox).score == 0.0
+    assert grade("def add(a, b): return a + b", tests, options=options, sandbox=sandbox).score == 1.0

@@ -208,7 +208,9 @@ def test_an_error_larger_than_the_output_does_not_cut_the_verdict(sandbox, scori
     assert (reward.score, reward.reason is Reason.BAD_GOLD) == (0.0, False), reward
 
 
-@pytest.mark.parametrize("text", ["import " * 12_000, f"{'~' * 12_000}{' ' * 12_000}{'w' * 12_000}`"])
+@pytest.mark.parametrize(
+    "text", ["```\n" * 50_001, "import " * 12_000, f"{'~' * 12_000}{' ' * 12_000}{'w' * 12_000}`"]
+)
 def test_a_long_line_costs_its_length_and_not_the_square(sandbox, text):
     asserts = {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3) == 5"}
     asserts["prompt"] = "def add(a, b):\n"

@@ -123,6 +123,13 @@ def test_tag_count_gives_a_quarter_for_each_tag_that_occurs_once(text, expected)
         (r"<think>\boxed{3}</think> 3", 0.0),
         (r"<think>\boxed{3}", 0.0),
         (r"boxed{3}", 0.0),
+        (r"\boxed {5} or \fbox{5}", 1.0),
+        (r"\boxed 5", 1.0),
+        (r"\boxed{\pi}", 1.0),
+        (r"\boxed{?}", 1.0),
+        *((rf"\boxed{{{hidden}}}", 0.0) for hidden in (r"\phantom{5}", r"\vphantom{5}", r"\hspace{1cm}")),
+        *((rf"\boxed{{{hidden}}}", 0.0) for hidden in (r"\mathbf{ }", r"\displaystyle", "\u3164", "~")),
+        (r"% \boxed{5}", 0.0),
     ],
 )
 def test_boxed_form_needs_balanced_braces_around_something_visible(text, expected):
@@ -145,6 +152,16 @@ def test_boxed_form_extracts_the_last_box():
         ("```python\nx\n", {}, 0.0),
         ("<think>```python\nx\n```</think>\nnone", {}, 0.0),
         ("x = 1", {}, 0.0),
+        ("~~~python\nx\n~~~", {}, 1.0),
+        ("1. So:\n\n    ```py\n    x\n    ```", {}, 1.0),
+        ("```python3.12\nx\n```", {}, 1.0),
+        ("````python\nx\n```\ny\n````", {}, 1.0),
+        ("```js\nx\n```", {"language": "javascript"}, 1.0),
+        ("```python3\nx\n```", {"language": "python3"}, 1.0),
+        ("```c99\nx\n```", {"language": "c99"}, 1.0),
+        ("```c99\nx\n```", {"language": "cpp"}, 0.0),
+        ("```python\nx\n```\n```", {}, 0.0),
+        ("x\n```", {"language": ""}, 0.0),
     ],
 )
 def test_code_form_needs_a_closed_fence_of_the_language(text, options, expected):

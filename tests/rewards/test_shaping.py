@@ -131,6 +131,10 @@ def test_wrong_options_are_errors_when_the_reward_is_loaded(name, options, messa
         ("th", "คำ", 1.0),
         ("en", "3 + 4 = 7", 0.0),
         ("zh", r"<think>\frac{1}{2} 是</think>", 1.0),
+        ("en", "so xответ aдва", 1 / 3),  # a Latin letter does not make a Russian word English
+        ("ru", "ответ xдва", 1 / 2),
+        ("en", "3 µm, ﬁnd, naïve", 1.0),
+        ("ja", "世界 東x", 3 / 4),
         ("zh", "见 https://example.com ```print(x)``` 。", 1.0),
     ],
 )
