@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from rollout.vllm.lock import LOCK, RECEIVER
+from rollout.vllm.lock import LOCK, RECEIVER, SCHEDULER
 
 START_S = 240.0
 
@@ -57,6 +57,7 @@ class ServerProcess:
             "kv-cache-memory-bytes": "64M",
             "logprobs-mode": "processed_logprobs",
             "stream-interval": 8,
+            "scheduler-cls": SCHEDULER,
         } | options
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *words]

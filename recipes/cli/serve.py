@@ -22,7 +22,7 @@ import httpx
 from rl.phases import PR_SET_PDEATHSIG
 from rl.report.safe_stream import say
 from rollout.vllm.internals import distribution
-from rollout.vllm.lock import LOCK, RECEIVER, TOKEN_FILE, make_token, read_token
+from rollout.vllm.lock import LOCK, RECEIVER, SCHEDULER, TOKEN_FILE, make_token, read_token
 
 SIZES = (
     ("--tensor-parallel-size", "-tp"),
@@ -236,7 +236,7 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
     command += ["--middleware", LOCK, "--worker-extension-cls", RECEIVER]
     # The model's own generation config would add its temperature and penalties.
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--seed", "0"]
-    command += ["--disable-uvicorn-access-log", "--stream-interval", "64"]  # a message takes 0.1 ms of Python
+    command += ["--disable-uvicorn-access-log", "--stream-interval", "64", "--scheduler-cls", SCHEDULER]
     # vLLM versions with this option serve /inference/v1/generate only if it is set; 0.25.1 lacks it.
     options_of = (Path(str(spec.origin)).parent / "entrypoints").glob("*/cli_args.py")
     if any("enable_scale_out" in file.read_text() for file in options_of):

@@ -29,6 +29,13 @@ SleepingPart = Literal["weights", "cache"]
 NOT_FINITE = -9999.0  # what vLLM's API says for a log-prob that is not finite
 UNREAD = (ValueError, KeyError, TypeError, IndexError, AttributeError)  # where an answer is odd
 REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "cache",
+    "vllm:num_preemptions_total": "preemptions",
+    "process_start_time_seconds": "started",  # tells one process from the next
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,3 +292,13 @@ class Core(Protocol):
     def close(self) -> None:
         """Ends the core and its process; safe to call twice."""
         ...
+
+
+def gauges_of(text: str) -> dict[str, float]:
+    """Reads metrics in Prometheus' text form; of several engines behind one server, the largest values."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name = GAUGES.get(line.partition("{")[0].partition(" ")[0])
+        if name is not None:
+            found[name] = max(float(line.rpartition(" ")[2]), found.get(name, 0.0))
+    return found

@@ -27,6 +27,7 @@ RECEIVER = "rollout.vllm.worker.WeightReceiver"  # the worker extension, which a
 OPEN_PATHS = ("/health",)
 MIN_CHARACTERS = 16
 LOCK = "rollout.vllm.lock.RequireToken"
+SCHEDULER = "rollout.vllm.scheduler.make_server_scheduler"  # less Python per token
 SAMPLED = "/cohort/sampled"
 PREFIX = "generate-tokens-"  # vLLM's, before the id that a request gives
 QUIET_TURNS = 5  # of the event loop, in which vLLM takes in what its engine has sent

@@ -1,9 +1,10 @@
-"""vLLM's own scheduler, made to report once per completion instead of once per token, and to do less for it.
+"""vLLM's own scheduler, made to report once per completion, or in a server 64 tokens of it at a time, instead
+of once per token, and to do less for it.
 
 Stock vLLM sends every token of every running completion to its client, and with it three small arrays when
 log-probs are wanted. Building, encoding, decoding and adding up these messages costs more than scheduling
 itself. With 256 completions, each step takes 1.4 ms to encode, 1.1 ms to decode, and 2 ms to add up. Nothing
-here reads a completion before it is finished.
+in this process reads a completion before it is finished.
 
 What is left is Python per token (`python -m tests.bench.scheduling`): with 256 completions it takes longer
 than the GPU. Most of it decides what is never in doubt in the middle of a text. So a completion that stays in
@@ -46,19 +47,32 @@ class Tally:
     logprobs: array[float] = field(default_factory=lambda: array("f"))
     routes: list[np.ndarray] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
+    num_sent: int = 0
 
 
 def make_scheduler(vllm_config: Any, **arguments: Any) -> Any:
     """What vLLM's option `scheduler_cls` names: the stock scheduler, asynchronous or not, made to answer only
     once per completion.
     """
+    # Routes of a step come in one array for all that was scheduled in it; a short cut would lose its row.
+    short_cuts = not internals.returns_routes(vllm_config)
+    return final_only(_stock(vllm_config), short_cuts=short_cuts)(vllm_config=vllm_config, **arguments)
+
+
+def make_server_scheduler(vllm_config: Any, **arguments: Any) -> Any:
+    """The same for `cohort serve`, whose clients read completions while they grow (`in_parts`). The stock
+    scheduler, where a token brings more than its log-prob, or keys and values come from elsewhere.
+    """
+    stock, c = _stock(vllm_config), vllm_config
+    brings_more = internals.returns_routes(c) or c.speculative_config or c.kv_transfer_config
+    return (stock if brings_more else in_parts(stock))(vllm_config=vllm_config, **arguments)
+
+
+def _stock(vllm_config: Any) -> Any:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    stock = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    # Routes of a step come in one array for all that was scheduled in it; a short cut would lose its row.
-    short_cuts = not internals.returns_routes(vllm_config)
-    return final_only(stock, short_cuts=short_cuts)(vllm_config=vllm_config, **arguments)
+    return AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
 
 
 def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
@@ -102,6 +116,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                 self.kv_cache_manager.allocate_slots = self._allocate_slots
 
         def add_request(self, request: Any) -> None:
+            if not self._counts(request):
+                return super().add_request(request)
             parameters = request.sampling_params
             # vLLM searches this list for every token: 5 us for 512 ids, a fifth of all it does for a token.
             parameters.stop_token_ids = frozenset(parameters.stop_token_ids)
@@ -122,6 +138,10 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                 self.waiting.remove_request(request)
                 self.waiting.prepend_request(request)
 
+        def _counts(self, request: Any) -> bool:
+            """Whether its tokens are kept here until they are reported."""
+            return True
+
         def finish_requests(self, *arguments: Any, **named: Any) -> Any:
             aborted = super().finish_requests(*arguments, **named)
             self.tallies = {name: tally for name, tally in self.tallies.items() if name in self.requests}
@@ -129,7 +149,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
             rows = model_runner_output.logprobs
-            model_runner_output.logprobs = None  # vLLM would cut a slice out of it for every request
+            if len(self.tallies) == len(self.requests):
+                model_runner_output.logprobs = None  # vLLM would cut a slice out of it for every request
             logprobs = None if rows is None else rows.logprobs[:, 0].tolist()
             if self.tokens_per_block:
                 self._go_on(scheduler_output, model_runner_output, logprobs)
@@ -195,13 +216,20 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                         tally.logprobs.append(logprobs[rows[output.request_id]])
                 if output.routed_experts is not None:  # often a view of what the next step fills
                     tally.routes.append(np.array(output.routed_experts))
+                if self._is_due(output, tally):
+                    final.append(self._filled(output, tally))
                 if output.finish_reason is not None:
-                    output.routed_experts = np.concatenate(tally.routes) if tally.routes else None
                     del self.tallies[output.request_id]
-                    output.new_token_ids = tally.token_ids
-                    output.kv_transfer_params = {LOGPROBS: tally.logprobs.tobytes(), MARKS: tally.marks}
-                    final.append(output)
             return final
+
+        def _is_due(self, output: Any, tally: Tally) -> bool:
+            return output.finish_reason is not None
+
+        def _filled(self, output: Any, tally: Tally) -> Any:
+            output.routed_experts = np.concatenate(tally.routes) if tally.routes else None
+            output.new_token_ids = tally.token_ids
+            output.kv_transfer_params = {LOGPROBS: tally.logprobs.tobytes(), MARKS: tally.marks}
+            return output
 
         def set_pause_state(self, pause_state: Any) -> None:
             """Marks a resumption, which means new weights; no step is in flight, so the counts are exact."""
@@ -219,3 +247,57 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                     request.update_block_hashes()
 
     return FinalOnlyScheduler
+
+
+def in_parts(stock: Any) -> Any:
+    """A subclass of one of vLLM's schedulers, which reports a first token, then as many at a time as
+    `--stream-interval` says, and the rest at a completion's end. A pause ends only after all that was sampled
+    is reported, so that a part is of one version of the weights.
+
+    Requests that want more than that are left to vLLM: text (and what stops it), log-probs of other tokens.
+    The rank of a sampled token is not kept (0).
+    """
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.outputs import LogprobsLists
+
+    class InPartsScheduler(final_only(stock)):
+        is_paused = False
+
+        def _counts(self, request: Any) -> bool:
+            wanted = request.sampling_params
+            more = wanted is None or wanted.detokenize or wanted.num_logprobs or request.resumable
+            return not (more or getattr(self, "return_sampling_mask", False))
+
+        def _is_due(self, output: Any, tally: Tally) -> bool:
+            return output.finish_reason is not None or not tally.num_sent or bool(output.events)
+
+        def _filled(self, output: Any, tally: Tally) -> Any:
+            begin, tally.num_sent = tally.num_sent, len(tally.token_ids)
+            output.new_token_ids = tally.token_ids[begin:]
+            if tally.with_logprobs and output.new_token_ids:
+                ids = np.array(output.new_token_ids, dtype=np.int32)
+                logprobs = np.array(tally.logprobs[begin:], dtype=np.float32)
+                output.new_logprobs = LogprobsLists(ids[:, None], logprobs[:, None], np.zeros_like(ids))
+            return output
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
+            steps = super().update_from_output(scheduler_output, model_runner_output)
+            interval = self.scheduler_config.stream_interval
+            for name, tally in self.tallies.items():
+                request, number = self.requests[name], len(tally.token_ids) - tally.num_sent
+                if number >= interval or (number and self.is_paused):
+                    step = steps.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
+                    output = EngineCoreOutput(name, [], events=request.take_events())
+                    step.outputs.append(self._filled(output, tally))
+            return steps
+
+        def has_requests(self) -> bool:
+            """Also while there is something to report at a pause, which waits for this."""
+            waits = self.is_paused and any(len(t.token_ids) > t.num_sent for t in self.tallies.values())
+            return waits or super().has_requests()
+
+        def set_pause_state(self, pause_state: Any) -> None:
+            stock.set_pause_state(self, pause_state)
+            self.is_paused = pause_state.name != "UNPAUSED"  # what was preempted waits over any pause
+
+    return InPartsScheduler

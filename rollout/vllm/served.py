@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
+from itertools import cycle
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ import httpx
 from rl.types import SamplingParams
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.vllm.control import CONNECT_S, LEASE_S
-from rollout.vllm.core import NOT_FINITE, UNREAD, Stream, request_body, unread
+from rollout.vllm.core import NOT_FINITE, UNREAD, Stream, gauges_of, request_body, unread
 from rollout.vllm.weight_files import writer_of
 
 GENERATE = "/inference/v1/generate"
@@ -31,16 +33,10 @@ POLL_S = 1.0
 POLL_TIMEOUT_S = 10.0
 RENEW_S = 5.0  # also the time whose tokens are lost with a server
 KEEP_ALIVE_S = 2.0  # a server closes an idle connection after 5 s, perhaps just as a request comes
+NUM_POOLS = 64  # of connections: httpx looks at all of a pool, for each one, whenever a stream begins or ends
 END_S = 5.0  # for the last message of a completion that a server has ended
 LOOP_S = 60.0  # longest wait for the thread of the streams
 UNPROVED = "it sampled with weights that nobody has proved ({})"
-GAUGES = {
-    "vllm:num_requests_running": "running",
-    "vllm:num_requests_waiting": "waiting",
-    "vllm:kv_cache_usage_perc": "cache",
-    "vllm:num_preemptions_total": "preemptions",
-    "process_start_time_seconds": "started",  # tells one process from the next
-}
 T = TypeVar("T")
 
 
@@ -62,7 +58,7 @@ class Server:
         is_gone: nobody listens there, or vLLM says that its engine is dead.
         refusal: a request that it calls wrong, which is not a fault of the server.
         doubt: why `version` is not known any longer.
-        gauges: its latest metrics, by the values of `GAUGES`; None before the first.
+        gauges: its latest metrics, by the values of `core.GAUGES`; None before the first.
     """
 
     def __init__(
@@ -87,13 +83,17 @@ class Server:
         self._streams: dict[str, Stream] = {}
         self._labels: dict[str, int] = {}
         self._loop = asyncio.new_event_loop()
-        self._http = httpx.AsyncClient(
+        make = partial(
+            httpx.AsyncClient,
             base_url=url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             trust_env=False,  # a proxy would learn the token
+            verify=httpx.create_ssl_context(trust_env=False),
         )
+        self._http, *self._pools = [make() for _ in range(1 + NUM_POOLS)]
+        self._turns = cycle(self._pools)
         self._thread = threading.Thread(target=self._run, name=f"streams of {url}", daemon=True)
         self._thread.start()
 
@@ -199,8 +199,8 @@ class Server:
         for task in tasks:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        with suppress(httpx.HTTPError):
-            self._loop.run_until_complete(self._http.aclose())
+        closing = [pool.aclose() for pool in (self._http, *self._pools)]
+        self._loop.run_until_complete(asyncio.gather(*closing, return_exceptions=True))
         self._loop.close()
 
     def _soon(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -241,7 +241,7 @@ class Server:
         """Samples what is left of a completion; then it goes to the sink."""
         body = stream.begin(self._salt())
         try:
-            async with self._http.stream("POST", GENERATE, json=body) as reply:
+            async with next(self._turns).stream("POST", GENERATE, json=body) as reply:
                 if not reply.is_success:
                     await reply.aread()
                     self._raise_for(reply)
@@ -309,7 +309,7 @@ class Server:
                 reply = await self._http.get("/health", timeout=POLL_TIMEOUT_S)
                 reply.raise_for_status()
                 reply = await self._http.get("/metrics", timeout=POLL_TIMEOUT_S)
-                self.gauges = _gauges(reply.text) if reply.is_success else {}
+                self.gauges = gauges_of(reply.text) if reply.is_success else {}
                 self.fault = None if self.fault == before else self.fault  # a stream's, of this moment
                 self.failing_since, self.is_gone = None, False
                 self.answered = time.monotonic()
@@ -338,13 +338,3 @@ class Server:
                 self.distrust(f"it serves {told['holder']} now")
             elif told["holds"] == self.label or writer_of(told["holds"]) not in ("", writer_of(self.label)):
                 self.settle(told["holds"], before)  # else a load is under way
-
-
-def _gauges(text: str) -> dict[str, float]:
-    """Reads metrics in Prometheus' text form; of several engines behind one server, the largest values."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        name = GAUGES.get(line.partition("{")[0].partition(" ")[0])
-        if name is not None:
-            found[name] = max(float(line.rpartition(" ")[2]), found.get(name, 0.0))
-    return found

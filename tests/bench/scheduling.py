@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,18 @@ def settings_for(folder: Path, **more: Any) -> Any:
 
 
 def make_scheduler(
-    settings: Any, *, is_async: bool, short_cuts: bool, num_blocks: int, window: int = 0
+    settings: Any,
+    *,
+    is_async: bool,
+    num_blocks: int,
+    short_cuts: bool = True,
+    window: int = 0,
+    wrapped: Callable[..., Any] | None = None,
+    log_stats: bool = False,
 ) -> Any:
-    """The scheduler of an engine without the engine. `window`: half of the layers see so many tokens."""
+    """The scheduler of an engine without the engine. `window`: half of the layers see so many tokens.
+    `wrapped`: what is made of vLLM's class, in place of one that answers once per completion.
+    """
     from vllm.v1.core.kv_cache_utils import init_none_hash
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -59,13 +68,14 @@ def make_scheduler(
     if window:
         groups.append(KVCacheGroupSpec(["window"], SlidingWindowSpec(sliding_window=window, **shape)))
     stock = AsyncScheduler if is_async else Scheduler
-    return final_only(stock, short_cuts=short_cuts)(
+    ours = wrapped(stock) if wrapped else final_only(stock, short_cuts=short_cuts)
+    return ours(
         vllm_config=settings,
         kv_cache_config=KVCacheConfig(num_blocks, [], groups),
         structured_output_manager=StructuredOutputManager(settings),
         block_size=BLOCK,
         hash_block_size=BLOCK,
-        log_stats=False,
+        log_stats=log_stats,
     )
 
 
@@ -79,13 +89,14 @@ def make_request(name: str, prompt: list[int], parameters: Any) -> Any:
 
 def make_output(names: list[str], tokens: list[list[int]], logprobs: list[float]) -> Any:
     """What a model runner answers to a step."""
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+    column = np.array(logprobs, dtype=np.float32).reshape(-1, 1)
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: row for row, name in enumerate(names)},
         sampled_token_ids=tokens,
-        logprobs=SimpleNamespace(logprobs=np.array(logprobs, dtype=np.float32).reshape(-1, 1)),
+        logprobs=LogprobsLists(np.zeros(column.shape, np.int32), column, np.ones(len(column), np.int32)),
         prompt_logprobs_dict={},
         pooler_output=[],
     )

@@ -6,18 +6,22 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 
 import psutil
 import pytest
+from httpcore._async.connection import AsyncHTTPConnection
 
 from rl.types import SamplingParams
 from rollout.engine import EngineError
 from rollout.vllm import served
 from rollout.vllm.control import NEEDED, Control, ServerDead
 from rollout.vllm.core import Stream
+from rollout.vllm.member import Member
 from rollout.vllm.served import Server
 from tests.waiting import wait_until
 
@@ -66,6 +70,49 @@ def test_metrics_that_cannot_be_read_do_not_end_the_health_checks(say: Say, monk
     http.shutdown()
     http.server_close()
     wait_until(lambda: server.is_gone, "it is known to be gone")
+    server.close()
+
+
+def test_no_variable_chooses_whom_streams_trust(say: Say, monkeypatch: pytest.MonkeyPatch):
+    """Calls of `control` do not read it either; a file that is not there ended the run."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    url = f"http://127.0.0.1:{say({}).server_port}"
+    Server(url, None, salt="s", sink=SimpleQueue()).close()
+
+
+def test_many_streams_cost_no_more_than_few(say: Say, monkeypatch: pytest.MonkeyPatch):
+    """httpx's pool looks at each connection for each other one: 400 in one pool took 400 looks a stream."""
+    looks, is_idle = [], AsyncHTTPConnection.is_idle
+    monkeypatch.setattr(AsyncHTTPConnection, "is_idle", lambda self: looks.append(1) or is_idle(self))
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 400)
+    line = 'data: {"choices": [{"token_ids": [7], "logprobs": null, "finish_reason": "length"}]}\n\n'
+    http = say({served.GENERATE: line})
+    sink: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
+    server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=sink)
+    server.holds(1, "1.a")
+    server.start([Stream(str(n), [5], SamplingParams(1), None, with_logprobs=False) for n in range(400)])
+    ended = [sink.get(timeout=60)[1] for _ in range(400)]
+    assert [stream.token_ids for stream in ended] == [[7]] * 400
+    assert len(looks) < 20 * 400
+    server.close()
+
+
+def test_a_call_is_waited_for_as_long_as_completions_go_on(say: Say):
+    http, answer = say({"/metrics": ""}), Future()
+    server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=SimpleQueue())
+    stream, member = Stream("0", [5], SamplingParams(99), None, with_logprobs=False), Member(server)
+    member.streams["0"] = stream
+
+    def go_on() -> None:
+        for token in range(20):
+            time.sleep(0.1)
+            stream.token_ids.append(token)
+        answer.set_result("done")
+
+    threading.Thread(target=go_on).start()
+    assert member.wait(answer, "a load", timeout_s=1.0) == "done" and len(stream.token_ids) == 20
+    with pytest.raises(ServerDead, match=r"^a load: no answer within timeout_s=0\.3"):
+        member.wait(Future(), "a load", timeout_s=0.3)
     server.close()
 
 

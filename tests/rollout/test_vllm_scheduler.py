@@ -10,12 +10,12 @@ import pytest
 from tiny_llama import make_model, save
 
 from rollout.vllm.internals import NUM_VOID, num_void_attribute, returns_routes
-from rollout.vllm.scheduler import LOGPROBS, MARKS
+from rollout.vllm.scheduler import LOGPROBS, MARKS, in_parts
 from tests.bench.scheduling import BLOCK, make_output, make_request, make_scheduler, settings_for
 from tests.vllm_engines import needs_vllm
 
 pytestmark = needs_vllm
-END = 2
+END, PART = 2, 64
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ class Drive:
     Attributes:
         steps: what every step was, and the state after it.
         answers: what every completion came to.
+        parts: number of tokens in each answer of a completion.
+        held: at every update, how many tokens each completion had brought.
         seen: events that happened.
     """
 
@@ -63,6 +65,7 @@ class Drive:
         self.draw = random.Random(seed + 1)
         self.waiting = list(requests(number, seed))
         self.on_their_way, self.steps, self.answers, self.seen, self.routes = [], [], {}, set(), {}
+        self.parts, self.held = {}, []
         self.add(number // 2)
         for _ in range(3000):
             self.happen()
@@ -104,6 +107,12 @@ class Drive:
         elif event < 0.06:
             self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
             self.take_all()
+            while self.scheduler.has_requests():  # an engine is paused when this has an end
+                self.on_their_way.append(((empty := self.scheduler.schedule()), make_output([], [], [])))
+                assert not empty.total_num_scheduled_tokens
+                self.take()
+            here = self.scheduler.requests
+            self.held.append({name: len(said[0]) for name, said in self.answers.items() if name in here})
             if self.draw.random() < 0.5:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
             self.add(1)
@@ -117,15 +126,18 @@ class Drive:
     def take(self):
         for outputs in self.scheduler.update_from_output(*self.on_their_way.pop(0)).values():
             for output in outputs.outputs:
-                assert output.request_id not in self.answers
                 self.routes[output.request_id] = output.routed_experts
                 ours = output.kv_transfer_params or {}
+                tokens, reason, logprobs, marks = self.answers.get(output.request_id, ([], "None", [], []))
+                assert reason == "None"
+                said = output.new_logprobs.logprobs[:, 0] if output.new_logprobs else ()
                 self.answers[output.request_id] = (
-                    list(output.new_token_ids),
+                    tokens + list(output.new_token_ids),
                     str(output.finish_reason),
-                    np.frombuffer(ours.get(LOGPROBS, b""), "f").tolist(),
-                    list(ours.get(MARKS, [])),
+                    logprobs + np.frombuffer(ours.get(LOGPROBS, b""), "f").tolist() + list(said),
+                    marks + list(ours.get(MARKS, [])),
                 )
+                self.parts.setdefault(output.request_id, []).append(len(output.new_token_ids))
 
 
 def sampled(scheduler, scheduled):
@@ -215,8 +227,130 @@ def test_short_cuts_schedule_and_answer_as_vllm_does(folder, seed):
     found = Drive(ours, seed=seed, depth=2 if is_async else 1)
     wanted = Drive(stock, seed=seed, depth=2 if is_async else 1)
     assert found.answers == wanted.answers and len(found.answers) > 20
+    assert all(len(parts) == 1 for parts in found.parts.values())
     for number, (step, expected) in enumerate(zip(found.steps, wanted.steps, strict=True)):
         assert step == expected, number
+
+
+def server_settings(folder, **more):
+    more |= {"max_model_len": 128, "max_num_batched_tokens": 64, "stream_interval": PART}
+    return settings_for(folder, **more)
+
+
+def scoring_first(stock):
+    """vLLM's scheduler with our order: a prompt that is only scored goes first."""
+
+    class ScoringFirst(stock):
+        def add_request(self, request):
+            super().add_request(request)
+            if request.sampling_params.prompt_logprobs is not None:
+                self.waiting.remove_request(request)
+                self.waiting.prepend_request(request)
+
+    return ScoringFirst
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_server_reports_in_parts_what_vllm_reports_by_token(folder, seed):
+    """Tokens, log-probs and ends are the stock scheduler's, and so is what came before each update."""
+    is_async = seed % 3 != 0
+    settings = server_settings(folder, max_num_seqs=24)
+    options = {"is_async": is_async, "num_blocks": [1000, 120][seed % 2]}
+    found, wanted = (
+        Drive(make_scheduler(settings, wrapped=wrapped, **options), seed=seed, depth=2 if is_async else 1)
+        for wrapped in (in_parts, scoring_first)
+    )
+    assert found.steps == wanted.steps
+    for name, (tokens, reason, *rest) in wanted.answers.items():
+        number = len(tokens) if reason != "None" else len(found.answers[name][0])  # its client has hung up
+        assert found.answers[name][:2] == (tokens[:number], reason)
+        assert found.answers[name][2:] == (rest[0][:number], [])
+    assert found.answers.keys() == wanted.answers.keys() and len(found.answers) > 20
+    assert found.held == wanted.held and any(found.held)
+    num_answers = sum(map(len, found.parts.values()))
+    assert num_answers < 5 * len(found.answers) < sum(map(len, wanted.parts.values()))
+
+
+def test_requests_that_want_more_are_answered_by_vllm(folder):
+    """Text, log-probs of other tokens: one answer for each token, with all that vLLM says of it."""
+    from vllm import SamplingParams
+
+    settings = server_settings(folder, max_num_seqs=8)
+    scheduler = make_scheduler(settings, is_async=False, num_blocks=100, wrapped=in_parts)
+    wishes = {"plain": {}, "text": {"detokenize": True}, "others": {"logprobs": 3}}
+    for name, wish in wishes.items():
+        wanted = SamplingParams(
+            **{"max_tokens": 30, "ignore_eos": True, "detokenize": False, "logprobs": 0} | wish
+        )
+        scheduler.add_request(make_request(name, [5, 6], wanted))
+    ranks = {name: [] for name in wishes}
+    while scheduler.has_requests():
+        scheduled = scheduler.schedule()
+        for step in scheduler.update_from_output(scheduled, sampled(scheduler, scheduled)).values():
+            for output in step.outputs:
+                ranks[output.request_id] += [output.new_logprobs.sampled_token_ranks.tolist()]
+    assert ranks["text"] == ranks["others"] == [[1]] * len(ranks["text"])
+    assert [len(part) for part in ranks["plain"]] == [1, sum(map(len, ranks["plain"])) - 1]
+
+
+def go_on(scheduler, steps, found):
+    """`steps` steps, as many as there are; adds all answers to `found`."""
+    while scheduler.has_requests() and (steps := steps - 1) >= 0:
+        scheduled = scheduler.schedule()
+        for step in scheduler.update_from_output(scheduled, sampled(scheduler, scheduled)).values():
+            found += step.outputs
+    return sum(len(output.new_token_ids) for output in found)
+
+
+@pytest.fixture
+def alone(folder):
+    """`alone(**wish)`: a scheduler with statistics, and one completion of 120 tokens."""
+    from vllm import SamplingParams
+
+    def make(**wish):
+        settings = server_settings(folder, max_num_seqs=8)
+
+        scheduler = make_scheduler(settings, is_async=True, num_blocks=100, wrapped=in_parts, log_stats=True)
+        plain = {"max_tokens": 120, "ignore_eos": True, "detokenize": False}
+        scheduler.add_request(make_request("alone", [5, 6], SamplingParams(**plain | wish)))
+        return scheduler
+
+    return make
+
+
+def test_a_part_is_so_many_tokens_after_a_first(alone):
+    go_on(alone(), 200, found := [])
+    assert [len(output.new_token_ids) for output in found] == [1, PART, 120 - 1 - PART]
+
+
+def test_log_probs_of_chosen_ids_are_answered(alone):
+    """Nobody else wants log-probs, and this one by its ids alone."""
+    go_on(alone(logprob_token_ids=[3, 4]), 200, found := [])
+    assert len(found) == 120 and all(output.new_logprobs for output in found)
+
+
+def test_a_pause_that_waits_ends_with_all_tokens_reported(alone):
+    """What was preempted waits over it, and over the weights that are loaded meanwhile."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler, found = alone(), []
+    go_on(scheduler, 20, found)
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert go_on(scheduler, 50, found) == 20 and not scheduler.has_requests()
+    assert len(scheduler.requests) == 1
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert go_on(scheduler, 200, found) == 120
+
+
+def test_a_preemption_is_told_before_the_completion_ends(alone):
+    """A trainer reads how many there were."""
+    scheduler, found = alone(), []
+    go_on(scheduler, 20, found)
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert go_on(scheduler, PART, found) < 120
+    kinds = [event.type.name for output in found for event in output.events or ()]
+    assert kinds == ["QUEUED", "SCHEDULED", "PREEMPTED", "SCHEDULED"]
 
 
 def test_the_cases_above_hold_what_matters(folder):
