@@ -32,6 +32,7 @@ from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.saved_config import model_config, raw_config
 from rl.diffusion.text import encode_rows, padded_examples
 from rl.store.folder import Evaluation
+from rl.store.metrics import wilson_interval
 from rl.types import Call, Completion, Prompt, SamplingParams
 from rl.world import make_accelerator
 from rollout.chat import end_token_ids, render_prompts
@@ -330,7 +331,7 @@ def fits(policy: DiffusionPolicy, path: Path, *, index: int, ids: Sequence[int],
 def share(right: int, total: int) -> str:
     if not total:
         return "none can be graded"
-    return str(Evaluation.of(0, right, total))
+    return str(Evaluation(0, right / total, *wilson_interval(right, total), total))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from recipes.models import resolve_model
 from rl.config import Config, check_processes
 from rl.config.read import read_config, replaced
 from rl.config.sections import UNPLANNED_TOKENS
-from rl.plan.costs import seconds_of
 from rl.plan.host import check_host, host_share, pinned
-from rl.plan.memory import GIB, MemoryPlan, Planned
-from rl.plan.search import PLANNED, Card, fit, has_choice, is_auto, kept_whole, plan_for, remedy, value_at
+from rl.plan.memory import GIB, Card, MemoryPlan, Planned, plan_memory
+from rl.plan.search import PLANNED, fit, has_choice, is_auto, kept_whole, remedy, seconds_of, value_at
 from rl.plan.sizes import ModelSize, NoPrediction
 from rl.store.folder import has_steps, write_atomically
 from rl.world import World
@@ -129,7 +128,7 @@ def fit_to(config: Planned, card: Card, before: Mapping[str, Any] | None = None)
     chosen = kept | (found or {})
     settled = replaced(config, chosen)
     check_host(size, settled, card.host)
-    plan = plan_for(size, settled, card, length)
+    plan = plan_memory(size, settled, card, length)
     costs = seconds_of(size, settled, card.processes)
     host = said_host(pinned(size, settled), card.host)
     said = said_costs(costs) + host + said_whole(size, settled, card)

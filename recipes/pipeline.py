@@ -34,7 +34,7 @@ from rl.config.read import COMMANDS, differing, dump_config, read_config, valida
 from rl.config.resume import FREE
 from rl.config.traces import PipelineConfig, StageConfig, TracesConfig
 from rl.report.safe_stream import say
-from rl.store.durable import RunLock
+from rl.store.durable import run_lock
 from rl.store.folder import read_result, write_atomically
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -107,7 +107,7 @@ def run(path: str, overrides: Sequence[str] = ()) -> int:
     find_modules_beside(path)
     config = read_config(PipelineConfig, path, overrides)
     stages = resolved(config)
-    with RunLock(config.run_dir):
+    with run_lock(config.run_dir):
         done = [is_done(stage) for stage in stages]
         first = done.index(False) if False in done else len(stages)
         if later := [stage.name for stage in stages[first + 1 :] if stage.folder.exists()]:

@@ -24,7 +24,7 @@ from rl.phases import StopSignal, stop_with_launcher
 from rl.report.display import Display
 from rl.report.safe_stream import say
 from rl.report.verdict import judge_run
-from rl.store.durable import RunLock
+from rl.store.durable import run_lock
 from rl.store.folder import check_whole, claim_config, has_steps, write_config
 from rl.store.manifest import library_versions, unsupported_versions
 from rl.world import World, make_accelerator
@@ -137,7 +137,7 @@ def run_program(
     stop.any_process = world.any
     fitted = settle(world)
     config = fitted.config
-    with RunLock(config.run_dir) if world.is_main else nullcontext():
+    with run_lock(config.run_dir) if world.is_main else nullcontext():
         check_alike(world, config)
         if world.is_main:
             claim_config(config, planned=fitted.planned, change=change)

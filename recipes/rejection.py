@@ -39,7 +39,7 @@ from rl.model.loading import check_config, load_tokenizer
 from rl.phases import StopSignal
 from rl.record import check_faults
 from rl.report.safe_stream import say
-from rl.store.durable import RunLock, written_whole
+from rl.store.durable import run_lock, written_whole
 from rl.store.folder import claim_config, claim_inputs, read_result, write_atomically, write_config
 from rl.store.inputs import Fingerprints, fingerprints
 from rl.store.ledger import Ledger
@@ -93,7 +93,7 @@ def sample(config: TracesConfig, stop: StopSignal) -> int:
     stop.any_process = world.any
     with ExitStack() as stack:
         if world.is_main:
-            stack.enter_context(RunLock(config.run_dir))
+            stack.enter_context(run_lock(config.run_dir))
             claim_config(config, planned=CHOOSING)
         world.wait()
         pool = make_scorer(config)

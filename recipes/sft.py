@@ -34,7 +34,7 @@ from rl.phases import StopSignal
 from rl.report.display import Display
 from rl.report.observer import RunObserver
 from rl.report.safe_stream import say
-from rl.store.durable import RunLock
+from rl.store.durable import run_lock
 from rl.store.folder import claim_inputs, write_atomically
 from rl.store.inputs import file_fingerprints, fingerprints
 from rl.store.manifest import find_fault, write_manifest
@@ -52,7 +52,7 @@ except ImportError as error:
 
 OWN = (
     Metric("sft/loss", "nats/token", "cross-entropy of the answers' tokens, plus the balance loss"),
-    Metric("sft/token_accuracy", "share", "answers' tokens that the model ranks first"),
+    Metric("sft/token_accuracy", "share", "answers' tokens ranked first, as a mean of micro-batches"),
     Metric("sft/tokens", "tokens", "tokens computed so far"),
 )
 NAMES = {
@@ -97,8 +97,7 @@ class RunFiles(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not self.world.is_main or "loss" not in logs:
             return
-        found: dict[str, float] = {NAMES.get(str(name), str(name)): value for name, value in logs.items()}
-        values = {name: value for name, value in found.items() if "/" in name}
+        values = {name: v for key, v in logs.items() if "/" in (name := NAMES.get(str(key), str(key)))}
         self.log.write(state.global_step, values)
         self.observer.step(state.global_step, values)
 
@@ -110,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, *overrides = arguments
         find_modules_beside(path)
         config = read_config(SftConfig, path, overrides)
-        with RunLock(config.run_dir) if is_first() else nullcontext():
+        with run_lock(config.run_dir) if is_first() else nullcontext():
             return train(config, stop)
 
     return recipe_main("recipes.sft", argv, run)

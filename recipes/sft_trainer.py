@@ -17,6 +17,7 @@ from rl.moe.balance import Balancer, Load, Rows, seeing
 from rl.moe.health import Health, routes_of
 from rl.moe.policy import settle_routers
 from rl.moe.routers import find_routers
+from rl.optimizer import lost_to_rounding
 from rl.world import World
 
 SEEN = ("input_ids", "attention_mask", "position_ids")
@@ -37,7 +38,8 @@ class BalancedTrainer(SFTTrainer):
         self.balancer: Balancer | None = None
         self.step_load: Load | None = None
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self.said: list[str] = []
+        named = [(name, p) for name, p in self.plain.named_parameters() if p.requires_grad]
+        self.said = [f"warning: {lost}"] if (lost := lost_to_rounding(named, config.optimizer.lr)) else []
         if not self.sites:
             if asked := config.moe.model_dump(exclude_defaults=True):
                 raise ValueError(
@@ -54,11 +56,11 @@ class BalancedTrainer(SFTTrainer):
             autocast=lambda: self.accelerator.autocast(),
             note=note,
         )
-        partial = config.model.lora is not None
-        trained, moe = settle_routers(self.plain, self.sites, config.moe, partial=partial)
+        lora = config.model.lora
+        trained, moe = settle_routers(self.plain, self.sites, config.moe, partial=lora is not None)
         if not trained:
             self.said.append("routers are frozen, so there is no balance loss")
-        note(check_trained(self.plain, config.model.lora))
+        note(check_trained(self.plain, lora))
         self.balancer = Balancer(self.sites, moe, self.reduced)
         folder = config.run_dir if self.is_world_process_zero() else None
         self.health = Health(folder, top_k=self.sites[0].top_k, num_steps=config.train.steps)

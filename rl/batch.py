@@ -170,15 +170,8 @@ def pack(
     those that `minibatch_of` assigns to it.
 
     Aborted and empty completions are in no denominator. A sequence above the budget gets its own micro-batch.
-
-    Raises:
-        ValueError: the groups do not split into `rules.num_minibatches` equal parts.
     """
-    if minibatch_of is None and len(groups) % rules.num_minibatches:
-        raise ValueError(
-            f"{len(groups)} groups do not split into num_minibatches={rules.num_minibatches} equal parts; "
-            "choose a divisor of prompts_per_step / processes"
-        )
+    assert minibatch_of or len(groups) % rules.num_minibatches == 0, "no equal minibatches (check_processes)"
     share = len(groups) // rules.num_minibatches
     minibatch_of = [i // share for i in range(len(groups))] if minibatch_of is None else minibatch_of
     rows = list(_rows(groups, advantages, rules))
@@ -202,7 +195,9 @@ def _rows(
         is_shared = rules.share_prompts and others and 2 * len(shared) > len(group.prompt.token_ids)
         for g, (completion, advantage) in enumerate(zip(group.completions, of_group, strict=True)):
             if completion.finish_reason != "abort" and completion.token_ids:
-                _check_row(group.prompt, completion, advantage)
+                number = sum(len(row.token_ids) for row in completion.rows)
+                is_one = isinstance(advantage, float | int)
+                assert is_one or len(advantage) == number, f"{len(advantage)} advantages of {number} tokens"
                 in_loss = not (rules.mask_truncated and completion.finish_reason == "length")
                 of_episode = {"in_loss": in_loss, "num_episode_tokens": completion.num_sampled * in_loss}
                 further = (c.prompt_token_ids for c in completion.continuations)
@@ -210,7 +205,7 @@ def _rows(
                 begin = 0
                 for part, (prompt, row) in enumerate(zip(prompts, completion.rows, strict=True)):
                     end = begin + len(row.token_ids)
-                    own = advantage if isinstance(advantage, float | int) else advantage[begin:end]
+                    own = advantage if is_one else advantage[begin:end]
                     made = Row(prompt, row, i, g, own, part=part, **of_episode)
                     yield _behind(replace(prompt, token_ids=shared), made) if is_shared else made
                     begin = end
@@ -228,15 +223,6 @@ def _behind(prompt: Prompt, row: Row) -> Row:
     if not isinstance(advantage, float | int):
         advantage = [0.0] * number + list(advantage)
     return replace(row, prompt=prompt, completion=longer, advantage=advantage, num_context=number)
-
-
-def _check_row(prompt: Prompt, completion: Completion, advantage: Advantage) -> None:
-    number = sum(len(row.token_ids) for row in completion.rows)
-    if not isinstance(advantage, float | int) and len(advantage) != number:
-        raise ValueError(
-            f"a completion of prompt {prompt.id} has {number} tokens and {len(advantage)} advantages; give "
-            "one for the completion, or one for each of its tokens"
-        )
 
 
 def _batch(

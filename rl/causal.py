@@ -23,7 +23,7 @@ from rl.model.adapters import Plan, add_lora, check_adapted, load_adapter
 from rl.model.head import asked_logprobs, head_logprobs
 from rl.model.packed import PACKED
 from rl.model.saving import name_dtype, save_model
-from rl.packed_check import own_logprobs, settled
+from rl.packed_check import own_logprobs, settle_attention
 from rl.policy import Prepared, Scores, Writer
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.together import SummedGradients
@@ -96,7 +96,7 @@ class CausalScorer(nn.Module):
         return hidden_1ND[0, batch.predecessors_L]
 
     def _padded_hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        """All sequences side by side. There is no mask: none sees the padding on its right (`settled`)."""
+        """All sequences side by side, without a mask: none sees the padding on its right (`packed_check`)."""
         layout = batch.layout
         self.check_length(layout.longest)
         fill = int(getattr(self.model.config, "pad_token_id", None) == 0)  # transformers warns of that id
@@ -123,6 +123,7 @@ class CausalPolicy:
     """
 
     redraws = in_step = False
+    settle_attention = settle_attention  # of `rl.packed_check`, which measures log-probs in both ways
 
     def __init__(
         self,
@@ -193,18 +194,6 @@ class CausalPolicy:
             yield
         finally:
             self.set_packed(packed)
-
-    def settle_attention(self, longest: int | None = None) -> str | None:
-        """Turns packed rows on if their log-probs equal those of single sequences; else returns why not.
-
-        Args:
-            longest: tokens of the longest sequence that will be trained on.
-
-        Raises:
-            ValueError: the head is not a plain linear layer, so log-probs from hidden states would be wrong;
-                or attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
-        """
-        return settled(self, longest)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bf16-mixed":

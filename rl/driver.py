@@ -17,11 +17,13 @@ from typing import Any, Protocol
 
 import torch
 
+from rl.optimizer import lost_to_rounding
 from rl.phases import Phases, StopSignal
 from rl.policy import Reference, Trained
 from rl.store.checkpoint import CheckpointStore, CheckpointWriteError, LoadedCheckpoint
 from rl.store.metrics import MetricsLog
 from rl.store.optimizer_state import state_bytes
+from rl.store.rows import RecordLog
 from rl.store.trainer_state import TrainerState, capture_rng, restore_rng
 from rl.types import Observer
 from rl.world import World
@@ -62,12 +64,6 @@ class Progress:
         return time.monotonic() - self.step_began
 
 
-class Log(Protocol):
-    """A file with a row per step."""
-
-    def truncate_after(self, step: int, /) -> Any: ...
-
-
 class Loop(Protocol):
     """A run, whatever it trains.
 
@@ -93,7 +89,7 @@ class Loop(Protocol):
     @property
     def observer(self) -> Observer: ...
     @property
-    def logs(self) -> Sequence[Log]: ...
+    def logs(self) -> Sequence[RecordLog[Any]]: ...
 
     def evaluate(self, step: int) -> None:
         """Measures the weights after `step` steps on held-out data, unless that is done or there is none."""
@@ -119,6 +115,8 @@ def steps(run: Loop) -> Iterator[int]:
     at, total = run.progress, run.config.train.steps
     if at.step == 0 or at.step >= total or every(at.step, run.config.evaluation.every):
         run.evaluate(at.step)
+    if at.step < total and (lost := lost_to_rounding(run.policy.trainable(), run.config.optimizer.lr)):
+        run.observer.warn(lost)
     run.phases.take()  # drops what was timed before the first step
     while at.step < total and not run.stop.requested():
         at.values, at.step_began = {}, time.monotonic()

@@ -14,15 +14,24 @@ from transformers import PreTrainedModel
 
 from rl.batch import MicroBatch, Row, micro_batch_of
 from rl.model.exactness import EAGER_LIMIT, PROBE_LIMIT, moving_rope, switch_lengths, take_long_factors
-from rl.model.loading import nonfinite_parameters, storage_dtype
+from rl.model.loading import context_length, nonfinite_parameters, storage_dtype
 from rl.types import Completion, Prompt, VersionSpan
 from rl.world import World
 
 NUM_BEHIND = 64
 
 
-def settled(policy: Any, longest: int | None) -> str | None:
-    """`CausalPolicy.settle_attention`: sets how the policy computes rows; why not packed, or None."""
+def settle_attention(policy: Any, longest: int | None = None) -> str | None:
+    """A method of `CausalPolicy`: it turns packed rows on if their log-probs equal those of single sequences,
+    else returns why not.
+
+    Args:
+        longest: tokens of the longest sequence that will be trained on.
+
+    Raises:
+        ValueError: the head is not a plain linear layer, so log-probs from hidden states would be wrong; or
+            attention=packed is not exact; or dynamic rotary frequencies forbid `longest`.
+    """
     config, rope = policy.config, moving_rope(policy.model)
     if rope and rope[0] == "longrope" and (longest or 0) > rope[1]:
         take_long_factors(policy.model)
@@ -127,7 +136,8 @@ def _rounding(policy: Any, batch: MicroBatch, plain_L: Float[Tensor, " L"]) -> f
     Those change the shapes of products, hence rounding, hence a tied expert; in a causal model nothing else.
     """
     model, rope = policy.model, moving_rope(policy.model)
-    room = min(_context(model), rope[1] if rope else sys.maxsize) - batch.layout.longest
+    context = context_length(model.config) or sys.maxsize
+    room = min(context, rope[1] if rope else sys.maxsize) - batch.layout.longest
     moved_L = plain_logprobs(model, batch, behind=max(0, min(room, NUM_BEHIND)))
     gap, most = _gap(policy, moved_L, plain_L), 1e-4 if storage_dtype(policy.config) == torch.float32 else 0.1
     most *= plain_L.abs().mean().item()
@@ -152,7 +162,7 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     Args:
         longest: tokens of the longest sequence of the run; None: `PROBE_LIMIT`.
     """
-    config, context = model.config.get_text_config(), _context(model)
+    config, context = model.config.get_text_config(), context_length(model.config) or sys.maxsize
     reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
     extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
     generator = torch.Generator().manual_seed(0)
@@ -168,10 +178,6 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     branch = replace(branch, index=trunk.index, completion=replace(branch.completion, **more))
     blocks[0][1:] = [replace(branch, num_context=len(shared)), replace(trunk, num_context=len(shared) + 1)]
     return micro_batch_of(blocks)
-
-
-def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def plain_logprobs(model: PreTrainedModel, batch: MicroBatch, *, behind: int = 0) -> Float[Tensor, " L"]:

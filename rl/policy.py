@@ -98,10 +98,8 @@ class Policy(Trained, Protocol):
 
     @property
     def shares_prompts(self) -> bool: ...
-
     @property
     def redraws(self) -> bool: ...
-
     @property
     def in_step(self) -> bool: ...
 

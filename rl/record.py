@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl.advantages import group_outcome
+from rl.advantages import ReduceMoments, group_outcome
 from rl.config import AdvantageConfig
 from rl.types import Completion, Reason, Reward, ScoredGroup
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
 COUNTS = {"replaced": "rollout/replaced", "in_flight": "rollout/in_flight", "over_age": "staleness/over_age"}
-Sum = Callable[[list[float]], list[float]]
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:
@@ -64,16 +63,14 @@ def group_metrics(
     }
     if any(weights.values()):  # otherwise only a teacher gives a signal
         ratios |= {
-            "reward/abstained": (sum(r.score is None for _, r in pairs), len(pairs)),
+            "reward/abstained": (sum(r.score is None for _, r in live), len(live)),
             "groups/all_right": (outcomes.count("all_right"), len(outcomes)),
             "groups/all_wrong": (outcomes.count("all_wrong"), len(outcomes)),
             "groups/without_spread": (len(outcomes) - outcomes.count("mixed"), len(outcomes)),
         }
-    maxima = {
-        "completion/length_max": max(lengths, default=0),
-        "staleness/max": max((age for age, _ in ages), default=0),
-    }
-    minima = {"completion/length_min": min(lengths, default=0)}
+    oldest = max((age for age, _ in ages), default=0)
+    maxima = {"completion/length_max": max(lengths, default=0), "staleness/max": oldest}
+    minima = {"completion/length_min": min(lengths)} if lengths else {}
     counted = {metric: counts[name] for name, metric in COUNTS.items() if name in counts}
     counted["tokens/completion"] = sum(c.num_sampled for c, _ in _pairs(sampled))
     values = _moments(scored, world) | world.merged(ratios, maxima=maxima, minima=minima)
@@ -93,10 +90,8 @@ def _episode_metrics(completions: Sequence[Completion], world: World) -> dict[st
         total.update(found)
     if not total["/episodes"]:
         return {}
-    seconds = {name: value for name, value in total.items() if name.startswith("seconds/")}
-    values: dict[str, float] = {
-        f"tools/{name.removeprefix('seconds/')}/seconds": value for name, value in seconds.items()
-    }
+    tools = [name.removeprefix("seconds/") for name in total if name.startswith("seconds/")]
+    values: dict[str, float] = {f"tools/{name}/seconds": total[f"seconds/{name}"] for name in tools}
     values["episode/turns"] = total["/turns"] / total["/episodes"]
     if total["/sampling"]:
         values["episode/wait_share"] = total["/idle"] / total["/sampling"]
@@ -119,7 +114,7 @@ def _moments(scored: Mapping[str, Sequence[float]], world: World) -> dict[str, f
     return values
 
 
-def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: Sum) -> str:
+def check_faults(groups: Sequence[ScoredGroup], max_share: float, sum_over_processes: ReduceMoments) -> str:
     """A sentence with examples if graders failed on some of the completions, else "".
 
     Raises:

@@ -49,30 +49,24 @@ def make_reference(policy: Scoring, *, moves: bool, hosted: bool = False) -> Ref
     """A reference equal to the policy as it is now; with `moves` it will `follow`, so checkpoints save it.
 
     Args:
-        hosted: the layers of a copy stay in host memory, and come to the device one at a time.
+        hosted: the layers of a copy stay in host memory, in the dtype to which autocast casts them unless
+            the copy moves, and come to the device one at a time.
     """
-    if policy.peft_model is not None:
-        return BaseModel(policy)
-    copied = Copy(policy, moves=moves)
-    if hosted:
-        copied.to_host()
-    return copied
+    return Copy(policy, moves=moves, hosted=hosted) if policy.peft_model is None else BaseModel(policy)
 
 
 class Copy:
     """A copy of the policy's model."""
 
-    def __init__(self, policy: Scoring, *, moves: bool) -> None:
+    def __init__(self, policy: Scoring, *, moves: bool, hosted: bool = False) -> None:
         self.policy, self.moves = policy, moves
         hollow = {id(p): nn.Parameter(p.detach(), False) for p in policy.scorer.parameters() if is_hollow(p)}
         self.scorer = copy.deepcopy(policy.scorer, hollow).requires_grad_(False).eval()
-
-    def to_host(self) -> None:
-        """Moves layers to host memory, in the dtype to which autocast casts them, unless the copy moves."""
-        with self.policy.autocast():
-            kind = self.policy.device.type
-            narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        layers_to_host(cast(Any, self.scorer).model, narrow=None if self.moves else narrow)
+        if hosted:
+            with policy.autocast():
+                kind = policy.device.type
+                narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            layers_to_host(cast(Any, self.scorer).model, narrow=None if moves else narrow)
 
     @torch.no_grad()
     def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
@@ -103,8 +97,7 @@ class BaseModel:
 
     @torch.no_grad()
     def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:
-        off: AbstractContextManager[Any] = self.policy.peft_model.disable_adapter()
-        with off:
+        with self.policy.peft_model.disable_adapter():
             return self.policy.score_by(self.policy.scorer, prepared).logprobs_L
 
     def follow(self, policy: Scoring, mixup: float) -> None:

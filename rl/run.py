@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from rl.config import Config
-from rl.driver import Log, Progress
+from rl.driver import Progress
 from rl.phases import Phases, StopSignal
 from rl.policy import Policy, Reference
 from rl.store.checkpoint import CheckpointStore
-from rl.store.folder import Evaluation
+from rl.store.folder import MUCH_CUT, Evaluation
 from rl.store.ledger import Ledger, LedgerStep
 from rl.store.metrics import MetricsLog
 from rl.store.rows import RecordLog
@@ -54,7 +54,7 @@ class Run:
         return {spec.name: spec.weight for spec in self.config.paid_rewards}
 
     @property
-    def logs(self) -> tuple[Log, ...]:
+    def logs(self) -> tuple[RecordLog[Evaluation], ...]:
         return (self.evaluations,)
 
     def evaluate(self, step: int) -> None:
@@ -67,6 +67,12 @@ class Run:
         if self.world.is_main:
             self.evaluations.write(step, found)
             self.observer.heldout(step, found.accuracy, found.low, found.high)
+            if found.truncated > MUCH_CUT:
+                e, limit = self.config.environment, self.config.evaluation.sampling.max_completion_length
+                more = f", environment.max_turns={e.max_turns} or max_turn_length" if e else ""
+                cut = f"{found.truncated:.0%} of the held-out completions were cut, so mostly wrong: raise"
+                text = f"{cut} evaluation.sampling.max_completion_length={limit}{more}"
+                self.observer.warn(text, topic="cut")
         self.world.wait()
 
     def counters(self) -> dict[str, Any]:
@@ -91,7 +97,5 @@ class Run:
         if step < self.num_recorded:
             fault = self.ledger.fault(step) if found is None else ""
             if faults := [text for text in self.world.gather(fault) if text]:
-                self.observer.warn(
-                    f"step {step + 1} is sampled again and may differ from before: {'; '.join(faults)}"
-                )
+                self.observer.warn(f"step {step + 1} is sampled again and may differ: {'; '.join(faults)}")
         return None

@@ -42,10 +42,8 @@ class SummedGradients:
         num_processes: 1: nothing is summed.
     """
 
-    def __init__(
-        self, trainable: Callable[[], Named], num_processes: int, *, bucket_bytes: int = BUCKET_BYTES
-    ) -> None:
-        self.trainable, self.num_processes, self.bucket_bytes = trainable, num_processes, bucket_bytes
+    def __init__(self, trainable: Callable[[], Named], num_processes: int) -> None:
+        self.trainable, self.num_processes = trainable, num_processes
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._missing: list[set[nn.Parameter]] = []
         self._sent: deque[tuple[int, Tensor, Any]] = deque()
@@ -53,7 +51,7 @@ class SummedGradients:
 
     @cached_property
     def buckets(self) -> list[list[nn.Parameter]]:
-        return in_buckets([p for _, p in self.trainable()][::-1], self.bucket_bytes)
+        return in_buckets([p for _, p in self.trainable()][::-1], BUCKET_BYTES)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """A backward pass, which sends buckets if it is the last one. In deterministic mode `finish` does."""

@@ -219,9 +219,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.prompts):
-            raise ValueError(
-                f"{len(self.seeds)} seeds for {len(self.prompts)} prompts; give one seed per prompt"
-            )
+            raise ValueError(f"{len(self.seeds)} seeds for {len(self.prompts)} prompts; give one per prompt")
 
 
 class Team(Protocol):
@@ -229,7 +227,6 @@ class Team(Protocol):
 
     @property
     def rank(self) -> int: ...
-
     @property
     def size(self) -> int: ...
 

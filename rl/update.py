@@ -75,7 +75,7 @@ def update_policy(
     policy that `redraws`, they are computed beforehand. An update without signal on any process changes
     nothing, not even moments; one whose gradient is not finite is skipped and counted.
     """
-    tally, result = Tally(), UpdateResult({})
+    tally, result, norms = Tally(), UpdateResult({}), list[float]()
     draws = range(num_epochs if policy.redraws else 1)
     parts = [
         _part(policy, batch, reference=reference, teacher=teacher, draw=draw)
@@ -92,22 +92,20 @@ def update_policy(
             taught = part.taught[i]
             scores = policy.score(prepared, ids_LK=taught.ids_LK if taught else None)
             output = _loss(loss, part, index=i, scores=scores, teacher=teacher)
-            extra = scores.extra_loss
-            policy.backward(
-                output.loss if extra is None else output.loss + extra, last=i + 1 == len(part.prepared)
-            )
+            policy.backward(output.loss, last=i + 1 == len(part.prepared))
             tally.add(output, scores.metrics)
             result.num_trained_tokens += 0 if prepared.is_idle else len(prepared.batch.columns_L)
             if num_epochs > 1 and part.old[i] is None:
                 part.old[i] = scores.logprobs_L.detach()
-        norm = policy.finish_gradients(max_grad_norm)
-        if math.isfinite(norm):
+        norms.append(policy.finish_gradients(max_grad_norm))
+        if math.isfinite(norms[-1]):
             optimizer.step()
             result.num_updates += 1
         else:
             result.bad_steps += 1
         optimizer.zero_grad(set_to_none=True)
-        result.metrics["policy/grad_norm"] = norm
+    if norms:
+        result.metrics["policy/grad_norm"] = max(norms, key=lambda norm: (not math.isfinite(norm), norm))
     result.metrics |= tally.means(world, result.num_updates + result.bad_steps) | policy.step_metrics()
     result.metrics["memory/peak"] = world.max([peak_memory_gib(policy.device)])[0]
     return result
@@ -155,7 +153,8 @@ def _loss(
         entropy_N=scores.entropy_L if config.entropy_coef > 0 else scores.entropy_L.detach(),
     )
     output = policy_loss(inputs, config=config)
-    return replace(output, loss=output.loss + more, metrics=output.metrics | own)
+    loss = output.loss + more if scores.extra_loss is None else output.loss + more + scores.extra_loss
+    return replace(output, loss=loss, metrics=output.metrics | own)
 
 
 @dataclass
@@ -185,6 +184,6 @@ class Tally:
         ratios = {name: (total.item(), count.item()) for name, (total, count) in self.sums.items()}
         loss = 0.0 if self.loss is None else self.loss.item()
         ratios["policy/loss"] = (loss, num_losses * world.is_main)
-        maxima, minima = ({n: x.item() for n, x in found.items()} for found in (self.maxima, self.minima))
-        values = world.merged(ratios, maxima=maxima, minima=minima)
-        return {name: value for name, value in values.items() if abs(value) != math.inf}
+        maxima = {name: x.item() for name, x in self.maxima.items() if x != -math.inf}
+        minima = {name: x.item() for name, x in self.minima.items() if x != math.inf}
+        return world.merged(ratios, maxima=maxima, minima=minima)

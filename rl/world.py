@@ -162,9 +162,7 @@ def _encode(value: Any) -> bytes:
 
     def put(tensor: Any) -> dict[str, str]:
         if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{type(tensor).__name__} cannot be sent to other processes; JSON and tensors can"
-            )
+            raise TypeError(f"{type(tensor).__name__} cannot go to other processes; JSON and tensors can")
         name = str(len(tensors))
         tensors[name] = tensor.detach().cpu().contiguous().clone()
         return {_TENSOR: name}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from rl.types import Completion, FinishReason, Group, Prompt, SamplingParams, VersionSpan
 from rollout.engine import WEIGHTS_UNKNOWN, Engine, EngineError
-from rollout.stop_strings import cut_at_stop
 
 Sampled = tuple[dict[tuple[int, int], Completion], dict[int, str]]
 """(index of the prompt, of the completion) -> completion, and index of the prompt -> why it failed."""
@@ -65,16 +65,38 @@ def decode_texts(tokenizer: Any, completions: Sequence[Completion], stop: Sequen
 
     Other special tokens stay: graders look for `<think>` or a channel's name.
     """
-    filled = [c for c in completions if c.token_ids]
-    if not filled:
+    made = [c for c in completions if c.token_ids]
+    if not made:
         return
     special = special_ids(tokenizer)
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    ids = [
-        c.token_ids if cut_at_stop(c, tokenizer, stop) else _without_ends(c, ends, special) for c in filled
-    ]
-    for c, text in zip(filled, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
+    ids = [c.token_ids if _cut_at_stop(c, tokenizer, stop) else _without_ends(c, ends, special) for c in made]
+    for c, text in zip(made, tokenizer.batch_decode(ids, skip_special_tokens=False), strict=True):
         c.text = text
+
+
+def _cut_at_stop(c: Completion, tokenizer: Any, stop: Sequence[str]) -> bool:
+    """Cuts a completion after the token that completes its first stop string; returns whether it was cut.
+
+    It was sampled up to its end id or length limit, so nothing that the sampler computes depends on text, and
+    every engine cuts alike. The string and the rest of that token stay. An aborted one is left as it is.
+    """
+
+    def holds(num: int) -> bool:
+        text = tokenizer.decode(c.token_ids[:num], skip_special_tokens=False)
+        return any(string in text for string in stop)
+
+    if not stop or c.finish_reason == "abort" or not holds(len(c.token_ids)):
+        return False
+    # The fewest tokens whose text holds one of the strings.
+    num_kept = bisect_left(range(len(c.token_ids)), True, lo=1, key=holds)
+    ends = [min(end, num_kept) for end in accumulate(span.num_tokens for span in c.version_spans)]
+    c.token_ids, c.loss_mask = c.token_ids[:num_kept], c.loss_mask[:num_kept]
+    c.behavior_logprobs = c.behavior_logprobs[:num_kept]
+    c.routes = None if c.routes is None else c.routes[:num_kept]
+    c.version_spans = version_spans([span.policy_version for span in c.version_spans], ends)
+    c.finish_reason = "stop"
+    return True
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -67,48 +67,29 @@ class InFlight:
             Refills wait until a quarter of it is free, since a prefill in every decode step costs an engine
             more than a few idle places.
         timeout_s: longest wait for the engine to finish any group, or for the graders to finish any.
+
+    Attributes:
+        queue: the requests, oldest first; the caller appends new ones, and takes those it trains on.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        scorer: Scorer,
-        sampling: GroupSampling,
-        *,
-        limit: int | None,
-        timeout_s: float,
+        self, engine: Engine, scorer: Scorer, sampling: GroupSampling, *, limit: int | None, timeout_s: float
     ) -> None:
         self.engine, self.scorer, self.sampling = engine, scorer, sampling
         self.limit, self.timeout_s = limit, timeout_s
-        self._queue: list[Request] = []
+        self.queue: list[Request] = []
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._fault: Exception | None = None
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def ordinals(self) -> list[int]:
-        return [request.ordinal for request in self._queue]
-
-    def append(self, requests: Iterable[Request]) -> None:
-        self._queue += requests
-
     def clear(self) -> None:
         """Forgets all requests, and aborts those that the engine still samples."""
-        self._abort(self._queue)
-        self._queue = []
+        self._abort(self.queue)
+        self.queue = []
 
     def _abort(self, requests: Iterable[Request]) -> None:
         if sampled := [r for r in requests if r.submitted and r.scored is None]:
             self.engine.abort(self.call(sampled).prompts)
-
-    def heads(self, count: int) -> list[Request]:
-        return self._queue[:count]
-
-    def drop(self, count: int) -> None:
-        del self._queue[:count]
 
     def call(self, requests: Sequence[Request]) -> Call:
         asked = self.sampling
@@ -122,7 +103,7 @@ class InFlight:
 
     def refill(self) -> None:
         """Submits waiting requests, oldest first."""
-        waiting = [r for r in self._queue if not r.submitted and r.scored is None]
+        waiting = [r for r in self.queue if not r.submitted and r.scored is None]
         wave = len(waiting)
         if self.limit is not None:
             size = self.sampling.group_size
@@ -139,7 +120,7 @@ class InFlight:
         """Refills the engine and grades what it finishes within `timeout_s`; returns whether anything was."""
         self.refill()
         finished = self.engine.collect(timeout_s=timeout_s)
-        asked = {request.id: request for request in self._queue} if finished else {}
+        asked = {request.id: request for request in self.queue} if finished else {}
         for group in finished:
             request = asked[group.prompt.id]
             group.prompt = request.prompt
@@ -187,7 +168,7 @@ class InFlight:
             raise fault
 
     def _has_work(self) -> bool:
-        return any(request.scored is None for request in self._queue)
+        return any(request.scored is None for request in self.queue)
 
     def _overlap(self) -> None:
         try:
@@ -245,7 +226,7 @@ class InFlight:
         return [future.result() for future in futures]
 
     def _num_graded(self) -> int:
-        return sum(request.scored is not None and request.scored.done() for request in self._queue)
+        return sum(request.scored is not None and request.scored.done() for request in self.queue)
 
     def sample_again(self, request: Request) -> None:
         """Samples it with other random numbers in its old place, so that the order of prompts stays."""

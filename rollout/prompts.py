@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from rl.types import Prompt
@@ -41,11 +42,11 @@ def deal(first: int, wanted: Sequence[int]) -> list[list[int]]:
     2], [1]].
     """
     hands: list[list[int]] = [[] for _ in wanted]
-    while any(len(hand) < n for hand, n in zip(hands, wanted, strict=True)):
+    numbers = count(first)
+    for turn in range(max(wanted)):
         for hand, n in zip(hands, wanted, strict=True):
-            if len(hand) < n:
-                hand.append(first)
-                first += 1
+            if turn < n:
+                hand.append(next(numbers))
     return hands
 
 

@@ -71,9 +71,9 @@ class SeededSampler:
         self.failed_at_B = torch.full((len(seeds),), NEVER, device=device)
         self._chosen_logprobs: list[Tensor] = []
         self._step = 0
-        self._uniform_BT = torch.stack([_uniforms(s, sampling.max_completion_length) for s in seeds]).to(
-            device
-        )
+        generators, count = (torch.Generator().manual_seed(s) for s in seeds), sampling.max_completion_length
+        uniforms = [torch.rand(count, generator=g, dtype=torch.float64) for g in generators]
+        self._uniform_BT = torch.stack(uniforms).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprobs = sampling_logprobs(scores, self.sampling)
@@ -93,7 +93,3 @@ class SeededSampler:
         if not self._chosen_logprobs:
             return [[] for _ in range(len(self.failed_at_B))]
         return torch.stack(self._chosen_logprobs, dim=1).tolist()
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

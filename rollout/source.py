@@ -151,7 +151,7 @@ class RolloutSource:
         missing = self._share - len(kept)
         self.last_rejected = rejected[missing:] + self._over_age
         self.last_counts = self._counts(kept + rejected, rounds=rounds, replaced=len(rejected) - missing)
-        pending = self.team.gather(self._in_flight.ordinals)
+        pending = self.team.gather([request.ordinal for request in self._in_flight.queue])
         self._cursor = shortest_cursor(self._next, sorted(n for ordinals in pending for n in ordinals))
         self._in_flight.begin_overlap()
         yield from kept + rejected[:missing]
@@ -197,7 +197,7 @@ class RolloutSource:
         ahead = self.admission.max_staleness
         if self.admission.num_steps is not None:
             ahead = min(ahead, self.admission.num_steps - 1 - self.policy_version)
-        return max(0, lacking + ahead * self._share - len(self._in_flight)) if ahead >= 0 else 0
+        return max(0, lacking + ahead * self._share - len(self._in_flight.queue)) if ahead >= 0 else 0
 
     def _deal(self, wanted: Sequence[int]) -> None:
         """Consumes sum(wanted) numbers over all processes and starts those of this one."""
@@ -205,11 +205,11 @@ class RolloutSource:
         self._next += sum(wanted)
 
     def _start(self, ordinals: Sequence[int]) -> None:
-        self._in_flight.append(Request(n, self.stream.at(n)) for n in ordinals)
+        self._in_flight.queue += (Request(n, self.stream.at(n)) for n in ordinals)
 
     def _take(self, count: int) -> list[ScoredGroup]:
         """The first `count` groups of the queue, sampled and graded, none of them over-age."""
-        heads = self._in_flight.heads(count)
+        heads = self._in_flight.queue[:count]
         if not heads:
             return []
         while True:
@@ -227,7 +227,7 @@ class RolloutSource:
             # `collect` returns failures as data; `generate` makes the engine say what is wrong.
             self.engine.generate(self._in_flight.call(heads))
             raise EngineError(f"engine {self.engine.name} failed for all completions of {count} prompts")
-        self._in_flight.drop(count)
+        del self._in_flight.queue[:count]
         return groups
 
     def _sample_again(self, request: Request, group: ScoredGroup) -> None:

@@ -16,14 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
 from rl.types import Call, Completion, FinishReason, SamplingParams
-from rollout.calls import (
-    Sampled,
-    completion,
-    completion_routes,
-    decode_texts,
-    prompt_faults,
-    version_spans,
-)
+from rollout.calls import Sampled, completion, completion_routes, decode_texts, prompt_faults, version_spans
 from rollout.in_process import InProcessEngine
 from rollout.sampler import SeededSampler, completion_seed
 
@@ -87,9 +80,7 @@ class TransformersEngine(InProcessEngine):
             fault = self._cache_fault()
             if fault is None:
                 return self.cache
-        warnings.warn(
-            f"{type(self.model).__name__} is sampled without a cache, which is slow: {fault}", stacklevel=3
-        )
+        warnings.warn(f"{type(self.model).__name__} is sampled without a cache (slow): {fault}", stacklevel=3)
         return "none"
 
     def _cache_fault(self) -> str | None:

@@ -34,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recipes.fit import as_overrides, fit_to, refusal, said_costs, said_host, said_whole
     from rl.config import check_processes
     from rl.plan.host import host_share, pinned
-    from rl.plan.memory import GIB
-    from rl.plan.search import Card
+    from rl.plan.memory import GIB, Card
 
     if gib is None and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU; give the memory to plan for, such as --gpu-gib 80")

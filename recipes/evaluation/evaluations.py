@@ -15,7 +15,7 @@ from recipes.evaluation.statistics import Sampled, gathered, mcnemar, paired, su
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
 from rl.report.safe_stream import say
-from rl.store.folder import write_atomically
+from rl.store.folder import MUCH_CUT, write_atomically
 from rl.store.ledger import Ledger
 from rl.types import ALONE, ScoredGroup, Team
 
@@ -110,7 +110,7 @@ def disagreements(groups: Sequence[ScoredGroup], names: Sequence[str]) -> list[d
 
 def table(result: Mapping[str, Any], out: Path) -> str:
     """The numbers by grader with their intervals, and the settings that they depend on."""
-    found, sampling = result["results"], result["sampling"]
+    found, sampling, engine = (result[name] for name in ("results", "sampling", "engine"))
     first = next(iter(found.values()))
     lines = [f"{result['model']}, step {result['step']}, on {result['data']}: {first['n']:,} prompts"]
     lines.append(f"{'':12s}" + "".join(f"{name:28s}" for name in found))
@@ -118,7 +118,6 @@ def table(result: Mapping[str, Any], out: Path) -> str:
         cells = [_cell(found[name], path, found[name]["n"]) for name in found]
         lines.append(f"{label:12s}" + "".join(f"{cell:28s}" for cell in cells))
     abstained = ", ".join(f"{name} {100 * found[name]['abstained']:.1f} %" for name in found)
-    engine = result["engine"]
     lines += [
         f"cut at {sampling['max_completion_length']} tokens {100 * first['truncated']:.1f} %, "
         f"{first['mean_tokens']:.0f} tokens on average; abstained, and left out: {abstained}",
@@ -129,8 +128,9 @@ def table(result: Mapping[str, Any], out: Path) -> str:
     ]
     if len(found) > 1:
         lines.append(f"graders disagree on {result['disagreements']} completions: {out}/disagreements.jsonl")
-    if first["truncated"] > 0.05:
-        lines.append("many completions were cut: raise evaluation.sampling.max_completion_length")
+    if first["truncated"] > MUCH_CUT:
+        more = ", environment.max_turns or max_turn_length" if "environment" in result else ""
+        lines.append(f"many completions were cut: raise evaluation.sampling.max_completion_length{more}")
     return "\n".join(lines)
 
 

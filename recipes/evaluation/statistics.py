@@ -31,7 +31,7 @@ _LOOK = re.compile(r"\\(?:left|right|[,;:! ]|(?:text|mathrm|mbox)(?=\{))|[$\s]|(
 
 @dataclass(frozen=True)
 class Sampled:
-    """The samples of a prompt as JSON values: scores, extracted answers, lengths in tokens, cut or not."""
+    """The samples of a prompt as JSON values: scores, extracted answers, sampled tokens, cut or not."""
 
     id: str
     scores: list[float | None]
@@ -49,7 +49,7 @@ class Sampled:
             group.prompt.id,
             [None if part is None else min(max(part, 0.0), 1.0) for part in parts],
             [reward.extracted if votes else None for reward in group.rewards],
-            [len(c.token_ids) for c in group.completions],
+            [c.num_sampled for c in group.completions],
             [c.finish_reason == "length" for c in group.completions],
             value if isinstance(value, int | float | None) else str(value),
         )

@@ -10,8 +10,7 @@ from typing import Any
 from recipes.tasks import load_rows
 from rl.config import Config, DataConfig
 from rl.types import Prompt
-from rollout.chat import check_column, kept_columns, render_prompts
-from rollout.messages import chat_messages, check_text
+from rollout.chat import chat_messages, check_column, check_text, kept_columns, render_prompts
 
 RENDERED_BY = ("prompt_column", "columns", "system_prompt", "template", "chat", "chat_template_kwargs")
 RENDERED_BY += ("continue_final_message", "max_prompt_length", "too_long")

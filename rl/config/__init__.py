@@ -7,15 +7,12 @@ from rl.config.engine import EngineConfig
 from rl.config.moe import MoeConfig
 from rl.config.rewards import RewardsConfig, RewardSpec
 from rl.config.sections import (
-    CLIP_RANGES,
     AdvantageConfig,
     CheckpointConfig,
-    DynamicSamplingConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    ReferenceConfig,
     SamplerCorrectionConfig,
     SamplingConfig,
     Section,

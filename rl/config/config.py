@@ -204,6 +204,7 @@ def check_rules(config: Config) -> None:
         )
     _check_experts(config)
     check_teacher(config)
+    check_credit(config)
     check_environment(config)
     if t.group_size < 2:
         raise ValueError(
@@ -235,6 +236,22 @@ def check_rules(config: Config) -> None:
         raise ValueError(
             f"evaluation.metric={config.evaluation.metric!r} is not a reward of this run; "
             + (f"use one of {names}" if names else "add it: rewards.functions=[{name: math, weight: 0.0}]")
+        )
+
+
+def check_credit(config: Config) -> None:
+    """Raises ValueError for advantages that ignore a key of a reward, or differ within a sequence's ratio."""
+    a, taught = config.advantage, config.teacher is not None and config.teacher.divergence == "sampled"
+    how = "credit=turns" if a.credit == "turns" else "aggregate=gdpo" if a.aggregate == "gdpo" else None
+    if how and (shaped := [r.name for r in config.paid_rewards if r.weight and (r.clip or r.requires)]):
+        raise ValueError(
+            f"advantage.{how} compares scores before clip and requires, and would ignore those of reward "
+            f"{shaped[0]}; leave them out, or use aggregate=sum and credit=episode"
+        )
+    if config.loss.name == "gspo" and (taught or a.credit == "turns"):
+        raise ValueError(
+            "loss.name=gspo has one ratio per sequence, but a teacher's advantages, and those by turn, "
+            "differ in it; use loss.name=grpo, or advantage.credit=episode and teacher.divergence=reverse"
         )
 
 

@@ -11,24 +11,11 @@ from rl.config.sections import HOME, SamplingConfig, Section
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".gz", ".zst", ".xlsx")
 RESERVED = frozenset(
-    [
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "processor_kwargs",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    ]
+    (
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+        *("max_length", "messages", "padding", "processor_kwargs", "return_assistant_tokens_mask"),
+        *("return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    )
 )
 """Arguments of `apply_chat_template` that `rollout.chat` gives, or that change what it returns."""
 
@@ -59,9 +46,7 @@ class SourceConfig(Section):
     split: str = Field(default="train", description="of the dataset")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     size: int | None = Field(default=None, ge=1, description="rows generated, or the first rows of a dataset")
-    options: dict[str, Any] = Field(
-        default={}, description="arguments of the generator, hub loader or callable"
-    )
+    options: dict[str, Any] = Field(default={}, description="arguments of generator, hub loader or callable")
 
 
 class PromptsConfig(SourceConfig):
@@ -87,9 +72,7 @@ class PromptsConfig(SourceConfig):
         text, chat = TEMPLATES[name]
         if values.get("chat", chat) is not chat:
             kind = "a chat" if chat else "plain text of base models"
-            raise ValueError(
-                f"template={name} is for {kind}; leave out chat, or use chat={str(chat).lower()}"
-            )
+            raise ValueError(f"template={name} is for {kind}; leave out chat or use chat={str(chat).lower()}")
         return {**values, "template": text, "chat": chat}
 
 
@@ -101,21 +84,16 @@ class DataConfig(PromptsConfig):
     source: Annotated[str, HOME] = "reasoning_gym:chain_sum"
     rename: dict[str, str] = Field(default={}, description="columns, old: new; all other keys use the new")
     columns: list[str] = Field(default=[], description="kept for graders; empty = all")
-    chat: bool = Field(
-        default=True, description="a text prompt becomes a user message; false: it stays plain text"
-    )
+    chat: bool = Field(default=True, description="a text prompt becomes a user message; false: it stays text")
     chat_template_kwargs: dict[str, Any] = Field(
         default={}, description="variables of the chat template, such as {enable_thinking: false}"
     )
     continue_final_message: bool = Field(
         default=False, description="completions continue the last message if it is the assistant's"
     )
-    max_prompt_length: int = Field(
-        default=1024, ge=1, description="tokens, the chat template included; see too_long"
-    )
+    max_prompt_length: int = Field(default=1024, ge=1, description="tokens, templates included; see too_long")
     too_long: Literal["refuse", "drop"] = Field(
-        default="refuse",
-        description="rows above max_prompt_length: refuse to start the run, or drop them",
+        default="refuse", description="rows above max_prompt_length: refuse to start the run, or drop them"
     )
     shuffle: bool = Field(default=True, description="a new order of prompts in each epoch, by train.seed")
 

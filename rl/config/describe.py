@@ -30,19 +30,16 @@ def _lines(schema: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     for name, field in schema.model_fields.items():
         value, section = values[name], section_in(field.annotation)
         if section is not None and isinstance(value, Mapping):
-            yield from _with_comment([f"{name}:"], field.description or _first_sentence(section))
-            yield from _indented(_lines(section, value), "  ")
+            first_paragraph = " ".join((section.__doc__ or "").partition("\n\n")[0].split())
+            yield from _with_comment([f"{name}:"], field.description or first_paragraph)
+            yield from (f"  {line}" for line in _lines(section, value))
             continue
         plain = yaml.safe_dump({name: value}, sort_keys=False, width=1000, allow_unicode=True).splitlines()
         yield from _with_comment(plain, meaning(field, value, defaults[name]))
         if section is not None:
             kind = "each of them has" if isinstance(value, list) else "null, or a section with"
             yield f"  # {kind}:"
-            yield from _indented(_lines(section, defaults_of(section)), "  #   ")
-
-
-def _indented(lines: Iterator[str], pad: str) -> Iterator[str]:
-    return (pad + line for line in lines)
+            yield from (f"  #   {line}" for line in _lines(section, defaults_of(section)))
 
 
 def _with_comment(lines: list[str], comment: str) -> list[str]:
@@ -87,7 +84,3 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := section_in(part)) is not None), None)
-
-
-def _first_sentence(section: type[BaseModel]) -> str:
-    return " ".join((section.__doc__ or "").partition("\n\n")[0].split())

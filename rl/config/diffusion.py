@@ -17,9 +17,7 @@ class TrainConfig(Section):
     examples_per_step: int = Field(default=32, ge=1, description="over all processes")
     token_budget: TokenBudget = "auto"
     seed: int = Field(default=0, ge=0, description="seed of masks, data order and new weights")
-    deterministic: bool = Field(
-        default=True, description="torch deterministic algorithms on CPU: exact resume"
-    )
+    deterministic: bool = Field(default=True, description="deterministic algorithms on CPU: exact resume")
     max_bad_steps: int = Field(default=3, ge=1, description="consecutive non-finite steps that stop the run")
     shard: bool = Field(
         default=False, description="FSDP2: each process holds a share of weights, gradients and moments"
@@ -80,9 +78,7 @@ class TextConfig(PromptsConfig):
     completion_column: str = Field(default="completion", description="the answer, text or messages")
     chat: bool = Field(default=True, description="text becomes messages; false: prompt and answer stay plain")
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt and answer")
-    too_long: Literal["error", "drop"] = Field(
-        default="error", description="what to do with rows beyond max_length"
-    )
+    too_long: Literal["error", "drop"] = Field(default="error", description="for rows beyond max_length")
 
     @model_validator(mode="after")
     def check_template(self) -> TextConfig:
@@ -177,9 +173,7 @@ class DiffusionConfig(Section):
         unit = self.eos.multiple if self.eos.policy == "multiple" else 1
         return -(-self.data.max_length // unit) * unit
 
-    @property
-    def longest_sequence(self) -> int:
-        return self.longest_row
+    longest_sequence = longest_row
 
     @model_validator(mode="after")
     def check_sources(self) -> DiffusionConfig:

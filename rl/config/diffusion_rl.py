@@ -101,9 +101,7 @@ class MaskedRunConfig(Config):
         if self.model.keep_logits is True:
             raise ValueError("model.keep_logits=true does nothing for a diffusion model; leave it out")
         if asked := self.moe.model_dump(exclude_defaults=True):
-            raise ValueError(
-                f"moe: {', '.join(asked)} do nothing for a diffusion model; remove the section moe"
-            )
+            raise ValueError(f"moe: {', '.join(asked)} do nothing for a diffusion model; remove section moe")
         if self.teacher is not None:
             raise ValueError(
                 "teacher scores sampled tokens from left to right, but a diffusion model has no such "

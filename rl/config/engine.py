@@ -76,9 +76,7 @@ class EngineConfig(Section):
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError(f"engine.urls={self.urls} names a server twice; name each once")
         if self.weights_folder and (self.weights_url or "").startswith("nccl"):
-            raise ValueError(
-                "engine.weights_folder does nothing if engine.weights_url=nccl://...; remove one"
-            )
+            raise ValueError("engine.weights_folder does nothing if engine.weights_url=nccl://; remove one")
         fields = type(self).model_fields
         if own := [key for key in OF_OWN_VLLM if getattr(self, key) != fields[key].default]:
             raise ValueError(

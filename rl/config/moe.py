@@ -20,9 +20,7 @@ class MoeConfig(Section):
     router: Auto | Literal["train", "freeze"] = Field(
         default="auto", description="auto: frozen beside adapters or chosen experts, else trained"
     )
-    router_fp32: bool = Field(
-        default=False, description="logits and scores of routers in fp32, in policy and engine"
-    )
+    router_fp32: bool = Field(default=False, description="routers compute in fp32, in policy and engine")
     balance: Literal["none", "switch", "sequence", "entropy"] = Field(
         default="none", description="loss that spreads tokens over experts, per layer over the whole batch"
     )

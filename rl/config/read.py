@@ -100,9 +100,7 @@ def _read_tree(path: str | Path | None, overrides: Sequence[str]) -> dict[str, A
     if path is not None:
         path = Path(path).expanduser()
         if not path.exists():
-            near = difflib.get_close_matches(
-                str(path), [str(p) for p in Path(path).parent.glob("*.yaml")], n=1
-            )
+            near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.yaml")], n=1)
             raise ValueError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
         tree = read_yaml(path) or {}
         if not isinstance(tree, dict):

@@ -54,9 +54,7 @@ class TrainConfig(Section):
     steps: int = Field(default=100, ge=1, description="steps of the whole run")
     prompts_per_step: int = Field(default=8, ge=1, description="groups per step, over all processes")
     group_size: int = Field(default=8, ge=1, description="G, completions per prompt")
-    num_epochs: int = Field(
-        default=1, ge=1, description="passes over the batch of a step; 1 = strictly on-policy"
-    )
+    num_epochs: int = Field(default=1, ge=1, description="passes over a step's batch; 1 = strictly on-policy")
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass, groups split evenly")
     token_budget: TokenBudget = "auto"
     max_staleness: int = Field(
@@ -78,9 +76,7 @@ class TrainConfig(Section):
         "those of a host; auto: full where whole copies do not fit the GPUs",
     )
     seed: int = Field(default=0, ge=0, description="seed of sampling, data order and new weights")
-    deterministic: bool = Field(
-        default=True, description="torch deterministic algorithms on CPU: exact resume"
-    )
+    deterministic: bool = Field(default=True, description="deterministic algorithms on CPU: exact resume")
     max_bad_steps: int = Field(default=3, ge=1, description="consecutive non-finite steps that stop the run")
 
 
@@ -120,12 +116,8 @@ class LoraConfig(Section):
 class ReferenceConfig(Section):
     """The reference of the KL term. With LoRA it is the base model and costs no copy."""
 
-    update_every: int = Field(
-        default=0, ge=0, description="steps between moves towards the policy; 0 = frozen"
-    )
-    mixup: float = Field(
-        default=1.0, gt=0, le=1, description="reference <- mixup * policy + (1 - mixup) * reference"
-    )
+    update_every: int = Field(default=0, ge=0, description="steps per move towards the policy; 0 = frozen")
+    mixup: float = Field(default=1.0, gt=0, le=1, description="reference += mixup * (policy - reference)")
 
 
 class TunedModelConfig(Section):
@@ -199,17 +191,13 @@ class AdvantageConfig(Section):
     dynamic_sampling: DynamicSamplingConfig | None = None
 
     @model_validator(mode="after")
-    def check_turns(self) -> AdvantageConfig:
+    def check_name(self) -> AdvantageConfig:
         if self.credit == "turns" and (self.name, self.aggregate) != ("rloo", "sum"):
             raise ValueError(
                 "advantage.credit=turns subtracts leave-one-out means and does not normalise, since that "
                 "would be biased by turn; use advantage.name=rloo and aggregate=sum with it, not "
                 f"{self.name} and {self.aggregate}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_gdpo(self) -> AdvantageConfig:
         if self.aggregate == "gdpo" and self.name != "grpo":
             raise ValueError(
                 "advantage.aggregate=gdpo normalises each reward by its group's deviation and would ignore "
@@ -263,9 +251,7 @@ class LossConfig(Section):
         description="KL times the ratio (arXiv:2512.02556): the gradient of k1 or k3 is then the KL's",
     )
     entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
-    mask_truncated: bool = Field(
-        default=False, description="completions cut by the length limit give no gradient"
-    )
+    mask_truncated: bool = Field(default=False, description="completions that were cut off give no gradient")
     sampler_correction: SamplerCorrectionConfig | None = SamplerCorrectionConfig()
     sapo_temperatures: tuple[PositiveFloat, PositiveFloat] = Field(
         default=(1.0, 1.05), description="for positive advantages, and for others"

@@ -118,8 +118,3 @@ def check_teacher(config: Any) -> None:
             f"teacher.url={config.teacher.url} is one of engine.urls, which are given the policy's weights; "
             "serve the teacher on a port of its own"
         )
-    if config.loss.name == "gspo" and config.teacher.divergence == "sampled":
-        raise ValueError(
-            "loss.name=gspo has one ratio per sequence, but a teacher's advantages differ between tokens; "
-            "use loss.name=grpo or dapo, or teacher.divergence=reverse"
-        )

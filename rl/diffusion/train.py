@@ -20,7 +20,7 @@ from rl.diffusion.likelihood import Bound, bound
 from rl.diffusion.objectives import Example, make_plan, normalisers, random_lengths, step_generator
 from rl.diffusion.policy import DiffusionPolicy
 from rl.diffusion.text import Encoded, padded_examples
-from rl.driver import Log, Progress, count_bad_steps, steps
+from rl.driver import Progress, count_bad_steps, steps
 from rl.optimizer import set_learning_rate
 from rl.phases import Phases, StopSignal
 from rl.store.checkpoint import CheckpointStore
@@ -58,7 +58,7 @@ class DiffusionRun:
     reference: None = None
 
     @property
-    def logs(self) -> tuple[Log, ...]:
+    def logs(self) -> tuple[RecordLog[Bound], ...]:
         return (self.bounds,)
 
     def evaluate(self, step: int) -> None:

@@ -46,9 +46,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
         return
     missing = [target for target, is_there in zip(given, found, strict=True) if not is_there]
     head = model.get_output_embeddings()
-    weights = {
-        name: getattr(part, "weight", None) for name, part in model.named_modules() if part is not head
-    }
+    weights = {name: getattr(m, "weight", None) for name, m in model.named_modules() if m is not head}
     matrices = [name for name, weight in weights.items() if getattr(weight, "ndim", 0) == 2]
     known = list(dict.fromkeys(name.split(".")[-1] for name in matrices))
     near = [n for t in missing for n in difflib.get_close_matches(t.split(".")[-1], known, n=2)]
@@ -97,10 +95,9 @@ def difference(adapter: Adapter, config: ModelConfig, plan: Plan | None = None) 
                 return f"{key} is {there.get(key)} there and {ours.get(key)} in model.lora"
         adapted: Any = get_peft_model(model, asked)
     wanted = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
-    saved = load_peft_weights(str(adapter.folder), device="cpu")
-    return (
-        "" if wanted == {n: t.shape for n, t in saved.items()} else "it adapts other layers than model.lora"
-    )
+    saved = load_peft_weights(str(adapter.folder), device="cpu").items()
+    same = wanted == {name: tensor.shape for name, tensor in saved}
+    return "" if same else "it adapts other layers than model.lora"
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig, plan: Plan | None = None) -> Any:

@@ -99,7 +99,7 @@ def top_ids(model: Any, hidden_LD: Float[Tensor, "L D"], k: int, *, num_ids: int
 
 def _full_rows(model: Any, hidden: Tensor) -> int:
     """Tokens of a chunk for which autograd keeps four tensors of logits."""
-    return _chunk_rows(hidden.device, 4 * 4 * len(model.get_output_embeddings().weight), 16)
+    return _chunk_rows(hidden.device, 4 * 4 * len(model.get_output_embeddings().weight))
 
 
 def head_settings(model: Any) -> dict[str, Any]:
@@ -116,17 +116,15 @@ def head_settings(model: Any) -> dict[str, Any]:
 
 def head_logits(model: Any, hidden_LD: Float[Tensor, "L D"]) -> Float[Tensor, "L V"]:
     """Logits of a transformers model from its last hidden states, in the model's dtype. L x V numbers."""
-    return scaled_and_capped(model.get_output_embeddings()(hidden_LD), **head_settings(model))
+    logits, settings = model.get_output_embeddings()(hidden_LD), head_settings(model)
+    if (scale := settings["logit_scale"]) != 1.0:
+        logits = logits * scale
+    cap = settings["softcap"]
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def scaled_and_capped(logits: Tensor, *, logit_scale: float, softcap: float | None) -> Tensor:
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _chunk_rows(device: torch.device, row_bytes: int, least: int) -> int:
-    return max(least, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes)
+def _chunk_rows(device: torch.device, row_bytes: int) -> int:
+    return max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes)
 
 
 Settings = tuple[float, float, float | None]
@@ -218,7 +216,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Setting
     fused = hidden.is_cuda and compute.itemsize == 2 and bias is None and softcap is None and kernels_work()
     itemsize = compute.itemsize if fused else torch.promote_types(compute, torch.float32).itemsize
     head = _Head(weight.to(compute), None if bias is None else bias.to(compute), *settings, fused)
-    return head, _chunk_rows(weight.device, len(weight) * itemsize, 16)
+    return head, _chunk_rows(weight.device, len(weight) * itemsize)
 
 
 @cache

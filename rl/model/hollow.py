@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,18 +58,12 @@ def short_model(config: ModelConfig) -> PreTrainedModel:
     text.num_hidden_layers = kept = min(number, max([MOST_LAYERS, *firsts]))
     for name, kinds in per_layer.items():
         setattr(text, name, kinds[:kept])
-    with _without_words_on_the_other_layers():
-        return read_model(config, config=found)
-
-
-@contextmanager
-def _without_words_on_the_other_layers() -> Iterator[None]:
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # no words on the other layers, which the files have
     try:
-        yield
+        return read_model(config, config=found)
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def weight_files(config: ModelConfig) -> list[Path]:
@@ -106,9 +99,7 @@ def in_files(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[str, T
                 raise ValueError(f"{name} is {key} in them, in another form")
             rows = slice(*(tensor.shape[1] * end // 12 for end in (first, first + len(part))))
             experts, begin = (tensor, 0) if not isinstance(tensor, DTensor) else own_slice(tensor)
-            found |= {
-                f"{before}.experts.{begin + i}.{after}": expert[rows] for i, expert in enumerate(experts)
-            }
+            found |= {f"{before}.experts.{begin + i}.{after}": x[rows] for i, x in enumerate(experts)}
     return found
 
 

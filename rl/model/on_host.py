@@ -75,9 +75,8 @@ def layers_to_host(model: PreTrainedModel, *, narrow: torch.dtype | None) -> Non
                 parameter.data = parameter.data.to(narrow)
         parameters = list(layer.parameters())
         homes = host_like(parameters, pinned=device.type == "cuda")
-        for parameter, home in zip(parameters, homes, strict=True):
-            parameter.data = home.copy_(parameter.data)
-        pairs = list(zip(parameters, homes, strict=True))
+        pairs = [(p, home.copy_(p.data)) for p, home in zip(parameters, homes, strict=True)]
+        _leave(pairs)
         layer.register_forward_pre_hook(partial(_bring, pairs, device))
         layer.register_forward_hook(partial(_leave, pairs), always_call=True)
 

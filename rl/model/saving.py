@@ -28,21 +28,19 @@ def save_model(target: Any, model: PreTrainedModel, folder: Path, **options: Any
     Args:
         target: `model`, or the adapter around it, whose folder has no generation config.
     """
-    with _default_generation_config(model) as loaded:
+    with _generation_config_as_loaded(model, folder):
         target.save_pretrained(folder, **options)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template, with a local path as its base
-    _write_generation_config(loaded, folder)
 
 
 def save_settings(model: PreTrainedModel, folder: Path) -> None:
     """Writes all that `model.save_pretrained(folder)` writes, except the weights."""
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    with _default_generation_config(model) as loaded:
+    with _generation_config_as_loaded(model, folder):
         config.save_pretrained(folder)
         if (stand_in := model.generation_config) is not None:
             stand_in.save_pretrained(folder)
-    _write_generation_config(loaded, folder)
 
 
 def name_dtype(folder: Path, dtype: str) -> None:
@@ -102,19 +100,15 @@ def check_saving(
 
 
 @contextmanager
-def _default_generation_config(model: Any) -> Iterator[Any]:
-    """Replaces the model's generation config by one that can be saved; yields the original."""
-    loaded = model.generation_config
+def _generation_config_as_loaded(model: Any, folder: Path) -> Iterator[None]:
+    """Lets the block save a generation config that can be saved, and then overwrites it with the model's."""
+    loaded: Any = model.generation_config
     model.generation_config = type(loaded)() if loaded is not None else None
     try:
-        yield loaded
+        yield
     finally:
         model.generation_config = loaded
-
-
-def _write_generation_config(loaded: Any, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if path.exists():
+    if loaded is not None and (path := folder / "generation_config.json").exists():
         loaded.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 

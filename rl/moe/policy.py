@@ -139,7 +139,7 @@ class MoePolicy:
 
     @torch.no_grad()
     def _whole_load(self, found: list[Prepared]) -> Load:
-        """The sums of a batch over all processes, before its passes with a graph.
+        """The sums of a batch over all processes, by the weights before the step's first update.
 
         A pass without a graph finds what routers choose besides replayed routes. These do not cover prompts,
         the last token of a completion, and tokens that older policies sampled.

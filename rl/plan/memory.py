@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
@@ -33,6 +33,23 @@ update; in a forward and backward pass; in the optimizer step. By the engine: al
 """
 Planned = Config | DiffusionConfig
 """Configs of runs that can be planned; a run without an engine only trains."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the run's equal GPUs, and the number of the run's processes.
+
+    Attributes:
+        capacity: bytes of the GPU.
+        free: bytes that nobody else holds; None: all.
+        host: bytes of host memory that each process may pin; None: as many as it needs.
+    """
+
+    name: str
+    capacity: int
+    processes: int = 1
+    free: int | None = None
+    host: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,24 +97,16 @@ class MemoryPlan:
         return self.total <= self.room and self.fault is None
 
 
-def plan_memory(
-    size: ModelSize,
-    config: Planned,
-    *,
-    capacity: int,
-    max_length: int,
-    processes: int = 1,
-    free: int | None = None,
-) -> MemoryPlan:
-    """The plan of one of `processes` processes, each with a GPU for its policy and its engine.
+def plan_memory(size: ModelSize, config: Planned, card: Card, max_length: int) -> MemoryPlan:
+    """The plan of one process, which has a card for its policy and its engine.
 
     Args:
         max_length: tokens of the longest prompt with its completion, of training and evaluation.
-        free: bytes of the GPU that nobody else holds; None: all.
     """
+    capacity, processes = card.capacity, card.processes
     tokens, shares = max(config.token_budget, indivisible(config)), num_shares(config, processes)
     parts = training_parts(size, config, tokens, shares)
-    room, fault = int(FILLED * min(capacity, free or capacity)), None
+    room, fault = int(FILLED * min(capacity, card.free or capacity)), None
     if not isinstance(config, Config) or config.engine.name == "server":
         return MemoryPlan(tuple(parts), capacity, room)
     weights = engine_weights(size, config)
@@ -115,7 +124,8 @@ def plan_memory(
                 f"of {max_length} tokens; it needs {least:.2f}"
             )
     parts += [Part("engine cache", max(cache, 0), "sample")]
-    return MemoryPlan(tuple(parts), capacity, room, fault, sleeps(size, config))
+    is_asleep = uses_vllm(size, config) and config.memory.engine_sleeps is True
+    return MemoryPlan(tuple(parts), capacity, room, fault, is_asleep)
 
 
 def indivisible(config: Planned) -> int:
@@ -123,10 +133,6 @@ def indivisible(config: Planned) -> int:
     if not isinstance(config, Config):
         return config.longest_row
     return config.longest_row + (config.rows_of_episode - 1) * config.sampling.max_completion_length
-
-
-def sleeps(size: ModelSize, config: Planned) -> bool:
-    return uses_vllm(size, config) and cast(Config, config).memory.engine_sleeps is True
 
 
 def in_flight(config: Planned, processes: int) -> int:
@@ -153,8 +159,8 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
     lora, is_mixed = config.model.lora, config.model.dtype == "bf16-mixed"
     if lora is None:
         trained, master, added = size.parameters, stored, Adapters(0, ())
-        # The head's gradient, to which fp32 adds products in place; in 16 bits a product and a narrowed head.
-        narrowed, head = size.linear, size.head * (4 if compute == 4 else 6 + 2 * is_mixed)
+        # The head's fp32 gradient takes products in place; in 16 bits a narrowed head is beside it.
+        narrowed, head = size.linear, size.head * (4 if compute == 4 else 6)
         layer, experts = size.saved_per_token * compute, size.experts
         if experts:
             narrowed += experts.weights

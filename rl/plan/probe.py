@@ -57,9 +57,10 @@ def probe(
         held = torch.cuda.max_memory_allocated(device)
         del moments
     except torch.OutOfMemoryError:
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         raise ValueError(
             f"train.token_budget={budget} with completions of {config.sampling.max_completion_length} tokens "
-            f"does not fit into {_free_gib(device):.0f} GiB; use train.token_budget={budget // 2}, "
+            f"does not fit into {free / GIB:.0f} GiB; use train.token_budget={budget // 2}, "
             "model.gradient_checkpointing=true or model.lora (cohort plan CONFIG shows what fits)"
         ) from None
     finally:
@@ -116,8 +117,3 @@ def largest(config: Config, rules: PackRules, vocabulary: int) -> Iterator[Score
     if rows > 1 and rows * (copied + length) > room:
         further = Continuation(tuple(ids[:prompt_length]), row(length))
         yield group([replace(row(length), continuations=[further] * (rows - 1))])
-
-
-def _free_gib(device: torch.device) -> float:
-    free, _ = torch.cuda.mem_get_info(device)
-    return (free + torch.cuda.memory_reserved(device)) / GIB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from rl.config import Config, ModelConfig
 from rl.config.read import replaced
 from rl.model.units import whole_because
-from rl.plan.costs import seconds_of
-from rl.plan.host import pinned
-from rl.plan.memory import MemoryPlan, Planned, engine_share, in_flight, indivisible, plan_memory, uses_vllm
+from rl.plan.host import layers_on_host, moments_on_host, pinned
+from rl.plan.memory import Card, Planned, engine_share, in_flight, indivisible, plan_memory, uses_vllm
 from rl.plan.sizes import ModelSize
 
+HOSTED = ("memory.optimizer_on_host", "memory.reference_on_host")
 PLANNED = (
     "train.token_budget",
     "engine.gpu_memory_utilization",
@@ -25,10 +24,8 @@ PLANNED = (
     "model.keep_logits",
     "train.sharding",
     "memory.engine_sleeps",
-    "memory.optimizer_on_host",
-    "memory.reference_on_host",
+    *HOSTED,
 )
-HOSTED = ("memory.optimizer_on_host", "memory.reference_on_host")
 ENOUGH_TOKENS = 8192
 """Tokens of a micro-batch below which a GPU waits for kernel launches."""
 MOST_TOKENS = 32768
@@ -41,34 +38,14 @@ STEP = 1024
 CACHES = (1.0, 0.5, 0.25)
 """Shares of the completions in flight for which the cache has room at full length; most end sooner."""
 SMALL_CACHES = (0.125, 0.0625, 0.03125, 0.015625, 0.0)
-
-
-@dataclass(frozen=True)
-class Card:
-    """One of the run's equal GPUs, and the number of the run's processes.
-
-    Attributes:
-        capacity: bytes of the GPU.
-        free: bytes that nobody else holds; None: all.
-        host: bytes of host memory that each process may pin; None: as many as it needs.
-    """
-
-    name: str
-    capacity: int
-    processes: int = 1
-    free: int | None = None
-    host: int | None = None
-
-
-def plan_for(size: ModelSize, config: Planned, card: Card, max_length: int) -> MemoryPlan:
-    return plan_memory(
-        size,
-        config,
-        capacity=card.capacity,
-        max_length=max_length,
-        processes=card.processes,
-        free=card.free,
-    )
+HOST_RATE = 40e9
+"""Bytes a second between pinned host memory and a GPU, one way: PCIe 5 x16 (an H100 or H200)."""
+SLEEP_S = 0.3
+"""Time in which vLLM frees and takes back 42 GiB, besides a sync, on an H200 (`tests/gpu/test_sleep.py`)."""
+PREFILL_RATE = 4e14
+"""FLOPs a second at which an engine recomputes the cache of completions in flight."""
+FULL = 0.5
+"""Mean length of completions as a share of their greatest length."""
 
 
 def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[str, Any] | None:
@@ -88,25 +65,16 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     ways = [(split, [{}], rule) for split in splits for rule in rules] if splits[1:] else []
     ways += [(split, asleep, rule) for split in splits for rule in rules]
     ways += [(some, asleep, rule) for some in hosted for rule in rules]
-    for more, engines, (floor, caches) in ways:
-        for recompute in _recomputes(config):
-            for engine in engines:
-                for values in _candidates(
-                    size,
-                    replaced(config, engine),
-                    card=card,
-                    max_length=max_length,
-                    caches=caches,
-                    recompute=recompute,
-                ):
-                    chosen = values | engine | more
-                    if (
-                        whole := _with_logits(
-                            size, config, values=chosen, card=card, max_length=max_length, floor=floor
-                        )
-                    ) is not None:
-                        return whole
-    return None
+    given = config.model.gradient_checkpointing
+    how: Any = {"card": card, "max_length": max_length}
+    found = (
+        _with_logits(size, config, values=values | engine | more, floor=floor, **how)
+        for more, engines, (floor, caches) in ways
+        for recompute in ((False, True) if given == "auto" else (given,))
+        for engine in engines
+        for values in _candidates(size, replaced(config, engine), caches=caches, recompute=recompute, **how)
+    )
+    return next((values for values in found if values is not None), None)
 
 
 def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
@@ -128,9 +96,23 @@ def _hosted(size: ModelSize, config: Planned, card: Card) -> list[dict[str, Any]
     return sorted(ways, key=lambda way: sum(seconds_of(size, replaced(config, way), card.processes).values()))
 
 
-def _recomputes(config: Planned) -> tuple[bool, ...]:
-    given = config.model.gradient_checkpointing
-    return (False, True) if given == "auto" else (given,)
+def seconds_of(size: ModelSize, config: Planned, processes: int) -> dict[str, float]:
+    """Key of `memory` -> predicted seconds per step that it costs, for the keys that are on."""
+    if not isinstance(config, Config):
+        return {}
+    t, memory, found = config.train, config.memory, {}
+    if memory.engine_sleeps is True:
+        ahead = in_flight(config, processes) * t.max_staleness / (1 + t.max_staleness)
+        flops = ahead * FULL * config.longest_row * 2 * size.active
+        found["memory.engine_sleeps"] = SLEEP_S + flops / PREFILL_RATE
+    if memory.optimizer_on_host is True:
+        moved = 2 * moments_on_host(size, config)
+        found["memory.optimizer_on_host"] = t.num_minibatches * t.num_epochs * moved / HOST_RATE
+    if memory.reference_on_host is True:
+        tokens = t.prompts_per_step * t.group_size / processes * FULL * config.longest_row
+        passes = max(t.num_minibatches, -(-tokens // config.token_budget))
+        found["memory.reference_on_host"] = passes * layers_on_host(size, config) / HOST_RATE
+    return found
 
 
 def kept_whole(size: ModelSize, config: Planned, processes: int) -> str | None:
@@ -141,9 +123,8 @@ def kept_whole(size: ModelSize, config: Planned, processes: int) -> str | None:
         return ""
     if size.has_own_sampler:
         return "every process loads all weights of such a model before they are split"
-    return config.whole_because or _kept_whole(
-        size, config.model.model_dump_json(), processes, config.moe.freezes
-    )
+    model, freezes = config.model.model_dump_json(), config.moe.freezes
+    return config.whole_because or _kept_whole(size, model, processes, freezes)
 
 
 @lru_cache(maxsize=64)
@@ -216,42 +197,36 @@ def _with_budget(
     if values.get("engine.gpu_memory_utilization", 0.0) >= 1:
         return None
 
-    def plan(budget: int | None) -> MemoryPlan:
-        chosen = values if budget is None else values | {"train.token_budget": budget}
-        return plan_for(size, replaced(config, chosen), card, max_length)
+    def fits(more: dict[str, Any]) -> bool:
+        return plan_memory(size, replaced(config, values | more), card, max_length).fits
 
     if config.train.token_budget != "auto":
-        return values if plan(None).fits else None
+        return values if fits({}) else None
     row = indivisible(config)
     step = -(-in_flight(config, card.processes) * row // STEP) * STEP
     most = max(row, min(MOST_TOKENS, step))
     least = max(row, min(floor, most))
-    if not plan(least).fits:
+    if not fits({"train.token_budget": least}):
         return None
     budgets = range(-(-(least + 1) // STEP) * STEP, most + 1, STEP)
-    more = bisect_left(budgets, True, key=lambda budget: not plan(budget).fits)
+    more = bisect_left(budgets, True, key=lambda budget: not fits({"train.token_budget": budget}))
     return values | {"train.token_budget": budgets[more - 1] if more else least}
 
 
 def _changes(config: Planned) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
-    planned = {
-        key: "auto"
-        for key in PLANNED
-        if not is_auto(config, key) and key.startswith(("train.t", "engine.", "memory."))
-    }
-    recomputed = {"model.gradient_checkpointing": True}
-    steps: list[dict[str, Any]] = [planned, planned | recomputed]
-    adapters = {"model.lora": {"r": 16}}
+    left_open = (key for key in PLANNED if key.startswith(("train.t", "engine.", "memory.")))
+    planned: dict[str, Any] = {key: "auto" for key in left_open if not is_auto(config, key)}
+    steps = [planned, planned | {"model.gradient_checkpointing": True}]
     if config.model.lora is None:
-        steps += [planned | adapters, planned | recomputed | adapters]
-    last, samples = steps[-1], isinstance(config, Config)
-    length = config.sampling.max_completion_length if isinstance(config, Config) else config.data.max_length
+        steps += [step | {"model.lora": {"r": 16}} for step in steps]
+    yield from steps
+    samples = isinstance(config, Config)
+    length = config.sampling.max_completion_length if samples else config.data.max_length
     while length > 256:
         length //= 2
         shorter = {"data.max_length": length, "data.too_long": "drop"}
-        steps.append(last | ({"sampling.max_completion_length": length} if samples else shorter))
-    yield from steps
+        yield steps[-1] | ({"sampling.max_completion_length": length} if samples else shorter)
 
 
 def has_choice(size: ModelSize, config: Planned, processes: int) -> bool:

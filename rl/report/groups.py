@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 from rl.store.redact import redact, show_controls
@@ -38,7 +38,7 @@ def describe_row(scored: ScoredGroup, advantages: Sequence[Advantage] | None) ->
     known = [float(score) for score in scores if score is not None and abs(score) < 1e100]
     mean = math.fsum(known) / len(known) if known else None
     spread = math.sqrt(math.fsum((x - mean) ** 2 for x in known) / len(known)) if mean is not None else None
-    has_signal = any(_mean(advantage) for advantage in advantages or ())
+    has_signal = any(any(a) if isinstance(a, Sequence) else a for a in advantages or ())
     tags = (
         len({*scores} - {None}) < 2 and not has_signal,
         any(c.finish_reason == "length" for c in scored.completions),
@@ -55,7 +55,7 @@ def describe_group(scored: ScoredGroup, advantages: Sequence[Advantage] | None) 
     pairs = list(zip(scored.completions, scored.rewards, strict=True))[:_MAX_COMPLETIONS]
     budget = min(MAX_TEXT, max(200, _GROUP_TEXT // max(1, len(pairs))))
     entries = [
-        _entry(c, r, None if advantages is None else _mean(advantages[i]), budget)
+        _entry(c, r, None if advantages is None else _mean(advantages[i], c), budget)
         for i, (c, r) in enumerate(pairs)
     ]
     order = "advantage" if advantages is not None else "score"
@@ -73,6 +73,7 @@ def describe_group(scored: ScoredGroup, advantages: Sequence[Advantage] | None) 
 
 
 def _entry(completion: Completion, reward: Reward, advantage: float | None, budget: int) -> dict[str, Any]:
+    chosen = [*compress(completion.behavior_logprobs, completion.loss_mask)]
     return {
         "text": _readable(_conversation(completion.facts, reward) or completion.text, budget),
         "score": _rounded(reward.score),
@@ -85,7 +86,7 @@ def _entry(completion: Completion, reward: Reward, advantage: float | None, budg
         "extracted": None if reward.extracted is None else _readable(reward.extracted, 200),
         "length": completion.num_sampled,
         "finish": completion.finish_reason,
-        "logprobs": [round(value, 2) for value in _means(completion.behavior_logprobs, _MAX_BARS)],
+        "logprobs": [round(value, 2) for value in _means(chosen, _MAX_BARS)],
     }
 
 
@@ -125,10 +126,10 @@ def _words(prompt: Prompt) -> str:
     return " ".join((said if isinstance(said, str) else prompt.text)[: 4 * _WORDS].split())
 
 
-def _mean(advantage: Advantage) -> float:
-    """Mean advantage of a completion, whose tokens may have one each."""
+def _mean(advantage: Advantage, completion: Completion) -> float:
+    """Mean advantage of the tokens that the policy chose. They may have one each, and others then have 0."""
     if isinstance(advantage, Sequence):
-        return sum(advantage) / max(len(advantage), 1)
+        return sum(advantage) / max(completion.num_sampled, 1)
     return advantage
 
 

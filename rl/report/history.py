@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rl.store.metrics import METRICS, OWN_NAME
@@ -94,16 +95,17 @@ class History:
 
     def curves(self, limit: int = MAX_POINTS) -> dict[str, Curve]:
         """Each metric as [steps, values], of at most `limit` points. In a long run, a point is the mean of
-        consecutive rows at their last step. Two more lists then hold minima and maxima of these rows.
+        consecutive rows at their last step; absent seconds are 0. Two more lists hold minima and maxima.
         """
         size = math.ceil(len(self) / limit) or 1
         curves: dict[str, Curve] = {n: [[] for _ in range(2 if size == 1 else 4)] for n in self.columns}
         for begin in range(0, len(self), size):
             step = self.steps[min(begin + size, len(self)) - 1]
             for name, column in self.columns.items():
-                if values := [value for value in column[begin : begin + size] if value == value]:
-                    mean = math.fsum(values) / len(values)
-                    numbers = (float(f"{value:.6g}") for value in (mean, min(values), max(values)))
+                rows = column[begin : begin + size]
+                if values := [value for value in rows if value == value]:
+                    values += [0.0] * (len(rows) - len(values)) * name.startswith("time/")
+                    numbers = (float(f"{value:.6g}") for value in (fmean(values), min(values), max(values)))
                     for part, number in zip(curves[name], (step, *numbers), strict=False):
                         part.append(number)
         return {name: curve for name, curve in curves.items() if curve[0]}

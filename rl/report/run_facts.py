@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from rl.config.bounded_yaml import parse_yaml
@@ -134,9 +134,10 @@ def _tiles(rows: History, evaluations: Sequence[Row]) -> list[dict[str, str]]:
         if not values:
             continue
         if what == "median":
-            shown, about = show_value(name, sorted(values)[len(values) // 2]), "median over the steps"
+            shown, about = show_value(name, median(values)), "median over the steps"
         else:
-            first, shown = (_short(name, math.fsum(some) / len(some)) for some in (values[:5], values[-5:]))
+            means, is_score = (fmean(values[:5]), fmean(values[-5:])), METRICS[name].unit == "score"
+            first, shown = (f"{mean:.3g}" if is_score else show_value(name, mean) for mean in means)
             about = f"{first} in the first steps" if len(values) > 5 else "mean of the steps so far"
         tiles.append({"label": label, "value": shown, "about": about})
     return tiles
@@ -177,7 +178,3 @@ def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} cannot be read: {reason[:200]}")
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _short(name: str, value: float) -> str:
-    return f"{value:.3g}" if METRICS[name].unit == "score" else show_value(name, value)

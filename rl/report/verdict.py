@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,14 +123,14 @@ class Watch:
         (`Metric.told_at_once`). Reward parts that have never varied are told too: only the whole run
         distinguishes them from parts that are learnt.
         """
-        self.recall([{"step": step, **values}])
+        lost = [name for name, value in values.items() if not math.isfinite(value)]
+        self.recall([{"step": step, **values, "nonfinite": lost}])
         at_once = {name for name, metric in METRICS.items() if metric.told_at_once}
         at_once |= {name for name in part_spreads(self.rows) if name not in self.varied}
         begun = [row for row in self.first if row["step"] < self.rows[0]["step"]]
         verdict = judge([*begun, *self.rows])
         found = tuple(f for f in verdict.findings if f.metric not in self.varied)
-        level = found[0].level if found else "Healthy"
-        self.verdict = Verdict(level, found, verdict.control, verdict.num_steps)
+        self.verdict = replace(verdict, level=found[0].level if found else "Healthy", findings=found)
         return [finding for finding in found if finding.level == "Broken" or finding.metric in at_once]
 
 

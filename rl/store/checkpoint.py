@@ -65,8 +65,7 @@ class CheckpointStore:
     """
 
     def __init__(self, root: str | Path, *, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"keep={keep} would delete every checkpoint; use keep=2, as one may be damaged")
+        assert keep >= 1, "all checkpoints would be deleted"
         self.root = Path(root)
         self.keep = keep
         self._damaged: set[Path] = set()
@@ -99,8 +98,8 @@ class CheckpointStore:
         """
         final, staging = self.path(step), self.root / f".staging-step-{step:06d}"
         on_main = team.rank == 0
+        assert state.step == step and state.rng, f"save(step={step}) got another state: {state}"
         try:
-            self._together(team, step, lambda: _check_state(step, state))
             self._together(team, step, lambda: self._begin(step, staging, num_bytes) if on_main else None)
             self._together(team, step, lambda: write(staging))
             self._together(team, step, lambda: self._end(staging, final, state) if on_main else None)
@@ -253,23 +252,12 @@ class CheckpointStore:
             )
 
 
-def _check_state(step: int, state: TrainerState) -> None:
-    if state.step != step or not state.rng:
-        raise ValueError(
-            f"save(step={step}) got a state of step {state.step} with random states of "
-            f"{len(state.rng)} ranks; the steps must agree, and every rank has an entry in rng, "
-            'such as {"rank0": capture_rng()}'
-        )
-
-
 def _check_model(staging: Path, step: int) -> None:
     """The model's files are safetensors, and finite; those of the optimizer were checked as written."""
-    names = [path.name for path in files_below(staging)]
-    if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
-        raise ValueError(f"write wrote {pickles}; a checkpoint holds safetensors and JSON, no pickles")
+    pickles = [path.name for path in files_below(staging) if path.suffix in _PICKLES]
+    assert not pickles, f"{pickles} were written; a checkpoint holds safetensors and JSON, no pickles"
     files = list(staging.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"write wrote no safetensors file of the model, only {names}")
+    assert files, "no safetensors file of the model was written"
     for path in files:
         with safe_open(path, framework="pt") as file:
             tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118

@@ -109,54 +109,39 @@ def _create_beside(path: Path, mode: int) -> tuple[Path, int]:
     raise FileExistsError(errno.EEXIST, "no free name beside the file", str(path))
 
 
-class RunLock:
-    """The sole right to write into `run_dir`, from `acquire` (or `with`) to `release` or the process's end.
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Takes the sole right to write into `run_dir` for the block: at once or not at all.
 
     The kernel holds the lock, so a killed process leaves none behind; `run.lock.json` only names the holder.
     The lock is advisory: it stops only processes that take it too.
+
+    Raises:
+        RunLockedError: someone holds it; the message says who.
     """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        self.run_dir = Path(run_dir)
-        self._holder_file = self.run_dir / "run.lock.json"
-        # Not thread-local: a signal or watchdog thread may be the one that ends the run.
-        self._lock = FileLock(self.run_dir / "run.lock", timeout=0, thread_local=False)
-
-    def acquire(self) -> RunLock:
-        """Takes the lock at once or not at all.
-
-        Raises:
-            RunLockedError: someone holds it; the message says who.
-        """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise RunLockedError(
-                f"run_dir={self.run_dir} is being written by {self._holder()}; two writers would mix their "
-                "records. Wait for it to end, stop it, or use another run_dir"
-            ) from None
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        with written_whole(self._holder_file) as file:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock, holder_file = FileLock(run_dir / "run.lock", timeout=0), run_dir / "run.lock.json"
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunLockedError(
+            f"run_dir={run_dir} is being written by {_holder(holder_file)}; two writers would mix their "
+            "records. Wait for it to end, stop it, or use another run_dir"
+        ) from None
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    try:
+        with written_whole(holder_file) as file:
             file.write(json.dumps(holder).encode())
-        return self
+        yield
+    finally:
+        holder_file.unlink(missing_ok=True)
+        lock.release()
 
-    def release(self) -> None:
-        """Gives the lock back; safe to call twice."""
-        if self._lock.is_locked:
-            self._holder_file.unlink(missing_ok=True)
-            self._lock.release()
 
-    def __enter__(self) -> RunLock:
-        return self.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def _holder(self) -> str:
-        try:
-            holder = json.loads(self._holder_file.read_bytes())
-            return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process (it has not written run.lock.json yet)"
+def _holder(file: Path) -> str:
+    try:
+        holder = json.loads(file.read_bytes())
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process (it has not written run.lock.json yet)"

@@ -19,7 +19,6 @@ from rl.config.sft import SftConfig
 from rl.config.traces import TracesConfig
 from rl.store.durable import written_whole
 from rl.store.inputs import MAY_DIFFER, Fingerprints, changes
-from rl.store.metrics import wilson_interval
 from rl.store.redact import redact, strip_controls
 from rl.store.rows import RecordLog, read_rows
 
@@ -28,6 +27,7 @@ RunConfig = Config | DiffusionConfig | SftConfig | TracesConfig
 CHANGES = "changes.jsonl"
 RUN_ID = "run_id"
 CANARY_OF_TEACHER = "teacher.json"
+MUCH_CUT = 0.05  # share of held-out completions; a cut one is usually wrong
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,16 @@ class Evaluation:
     gain_p: float = 1.0
     paired: int = 0
 
-    @staticmethod
-    def of(step: int, total_score: float, n: int) -> Evaluation:
-        low, high = wilson_interval(min(total_score, float(n)), n)
-        return Evaluation(step, total_score / max(n, 1), low, high, n)
-
     def __str__(self) -> str:
         out = f"; {self.abstained:.1%} not graded and left out" if self.abstained else ""
+        cut = f"; {self.truncated:.1%} of the completions were cut"
         since = (
             f"; {self.gain:+.1%} since step 0 ({self.gain_low:+.1%} to {self.gain_high:+.1%}, paired by "
             f"prompt, p = {self.gain_p:.2g})"
         )
         return (
             f"{self.accuracy:.1%} right (95 % interval {self.low:.1%} to {self.high:.1%}, n = {self.n}{out})"
-            f"{since if self.paired else ''}"
+            f"{cut if self.truncated > MUCH_CUT else ''}{since if self.paired else ''}"
         )
 
 
@@ -167,9 +163,7 @@ def write_config(config: RunConfig) -> None:
     """
     path, log = config.run_dir / "config.yaml", config.run_dir / CHANGES
     if has_steps(config.run_dir) and (changed := _changes(config)):
-        names = [
-            found.name.removeprefix("step-") for found in (config.run_dir / "checkpoints").glob("step-*")
-        ]
+        names = [path.name.removeprefix("step-") for path in (config.run_dir / "checkpoints").glob("step-*")]
         step = max((int(name) for name in names if name.isdecimal()), default=0)
         with log.open("a", encoding="utf-8") as file:
             for key in changed.keys() - PLACES - {"run_dir"}:

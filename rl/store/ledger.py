@@ -109,12 +109,11 @@ class Ledger:
         Rank 0 also removes this step's records of ranks that the run no longer has.
 
         Raises:
-            ValueError: a number is not finite, a value is not JSON, or lengths disagree; nothing is written.
+            ValueError: a number is not finite, or a value is not JSON; nothing is written.
             OSError: the disk is full or fails; nothing is written.
             RuntimeError: the folder was removed since the first write.
         """
-        if advantages is not None and len(advantages) != len(groups):
-            raise ValueError(f"step {step}: {len(advantages)} lists of advantages for {len(groups)} groups")
+        assert advantages is None or len(advantages) == len(groups), "each group has a list of advantages"
         header = {
             "schema": SCHEMA,
             "step": step,

@@ -118,8 +118,7 @@ def encode_line(value: Any, where: str) -> bytes:
 def encode_group(scored: ScoredGroup, step: int, extra: dict[str, Any]) -> bytes:
     prompt, completions, rewards = scored.prompt, scored.completions, scored.rewards
     where = f"step {step}, prompt {prompt.id!r}"
-    if len(rewards) != len(completions):
-        raise ValueError(f"ledger, {where}: {len(rewards)} rewards for {len(completions)} completions")
+    assert len(rewards) == len(completions), f"{where}: {len(rewards)} rewards"
     for advantage in extra["advantages"] or ():
         for number in advantage if isinstance(advantage, Sequence) else [advantage]:
             _require_finite(number, f"{where}: advantages")

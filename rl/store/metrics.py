@@ -86,9 +86,10 @@ _ALL = (
     Metric("completion/length_mean", "tokens", "mean completion length"),
     Metric("completion/length_max", "tokens", "longest completion"),
     Metric("completion/length_min", "tokens", "shortest completion"),
-    Metric("completion/truncated_share", "share", "completions cut by max_completion_length",
+    Metric("completion/truncated_share", "share", "completions cut by their length, or an episode's limits",
            high=0.3, broken_above=0.95,
-           hint="raise sampling.max_completion_length; if it rises with the reward, length is rewarded"),
+           hint="raise sampling.max_completion_length, or the environment's max_turns and max_turn_length; "
+                "if it rises with the reward, length is rewarded"),
     Metric("completion/aborted", "share", "completions that the engine failed to finish",
            high=0.05, broken_above=0.5,
            hint="read the engine's log: out of memory, time-outs or a restarted server"),
@@ -98,7 +99,7 @@ _ALL = (
     Metric("tools/calls", "calls", "mean calls of tools in an episode"),
     Metric("tools/failed", "share", "calls that were malformed, or whose tool raised", high=0.5,
            hint="read such episodes in the report (failed tool); does environment.calls fit the model?"),
-    Metric("policy/entropy", "nats/token", "mean entropy of the policy's next-token distribution",
+    Metric("policy/entropy", "nats/token", "mean entropy of the policy's distribution of each trained token",
            low=0.02, high=2.5, broken_below=0.001,
            hint="low: the policy has collapsed, lower optimizer.lr, raise loss.clip_high or entropy_coef; "
                 "high: it drifts to noise, lower optimizer.lr"),
@@ -119,7 +120,7 @@ _ALL = (
            low=0.8, high=1.25, broken_below=0.2, broken_above=5.0,
            hint="lower optimizer.lr; with one update per batch it must be 1"),
     Metric("policy/ratio_max", "ratio", "greatest importance ratio of a token"),
-    Metric("policy/grad_norm", "norm", "length of the gradient before clipping",
+    Metric("policy/grad_norm", "norm", "greatest length of the step's gradients before clipping",
            low=1e-4, high=20.0, broken_above=1e4,
            hint="zero: no group has spread; a spike precedes divergence: lower optimizer.lr"),
     Metric("policy/lr", "rate", "learning rate of the step"),
@@ -243,12 +244,8 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """95 % interval of a share: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927).
 
     `successes` may be fractional, when every prompt was answered several times. Without trials it is (0, 1).
-
-    Raises:
-        ValueError: n < 0 or successes outside 0..n.
     """
-    if n < 0 or not 0 <= successes <= n:
-        raise ValueError(f"wilson_interval needs 0 <= successes <= n, not successes={successes} and n={n}")
+    assert 0 <= successes <= n, f"{successes} successes of {n}"
     if n == 0:
         return 0.0, 1.0
     p, z2 = successes / n, Z_95 * Z_95
@@ -262,16 +259,15 @@ class MetricsLog:
     """`metrics.jsonl` of a run folder: one object per line, {"step": 3, "reward/mean": 0.5}, steps rising.
 
     A value that is not finite is written as null and named in "nonfinite", so nobody takes it for a zero.
+
+    Args:
+        own: metrics that this run reports besides `METRICS`.
+
+    Raises:
+        ValueError: the name of an own metric is not `section/name`, or is defined already.
     """
 
     def __init__(self, run_dir: str | Path, own: Iterable[Metric] = ()) -> None:
-        """
-        Args:
-            own: metrics that this run reports besides `METRICS`.
-
-        Raises:
-            ValueError: a name is not `section/name`, or is defined already.
-        """
         self._own: dict[str, Metric] = {}
         for metric in own:
             if not OWN_NAME.fullmatch(metric.name) or metric.name.startswith("reward/"):
@@ -288,7 +284,7 @@ class MetricsLog:
         """Appends one row and flushes it.
 
         Raises:
-            ValueError: a name is unknown, or `step` is not after the last row's (resume: `truncate_after`).
+            ValueError: a name is unknown.
             RuntimeError: the file was removed during the run.
         """
         for name in values:

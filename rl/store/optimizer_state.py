@@ -25,9 +25,6 @@ def optimizer_writer(
     """A writer of this process's part of the optimizer's state, under parameter names.
 
     It holds the optimizer's own tensors, not copies: call it before the next step.
-
-    Raises:
-        ValueError: the optimizer holds a parameter that `named_parameters` lacks.
     """
     members = _members_by_group(optimizer, named_parameters)
     own = {name: parameter for group in members for name, parameter in group.items()}
@@ -89,11 +86,7 @@ def _members_by_group(
 ) -> list[dict[str, torch.nn.Parameter]]:
     names = {id(parameter): name for name, parameter in named_parameters}
     members = [group["params"] for group in optimizer.param_groups]
-    if strangers := [p for parameters in members for p in parameters if id(p) not in names]:
-        raise ValueError(
-            f"the optimizer trains a parameter of shape {list(strangers[0].shape)} that is not among the "
-            f"{len(names)} named ones; pass named_parameters() of the model it was made for"
-        )
+    assert all(id(p) in names for parameters in members for p in parameters), "a parameter without a name"
     return [{names[id(p)]: p for p in parameters} for parameters in members]
 
 

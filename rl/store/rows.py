@@ -21,13 +21,12 @@ class RowLog:
     """A file of rows {"step": 3, ...}, steps rising, which one process writes.
 
     A step costs the same however many there were: the file is read once, when it is opened.
+
+    Args:
+        durable: `append` fsyncs each row before it returns.
     """
 
     def __init__(self, path: str | Path, *, durable: bool = False) -> None:
-        """
-        Args:
-            durable: `append` fsyncs each row before it returns.
-        """
         self.path = Path(path)
         self._durable = durable
         self._file: TextIO | None = None
@@ -37,15 +36,10 @@ class RowLog:
         """Appends one row and flushes it.
 
         Raises:
-            ValueError: its step is not after the last row's (resume: `truncate_after`).
             RuntimeError: the file was removed, moved or replaced since this process opened it.
         """
         file, step = self._open(), row["step"]
-        if step <= (last := self._last()):
-            raise ValueError(
-                f"rows of step {step} come after those of step {last} in {self.path}; resume with "
-                f"truncate_after({step - 1}), or use a new run_dir"
-            )
+        assert step > self._last(), f"rows of step {step} come after those of step {self._last()}"
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
         if self._durable:

@@ -70,7 +70,6 @@ def write_tree(folder: Path, kind: str, tree: Any) -> None:
 
     Raises:
         NonFiniteError: a number in it is NaN or infinity.
-        ValueError: a leaf is neither a tensor nor a JSON value.
     """
     tensors: dict[str, Tensor] = {}
     form = split_tree(tree, kind, tensors)
@@ -186,19 +185,15 @@ def split_tree(tree: Any, path: str, tensors: dict[str, Tensor] | None) -> Any:
         return {_TENSOR: path}
     if isinstance(tree, Mapping):
         for key in tree:
-            if not isinstance(key, str) or key == _TENSOR:
-                raise ValueError(f"{path} has the key {key!r}; keys must be strings other than {_TENSOR!r}")
+            assert isinstance(key, str) and key != _TENSOR, f"{path} has the key {key!r}"
         return {key: split_tree(value, f"{path}/{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [split_tree(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
     if isinstance(tree, float) and not math.isfinite(tree):
         raise NonFiniteError(f"{path} is {tree}; only finite numbers are saved")
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    allowed = "JSON values" if tensors is None else "tensors and JSON values"
-    raise ValueError(
-        f"{path} is a {type(tree).__name__}; only {allowed} are saved (numbers, strings, lists, dicts, None)"
-    )
+    is_plain = tree is None or isinstance(tree, bool | int | float | str)
+    assert is_plain, f"{path} is a {type(tree).__name__}; only tensors and JSON values are saved"
+    return tree
 
 
 def join_tree(tree: Any, tensor_of: Callable[[str], Tensor]) -> Any:

@@ -70,7 +70,7 @@ def write_trainer_state(folder: Path, state: TrainerState) -> None:
     """Writes step, counters and generators into `folder/trainer`, not fsynced; for the main process only.
 
     Raises:
-        ValueError: a value is neither tensor nor JSON (finite numbers, strings, lists, dicts of strings).
+        NonFiniteError: a number is NaN or infinity.
     """
     write_tree(folder, "rng", state.rng)
     counters = split_tree(state.counters, "counters", None)

@@ -18,8 +18,7 @@ from rl.config.read import replaced
 from rl.diffusion.train import train_step
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import _narrow_under_autocast
-from rl.plan.memory import GIB, training_parts
-from rl.plan.search import Card
+from rl.plan.memory import GIB, Card, training_parts
 from tests.diffusion.training import make_run
 
 VOCABULARY = 2048

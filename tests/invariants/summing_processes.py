@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import rl.together
 from rl.model.linear import add_gradients_in_products
 from rl.together import SummedGradients
 
@@ -72,14 +73,13 @@ def main(out: str) -> None:
         return plain(tensor, *arguments, **named)
 
     dist.all_reduce = noted
+    rl.together.BUCKET_BYTES = 9000  # several buckets
     results = {}
     for case, passes in {"even": (2, 2), "uneven": (3, 1), "idle": (2, 0), "again": (1, 4)}.items():
         found = []
         for deterministic in (True, False):
             torch.use_deterministic_algorithms(deterministic)
-            sums = results.setdefault(
-                "sums", SummedGradients(lambda: [*net.named_parameters()], 2, bucket_bytes=9000)
-            )
+            sums = results.setdefault("sums", SummedGradients(lambda: [*net.named_parameters()], 2))
             found.append(step(net, sums, passes[rank], 7 + rank))
         end, during = found
         gaps = [

@@ -51,10 +51,12 @@ def test_a_run_plays_episodes_evaluates_them_and_records_their_turns(config_file
                 sampled += completion.num_sampled
     assert turns > 2 * 8 and told < num_calls  # those of the evaluations besides
     assert sum(row["tokens/completion"] for row in rows) == sampled
-    assert "held-out after" in capsys.readouterr().out
+    assert "held-out after" in (text := capsys.readouterr().out)
+    assert "max_completion_length=60, environment.max_turns=4 or max_turn_length\n" in text  # what cuts
     before = sorted(path.name for path in (run / "journal").iterdir())
     out = tmp_path / "eval"
     assert cohort(["eval", str(run), "--out", str(out)]) == 0
+    assert "max_completion_length, environment.max_turns or max_turn_length\n" in capsys.readouterr().out
     found = json.loads((out / "eval.json").read_text())
     assert found["environment"]["name"] == "played_environments:Logged" and found["step"] == 2
     held = read_rows(run / "evaluation.jsonl")[-1]

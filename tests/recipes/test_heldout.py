@@ -136,6 +136,17 @@ def test_a_share_that_was_not_graded_stands_beside_the_held_out_number(config_fi
     assert result["heldout_after_abstained"] == 0.25
 
 
+def test_a_held_out_number_of_cut_completions_says_so_once(config_file, heldout, capsys):
+    """The evaluation has a length of its own, 256 by default, whatever that of training."""
+    words = [*heldout, "evaluation.sampling.max_completion_length=1", "train.steps=1"]
+    assert main([str(config_file), *words]) == 0
+    out, rows = capsys.readouterr().out, read_rows(config_file.parent / "run" / "evaluation.jsonl")
+    assert len(rows) == 2 and min(row["truncated"] for row in rows) >= 0.25
+    said = "of the held-out completions were cut, so mostly wrong: raise "
+    assert out.count(f"{said}evaluation.sampling.max_completion_length=1") == 1
+    assert f"; {rows[1]['truncated']:.1%} of the completions were cut" in out.partition("held-out after")[2]
+
+
 def test_a_control_arm_whose_real_reward_fails_is_stopped(config_file, heldout, capsys):
     """The real reward has no weight there, so its faults leave no gap among the rewards that are paid."""
     (config_file.parent / "failing.py").write_text(

@@ -42,7 +42,7 @@ def test_what_processes_send_is_json_and_tensors_and_comes_back_whole():
     assert found["deep"]["f"].item() == torch.tensor(0.1).item()
     plain = {name: item for name, item in value.items() if name not in ("t", "deep", "pair")}
     assert {name: found[name] for name in plain} == plain and found["pair"] == [1, 2]
-    with pytest.raises(TypeError, match="Path cannot be sent"):
+    with pytest.raises(TypeError, match="Path cannot go to other processes"):
         _encode({"p": ROOT})
 
 

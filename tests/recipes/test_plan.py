@@ -14,8 +14,8 @@ from recipes.fit import as_before, fit_to, read_plan
 from recipes.kinds import size_of
 from rl.config.read import dump_config, load_config, replaced
 from rl.model.units import check_shardable
-from rl.plan.memory import GIB
-from rl.plan.search import Card, kept_whole
+from rl.plan.memory import GIB, Card
+from rl.plan.search import kept_whole
 from tests.rl.families import tiny_config
 
 OPEN = ["engine.name=auto", "train.token_budget=auto"]

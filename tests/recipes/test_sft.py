@@ -232,6 +232,16 @@ def test_dense_models_train_and_adapters_leave_the_routers_alone(folder, tiny_mo
     assert found and all("lora" in name and "gate" not in name for name in found)
 
 
+def test_a_rate_that_rounds_to_nothing_is_said(folder, tmp_path):
+    given = settings(folder, tmp_path, "optimizer.lr=1e-6", "moe.router=train")
+    for dtype in ("fp32", "bf16"):
+        trainer, *_ = make_trainer(read_config(SftConfig, None, [*given, f"model.dtype={dtype}"]))
+        told = [
+            text for text in trainer.said if "too coarse in 16 bits for a step of optimizer.lr=1e-06" in text
+        ]
+        assert len(told) == (dtype == "bf16")
+
+
 def test_examples_that_do_not_split_are_refused_with_a_number_that_works(folder, tmp_path):
     config = read_config(SftConfig, None, settings(folder, tmp_path, "train.micro_batch=3"))
     with pytest.raises(

@@ -21,7 +21,7 @@ from recipes.evaluation.statistics import (
     share_interval,
     summary,
 )
-from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup
+from rl.types import Completion, Continuation, Group, Prompt, Reason, Reward, ScoredGroup
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -198,6 +198,12 @@ def test_the_samples_of_a_group_are_read_with_their_facts():
     group = ScoredGroup(Group(Prompt("p", "", (1,), (), {"level": 3}), done), rewards)
     assert Sampled.of(group, "m", "level") == Sampled("p", [1.0, None], ["4", None], [2, 2], [False, True], 3)
     assert Sampled.of(group, "m", votes=False).answers == [None, None]  # another grader extracted them
+    turns = Completion(
+        [1, 2, 7, 7, 7], [], [True, True, False, False, False], "stop", []
+    )  # and a tool's answer
+    turns.continuations = [Continuation((1, 2), Completion([3], [], [True], "stop", []))]
+    group = ScoredGroup(Group(group.prompt, [turns]), rewards[:1])
+    assert Sampled.of(group, "m").lengths == [3]
 
 
 def test_a_table_says_where_a_number_stands_on_fewer_prompts():

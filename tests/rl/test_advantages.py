@@ -4,6 +4,7 @@ import pytest
 
 from rl.advantages import ADVANTAGES, compute_advantages, group_outcome, sample_std
 from rl.config import AdvantageConfig
+from rl.config.read import load_config
 from rl.types import Completion, Group, Prompt, Reason, Reward, ScoredGroup
 
 EPS = 1e-4
@@ -186,6 +187,29 @@ def test_gdpo_group_with_equal_sums_is_mixed_where_a_weighted_part_has_spread():
 def test_gdpo_with_another_advantage_is_refused():
     with pytest.raises(ValueError, match=r"would ignore advantage\.name=rloo; use advantage\.name=grpo"):
         AdvantageConfig(name="rloo", aggregate="gdpo")
+
+
+CLIPPED = "rewards.functions=[{name: environment, clip: [0, 1]}, {name: math, weight: 0}]"
+GATED = "rewards.functions=[{name: math}, {name: tag_format, weight: 0.1, requires: math}]"
+BY_TURN = ["advantage={name: rloo, credit: turns}", "environment={name: guess_number}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["advantage.aggregate=gdpo", GATED],
+            r"gdpo compares scores before clip and requires.* of reward tag_f",
+        ),
+        ([*BY_TURN, CLIPPED], r"credit=turns compares scores before.* those of reward environment"),
+        ([*BY_TURN, "loss.name=gspo"], "gspo has one ratio per sequence.* and those by turn, differ in it"),
+    ],
+)
+def test_keys_that_an_advantage_would_ignore_are_refused_with_it(overrides, message):
+    """A closed gate pays 0 by `requires`; gdpo normalises the part behind it as if it were open."""
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+    assert load_config(None, [*overrides, "rewards.control=random", "loss.name=grpo"])  # pays its own reward
 
 
 def test_a_group_that_only_earns_the_format_bonus_is_all_wrong():

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from rl.store.durable import RunLock, RunLockedError, fsync_path, written_whole
+from rl.store.durable import RunLockedError, fsync_path, run_lock, written_whole
 
 HOLDER = """
 import os, sys, time
-from rl.store.durable import RunLock
-with RunLock(sys.argv[1]):
+from pathlib import Path
+from rl.store.durable import run_lock
+with run_lock(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "fork" else 0
     if sys.argv[2] != "fork":
         print(0, flush=True)
@@ -38,8 +39,8 @@ def start_holder(folder: Path, kind: str) -> tuple[subprocess.Popen, int]:
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path):
     process, _ = start_holder(tmp_path, "plain")
     try:
-        with pytest.raises(RunLockedError) as error:
-            RunLock(tmp_path).acquire()
+        with pytest.raises(RunLockedError) as error, run_lock(tmp_path):
+            pass
     finally:
         process.kill()
         process.wait()
@@ -56,7 +57,7 @@ def test_a_killed_holder_leaves_no_lock_even_if_its_forked_child_lives_on(tmp_pa
         process.kill()
         process.wait()
         assert (tmp_path / "run.lock.json").exists()
-        with RunLock(tmp_path):
+        with run_lock(tmp_path):
             pass
     finally:
         if child:
@@ -65,14 +66,13 @@ def test_a_killed_holder_leaves_no_lock_even_if_its_forked_child_lives_on(tmp_pa
 
 def test_the_lock_is_exclusive_within_a_process_and_free_after_release(tmp_path):
     run = tmp_path / "run"
-    with RunLock(run) as lock:
-        with pytest.raises(RunLockedError, match=f"process {os.getpid()} on"):
-            RunLock(run).acquire()
-        lock.release()
-        lock.release()
-        assert not (run / "run.lock.json").exists()
-        with RunLock(run):
+    with run_lock(run):
+        with pytest.raises(RunLockedError, match=f"process {os.getpid()} on"), run_lock(run):
             pass
+        assert (run / "run.lock.json").exists()  # the refused one has not removed the holder's
+    assert not (run / "run.lock.json").exists()
+    with run_lock(run):
+        pass
 
 
 def test_a_file_is_absent_or_old_until_its_block_ends(tmp_path):

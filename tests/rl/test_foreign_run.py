@@ -256,6 +256,17 @@ def test_a_long_curve_has_500_points_and_keeps_its_peak(tmp_path):
     assert Page(build_report(tmp_path).read_text()).curves["policy/kl"][3][309] == 9.0
 
 
+def test_bars_of_seconds_add_up_to_those_of_a_step_where_a_phase_is_rare(tmp_path):
+    """5,000 rows: ten to a point, of which one saved for 20 s: 2 s a step, beside 3 s of training."""
+    rows = (
+        {"step": s, "time/train": 3.0} | ({"time/save": 20.0} if s % 10 == 0 else {}) for s in range(1, 5001)
+    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = read_history(tmp_path / "metrics.jsonl").curves()
+    assert [curves[name][1][7] for name in ("time/train", "time/save")] == [3.0, 2.0]
+    assert [part[7] for part in curves["time/save"][2:]] == [0.0, 20.0]  # a band around the mean
+
+
 def test_of_a_step_only_the_groups_that_are_asked_for_are_read(tmp_path):
     write_run(tmp_path, *[scored(f"p{i}") for i in range(500)])
     (record,) = Ledger(tmp_path).sample(20, 24)

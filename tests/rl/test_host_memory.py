@@ -11,8 +11,8 @@ from transformers import Qwen2Config
 from recipes.fit import refusal, said_host
 from rl.config.read import load_config, replaced
 from rl.plan.host import check_host, free_bytes, host_share, pinned
-from rl.plan.memory import GIB
-from rl.plan.search import Card, fit
+from rl.plan.memory import GIB, Card
+from rl.plan.search import fit
 from rl.plan.sizes import ModelSize
 from tests.bench.workload import SHAPES
 

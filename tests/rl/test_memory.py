@@ -10,16 +10,16 @@ from rl.config.read import load_config, replaced
 from rl.model.adapters import add_lora
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
-from rl.plan.costs import HOST_RATE, SLEEP_S, seconds_of
 from rl.plan.memory import (
     GIB,
     OVERHEAD_BYTES,
+    Card,
     cache_bytes,
     engine_weights,
     plan_memory,
     training_parts,
 )
-from rl.plan.search import Card, fit, remedy
+from rl.plan.search import HOST_RATE, SLEEP_S, fit, remedy, seconds_of
 from rl.plan.sizes import ModelSize, NoPrediction
 from tests.saved_tensors import bytes_kept
 
@@ -61,7 +61,7 @@ def test_parts_of_mixed_precision_training_are_those_by_hand():
         "weights in the compute dtype": 2 * LINEAR,
         "reference": 4 * PARAMETERS,
         "activations": 1000 * 2 * 2 * SAVED,
-        "logits": CHUNK_BYTES["cuda"] + 800 * (2 + 4 + 2),
+        "logits": CHUNK_BYTES["cuda"] + 800 * (4 + 2),  # its fp32 gradient, and the head narrowed
         "overhead": OVERHEAD_BYTES,
     }
     kept = bytes_by_name(SMALL, replaced(config, {"model.keep_logits": True}), 1000)
@@ -99,7 +99,7 @@ HOSTED_OFF = {"memory.optimizer_on_host": False, "memory.reference_on_host": Fal
 
 def plan_of(name: str, config: Config, gib: float, processes: int = 1):
     size = ModelSize.of(QWEN[name], fused_layers=True)
-    return plan_memory(size, config, capacity=int(gib * GIB), max_length=2048, processes=processes)
+    return plan_memory(size, config, Card("a GPU", int(gib * GIB), processes), 2048)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_where_the_engine_sleeps_it_and_training_do_not_add_up():
         ("3b", ["train.sample_while_training=true"], 80, ["reference_on_host"]),
         ("7b", [], 140, ["optimizer_on_host"]),
         ("3b", ["engine.name=transformers"], 60, ["optimizer_on_host"]),
-        ("3b", ["loss.kl_coef=0"], 48, ["engine_sleeps", "optimizer_on_host"]),
+        ("3b", ["loss.kl_coef=0"], 47, ["engine_sleeps", "optimizer_on_host"]),
         ("3b", ["memory.optimizer_on_host=false"], 70, ["engine_sleeps", "reference_on_host"]),
         ("7b", [], 100, ["engine_sleeps", "optimizer_on_host", "reference_on_host"]),
     ],

@@ -12,9 +12,9 @@ from rl.batch import MicroBatch, pack
 from rl.config import Config
 from rl.config.read import load_config, replaced
 from rl.model import packed
-from rl.plan.memory import GIB, plan_memory
+from rl.plan.memory import GIB, Card, plan_memory
 from rl.plan.probe import largest
-from rl.plan.search import Card, fit
+from rl.plan.search import fit
 from rl.plan.sizes import ModelSize
 from rl.types import Completion, Continuation, Group, Prompt, Reward, ScoredGroup, VersionSpan
 from rl.update import pack_rules
@@ -114,9 +114,8 @@ def test_the_plan_covers_what_the_largest_micro_batch_of_episodes_keeps(budget, 
     for m in tried(config):
         given = {"position_ids": m.positions_N[None], "cohort_layout": m.layout}
         kept = max(kept, bytes_kept(model, "fp32", len(m.token_ids_N), **given))
-    plan = plan_memory(
-        ModelSize.of(SHAPE, fused_layers=False, dtype="fp32"), config, capacity=8 * GIB, max_length=P + C
-    )
+    size = ModelSize.of(SHAPE, fused_layers=False, dtype="fp32")
+    plan = plan_memory(size, config, Card("a GPU", 8 * GIB), P + C)
     (planned,) = (part.bytes for part in plan.parts if part.name == "activations")
     assert kept / 1.1 <= planned <= 1.1 * kept
 

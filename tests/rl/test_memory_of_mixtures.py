@@ -23,8 +23,8 @@ from recipes.kinds import adapt
 from rl.config.read import load_config
 from rl.model.loading import _narrow_under_autocast, storage_dtype
 from rl.moe.adapters import split_experts
-from rl.plan.memory import training_parts
-from rl.plan.search import Card, fit, replaced
+from rl.plan.memory import Card, training_parts
+from rl.plan.search import fit, replaced
 from rl.plan.sizes import ModelSize, NoPrediction
 from tests.saved_tensors import bytes_kept
 

