@@ -180,7 +180,7 @@ def test_servers_of_another_number_of_workers_that_come_late_get_the_next_weight
         engine.generate(call(make_prompts(5), num_completions=1, sampling=SHORT, seeds=[0]))
         said += capfd.readouterr().out
     publish(engine, Stream(make_model(2)), version=2)
-    assert [str(member.state) for member in engine._core.members] == ["up", "up"]
+    assert [str(member.state) for member in engine._core.members] == ["up", "up"], capfd.readouterr().out
     engine.close()
 
 
