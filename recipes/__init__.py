@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def put_ours_first(path: list[str]) -> list[str]:
-    """`sys.path` with folders that could hide our packages (the working directory among them) moved behind
+    """`sys.path` with folders that could hide our packages (the working directory among them) moved after
     ours. A child process that is given this path imports the same modules.
     """
 

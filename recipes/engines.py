@@ -80,7 +80,7 @@ def started_into(
 
 
 def free_on_gpu() -> int:
-    """Bytes of this process's GPU that nobody holds; 0 without one."""
+    """Free bytes of this process's GPU; 0 without a GPU."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 

@@ -279,7 +279,7 @@ def generate(
 def sample(
     engine: DiffusionEngine, prompts: Sequence[Prompt], temperature: float, a: argparse.Namespace
 ) -> list[Completion]:
-    """A completion per prompt; that of prompt i depends only on --seed and i."""
+    """A completion per prompt; that of prompt i depends only on --seed and i. ValueError if one failed."""
     ends = end_token_ids(engine.tokenizer, generation_config=engine.model.generation_config)
     sampling = SamplingParams(a.gen_length, temperature=temperature, stop_token_ids=ends)
     seeds = tuple(completion_seed(a.seed, i) for i in range(len(prompts)))

@@ -68,7 +68,7 @@ def teacher_model(teacher: TeacherConfig | None) -> ModelConfig | None:
 
 
 def teacher_server(teacher: TeacherConfig | None, run_dir: Path | None = None) -> ScoringServer | None:
-    """The server that a teacher is behind; None where it is not. Raises ValueError for a bad token file.
+    """The server of a teacher; None if the teacher has none. Raises ValueError for a bad token file.
 
     `run_dir` has the canary that its answers are compared with.
     """

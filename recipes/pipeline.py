@@ -46,7 +46,7 @@ class Recipe:
 
     Attributes:
         command: whose configs it takes (`rl.config.read.COMMANDS`). If empty, it is a program that takes
-            arguments, of which `arguments` come first.
+            arguments; `arguments` come first.
     """
 
     module: str
@@ -182,7 +182,7 @@ def _resolved(own: StageConfig, folder: Path, made: Mapping[str, str]) -> Stage:
 
 
 def filled(tree: Any, made: Mapping[str, str]) -> Any:
-    """The tree with `${name}` replaced in its texts."""
+    """The tree with `${name}` replaced in its texts; ValueError for the name of no earlier stage."""
     if isinstance(tree, dict):
         return {key: filled(value, made) for key, value in tree.items()}
     if isinstance(tree, list):

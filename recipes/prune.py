@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def kept_layers(asked: str, number: int) -> list[int]:
-    """Layers to keep of `number`: those listed, or so many, evenly spaced, including the first and the last.
+    """Layers to keep of `number`: those listed, or that many, evenly spaced, with the first and the last.
 
     DistilBERT keeps every second layer (arXiv:1910.01108, section 3). Minitron (arXiv:2408.11796) removes
     consecutive layers: list the others.
 
     Raises:
-        ValueError: they are not layers of the model in rising order, or there are not so many.
+        ValueError: they are not layers of the model in rising order, or there are not that many.
     """
     words = [int(word) for word in asked.split(",") if word.isdecimal()]
     if asked.isdecimal() and 2 <= words[0] <= number:
@@ -84,7 +84,7 @@ def cut_width(model: Any, size: int) -> None:
         ]
         if not all(isinstance(x, nn.Linear) for x in parts) or not 0 < size <= config.intermediate_size:
             raise ValueError(
-                f"--ffn {size}: every layer needs a gated MLP of at least so many channels, and those of "
+                f"--ffn {size}: every layer needs a gated MLP of at least that many channels, and those of "
                 f"{config.model_type} have {getattr(config, 'intermediate_size', 0)}; leave --ffn out"
             )
         gate, up, down = parts

@@ -110,7 +110,7 @@ def _counting(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def _counted(spec: RewardSpec, by_name: Mapping[str, RewardSpec], scores: Mapping[str, Any]) -> float:
-    """The part's clipped score, or 0 behind a closed gate; a gate behind a closed gate is closed too."""
+    """The part's clipped score, or 0 if its gate is closed; a gate whose own gate is closed is closed too."""
     score = scores[spec.name]
     if score is None:
         return math.inf  # only gates come here: a rule that does not apply is an open gate

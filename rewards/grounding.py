@@ -22,7 +22,7 @@ Runs = list[tuple[int, int]]
 def box_iou(
     completions: Sequence[Any], box: Sequence[Any], *, form: str = "xyxy", **columns: Any
 ) -> list[Reward]:
-    """Intersection over union of the last four numbers in brackets in the answer and the column `box`.
+    """Intersection over union of the last four numbers in brackets in the answer and of the column `box`.
 
     Args:
         form: "xyxy" (two corners) or "xywh" (corner, width, height), of both boxes and in the same units. A

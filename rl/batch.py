@@ -212,7 +212,7 @@ def _rows(
 
 
 def _behind(prompt: Prompt, row: Row) -> Row:
-    """The row behind a prompt that its own begins with; what else that has is context of the completion."""
+    """The row with `prompt`, with which its own prompt begins; the rest of that becomes context."""
     context = list(row.prompt.token_ids[len(prompt.token_ids) :])
     own, advantage, number = row.completion, row.advantage, len(context)
     longer = replace(own, token_ids=context + own.token_ids, loss_mask=[False] * number + own.loss_mask)

@@ -1,4 +1,4 @@
-"""The causal policy: a transformers model of which every process holds a full copy."""
+"""The causal policy: a transformers model; every process holds a full copy."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class CausalScorer(nn.Module):
         self.hidden(batch)  # for hooks that watch the layers
 
     def hidden(self, batch: MicroBatch) -> Float[Tensor, "L D"]:
-        """Hidden states from which the head computes the log-probs of the loss tokens."""
+        """Hidden states at `predecessors_L`; the head computes the loss tokens' log-probs from them."""
         if self.packed:
             return self._packed_hidden(batch)
         return self._padded_hidden(batch) if self.pads(batch) else self._row_hidden(batch)

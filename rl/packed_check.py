@@ -131,9 +131,9 @@ def _tolerance(policy: Any) -> float:
 
 
 def _rounding(policy: Any, batch: MicroBatch, plain_L: Float[Tensor, " L"]) -> float:
-    """The gap between the model's own log-probs without and with tokens behind the sequence.
+    """The gap between the model's own log-probs without and with tokens after the sequence, in nats.
 
-    Those change the shapes of products, hence rounding, hence a tied expert; in a causal model nothing else.
+    In a causal model those change only the shapes of products, so rounding and the choice of tied experts.
     """
     model, rope = policy.model, moving_rope(policy.model)
     context = context_length(model.config) or sys.maxsize
@@ -192,7 +192,7 @@ def own_logprobs(
     """Log-probs of all but the first `given` ids, each after what precedes it, by the model's own logits.
 
     Args:
-        behind: tokens to put behind the ids, copies of the first one: what they change is rounding.
+        behind: number of copies of the first id to append; in a causal model they only change rounding.
     """
     read = torch.cat([ids_T, ids_T[:1].expand(behind)])[None]
     logits = model(input_ids=read, use_cache=False).logits[0, given - 1 : len(ids_T) - 1].float()

@@ -49,8 +49,8 @@ def make_reference(policy: Scoring, *, moves: bool, hosted: bool = False) -> Ref
     """A reference equal to the policy as it is now; with `moves` it will `follow`, so checkpoints save it.
 
     Args:
-        hosted: the layers of a copy stay in host memory, in the dtype to which autocast casts them unless
-            the copy moves, and come to the device one at a time.
+        hosted: the layers of a copy stay in host memory and come to the device one at a time. Those of a
+            copy that does not move are kept in the dtype to which autocast casts them.
     """
     return Copy(policy, moves=moves, hosted=hosted) if policy.peft_model is None else BaseModel(policy)
 

@@ -82,9 +82,9 @@ def lesson(
 
 
 def as_taught(prepared: Prepared) -> Prepared:
-    """The same completions, in the same order, behind the prompts that a teacher reads. Nothing is replayed.
+    """The same completions, in the same order, after the prompts that a teacher reads. Nothing is replayed.
 
-    It may hold more than the token budget: longer prompts, of which no graph is kept.
+    It may exceed the token budget: its prompts are longer, but no graph of them is kept.
     """
     batch = prepared.batch
     if not any(row.prompt.teacher_token_ids for row in batch.rows):
@@ -148,7 +148,7 @@ class Teacher:
             return Scores(*scorer.answers(hidden_LD, batch, self.scorer.temperature, ids_LK), ids_LK=ids_LK)
 
     def _asked(self, ask: Ask, batch: MicroBatch) -> Scores:
-        """What a server answers, at temperature 1. It gives no logits: all other ids are what 1 lacks."""
+        """What a server answers, at temperature 1. It gives no logits: all other ids get the rest of 1."""
         k, sequences = min(self.config.asked_ids, self.num_ids), list(batch.sequences())
         own, ids, tops = [], [], []
         for row, (tokens, prompt_length, start) in zip(

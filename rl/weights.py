@@ -39,7 +39,7 @@ def check_streamed(model: PreTrainedModel) -> None:
 class PolicyWeights:
     """Every weight under its Hugging Face name. Deltas are added to copies: merging in place would drift.
 
-    The tensors are looked up once, so that each sync asks for a stream of its own.
+    The tensors are looked up once, when the stream is made, so each sync makes a new one.
     """
 
     def __init__(self, model: PreTrainedModel, canary: Callable[[], tuple[list[int], list[float]]]) -> None:

@@ -39,7 +39,7 @@ def completion_routes(rows: np.ndarray | None, num_tokens: int) -> np.ndarray | 
 
     Args:
         rows: experts of the last prompt token and of each completion token except the last, which no model
-            call has read. A row comes from the call that sampled the next token, so their version is one.
+            call has read. A row comes from the call that sampled the next token, so both have one version.
 
     Raises:
         EngineError: there are not as many rows as tokens.

@@ -39,7 +39,7 @@ def render_prompts(
     rendered as it is, with the row's `tools`. Other columns, or those named, are kept for graders.
 
     Args:
-        rows: all rows; or some of `num_rows`, by their numbers, of which the others are not too long.
+        rows: all rows, or some of them by their numbers; the others of `num_rows` are not too long.
         template_file: where the chat template was read from, for errors; None: the tokenizer's own.
         note: is told how many rows were left out as too long.
 

@@ -21,7 +21,7 @@ class EnvironmentFault(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a tool by its name, or the `fault` because of which it cannot be made."""
+    """A call of a tool by its name, or the `fault` that prevents it."""
 
     name: str = ""
     arguments: Mapping[str, Any] | None = None

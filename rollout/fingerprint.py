@@ -29,7 +29,7 @@ class HeldTensor:
         shape: of the whole tensor under its Hugging Face name.
         dtype: what the engine keeps; a sender's float32 is rounded to it first.
         device: where both sides hash, since CPU and CUDA use different hash functions.
-        source: the name that carries these weights in a stream; another one than its own only for a tied
+        source: the name that carries these weights in a stream; other than its own only for a tied
             copy.
         sampled: the engine cannot show the bytes (a kernel packed them), only multiply by them. The
             fingerprint then covers `sampled_columns` of this sync instead of all columns.

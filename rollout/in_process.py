@@ -1,4 +1,4 @@
-"""What engines share that sample in this process, on their own copy of a transformers model."""
+"""What engines have in common that sample in this process, on their own copy of a transformers model."""
 
 from __future__ import annotations
 

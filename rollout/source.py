@@ -127,7 +127,7 @@ class RolloutSource:
     def groups(self, num_groups: int) -> Iterator[ScoredGroup]:
         """As `Source.groups`, in the order of their start; rejected ones that fill a step up come last.
 
-        The first group comes when all are there: rounds are collective, and what the caller does between two
+        The first group comes when all are graded: rounds are collective, and what the caller does between two
         groups may be, too. RuntimeError is also raised if the engine keeps weights that were replaced.
         """
         self._in_flight.end_overlap()

@@ -1,7 +1,7 @@
 """Renders chats by a model's own Jinja template, in a child process that dies if a template takes too much.
 
 transformers renders in a sandbox that keeps a template from the file system and from Python's internals. It
-bounds neither time nor memory: nested loops, a repeated string or a doubled one take all there is.
+bounds neither time nor memory: nested loops, or a string that is repeated or doubled, can use up both.
 """
 
 from __future__ import annotations

@@ -27,6 +27,11 @@ INSTEAD = {
     r"\b(?:lest|in vain|by right|of late|as ever|not any more|let go again|none of the two)\b": "plain words",
     r"\b(?:counts? in nothing|leads? nowhere|as a kill would|from which on|up to which)\b": "name the thing",
     r"\b(?:is taken for|is not to be|gives? way)\b": "is read as, must not be, is dropped",
+    # "each of which", "81 s, of which 50.9 are imports" are English.
+    r"(?<!each )(?<!some )(?<!all )\bof which (?:the|a|an|its|every|none|one|another|there|those)\b": "whose",
+    r"\b(?:with|of|on|a) so many (?!that\b)[a-z]+": "that many",
+    r"\bbehind (?:its|these|those|what|a prompt|prompts|contexts|all of)\b": "after",
+    r"\b(?:reckon|another pair of|in the second place|nothing of the gain|gone? on with)\b": "plain words",
 }
 
 

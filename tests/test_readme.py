@@ -132,3 +132,26 @@ def test_the_readme_can_be_read_in_one_go():
     assert len(text.splitlines()) <= 200
     first = text.splitlines()[:24]
     assert "make train" in "".join(first) and "| card |" in "".join(first)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings: lower case, hyphens for spaces, no other signs."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+FOLDERS = ("", "recipes/", "recipes/*/", "rewards/*/", "rollout/*/", "rl/*/")
+PAGES = [str(page.relative_to(ROOT)) for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_and_quoted_files_of_a_page_exist(page):
+    assert len(PAGES) > 8
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    for name in re.findall(r"`((?:recipes|rewards|rl|rollout|tests)/[\w/]+\.(?:md|py|yaml))`", text):
+        assert (ROOT / name).exists(), name

@@ -121,8 +121,8 @@ def _checked(call: Any) -> ToolCall:
 
 
 def _named_first(call: Any) -> ToolCall:
-    """Converts a call of DeepSeek V3.1, `name<｜tool▁sep｜>arguments`, of which the reader of V3 (type first,
-    then the name) knows only where it begins and ends.
+    """Converts a call of DeepSeek V3.1, `name<｜tool▁sep｜>arguments`. The reader of V3 expects the type
+    before the name, so it finds only where the call begins and ends.
     """
     name, _, arguments = str(call.raw).partition(DEEPSEEK["tool_sep_id"])
     if str(call.status) in ("unclosed_block", "malformed_structure"):

@@ -21,7 +21,7 @@ def spoken_answer(text: str) -> str:
 
 
 def countdown(answer: str, entry: Mapping[str, Any]) -> str:
-    """Feedback on an expression: its value, and numbers that it may not use, or not so often."""
+    """Feedback on an expression: its value, and numbers that it may not use, or uses too often."""
     facts = entry["metadata"]
     try:
         value = value_of(answer)

@@ -63,7 +63,7 @@ class World:
         return people + [f"{city} lies on the river {river}." for city, river in self.river.items()]
 
     def question(self, person: str, hops: int) -> tuple[str, str]:
-        """A question and its answer, which takes `hops` documents to find."""
+        """A question and its answer, which takes `hops` documents to find; ValueError for hops < 1."""
         if hops < 1:
             raise ValueError(f"hops={hops}: a question takes at least one document; use hops=2")
         if hops == 1:

@@ -36,7 +36,7 @@ def open_environment(config: Config, closing: ExitStack) -> Workers | None:
 
 
 def with_tools(rows: list[dict[str, Any]], environment: Workers | None) -> list[dict[str, Any]]:
-    """The rows with the environment's tools, which the chat template shows to the model."""
+    """The rows with the environment's tools, which the model sees; ValueError if rows have tools already."""
     if environment is None:
         return rows
     if any(row.get("tools") for row in rows):

@@ -38,7 +38,7 @@ class Worker:
         self.is_closed = False
 
     def start(self) -> dict[str, Any]:
-        """Starts the process, and returns what it says of its environment.
+        """Starts the process, and returns what it answers about its environment.
 
         Raises:
             ValueError: it does not find the environment.

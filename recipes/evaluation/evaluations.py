@@ -25,7 +25,7 @@ SAME = ("prompts", "rows", "chat_template", "sampling", "num_samples", "seed", "
 
 
 def described(options: Mapping[str, Any]) -> dict[str, Any]:
-    """For each grader, of which the first counts: its options, and the version of its package."""
+    """The options of each grader, and the version of its package; the score is the first grader's."""
     versions = {name: version_of(PACKAGES.get(name, "cohort-rl")) for name in options}
     return {name: {"options": options[name], "version": versions[name]} for name in options}
 
@@ -55,7 +55,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def regrade(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Grades an evaluation's kept completions again, also with other graders, and writes the results."""
+    """Grades an evaluation's completions again and writes the results; ValueError if some are missing."""
     head, ledger = read_evaluation(folder), Ledger(folder, folder="evaluations")
     records = ledger.read_all(head["step"]) or []  # a folder may hold the completions of other steps too
     groups = [group.group for record in records for group in record.groups]

@@ -26,7 +26,7 @@ def with_demonstrations(
 ) -> list[Prompt]:
     """The prompts, made from `rows`, with `teacher_token_ids`: the same row rendered again by the same rules.
 
-    `data.template` and the system prompt stand around what `teacher.template` makes of the row's prompt.
+    `data.template` and the system prompt are put around the row's prompt in `teacher.template`.
 
     Raises:
         ValueError: a row has no demonstration, or no user's message that it could stand in.
@@ -46,7 +46,7 @@ def with_demonstrations(
 
 
 def longest_taught(config: Config, prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt with a demonstration and the completion behind it; 0 without any."""
+    """Tokens of the longest prompt with a demonstration, and of its completion; 0 without any."""
     if config.teacher is None or config.teacher.demonstration is None:
         return 0
     return max(len(p.teacher_token_ids) for p in prompts) + config.sampling.max_completion_length

@@ -16,7 +16,7 @@ from rl.types import Prompt
 from rollout.chat import kept_columns
 from rollout.prompts import PromptStream
 
-MANY = 20_000  # rows; rendering so many takes about ten seconds
+MANY = 20_000  # rows; rendering them takes about ten seconds
 PROBES = ("7 and Zq?", "what\nis (it) in 3 words: x")
 SLACK = 4  # tokens: a beginning-of-text token, and the space that some tokenizers put before a text
 

@@ -45,7 +45,7 @@ class ScoringServer:
         self._canary: dict[str, list[Any]] = {}
 
     def model(self) -> tuple[str, int]:
-        """The name or folder of its model, and the most tokens of a row with one that is sampled."""
+        """Its model's name or folder, and the most tokens of a row with one sampled; faults as `score`."""
         card = self._control.call("GET", "/v1/models", "its model", lambda found: dict(found["data"][0]))
         if not card.keys() >= {"root", "max_model_len"}:
             raise ValueError(f"server {self.url} does not say what vLLM says of a model; serve it with vLLM")

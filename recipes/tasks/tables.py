@@ -111,7 +111,7 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
         return (
             f"data.split={config.split!r} is not in {config.source}"
             + (f"; it has {has}" if has else "; a split is named as data.split=train")
-            + ", of which a part is written as train[:90%] or train[1000:]"
+            + "; for a part of it write train[:90%] or train[1000:]"
         )
     if Path(config.source).suffix == ".jsonl" and (line := _broken_line(Path(config.source))):
         return f"data.source={config.source!r}, {line}"

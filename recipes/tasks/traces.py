@@ -41,7 +41,7 @@ def read_traces(
 ) -> tuple[list[Prompt], Callable[[Call], list[Group]]]:
     """The prompts of a file of traces, each pair of prompt and gold once, and a function that answers them.
 
-    A cell is a completion (text, or messages of which the last counts), or a list of texts.
+    A cell is a completion (text, or messages, whose last one counts), or a list of texts.
 
     Raises:
         ValueError: a row lacks the column, or holds something else there.

@@ -15,7 +15,7 @@ class Grammar(Protocol):
     """The parser of `rewards.math.parse` as the grammar rules see it.
 
     Attributes:
-        tokens: the tokens, of which the last is `END`.
+        tokens: the tokens; the last is `END`.
         depth: number of open brackets; `bars`: open absolute values among them.
         in_builder: inside {x | ...}, where a bar and a colon separate.
         currency: the sign before the value that is being read.

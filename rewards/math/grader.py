@@ -100,7 +100,7 @@ def math_reward(
 ) -> list[Reward]:
     """`grade` for each completion, in TRL's calling convention.
 
-    `completions` are texts or lists of messages, of which the last is graded. An answer is a text, a number,
+    `completions` are texts or lists of messages; the last message is graded. An answer is a text, a number,
     or a list of accepted alternatives. `prompts` and other columns are not used.
 
     Raises:

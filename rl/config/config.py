@@ -161,7 +161,7 @@ class Config(Section):
 
     @property
     def rows_of_episode(self) -> int:
-        """The most rows of an episode, of which each may have as many tokens as the longest completion."""
+        """The most rows of an episode; each may have as many tokens as the longest completion."""
         several = self.environment if self.environment and self.environment.history == "template" else None
         return several.max_turns if several else 1
 

@@ -95,7 +95,7 @@ class MemoryConfig(Section):
     host_gib: PositiveFloat | Auto = Field(
         default="auto",
         description="host memory that moments and reference may take, of all processes of the host together, "
-        "GiB; auto: what is free, also of a container. Give it where a machine's memory grows as it is used",
+        "GiB; auto: what is free, also of a container. Set it on a machine whose memory grows as it is used",
     )
 
     @property

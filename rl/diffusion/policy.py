@@ -44,7 +44,7 @@ class DiffusionPolicy:
 
     Attributes:
         is_coarse: log-probs are compared with those of a model in bf16.
-        unread: files that `rl.sharded` is to read weights from; none, as they are there.
+        unread: files that `rl.sharded` is to read weights from; none, as they are loaded already.
     """
 
     in_step, unread = False, ()

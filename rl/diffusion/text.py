@@ -143,7 +143,7 @@ def _padded(encoded: Encoded, config: EosConfig, padding: Sequence[int], longest
 
 
 def row_format(rows: Sequence[Row], config: TextConfig) -> str:
-    """prompt_completion, messages or text: as the config says, else by the columns of the first row."""
+    """prompt_completion, messages or text, by the config or the first row; ValueError if neither tells."""
     if not rows:
         raise ValueError(f"{config.source} has no rows; check data.source, data.split and data.size")
     needed = {

@@ -1,7 +1,7 @@
 """Models whose weights are read after they were split, so that no process ever holds all of them.
 
 A hollow model has every module, buffer and adapter, but each of its own weights is a single number seen in
-the weight's shape. What only a model with weights can tell, a short one of the same files tells.
+the weight's shape. Checks that need real weights use a short model of the same files.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def short_model(config: ModelConfig) -> PreTrainedModel:
     for name, kinds in per_layer.items():
         setattr(text, name, kinds[:kept])
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # no words on the other layers, which the files have
+    transformers_logging.set_verbosity_error()  # no warning of the other layers, which the files have
     try:
         return read_model(config, config=found)
     finally:
@@ -127,7 +127,7 @@ def own_slice(tensor: DTensor) -> tuple[Tensor, int]:
 
 
 def digest_of(file: Path) -> str:
-    """What tells apart two models of the same shapes: the size, and bytes at equal odd distances."""
+    """Size and hash, to tell apart two models of the same shapes; of the bytes at equal odd distances."""
     bytes_B = np.memmap(file, np.uint8, "r")
     some = bytes_B[:: len(bytes_B) // NUM_BYTES | 1].tobytes()
     return f"{len(bytes_B)} bytes, {hashlib.blake2b(some, digest_size=8).hexdigest()}"

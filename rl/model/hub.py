@@ -19,8 +19,8 @@ WAIT_S = 20.0
 def hub_fault() -> str:
     """Why the hub cannot be asked; "" if it answers.
 
-    Without an answer, this process and those that it starts read the hub's cache only. Libraries would else
-    ask six times for each file, which takes minutes.
+    Without an answer, this process and those that it starts read the hub's cache only. Otherwise libraries
+    would ask six times for each file, which takes minutes.
     """
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, so the hub is not asked"

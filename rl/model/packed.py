@@ -243,7 +243,7 @@ def branches_of(
     """`Block.branches` of rows: each branches off the row of its episode with the longest context.
 
     Args:
-        contexts: tokens with which each row begins after the prompt, and of which none was sampled. Only
+        contexts: tokens with which each row begins after the prompt; none of them was sampled. Only
             these are shared, so that each row keeps the weights, log-probs and routes of its own tokens.
     """
     trunks: dict[tuple[int, int], int] = {}

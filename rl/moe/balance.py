@@ -254,7 +254,7 @@ def biases_of(sites: Sequence[RouterSite], rate: float) -> list[Tensor]:
 def move_biases(sites: Sequence[RouterSite], load: Load, rate: float) -> None:
     """b_i += rate sign(mean count - count_i), minus the mean move, after a step (arXiv:2408.15664, alg. 1).
 
-    Otherwise all biases of a layer might drift together, on which no choice depends.
+    If the mean stayed, all biases of a layer could drift together, which changes no choice.
 
     Raises:
         ValueError: a router has no such bias.

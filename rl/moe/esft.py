@@ -40,7 +40,7 @@ def expert_relevance(
     "token": share of the choices that an expert got; "gate": share of the gate weights that it got.
 
     Args:
-        rows: token ids [1, T] of samples of the task.
+        rows: token ids [1, T] of samples of the task; ValueError if there are none.
     """
     sites = find_routers(model)
     sums = {site.layer: torch.zeros(site.num_experts, dtype=torch.float64) for site in sites}
@@ -61,7 +61,7 @@ def expert_relevance(
 
 def select_experts(scores: Mapping[int, Float[Tensor, " E"]], *, top_p: float = 0.2) -> dict[int, list[int]]:
     """The most relevant experts of each layer, added one by one until their relevance reaches `top_p` in
-    total.
+    total. ValueError unless 0 < top_p <= 1.
     """
     if not 0 < top_p <= 1:
         raise ValueError(

@@ -129,7 +129,7 @@ def plan_memory(size: ModelSize, config: Planned, card: Card, max_length: int) -
 
 
 def indivisible(config: Planned) -> int:
-    """Tokens of the longest episode behind its prompt; its rows share a micro-batch, whatever the budget."""
+    """Tokens of the longest episode, prompt included; its rows share a micro-batch, whatever the budget."""
     if not isinstance(config, Config):
         return config.longest_row
     return config.longest_row + (config.rows_of_episode - 1) * config.sampling.max_completion_length

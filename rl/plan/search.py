@@ -52,9 +52,9 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     """The fastest values that fit for keys of `PLANNED` that are auto; None if none fit.
 
     It prefers no recomputation of layers, then a cache for more completions, then more tokens in a
-    micro-batch, of which it gives some for kept logits. It lets the engine sleep rather than recompute for
-    the sake of an engine that is awake. Only if nothing fits, it shrinks micro-batches below the fast size,
-    then splits weights over processes. The last resort is to keep moments and reference in host memory.
+    micro-batch, some of which it trades for kept logits. It lets the engine sleep before it recomputes
+    layers. Only if nothing fits, it shrinks micro-batches below the fast size, then splits weights over
+    processes. The last resort is to keep moments and reference in host memory.
     """
     splits: list[dict[str, Any]] = [{}]
     if kept_whole(size, config, card.processes) is None:
@@ -85,7 +85,7 @@ def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
 
 
 def _hosted(size: ModelSize, config: Planned, card: Card) -> list[dict[str, Any]]:
-    """Settings that keep moments, the reference or both in host memory that is there, the cheapest first."""
+    """Settings that keep moments, the reference or both in free host memory, the cheapest first."""
     if not isinstance(config, Config) or config.train.sharding in ("full", "hybrid"):
         return []
     keys = [key for key in HOSTED if is_auto(config, key)]

@@ -88,7 +88,7 @@ def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def is_at(path: Path, status: os.stat_result, *, follow: bool = False) -> bool:
-    """Whether the file of that status is at the path; with `follow`, also behind a link there."""
+    """Whether the file of that status is at the path; with `follow`, also if a link there leads to it."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=follow), status)
     except FileNotFoundError:

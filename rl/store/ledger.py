@@ -27,7 +27,7 @@ from rl.types import Advantage, ScoredGroup
 
 SCHEMA = 2  # 1, which is read too, has neither segments, facts, continuations nor rewards per turn
 MAX_RECORD_BYTES = 4 << 30  # of a decompressed record that is read whole
-MAX_GLANCE_BYTES = 16 << 20  # of a decompressed record of which some groups are shown
+MAX_GLANCE_BYTES = 16 << 20  # of a decompressed record, if only some of its groups are shown
 MAX_GROUP_BYTES = 16 << 20  # of a group that is shown: a million tokens
 MAX_PARTS = 1_000_000  # lists and dicts of a group that is shown: the smallest takes 72 bytes, 2 in JSON
 MAX_BAD = 24  # damaged groups of a file, after which the rest is left out

@@ -138,7 +138,7 @@ _ALL = (
            high=0.1, broken_above=1.0, patience=1, told_at_once=True,
            hint="the engine samples another distribution than the policy trains: above 1 its weights are "
                 "wrong or stale (engine.verify_sync); below, engine.dtype is coarse, or the engine computes "
-                "this family otherwise: compare with engine.name=transformers"),
+                "this family differently: compare with engine.name=transformers"),
     Metric("sampler/logprob_gap_max", "nats", "greatest |policy - sampler| log-prob of a token"),
     Metric("sampler/mismatch_kl", "nats/token", "KL from policy to sampler; 0.001 is usual in bf16",
            high=0.02, broken_above=0.5,

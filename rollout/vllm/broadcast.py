@@ -1,8 +1,8 @@
 """Sends weights from the trainer's device to the servers': by NCCL between GPUs, by gloo between CPUs.
 
 Each server's workers share a group with the trainer, so that a dead one holds up no other. The group moves
-bytes; what they are is said over the server's locked control. vLLM's own transfer engines are not used: they
-need vLLM in the trainer, answer 200 although a layer is missing, and a fault ends the server.
+bytes; their names and shapes go by HTTP under the server's lock. vLLM's own transfer engines are not used:
+they need vLLM in the trainer, answer 200 although a layer is missing, and a fault ends the server.
 """
 
 from __future__ import annotations
@@ -180,10 +180,10 @@ class WeightBroadcast:
         return self._push
 
     def bring(self, member: Member, push: Push) -> None:
-        """Sends the kept weights to a server that has not got them, which joins a group first.
+        """Sends the kept weights to a server that lacks them; it joins a group first.
 
         Raises:
-            EngineError, ValueError: it did not join, or not take them; its weights are unknown.
+            EngineError, ValueError: it did not join or did not take them; its weights are unknown.
         """
         link = self._links.get(member.server.url)
         if link is not None and link.has == push.content:

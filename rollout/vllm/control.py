@@ -2,7 +2,7 @@
 
 Weights go through methods of `rollout.vllm.worker.WeightReceiver`, which vLLM's `/collective_rpc` reaches,
 and not through a backend of vLLM's weight transfer. So the same calls work in every version since 0.25.1. One
-call checks, loads and notes what is held. A fault is an answer instead of the engine's end.
+call checks, loads and notes what is held. A fault comes back as an answer and does not end the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUTES = "enable_return_routed_experts"  # in vLLM's config, in 0.32 and in 0.25
 CONNECT_S = 10.0
 CONFIG = ("dtype", "max_model_len", "logprobs_mode", "routes", "worker_extension_cls")
 CONFIG += ("tensor_parallel_size", "world_size", "data_parallel_size", "enable_expert_parallel")
-LEASE_S = 120.0  # a run that was killed keeps its servers from others for so long
+LEASE_S = 120.0  # a killed run keeps its servers from others for this long
 
 
 class ServerDead(EngineError):
@@ -73,7 +73,7 @@ class Facts:
 
 
 def of_worker(number: int) -> str:
-    """What follows a tensor's name in what a worker says of its slice; nothing for the first."""
+    """What follows the name of a tensor of this worker: its number; nothing for the first worker."""
     return f" (worker {number})" if number else ""
 
 
@@ -305,7 +305,7 @@ def _read_config(shown: Any) -> dict[str, Any]:
 
 
 Layouts = dict[int, Mapping[str, HeldTensor]]
-"""What servers with so many workers hold."""
+"""What servers with that number of workers hold."""
 
 
 def check_alike(control: Control, layouts: Layouts, *, proved: Collection[int], routes: bool) -> None:

@@ -70,7 +70,7 @@ class Stream:
         sure: number of tokens after which the server was found to hold the weights that it had proved.
         tries: number of servers that began it.
         asked_as: the id of its request at the present server, which other processes ask, too.
-        marks: (number of tokens, version): up to so many are of no later version, also those yet to come.
+        marks: (number, version): of the first `number` tokens, sampled or not yet, none has a later version.
         rows: experts that the last server says (`completion_routes`), with its last message.
     """
 
@@ -114,7 +114,7 @@ class Stream:
         return asked | {"request_id": self.asked_as}
 
     def take(self, message: dict[str, Any], version: int) -> None:
-        """Adds what a message of the server brings."""
+        """Adds what a message of the server brings; RuntimeError if it says that the completion failed."""
         if "choices" not in message:
             raise RuntimeError(f"the server broke a completion off: {str(message)[:200]}")
         for choice in message["choices"]:
@@ -192,7 +192,7 @@ def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
 
 
 def unread(path: str, error: Exception, text: str) -> str:
-    """What is said of an answer in which something is missing or odd."""
+    """The error's words for an answer in which something is missing or malformed."""
     return f"{path} answered what cannot be read ({type(error).__name__}: {error}): {text[:300]}"
 
 

@@ -1,7 +1,7 @@
-"""The lock of a server: every route except /health asks for the run's token. And the route behind it that is
-ours, `SAMPLED`: how many tokens a paused server has sampled of each completion. A message brings several
-(vLLM's --stream-interval), which may be of two versions. A POST counts, and keeps the answer under the label
-of these weights (the query). A GET has what was kept, for processes that were not there at the pause.
+"""The lock of a server: every route except /health asks for the run's token. It adds a route, `SAMPLED`: how
+many tokens a paused server has sampled of each completion. A message brings several (--stream-interval of
+vLLM), which may be of two versions. A POST counts, and keeps the answer under the label of these weights (the
+query). A GET returns what was kept, for processes that took no part in the pause.
 
 vLLM's own `--api-key` leaves the routes open that replace weights. Start a server with
 `--middleware rollout.vllm.lock.RequireToken` and name the token's file in `COHORT_TOKEN_FILE`. The token
@@ -30,7 +30,7 @@ LOCK = "rollout.vllm.lock.RequireToken"
 SCHEDULER = "rollout.vllm.scheduler.make_server_scheduler"  # less Python per token
 SAMPLED = "/cohort/sampled"
 PREFIX = "generate-tokens-"  # vLLM's, before the id that a request gives
-QUIET_TURNS = 5  # of the event loop, in which vLLM takes in what its engine has sent
+QUIET_TURNS = 5  # of the event loop, in which vLLM reads what its engine has sent
 TURN_S = 0.001
 LONGEST_S = 10.0
 

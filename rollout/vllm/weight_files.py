@@ -148,7 +148,7 @@ class ReadFiles:
 
 @contextmanager
 def opened(push: Mapping[str, Any]) -> Iterator[ReadFiles]:
-    """The files of a push, fetched first if they are behind a URL.
+    """The files of a push, fetched first if they are at a URL.
 
     Raises:
         ValueError: they are missing or damaged.

@@ -136,7 +136,7 @@ def _cut_of_experts(module: Any, parameter: str, shape: Sequence[int], turned: b
 
 
 def _rows_here(module: Any, value: Tensor) -> list[tuple[int, int, int]]:
-    """(first, end, of how many) rows of each tensor stacked in a parameter, of which it may be a slice."""
+    """(first, end, of how many) rows of each tensor stacked in a parameter; it may hold a slice of each."""
     if (size := reach_or("embedding", "org_vocab_size", module, None)) is not None:
         return [(reach("embedding", "first", module), reach("embedding", "end", module), size)]
     sizes = reach_or("stacked layer", "output_partition_sizes", module, [len(value)])

@@ -217,7 +217,7 @@ class WeightReceiver:
         )
 
     def cohort_told(self, work: Callable[..., None], *arguments: Any) -> dict[str, str]:
-        """A fault is an answer, since vLLM ends an engine whose worker raises. "refused" leaves the weights
+        """Answers with a fault, since vLLM ends an engine whose worker raises. "refused" leaves the weights
         as they were; after "broken" they are unknown, and the next push has to be whole.
         """
         if not hasattr(self, "cohort_slots"):
@@ -297,7 +297,7 @@ class WeightReceiver:
         self.cohort_content = push["content"]
 
     def cohort_overwritten(self, files: ReadFiles) -> Iterable[tuple[str, Tensor]]:
-        """Whole tensors with the delta laid over what the model holds now.
+        """Whole tensors: the delta over what the model holds, if that can be read, else ValueError.
 
         A reload gets all of them at once, since it would treat a layer that lacks a tensor as complete.
         """
@@ -314,7 +314,7 @@ class WeightReceiver:
         return made if self.cohort_writes else list(made)
 
     def cohort_lease(self, run: str, seconds: float) -> dict[str, Any]:
-        """Gives the server to `run` for so long, unless another has it; who has it, and what it holds."""
+        """Gives the server to `run` for that long, unless another has it; who has it, and what it holds."""
         now = time.monotonic()
         if self.cohort_holder[0] in ("", run) or self.cohort_holder[1] <= now:
             self.cohort_holder = run, now + seconds

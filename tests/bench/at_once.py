@@ -317,7 +317,7 @@ def start_sampler(model: Path, sizes: list[int]) -> None:
 
     check_device()
     plain = local.engine_arguments
-    # With a cache of so many bytes vLLM does not measure memory, which the trainer takes at the same time.
+    # With a cache of given size vLLM does not measure memory, which the trainer takes at the same time.
     local.engine_arguments = lambda settings: plain(settings) | {"kv_cache_memory_bytes": KV_CACHE_BYTES}
     with on_stream(HELD.get("stream")):
         HELD["engine"] = start_vllm(

@@ -18,7 +18,7 @@ n * (k + 1) rows as far as reading the weights does not hide it; a completion's 
 once. "measured": what one of n * (k + 1) completions took. "+0.5": with as many ms more for the host, which
 must know the accepted tokens before it prepares the next step, and does so meanwhile without drafts. "less"
 is the share of a whole step's seconds. Workload W's lengths are drawn, and for each of their positions the
-accepted tokens of some position that was recorded. Last come made up drafts of which each token is accepted
+accepted tokens of some position that was recorded. Last come made-up drafts, whose tokens are all accepted
 with the same probability.
 
 No draft does better than "limit": a token is accepted with at most max p <= sqrt(sum p^2), and the mean of

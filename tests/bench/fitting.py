@@ -4,7 +4,7 @@
     python -m tests.bench.fitting 1.5b@80 7b:lora@80 3b@80 7b    # all weights, with the KL's reference
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora --llada    # diffusion models, trained without rewards
 
-`--card-gib`, or `@GIB` behind a shape, plays a smaller card: this process holds the rest of the GPU. For each
+`--card-gib`, or `@GIB` after a shape, plays a smaller card: this process holds the rest of the GPU. For each
 shape: what was chosen and what it costs, the training process's peak and the whole card's against the plan,
 seconds until step 1 and of each step, tokens a second, and the exit code.
 """

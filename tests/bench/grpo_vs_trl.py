@@ -142,10 +142,10 @@ def staleness(side: str) -> int:
 
 
 def counted(num_steps: int, stale: int) -> tuple[int, int, str]:
-    """The first step that counts, the one behind the last, from 0, and a sentence that says so.
+    """The first step that counts, the one after the last, from 0, and a sentence that says so.
 
     A run that samples ahead has long and short steps in turn, as many in a row as it is ahead. Only whole
-    turns count; if none is left, all steps behind the warm-up of any run do.
+    turns count; if none is left, all steps after the warm-up of any run do.
     """
     first, end = WARM_UP + stale, num_steps - (1 + stale if stale else 0)
     end -= max(0, end - first) % (1 + stale)

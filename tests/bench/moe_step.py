@@ -69,7 +69,7 @@ PER_PASS = int(os.environ.get("PER_PASS", "8192"))  # tokens of a micro-batch, o
 
 
 def make_model(tiny: bool, row: Row, device: torch.device):
-    """OLMoE-1B-7B: OlmoeConfig's defaults, and experts of 1,024 channels, of which they have 2,048."""
+    """OLMoE-1B-7B: OlmoeConfig's defaults, except for experts of 1,024 channels instead of 2,048."""
     config = OlmoeConfig(**(TINY if tiny else {"intermediate_size": 1024}))
     with torch.device(device):
         dtype = torch.float32 if row.masters else torch.bfloat16

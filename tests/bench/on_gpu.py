@@ -1,4 +1,4 @@
-"""Every number of recipes/README.md that needs a GPU: the jobs of gpu_jobs.yaml, one at a time on each GPU.
+"""Every number in recipes/*.md that needs a GPU: the jobs of gpu_jobs.yaml, one at a time on each GPU.
 
     python -m tests.bench.on_gpu --data DATA --write-data GSM8K_FOLDER   # once; needs reasoning-gym
     python -m tests.bench.on_gpu --data DATA --out FOLDER [--only NAME,NAME] [--at-once 1]

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.report --rows 100000`: CPU time and memory of a report on a run of so many steps."""
+"""`python -m tests.bench.report --rows 100000`: CPU time and memory of a report on that many rows."""
 
 from __future__ import annotations
 

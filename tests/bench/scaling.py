@@ -38,7 +38,7 @@ PARTS = ("step", "sample", "train", "sync", "pack", "score")
 
 @dataclass(frozen=True)
 class Case:
-    """A run on so many cards; `kind`: weak, strong, served, or the baseline."""
+    """A run on `cards` cards; `kind`: weak, strong, served, or the baseline."""
 
     kind: str
     cards: int

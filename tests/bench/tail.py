@@ -2,8 +2,8 @@
 
     python -m tests.bench.tail [--steps 200] [--train-s 1.78] [--token-budget 4096] [--trainer-sms 0.75]
 
-Lengths are drawn as W draws them. A decode step takes what one H200 needed for so many running completions,
-and its kernels a part of that (recipes/README.md, "Sampling"), interpolated between three points. A group can
+Lengths are drawn as W draws them. A decode step takes what one H200 needed for that many running completions,
+and its kernels a part of that (recipes/SPEED.md, "Sampling"), interpolated between three points. A group can
 be trained once all its completions are done, in micro-batches of `--token-budget` tokens, which are taken to
 cost as much per token as larger ones. Two bounds are printed. On one card whose processes take turns, the
 trainer gets what the engine's kernels leave idle, and delays nothing. On two it computes at full speed

@@ -156,7 +156,7 @@ def main(run: Path) -> None:
             alone += sum(len(ids) for rows in groups.values() for ids in rows)
             least += sum(map(tree_size, groups.values()))
     print(f"{run}: {num_episodes:,} trained episodes of {num_rows / num_episodes:.2f} rows")
-    print(f"  {alone:,} tokens row by row, {behind:,} behind the prompts of their groups")
+    print(f"  {alone:,} tokens row by row, {behind:,} after the prompts of their groups")
     print(
         f"  {packed:,} as they are packed: {behind / packed:.2f}x; {least:,} at least: {behind / least:.2f}x"
     )

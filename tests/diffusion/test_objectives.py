@@ -200,7 +200,7 @@ def test_random_lengths_cut_one_example_in_a_hundred():
 
 @pytest.mark.parametrize("whole_batch", [False, True])
 def test_a_random_length_leaves_something_to_mask(whole_batch):
-    """Algorithm 1 knows no prompts; a cut within one keeps the token behind it."""
+    """Algorithm 1 knows no prompts; a cut within one keeps the token after it."""
     cases = [example(6, 2, seed) for seed in range(8)]
     for seed in range(20):
         cut = random_lengths(cases, step_generator(seed), share=1.0, whole_batch=whole_batch)

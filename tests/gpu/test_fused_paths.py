@@ -33,7 +33,7 @@ def _settings(folder, dtype: str, *overrides: str):
 
 
 def _alone_on(device: str) -> SimpleNamespace:
-    """What a policy needs of an Accelerator, of which a process can have one device only."""
+    """What a policy needs of an Accelerator; a real one has one device in a process."""
     return SimpleNamespace(
         device=torch.device(device), num_processes=1, process_index=0, is_main_process=True
     )

@@ -28,7 +28,7 @@ FAILS_AT = 7  # a tensor of the stream, counted from 1
 
 
 def train(config: str, out: Path, name: str, size: int, *words: str, fail: Callable[[], Any] = int) -> Ends:
-    """A run of `size` processes, of which the last one calls `fail` first."""
+    """A run of `size` processes; the last one calls `fail` first."""
 
     def work(rank: int) -> int:
         log = os.open(out / f"{name}-of-{size}-{rank}.log", os.O_CREAT | os.O_WRONLY)

@@ -23,7 +23,7 @@ SIZES = (40, 30, 20, 50, 10)
 
 
 class Net(nn.Module):
-    """Layers of different sizes, of which one is used twice and one only in passes of even number. Half of
+    """Layers of different sizes: one is used twice, and one only in passes of even number. Half of
     them add their weights' gradients in a matrix product.
     """
 

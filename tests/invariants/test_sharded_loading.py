@@ -19,7 +19,7 @@ LAYERS = 10
 @pytest.mark.rotation("loading in slices")
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_processes_hold_the_same_bits_and_never_the_whole(tied, tiny_model_dir, tmp_path, monkeypatch):
-    """fp32 weights, 231 MB, of which the files hold bf16 ones, for policy and reference.
+    """231 MB of fp32 weights, in bf16 in the files, for policy and reference.
 
     A process that loads all holds two whole copies. One that reads slices holds two halves; before them the
     first two layers, a fifth, and after them three copies of a layer, as it is gathered, three tenths.

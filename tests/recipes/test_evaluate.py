@@ -131,7 +131,7 @@ def _moved(model: Path, to: Path) -> Path:
 def test_two_evaluations_by_another_first_grader_answers_or_engine_are_not_paired(
     tiny_model_dir, task, tmp_path, capsys
 ):
-    """The same completions, of which one grader passes all and the other some."""
+    """The same completions: one grader passes all, and the other some."""
     names = ["toy_rewards:even_words", "toy_rewards:longer_than_one"]
     for folder, order in (("a", names), ("b", names[::-1])):
         measured(tiny_model_dir, *task, "--out", tmp_path / folder, "--graders", ",".join(order))

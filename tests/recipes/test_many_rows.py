@@ -98,7 +98,7 @@ def test_a_template_that_looks_at_the_text_and_messages_are_rendered_whole(promp
 
 
 def test_a_run_and_its_continuation_are_the_same(config_file, monkeypatch):
-    """Six steps of two prompts, of eight rows: into the second epoch; stopped after two, and gone on with."""
+    """Six steps of two prompts, of eight rows: into the second epoch; stopped after two, and resumed."""
     found = []
     for limit in (3, 1000):
         monkeypatch.setattr(many, "MANY", limit)

@@ -26,7 +26,7 @@ from tests.vllm_engines import needs_vllm, start_vllm
 
 @pytest.fixture
 def overrides(tiny_model_dir, tmp_path):
-    sizes = {"head_dim": 32, "moe_intermediate_size": 32}  # of which vLLM's CPU kernels pad nothing
+    sizes = {"head_dim": 32, "moe_intermediate_size": 32}  # vLLM's CPU kernels pad nothing of these
     folder = save("qwen3_moe", tmp_path / "moe", tiny_model_dir, **sizes)
     return [f"model.name={folder}", "train.steps=3", "moe.router=train"]
 

@@ -27,7 +27,7 @@ def rows():
     return [{"prompt": f"What is w{i} ?", "answer": f"w{i}"} for i in range(8)]
 """
 COHORT = "import sys\nfrom recipes.cli import main\nsys.exit(main())\n"
-# How pip finds an editable package: behind all of sys.path.
+# How pip finds an editable package: after all of sys.path.
 EDITABLE = f"""
 import importlib.machinery, sys
 

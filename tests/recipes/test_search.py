@@ -45,7 +45,7 @@ def test_another_seed_is_another_world_and_the_same_seed_the_same():
     people = World.drawn(20, 1).mother
     with pytest.raises(ValueError, match="hops=0: a question takes at least one document"):
         rows(1, hops=0)
-    for number in (1, 3000):  # a world of which there are too few names would be drawn for ever
+    for number in (1, 3000):  # a world with too few names would be drawn for ever
         with pytest.raises(ValueError, match=f"num_people={number} must be from 2 to 2000"):
             rows(1, num_people=number)
     with pytest.raises(ValueError, match="num_found=40 must be from 1 to 25"):

@@ -56,7 +56,7 @@ def write_model(folder: Path) -> None:
 
 
 def save_together(root: Path, step: int, errors: dict[int, BaseException]) -> list[BaseException | None]:
-    """What ended `save` on each of three ranks, of which those in `errors` fail while they write."""
+    """What ended `save` on each of three ranks; those in `errors` fail while they write."""
     meeting = Meeting(3)
     ended: list[BaseException | None] = [None] * 3
 

@@ -132,7 +132,7 @@ def test_rows_that_share_the_groups_prompt_have_the_same_gradient(tiny_model_dir
     ]
     group = ScoredGroup(Group(prompt, completions), [Reward(1.0)] * 2)
     found, (batch,) = gradients(policy, config, [group], [[0.5, -1.5]], packed=packed)
-    if packed:  # 15 and 15 + (7 + 4) + (7 + 5) tokens behind one prompt
+    if packed:  # 15 and 15 + (7 + 4) + (7 + 5) tokens after one prompt
         assert sum(len(m.token_ids_N) for m in batch.micro_batches) == 3 + 15 + 15 + 11 + 12
     rows = [(prompt.token_ids, completions[0], 0.5), (prompt.token_ids, completions[1], -1.5)]
     rows += [(c.prompt_token_ids, c.completion, -1.5) for c in completions[1].continuations]

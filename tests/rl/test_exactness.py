@@ -215,7 +215,7 @@ def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family)
 
 
 def test_rows_are_padded_where_none_sees_what_is_on_its_right(family):
-    """Padding is never the id of which transformers warns. A layer that sees the whole row is refused."""
+    """Padding is never the id that transformers warns about. A layer that sees the whole row is refused."""
     policy, _ = load(family("gptj"))
     batch, read = micro_batch_of([[row] for row in row_of([30, 2, 20]).rows]), []
     embedding = policy.model.transformer.wte

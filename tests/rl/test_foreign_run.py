@@ -86,7 +86,7 @@ def cohort(*words, memory_mib=700):
 
 
 def bomb(first=b"", piece=b"\0", num_mib=4096):
-    """So much of `piece` behind `first`, in a thousandth of the bytes: gzip members may follow each other."""
+    """`first` and that much of `piece`, in a thousandth of the bytes: gzip members may follow each other."""
     block = piece * ((32 << 20) // len(piece))
     return gzip.compress(first) + gzip.compress(block) * (num_mib // 32)
 
@@ -257,7 +257,7 @@ def test_a_long_curve_has_500_points_and_keeps_its_peak(tmp_path):
 
 
 def test_bars_of_seconds_add_up_to_those_of_a_step_where_a_phase_is_rare(tmp_path):
-    """5,000 rows: ten to a point, of which one saved for 20 s: 2 s a step, beside 3 s of training."""
+    """5,000 rows, ten to a point. One of the ten saved for 20 s: 2 s a step, beside 3 s of training."""
     rows = (
         {"step": s, "time/train": 3.0} | ({"time/save": 20.0} if s % 10 == 0 else {}) for s in range(1, 5001)
     )

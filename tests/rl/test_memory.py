@@ -242,7 +242,7 @@ def test_parts_of_lora_are_those_by_hand():
 
 
 def test_lora_on_a_large_model_is_predicted_as_measured():
-    """Workload W of tests/bench: 33.2 GiB on an H200 (recipes/README.md)."""
+    """Workload W of tests/bench: 33.2 GiB on an H200 (recipes/SPEED.md)."""
     config = load_config(None, ["model.lora={r: 16}", "train.token_budget=12288"])
     parts = bytes_by_name(QWEN["1.5b"], config, 12288)
     assert sum(parts.values()) / GIB == pytest.approx(33.2, rel=0.05)

@@ -121,7 +121,7 @@ def test_the_plan_covers_what_the_largest_micro_batch_of_episodes_keeps(budget, 
 
 
 def test_a_plan_for_episodes_holds_a_whole_one_whatever_the_budget():
-    """512 rows of 16 tokens behind a prompt of 6."""
+    """512 rows of 16 tokens after a prompt of 6."""
     config = config_of(24, "train.prompts_per_step=1", "train.group_size=2")
     config = replaced(config, {"train.token_budget": "auto", "environment.max_turns": 512})
     found = fit(ModelSize.of(SHAPE, fused_layers=False), config, Card("a GPU", 24 * GIB), P + C)

@@ -121,7 +121,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_attention_of_a_tree_takes_memory_for_its_own_tokens(window):
-    """20 rows of 10 tokens behind contexts of 0, 30, ..., 570: 790 columns, rows of 6,300 tokens."""
+    """20 rows of 10 tokens after contexts of 0, 30, ..., 570: 790 columns, rows of 6,300 tokens."""
     contexts = [list(range(30 * i)) for i in range(20)]
     branches = branches_of([(0, 0)] * 20, contexts)
     block = Block.of(0, 20, [len(context) + 10 for context in contexts], branches)

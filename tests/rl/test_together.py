@@ -44,7 +44,7 @@ def test_a_groups_cost_is_its_tokens_and_their_attention():
     assert predicted_cost(group, [1.0, -1.0, 0.0], copied) == pytest.approx(all_rows)
     assert predicted_cost(group, [0.0, 0.0, 0.0], rules()) == 0
     assert predicted_cost(group, [[0.0] * 4, [0.0] * 5 + [1.0], 0.0], rules()) < 10 + 6 * 1.1
-    # Further rows of 2 tokens behind prompts of 25 and 20: they share 10 of them with the group, or none.
+    # Further rows of 2 tokens after prompts of 25 and 20: they share 10 of them with the group, or none.
     further = Completion([5, 6], [-0.1] * 2, [True] * 2, "stop", [VersionSpan(0, 2)])
     group.completions[0].continuations = [Continuation((1,) * n, further) for n in (25, 20)]
     for given, tokens in ((rules(), 14 + 10 + 15 + 10), (rules(share_prompts=False), 14 + 20 + 25 + 20)):

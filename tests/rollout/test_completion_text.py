@@ -45,7 +45,7 @@ def text_of(tokenizer, ids, reason="stop") -> Completion:
         ([THINK, 5, CLOSE, 6, EOS], "stop", "<think>w0</think>w1"),
         ([5, 6, 4], "stop", "w0w1"),  # <assistant>, a special token that the model's config ends with
         ([5, 6, 4], "length", "w0w1<assistant>"),
-        ([5, EOS, 6, 0, 0], "length", "w0<eos>w1"),  # padding is behind the text
+        ([5, EOS, 6, 0, 0], "length", "w0<eos>w1"),  # padding follows the text
         ([5, 6], "stop", "w0w1"),  # a stop id that is a word
         ([EOS], "stop", ""),
     ],

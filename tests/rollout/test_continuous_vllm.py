@@ -160,7 +160,7 @@ def test_a_held_engine_goes_on_when_it_is_asked_for_more(folder, models):
         assert [g.completions for g in again] == [g.completions for g in expected]
         assert largest_gap(before, engine.prompt_logprobs(list(range(5, 25)))) == 0
         engine.submit(call(PROMPTS[:2], num_completions=4, sampling=SAMPLING, seeds=[1, 2]))
-        engine.prompt_logprobs([5, 6])  # answered behind the first tokens of these
+        engine.prompt_logprobs([5, 6])  # answered after the first tokens of these
         engine.hold()
         with pytest.raises(ValueError, match="has no weight nothing"):
             engine.update_weights([*Stream(models[1]), ("nothing", torch.zeros(2))], version=1)

@@ -359,7 +359,7 @@ def test_waits_are_bounded():
 
 @pytest.mark.parametrize("history", ["append", "template"])
 def test_no_row_is_longer_than_a_completion_may_be(history):
-    """Also where an answer is longer than what is left: it is not put behind the last turn."""
+    """Also where an answer is longer than what is left: it is not appended to the last turn."""
     _, episodes = make(Counting(last=9), lambda seed: "0123456789")
     episodes.render.history = history
     for most in range(1, 60):

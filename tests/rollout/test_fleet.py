@@ -451,7 +451,7 @@ def test_tokens_of_others_weights_are_dropped_where_new_weights_come_before_the_
     publish(engine, Stream(models[1]), version=1)
     said = len(both.said)
     with others(both, engine, 0) as give:
-        submit(engine, make_prompts(*[5, 9, 33, 20] * 6))  # 96, of which the server samples 32 together
+        submit(engine, make_prompts(*[5, 9, 33, 20] * 6))  # 96, and the server samples 32 together
         streams = list(engine._core.members[0].streams.values())  # type: ignore[attr-defined]
         wait_until(lambda: any(len(stream.token_ids) > 2 for stream in streams), "the server samples")
         give()

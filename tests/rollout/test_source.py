@@ -87,7 +87,7 @@ def source(**options) -> RolloutSource:
 
 @dataclass(frozen=True)
 class Pair:
-    """One of two processes, of which the other one gives `gather(mine)[1 - rank]`."""
+    """One of two processes; the other one gives `gather(mine)[1 - rank]`."""
 
     rank: int
     gather: Callable[[Any], list[Any]]

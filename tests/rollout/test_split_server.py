@@ -64,7 +64,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 @contextmanager
 def serving(model: Path, workers: int = 2) -> Iterator[ServerProcess]:
-    """A server of so many workers; it writes beside the model's folder."""
+    """A server of that many workers; it writes beside the model's folder."""
     folder = model.parent
     make_token(folder / "token")
     with pytest.MonkeyPatch.context() as patch:
@@ -221,7 +221,7 @@ def test_a_slice_that_is_not_the_policys_is_named_with_its_worker(
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_slices_of_other_families_arrive(name: str, tmp_path: Path):
-    """Biases of slices; experts, of which a worker has rows of gate, of up and columns of down."""
+    """Biases of slices; experts, whose workers have rows of gate and up, and columns of down."""
     model = tmp_path / "model"
     save_tiny(name, model, served_config(name, moe_intermediate_size=64))
     make_tiny_tokenizer(model)

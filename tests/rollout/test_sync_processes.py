@@ -12,7 +12,7 @@ from tiny_llama import make_model, save
 from tests.diffusion.processes import launch
 
 SCRIPT = Path(__file__).with_name("two_syncs.py")
-SEVENTH = "model.layers.0.mlp.up_proj.weight"  # behind the embedding, q, k, v, o and gate
+SEVENTH = "model.layers.0.mlp.up_proj.weight"  # after the embedding, q, k, v, o and gate
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ class Echoing:
 
 
 def end_of(tokenizer) -> str:
-    """The token behind an assistant's words."""
+    """The token after an assistant's words."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ZZZ"}]
     after = tokenizer.apply_chat_template(
         [*chat, chat[0]], tokenize=False, add_generation_prompt=True

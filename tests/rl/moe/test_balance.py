@@ -228,7 +228,7 @@ def test_the_sums_of_routers_around_a_linear_layer_begin_at_0(name):
 
 
 def test_each_row_of_an_episode_is_a_sequence_with_its_prompt():
-    """Two rows of an episode behind prompts of 2 and 3 tokens: sequences of 2 + 4 and 3 + 1."""
+    """Two rows of an episode after prompts of 2 and 3 tokens: sequences of 2 + 4 and 3 + 1."""
     completion = Completion([5] * 4, [0.0] * 4, [True] * 4, "stop", [])
     completion.continuations = [Continuation((1, 2, 3), Completion([5], [0.0], [True], "stop", []))]
     group = ScoredGroup(Group(Prompt("p", "", (1, 2)), [completion]), [Reward(1.0)])

@@ -34,7 +34,7 @@ def mixtral(layers: int = 2, **fields: Any) -> MixtralForCausalLM:
 
 
 def save(name: str, folder: Path, tokenizer_folder: Path, **changes: Any) -> Path:
-    """Four layers, so that a router's choice has something behind it."""
+    """Four layers, so that a router's choice changes what later layers see."""
     of_two = tiny_config(name)
     for key in ("layer_types", "mlp_layer_types"):
         if kinds := getattr(of_two, key, None):
