@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from rl.batch import MicroBatch, Row, micro_batch_of
 from rl.model.exactness import EAGER_LIMIT, PROBE_LIMIT, moving_rope, switch_lengths, take_long_factors
-from rl.model.loading import context_length, nonfinite_parameters, storage_dtype
+from rl.model.loading import context_length, nonfinite_parameters, num_ids, storage_dtype
 from rl.types import Completion, Prompt, VersionSpan
 from rl.world import World
 
 NUM_BEHIND = 64
+OTHER_HEAD = "its output head does more than a linear layer, a scale and a soft cap, and is not supported"
 
 
 def settle_attention(policy: Any, longest: int | None = None) -> str | None:
@@ -73,6 +74,10 @@ def _settled_rows(policy: Any, batch: MicroBatch) -> Float[Tensor, " L"]:
     config. If the model's own attention is the reason for a difference, eager replaces it.
     """
     model, own, gap = policy.model, policy.own_attention, math.inf
+    head = cast(Any, model.get_output_embeddings())
+    if others := {n for n, _ in head.named_parameters(recurse=False)} - {"weight", "bias"}:
+        # A new model's may be all 1: log-probs would agree, and these weights would have no gradient.
+        raise ValueError(f"{type(model).__name__}: its output head has {min(others)}; {OTHER_HEAD}")
     if batch.layout.longest <= EAGER_LIMIT:
         model.set_attn_implementation("eager")
     plain_L = plain_logprobs(model, batch)
@@ -90,7 +95,7 @@ def _settled_rows(policy: Any, batch: MicroBatch) -> Float[Tensor, " L"]:
         )
     raise ValueError(
         f"{type(model).__name__}: log-probs from hidden states differ by {gap:.2g} nats from its own logits; "
-        "its output head does more than a linear layer, a scale and a soft cap, and is not supported"
+        f"{OTHER_HEAD}"
     )
 
 
@@ -166,7 +171,7 @@ def probe_batch(model: PreTrainedModel, longest: int | None = None) -> MicroBatc
     reached = [n for n in switch_lengths(config) if 0 < n < min(longest or PROBE_LIMIT, context)]
     extra = min(max(reached, default=-3) + 3, max(context - 12, 0))
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(0, num_ids(model), (n,), generator=generator).tolist()  # noqa: E731
     blocks: list[list[Row]] = []
     for i, (prompt_length, lengths) in enumerate(((5, (3, 1, 7 + extra)), (2 + extra, (4, 2)), (1, (1,)))):
         completions = [Completion(draw(n), [], [True] * n, "stop", [VersionSpan(0, n)]) for n in lengths]

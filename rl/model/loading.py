@@ -279,6 +279,12 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def num_ids(model: PreTrainedModel) -> int:
+    """Ids that a model can both read and answer with. Inkling 2 has more rows of embedding than logits."""
+    ends = cast(Any, model.get_input_embeddings()), cast(Any, model.get_output_embeddings())
+    return min(len(end.weight) for end in ends if end is not None)
+
+
 def check_vocabulary(num_ids: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError if the tokenizer can produce an id for which the embedding has no row."""
     largest = max(tokenizer.get_vocab().values(), default=-1)

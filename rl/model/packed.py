@@ -143,17 +143,19 @@ def packed_attention(
     """softmax(q k^T * scaling) v within each block of the layout; an attention function of transformers.
 
     Raises:
-        ValueError: no layout was passed: the model dropped the keyword argument that packed rows need.
+        ValueError: no layout was passed: the model dropped the keyword argument that packed rows need; or
+            dropout is on.
     """
     if cohort_layout is None:
         raise ValueError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
+    if dropout:
+        raise ValueError(f"{type(module).__name__} applies dropout although it is not in training")
     whole = sliding_window is None or cohort_layout.longest <= sliding_window
-    if whole and softcap is None and s_aux is None and dropout == 0 and flash_serves(query, value):
+    if whole and softcap is None and s_aux is None and flash_serves(query, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_prompt_attention(q, k, v, cohort_layout.varlen, scale=scale)[None], None
-    how = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
-    attend = partial(_attend, **how, softcap=softcap, s_aux=s_aux)
+    attend = partial(_attend, scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
     # Split, not slices: the backward of a slice writes zeros for the whole row.
     pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]
     outputs = []
@@ -170,7 +172,8 @@ def packed_attention(
             # Padding is on the right, after every real query, so causality alone hides it.
             answer = attend(q, k, v).transpose(0, 1).flatten(1, 2)
             outputs.append(answer.index_select(1, slots))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    # Dory views the answer in another shape, so it must be contiguous, as that of transformers' functions is.
+    return torch.cat([x.transpose(0, 1) for x in outputs])[None], None
 
 
 def _rectangle(
@@ -202,7 +205,6 @@ def _attend(
     v: Float[Tensor, "B Hk S Dv"],
     *,
     scaling: float | None,
-    dropout: float,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Tensor | None,
@@ -217,12 +219,12 @@ def _attend(
     window = num_keys if sliding_window is None else sliding_window
     is_plain = num_keys <= window and softcap is None and s_aux is None
     if is_plain and num_queries == num_keys:
-        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     columns = torch.arange(num_keys, device=q.device)
     distance = columns[num_keys - num_queries :, None] - columns
     mask = (distance >= 0) & (distance < window)
     if is_plain:
-        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
+        return scaled_dot_product_attention(q, k, v, mask, scale=scaling)
     scores = q @ k.transpose(2, 3) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -230,8 +232,7 @@ def _attend(
     if s_aux is not None:
         sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., :num_keys].to(q.dtype)
-    return nn.functional.dropout(weights, dropout) @ v
+    return torch.softmax(scores, dim=-1)[..., :num_keys].to(q.dtype) @ v
 
 
 AttentionInterface.register(PACKED, packed_attention)

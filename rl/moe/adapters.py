@@ -183,7 +183,7 @@ def split_experts(model: nn.Module) -> list[str]:
 
     In every forward pass, peft builds W + s A B for all experts of a layer. It keeps that for the backward
     pass, whose gradient has its size too. Parameters, their names and saved files stay peft's own. Experts
-    that have biases, are transposed, or are not dispatched by transformers keep peft's way.
+    that have biases or a norm, are transposed, or are not dispatched by transformers keep peft's way.
 
     Experts without adapters are included: transformers' grouped_mm ignores autocast, and computes experts
     whose weights are fp32 in fp32. Ways other than grouped_mm stay transformers' own.
@@ -193,7 +193,8 @@ def split_experts(model: nn.Module) -> list[str]:
         experts: Any = innermost(outer)
         if not EXPERTS.search(type(experts).__name__) or name.endswith("base_layer"):
             continue
-        plain = getattr(experts, "has_gate", False) and not (experts.has_bias or experts.is_transposed)
+        others = "has_bias", "is_transposed", "has_post_expert_norm"  # the latter since transformers 5.24
+        plain = getattr(experts, "has_gate", False) and not any(getattr(experts, x, False) for x in others)
         if (
             not plain
             or getattr(experts, "_is_expert_parallel", False)

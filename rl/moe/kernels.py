@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rl.moe.adapters import expert_stacks, part_of
-from rl.moe.routers import find_routers
+from rl.moe.routers import UnknownRouter, find_routers
 
 WAYS = ("grouped_mm", "batched_mm", "eager")
 _MAX_COPIES = 2 * 2**30  # bytes: batched_mm copies the weights of an expert for each token that it gets
@@ -48,7 +48,7 @@ def choose_experts(
             model.set_experts_implementation(way)
             with autocast():
                 seconds[way] = _seconds(able[0], find_routers(model)[0].top_k, number, way)
-        except (RuntimeError, NotImplementedError):  # this machine lacks the kernel or the memory
+        except (RuntimeError, NotImplementedError, UnknownRouter):  # no kernel, memory or experts per token
             continue
     best = min(seconds, key=lambda way: seconds[way], default=before)
     model.set_experts_implementation(best)

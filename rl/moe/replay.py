@@ -135,7 +135,7 @@ class Replay:
                 is_other_T = (live.sort(-1).values != chosen.sort(-1).values).any(-1)
                 self.flips_S[self.index[site.name]] += is_other_T.sum()
                 self.tokens_S[self.index[site.name]] += is_given_T.sum()
-            return answered(site, output, route_weights(site, logits, chosen, weights.dtype), chosen)
+            return answered(output, route_weights(site, logits, chosen, weights.dtype), chosen)
 
         def begin(_module: Any, _arguments: Any) -> None:
             self._forward = self._next

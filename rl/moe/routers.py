@@ -1,7 +1,8 @@
 """Routers of mixture-of-experts models: where they are, what they return, and the weights of given experts.
 
-A router returns (logits, weights, experts) for every token. `route_weights` repeats the family's arithmetic
-on any experts, and `self_check` compares it with the module bit for bit. T tokens, E experts, K per token.
+A router returns (logits, weights, experts) for every token, or the same in reverse. `route_weights` repeats
+the family's arithmetic on any experts, and `self_check` compares it with the module bit for bit. T tokens, E
+experts, K per token.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ class Rule:
         renormalise: weights of a token add up to 1: always, never, or as the attribute of this name says.
         eps: added to that sum; a text names the attribute with the sum's lower bound.
         scale: name of the attribute that weights are multiplied by.
-        order: indices of logits, weights and experts in the router's output.
         experts: name of the attribute with the number of experts.
     """
 
@@ -42,7 +42,6 @@ class Rule:
     renormalise: bool | str = True
     eps: float | str = 0.0
     scale: str | None = None
-    order: tuple[int, int, int] = (0, 1, 2)
     experts: str = "num_experts"
 
 
@@ -56,7 +55,9 @@ _BY_RULE = (
         "FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter "
         "Qwen3NextTopKRouter Qwen4ExpTextTopKRouter",
     ),
+    (Rule("softmax", upcast=False, renormalise="norm_topk_prob"), "LaraMiniTopKRouter"),
     (Rule("softmax", eps="norm_min"), "Ernie4_5_MoeTopKRouter"),
+    (Rule("softmax", renormalise=False), "JambaTopKRouter"),
     (Rule("softmax", renormalise=False, scale="routed_scaling_factor"), "DeepseekV2TopkRouter"),
     (
         replace(_DEEPSEEK, score="softmax", renormalise=False, experts="n_routed_experts"),
@@ -64,22 +65,27 @@ _BY_RULE = (
     ),
     (
         _DEEPSEEK,
-        "AXK1TopkRouter AXK2TopkRouter DeepseekV3TopkRouter DeepseekV32TopkRouter Dots1TopkRouter "
-        "ExaoneMoeTopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter "
-        "KimiLinearTopkRouter MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",
+        "AXK1TopkRouter AXK2TopkRouter BailingHybridTopkRouter DeepseekV3TopkRouter DeepseekV32TopkRouter "
+        "Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter "
+        "GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter MiMoV2FlashTopkRouter NemotronHTopkRouter "
+        "SolarOpenTopkRouter",
     ),
-    (replace(_DEEPSEEK, score="score_fn", renormalise=True), "DeepseekV4TopKRouter DeepseekV4HashRouter"),
+    (replace(_DEEPSEEK, scale=None), "BeamTopKRouter"),
+    (
+        replace(_DEEPSEEK, score="score_fn", renormalise=True),
+        "DeepseekV4TopKRouter DeepseekV4HashRouter Inkling2TopKRouter Inkling2LoopTopKRouter",
+    ),
     (replace(_DEEPSEEK, renormalise=True, scale="router_scaling_factor"), "HYV3TopKRouter"),
     (replace(_DEEPSEEK, eps=1e-6), "Lfm2MoeTopKRouter"),
     (Rule("sigmoid", eps=1e-20, scale="route_scale"), "AfmoeTokenChoiceRouter"),
     (Rule("sigmoid"), "LagunaTopKRouter MiniMaxM2TopKRouter MiniMaxM3VLTopKRouter"),
+    (Rule("sigmoid", renormalise="norm_topk_prob"), "FlintTopKRouter Kolibri1TopKRouter"),
     (Rule("expert_selection_fn", renormalise="norm_topk_prob"), "Cohere2MoeTopKRouter"),
-    (Rule("chosen"), "GraniteMoeSWATopKRouter"),
-    (Rule("chosen", upcast=False), "GptOssTopKRouter"),
     (
-        Rule("chosen", order=(2, 1, 0)),
-        "GraniteMoeTopKRouter GraniteMoeSharedTopKRouter GraniteMoeHybridTopKRouter",
+        Rule("chosen"),
+        "GraniteMoeTopKRouter GraniteMoeSharedTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter",
     ),
+    (Rule("chosen", upcast=False), "GptOssTopKRouter"),
 )
 RULES: dict[str, Rule] = {name: rule for rule, names in _BY_RULE for name in names.split()}
 """Class name of a router in transformers -> its rule."""
@@ -112,9 +118,10 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
     """All routers in the order of layers, adapters around them or not; empty for a dense model.
 
     Raises:
-        UnknownRouter: a layer has experts but no router in `RULES`.
+        UnknownRouter: a layer has experts but no router in `RULES`, or is computed several times in a pass.
     """
-    family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    config: Any = getattr(model, "config", None)
+    family = str(getattr(config, "model_type", type(model).__name__))
     modules = dict(model.named_modules())
     routers = {name: rule for name, m in modules.items() if (rule := rule_of(m)) is not None}
     for name, module in modules.items():
@@ -127,6 +134,12 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
                 "known here, so its routing can be neither replayed nor balanced; use a family of "
                 "rl/moe/routers.py such as qwen3_moe, olmoe, mixtral or deepseek_v3"
             )
+    text: Any = config.get_text_config() if routers and config else None
+    if (total := getattr(text, "total_num_hidden_layers", 0)) > getattr(text, "num_hidden_layers", total):
+        raise UnknownRouter(
+            f"{family}: a pass computes {total} layers with the weights of {text.num_hidden_layers}, and a "
+            "router chooses anew each time, so its routing can be neither replayed nor balanced"
+        )
     sites = [_site(name, modules[name], rule, family) for name, rule in routers.items()]
     return sorted(sites, key=lambda site: site.layer)
 
@@ -152,19 +165,24 @@ def observed(
     Raises:
         UnknownRouter: the output lacks some of them.
     """
-    if len(output) <= max(site.rule.order):
+    if len(output) < 3:
         raise UnknownRouter(
             f"{site.family}: {type(site.module).__name__} returns {len(output)} tensors without logits; "
             "install transformers>=5.19, or use moe.replay=none"
         )
-    logits, weights, experts = (output[i] for i in site.rule.order)
-    return logits, weights, experts
+    chosen = place_of_experts(output)
+    return output[2 - chosen], output[1], output[chosen]
 
 
-def answered(site: RouterSite, output: Output, weights_TK: Tensor, idx_TK: Tensor) -> Output:
+def place_of_experts(output: Output) -> int:
+    """Experts are the only integers. They come first from Granite's routers before transformers 5.24."""
+    return 2 if output[0].is_floating_point() else 0
+
+
+def answered(output: Output, weights_TK: Tensor, idx_TK: Tensor) -> Output:
     """The router's output with other experts and their weights, in the form of `output`."""
     changed = list(output)
-    changed[site.rule.order[1]], changed[site.rule.order[2]] = weights_TK, idx_TK
+    changed[1], changed[place_of_experts(output)] = weights_TK, idx_TK
     return tuple(changed)
 
 
@@ -261,7 +279,8 @@ def self_check(compute: Callable[[Tensor], Any], sites: list[RouterSite], ids_1T
             )
 
     def see(site: RouterSite, output: Output) -> None:
-        faults[site.name] = None
+        again = UnknownRouter(f"{site.family}: {site.name} is asked more than once in a pass")
+        faults[site.name] = again if site.name in faults else None
         try:
             check(site, output)
         except UnknownRouter as error:  # raised after the pass: one cut short would leave layers gathered

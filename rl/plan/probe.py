@@ -11,6 +11,7 @@ import torch
 from rl.batch import PackRules, pack
 from rl.causal import CausalPolicy
 from rl.config import Config
+from rl.model.loading import num_ids
 from rl.model.varlen import MOST_KEYS
 from rl.plan.memory import GIB, OVERHEAD_BYTES, takes_share
 from rl.policy import Reference
@@ -38,7 +39,7 @@ def probe(
     device, budget = policy.device, config.token_budget
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    vocabulary = policy.model.config.get_text_config().vocab_size
+    vocabulary = num_ids(policy.model)
     packed = [pack(*groups, rules)[0] for groups in largest(config, rules, vocabulary)]
     first, *others = (policy.prepare(batch, draw=0)[0] for batch in packed)
     try:

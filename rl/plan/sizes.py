@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rl.config import LoraConfig, ModelConfig
 from rl.model.adapters import add_lora
+from rl.model.exactness import backbone
 from rl.model.loading import storage_dtype
+from rl.model.on_host import decoder_layers
+from rl.model.packed import PACKED
 
 NORMS = {"fused": (4, 2), "bf16-mixed": (11, 4), "bf16": (8, 4), "fp32": (6, 2)}
 """(What a layer's two norms keep per token, in widths of the model; the part of it that only gradients of
@@ -116,7 +120,7 @@ class ModelSize:
             dtype: a key of NORMS, used where layers are not fused.
 
         Raises:
-            NoPrediction: a layer without attention and a gated MLP, or experts of an unknown kind.
+            NoPrediction: layers in a loop, or without attention and a gated MLP; or experts of another kind.
         """
         text: Any = config.get_text_config()
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -126,9 +130,9 @@ class ModelSize:
             raise NoPrediction(f"no memory prediction for {text.model_type}: layers of {min(others)}")
         if getattr(text, "kv_lora_rank", None):
             raise NoPrediction(f"no memory prediction for {text.model_type}: latent attention")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        head, names = model.get_output_embeddings(), [name for name, _ in model.named_modules()]
+        model = _without_loops(config)
+        head: Any = model.get_output_embeddings()
+        names = [name for name, _ in model.named_modules()]
         matrices = tuple(
             (name, m.in_features, m.out_features)
             for name, m in model.named_modules()
@@ -167,6 +171,35 @@ class ModelSize:
             config=config,
             family=config.model_type,
         )
+
+
+def _without_loops(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without storage; raises NoPrediction where a pass computes layers several times."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text: Any = config.get_text_config()
+    if computed_layers(model) > text.num_hidden_layers:
+        raise NoPrediction(f"no memory prediction for {text.model_type}: a loop of layers")
+    return model
+
+
+def computed_layers(model: PreTrainedModel) -> int:
+    """Decoder layers that a pass computes, those in a loop (Dory) each time anew. It spoils the model, which
+    has no storage: layers only count, and unknown attention needs no mask, which would read numbers.
+    """
+    seen, own = list[int](), cast(str, model.config._attn_implementation)
+
+    def counted(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        seen.append(1)
+        return hidden_states
+
+    for layer in decoder_layers(model):
+        layer.forward = counted
+    model.set_attn_implementation(PACKED)
+    with torch.no_grad(), torch.device("meta"), contextlib.suppress(Exception):
+        backbone(model)(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    model.set_attn_implementation(own)  # of the config, which others hold too
+    return len(seen)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -215,22 +248,12 @@ class Adapters:
 
 
 def adapters_of(size: ModelSize, lora: LoraConfig) -> Adapters:
-    """The adapters by peft's rule for names; in a mixture by peft itself, which has rules per family."""
-    if size.experts is not None:
-        return _adapters_by_peft(size, lora.model_dump_json())
-    targets = lora.target_modules
-
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(f".{name}".endswith(f".{target}") for target in targets)
-
-    pairs = tuple((inputs, outputs) for name, inputs, outputs in size.matrices if is_target(name))
-    return Adapters(sum(lora.r * (inputs + outputs) for inputs, outputs in pairs), pairs)
+    """What peft adds to a model without storage; it has rules of its own per family."""
+    return _adapters_of(size, lora.model_dump_json())
 
 
 @lru_cache(maxsize=16)
-def _adapters_by_peft(size: ModelSize, lora: str) -> Adapters:
+def _adapters_of(size: ModelSize, lora: str) -> Adapters:
     model = size.without_storage(ModelConfig(lora=LoraConfig.model_validate_json(lora)))
     wrapped: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A")]
     linear = [m for m in wrapped if isinstance(m.base_layer, nn.Linear)]

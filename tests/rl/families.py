@@ -21,7 +21,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-REFUSED = {"modernbert-decoder": "its output head does more than a linear layer"}
+REFUSED = dict.fromkeys(("dory", "modernbert-decoder"), "its output head does more than a linear layer")
 # The default of target_modules, all-linear, is refused by name: PEFT refuses Mamba, routers return more than
 # a tensor, a parent reads the weight past its adapter, or layers share their weights.
 NO_LORA = set(
@@ -109,11 +109,22 @@ SIZES |= {
 ONE_KEY_PER_HEAD = {"num_key_value_heads": 4}
 HALVES = {"layer_types": ["linear_attention", "full_attention"]}
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+# More embedding rows than logits, and thresholds within the lengths of the tests.
+INKLING2 = {
+    "unpadded_vocab_size": 112,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": WINDOW,
+    "log_scaling_n_floor": WINDOW,
+    "n_layers_per_attn_res_block": 1,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         words(
-            "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash "
-            "minicpm3 youtu"
+            "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa "
+            "longcat_flash minicpm3 sarvam_mla youtu"
         ),
         ONE_KEY_PER_HEAD,
     ),
@@ -128,7 +139,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
+    "dots3_note_text": ONE_KEY_PER_HEAD
+    | {"shared_experts_intermediate_size": 16, "swa_head_dim": 16}
+    | dict.fromkeys(words("swa_num_attention_heads swa_num_key_value_heads"), 4)
+    | dict.fromkeys(
+        words("swa_q_lora_rank swa_kv_lora_rank swa_qk_nope_head_dim swa_qk_rope_head_dim swa_v_head_dim"), 8
+    ),
     "falcon_h1": {"mamba_d_ssm": 64},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {
         "activation_sparsity_pattern": [0.0, 0.0],
         "layer_types": ["sliding_attention", "full_attention"],
@@ -144,10 +163,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "use_mamba_kernels": False,
     },
+    "inkling2_text": INKLING2,
+    "inkling2_loop_text": INKLING2
+    | {
+        "num_hidden_layers": 3,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 4,
+    },
     "jetmoe": {"kv_channels": 8},
     "kimi_linear": ONE_KEY_PER_HEAD | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "lara_mini": {"num_hidden_layers": 3},
     "lfm2": CONVOLUTION | {"block_auto_adjust_ff_dim": False},
     "lfm2_moe": CONVOLUTION | {"num_dense_layers": 1},
+    "lfm3": {"num_hidden_layers": 3},
     "llama4_text": {
         "intermediate_size_mlp": 48,
         "interleave_moe_layer_step": 1,
@@ -191,11 +221,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
 NOT_MEANT = set(
     words(
         "aria_text bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small "
-        "camembert cpmant data2vec-text electra emu3 ernie fuyu gemma3 gemma3n gemma4 "
+        "camembert cpmant data2vec-text dots3_note electra emu3 ernie fuyu gemma3 gemma3n gemma4 "
         "gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 llama4 marian mbart "
-        "megatron-bert mllama moshi musicgen musicgen_melody mvp pegasus phi4_multimodal plbart "
-        "prophetnet qwen3_5 qwen3_5_moe qwen4_exp reformer rembert roberta roberta-prelayernorm "
-        "roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod"
+        "megatron-bert mllama moshi moss_transcribe_diarize musicgen musicgen_melody mvp pegasus "
+        "phi4_multimodal plbart prophetnet qwen3_5 qwen3_5_moe qwen4_exp reformer rembert roberta "
+        "roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod"
     )
 )
 FAMILIES = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_MEANT))
@@ -223,13 +253,15 @@ def tiny_config(name: str, **changes: Any) -> transformers.PreTrainedConfig:
             encoder_hash_byte_group_vocab=100,
             patch_size=4,
         )
-    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    known = fields | set(kind.attribute_map)
     special = SPECIAL.get(name, {})
     chosen = {k: v for k, v in SIZES.items() if k in known and k not in kind.attribute_map} | special
     defaults = kind()
     for key in ("layer_types", "mlp_layer_types"):
         found = getattr(defaults, key, None)
-        if found and key in known and key not in special and name not in ("bamba", "falcon_h1"):
+        is_set = kind.attribute_map.get(key, key) in fields  # elsewhere it follows from other settings
+        if found and is_set and key not in special and name not in ("bamba", "falcon_h1"):
             kinds = list(dict.fromkeys(found))
             chosen[key] = [kinds[i % len(kinds)] for i in range(chosen.get("num_hidden_layers", 2))]
     return kind(**(chosen | changes))

@@ -21,6 +21,7 @@ from rl.plan.memory import (
 )
 from rl.plan.search import HOST_RATE, SLEEP_S, fit, remedy, seconds_of
 from rl.plan.sizes import ModelSize, NoPrediction
+from tests.rl.families import FAMILIES, tiny_config
 from tests.saved_tensors import bytes_kept
 
 SMALL = LlamaConfig(
@@ -204,6 +205,14 @@ def test_what_others_hold_of_a_gpu_is_not_planned_with():
 def test_a_model_without_gated_mlps_is_refused_with_the_reason(config, reason):
     with pytest.raises(NoPrediction, match=reason):
         ModelSize.of(config, fused_layers=True)
+
+
+@pytest.mark.skipif("dory" not in FAMILIES, reason="transformers before 5.24 has no loops of gated layers")
+def test_a_model_that_computes_layers_in_a_loop_is_refused():
+    """The second of three layers is computed twice: activations are kept each time."""
+    with pytest.raises(NoPrediction, match="dory: a loop of layers"):
+        ModelSize.of(tiny_config("dory"), fused_layers=True)
+    assert ModelSize.of(tiny_config("dory", n_recurrent_loops=1), fused_layers=True).layers == 3
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ longer than every window, chunk and index of these configs.
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers.models.gptj import modeling_gptj
 
 from rl.batch import MicroBatch, pack
 from rl.causal import CausalPolicy
@@ -27,14 +30,29 @@ from tests.scoring import logprobs, relative_error
 # window or an index acts on a mask alone.
 ROWS = set(
     words(
-        "afmoe axk2 bamba bloom blt codegen deepseek_v32 deepseek_v4 doge falcon falcon_h1 "
-        "falcon_mamba glm_moe_dsa gpt_neo gpt_neox_japanese gptj granitemoehybrid hy_v4 "
-        "inkling_text jamba jetmoe kimi_linear lfm2 lfm2_moe llama4_text mamba mamba2 minimax mpt "
+        "axk2 bailing_hybrid bamba bloom blt deepseek_v32 deepseek_v4 doge dots3_note_text falcon "
+        "falcon_h1 falcon_mamba glm_moe_dsa gpt_neo gpt_neox_japanese granitemoehybrid hy_v4 "
+        "inkling2_loop_text inkling2_text inkling_text jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 "
+        "llama4_text mamba mamba2 minimax mpt "
         "nemotron nemotron_h olmo_hybrid openai-gpt phimoe qwen3_5_moe_text qwen3_5_text qwen3_next "
         "qwen4_exp_text recurrent_gemma rwkv stablelm xglm xlstm zamba zamba2 zaya"
     )
 )
+if not hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):  # before transformers 5.24
+    ROWS |= {"codegen", "gptj"}
 LENGTH = 40  # tokens of the longest completion
+
+
+def test_the_readme_counts_the_families_of_the_version_that_it_names():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    found = re.search(
+        r"transformers (\S+)'s (\d+) causal families (\d+) step .* rows, (\d+) in padded", readme
+    )
+    assert found is not None
+    if not transformers.__version__.startswith(f"{found[1]}."):
+        pytest.skip(f"README names transformers {found[1]}")
+    rest = set(FAMILIES) - ROWS - REFUSED.keys()
+    assert [int(n) for n in found.groups()[1:]] == [len(FAMILIES), len(rest), len(ROWS & set(FAMILIES))]
 
 
 def plain_logprobs(model, batch: MicroBatch, temperature: float) -> torch.Tensor:

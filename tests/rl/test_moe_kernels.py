@@ -49,5 +49,8 @@ def test_the_fastest_way_is_set_and_an_asked_one_is_not_measured(monkeypatch):
     assert list(choose_experts(model, "eager")) == ["eager"]
     assert model.config._experts_implementation == "eager"
     assert choose_experts(tiny("llama"), "auto") == {}
+    unknown = tiny("inkling_text")  # how many experts a token gets is not known
+    before = unknown.config._experts_implementation
+    assert choose_experts(unknown, "auto") == {} and unknown.config._experts_implementation == before
     monkeypatch.setattr("rl.moe.kernels._MAX_COPIES", 0)
     assert "batched_mm" not in choose_experts(model, "auto", num_tokens=32)

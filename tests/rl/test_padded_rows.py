@@ -37,7 +37,7 @@ def test_gradients_are_those_of_one_sequence_at_a_time(name, options, tiny_model
         for scorer in (policy.scorer, getattr(reference, "scorer", policy.scorer)):
             scorer.padded = padded
         found.append(gradients(policy, config, *episodes(12), reference=reference))
-    assert relative_error(*found) <= 1e-6
+    assert relative_error(*found) <= 1e-5  # law 1
 
 
 def test_entropies_and_log_probs_of_asked_ids_are_those_of_one_sequence_at_a_time(tiny_model_dir, tmp_path):
