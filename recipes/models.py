@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,8 @@ def open_adapter(model: ModelConfig, run_dir: Path, world: World, note: Callable
     folder = run_dir / f"merged-{digest[:12]}"
     if world.is_main and not folder.is_dir():
         dtype = "bf16" if storage_dtype(model) == torch.bfloat16 else "fp32"
+        for left_by_a_killed_one in run_dir.glob(".merging-*"):
+            shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".merging-", dir=run_dir) as scratch:
             merged = load_model(model.model_copy(update={"lora": None, "dtype": dtype}))
             save_model(merged, merged, Path(scratch) / "model")

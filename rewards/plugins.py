@@ -239,7 +239,8 @@ def _check_options(
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if missing := [p.name for p in needed if p.kind in kinds and p.name not in options]:
         raise ValueError(
-            f"reward {name!r} needs the option {missing[0]!r}; give it as options: {{{missing[0]}: ...}}"
+            f"reward {name!r} needs the option {missing[0]!r}; give it as options: {{{missing[0]}: ...}} "
+            "(a function that itself grades takes `completions`, a list)"
         )
 
 

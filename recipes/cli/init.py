@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipes.tasks.tables import FILE_LOADERS, refuse_missing
-from rewards.score import read_rows, take_flags_anywhere
+from recipes.tasks.files import read_file
+from recipes.tasks.tables import FILES, refuse_missing
+from rewards.score import take_flags_anywhere
 from rl.config.data import TEMPLATES as NAMED
 from rl.model.hub import hub_fault
 
@@ -86,8 +86,8 @@ def first_rows(data: str) -> tuple[list[dict[str, Any]], str]:
             return list(islice(datasets.load_dataset(data, split="train", streaming=True), NUM_ROWS)), ""
         except Exception as error:  # the hub and its readers raise whatever they like
             return [], f"the rows of {data} could not be read ({fault or type(error).__name__})"
-    if path.suffix not in FILE_LOADERS:
-        raise ValueError(f"{data}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}")
+    if path.suffix not in FILES:
+        raise ValueError(f"{data}: cannot read {path.suffix!r} files; use {', '.join(FILES)}")
     rows = _of_file(path)
     if not rows:
         raise ValueError(f"{data} has no rows")
@@ -101,17 +101,10 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             batch = next(file.iter_batches(NUM_ROWS), None)
             return [] if batch is None else batch.to_pylist()
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            return list(islice(csv.DictReader(file), NUM_ROWS))
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_bytes())
-        except ValueError:
-            rows = None  # JSON lines, or neither; `read_rows` below reports it
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows[:NUM_ROWS]):
-            return rows[:NUM_ROWS]
-    return [row for _, row in islice(read_rows(path), NUM_ROWS)]
+    try:
+        return list(islice(read_file(path), NUM_ROWS))
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
 
 
 def look_at(rows: Sequence[dict[str, Any]]) -> Look:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recipes.tasks import load_rows
+from rewards.pool.pool import RewardPool
 from rl.config import Config, DataConfig
 from rl.types import Prompt
 from rollout.chat import chat_messages, check_column, check_text, kept_columns, render_prompts
@@ -73,6 +74,25 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
     row = rows[0] if rows else {}
     kept = {name: row[name] for name in data.columns or row if name in row and name != data.prompt_column}
     return set(kept), kept
+
+
+def check_rewards(
+    pool: RewardPool, data: DataConfig, rows: Sequence[dict[str, Any]], warn: Callable[[str], None]
+) -> None:
+    """Warns of rows without what a reward needs, which are sampled and then not graded.
+
+    Raises:
+        ValueError: no row has a column that a reward needs (`RewardPool.check_columns`).
+    """
+    pool.check_columns(*grader_columns(data, rows))
+    for asks in pool.asks:
+        for column in asks.required:
+            if empty := sum(row.get(column) in (None, "") for row in rows):
+                warn(
+                    f"{empty} of {len(rows)} rows of {data.source} have no {column!r}, which reward "
+                    f"{asks.name!r} needs: completions without a verdict teach nothing; fill it in, or leave "
+                    "such rows out"
+                )
 
 
 def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:

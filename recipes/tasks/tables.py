@@ -1,20 +1,20 @@
-"""Reads rows with `datasets`: from a file, a folder, a saved dataset, or a name on the hub."""
+"""Reads rows, most of them with `datasets`: from a file, a folder, a saved dataset, or a name on the hub."""
 
 from __future__ import annotations
 
 import difflib
 import glob
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.tasks.files import read_file
 from rl.config import DataConfig
 from rl.config.data import DATA_SUFFIXES, check_source
 from rl.model.hub import hub_fault
 
 ROWS_READ = 10_000  # at once: reading them one by one takes ten times as long
-FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def read_table(config: DataConfig) -> list[dict[str, Any]]:
@@ -29,6 +29,8 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
         hub_fault()
     elif path.is_file():
         _check_file(path)
+        if path.suffix in (".json", ".jsonl", ".csv"):
+            return _of_file(path, config)
     if is_saved := path.is_dir() and any((path / n).exists() for n in ("dataset_dict.json", "state.json")):
         check_source(config, "data", is_local=True)
     try:
@@ -45,6 +47,23 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
         raise ValueError(_reading_fault(error, config)) from error
 
 
+def _of_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Every row has all columns of the file, in one order; what a row lacks is None."""
+    try:
+        rows = list(read_file(path))
+    except ValueError as error:
+        raise ValueError(f"data.source={config.source!r}, {error}") from None
+    if not rows:
+        raise ValueError(f"data.source={config.source!r} has no rows")
+    names = dict.fromkeys(name for row in rows for name in row)
+    if config.split != "train":
+        try:
+            rows = [rows[i] for _, part in _ranges({"train": len(rows)}, config.split) for i in part]
+        except ValueError as error:
+            raise ValueError(_reading_fault(error, config)) from error
+    return [{name: row.get(name) for name in names} for row in rows[: config.size]]
+
+
 def _quiet_datasets() -> Any:
     """The package, whose progress bars would break up the display."""
     import datasets
@@ -56,8 +75,7 @@ def _quiet_datasets() -> Any:
 def _loaded(path: Path, config: DataConfig) -> Any:
     datasets = _quiet_datasets()
     if path.is_file():
-        files = glob.escape(config.source)
-        return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=files, split=config.split)
+        return datasets.load_dataset("parquet", data_files=glob.escape(config.source), split=config.split)
     return datasets.load_dataset(
         config.source, revision=config.revision, split=config.split, **config.options
     )
@@ -68,10 +86,18 @@ def _saved(source: str, split: str) -> Any:
     datasets = _quiet_datasets()
     loaded = datasets.load_from_disk(source)
     splits: Mapping[Any, Any] = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({n: len(s) for n, s in splits.items()})
-    return datasets.concatenate_datasets(
-        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    )
+    ranges = _ranges({name: len(rows) for name, rows in splits.items()}, split)
+    return datasets.concatenate_datasets([splits[name].select(part) for name, part in ranges])
+
+
+def _ranges(sizes: Mapping[Any, int], split: str) -> list[tuple[str, range]]:
+    """The rows that a split or slices such as "train[:10%]+test" stand for: (split, range of rows)."""
+    split = "+".join(map(str, sizes)) if split == "all" else split
+    parts = _quiet_datasets().ReadInstruction.from_spec(split).to_absolute(sizes)
+    ranges = [(part.splitname, range(part.from_, part.to)) for part in parts]
+    if not any(part for _, part in ranges):
+        raise ValueError(f"{split} corresponds to no data")  # what `datasets` says of other sources
+    return ranges
 
 
 def refuse_missing(source: str) -> None:
@@ -93,10 +119,8 @@ def refuse_missing(source: str) -> None:
 
 
 def _check_file(path: Path) -> None:
-    if path.suffix not in FILE_LOADERS:
-        raise ValueError(
-            f"data.source={path}: cannot read {path.suffix!r} files; use {', '.join(FILE_LOADERS)}"
-        )
+    if path.suffix not in FILES:
+        raise ValueError(f"data.source={path}: cannot read {path.suffix!r} files; use {', '.join(FILES)}")
     if not path.stat().st_size:
         raise ValueError(f"data.source={path} is an empty file")
 
@@ -105,7 +129,8 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
     """The error and its root cause: the message of `datasets` alone often says only that it failed."""
     said = str(error)
     if "corresponds to no data" in said:
-        return f"data.source={config.source!r} has no rows"
+        part = "" if config.split == "train" else f" in data.split={config.split!r}"
+        return f"data.source={config.source!r} has no rows{part}"
     if said.startswith(("Unknown split", "Unrecognized instruction format")):
         has = said.partition("Should be one of ")[2].rstrip(".")
         return (
@@ -113,8 +138,6 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
             + (f"; it has {has}" if has else "; a split is named as data.split=train")
             + "; for a part of it write train[:90%] or train[1000:]"
         )
-    if Path(config.source).suffix == ".jsonl" and (line := _broken_line(Path(config.source))):
-        return f"data.source={config.source!r}, {line}"
     root = error
     while (deeper := root.__cause__ or root.__context__) is not None:
         root = deeper
@@ -124,19 +147,3 @@ def _reading_fault(error: BaseException, config: DataConfig) -> str:
     if asked and (fault := hub_fault()):
         said += f"; {fault}: check the network and the spelling, or give a file"
     return f"data.source={config.source!r}{asked} could not be read: {said}"
-
-
-def _broken_line(path: Path) -> str:
-    """The number of the first line that is not a JSON object, and why; empty if all are."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.rstrip().decode() or "{}")
-            except UnicodeDecodeError as error:
-                return f"line {number}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-            except (ValueError, RecursionError) as error:
-                place = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                return f"line {number}: not JSON ({getattr(error, 'msg', error)}{place}); fix or remove it"
-            if not isinstance(row, dict):
-                return f'line {number}: a row is an object such as {{"prompt": "..."}}, not {row!r:.40}'
-    return ""

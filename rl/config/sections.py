@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses true and false for a number, or in a list of them: Pydantic reads them as 1 and 0."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if kinds & {int, float} and bool not in kinds and _has_switch(value):
+            raise ValueError("must be a number, not a switch (YAML reads yes, no, on and off as switches)")
+        return value
+
+
+def _has_switch(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_switch, value)))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*map(_kinds, get_args(annotation))) if get_args(annotation) else {annotation}
 
 
 def _from_home(path: Any) -> Any:

@@ -60,7 +60,7 @@ def check_saving(
     warn: Callable[[str], None] = print,
 ) -> None:
     """Writes all of a checkpoint except its tensors into a temporary folder below `root`. The size of its
-    tensors is compared with the free space there.
+    tensors is compared with the free space there. The caller holds the lock of the run's folder.
 
     Args:
         adapter: only the trained parameters are saved, not the whole model.
@@ -86,6 +86,8 @@ def check_saving(
             f"{sentence}, less than {more} of them will take (checkpoint.keep={keep}, and one that is being "
             "written); free some space, or lower checkpoint.keep"
         )
+    for left_by_a_killed_one in root.glob(".saving-*"):
+        shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=root) as scratch:
         folder = Path(scratch)
         try:

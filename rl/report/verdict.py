@@ -145,7 +145,7 @@ def series_of(rows: Rows, name: str) -> list[tuple[int, float]]:
 def range_text(metric: Metric) -> str:
     """The healthy range in words: "0.02 to 2.5", "at most 30 %", or "" for a metric without one."""
     low, high = (
-        None if bound is None else f"{100 * bound:g} %" if metric.unit == "share" else f"{bound:g}"
+        None if math.isinf(bound) else f"{100 * bound:g} %" if metric.unit == "share" else f"{bound:g}"
         for bound in (metric.low, metric.high)
     )
     if low is not None and high is not None:
@@ -225,6 +225,9 @@ def _taught_nothing(rows: Rows) -> list[Finding]:
     if not 0 < len(series) < metric.patience or not all(metric.is_broken(share) for _, share in series):
         return []
     text = f"all rewards of every group were equal in all steps ({len(series)}), so they taught nothing"
+    abstained = METRICS["reward/abstained"]
+    if {share for _, share in series_of(rows, abstained.name)} == {1.0}:
+        metric, text = abstained, f"no completion got a reward in any step ({len(series)})"
     return [Finding("Warning", metric.name, series[0][0], text, metric.hint)]
 
 

@@ -31,10 +31,8 @@ class Metric:
     """What a number means and when it is worth a look.
 
     Attributes:
-        low: the least healthy value, inclusive; None: no bound.
-        high: the greatest healthy value, inclusive; None: no bound.
-        broken_below: the run is broken, not merely unusual, below this; None: never.
-        broken_above: likewise above.
+        low, high: the least and the greatest healthy value, inclusive.
+        broken_below, broken_above: the run is broken, not merely unusual, beyond these.
         told_at_once: a run warns of values out of range, and does not wait until it is broken.
         patience: consecutive values that must be out of range before a rule fires; single steps are noisy.
         hint: what to do when it is out of range.
@@ -43,24 +41,19 @@ class Metric:
     name: str
     unit: str
     description: str
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
     hint: str = ""
-    broken_below: float | None = None
-    broken_above: float | None = None
+    broken_below: float = -math.inf
+    broken_above: float = math.inf
     patience: int = 5
     told_at_once: bool = False
 
     def is_healthy(self, value: float) -> bool:
-        return _lies_within(value, self.low, self.high)
+        return self.low <= value <= self.high  # never for NaN
 
     def is_broken(self, value: float) -> bool:
-        return not _lies_within(value, self.broken_below, self.broken_above)
-
-
-def _lies_within(value: float, low: float | None, high: float | None) -> bool:
-    """Bounds are inclusive, None is not a bound, and NaN lies nowhere."""
-    return (-math.inf if low is None else low) <= value <= (math.inf if high is None else high)
+        return not self.broken_below <= value <= self.broken_above
 
 
 # Bounds: entropy, KL, clip fraction, truncation and log-prob gap follow the tables of axolotl's
@@ -72,7 +65,8 @@ _ALL = (
     Metric("reward/std", "score", "standard deviation of the reward over the step's completions"),
     Metric("reward/abstained", "share", "completions whose grader gave no verdict",
            high=0.05, broken_above=0.5,
-           hint="read the reasons in the group browser: graders time out, crash or meet unusable answers"),
+           hint="read the reasons in the group browser: graders time out, crash, return None or meet "
+                "unusable answers"),
     Metric("graders/faults", "share",
            "graded completions on which a grader hung, died, raised or returned nonsense",
            high=0.01, patience=1,

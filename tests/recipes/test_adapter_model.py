@@ -84,6 +84,15 @@ def test_a_run_begins_with_the_adapted_weights_and_samples_from_them(
     assert "going on from" in capsys.readouterr().out
 
 
+def test_what_a_killed_merge_left_behind_is_removed_by_the_next(config_file, adapter):
+    left = config_file.parent / "run" / ".merging-abc" / "model"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    rank = SAME.replace("r: 2", "r: 3")
+    assert main([str(config_file), f"model.name={adapter}", rank, "train.steps=1"]) == 0
+    assert not left.parent.exists()
+
+
 def test_an_adapter_that_goes_on_is_changed_by_training(config_file, adapter, tiny_model_dir):
     assert main([str(config_file), f"model.name={adapter}", SAME, "optimizer.lr=0.01"]) == 0
     saved = config_file.parent / "run" / "checkpoints" / "step-000002"

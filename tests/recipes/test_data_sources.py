@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import closing
 
 import datasets
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from recipes.grpo import main
 from recipes.llada import main as fine_tune
 from recipes.tasks import load_rows
-from recipes.tasks.prompts import split_share
+from recipes.tasks.prompts import check_rewards, split_share
+from rewards.compose import RewardSpec
+from rewards.pool.pool import RewardPool
 from rl.config import DataConfig
 from rl.config.diffusion import DiffusionConfig
 from rl.config.read import load_config, read_config
@@ -194,6 +197,18 @@ def test_a_module_that_raises_is_refused_with_its_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"broken_rows\.py, line 1: ZeroDivisionError: division"):
         load_rows(DataConfig(source="broken_rows:make"))
+
+
+def test_rows_without_what_a_reward_needs_are_counted_before_they_are_sampled(file):
+    said: list[str] = []
+    data = DataConfig(source=str(file), rename={"solution": "answer"})
+    with closing(RewardPool([RewardSpec("math"), RewardSpec("boxed_format")])) as pool:
+        check_rewards(pool, data, rows := load_rows(data), said.append)
+        assert said == []
+        gaps = [rows[0] | {"answer": ""}, rows[1] | {"answer": None}, *rows[2:]]
+        check_rewards(pool, data, gaps, said.append)
+    assert len(said) == 1
+    assert "2 of 10 rows of" in said[0] and "have no 'answer', which reward 'math' needs" in said[0]
 
 
 def test_a_held_out_share_is_apart_from_training_and_the_same_in_any_order():

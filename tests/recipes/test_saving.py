@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.grpo import main
 from rl.model.saving import check_saving, save_model
+from rl.store.checkpoint import CheckpointStore
 
 CONTRADICTORY = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}  # no do_sample: "not valid" for saving
 
@@ -54,6 +56,40 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(published
     model.config.note = {1, 2}  # no JSON value
     with pytest.raises(ValueError, match=r"cannot be saved, so its first checkpoint would be lost: .*set"):
         check_saving(model, tokenizer, root=tmp_path / "checkpoints", adapter=False)
+
+
+class Dying:
+    def save_pretrained(self, folder):
+        os._exit(0)
+
+
+def test_what_a_killed_check_left_behind_is_cleared_at_the_next_start(published, tmp_path):
+    model, root = AutoModelForCausalLM.from_pretrained(published), tmp_path / "checkpoints"
+    if os.fork() == 0:
+        check_saving(model, Dying(), root=root, adapter=False)
+    os.wait()
+    (left,) = root.iterdir()
+    assert (left / "config.json").is_file()
+    check_saving(*parts_of(published), root=root, adapter=False)
+    assert not left.exists()
+
+
+class Evaluated:
+    """A tokenizer; while it is saved, `cohort eval` opens the checkpoints of the run, in any process."""
+
+    def __init__(self, root):
+        self.root, self.files = root, []
+
+    def save_pretrained(self, folder):
+        CheckpointStore(self.root)
+        self.files = os.listdir(folder)
+
+
+def test_a_check_in_use_is_not_cleared_by_a_reader_of_the_checkpoints(published, tmp_path):
+    model, root = AutoModelForCausalLM.from_pretrained(published), tmp_path / "checkpoints"
+    tokenizer = Evaluated(root)
+    check_saving(model, tokenizer, root=root, adapter=False)
+    assert "config.json" in tokenizer.files
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(published, tmp_path, monkeypatch):

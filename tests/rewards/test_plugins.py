@@ -46,6 +46,7 @@ def test_an_entry_point_of_the_group_is_found_by_its_name(monkeypatch):
         ("no_such_module_here:f", "there is no module 'no_such_module_here'; it must be installed"),
         ("rewards_for_tests:not_callable", "is int, not a function"),
         ("rewards_for_tests:make_scaled", "needs the option 'factor'"),
+        ("rewards_for_tests:make_scaled", "a function that itself grades takes `completions`, a list"),
         ("rewards_for_tests:makes_nothing", "returned float"),
     ],
 )

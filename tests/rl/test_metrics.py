@@ -35,7 +35,7 @@ def test_wilson_interval_rejects_impossible_counts(successes, n):
 def test_healthy_range_lies_inside_the_range_that_is_not_broken():
     for metric in METRICS.values():
         bounds = [metric.broken_below, metric.low, metric.high, metric.broken_above]
-        known = [bound for bound in bounds if bound is not None]
+        known = [bound for bound in bounds if math.isfinite(bound)]
         assert known == sorted(known), metric.name
         assert bool(known) == bool(metric.hint), f"{metric.name} needs a hint exactly if it has a range"
 
@@ -193,6 +193,14 @@ def test_a_run_inside_every_range_is_healthy():
     assert judge(HEALTHY_ROWS[:4]).headline == early and judge(HEALTHY_ROWS[:4]).level == "Too early"
     assert judge(HEALTHY_ROWS[:5]).headline.endswith("range")
     assert judge([]).headline == "No data: no step is recorded yet"
+
+
+def test_a_short_run_in_which_all_rewards_abstained_blames_the_grader_and_not_the_prompts():
+    rows = [{"step": n, "groups/without_spread": 1.0, "reward/abstained": 1.0} for n in (1, 2)]
+    (finding,) = judge(rows).findings
+    assert judge(rows).headline == "Warning: no completion got a reward in any step (2), since step 1"
+    assert "graders time out, crash, return None" in finding.hint
+    assert judge([rows[0], rows[1] | {"reward/abstained": 0.9}]).findings[0].metric == "groups/without_spread"
 
 
 def test_a_short_run_without_spread_has_taught_nothing():
