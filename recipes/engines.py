@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from rl.store.folder import run_name
 from rollout.engine import Engine, EngineError
 from rollout.transformers import TransformersEngine
 from rollout.vllm.broadcast import SCHEME, WeightBroadcast
+from rollout.vllm.control import LACKS_ROUTES
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.families import refusal
 from rollout.vllm.fleet import Fleet
 from rollout.vllm.local import start_core
 from rollout.vllm.lock import read_token
-from rollout.vllm.member import connect, routes_lacking, said_of
+from rollout.vllm.member import Member, connect
 from rollout.vllm.settings import CoreSettings, routes_unavailable, runs_on_cpu
 from rollout.vllm.start import CORE_LOG_LEVEL, begin_early, end_early, vllm_available, vllm_missing
 from rollout.vllm.weight_files import WeightFiles
@@ -269,6 +270,21 @@ def served_engine(
     )
     engine.name = "server"
     return engine
+
+
+def routes_lacking(members: Iterable[Member]) -> str | None:
+    """Why servers do not say which experts a token was computed with, or None."""
+    links = [member.link for member in members if member.link is not None]
+    lacking = [link.url for link in links if not link.facts().has_routes]
+    return f"server {lacking[0]} {LACKS_ROUTES}" if lacking else None
+
+
+def said_of(members: Iterable[Member]) -> str:
+    """A sentence on the servers: number, vLLM, and who says which weights sampled which tokens."""
+    facts = [member.link and member.link.facts() for member in members]
+    known = [f for f in facts if f is not None]
+    kinds = sorted({f"vLLM {f.vllm}, versions {'said' if f.has_spans else 'cut here'}" for f in known})
+    return f"{len(facts)} server(s): {'; '.join(kinds)}"
 
 
 def _engine_name(

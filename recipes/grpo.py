@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from recipes.models import open_adapter, resolve_model, teacher_model, teacher_s
 from recipes.program import (
     Laps,
     call_program,
+    check_replay,
     first_line,
     make_deterministic,
     recipe_main,
@@ -40,7 +41,7 @@ from recipes.tasks import find_modules_beside
 from recipes.tasks.demonstrations import longest_taught
 from recipes.tasks.many import longest_row, train_prompts
 from recipes.tasks.overlap import settle_overlap
-from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
+from recipes.tasks.prompts import check_rewards, load_sets, make_prompts
 from rewards.functions import Origins, name_functions, origin_of, sources_of
 from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
@@ -173,14 +174,14 @@ def build(
         closing.callback(begin_imports(config))
         scorer = make_scorer(config, origins)
         closing.callback(scorer.close)
-        inputs = read_inputs(config, scorer, world=world, display=display, closing=closing)
+        inputs = read_inputs(config, scorer, world=world, display=display, closing=closing, stop=stop)
         lap("data and graders")
         given = {"tokenizer": inputs.tokenizer, "longest": (inputs.longest, inputs.longest_taught)}
         policy, reference, teacher = make_models(config, inputs.model, world=world, display=display, **given)
         with display.phase("a full micro-batch to be tried"):
             fitted.compare(kind.try_out(config, policy, reference, teacher), display.note)
         ends = end_token_ids(inputs.tokenizer, (), policy.model.generation_config)
-        engine = _started(config, inputs, policy, display=display, lap=lap, rank=world.rank)
+        engine = _started(config, inputs, policy, display=display, lap=lap, rank=world.rank, stop=stop)
         closing.callback(engine.close)
         display.head(first_line(config, policy, rows=len(inputs.prompts), engine=engine.name))
         stream = PromptStream(inputs.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
@@ -217,15 +218,17 @@ def build(
 
 
 def _started(
-    config: Config, inputs: Inputs, policy: Any, *, display: Display, lap: Laps, rank: int
+    config: Config, inputs: Inputs, policy: Any, *, display: Display, lap: Laps, rank: int, stop: StopSignal
 ) -> Engine:
     """The engine with the policy's weights, in the environment of the run."""
     lap("policy")
     waiting, log = display.phase(f"the engine to start ({config.engine.name})"), config.run_dir / ENGINE_LOG
-    begin = size_of(log)
-    with waiting:
-        make = partial(kind_of(config).engine, config, inputs.model, policy, inputs.longest, display.note)
-        engine = started_into(log, make, display.note, is_own=config.engine.name != "server")
+    begin, is_own = size_of(log), config.engine.name != "server"
+    # A first server may be long in coming: that is said at once, and nothing is lost if the run ends.
+    note = display.note if is_own else display.say
+    with waiting, nullcontext() if is_own else stop.at_once():
+        make = partial(kind_of(config).engine, config, inputs.model, policy, inputs.longest, note)
+        engine = started_into(log, make, note, is_own=is_own)
     lap("engine", said_of_start(log, begin))
     if config.memory.engine_sleeps is True and not engine.sleeps_while_training:
         display.note("memory.engine_sleeps has no effect: only a vLLM of this run can release memory")
@@ -249,7 +252,13 @@ class Inputs:
 
 
 def read_inputs(
-    config: Config, scorer: RewardPool, *, world: World, display: Display, closing: ExitStack
+    config: Config,
+    scorer: RewardPool,
+    *,
+    world: World,
+    display: Display,
+    closing: ExitStack,
+    stop: StopSignal,
 ) -> Inputs:
     """Renders training and held-out prompts; refuses rows, a tokenizer or a model other than those the run
     began with. `closing` closes the environment.
@@ -257,14 +266,18 @@ def read_inputs(
     environment = open_environment(config, closing)
     held = config.heldout_data
     rows, heldout_rows = (with_tools(some, environment) for some in load_sets(config, display.note))
-    scorer.check_columns(*grader_columns(config.data, rows))
+    check_rewards(scorer, config.data, rows, display.warn)
     if held:
-        scorer.check_columns(*grader_columns(held, heldout_rows))
+        check_rewards(scorer, held, heldout_rows, display.warn)
     named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)
     teacher = teacher_model(config.teacher)
     server = teacher_server(config.teacher, config.run_dir if world.is_main else None)
+    if server is not None:
+        # The first signal ends a wait: nothing is lost.
+        with stop.at_once(), display.phase("the teacher's server to answer"):
+            server.wait(display.say)
     if teacher is not None:
         check_tokenizers(teacher, tokenizer, config.longest_sequence)
     if world.is_main:
@@ -300,6 +313,7 @@ def _fingerprint(model: ModelConfig) -> dict[str, str]:
 
 
 def _go_on(run: Run, observer: RunObserver) -> None:
+    check_replay(run.world, run.policy)
     rows = run.log.read() if run.world.is_main else []
     (num_done,) = run.world.max([float(max((row["step"] for row in rows), default=0))])
     run.num_recorded = int(run.world.max([float(run.ledger.expect(int(num_done)))])[0])

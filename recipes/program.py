@@ -215,6 +215,21 @@ def check_alike(world: World, config: Any) -> None:
         raise ValueError(fault)
 
 
+def check_replay(world: World, policy: Any) -> None:
+    """Compares whether the processes replay routes: each one may have met another server first.
+
+    Raises:
+        ValueError: some do and some do not; the same on every process.
+    """
+    found = world.gather(bool(getattr(policy, "replays", False)))
+    if any(found) != all(found):
+        raise ValueError(
+            f"process {found.index(False)} found a server that does not say which experts computed a token, "
+            f"and process {found.index(True)} found none: start all servers with "
+            "--enable-return-routed-experts, or set moe.replay=none"
+        )
+
+
 def first_difference(processes: Sequence[Mapping[str, Any]], run_dir: str) -> str | None:
     """The first thing in which processes differ that they must share, or None.
 

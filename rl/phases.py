@@ -65,14 +65,13 @@ class StopSignal:
             is like a kill: the run folder holds what is needed to resume.
     """
 
-    def __init__(self, any_process: Callable[[bool], bool] = bool, *, may_exit: bool = False) -> None:
+    def __init__(self, *, may_exit: bool = False) -> None:
         self.received: int | None = None
         self.say: Callable[[str], None] = lambda text: None
         self._may_exit = may_exit
-        self._received_at, self._is_again = 0.0, False
-        self.any_process = any_process
+        self._is_again = False
+        self.any_process: Callable[[bool], bool] = bool
         self._previous: dict[int, Any] = {}
-        self._arrived: dict[int, float] = {}
         self._sockets: tuple[socket.socket, ...] = ()
         self._previous_fd = -1
 
@@ -97,6 +96,17 @@ class StopSignal:
             signal.signal(number, handler)
         self._previous.clear()
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The first signal, even one that has come, ends the run within the block: it has nothing to save."""
+        self._is_again = True
+        if self.received is not None:
+            self._handle(self.received, None)
+        try:
+            yield
+        finally:
+            self._is_again = False
+
     def requested(self) -> bool:
         """Whether any process was asked to stop; call it equally often on all of them."""
         return self.any_process(self.received is not None)
@@ -106,13 +116,11 @@ class StopSignal:
         return 0 if self.received is None else 128 + self.received
 
     def _handle(self, number: int, frame: Any) -> None:
-        is_again = self._is_again
         if self.received is None:
-            self.received, self._received_at = number, time.monotonic()
-        elif self.received == number and not is_again:
+            self.received = number
+        elif self.received == number and not self._is_again:
             time.sleep(SETTLE_S)  # lets the thread note the arrival
-            is_again = self._arrived.get(number, time.monotonic()) - self._received_at >= REPEAT_S
-        if is_again:  # set by the thread if both came during one long call: then this handler runs once
+        if self._is_again:  # even if both came during one long call, after which this handler runs once
             self._restore_handlers()
             signal.raise_signal(number)
 
@@ -128,11 +136,11 @@ class StopSignal:
                 if not byte:
                     return
                 number, now = byte[0], time.monotonic()
-                self._arrived[number] = now
                 if not first and number in ASKS_TO_STOP:
                     first, since = number, now
                     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                    self.say(f"stopping after this step; {name} again stops at once")
+                    if self._previous and not self._is_again:  # and no handler ended the run meanwhile
+                        self.say(f"stopping after this step; {name} again stops at once")
                 elif number == first and now - since >= REPEAT_S:
                     self._is_again = True
                     reader.settimeout(PATIENCE_S if self._may_exit else None)

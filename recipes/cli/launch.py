@@ -40,7 +40,7 @@ def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.gr
         children: list[Child] = []
         words = [program, *recipe]
         stack.callback(_end, children)
-        pass_signals_on(children)
+        heard = pass_signals_on(children)
         for rank, log in enumerate([None, *logs]):
             own = {
                 "RANK": str(rank),
@@ -51,7 +51,7 @@ def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.gr
         meeting.close()
         first_failed = _wait(children)
         _end(children)
-        if first_failed > 0:
+        if first_failed > 0 and -children[first_failed].returncode not in heard:
             words = _last_words(logs[first_failed - 1])
             say(f"process {first_failed} failed first:\n{safe_text(words)}", sys.stderr)
     codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]

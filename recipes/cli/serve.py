@@ -105,11 +105,11 @@ def serve(
             f"--devices {','.join(devices)}: {len(devices)} devices do not split into servers of "
             f"{per_server} (tensor x pipeline x data parallel size)"
         )
+    make_token(token_file)  # first: a trainer that starts beside it looks for the file
+    read_token(token_file)  # checks that an existing file is private, too
     from recipes.models import resolve_model  # it imports torch, which `--help` does not need
 
     model = resolve_model(model)
-    make_token(token_file)
-    read_token(token_file)  # checks that an existing file is private, too
     stopped: list[int] = []
     for asked in (signal.SIGTERM, signal.SIGINT):
         signal.signal(asked, lambda received, frame: stopped.append(received))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from rl.store.folder import write_atomically
 from rl.weights import canary_ids
 from rollout.engine import EngineError
-from rollout.vllm.control import Control
-from rollout.vllm.core import NOT_FINITE
+from rollout.vllm.control import Control, ServerDead
+from rollout.vllm.core import NOT_FINITE, UNREAD
+from rollout.vllm.served import POLL_S
 
 DRIFT_NATS = 0.15  # the same bf16 weights, alone and beside long rows: 0.04 (SmolLM2-135M, vLLM on a CPU)
 
@@ -50,6 +52,26 @@ class ScoringServer:
         if not card.keys() >= {"root", "max_model_len"}:
             raise ValueError(f"server {self.url} does not say what vLLM says of a model; serve it with vLLM")
         return card["root"], card["max_model_len"]
+
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Waits while nobody answers, for `timeout_s` at most; `say` is told so, and why.
+
+        Raises:
+            EngineError, ValueError: nobody did; or as `model`, at once.
+        """
+        deadline, is_said = time.monotonic() + self._control.timeout_s, False
+        while True:
+            try:
+                self.model()
+                return
+            except ServerDead as error:
+                if isinstance(error.__cause__, UNREAD) or time.monotonic() > deadline:
+                    raise
+                if not is_said:
+                    limit = f"teacher.timeout_s={self._control.timeout_s:g}"
+                    say(f"the teacher does not answer yet ({error}); waiting for it for {limit} at most")
+                    is_said = True
+            time.sleep(POLL_S)
 
     def score(self, rows: Sequence[list[int]], k: int) -> list[ScoredRow]:
         """In order; one request for all rows.

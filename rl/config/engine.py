@@ -52,7 +52,9 @@ class EngineConfig(Section):
     canary_tolerance: float | None = Field(
         default=None, gt=0, description="mean log-prob gap, nats; default: 0.0025 in fp32, 0.2 in bf16"
     )
-    timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one sampling call")
+    timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait for one sampling call, and for a first server"
+    )
 
     @property
     def gpu_share(self) -> float:

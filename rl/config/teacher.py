@@ -34,7 +34,7 @@ class TeacherConfig(Section):
     token_file: Annotated[str, HOME] | None = Field(
         default=None, description="file of the token that the server asks for; default: it asks for none"
     )
-    timeout_s: float = Field(default=600.0, gt=0, description="longest wait for one answer of the server")
+    timeout_s: float = Field(default=600.0, gt=0, description="longest wait for the server, or one answer")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub name")
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="of its weights and its compute")
     divergence: Literal["sampled", "reverse", "forward", "jsd"] = Field(

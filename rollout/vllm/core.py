@@ -9,10 +9,11 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import wraps
 from io import BytesIO
 from itertools import groupby
 from threading import Thread
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from rollout.fingerprint import HeldTensor
 from rollout.sampler import completion_seed
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
 SleepingPart = Literal["weights", "cache"]
 NOT_FINITE = -9999.0  # what vLLM's API says for a log-prob that is not finite
 UNREAD = (ValueError, KeyError, TypeError, IndexError, AttributeError)  # where an answer is odd
@@ -189,6 +191,17 @@ def in_thread(work: Callable[[], T], name: str = "fleet") -> Future[T]:
 
     Thread(target=run, name=name, daemon=True).start()
     return found
+
+
+def in_turn(method: M) -> M:
+    """Methods of an object wait for each other, and for whoever else holds its `_turn`."""
+
+    @wraps(method)
+    def alone(self: Any, *arguments: Any, **named: Any) -> Any:
+        with self._turn:
+            return method(self, *arguments, **named)
+
+    return cast(M, alone)
 
 
 def unread(path: str, error: Exception, text: str) -> str:

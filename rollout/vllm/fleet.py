@@ -26,8 +26,8 @@ from rollout.engine import WEIGHTS_UNKNOWN, EngineError
 from rollout.fingerprint import HeldTensor
 from rollout.vllm.broadcast import WeightBroadcast
 from rollout.vllm.control import Control, Layouts, check_alike, check_held
-from rollout.vllm.core import Answer, SleepingPart, Stream, in_thread
-from rollout.vllm.member import TICK_S, Member, Paused, State, each, free_member, in_turn, same_canary
+from rollout.vllm.core import Answer, SleepingPart, Stream, in_turn
+from rollout.vllm.member import TICK_S, Member, Paused, State, each, free_member, meet, same_canary
 from rollout.vllm.served import Server
 from rollout.vllm.weight_files import Push, WeightFiles, noting
 
@@ -85,12 +85,7 @@ class Fleet:
         self._version, self.vocab_size = WEIGHTS_UNKNOWN, 0
         self._turn, self._is_closed, self._is_held = RLock(), Event(), False
         try:
-            for member, found in [(m, in_thread(partial(connect, m.server.url))) for m in self.members]:
-                try:
-                    self._met(member, member.wait(found, "its first answer", timeout_s))
-                    member.server.asked.wait(timeout_s)
-                except EngineError as error:
-                    self._lose(member, State.DEAD, str(error))
+            meet(self.members, connect, self._met, lose=self._lose, timeout_s=timeout_s, note=note)
             if not self._layouts:
                 raise EngineError(f"no server can be used: {self._said()}")
             self.files = files and files(self.describe())
@@ -326,7 +321,8 @@ class Fleet:
         """Gives the current weights, whole, to servers that answer, or checks that another process has."""
         ready = [member for member in members if member.may_join(at_once)]
         new = [member for member in ready if member.link is None]
-        self._each(new, "its first answer", lambda one: partial(self.connect, one.server.url), self._met)
+        reach = lambda one: partial(self.connect, one.server.url)  # noqa: E731
+        self._each(new, "its first answer", reach, self._met, lost=State.STALE)  # it may fit the next weights
         ready = [member for member in ready if member.link is not None]
         if self.files is not None:
             self._hold(ready)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from rollout.engine import WEIGHTS_UNKNOWN, EngineError
-from rollout.vllm.control import LACKS_ROUTES, RECEIVER, Control, ServerDead
+from rollout.vllm.control import RECEIVER, Control, ServerDead
 from rollout.vllm.core import Stream, in_thread
 from rollout.vllm.lock import LOCK
-from rollout.vllm.served import Server
+from rollout.vllm.served import POLL_S, Server
 from rollout.vllm.weight_files import Push
 
 DEAD_S = 20.0  # of failing health checks
@@ -30,7 +30,6 @@ LEAVE_S = 10.0  # for a server to hear that it is free
 TICK_S = 0.1
 Paused = list[tuple[Stream, int | None]]
 T = TypeVar("T")
-M = TypeVar("M", bound=Callable[..., Any])
 
 
 class State(StrEnum):
@@ -238,17 +237,6 @@ def free_member(members: Sequence[Member], number: int) -> Member | None:
 Lose = Callable[[Member, State, str], None]
 
 
-def in_turn(method: M) -> M:
-    """Methods of a `Fleet` wait for each other and for the thread that looks at its servers."""
-
-    @wraps(method)
-    def alone(self: Any, *arguments: Any, **named: Any) -> Any:
-        with self._turn:
-            return method(self, *arguments, **named)
-
-    return cast(M, alone)
-
-
 def each(
     members: Sequence[Member],
     what: str,
@@ -267,6 +255,47 @@ def each(
             then(member, member.wait(found, what, timeout_s))
         except (EngineError, ValueError) as error:
             lose(member, State.DEAD if isinstance(error, ServerDead) else lost, str(error))
+
+
+def meet(
+    members: Sequence[Member],
+    connect: Callable[[str], Control],
+    met: Callable[[Member, Control], None],
+    *,
+    lose: Lose,
+    timeout_s: float,
+    note: Callable[[str], None],
+) -> None:
+    """Connects to all servers, and calls `met` with each. While none can be used, those that have never
+    answered are tried again, for `timeout_s` at most. All others are lost, and may join later.
+    """
+    deadline, is_said, faults = time.monotonic() + timeout_s, False, dict[Member, str]()
+    missing = silent = members
+    while True:
+        # A lost one is asked by its health checks alone: a call to a port that says nothing stays open.
+        asked = [member for member in missing if member not in faults or member.loss is None]
+        for member, found in [(member, in_thread(partial(connect, member.server.url))) for member in asked]:
+            faults.pop(member, None)
+            try:
+                met(member, member.wait(found, "its first answer", timeout_s))
+                member.server.asked.wait(timeout_s)
+            except EngineError as error:
+                faults[member] = str(error)
+        missing = [member for member in silent if member in faults]
+        silent = [member for member in missing if not member.server.answered]
+        if not missing or len(faults) < len(members):
+            break
+        if time.monotonic() > deadline:
+            faults |= {m: f"no answer within timeout_s={timeout_s:g}: {faults[m]}" for m in missing}
+            break
+        if not is_said:
+            whys = [(m.server.url, faults[m].removeprefix(f"server {m.server.url}: ")) for m in missing]
+            where = ", ".join(f"{url} ({why})" for url, why in whys)
+            note(f"nobody answers yet at {where}; waiting for a server for timeout_s={timeout_s:g} at most")
+            is_said = True
+        time.sleep(POLL_S)
+    for member, fault in faults.items():
+        lose(member, State.DEAD, fault)
 
 
 def connect(
@@ -304,21 +333,6 @@ def connect(
         control.close()
         raise
     return control
-
-
-def routes_lacking(members: Iterable[Member]) -> str | None:
-    """Why servers do not say which experts a token was computed with, or None."""
-    links = [member.link for member in members if member.link is not None]
-    lacking = [link.url for link in links if not link.facts().has_routes]
-    return f"server {lacking[0]} {LACKS_ROUTES}" if lacking else None
-
-
-def said_of(members: Iterable[Member]) -> str:
-    """A sentence on the servers: number, vLLM, and who says which weights sampled which tokens."""
-    facts = [member.link and member.link.facts() for member in members]
-    known = [f for f in facts if f is not None]
-    kinds = sorted({f"vLLM {f.vllm}, versions {'said' if f.has_spans else 'cut here'}" for f in known})
-    return f"{len(facts)} server(s): {'; '.join(kinds)}"
 
 
 def same_canary(member: Member, logprobs: Sequence[float], others: Sequence[float], tolerance: float) -> None:

@@ -45,6 +45,7 @@ class Tally:
     is_plain: bool
     token_ids: list[int] = field(default_factory=list)
     logprobs: array[float] = field(default_factory=lambda: array("f"))
+    ranks: array[int] = field(default_factory=lambda: array("i"))
     routes: list[np.ndarray] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     num_sent: int = 0
@@ -151,12 +152,13 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
             rows = model_runner_output.logprobs
             if len(self.tallies) == len(self.requests):
                 model_runner_output.logprobs = None  # vLLM would cut a slice out of it for every request
-            logprobs = None if rows is None else rows.logprobs[:, 0].tolist()
+            self.logprobs = [] if rows is None else rows.logprobs[:, 0].tolist()
+            self.ranks = [] if rows is None else rows.sampled_token_ranks.tolist()
             if self.tokens_per_block:
-                self._go_on(scheduler_output, model_runner_output, logprobs)
+                self._go_on(scheduler_output, model_runner_output)
             steps = super().update_from_output(scheduler_output, model_runner_output)
             for client, step in list(steps.items()):
-                step.outputs = self._final(step.outputs, model_runner_output.req_id_to_index, logprobs)
+                step.outputs = self._final(step.outputs, model_runner_output.req_id_to_index)
                 if not step.outputs and not step.finished_requests and step.scheduler_stats is None:
                     del steps[client]
             return steps
@@ -168,10 +170,11 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                 return self.kv_cache_manager.empty_kv_cache_blocks
             return self.stock_allocate(request, num_new_tokens, **more)
 
-        def _go_on(self, scheduled: Any, sampled: Any, logprobs: list[float] | None) -> None:
+        def _go_on(self, scheduled: Any, sampled: Any) -> None:
             """Appends the tokens that neither begin nor end a completion; leaves the others to vLLM."""
             assert num_void is not None
             rows, tokens, block = sampled.req_id_to_index, sampled.sampled_token_ids, self.tokens_per_block
+            logprobs, ranks = self.logprobs, self.ranks
             left: dict[str, int] = {}
             for name, number in scheduled.num_scheduled_tokens.items():
                 tally, request = self.tallies.get(name), self.requests.get(name)
@@ -188,8 +191,9 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                     left[name] = number
                     continue
                 tally.token_ids.append(new[0])
-                if tally.with_logprobs and logprobs is not None:
+                if tally.with_logprobs and logprobs:
                     tally.logprobs.append(logprobs[rows[name]])
+                    tally.ranks.append(ranks[rows[name]])
                 request._output_token_ids.append(new[0])
                 request._all_token_ids.append(new[0])
                 if len(request._all_token_ids) % block == 0:
@@ -203,7 +207,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                         self.kv_cache_manager.cache_blocks(request, num_cached)
             scheduled.num_scheduled_tokens = left
 
-        def _final(self, outputs: Any, rows: dict[str, int], logprobs: list[float] | None) -> list[Any]:
+        def _final(self, outputs: Any, rows: dict[str, int]) -> list[Any]:
             final = []
             for output in outputs:
                 tally = self.tallies.get(output.request_id)
@@ -212,8 +216,9 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                     continue
                 if output.new_token_ids:
                     tally.token_ids += output.new_token_ids
-                    if tally.with_logprobs and logprobs is not None:
-                        tally.logprobs.append(logprobs[rows[output.request_id]])
+                    if tally.with_logprobs and self.logprobs:
+                        tally.logprobs.append(self.logprobs[rows[output.request_id]])
+                        tally.ranks.append(self.ranks[rows[output.request_id]])
                 if output.routed_experts is not None:  # often a view of what the next step fills
                     tally.routes.append(np.array(output.routed_experts))
                 if self._is_due(output, tally):
@@ -255,7 +260,7 @@ def in_parts(stock: Any) -> Any:
     is reported, so that a part is of one version of the weights.
 
     Requests that want more than that are left to vLLM: text (and what stops it), log-probs of other tokens.
-    The rank of a sampled token is not kept (0).
+    What a server itself aborts (`/pause` in mode "abort") ends with what was reported, up to a part less.
     """
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.outputs import LogprobsLists
@@ -275,9 +280,9 @@ def in_parts(stock: Any) -> Any:
             begin, tally.num_sent = tally.num_sent, len(tally.token_ids)
             output.new_token_ids = tally.token_ids[begin:]
             if tally.with_logprobs and output.new_token_ids:
-                ids = np.array(output.new_token_ids, dtype=np.int32)
+                ids, ranks = (np.array(one, np.int32) for one in (output.new_token_ids, tally.ranks[begin:]))
                 logprobs = np.array(tally.logprobs[begin:], dtype=np.float32)
-                output.new_logprobs = LogprobsLists(ids[:, None], logprobs[:, None], np.zeros_like(ids))
+                output.new_logprobs = LogprobsLists(ids[:, None], logprobs[:, None], ranks)
             return output
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:

@@ -251,6 +251,9 @@ class Server:
                         break
                     if line.startswith("data: {"):
                         stream.take(json.loads(line.removeprefix("data: ")), self.version)
+                else:
+                    if stream.reason is None:  # nobody is asked what sampled its tokens
+                        raise RuntimeError("it ended a completion without a reason")
         except Exception as error:  # nobody else would know that the stream has ended
             stream.drop(stream.sure if self.version != WEIGHTS_UNKNOWN else 0)
             self.fault = f"{type(error).__name__}: {error}"
@@ -315,7 +318,7 @@ class Server:
                 self.answered = time.monotonic()
                 await self._renew()
             except Exception as error:  # without these checks nobody would ever know that it has died
-                self.fault = f"its health check: {type(error).__name__} {error}"
+                self.fault = f"its health check: {type(error).__name__} {error}".strip()
                 self.failing_since = self.failing_since or time.monotonic()
                 self.is_gone = isinstance(error, httpx.ConnectError | httpx.HTTPStatusError)
             self.asked.set()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,11 @@ def config_of(folder: Path, engine: dict[str, Any], name: str) -> Path:
     return file
 
 
-def start(config: Path) -> subprocess.Popen[str]:
+def start(config: Path, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     paths = f"{HERE.parents[1]}:{HERE.parent / 'invariants'}"
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "recipes.grpo", str(config)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
 
 def trained(config: Path) -> str:
@@ -177,8 +176,11 @@ def test_a_folder_of_the_same_name_is_another_run(folder: Path, servers: list[Se
             r".* or train with engine\.dtype=float32",
         ),
         (
-            {"urls": ["http://127.0.0.1:9"]},
-            r"no server can be used: http://127.0.0.1:9 is dead: .*(refused|attempts failed)"
+            {"urls": ["http://127.0.0.1:9"], "timeout_s": 3},
+            r"nobody answers yet at http://127.0.0.1:9 \(.*(refused|attempts failed)\); "
+            r"waiting for a server for timeout_s=3 at most"
+            r".* no server can be used: http://127.0.0.1:9 is dead: no answer within timeout_s=3"
+            r": .*(refused|attempts failed)"
             r".*; a server's output is where `cohort serve` was started$",
         ),
     ],
@@ -191,6 +193,55 @@ def test_a_server_that_is_not_fit_is_refused_before_the_first_step(
     said = process.communicate(timeout=200)[0]
     assert process.returncode != 0
     assert re.search(fault, " ".join(said.split())), said
+
+
+def test_a_wrong_token_is_refused_at_once_beside_an_address_where_nobody_answers(
+    folder: Path, servers: list[ServerProcess]
+):
+    make_token(folder / "other")
+    change = {"urls": ["http://127.0.0.1:9", servers[0].url], "token_file": str(folder / "other")}
+    process = start(config_of(folder, served_by(servers, folder) | change, "other token"))
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 1 and "waiting for a server" not in said
+    assert f"server {servers[0].url} rejects this token" in said
+
+
+@pytest.fixture
+def waiting(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
+    """A run that has said that nobody answers at two addresses, the second one's port, and what it says."""
+    ports, log = [free_port(), free_port()], folder / "waiting.log"
+    engine = {"name": "server", "token_file": str(folder / "token"), "timeout_s": 200}
+    engine["urls"] = [f"http://127.0.0.1:{port}" for port in ports]
+    with log.open("wb") as out:
+        process = start(config_of(folder, engine, "waiting"), stdout=out)
+    said = r"nobody answers yet at {} \(.*\), {} \(.*\); waiting for a server for timeout_s=200 at most"
+    found = partial(re.search, said.format(*engine["urls"]))
+    try:
+        wait_until(lambda: found(" ".join(log.read_text().split())) is not None, "it has found nobody", 100)
+        yield process, ports[1], log
+    finally:
+        process.kill()
+        process.wait(30)
+        shutil.rmtree(folder / "waiting")
+
+
+def test_a_run_waits_for_a_server_that_starts_beside_it(waiting: Any, folder: Path):
+    process, port, log = waiting
+    server = ServerProcess(folder / "model", folder / "token", folder / "late.log", port=port)
+    try:
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        server.kill()
+    assert log.read_text().count("nobody answers yet") == 1
+    assert len(ledger(folder, "waiting")) == STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_a_server_ends_at_the_first_signal(waiting: Any, number: int):
+    process, _, log = waiting
+    process.send_signal(number)
+    assert process.wait(20) in (130, -signal.SIGTERM)
+    assert "stopping after this step" not in log.read_text() and "Traceback" not in log.read_text()
 
 
 def test_a_run_is_refused_whose_server_serves_another_run(folder: Path, servers: list[ServerProcess]):

@@ -14,7 +14,7 @@ import pytest
 from accelerate import Accelerator
 
 from recipes.fit import fit_to_cards
-from recipes.program import check_alike, first_difference
+from recipes.program import check_alike, check_replay, first_difference
 from rl.config.read import load_config
 from tests.vllm_servers import free_port
 
@@ -85,6 +85,19 @@ def test_processes_that_leave_a_gpu_alone_do_not_contend_for_it(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_alike(TwoOnOneCpu(), load_config(None, [f"run_dir={tmp_path}"]))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_met_other_servers_do_not_train_one_with_replay_and_one_without():
+    class WithReplay(TwoOnOneCpu):
+        def gather(self, mine: Any) -> list[Any]:
+            return [True, mine]
+
+    world = WithReplay()
+    check_replay(world, SimpleNamespace(replays=True))  # type: ignore[arg-type]
+    check_replay(TwoOnOneCpu(), object())  # type: ignore[arg-type]  # a policy without experts
+    words = "process 1 found a server that does not say which experts .* and process 0 found none: start all"
+    with pytest.raises(ValueError, match=words):
+        check_replay(world, SimpleNamespace(replays=False))  # type: ignore[arg-type]
 
 
 def test_the_host_with_the_least_memory_decides_what_is_pinned(

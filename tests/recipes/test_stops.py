@@ -120,6 +120,35 @@ def test_two_processes_save_and_stop_together_at_a_signal(config_file, number, t
     assert len(children) >= 4 and not psutil.wait_procs(children, timeout=10)[1]
 
 
+ENDS_WHEN_ASKED = """
+import os, signal, sys, time
+
+def main(words):
+    rank = os.environ["RANK"]
+    if rank == "0":
+        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(143)))
+    open(os.environ["READY"] + rank, "w").close()
+    time.sleep(8)
+    return 0
+"""
+
+
+@pytest.mark.parametrize("to_one", [False, True])
+def test_a_process_that_ends_at_a_signal_to_all_is_not_blamed(tmp_path, to_one):
+    """The second process ends first, as where the first signal ends a wait. Alone it is blamed."""
+    (tmp_path / "waits.py").write_text(ENDS_WHEN_ASKED)
+    code = "import sys; from recipes.cli.launch import launch; sys.exit(launch([], 2, 'waits'))"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "READY": str(tmp_path / "ready")}
+    command = [sys.executable, "-c", code]
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, launcher)
+    second = max(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
+    (second if to_one else launcher).send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert ("process 1 failed first" in err) == to_one, err
+
+
 def test_a_process_that_does_not_end_with_the_others_is_killed(monkeypatch):
     monkeypatch.setattr(recipes.cli.launch, "ENDING_S", 0.5)
     children = [subprocess.Popen(["sleep", seconds]) for seconds in ("0", "60")]

@@ -12,6 +12,7 @@ import pytest
 from recipes.tasks.scoring import ScoringServer
 from rollout.engine import EngineError
 from tests.conftest import make_tiny_tokenizer
+from tests.vllm_servers import free_port
 
 SHIFT = math.log(sum(math.exp(-i / 10) for i in range(100)))
 
@@ -34,14 +35,15 @@ def scored(row: list[int], k: int) -> list[dict[str, dict] | None]:
 def serve():
     """A server whose answers to /v1/completions `change` may break; `serve(change)` -> ScoringServer."""
     running = []
+    card = {"id": "m", "root": "m", "max_model_len": 64}
 
-    def start(change=lambda answer: answer, tokenizer=None):
+    def start(change=lambda answer: answer, tokenizer=None, *, port=0, models=(card,)):
         class Answers(BaseHTTPRequestHandler):
             def log_message(self, *_):
                 pass
 
             def do_GET(self):
-                self._send({"data": [{"id": "m", "root": "m", "max_model_len": 64}]})
+                self._send({"data": models})
 
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -61,7 +63,7 @@ def serve():
                 self.end_headers()
                 self.wfile.write(body)
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        server = ThreadingHTTPServer(("127.0.0.1", port), Answers)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
         return ScoringServer(f"http://127.0.0.1:{server.server_port}", "", timeout_s=20)
@@ -79,6 +81,31 @@ def each(answer, change):
             for said in at.values():
                 said["logprob"] = change(said["logprob"])
     return answer
+
+
+def test_a_teacher_that_starts_late_is_waited_for(serve):
+    port, said = free_port(), []
+    url = f"http://127.0.0.1:{port}"
+    starting = threading.Timer(1.5, serve, kwargs={"port": port})
+    starting.start()
+    at = ScoringServer(url, "", timeout_s=30)
+    at.wait(said.append)
+    starting.join()
+    assert at.model() == ("m", 64)
+    assert said == [
+        f"the teacher does not answer yet (server {url}: its model: ConnectError [Errno 111] Connection "
+        "refused); waiting for it for teacher.timeout_s=30 at most"
+    ]
+
+
+def test_a_teacher_that_never_starts_or_answers_wrongly_is_refused(serve):
+    said = []
+    with pytest.raises(EngineError, match="its model: ConnectError"):
+        ScoringServer(f"http://127.0.0.1:{free_port()}", "", timeout_s=1).wait(said.append)
+    assert len(said) == 1
+    with pytest.raises(EngineError, match="/v1/models answered what cannot be read"):
+        serve(models=()).wait(said.append)
+    assert len(said) == 1  # it was refused at once
 
 
 def test_answers_in_any_order_are_those_of_their_rows(serve):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -25,6 +27,7 @@ from tests.conftest import SPECIAL, WORDS, word_tokenizer
 from tests.rl.taught import ALONE, shown
 from tests.scoring import alone
 from tests.vllm_servers import ServerProcess, free_port
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.rotation, pytest.mark.timeout(400)]
 
@@ -229,6 +232,27 @@ def test_logits_are_not_taken_for_log_probs(teacher_dir, tmp_path):
             at.check(AutoTokenizer.from_pretrained(teacher_dir), 64, 5)
     finally:
         server.kill()
+
+
+def test_a_run_that_waits_for_its_teacher_ends_at_the_first_signal(tiny_model_dir, tmp_path):
+    data, log = tmp_path / "data.jsonl", tmp_path / "log"
+    data.write_text("".join(json.dumps({"prompt": f"What is w{i} ?"}) + "\n" for i in range(10)))
+    (tmp_path / "config.yaml").write_text("{}")
+    words = [f"run_dir={tmp_path / 'run'}", f"model.name={tiny_model_dir}", f"data.source={data}", *ALONE]
+    words += ["engine.name=transformers", "train.prompts_per_step=4", "train.group_size=4"]
+    words += ["data.max_prompt_length=32", "sampling.max_completion_length=10"]
+    words += [f"teacher={json.dumps({'url': f'http://127.0.0.1:{free_port()}'})}"]
+    with log.open("wb") as out:
+        command = [sys.executable, "-m", "recipes.grpo", str(tmp_path / "config.yaml"), *words]
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        wait_until(lambda: "the teacher does not answer yet" in log.read_text(), "it waits", 100)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait(30)
+    assert "stopping after this step" not in log.read_text() and "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize(

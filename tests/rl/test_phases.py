@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -102,3 +103,26 @@ except KeyboardInterrupt:
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout) == (0, "caught\n"), found.stderr
+
+
+def test_where_nothing_can_be_saved_the_first_signal_ends_the_run(stop):
+    with stop.at_once():
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested()  # later it is a wish again
+
+
+def test_a_first_signal_where_nothing_can_be_saved_is_not_said_to_wait_for_a_step(stop):
+    said = []
+    stop.say = said.append
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    time.sleep(0.2)  # for the thread that speaks
+    assert stop.exit_code() == 130 and not said
+
+
+def test_a_signal_from_before_ends_the_run_where_nothing_can_be_saved(stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        pytest.fail("it should not begin")

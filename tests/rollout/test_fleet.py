@@ -508,10 +508,12 @@ def test_a_process_that_joins_takes_over_what_another_one_has_proved(both: Serve
 
 
 def test_a_server_that_hangs_at_the_start_is_left_out(both: Served, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 1.0)
+    """Its health checks tell, not the time that another one may take."""
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(member_module, "DEAD_S", 1.0)
     both.processes[1].signal(signal.SIGSTOP)
     try:
-        engine, model = both.engine(1, 0, timeout_s=3), make_model(8)
+        engine, model = both.engine(1, 0), make_model(8)
         publish(engine, Stream(model), version=1)
         assert states(engine) == ["dead", "up"]
     finally:
@@ -560,11 +562,11 @@ def test_a_run_keeps_its_server_from_others_until_it_asks_no_more(
     other.lease("the run in /c", 0.0)
     other.close()
     control.lease("the run in /a", 0.0)
-    control.lease("the run in /b", 6.0)  # as if /a had been asleep for too long
+    control.lease("the run in /b", 15.0)  # as if /a had been asleep for too long
     ask = partial(engine._core.answers, timeout_s=0.1, waiting_for="the news")
-    wait_until(lambda: ask() == [] and states(engine) == ["stale"], "it is known to be another's", 5)
+    wait_until(lambda: ask() == [] and states(engine) == ["stale"], "it is known to be another's", 14)
     assert "serves the run in /b now" in both.said[-1]
-    wait_until(lambda: ask() == [] and states(engine) == ["up"], "/b has not asked again", 30)
+    wait_until(lambda: ask() == [] and states(engine) == ["up"], "/b has not asked again", 60)
     assert any("the run in /b, which has it for" in said for said in both.said)  # it was refused
     assert "is up and holds version 1" in both.said[-1]
     engine.close()
@@ -778,18 +780,19 @@ def test_a_server_that_comes_late_and_does_not_say_its_routes_is_refused_by_name
     both: Served, monkeypatch: pytest.MonkeyPatch
 ):
     """`routes` is what a run sets that replays them, once all servers of its start have said they can."""
-    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(member_module, "DEAD_S", 1.0)
     url = both.processes[1].url
     both.processes[1].signal(signal.SIGSTOP)
     try:
-        engine = both.engine(0, 1, timeout_s=3, run="the run in /a")
+        engine = both.engine(0, 1, run="the run in /a")
     finally:
         both.processes[1].signal(signal.SIGCONT)
     engine._core.routes = True  # type: ignore[attr-defined]
     publish(engine, Stream(make_model(1)), version=1)
     words = f"server {url} lacks --enable-return-routed-experts, and this run replays routes: start it again"
     wait_until(lambda: any(words in said for said in both.said), "it is refused", 60)
-    assert states(engine)[0] == "up" and states(engine)[1] in ("dead", "stale")
+    assert states(engine) == ["up", "stale"]  # it answers
     assert engine._core.members[1].link is None  # type: ignore[attr-defined]
     other = Control(url, both.token)
     other.lease("the run in /b")  # which may use what this run refuses

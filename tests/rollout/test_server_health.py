@@ -12,16 +12,18 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 
+import httpx
 import psutil
 import pytest
 from httpcore._async.connection import AsyncHTTPConnection
 
 from rl.types import SamplingParams
 from rollout.engine import EngineError
+from rollout.vllm import member as member_module
 from rollout.vllm import served
 from rollout.vllm.control import NEEDED, Control, ServerDead
 from rollout.vllm.core import Stream
-from rollout.vllm.member import Member
+from rollout.vllm.member import Member, meet
 from rollout.vllm.served import Server
 from tests.waiting import wait_until
 
@@ -78,6 +80,42 @@ def test_no_variable_chooses_whom_streams_trust(say: Say, monkeypatch: pytest.Mo
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
     url = f"http://127.0.0.1:{say({}).server_port}"
     Server(url, None, salt="s", sink=SimpleQueue()).close()
+
+
+def test_a_port_that_says_nothing_is_called_once_until_it_answers(monkeypatch: pytest.MonkeyPatch):
+    """Each call would keep a thread and a connection for as long as an answer may take."""
+    monkeypatch.setattr(served, "POLL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(member_module, "DEAD_S", 0.5)
+    monkeypatch.setattr(member_module, "POLL_S", 0.05)
+
+    class Answers(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def reach(url: str) -> Control:
+        calls.append(url)
+        httpx.get(f"{url}/version", timeout=60, trust_env=False)
+        return Control(url, "t")
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)  # its port accepts from now on
+    url = f"http://127.0.0.1:{http.server_port}"
+    server, calls, met, said = Server(url, None, salt="s", sink=SimpleQueue()), [], [], []
+    threading.Timer(2.0, http.serve_forever).start()
+    own = {"lose": lambda *lost: said.append(lost), "timeout_s": 30.0, "note": said.append}
+    meet([Member(server)], reach, lambda member, control: met.append(member.server.url), **own)
+    assert met == [url] and len(calls) == 2
+    assert said == [
+        f"nobody answers yet at {url} (its first answer: its health check: ReadTimeout); waiting for a "
+        "server for timeout_s=30 at most"
+    ]
+    server.close()
+    http.shutdown()
+    http.server_close()
 
 
 def test_many_streams_cost_no_more_than_few(say: Say, monkeypatch: pytest.MonkeyPatch):
@@ -139,6 +177,20 @@ def test_a_stream_that_breaks_off_keeps_what_is_sure_of_this_server_alone(say: S
     server.start([stream])
     sink.get(timeout=20)
     assert (stream.token_ids, stream.versions) == ([6], [1])
+    server.close()
+
+
+def test_a_stream_that_ends_without_a_reason_is_one_that_breaks_off(say: Say):
+    """A proxy may end the answer of a killed server properly. Nobody has asked what sampled its tokens."""
+    line = 'data: {"choices": [{"token_ids": [7, 8, 9], "logprobs": null}]}\n\n'
+    http, sink = say({served.GENERATE: line}), SimpleQueue()
+    server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=sink)
+    server.holds(1, "1.a")
+    stream = Stream("0", [5], SamplingParams(9), None, with_logprobs=False)
+    server.start([stream])
+    sink.get(timeout=20)
+    assert (stream.token_ids, stream.versions, stream.answer().finish_reason) == ([], [], "abort")
+    assert server.fault == "RuntimeError: it ended a completion without a reason"
     server.close()
 
 

@@ -1,8 +1,6 @@
 """A vLLM server whose two workers split the model (tensor parallel): each slice arrives, and is proved."""
 
 import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +29,7 @@ from rl.config.read import load_config
 from rl.types import SamplingParams
 from rollout.vllm import broadcast
 from rollout.vllm.broadcast import WeightBroadcast
-from rollout.vllm.control import Control
+from rollout.vllm.control import Control, ServerDead
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.fleet import Fleet
 from rollout.vllm.lock import make_token, read_token
@@ -43,6 +41,7 @@ from tests.conftest import make_tiny_tokenizer
 from tests.rl.families import save_tiny
 from tests.vllm_engines import needs_vllm, served_config
 from tests.vllm_servers import ServerProcess, free_port
+from tests.waiting import wait_until
 
 SHORT = SamplingParams(24, stop_token_ids=(END,))
 CORES = sorted(os.sched_getaffinity(0))
@@ -77,20 +76,29 @@ def serving(model: Path, workers: int = 2) -> Iterator[ServerProcess]:
         started.kill()
 
 
-def engine_of(*processes: ServerProcess, by_broadcast: bool = False, timeout_s: float = 120.0) -> VllmEngine:
+def engine_of(
+    *processes: ServerProcess, by_broadcast: bool = False, reached: set[str] | None = None
+) -> VllmEngine:
+    """`reached`: the first server, and those whose addresses are in it, can be reached; None: all can."""
     folder = processes[0].log.parent
     token = read_token(folder / "token")
     fit = {"dtype": torch.float32, "max_model_len": 128, "timeout_s": 120.0}
     files: Any = partial(WeightFiles, folder / "weights")
     if by_broadcast:
         files = partial(WeightBroadcast, url=f"nccl://127.0.0.1:{free_port()}", timeout_s=120.0)
+
+    def reach(url: str) -> Control:
+        if reached is not None and url not in {processes[0].url, *reached}:
+            raise ServerDead(f"server {url}: no way there")
+        return connect(url, token, **fit)
+
     fleet = Fleet(
         [process.url for process in processes],
         token,
-        connect=lambda url: connect(url, token, **fit),
+        connect=reach,
         files=files,
         tolerance=0.0025,
-        timeout_s=timeout_s,
+        timeout_s=120.0,
         note=print,
     )
     return VllmEngine(fleet, make_tokenizer(), max_model_len=128, sample_while_training=True, timeout_s=120.0)
@@ -167,18 +175,13 @@ def test_a_slice_that_is_wrong_beside_a_server_with_whole_tensors_is_named(
 def test_servers_of_another_number_of_workers_that_come_late_get_the_next_weights(
     process: ServerProcess, single: ServerProcess, capfd: pytest.CaptureFixture[str]
 ):
-    process.signal(signal.SIGSTOP)
-    try:
-        engine = engine_of(single, process, timeout_s=5.0)
-    finally:
-        process.signal(signal.SIGCONT)
+    engine = engine_of(single, process, reached=(reached := set()))
+    assert [str(member.state) for member in engine._core.members] == ["stale", "dead"]
     publish(engine, Stream(make_model(1)), version=1)
-    said = ""
-    deadline = time.monotonic() + 60
-    while "has 2 worker(s), as none had when the current weights were sent; it gets the next" not in said:
-        assert time.monotonic() < deadline, said
-        engine.generate(call(make_prompts(5), num_completions=1, sampling=SHORT, seeds=[0]))
-        said += capfd.readouterr().out
+    reached.add(process.url)
+    said: list[str] = []
+    words = "has 2 worker(s), as none had when the current weights were sent; it gets the next ones"
+    wait_until(lambda: said.append(capfd.readouterr().out) or words in "".join(said), "it is refused", 120)
     publish(engine, Stream(make_model(2)), version=2)
     assert [str(member.state) for member in engine._core.members] == ["up", "up"], capfd.readouterr().out
     engine.close()

@@ -60,8 +60,8 @@ class Drive:
         seen: events that happened.
     """
 
-    def __init__(self, scheduler, *, seed, depth, number=40, eventful=True):
-        self.scheduler, self.depth, self.eventful = scheduler, depth, eventful
+    def __init__(self, scheduler, *, seed, depth, number=40, eventful=True, waits=False):
+        self.scheduler, self.depth, self.eventful, self.waits = scheduler, depth, eventful, waits
         self.draw = random.Random(seed + 1)
         self.waiting = list(requests(number, seed))
         self.on_their_way, self.steps, self.answers, self.seen, self.routes = [], [], {}, set(), {}
@@ -105,11 +105,13 @@ class Drive:
             self.scheduler.reset_prefix_cache(reset_running_requests=True)
             self.seen.add("reset under steps" if self.on_their_way else "reset")
         elif event < 0.06:
-            self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            waits = self.waits and event < 0.04  # until all that run have ended; else they are kept
+            self.scheduler.set_pause_state(PauseState.PAUSED_NEW if waits else PauseState.PAUSED_ALL)
             self.take_all()
             while self.scheduler.has_requests():  # an engine is paused when this has an end
-                self.on_their_way.append(((empty := self.scheduler.schedule()), make_output([], [], [])))
-                assert not empty.total_num_scheduled_tokens
+                step = self.scheduler.schedule()
+                assert waits or not step.total_num_scheduled_tokens
+                self.on_their_way.append((step, sampled(self.scheduler, step)))
                 self.take()
             here = self.scheduler.requests
             self.held.append({name: len(said[0]) for name, said in self.answers.items() if name in here})
@@ -117,7 +119,7 @@ class Drive:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
             self.add(1)
             self.scheduler.set_pause_state(PauseState.UNPAUSED)
-            self.seen.add("update")
+            self.seen |= {"update", "a pause that waits"} if waits else {"update"}
 
     def take_all(self):
         while self.on_their_way:
@@ -130,7 +132,8 @@ class Drive:
                 ours = output.kv_transfer_params or {}
                 tokens, reason, logprobs, marks = self.answers.get(output.request_id, ([], "None", [], []))
                 assert reason == "None"
-                said = output.new_logprobs.logprobs[:, 0] if output.new_logprobs else ()
+                new = output.new_logprobs
+                said = zip(new.logprobs[:, 0], new.sampled_token_ranks, strict=True) if new else ()
                 self.answers[output.request_id] = (
                     tokens + list(output.new_token_ids),
                     str(output.finish_reason),
@@ -233,8 +236,8 @@ def test_short_cuts_schedule_and_answer_as_vllm_does(folder, seed):
 
 
 def server_settings(folder, **more):
-    more |= {"max_model_len": 128, "max_num_batched_tokens": 64, "stream_interval": PART}
-    return settings_for(folder, **more)
+    fixed = {"max_model_len": 128, "max_num_batched_tokens": 64, "stream_interval": PART}
+    return settings_for(folder, **fixed | more)
 
 
 def scoring_first(stock):
@@ -252,12 +255,13 @@ def scoring_first(stock):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_server_reports_in_parts_what_vllm_reports_by_token(folder, seed):
-    """Tokens, log-probs and ends are the stock scheduler's, and so is what came before each update."""
-    is_async = seed % 3 != 0
-    settings = server_settings(folder, max_num_seqs=24)
+    """Tokens, log-probs, ranks and ends are the stock scheduler's, and so is what came before each update."""
+    is_async, interval = seed % 3 != 0, [PART, PART, 1, 7][seed % 4]
+    settings = server_settings(folder, max_num_seqs=24, stream_interval=interval)
     options = {"is_async": is_async, "num_blocks": [1000, 120][seed % 2]}
+    how = {"seed": seed, "depth": 2 if is_async else 1, "waits": seed in (3, 4)}
     found, wanted = (
-        Drive(make_scheduler(settings, wrapped=wrapped, **options), seed=seed, depth=2 if is_async else 1)
+        Drive(make_scheduler(settings, wrapped=wrapped, **options), **how)
         for wrapped in (in_parts, scoring_first)
     )
     assert found.steps == wanted.steps
@@ -267,8 +271,9 @@ def test_a_server_reports_in_parts_what_vllm_reports_by_token(folder, seed):
         assert found.answers[name][2:] == (rest[0][:number], [])
     assert found.answers.keys() == wanted.answers.keys() and len(found.answers) > 20
     assert found.held == wanted.held and any(found.held)
-    num_answers = sum(map(len, found.parts.values()))
-    assert num_answers < 5 * len(found.answers) < sum(map(len, wanted.parts.values()))
+    assert ("a pause that waits" in found.seen) == how["waits"]
+    num_answers, by_token = (sum(map(len, drive.parts.values())) for drive in (found, wanted))
+    assert num_answers < by_token or interval == 1  # a pause that waits reports by token
 
 
 def test_requests_that_want_more_are_answered_by_vllm(folder):
@@ -289,7 +294,7 @@ def test_requests_that_want_more_are_answered_by_vllm(folder):
         for step in scheduler.update_from_output(scheduled, sampled(scheduler, scheduled)).values():
             for output in step.outputs:
                 ranks[output.request_id] += [output.new_logprobs.sampled_token_ranks.tolist()]
-    assert ranks["text"] == ranks["others"] == [[1]] * len(ranks["text"])
+    assert [len(part) for part in ranks["text"] + ranks["others"]] == [1] * 60
     assert [len(part) for part in ranks["plain"]] == [1, sum(map(len, ranks["plain"])) - 1]
 
 
