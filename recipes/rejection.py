@@ -27,7 +27,7 @@ from recipes.program import make_deterministic, recipe_main
 from recipes.sources import make_scorer, sampling_params
 from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.overlap import without_asked
-from recipes.tasks.prompts import grader_columns, make_prompts, unrendered_prompt
+from recipes.tasks.prompts import check_rewards, make_prompts, unrendered_prompt
 from recipes.tasks.traces import Trace, ask_endpoint, choose, read_traces
 from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
@@ -118,7 +118,7 @@ def make_teacher(config: TracesConfig, pool: RewardPool, world: World, stack: Ex
     data, s = config.data, config.sample
     note = say if world.is_main else lambda text: None
     rows = without_asked(config.overlap, load_rows(data), data.prompt_column, note)
-    pool.check_columns(*grader_columns(data, rows))
+    check_rewards(pool, data, rows, note)
     own, names = config.model.model_dump(), [spec.name for spec in config.rewards.functions]
     found = fingerprints("none/none", None, {"data": rows}, rewards=names) | {"versions": library_versions()}
     if s.endpoint or s.completion_column:

@@ -16,8 +16,8 @@ from rl.types import Advantage, Completion, ScoredGroup
 STD_EPS = 1e-4
 """Added to a deviation, outside the root, as TRL does; the paper's formula divides by the bare deviation."""
 
-Advantages = Callable[[Sequence[float], float], list[float]]
-"""(rewards of one group, standard deviation over the whole step) -> one advantage per reward."""
+Advantages = Callable[[Sequence[float]], list[float]]
+"""Rewards of one group -> one advantage per reward."""
 
 ReduceMoments = Callable[[list[float]], list[float]]
 """Sums each number over all processes, in fp64. Every process calls it equally often."""
@@ -25,7 +25,7 @@ ReduceMoments = Callable[[list[float]], list[float]]
 Outcome = Literal["mixed", "all_right", "all_wrong", "unscored"]
 
 
-def centered_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+def centered_advantages(rewards: Sequence[float]) -> list[float]:
     """r - mean(r): no division, so hard and easy prompts are not up-weighted (Dr. GRPO, arXiv:2503.20783).
 
     Exactly 0 for rewards that are equal up to rounding, a single one included.
@@ -36,17 +36,17 @@ def centered_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> lis
     return [r - mean for r in rewards]
 
 
-def grpo_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+def grpo_advantages(rewards: Sequence[float]) -> list[float]:
     """(r - mean(r)) / (std(r) + 1e-4), sample deviation, G - 1 (DeepSeek-R1, arXiv:2501.12948 (3))."""
     return _scaled(centered_advantages(rewards), 1 / (sample_std(rewards) + STD_EPS))
 
 
-def rloo_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+def rloo_advantages(rewards: Sequence[float]) -> list[float]:
     """r - mean of the group's other rewards = G / (G - 1) * (r - mean(r)) (RLOO, arXiv:2402.14740)."""
     return _scaled(centered_advantages(rewards), len(rewards) / max(len(rewards) - 1, 1))
 
 
-def max_rl_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+def max_rl_advantages(rewards: Sequence[float]) -> list[float]:
     """(r - mean(r)) / mean(r), 0 for a group without success (MaxRL, arXiv:2602.02710 algorithm 1).
 
     It is derived for binary rewards: a prompt of pass rate p weighs about 1 / p, as in maximum likelihood.
@@ -64,12 +64,7 @@ def max_rl_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[
     return _scaled(centered_advantages(rewards), 1 / mean if mean > 0 else 0.0)
 
 
-def batch_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
-    """(r - mean of the group) / (std over the step + 1e-4) (arXiv:2508.08221; TRL scale_rewards="batch")."""
-    return _scaled(centered_advantages(rewards), 1 / (batch_std + STD_EPS))
-
-
-def wd1_advantages(rewards: Sequence[float], batch_std: float = 0.0) -> list[float]:
+def wd1_advantages(rewards: Sequence[float]) -> list[float]:
     """softmax(A) - softmax(-A) over the group, A = r - mean(r): the weights of log-probs in wd1
     (arXiv:2507.08838), its positive and negative terms added. 0 without spread; for loss.name=reinforce.
     """
@@ -83,7 +78,7 @@ ADVANTAGES: dict[str, Advantages] = {
     "centered": centered_advantages,
     "rloo": rloo_advantages,
     "max_rl": max_rl_advantages,
-    "batch": batch_advantages,
+    "batch": centered_advantages,  # over the step's deviation (arXiv:2508.08221; TRL scale_rewards="batch")
     "wd1": wd1_advantages,
 }
 
@@ -100,7 +95,8 @@ def compute_advantages(
 
     aggregate="sum" normalises `Reward.score`, already the weighted sum. aggregate="gdpo" (arXiv:2601.05242)
     normalises each of `Reward.parts` within its group as "grpo" does, and sums them with `weights`. Then it
-    divides by the deviation of the sums over the step, plus 1e-4. Their mean is 0 by construction.
+    divides by the deviation of the sums over the step, plus 1e-4. Their mean is 0 by construction. "batch"
+    divides by that of the scores.
 
     Args:
         groups: this process's groups; they may be ragged.
@@ -115,13 +111,14 @@ def compute_advantages(
     valid_ids = [valid_completions(group) for group in groups]
     advantages: list[list[Advantage]] = [[0.0] * len(group.rewards) for group in groups]
     if config.aggregate == "gdpo":
-        sums = [_sum_of_normalised(g, ids, weights) for g, ids in zip(groups, valid_ids, strict=True)]
-        scale = 1 / (_std_over_step(sums, reduce_moments) + STD_EPS)
-        values = [_scaled(group_sums, scale) for group_sums in sums]
+        scores = [_sum_of_normalised(g, ids, weights) for g, ids in zip(groups, valid_ids, strict=True)]
+        values = scores
     else:
         scores = [list(_scores(g, ids).values()) for g, ids in zip(groups, valid_ids, strict=True)]
-        batch_std = _std_over_step(scores, reduce_moments)
-        values = [ADVANTAGES[config.name](group_scores, batch_std) for group_scores in scores]
+        values = [ADVANTAGES[config.name](group_scores) for group_scores in scores]
+    step_std = _std_over_step(scores, reduce_moments)
+    if config.aggregate == "gdpo" or config.name == "batch":
+        values = [_scaled(of_group, 1 / (step_std + STD_EPS)) for of_group in values]
     for row, ids, group_values in zip(advantages, valid_ids, values, strict=True):
         for i, value in zip(ids, group_values, strict=True):
             row[i] = value

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -138,7 +138,7 @@ class CausalPolicy:
         self.config, self.accelerator, self.temperature = config, accelerator, temperature
         self.tokenizer = loading.load_tokenizer(config)
         model = load(config)
-        loading.check_vocabulary(cast(Any, model.get_input_embeddings()).weight.shape[0], self.tokenizer)
+        loading.check_vocabulary(loading.num_ids(model), self.tokenizer)
         if accelerator.device.type == "cuda":
             placed = model if like else model.to(accelerator.device)
             loading.use_fused_layers(placed, config, is_checked=like is not None)

@@ -147,11 +147,9 @@ class ShardedPolicy:
 
     def _saved(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint's model by name: the trained part of an adapter, else the whole model."""
-        adapted, model = self.inner.peft_model, self.inner.model
-        if adapted is not None:
+        if (adapted := self.inner.peft_model) is not None:
             return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-        kept = model.state_dict().keys()
-        return dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
+        return own_tensors(self.inner.model)
 
     def _in_files(self) -> dict[str, Tensor]:
         """The same tensors by their names in the files."""

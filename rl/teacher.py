@@ -16,7 +16,7 @@ from rl.causal import CausalPolicy
 from rl.config import ModelConfig
 from rl.config.teacher import TeacherConfig
 from rl.model.head import top_ids
-from rl.model.loading import check_config, load_tokenizer
+from rl.model.loading import check_config, load_tokenizer, num_ids
 from rl.policy import Prepared, Scores
 
 
@@ -117,11 +117,11 @@ class Teacher:
             ValueError: its embedding has fewer rows than the policy's, so it cannot read all ids.
         """
         self.config, self.scorer, self.ask = config, policy, model if callable(model) else None
-        self.num_ids = len(cast(Any, policy.model.get_input_embeddings()).weight)
+        self.num_ids = num_ids(policy.model)
         if model is None or callable(model):
             return
         self.scorer = CausalPolicy(model, policy.accelerator, temperature=policy.temperature)
-        if (rows := len(cast(Any, self.scorer.model.get_input_embeddings()).weight)) < self.num_ids:
+        if (rows := num_ids(self.scorer.model)) < self.num_ids:
             raise ValueError(
                 f"teacher.name={config.name!r} has {rows} embedding rows and the model {self.num_ids}, which "
                 "may sample an id that the teacher cannot read; resize the teacher's embedding, and save it"

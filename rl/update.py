@@ -45,15 +45,14 @@ def pack_rules(config: Config, *, share_prompts: bool = True) -> PackRules:
 
 @dataclass
 class Part:
-    """A batch ready for an optimizer step, with log-probs of other models and of the policy before its first
+    """A micro-batch of an optimizer step, with log-probs of other models and of the policy before its first
     update. None stands for those that are not needed.
     """
 
-    batch: Batch
-    prepared: list[Prepared]
-    old: list[Tensor | None]
-    reference: list[Tensor | None]
-    taught: list[Scores | None]
+    prepared: Prepared
+    reference_L: Tensor | None
+    taught: Scores | None
+    old_L: Tensor | None = None
 
 
 def update_policy(
@@ -77,26 +76,26 @@ def update_policy(
     """
     tally, result, norms = Tally(), UpdateResult({}), list[float]()
     draws = range(num_epochs if policy.redraws else 1)
-    parts = [
-        _part(policy, batch, reference=reference, teacher=teacher, draw=draw)
+    updates = [
+        (batch, _parts(policy, batch, reference=reference, teacher=teacher, draw=draw))
         for draw in draws
         for batch in batches
     ]
-    for part in parts[1:]:
+    for part in (part for _, parts in updates[1:] for part in parts):
         with torch.no_grad():
-            part.old = [policy.score(p).logprobs_L for p in part.prepared]
-    for part in parts * (1 if policy.redraws else num_epochs):
-        if not world.any(any(not p.is_idle for p in part.prepared)):
+            part.old_L = policy.score(part.prepared).logprobs_L
+    for batch, parts in updates * (1 if policy.redraws else num_epochs):
+        if not world.any(any(not part.prepared.is_idle for part in parts)):
             continue
-        for i, prepared in enumerate(part.prepared):
-            taught = part.taught[i]
-            scores = policy.score(prepared, ids_LK=taught.ids_LK if taught else None)
-            output = _loss(loss, part, index=i, scores=scores, teacher=teacher)
-            policy.backward(output.loss, last=i + 1 == len(part.prepared))
+        for part in parts:
+            prepared = part.prepared
+            scores = policy.score(prepared, ids_LK=part.taught.ids_LK if part.taught else None)
+            output = _loss(loss, part, scores, teacher=teacher, num_tokens=batch.num_loss_tokens)
+            policy.backward(output.loss, last=part is parts[-1])
             tally.add(output, scores.metrics)
             result.num_trained_tokens += 0 if prepared.is_idle else len(prepared.batch.columns_L)
-            if num_epochs > 1 and part.old[i] is None:
-                part.old[i] = scores.logprobs_L.detach()
+            if num_epochs > 1 and part.old_L is None:
+                part.old_L = scores.logprobs_L.detach()
         norms.append(policy.finish_gradients(max_grad_norm))
         if math.isfinite(norms[-1]):
             optimizer.step()
@@ -118,26 +117,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _part(
+def _parts(
     policy: Policy, batch: Batch, *, reference: Reference | None, teacher: Teacher | None, draw: int
-) -> Part:
-    prepared = policy.prepare(batch, draw=draw)
-    nothing: list[Tensor | None] = [None] * len(prepared)
-    theirs = nothing if reference is None else [reference.logprobs(p) for p in prepared]
-    taught = [None if teacher is None else teacher.score(p) for p in prepared]
-    return Part(batch, prepared, list(nothing), list(theirs), taught)
+) -> list[Part]:
+    return [
+        Part(
+            p,
+            reference_L=None if reference is None else reference.logprobs(p),
+            taught=None if teacher is None else teacher.score(p),
+        )
+        for p in policy.prepare(batch, draw=draw)
+    ]
 
 
 def _loss(
-    config: LossConfig, part: Part, *, index: int, scores: Scores, teacher: Teacher | None
+    config: LossConfig, part: Part, scores: Scores, *, teacher: Teacher | None, num_tokens: float
 ) -> LossOutput:
-    prepared, micro_batch = part.prepared[index], part.prepared[index].batch
-    mask_N = torch.full_like(micro_batch.columns_L, not prepared.is_idle, dtype=torch.bool)
-    advantages_N, more, own = micro_batch.advantages_L, 0.0, {}
-    if teacher is not None and (taught := part.taught[index]) is not None:
-        old = scores.logprobs_L if part.old[index] is None else part.old[index]
+    micro_batch, advantages_N = part.prepared.batch, part.prepared.batch.advantages_L
+    mask_N = torch.full_like(micro_batch.columns_L, not part.prepared.is_idle, dtype=torch.bool)
+    more, own = 0.0, {}
+    if teacher is not None and part.taught is not None:
+        old = scores.logprobs_L if part.old_L is None else part.old_L
         given = {"old_L": old, "weights_L": micro_batch.weights_L, "mask_L": mask_N}
-        learnt, more, own = lesson(teacher.config, taught, scores, **given)
+        learnt, more, own = lesson(teacher.config, part.taught, scores, **given)
         advantages_N = advantages_N + learnt
     inputs = LossInputs(
         logprobs_N=scores.logprobs_L,
@@ -146,10 +148,10 @@ def _loss(
         sequence_ids_N=micro_batch.sequence_ids_L,
         num_sequences=micro_batch.num_sequences,
         weights_N=micro_batch.weights_L,
-        token_mean_weight=1.0 / max(part.batch.num_loss_tokens, 1.0),
-        old_logprobs_N=part.old[index],
+        token_mean_weight=1.0 / max(num_tokens, 1.0),
+        old_logprobs_N=part.old_L,
         behavior_logprobs_N=micro_batch.behavior_logprobs_L,
-        reference_logprobs_N=part.reference[index],
+        reference_logprobs_N=part.reference_L,
         entropy_N=scores.entropy_L if config.entropy_coef > 0 else scores.entropy_L.detach(),
     )
     output = policy_loss(inputs, config=config)

@@ -7,6 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from rl.types import (
     Segment,
     VersionSpan,
 )
+from rollout.calls import aborted
 from rollout.environment import Episode, ReadCalls, Reply, Turn
 from rollout.sampler import completion_seed
 from rollout.turns import Step, Talk, Tokens
@@ -29,58 +32,55 @@ from rollout.turns import Step, Talk, Tokens
 
 @dataclass(slots=True)
 class Row:
-    """A prompt and what followed it, as segments; log-probs of tokens that nobody sampled are 0."""
+    """A prompt and the completion that grows after it; log-probs of tokens that nobody sampled are 0."""
 
     prompt_token_ids: tuple[int, ...]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    spans: list[VersionSpan] = field(default_factory=list)
+    made: Completion = field(default_factory=aborted)
     routes: list[tuple[int, Any]] = field(default_factory=list)
 
     def add_turn(self, turn: Completion) -> None:
+        made = self.made
         if turn.routes is not None:
-            self.routes.append((len(self.token_ids), turn.routes))
-        self.token_ids += turn.token_ids
-        self.logprobs += turn.behavior_logprobs
-        self.mask += [True] * len(turn.token_ids)
-        self.segments.append(Segment("sampled", len(turn.token_ids)))
+            self.routes.append((len(made.token_ids), turn.routes))
+        made.token_ids += turn.token_ids
+        made.behavior_logprobs += turn.behavior_logprobs
+        made.loss_mask += [True] * len(turn.token_ids)
+        made.segments.append(Segment("sampled", len(turn.token_ids)))
         for span in turn.version_spans:
             self._span(span.policy_version, span.num_tokens)
 
     def add_others(self, tokens: Tokens, *, with_logprobs: bool) -> None:
         """Adds tokens that nobody sampled; their version is that of the turn before them."""
-        for token, origin in tokens:
-            self.token_ids.append(token)
-            if self.segments and self.segments[-1].origin == origin:
-                self.segments[-1] = Segment(origin, self.segments[-1].num_tokens + 1)
-            else:
-                self.segments.append(Segment(origin, 1))
-        self.mask += [False] * len(tokens)
-        self.logprobs += [0.0] * len(tokens) if with_logprobs else []
+        made = self.made
+        for _, same in groupby(tokens, key=itemgetter(1)):
+            run = list(same)
+            made.token_ids += [token for token, _ in run]
+            made.segments.append(Segment(run[0][1], len(run)))
+        made.loss_mask += [False] * len(tokens)
+        made.behavior_logprobs += [0.0] * len(tokens) if with_logprobs else []
         if tokens:
-            self._span(self.spans[-1].policy_version, len(tokens))
+            self._span(made.version_spans[-1].policy_version, len(tokens))
 
     def _span(self, version: int, number: int) -> None:
-        if self.spans and self.spans[-1].policy_version == version:
-            number += self.spans.pop().num_tokens
-        self.spans.append(VersionSpan(version, number))
+        spans = self.made.version_spans
+        if spans and spans[-1].policy_version == version:
+            number += spans.pop().num_tokens
+        spans.append(VersionSpan(version, number))
 
     @property
     def length(self) -> int:
-        return len(self.prompt_token_ids) + len(self.token_ids)
+        return len(self.prompt_token_ids) + len(self.made.token_ids)
 
     def completion(self, reason: FinishReason, text: str) -> Completion:
-        found = Completion(self.token_ids, self.logprobs, self.mask, reason, self.spans, text)
-        found.segments = self.segments
+        made = self.made
+        made.finish_reason, made.text = reason, text
         if self.routes:
             arrays = [routes for _, routes in self.routes]
             kind = np.result_type(*arrays)
-            found.routes = np.full((len(self.token_ids), *arrays[0].shape[1:]), -1, kind)
+            made.routes = np.full((len(made.token_ids), *arrays[0].shape[1:]), -1, kind)
             for begin, routes in self.routes:
-                found.routes[begin : begin + len(routes)] = routes
-        return found
+                made.routes[begin : begin + len(routes)] = routes
+        return made
 
 
 @dataclass(eq=False)
@@ -124,7 +124,7 @@ class Play:
     @property
     def asked(self) -> Prompt:
         """The prompt of the next turn: all tokens of the row, as they are."""
-        ids = (*self.row.prompt_token_ids, *self.row.token_ids)
+        ids = (*self.row.prompt_token_ids, *self.row.made.token_ids)
         return Prompt(f"{self.prompt.id}, completion {self.index}, turn {self.turn}", "", ids)
 
     @property
@@ -134,13 +134,13 @@ class Play:
     @property
     def key(self) -> str:
         """The turn's key in a journal: episode, turn, and a hash of all tokens with which it is asked."""
-        said = json.dumps([self.seed, [(r.prompt_token_ids, r.token_ids) for r in self.rows]])
+        said = json.dumps([self.seed, [(r.prompt_token_ids, r.made.token_ids) for r in self.rows]])
         digest = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
         return f"{self.prompt.id}/{self.index}/{self.turn}/{digest}"
 
     @property
     def num_sampled(self) -> int:
-        return sum(sum(row.mask) for row in self.rows)
+        return sum(row.made.num_sampled for row in self.rows)
 
     @property
     def room(self) -> int:
@@ -157,7 +157,7 @@ class Play:
         """The turn that was added last, as the environment gets it."""
         if read_calls is None:
             return Turn(self.turn, said.text)
-        before = [*self.row.prompt_token_ids, *self.row.token_ids][: -len(said.token_ids)]
+        before = [*self.row.prompt_token_ids, *self.row.made.token_ids][: -len(said.token_ids)]
         calls = read_calls(before, said.token_ids, self.call.sampling.stop_token_ids)
         return Turn(self.turn, said.text, tuple(calls))
 
@@ -196,15 +196,13 @@ class Play:
         """The episode as a completion: a row, and further ones where its prefix changed. Its text is that of
         the last turn.
         """
-        rows = self.rows
-        texts = ["" for _ in rows[:-1]] + [self.last.text if self.last else ""]
-        first, *others = [row.completion(reason, text) for row, text in zip(rows, texts, strict=True)]
-        first.text = texts[-1]
-        first.continuations = [
-            Continuation(row.prompt_token_ids, c) for row, c in zip(rows[1:], others, strict=True)
-        ]
+        made = [row.completion(reason, "") for row in self.rows]
+        first = made[0]
+        first.text = made[-1].text = self.last.text if self.last else ""
+        prompts = [row.prompt_token_ids for row in self.rows]
+        first.continuations = [*map(Continuation, prompts[1:], made[1:])]
         numbers = {name: value for name, value in self.counts.items() if value}
-        num_turns = sum(segment.origin == "sampled" for row in rows for segment in row.segments)
+        num_turns = sum(segment.origin == "sampled" for row in made for segment in row.segments)
         rewards = [*self.rewards, *[None] * (num_turns - len(self.rewards))]
         first.facts = {"rewards": rewards, "said": self.said, "counts": numbers, **facts}
         return first

@@ -242,8 +242,7 @@ class RolloutSource:
 
     def _age(self, group: ScoredGroup) -> int:
         """Versions between the oldest token of a group and the step to come; 0 for a group without tokens."""
-        rows = [row for c in group.completions for row in c.rows]
-        versions = [span.policy_version for row in rows for span in row.version_spans]
+        versions = [c.policy_version for c in group.completions if c.token_ids]
         return self.policy_version - min(versions, default=self.policy_version)
 
     def _counts(self, consumed: Sequence[ScoredGroup], *, rounds: int, replaced: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
+from rl.model.exactness import switch_lengths
+from rl.model.loading import context_length, num_ids
 from rl.types import Call, Completion, FinishReason, SamplingParams
 from rollout.calls import Sampled, completion, completion_routes, decode_texts, prompt_faults, version_spans
 from rollout.in_process import InProcessEngine
@@ -85,15 +88,15 @@ class TransformersEngine(InProcessEngine):
 
     def _cache_fault(self) -> str | None:
         """Why `self.cache` may not be used: sampling with it raises, or does not give the log-probs of whole
-        sequences. The longest prompt of this check exceeds the model's attention window.
+        sequences. The longest prompt of this check exceeds the model's window, if it has positions for that.
         """
         config = self.model.config.get_text_config()
-        spans = (getattr(config, k, None) for k in ("sliding_window", "attention_chunk_size", "index_topk"))
-        window = max((n for n in spans if isinstance(n, int) and n <= 256), default=0)
+        window = max((n for n in switch_lengths(config) if 0 < n <= 256), default=0)
+        longest = max(3, min(9 + window, (context_length(config) or sys.maxsize) - 4))
         generator = torch.Generator().manual_seed(0)
         long, short = (
-            tuple(torch.randint(0, config.vocab_size, (n,), generator=generator).tolist())
-            for n in (9 + window, 3)
+            tuple(torch.randint(0, num_ids(self.model), (n,), generator=generator).tolist())
+            for n in (longest, 3)
         )
         prompts, gaps = [short, long, short], []
         try:
@@ -113,7 +116,7 @@ class TransformersEngine(InProcessEngine):
     def _sampled(self, call: Call, deadline: float) -> Sampled:
         prompts, sampling = call.prompts, call.sampling
         config = self.model.config.get_text_config()
-        room = getattr(config, "max_position_embeddings", None)
+        room = context_length(config)
         faults = prompt_faults(prompts, sampling, vocab_size=config.vocab_size, room=room)
         by_length = sorted(set(range(len(prompts))) - faults.keys(), key=lambda i: len(prompts[i].token_ids))
         rows = [(i, g) for i in by_length for g in range(call.num_completions)]

@@ -122,14 +122,12 @@ def publish(
             gaps = _canary_gaps(engine, canary or weights.canary(), version=version, tolerance=tolerance)
         return _report(engine, gaps, parts, is_proved=sends)
 
-    if verify and not canary_waits:
-        report = verdict()
-    else:
-        waiting = verdict if verify else None
-        report = replace(_report(engine, NO_GAPS, parts, is_proved=verify and sends), verdict=waiting)
     if not (sends or verify):
         engine.adopt(version)
-    return report
+    if verify and not canary_waits:
+        return verdict()
+    report = _report(engine, NO_GAPS, parts, is_proved=verify and sends)
+    return replace(report, verdict=verdict) if verify else report
 
 
 def _report(

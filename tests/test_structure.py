@@ -50,10 +50,10 @@ TOP_OF_ALL = {
 }  # they may import everything of ours
 # Lines; what there is, to go down and not up. A file counts where it is named first.
 BUDGETS = {
-    "shards": (366, ["rl/sharded.py", "rl/model/units.py"]),
-    "episodes": (1_033, [f"rollout/{name}.py" for name in ("environment", "episodes", "play", "turns")]),
+    "shards": (364, ["rl/sharded.py", "rl/model/units.py"]),
+    "episodes": (1_031, [f"rollout/{name}.py" for name in ("environment", "episodes", "play", "turns")]),
     "distillation": (
-        664,
+        686,
         ["rl/teacher.py", "rl/config/teacher.py", "recipes/prune.py"]
         + [f"recipes/tasks/{name}.py" for name in ("demonstrations", "scoring")],
     ),
@@ -63,13 +63,13 @@ BUDGETS = {
         + [f"recipes/tasks/{name}.py" for name in ("named", "overlap", "traces")],
     ),
     "environments": (1_823, ["recipes/environments/*.py"]),
-    "core": (13_913, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
-    "report": (2_242, ["rl/report/*.py"]),
+    "core": (13_957, ["rl/*.py", "rl/config/*", "rl/plan/*", "rl/model/*", "rl/store/*", "rollout/*.py"]),
+    "report": (2_245, ["rl/report/*.py"]),
     "templates of the report": (746, ["rl/report/*.j2", "rl/report/*.js", "rl/report/*.css"]),
     "diffusion": (3_688, ["rl/diffusion/*.py", "rollout/diffusion/*.py"]),
-    "moe": (2_015, ["rl/moe/*.py"]),
+    "moe": (2_035, ["rl/moe/*.py"]),
     "servers": (
-        2_248,
+        2_261,
         [
             f"rollout/vllm/{name}.py"
             for name in (
@@ -84,13 +84,13 @@ BUDGETS = {
             )
         ],
     ),
-    "vllm": (2_864, ["rollout/vllm/*.py"]),
+    "vllm": (2_882, ["rollout/vllm/*.py"]),
     "math": (5_475, ["rewards/math/*.py"]),
     "code and sandbox": (3_822, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
-    "other rewards": (3_693, ["rewards/*.py", "rewards/pool/*.py"]),
-    "recipes": (4_260, ["recipes/*.py", "recipes/tasks/*.py"]),
+    "other rewards": (3_694, ["rewards/*.py", "rewards/pool/*.py"]),
+    "recipes": (4_485, ["recipes/*.py", "recipes/tasks/*.py"]),
     "evaluation and exports": (822, ["recipes/evaluation/*.py", "recipes/exports/*.py"]),
-    "cli": (1_437, ["recipes/cli/*.py"]),
+    "cli": (1_430, ["recipes/cli/*.py"]),
 }
 # What the core may not speak of: a kind of model is a policy, a config and an engine of its own.
 WORDS = ("diffusion", "canvas", "denois", "drawn_again")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,39 +33,25 @@ def quiet(model: nn.Module, *, checkpointing: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
             layer.training = checkpointing
-            if _begin not in layer._forward_pre_hooks.values():
-                layer.register_forward_pre_hook(_begin)
-                layer.register_forward_hook(_end, always_call=True)
-                _compute_quietly(layer)
+            checkpoint: Any = layer._gradient_checkpointing_func
+            if getattr(checkpoint, "func", None) is not _checkpoint_quietly:
+                quietly: Any = partial(_checkpoint_quietly, layer, checkpoint)
+                layer._gradient_checkpointing_func = quietly
 
 
-def _compute_quietly(layer: Any) -> None:
-    """Makes a checkpointed layer claim to be in training when transformers decides on recomputation, but
-    never while it computes. Before 5.20, transformers decides outside the layer's hooks, in 5.24 inside.
+def _checkpoint_quietly(layer: Any, checkpoint: Any, compute: Any, *arguments: Any) -> Any:
+    """Checkpoints a layer, which claims to be in training, as if it were not. transformers decides on
+    recomputation before this call, in some versions outside the layer's hooks and in others inside.
     """
-    checkpoint = layer._gradient_checkpointing_func
 
-    def checkpoint_quietly(compute: Any, *arguments: Any) -> Any:
-        def quietly(*again: Any) -> Any:
-            before, layer.training = layer.training, False
-            try:
-                return compute(*again)
-            finally:
-                layer.training = before
+    def quietly(*again: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return compute(*again)
+        finally:
+            layer.training = before
 
-        return checkpoint(quietly, *arguments)
-
-    layer._gradient_checkpointing_func = checkpoint_quietly
-
-
-def _begin(layer: Any, arguments: Any) -> None:
-    layer.checkpointing = layer.training
-    if not torch.is_grad_enabled():  # nothing is recomputed
-        layer.training = False
-
-
-def _end(layer: Any, arguments: Any, output: Any) -> None:
-    layer.training = layer.checkpointing
+    return checkpoint(quietly, *arguments)
 
 
 def backbone(model: PreTrainedModel) -> Any:

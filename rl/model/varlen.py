@@ -13,11 +13,12 @@ called as often with those. Either way the prompt's keys and values are computed
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -50,74 +51,59 @@ def placed(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = to
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """Runs of columns that see all of other runs, the first of the first and so on.
+class Pass:
+    """One varlen call: each run of queries attends to a run of keys.
 
     Attributes:
-        answers_C, prompts_P: columns of those that see, and of those that are seen.
-        answer_groups, prompt_groups: their runs.
+        queries, keys: the runs of both, equally many.
+        causal: a query sees the keys up to its own; the diagonal ends at the last key of a run.
+        asking_C, seen_S: columns of the queries and of the keys; None: the row as it is.
     """
 
-    answers_C: Int[Tensor, " C"]
-    prompts_P: Int[Tensor, " P"]
-    answer_groups: Segments
-    prompt_groups: Segments
+    queries: Segments
+    keys: Segments
+    causal: bool = True
+    asking_C: Int[Tensor, " C"] | None = None
+    seen_S: Int[Tensor, " S"] | None = None
 
     @staticmethod
-    def of(pairs: Sequence[tuple[range, range]], device: torch.device) -> Crossing:
-        """The crossing of pairs of columns: those that are seen, and those that see them."""
-        prompts, answers = zip(*pairs, strict=True)
-        answers_C, prompts_P = (placed([*chain(*x)], device) for x in (answers, prompts))
-        groups, seen = (Segments.of([*map(len, x)], device) for x in (answers, prompts))
-        return Crossing(answers_C, prompts_P, groups, seen)
-
-    def answers(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "C H D"]:
-        return x.index_select(0, self.answers_C)
-
-    def prompts(self, x: Float[Tensor, "N H D"]) -> Float[Tensor, "P H D"]:
-        return x.index_select(0, self.prompts_P)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """For each run of a row all columns that it sees, its own last.
-
-    Attributes:
-        columns_S: of all runs, one after the other.
-        runs: how many of them each run has.
-    """
-
-    columns_S: Int[Tensor, " S"]
-    runs: Segments
+    def between(pairs: Sequence[tuple[range, range]], device: torch.device) -> Pass:
+        """The second columns of each pair see all of the first ones."""
+        seen, asking = zip(*pairs, strict=True)
+        asking_C, seen_S = (placed([*chain(*x)], device) for x in (asking, seen))
+        queries, keys = (Segments.of([*map(len, x)], device) for x in (asking, seen))
+        return Pass(queries, keys, False, asking_C, seen_S)
 
     @staticmethod
-    def of(
+    def joined(
         lengths: Sequence[int], pairs: Sequence[tuple[range, range]], device: torch.device
-    ) -> Joined | None:
-        """What consecutive runs of these lengths see; None: nothing but themselves, or too much.
+    ) -> Pass | None:
+        """Consecutive runs of these lengths see copies of all keys that they may, their own last; None: these
+        are only their own, or too many to copy.
 
         Args:
             pairs: columns that are seen, and those of one or more whole runs that see them.
         """
-        runs = [range(a, b) for a, b in pairwise(accumulate(lengths, initial=0))]
-        first = {run.start: i for i, run in enumerate(runs) if run}
-        seen: list[list[range]] = [[] for _ in runs]
+        ends = [*accumulate(lengths, initial=0)]
+        seen: list[list[range]] = [[] for _ in lengths]
         for there, mine in pairs:
-            at = first[mine.start] if mine else len(runs)
-            while at < len(runs) and runs[at].start < mine.stop:
-                seen[at] += [there] if runs[at] else []
-                at += 1
-        counts = [len(run) + sum(map(len, before)) for run, before in zip(runs, seen, strict=True)]
+            for i in range(bisect_left(ends, mine.start), bisect_left(ends, mine.stop)):
+                seen[i] += [there] if lengths[i] else []
+        seen = [[*others, range(*own)] for others, own in zip(seen, pairwise(ends), strict=True)]
+        counts = [sum(map(len, parts)) for parts in seen]
         if not pairs or sum(counts) > MOST_KEYS * sum(lengths):
             return None
-        columns = chain.from_iterable(chain(*before, run) for run, before in zip(runs, seen, strict=True))
-        return Joined(placed([*columns], device), Segments.of(counts, device))
+        columns_S = placed([*chain(*chain(*seen))], device)
+        return Pass(Segments.of(lengths, device), Segments.of(counts, device), seen_S=columns_S)
 
-    def sums(self, grad_SHD: Float[Tensor, "S H D"], like: Float[Tensor, "N H D"]) -> Float[Tensor, "N H D"]:
-        """Gradients of the copies, added up for each column in fp32 or wider."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        total = like.new_zeros(like.shape, dtype=wide).index_add_(0, self.columns_S, grad_SHD.to(wide))
-        return total.to(like.dtype)
+    def sides(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        """Queries, keys and values of the call, the runs of queries and of keys, and causality."""
+        q, k, v = _taken(q, self.asking_C), _taken(k, self.seen_S), _taken(v, self.seen_S)
+        return q, k, v, self.queries, self.keys, self.causal
+
+
+def _taken(x: Tensor, columns: Tensor | None, dim: int = 0) -> Tensor:
+    return x if columns is None else x.index_select(dim, columns)
 
 
 @dataclass(frozen=True)
@@ -125,22 +111,19 @@ class VarlenPlan:
     """Which columns see which, as varlen calls.
 
     Attributes:
-        own: runs of the whole row that attend to themselves: prompts, completions, and a prompt together with
-            its completion if it has only one.
+        own: runs of the whole row: prompts, completions, and a prompt together with its completion if it has
+            only one. They attend to themselves, or to copies of all keys that they see.
         crossings: completions that see their shared prompt; branches that see the beginning of another one.
-        causal: whether a column sees only what precedes it in its run.
-        joined: copied keys in place of crossings, or None.
     """
 
-    own: Segments
-    crossings: tuple[Crossing, ...]
-    causal: bool = True
-    joined: Joined | None = None
+    own: Pass
+    crossings: tuple[Pass, ...] = ()
 
     @staticmethod
     def documents(lengths: Sequence[int], device: torch.device) -> VarlenPlan:
         """Runs that see all of themselves and nothing else."""
-        return VarlenPlan(Segments.of(lengths, device), (), causal=False)
+        runs = Segments.of(lengths, device)
+        return VarlenPlan(Pass(runs, runs, causal=False))
 
     @staticmethod
     def of(
@@ -163,16 +146,11 @@ class VarlenPlan:
                 shared.append((range(start, prompt_end), range(prompt_end, end)))
             own += lengths if len(lengths) > 2 else [end - start]
             start = end
-        if may_join and (joined := Joined.of(own, [*shared, *chain(*branches)], device)) is not None:
-            return VarlenPlan(Segments.of(own, device), (), joined=joined)
-        crossings = (Crossing.of(pairs, device) for pairs in (shared, *branches) if pairs)
-        return VarlenPlan(Segments.of(own, device), tuple(crossings))
-
-    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Segments, Segments, bool]:
-        """Keys, values, runs of queries, runs of keys and causality of the call for all runs."""
-        if (x := self.joined) is None:
-            return k, v, self.own, self.own, self.causal
-        return k.index_select(0, x.columns_S), v.index_select(0, x.columns_S), self.own, x.runs, True
+        if may_join and (joined := Pass.joined(own, [*shared, *chain(*branches)], device)) is not None:
+            return VarlenPlan(joined)
+        runs = Segments.of(own, device)
+        crossings = (Pass.between(pairs, device) for pairs in (shared, *branches) if pairs)
+        return VarlenPlan(Pass(runs, runs), tuple(crossings))
 
 
 class Kernels(NamedTuple):
@@ -294,17 +272,16 @@ class _SharedPromptAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scale: float, kernels: Kernels
     ) -> Tensor:
-        keys, values, *how = plan.keys(k, v)
-        out, lse = kernels.forward(q, keys, values, *how, scale)
+        out, lse = kernels.forward(*plan.own.sides(q, k, v), scale)
         for x in plan.crossings:
-            sides = (x.answers(q), x.prompts(k), x.prompts(v))
-            there, there_lse = kernels.forward(*sides, x.answer_groups, x.prompt_groups, False, scale)
-            here, here_lse = x.answers(out), lse.index_select(1, x.answers_C)
+            asking_C = cast(Tensor, x.asking_C)
+            there, there_lse = kernels.forward(*x.sides(q, k, v), scale)
+            here, here_lse = out.index_select(0, asking_C), lse.index_select(1, asking_C)
             merged_lse = torch.logaddexp(here_lse, there_lse)
             share = (there_lse - merged_lse).exp_().T.unsqueeze(-1)
             merged = torch.lerp(here.to(share.dtype), there.to(share.dtype), share)
-            out.index_copy_(0, x.answers_C, merged.to(out.dtype))
-            lse.index_copy_(1, x.answers_C, merged_lse)
+            out.index_copy_(0, asking_C, merged.to(out.dtype))
+            lse.index_copy_(1, asking_C, merged_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = (plan, scale, kernels)
         return out
@@ -314,15 +291,24 @@ class _SharedPromptAttention(torch.autograd.Function):
         (grad_out,) = grads
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, kernels = ctx.settings
-        keys, values, *how = plan.keys(k, v)
-        found = kernels.backward(grad_out, q, keys, values, out, lse, *how, scale)
-        if plan.joined is not None:
-            found = (found[0], *(plan.joined.sums(x, k) for x in found[1:]))
+
+        def gradients(x: Pass) -> list[Tensor]:
+            *sides, queries, keys, causal = x.sides(q, k, v)
+            rows = (_taken(out, x.asking_C), _taken(lse, x.asking_C, dim=1))
+            how = (queries, keys, causal, scale)
+            return [*kernels.backward(_taken(grad_out, x.asking_C), *sides, *rows, *how)]
+
+        found = gradients(plan.own)
+        if (copied_S := plan.own.seen_S) is not None:
+            found[1:] = (_summed(grad, copied_S, like=k) for grad in found[1:])
         for x in plan.crossings:
-            sides = (x.answers(q), x.prompts(k), x.prompts(v), x.answers(out))
-            runs = (lse.index_select(1, x.answers_C), x.answer_groups, x.prompt_groups)
-            more = kernels.backward(x.answers(grad_out), *sides, *runs, False, scale)
-            columns = (x.answers_C, x.prompts_P, x.prompts_P)
-            for grad, part, at in zip(found, more, columns, strict=True):
+            for grad, part, at in zip(found, gradients(x), (x.asking_C, x.seen_S, x.seen_S), strict=True):
                 grad.index_add_(0, at, part)
         return *found, None, None, None
+
+
+def _summed(grad_SHD: Float[Tensor, "S H D"], columns_S: Tensor, like: Tensor) -> Float[Tensor, "N H D"]:
+    """Gradients of copies, added up for each column in fp32 or wider."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    total = like.new_zeros(like.shape, dtype=wide).index_add_(0, columns_S, grad_SHD.to(wide))
+    return total.to(like.dtype)

@@ -91,12 +91,12 @@ def make_output(names: list[str], tokens: list[list[int]], logprobs: list[float]
     """What a model runner answers to a step."""
     from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
-    column = np.array(logprobs, dtype=np.float32).reshape(-1, 1)
+    column, ranks = np.array(logprobs, np.float32).reshape(-1, 1), np.arange(len(names), dtype=np.int32)
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: row for row, name in enumerate(names)},
         sampled_token_ids=tokens,
-        logprobs=LogprobsLists(np.zeros(column.shape, np.int32), column, np.ones(len(column), np.int32)),
+        logprobs=LogprobsLists(np.zeros(column.shape, np.int32), column, ranks),
         prompt_logprobs_dict={},
         pooler_output=[],
     )

@@ -31,31 +31,31 @@ def advantages_of(groups, name="grpo", aggregate="sum", weights=None, **kwargs):
 
 def test_grpo_divides_by_the_sample_deviation_plus_epsilon():
     # mean 0.25, squared deviations 9/16 + 3/16 = 3/4, over G - 1 = 3: variance 1/4, deviation 1/2.
-    assert ADVANTAGES["grpo"]([1, 0, 0, 0], 0.0) == pytest.approx(
+    assert ADVANTAGES["grpo"]([1, 0, 0, 0]) == pytest.approx(
         [0.75 / (0.5 + EPS), *[-0.25 / (0.5 + EPS)] * 3], rel=1e-14
     )
 
 
 def test_centered_only_subtracts_the_mean():
-    assert ADVANTAGES["centered"]([1, 0, 0, 0], 0.0) == [0.75, -0.25, -0.25, -0.25]
+    assert ADVANTAGES["centered"]([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
 
 
 def test_rloo_subtracts_the_mean_of_the_others():
     # others of 4: (1 + 1) / 2 = 1; others of each 1: (4 + 1) / 2 = 2.5.
-    assert ADVANTAGES["rloo"]([4, 1, 1], 0.0) == pytest.approx([3.0, -1.5, -1.5], rel=1e-14)
+    assert ADVANTAGES["rloo"]([4, 1, 1]) == pytest.approx([3.0, -1.5, -1.5], rel=1e-14)
 
 
 def test_max_rl_divides_the_centered_reward_by_the_mean():
     # mean 1/4: (1 - 1/4) / (1/4) = 3 and (0 - 1/4) / (1/4) = -1.
-    assert ADVANTAGES["max_rl"]([1, 0, 0, 0], 0.0) == pytest.approx([3.0, -1.0, -1.0, -1.0], rel=1e-14)
-    assert ADVANTAGES["max_rl"]([0, 0], 0.0) == [0.0, 0.0]
+    assert ADVANTAGES["max_rl"]([1, 0, 0, 0]) == pytest.approx([3.0, -1.0, -1.0, -1.0], rel=1e-14)
+    assert ADVANTAGES["max_rl"]([0, 0]) == [0.0, 0.0]
 
 
 def test_max_rl_refuses_negative_rewards():
     with pytest.raises(
         ValueError, match=r"advantage\.name=max_rl .* must be >= 0, not -0\.5; use rewards in \[0, 1\]"
     ):
-        ADVANTAGES["max_rl"]([1.0, -0.5], 0.0)
+        ADVANTAGES["max_rl"]([1.0, -0.5])
 
 
 def test_batch_divides_by_the_deviation_over_all_groups():

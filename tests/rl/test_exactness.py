@@ -14,6 +14,7 @@ from rl.batch import PackRules, micro_batch_of, pack
 from rl.causal import CausalPolicy
 from rl.config.read import load_config
 from rl.model.exactness import moving_rope
+from rl.model.loading import num_ids
 from rl.packed_check import plain_logprobs, probe_batch
 from rl.references import make_reference
 from rl.types import Completion, Group, Prompt, Reward, SamplingParams, ScoredGroup, VersionSpan
@@ -216,7 +217,7 @@ def test_sequences_at_which_rotary_frequencies_begin_to_grow_are_refused(family)
 
 def test_rows_are_padded_where_none_sees_what_is_on_its_right(family):
     """Padding is never the id that transformers warns about. A layer that sees the whole row is refused."""
-    policy, _ = load(family("gptj"))
+    policy, _ = load(family("gpt_neo"))
     batch, read = micro_batch_of([[row] for row in row_of([30, 2, 20]).rows]), []
     embedding = policy.model.transformer.wte
     assert policy.settle_attention(60) is not None and policy.scorer.padded
@@ -238,6 +239,14 @@ def test_a_window_that_attention_never_hears_of_is_found_above_64(family, name):
     reason = policy.settle_attention(120)
     assert "packed log-probs differ" in (reason or "")
     assert far_from(eager(folder), policy, row_of([80, 20])) < 1e-4
+
+
+def test_no_probe_has_an_id_for_which_there_are_no_logits(family):
+    """Inkling 2 has more rows of embedding: here 120, and 20 logits."""
+    policy, _ = load(family("llama"))
+    policy.model.set_output_embeddings(torch.nn.Linear(32, 20, bias=False))
+    assert num_ids(policy.model) == 20
+    assert int(probe_batch(policy.model, 60).token_ids_N.max()) < 20
 
 
 def test_a_windows_probe_is_no_longer_than_the_run(family):
@@ -267,6 +276,13 @@ def test_a_cache_that_loses_the_prompt_is_not_sampled_with(family, name, recwarn
             ids = [*group.prompt.token_ids, *completion.token_ids]
             expected = whole(plain, ids)[len(group.prompt.token_ids) - 1 :]
             assert completion.behavior_logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_window_beyond_the_models_positions_leaves_its_cache_usable(family):
+    """GPT-Neo's window is 256; a prompt that exceeds it has no embedding where there are 128 positions."""
+    folder = family("gpt_neo", max_position_embeddings=128, window_size=256)
+    engine = TransformersEngine(folder, transformers.AutoTokenizer.from_pretrained(folder))
+    assert engine.cache == "shared"
 
 
 def test_a_model_whose_log_probs_round_more_is_trained_packed_all_the_same(family):

@@ -60,8 +60,8 @@ def drawn(seed: int) -> ScoredGroup:
 def keys(batch: MicroBatch) -> int:
     """That one attention call copies."""
     plan = batch.layout.varlen
-    crossing = max((len(x.prompts_P) for x in plan.crossings), default=0)
-    return len(plan.joined.columns_S) if plan.joined else crossing
+    copied = [x.seen_S for x in (plan.own, *plan.crossings) if x.seen_S is not None]
+    return max(map(len, copied), default=0)
 
 
 def tried(config: Config) -> list[MicroBatch]:

@@ -54,7 +54,7 @@ def test_output_and_gradients_equal_masked_attention(kv_heads, branches, joined)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     plan = VarlenPlan.of(BLOCKS, CPU, branches=[branches[:1], branches[1:]], may_join=joined)
-    assert (plan.joined is not None) == joined == (not plan.crossings)
+    assert (plan.own.seen_S is not None) == joined == (not plan.crossings)
     ours = shared_prompt_attention(*inputs, plan, scale=0.3, kernels=KERNELS)
     theirs = _expected(*inputs, branches, 0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -84,28 +84,28 @@ def test_documents_see_all_of_themselves_and_nothing_else():
 
 def test_a_prompt_with_one_completion_needs_one_call_only():
     plan = VarlenPlan.of([(4, 6), (3,)], CPU)
-    assert plan.own.ends.tolist() == [0, 10, 13]
+    assert plan.own.queries.ends.tolist() == [0, 10, 13]
     assert not plan.crossings
 
 
 def test_shared_prompts_are_the_only_columns_of_the_second_call():
     plan = VarlenPlan.of([(4, 6), (2, 1, 3)], CPU, may_join=False)
-    assert plan.own.ends.tolist() == [0, 10, 12, 13, 16]
+    assert plan.own.queries.ends.tolist() == [0, 10, 12, 13, 16]
     (second,) = plan.crossings
-    assert second.prompts_P.tolist() == [10, 11]
-    assert second.answers_C.tolist() == [12, 13, 14, 15]
-    assert (second.answer_groups.ends.tolist(), second.answer_groups.longest) == ([0, 4], 4)
+    assert second.seen_S.tolist() == [10, 11]
+    assert second.asking_C.tolist() == [12, 13, 14, 15]
+    assert (second.queries.ends.tolist(), second.queries.longest) == ([0, 4], 4)
 
 
 def test_copied_keys_end_with_a_runs_own_and_are_left_out_where_they_are_too_many():
     plan = VarlenPlan.of([(4, 6), (2, 1, 0, 3)], CPU, branches=[[(range(13, 15), range(12, 13))]])
-    assert plan.joined is not None and plan.own.ends.tolist() == [0, 10, 12, 13, 13, 16]
-    assert plan.joined.runs.ends.tolist() == [0, 10, 12, 17, 17, 22]
-    assert plan.joined.columns_S.tolist()[10:] == [10, 11, 10, 11, 13, 14, 12, 10, 11, 13, 14, 15]
-    assert VarlenPlan.of([(4, 6), (3,)], CPU).joined is None  # nothing is shared
+    assert plan.own.seen_S is not None and plan.own.queries.ends.tolist() == [0, 10, 12, 13, 13, 16]
+    assert plan.own.keys.ends.tolist() == [0, 10, 12, 17, 17, 22]
+    assert plan.own.seen_S.tolist()[10:] == [10, 11, 10, 11, 13, 14, 12, 10, 11, 13, 14, 15]
+    assert VarlenPlan.of([(4, 6), (3,)], CPU).own.seen_S is None  # nothing is shared
     # 10 + 4 x 11 keys for 14 columns, and 10 + 4 x 15 for 30.
-    assert VarlenPlan.of([(10, 1, 1, 1, 1)], CPU).joined is None
-    assert VarlenPlan.of([(10, 5, 5, 5, 5)], CPU).joined is not None
+    assert VarlenPlan.of([(10, 1, 1, 1, 1)], CPU).own.seen_S is None
+    assert VarlenPlan.of([(10, 5, 5, 5, 5)], CPU).own.seen_S is not None
 
 
 class Largest(TorchDispatchMode):
@@ -128,9 +128,9 @@ def test_attention_of_a_tree_takes_memory_for_its_own_tokens(window):
     layout = Layout((block,), CPU)
     assert (block.end, layout.longest) == (20 + 580 + 19 * 10, 600)
     _, *crossings = layout.varlen.crossings  # of 18 branches that share 30 to 540 tokens, 5,130 in all
-    assert sum(len(x.answer_groups.ends) - 1 for x in crossings) == 18
-    assert sorted(len(x.prompts_P) for x in crossings)[-1] <= 790
-    assert sum(len(x.prompts_P) for x in crossings) == 5130
+    assert sum(len(x.queries.ends) - 1 for x in crossings) == 18
+    assert sorted(len(x.seen_S) for x in crossings)[-1] <= 790
+    assert sum(len(x.seen_S) for x in crossings) == 5130
     q, k, v = torch.randn(3, 1, 2, block.end, 8, requires_grad=True).unbind()
     kept: dict[int, int] = {}
 
@@ -145,3 +145,10 @@ def test_attention_of_a_tree_takes_memory_for_its_own_tokens(window):
         out.square().sum().backward()
     assert largest.numbers <= 2 * 580 * 600  # scores of the longest row in 2 heads
     assert sum(kept.values()) <= 10 * q.nbytes  # keys and values of all rows are 16 times as much as q
+
+
+def test_dropout_is_refused():
+    x = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="Identity applies dropout although it is not in training"):
+        layout = Layout((Block(0, 2, (1,)),), CPU)
+        packed_attention(torch.nn.Identity(), x, x, x, None, dropout=0.1, cohort_layout=layout)
