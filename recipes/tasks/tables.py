@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from rl.config.data import DATA_SUFFIXES, check_source
 from rl.model.hub import hub_fault
 
 ROWS_READ = 10_000  # at once: reading them one by one takes ten times as long
-FILES = (".json", ".jsonl", ".csv", ".parquet")
+EXACT = (".json", ".jsonl", ".csv")
+FILES = (*EXACT, ".parquet")
 
 
 def read_table(config: DataConfig) -> list[dict[str, Any]]:
@@ -29,8 +30,8 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
         hub_fault()
     elif path.is_file():
         _check_file(path)
-        if path.suffix in (".json", ".jsonl", ".csv"):
-            return _of_file(path, config)
+    if files := _exact_files(path, config):
+        return _of_files(files, config)
     if is_saved := path.is_dir() and any((path / n).exists() for n in ("dataset_dict.json", "state.json")):
         check_source(config, "data", is_local=True)
     try:
@@ -47,21 +48,51 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
         raise ValueError(_reading_fault(error, config)) from error
 
 
-def _of_file(path: Path, config: DataConfig) -> list[dict[str, Any]]:
-    """Every row has all columns of the file, in one order; what a row lacks is None."""
+def _exact_files(path: Path, config: DataConfig) -> dict[str, list[Path]] | None:
+    """The files of each split, if all are JSON or CSV. `datasets` tells a folder's splits by the names of its
+    files, and reads the folder itself if its README.md has `configs`.
+    """
+    if path.is_file():
+        return {"train": [path]} if path.suffix in EXACT else None
+    page = path / "README.md"
+    if (
+        not path.is_dir()
+        or config.options
+        or (page.is_file() and "configs:" in page.read_text("utf-8", "replace"))
+    ):
+        return None
+    _quiet_datasets()
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
     try:
-        rows = list(read_file(path))
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except FileNotFoundError:
+        return None
+    files = {
+        str(split): [Path(f) for f in some if Path(f).suffix in DATA_SUFFIXES]
+        for split, some in found.items()
+    }
+    suffixes = {file.suffix for some in files.values() for file in some}
+    return files if suffixes and suffixes <= set(EXACT) else None
+
+
+def _of_files(files: Mapping[str, Sequence[Path]], config: DataConfig) -> list[dict[str, Any]]:
+    """Every row has all columns of its split, in one order; what a row lacks is None."""
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in files}
+    for split, path in ((split, path) for split, some in files.items() for path in some):
+        if config.split == "all" or split in config.split:
+            try:
+                rows[split] += read_file(path)
+            except ValueError as error:
+                raise ValueError(f"data.source={str(path)!r}, {error}") from None
+    for split, some in rows.items():
+        names = dict.fromkeys(name for row in some for name in row)
+        rows[split] = [{name: row.get(name) for name in names} for row in some]
+    try:
+        ranges = _ranges({split: len(some) for split, some in rows.items()}, config.split)
     except ValueError as error:
-        raise ValueError(f"data.source={config.source!r}, {error}") from None
-    if not rows:
-        raise ValueError(f"data.source={config.source!r} has no rows")
-    names = dict.fromkeys(name for row in rows for name in row)
-    if config.split != "train":
-        try:
-            rows = [rows[i] for _, part in _ranges({"train": len(rows)}, config.split) for i in part]
-        except ValueError as error:
-            raise ValueError(_reading_fault(error, config)) from error
-    return [{name: row.get(name) for name in names} for row in rows[: config.size]]
+        raise ValueError(_reading_fault(error, config)) from error
+    return [rows[split][i] for split, part in ranges for i in part][: config.size]
 
 
 def _quiet_datasets() -> Any:

@@ -78,6 +78,23 @@ def test_a_cell_of_a_csv_file_is_a_number_only_if_that_loses_nothing(tmp_path):
     assert str(load_rows(DataConfig(source=str(tmp_path / "a.csv"), split="train[:1]"))[0]["n"]) == "3"
 
 
+def test_files_of_a_folder_are_read_as_they_are(tmp_path):
+    """`datasets` takes one format alone, and reads 7, None and 1.0. A page with `configs` is for it."""
+    (tmp_path / "train-0.csv").write_text("prompt,answer\na,007\n")
+    (tmp_path / "train-1.csv").write_text("prompt,answer\nb,NA\n")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "c", "answer": 1}\n{"prompt": "d", "answer": 2.5}\n')
+    (tmp_path / "README.md").write_text("# Rows\n")
+    train, test = (
+        [{"prompt": p, "answer": a} for p, a in x] for x in ([("a", "007"), ("b", "NA")], [("c", 1)])
+    )
+    source = str(tmp_path)
+    assert load_rows(DataConfig(source=source)) == train
+    assert load_rows(DataConfig(source=source, split="test[:1]+train")) == test + train
+    assert str(load_rows(DataConfig(source=source, split="test"))[0]["answer"]) == "1"
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: train-0.csv\n---\n")
+    assert len(load_rows(DataConfig(source=source))) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
