@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,9 +52,12 @@ def launch(recipe: Sequence[str], num_processes: int, program: str = "recipes.gr
         meeting.close()
         first_failed = _wait(children)
         _end(children)
-        if first_failed > 0 and -children[first_failed].returncode not in heard:
-            words = _last_words(logs[first_failed - 1])
-            say(f"process {first_failed} failed first:\n{safe_text(words)}", sys.stderr)
+        if first_failed >= 0 and -children[first_failed].returncode not in heard:
+            killed = _killed(children[first_failed].returncode)
+            said = _last_words(logs[first_failed - 1]) if first_failed else ""
+            said = f":\n{safe_text(said)}" if said else ""
+            if killed or said:
+                say(f"process {first_failed} failed first{killed}{said}", sys.stderr)
     codes = [child.returncode for child in (*children[max(first_failed, 0) :], *children)]
     code = next(filter(None, codes), 0)
     return 128 - code if code < 0 else code
@@ -112,6 +116,14 @@ def _end(children: Sequence[Child]) -> None:
     for child in children:
         child.kill()
         child.wait()
+
+
+def _killed(code: int) -> str:
+    """What is said of a process that a signal ended, which has no words of its own."""
+    if code >= 0:
+        return ""
+    out_of_memory = "; the host's memory may have run out" if code == -signal.SIGKILL else ""
+    return f" ({signal.strsignal(-code)}{out_of_memory})"
 
 
 def _last_words(log: IO[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config.sections import HOME, Auto, Section
+from rl.config.sections import HOME, SERVER, Auto, Section
 
 OF_OWN_VLLM = (*("gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "process", "recompute_kv"),)
 """Keys of `engine` that say how a run starts vLLM itself."""
@@ -19,7 +19,7 @@ class EngineConfig(Section):
     """
 
     name: Literal["auto", "vllm", "transformers", "server"] = "auto"
-    urls: list[Annotated[str, Field(pattern=r"^https?://[^/@?#]+/?$")]] = Field(
+    urls: list[Annotated[str, Field(pattern=SERVER)]] = Field(
         default=[], description="servers, such as http://127.0.0.1:8000; `cohort serve` starts one"
     )
     token_file: Annotated[str, HOME] | None = Field(

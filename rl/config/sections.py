@@ -52,6 +52,7 @@ def _from_home(path: Any) -> Any:
     return whole
 
 
+SERVER = r"^https?://([^/@?#:\s\[\]]+|\[[\da-fA-F:.]+\])(:\d{1,5})?/?$"  # a host and no more than a port
 HOME = BeforeValidator(_from_home)  # annotates a key that may hold the path of a file or folder
 RunDir = Annotated[Path, HOME, Field(description="logs, checkpoints and the report; the same folder resumes")]
 Trackers = Annotated[

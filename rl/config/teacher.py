@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.config.sections import HOME, Section
+from rl.config.sections import HOME, SERVER, Section
 
 DEMONSTRATED = (
     "Here is a worked solution of the problem below.\n\n{demonstration}\n\nUnderstand it, then solve the "
@@ -28,7 +28,7 @@ class TeacherConfig(Section):
     )
     url: str | None = Field(
         default=None,
-        pattern=r"^https?://[^/@?#]+/?$",
+        pattern=SERVER,
         description="vLLM server of the teacher, such as http://127.0.0.1:8000, in place of name",
     )
     token_file: Annotated[str, HOME] | None = Field(

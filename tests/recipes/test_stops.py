@@ -133,20 +133,35 @@ def main(words):
 """
 
 
+def launch_two(folder, program: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """The launcher of two processes of a program, and these, once both are ready."""
+    (folder / "waits.py").write_text(program)
+    code = "import sys; from recipes.cli.launch import launch; sys.exit(launch([], 2, 'waits'))"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}", "READY": str(folder / "ready")}
+    command = [sys.executable, "-c", code]
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(folder.glob("ready*"))) == 2, launcher)
+    return launcher, sorted(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
+
+
 @pytest.mark.parametrize("to_one", [False, True])
 def test_a_process_that_ends_at_a_signal_to_all_is_not_blamed(tmp_path, to_one):
     """The second process ends first, as where the first signal ends a wait. Alone it is blamed."""
-    (tmp_path / "waits.py").write_text(ENDS_WHEN_ASKED)
-    code = "import sys; from recipes.cli.launch import launch; sys.exit(launch([], 2, 'waits'))"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "READY": str(tmp_path / "ready")}
-    command = [sys.executable, "-c", code]
-    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, launcher)
-    second = max(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
+    launcher, (_, second) = launch_two(tmp_path, ENDS_WHEN_ASKED)
     (second if to_one else launcher).send_signal(signal.SIGTERM)
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGTERM
     assert ("process 1 failed first" in err) == to_one, err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_with_what_ended_it(tmp_path, rank):
+    """As the kernel does where memory runs out: it leaves no words."""
+    launcher, children = launch_two(tmp_path, ENDS_WHEN_ASKED.replace("sleep(8)", "sleep(3)"))
+    children[rank].kill()
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert f"process {rank} failed first (Killed; the host's memory may have run out)\n" in err
 
 
 def test_a_process_that_does_not_end_with_the_others_is_killed(monkeypatch):

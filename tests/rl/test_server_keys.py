@@ -32,11 +32,19 @@ from rl.store.folder import claim_config, run_name
             "engine.weights_folder does nothing if engine.weights_url=nccl",
         ),
         ({"name": "server", "urls": ["http://me:pw@a:1"], "token_file": "t"}, "should match pattern"),
+        ({"name": "server", "urls": ["http://a:80a"], "token_file": "t"}, "should match pattern"),
+        ({"name": "server", "urls": ["http://a b:80"], "token_file": "t"}, "should match pattern"),
     ],
 )
 def test_keys_that_do_nothing_are_refused(engine: dict[str, Any], fault: str):
     with pytest.raises(ValueError, match=fault):
         Config.model_validate({"engine": engine})
+
+
+def test_a_server_may_have_a_host_of_any_kind():
+    urls = ["http://127.0.0.1:8000/", "https://gpu-7.example.org", "http://[::1]:8000", "http://node_1:80"]
+    engine = {"name": "server", "urls": urls, "token_file": "token"}
+    assert Config.model_validate({"engine": engine}).engine.urls == urls
 
 
 def test_what_is_planned_for_a_card_may_be_set_under_servers():
