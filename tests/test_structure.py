@@ -84,7 +84,7 @@ BUDGETS = {
             )
         ],
     ),
-    "vllm": (2_882, ["rollout/vllm/*.py"]),
+    "vllm": (2_886, ["rollout/vllm/*.py"]),
     "math": (5_475, ["rewards/math/*.py"]),
     "code and sandbox": (3_822, ["rewards/code/*.py", "rewards/sandbox/*.py"]),
     "other rewards": (3_694, ["rewards/*.py", "rewards/pool/*.py"]),

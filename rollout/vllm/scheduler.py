@@ -102,6 +102,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
     counts_in_flight = internals.counts_tokens_in_flight()
 
     class FinalOnlyScheduler(stock):
+        has_ranks = False  # whether ranks of sampled tokens are kept, too
+
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             self.tallies: dict[str, Tally] = {}
@@ -153,7 +155,7 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
             if len(self.tallies) == len(self.requests):
                 model_runner_output.logprobs = None  # vLLM would cut a slice out of it for every request
             self.logprobs = [] if rows is None else rows.logprobs[:, 0].tolist()
-            self.ranks = [] if rows is None else rows.sampled_token_ranks.tolist()
+            self.ranks = rows.sampled_token_ranks.tolist() if self.has_ranks and rows is not None else []
             if self.tokens_per_block:
                 self._go_on(scheduler_output, model_runner_output)
             steps = super().update_from_output(scheduler_output, model_runner_output)
@@ -193,7 +195,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                 tally.token_ids.append(new[0])
                 if tally.with_logprobs and logprobs:
                     tally.logprobs.append(logprobs[rows[name]])
-                    tally.ranks.append(ranks[rows[name]])
+                    if ranks:
+                        tally.ranks.append(ranks[rows[name]])
                 request._output_token_ids.append(new[0])
                 request._all_token_ids.append(new[0])
                 if len(request._all_token_ids) % block == 0:
@@ -218,7 +221,8 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
                     tally.token_ids += output.new_token_ids
                     if tally.with_logprobs and self.logprobs:
                         tally.logprobs.append(self.logprobs[rows[output.request_id]])
-                        tally.ranks.append(self.ranks[rows[output.request_id]])
+                        if self.ranks:
+                            tally.ranks.append(self.ranks[rows[output.request_id]])
                 if output.routed_experts is not None:  # often a view of what the next step fills
                     tally.routes.append(np.array(output.routed_experts))
                 if self._is_due(output, tally):
@@ -266,7 +270,7 @@ def in_parts(stock: Any) -> Any:
     from vllm.v1.outputs import LogprobsLists
 
     class InPartsScheduler(final_only(stock)):
-        is_paused = False
+        has_ranks, is_paused = True, False
 
         def _counts(self, request: Any) -> bool:
             wanted = request.sampling_params
