@@ -26,8 +26,8 @@ class Section(BaseModel):
     @classmethod
     def refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses true and false for a number, or in a list of them: Pydantic reads them as 1 and 0."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        if kinds & {int, float} and bool not in kinds and _has_switch(value):
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation) if _has_switch(value) else set()
+        if kinds & {int, float} and bool not in kinds:
             raise ValueError("must be a number, not a switch (YAML reads yes, no, on and off as switches)")
         return value
 

@@ -169,7 +169,7 @@ def bound_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.
 def trace_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
     """A canvas for each step that committed a token of the completion (or for `merge` steps together).
 
-    Of more than `max_canvases`, that many are drawn and weighted up. ValueError if there is no trace.
+    If there are more than `max_canvases`, that many are drawn, and weigh more. ValueError without a trace.
     """
     trace, prompt = row.completion.facts.get("trace"), list(row.prompt.token_ids)
     if trace is None:
