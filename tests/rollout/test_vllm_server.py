@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -314,28 +315,40 @@ def test_a_delta_cut_short_or_over_another_base_is_refused_and_the_server_goes_o
 def test_a_completion_under_way_says_which_weights_sampled_which_tokens(control, files):
     if not control.facts().has_spans:
         pytest.skip("this vLLM answers without spans: the client cuts them")
-    request = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-    took_s = 0.0  # of 32 that nothing interrupts
-    for version, share in ((1, 0.0), (3, 0.5), (5, 0.3), (7, 0.7)):  # until a pause meets some under way
-        load(control, files.write(make_model(1).named_parameters(), version=version))
-        files.commit()
-        with ThreadPoolExecutor(32) as pool:
-            began = time.monotonic()
-            asked = [pool.submit(generate, control, **request) for _ in range(32)]
-            if not took_s:
-                wait(asked)
-                took_s = time.monotonic() - began
-            time.sleep(share * took_s)
-            control.pause()
-            control.load(files.write(changed(make_model(1)).named_parameters(), version=version + 1))
-            files.commit()
-            control.resume()
-            found = [answer.result(60)["choices"][0]["weight_versions"] for answer in asked]
-        if cut := [spans for spans in found if len(spans) > 1]:
-            break
-    spans = cut[0]
-    assert [span["version"].partition(".")[0] for span in spans] == [str(version), str(version + 1)]
-    assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 100)
+    load(control, files.write(make_model(1).named_parameters(), version=1))
+    files.commit()
+    answered, done = [], threading.Event()
+
+    def ask_on(length: int) -> None:
+        while not done.is_set():
+            answer = generate(control, max_tokens=length, temperature=0.0, ignore_eos=True)
+            answered.append((length, answer["choices"][0]["weight_versions"]))
+
+    def cut() -> list:
+        return [(length, spans) for length, spans in answered if len(spans) > 1]
+
+    with ThreadPoolExecutor(32) as pool:
+        asking = [pool.submit(ask_on, length) for length in range(38, 102, 2)]
+        try:
+            for version in range(2, 40):  # until a pause meets one that has begun
+                control.pause()
+                control.load(files.write(changed(make_model(1)).named_parameters(), version=version))
+                files.commit()
+                control.resume()
+                before, deadline = len(answered), time.monotonic() + 60
+                while len(answered) < before + 64 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                if cut():
+                    break
+        finally:
+            done.set()
+        for each in asking:
+            each.result(60)
+    for length, spans in cut():
+        versions = [int(span["version"].partition(".")[0]) for span in spans]
+        assert versions == list(range(versions[0], versions[0] + len(spans))) and versions[-1] <= version
+        assert [0, *(span["end"] for span in spans)] == [*(span["start"] for span in spans), length]
+    assert cut()
 
 
 def test_neither_log_nor_command_line_nor_environment_holds_the_token(running):
