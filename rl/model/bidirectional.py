@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from rl.model.varlen import VarlenPlan, flash_serves, shared_prompt_attention
+from rl.model.varlen import flash_serves, shared_prompt_attention
+from rl.model.varlen_plan import VarlenPlan
 
 BIDIRECTIONAL = "cohort_bidirectional"
 

@@ -24,7 +24,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from rl.model.varlen import VarlenPlan, flash_serves, joined_flash_works, shared_prompt_attention
+from rl.model.varlen import (
+    FLASH,
+    Kernels,
+    flash_serves,
+    joined_flash_works,
+    shared_prompt_attention,
+    windowed_flash_works,
+)
+from rl.model.varlen_plan import VarlenPlan
 
 PACKED = "cohort_packed"
 
@@ -82,10 +90,12 @@ class Layout:
     Attributes:
         sizes: columns of prompt, completions, prompt, completions, ... in order.
         longest: columns of the longest prompt with one of its completions.
+        kernels: varlen attention, whatever the device; None: torch's flash kernels where they serve.
     """
 
     blocks: tuple[Block, ...]
     device: torch.device
+    kernels: Kernels | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -112,17 +122,36 @@ class Layout:
         runs = (range(i * self.longest, i * self.longest + sum(b.lengths)) for i, b in enumerate(self.blocks))
         return torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device)
 
+    def kernels_for(self, query: Tensor, value: Tensor, window: int | None) -> Kernels | None:
+        """Varlen attention that takes such tensors; None: there is none."""
+        if self.kernels is not None:
+            return self.kernels
+        works = flash_serves(query, value) and (window is None or windowed_flash_works())
+        return FLASH if works else None
+
     def padded(self, x_N: Shaped[Tensor, " N *any"], fill: int) -> Shaped[Tensor, " BT *any"]:
         """The flattened rectangle of what columns hold, with `fill` in its padding."""
         flat = x_N.new_full((len(self.blocks) * self.longest, *x_N.shape[1:]), fill)
         return flat.index_copy(0, self.places, x_N)
 
     @cached_property
-    def varlen(self) -> VarlenPlan:
+    def _varlen(self) -> dict[int | None, VarlenPlan | None]:
+        return {}
+
+    def varlen(self, window: int | None = None) -> VarlenPlan | None:
+        """The varlen calls of a layer in which a column sees at most `window` columns, its own last; None:
+        they would copy too many keys.
+        """
+        if window not in self._varlen:
+            self._varlen[window] = self._planned(window)
+        return self._varlen[window]
+
+    def _planned(self, window: int | None) -> VarlenPlan | None:
         pairs = [pair for b in self.blocks for pair in b.columns if pair[0]]
         bins = first_fit([len(seen) for seen, _ in pairs], sum(self.sizes))  # a call copies at most N keys
         branches = [[pairs[i] for i in bin_] for bin_ in bins]
-        how = {"branches": branches, "may_join": self.device.type != "cuda" or joined_flash_works()}
+        may_join = self.device.type != "cuda" or joined_flash_works()
+        how = {"branches": branches, "may_join": may_join, "window": window}
         return VarlenPlan.of([b.lengths for b in self.blocks], self.device, **how)
 
 
@@ -150,12 +179,13 @@ def packed_attention(
         raise ValueError(f"{type(module).__name__} does not pass keyword arguments to its attention function")
     if dropout:
         raise ValueError(f"{type(module).__name__} applies dropout although it is not in training")
-    whole = sliding_window is None or cohort_layout.longest <= sliding_window
-    if whole and softcap is None and s_aux is None and flash_serves(query, value):
+    window = None if sliding_window is None or cohort_layout.longest <= sliding_window else sliding_window
+    kernels = None if softcap is not None else cohort_layout.kernels_for(query, value, window)
+    if kernels is not None and (plan := cohort_layout.varlen(window)) is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return shared_prompt_attention(q, k, v, cohort_layout.varlen, scale=scale)[None], None
-    attend = partial(_attend, scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+        return shared_prompt_attention(q, k, v, plan, scale=scale, sinks_H=s_aux, kernels=kernels)[None], None
+    attend = partial(_attend, scaling=scaling, sliding_window=window, softcap=softcap, s_aux=s_aux)
     # Split, not slices: the backward of a slice writes zeros for the whole row.
     pieces = [x[0].split(cohort_layout.sizes, dim=1) for x in (query, key, value)]
     outputs = []
@@ -211,14 +241,14 @@ def _attend(
 ) -> Float[Tensor, "B Hq T Dv"]:
     """Causal attention of the last T of S positions: the queries are aligned to the end of the keys.
 
-    Soft-capped logits (Gemma 2), attention sinks (gpt-oss) and windows are computed step by step.
+    Soft-capped logits (Gemma 2) and attention sinks (gpt-oss) are computed step by step, by all scores.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     window = num_keys if sliding_window is None else sliding_window
-    is_plain = num_keys <= window and softcap is None and s_aux is None
-    if is_plain and num_queries == num_keys:
+    is_plain = softcap is None and s_aux is None
+    if is_plain and num_keys <= window and num_queries == num_keys:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     columns = torch.arange(num_keys, device=q.device)
     distance = columns[num_keys - num_queries :, None] - columns

@@ -12,7 +12,7 @@ from rl.batch import PackRules, pack
 from rl.causal import CausalPolicy
 from rl.config import Config
 from rl.model.loading import num_ids
-from rl.model.varlen import MOST_KEYS
+from rl.model.varlen_plan import MOST_KEYS
 from rl.plan.memory import GIB, OVERHEAD_BYTES, takes_share
 from rl.policy import Reference
 from rl.teacher import Teacher

@@ -6,8 +6,9 @@ The step is that of `tests.bench.train_phase`: the median of three without a pro
 that is traced. `idle` is the measured step without the time in which kernels ran. MFU counts useful FLOP
 only; the rate of the matrix products counts all that they computed, the head's second pass included.
 `--compare` measures the same step with other settings of the config afterwards, `--compare-attention` with
-a call per crossing in place of copied keys (`rl.model.varlen`), `--compare-sums` with gradients that autograd
-adds up (`rl.model.linear`), in this process. `waits` are the places where a step's host waits for the GPU.
+a call per crossing in place of copied keys (`rl.model.varlen_plan`), `--compare-sums` with gradients that
+autograd adds up (`rl.model.linear`), in this process. `waits` are the places where a step's host waits for
+the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from rl.model import linear, loading, varlen
+from rl.model import linear, loading, varlen_plan
 from rl.types import ScoredGroup
 from tests.bench.flops import peak_flops, training_flops
 from tests.bench.kernels import PRODUCTS, largest, table, trace
@@ -54,7 +55,7 @@ def main() -> None:
             other = profiled(model, groups, [*overrides, *arguments.compare], arguments.largest)
             print(f"{' '.join(arguments.compare)}: {other / seconds:.3f} of the seconds before")
         if arguments.compare_attention:
-            varlen.MOST_KEYS = 0
+            varlen_plan.MOST_KEYS = 0
             other = profiled(model, groups, overrides, arguments.largest)
             print(f"a call per crossing: {other / seconds:.3f} of the seconds of copied keys")
         if arguments.compare_sums:

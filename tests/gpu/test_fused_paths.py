@@ -19,7 +19,7 @@ from rl.diffusion.model import DiffusionScorer, to_diffusion, use_fused_diffusio
 from rl.model.bidirectional import Documents, bidirectional_attention
 from rl.model.head import kernels_work, token_logprobs
 from rl.model.linear import add_gradients_in_products, adding, wide_products_work
-from rl.model.varlen import flash_works, joined_flash_works
+from rl.model.varlen import flash_works, joined_flash_works, windowed_flash_works
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +72,7 @@ def test_the_fused_kernels_agree_with_plain_torch():
     assert kernels_work()
     assert flash_works()
     assert joined_flash_works()
+    assert windowed_flash_works()
 
 
 def test_kept_logits_change_no_bit():

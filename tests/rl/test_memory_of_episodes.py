@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import partial
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def drawn(seed: int) -> ScoredGroup:
 
 def keys(batch: MicroBatch) -> int:
     """That one attention call copies."""
-    plan = batch.layout.varlen
+    plan = batch.layout.varlen()
     copied = [x.seen_S for x in (plan.own, *plan.crossings) if x.seen_S is not None]
     return max(map(len, copied), default=0)
 
@@ -102,17 +102,14 @@ def test_trials_are_those_by_hand():
 
 
 @pytest.mark.parametrize("budget", [24, 150])
-def test_the_plan_covers_what_the_largest_micro_batch_of_episodes_keeps(budget, monkeypatch):
+def test_the_plan_covers_what_the_largest_micro_batch_of_episodes_keeps(budget):
     """On a CPU by the code of GPUs: attention in one varlen call, which keeps no copies of keys."""
-    monkeypatch.setattr(packed, "flash_serves", lambda query, value: True)
-    varlen = partial(packed.shared_prompt_attention, kernels=KERNELS)
-    monkeypatch.setattr(packed, "shared_prompt_attention", varlen)
     model = LlamaForCausalLM(SHAPE)
     model.set_attn_implementation(packed.PACKED)
     config = config_of(budget)
     kept = 0
     for m in tried(config):
-        given = {"position_ids": m.positions_N[None], "cohort_layout": m.layout}
+        given = {"position_ids": m.positions_N[None], "cohort_layout": replace(m.layout, kernels=KERNELS)}
         kept = max(kept, bytes_kept(model, "fp32", len(m.token_ids_N), **given))
     size = ModelSize.of(SHAPE, fused_layers=False, dtype="fp32")
     plan = plan_memory(size, config, Card("a GPU", 8 * GIB), P + C)
