@@ -33,6 +33,7 @@ from rl.moe.health import Health
 from rl.moe.kernels import choose_experts
 from rl.moe.policy import METRICS as MOE_METRICS
 from rl.moe.policy import MoePolicy, with_experts
+from rl.plan.measured import layer_bytes, measured_size
 from rl.plan.memory import num_shares
 from rl.plan.probe import probe
 from rl.plan.sizes import ModelSize, NoPrediction, count_parameters
@@ -270,7 +271,12 @@ def adapt(model: Any, config: ModelConfig) -> None:
 
 def causal_size(config: Config, model: ModelConfig) -> ModelSize:
     refuse_masked(model.name, model.revision)
-    size = counted(config, read_config(model), fused=has_fused_layers(model))
+    found = read_config(model)
+    try:
+        size = counted(config, found, fused=has_fused_layers(model))
+    except NoPrediction:
+        size = replace(measured_size(found), adapt=adapt)
+        layer_bytes(size, config.model)  # raises NoPrediction, too
     if (teacher := teacher_model(config.teacher)) is None:
         return size
     return replace(size, teacher=count_parameters(read_config(teacher)))

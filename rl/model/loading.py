@@ -139,7 +139,7 @@ def use_fused_layers(model: PreTrainedModel, config: ModelConfig, *, is_checked:
     if config.dtype == "fp32":
         return
     embedding = cast(Any, model.get_input_embeddings())
-    embedding.register_forward_hook(_narrow_under_autocast)
+    embedding.register_forward_hook(narrow_under_autocast)
     if config.fused_layers and config.lora is None:
         add_gradients_in_products(model)
     # Liger's kernel of stacked experts ignores autocast, and its norms alone change a mixture's routes.
@@ -213,7 +213,7 @@ def _in_fp32(model: PreTrainedModel, compute: Callable[[], torch.Tensor]) -> tor
             p.data = p.data.bfloat16()
 
 
-def _narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+def narrow_under_autocast(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
     """Narrows embeddings: autocast leaves them in fp32, and so every residual sum and norm of the model."""
     if not torch.is_autocast_enabled(output.device.type):
         return output

@@ -19,11 +19,16 @@ from rl.config.diffusion import DiffusionConfig
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
 from rl.model.on_host import PIECE_BYTES
+from rl.plan.measured import layer_bytes
 from rl.plan.sizes import Adapters, ModelSize, adapters_of, lora_layer_bytes
 
 GIB = 2**30
 OVERHEAD_BYTES = int(1.5 * GIB)
 """CUDA context, cuBLAS workspaces and the allocator's rounding."""
+SCORE_BYTES = (8, 12)
+"""What soft-capped attention keeps of a score for its backward pass, in fp32 and in 16 bits: tanh, softmax
+and its narrow copy; and what one layer holds besides while it is computed or differentiated.
+"""
 FILLED = 0.92
 """Share of a GPU that a plan may fill."""
 
@@ -169,9 +174,10 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         added = adapters_of(size, lora)
         trained, master, narrowed, head = added.weights, 4, added.weights, 0
         layer = lora_layer_bytes(size, lora, config.model.dtype)
+    layer, largest = layer_bytes(size, config.model) if size.is_measured else (layer, layer)
     narrow = narrowed * compute if is_mixed else 0
     if config.model.gradient_checkpointing is True:
-        saved, copies = size.layers * size.hidden * compute + layer, added.copied // size.layers
+        saved, copies = size.layers * size.hidden * compute + largest, added.copied // size.layers
         # Narrowed copies of all layers live until the forward pass ends, then of one recomputed layer.
         narrow = max(narrow - token_budget * layer, narrow // size.layers)
     else:
@@ -201,9 +207,17 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         Part("weights in the compute dtype" if shares == 1 else "gathered weights", narrow, "train"),
         Part("adapted experts", copies * stored, "train"),
         Part("activations", token_budget * saved, "train"),
+        Part("soft-capped scores", token_budget * score_bytes(size, config), "train"),
         Part("logits", logits + chunks, "train"),
     ]
-    return [part for part in parts if part.bytes or part.name not in ("adapted experts", "teacher")]
+    optional = ("adapted experts", "soft-capped scores", "teacher")
+    return [part for part in parts if part.bytes or part.name not in optional]
+
+
+def score_bytes(size: ModelSize, config: Planned) -> int:
+    """What soft-capped attention holds for a token in the longest row."""
+    layers = 1 if config.model.gradient_checkpointing is True else size.layers
+    return size.capped_heads * config.longest_row * (SCORE_BYTES[0] * layers + SCORE_BYTES[1])
 
 
 def reference_on_host(size: ModelSize, config: Config) -> int:

@@ -12,7 +12,16 @@ from rl.config import Config, ModelConfig
 from rl.config.read import replaced
 from rl.model.units import whole_because
 from rl.plan.host import layers_on_host, moments_on_host, pinned
-from rl.plan.memory import Card, Planned, engine_share, in_flight, indivisible, plan_memory, uses_vllm
+from rl.plan.memory import (
+    Card,
+    Planned,
+    engine_share,
+    in_flight,
+    indivisible,
+    plan_memory,
+    training_parts,
+    uses_vllm,
+)
 from rl.plan.sizes import ModelSize
 
 HOSTED = ("memory.optimizer_on_host", "memory.reference_on_host")
@@ -137,7 +146,7 @@ def remedy(
     size: ModelSize, config: Planned, card: Card, max_length: int
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The least change that fits: overrides of the config, and values of keys that are auto then."""
-    for overrides in _changes(config):
+    for overrides in _changes(config, adapts=_takes_adapters(size, config)):
         changed = replaced(config, overrides)
         cut = config.longest_row - changed.longest_row
         if (values := fit(size, changed, card, max_length - cut)) is not None:
@@ -213,12 +222,21 @@ def _with_budget(
     return values | {"train.token_budget": budgets[more - 1] if more else least}
 
 
-def _changes(config: Planned) -> Iterator[dict[str, Any]]:
+def _takes_adapters(size: ModelSize, config: Planned) -> bool:
+    """Whether adapters can be planned: peft refuses some families, and not every config may have them."""
+    try:
+        training_parts(size, replaced(config, {"model.lora": {"r": 16}}), 1)
+    except ValueError:
+        return False
+    return True
+
+
+def _changes(config: Planned, *, adapts: bool) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
     left_open = (key for key in PLANNED if key.startswith(("train.t", "engine.", "memory.")))
     planned: dict[str, Any] = {key: "auto" for key in left_open if not is_auto(config, key)}
     steps = [planned, planned | {"model.gradient_checkpointing": True}]
-    if config.model.lora is None:
+    if config.model.lora is None and adapts:
         steps += [step | {"model.lora": {"r": 16}} for step in steps]
     yield from steps
     samples = isinstance(config, Config)

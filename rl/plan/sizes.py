@@ -68,6 +68,8 @@ class ModelSize:
         cache_per_token: keys and values of all layers.
         sampled_per_token: what a sampler in this process holds for each token of a sequence.
         sampled_per_sequence: what it also holds for each sequence.
+        is_measured: what layers keep was not counted (0 here); `rl.plan.measured` has it.
+        capped_heads: query heads whose scores are soft-capped, and kept whole since no kernel caps them.
         has_own_sampler: the model is sampled in this process, never by vLLM.
         teacher: all weights of the teacher.
         config, family: the transformers config, and its name of the family.
@@ -84,6 +86,8 @@ class ModelSize:
     cache_per_token: int
     sampled_per_token: int
     sampled_per_sequence: int = 0
+    is_measured: bool = False
+    capped_heads: int = 0
     has_own_sampler: bool = False
     experts: Experts | None = None
     teacher: int = 0
@@ -130,14 +134,10 @@ class ModelSize:
             raise NoPrediction(f"no memory prediction for {text.model_type}: layers of {min(others)}")
         if getattr(text, "kv_lora_rank", None):
             raise NoPrediction(f"no memory prediction for {text.model_type}: latent attention")
-        model = _without_loops(config)
+        model = without_loops(config)
         head: Any = model.get_output_embeddings()
         names = [name for name, _ in model.named_modules()]
-        matrices = tuple(
-            (name, m.in_features, m.out_features)
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and m is not head
-        )
+        matrices = of_layers(model, head)
         experts = _experts(model, text)
         hidden, wide, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
         if experts is None:
@@ -149,12 +149,13 @@ class ModelSize:
                 n for name, _, n in matrices if re.search(r"(gate|up|gate_up|input)_(proj|linear)$", name)
             )
         wide = opened // 2 // layers if experts else wide
-        size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+        size = head_size(text)
         keys = size * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         queries = size * text.num_attention_heads
         norms, unneeded = NORMS["fused" if fused_layers else dtype]
         if experts and not fused_layers and dtype == "bf16-mixed":
             norms += 1  # experts return fp32, and so the residual stream stays wide
+        norms += (norms - 2) // 2 * _added_norms(model, hidden)
         normed = (2 if dtype == "fp32" else 3) * any(name.endswith("q_norm") for name in names)
         mlp = 3 if fused_layers else 4
         return ModelSize(
@@ -167,13 +168,39 @@ class ModelSize:
             kept_for_weights=unneeded * hidden + (normed and 1) * (queries + keys) + wide,
             cache_per_token=2 * layers * keys,
             sampled_per_token=2 * layers * keys,
+            capped_heads=text.num_attention_heads if getattr(text, "attn_logit_softcapping", None) else 0,
             experts=experts,
             config=config,
             family=config.model_type,
         )
 
 
-def _without_loops(config: PreTrainedConfig) -> PreTrainedModel:
+def _added_norms(model: PreTrainedModel, hidden: int) -> int:
+    """Norms of a layer besides two; they keep as much as those, except the input of a product."""
+    layer = decoder_layers(model)[0]
+    norms = [
+        m for name, m in layer.named_children() if "norm" in name and getattr(m, "weight", None) is not None
+    ]
+    return max(sum(m.weight.shape == (hidden,) for m in norms) - 2, 0)
+
+
+def head_size(text: Any) -> int:
+    try:
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    except Exception as error:  # Gemma 4's, whose layers have heads of different sizes
+        raise NoPrediction(f"no memory prediction for {text.model_type}: {error}") from error
+
+
+def of_layers(model: nn.Module, head: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    """`ModelSize.matrices`."""
+    return tuple(
+        (name, m.in_features, m.out_features)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head
+    )
+
+
+def without_loops(config: PreTrainedConfig) -> PreTrainedModel:
     """A model without storage; raises NoPrediction where a pass computes layers several times."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PhiConfig
 
+from recipes.kinds import adapt
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config, replaced
 from rl.model.adapters import add_lora
 from rl.model.head import CHUNK_BYTES
 from rl.model.loading import storage_dtype
+from rl.model.packed import PACKED, Block, Layout
+from rl.plan.measured import layer_bytes, measured_size
 from rl.plan.memory import (
     GIB,
     OVERHEAD_BYTES,
@@ -21,6 +27,7 @@ from rl.plan.memory import (
 )
 from rl.plan.search import HOST_RATE, SLEEP_S, fit, remedy, seconds_of
 from rl.plan.sizes import ModelSize, NoPrediction
+from tests.rl.cpu_kernels import KERNELS
 from tests.rl.families import FAMILIES, tiny_config
 from tests.saved_tensors import bytes_kept
 
@@ -399,3 +406,141 @@ def test_where_memory_sufficed_before_it_could_be_saved_the_plan_is_the_same(
     keys = ["model.gradient_checkpointing", "engine.gpu_memory_utilization", "engine.max_num_seqs"]
     keys += ["train.sharding", "train.token_budget"]
     assert found == {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+
+
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 1024,
+}
+
+
+def kept_of_a_row(config, num_tokens: int, adapters: ModelConfig | None = None) -> int:
+    """Bytes that autograd keeps of one packed row in fp32, without the head."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if adapters is not None:
+        add_lora(model, adapters)
+    model.set_attn_implementation(PACKED)
+    layout = Layout((Block(0, num_tokens, ()),), torch.device("cpu"), KERNELS)
+    return bytes_kept(model, "fp32", num_tokens, cohort_layout=layout)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "glm4"])
+def test_norms_behind_attention_and_the_mlp_are_counted(name):
+    given = load_config(None, ["model.dtype=fp32", "model.gradient_checkpointing=false"])
+    config = tiny_config(name, **WIDE, head_dim=64)
+    parts = training_parts(ModelSize.of(config, fused_layers=False, dtype="fp32"), given, 32)
+    (planned,) = (part.bytes for part in parts if part.name == "activations")
+    kept = kept_of_a_row(config, 96) - kept_of_a_row(config, 64)
+    of_embedding_and_last_norm = 3 * 512 * 4 * 32
+    assert (kept - of_embedding_and_last_norm) / planned == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
+def test_scores_with_a_soft_cap_are_planned_as_autograd_keeps_them(name):
+    given = load_config(None, ["model.dtype=fp32", "model.gradient_checkpointing=false", *lengths(128, 256)])
+    capped, plain = (tiny_config(name, attn_logit_softcapping=cap, vocab_size=512) for cap in (50.0, None))
+    kept = kept_of_a_row(capped, 384) - kept_of_a_row(plain, 384)
+    sizes = [ModelSize.of(config, fused_layers=False, dtype="fp32") for config in (capped, plain)]
+    parts, without = ({p.name: p.bytes for p in training_parts(size, given, 384)} for size in sizes)
+    of_one_layer = 12 * 384 * 384 * capped.num_attention_heads
+    assert parts["soft-capped scores"] - of_one_layer == pytest.approx(kept, rel=0.05)
+    assert "soft-capped scores" not in without
+
+
+def lengths(prompt: int, completion: int) -> list[str]:
+    return [f"data.max_prompt_length={prompt}", f"sampling.max_completion_length={completion}"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "glm4", "mistral", "mixtral"])
+def test_what_is_counted_by_hand_is_what_a_pass_without_storage_keeps(name):
+    config = tiny_config(name, **WIDE)
+    size = ModelSize.of(config, fused_layers=False, dtype="bf16")
+    parts = training_parts(size, load_config(None, BF16), 1)
+    (counted,) = (part.bytes for part in parts if part.name == "activations")
+    mean, largest = layer_bytes(measured_size(config), ModelConfig(dtype="bf16"))
+    assert mean == largest and size.layers * mean == pytest.approx(counted, rel=0.03)
+
+
+BF16 = ["model.dtype=bf16", "model.gradient_checkpointing=false"]
+
+
+@pytest.mark.parametrize("name", ["phi", "starcoder2", "gpt2", "lfm2", "arcee"])
+def test_layers_that_are_not_counted_are_measured_as_a_real_pass_keeps_them(name):
+    config = tiny_config(name, **WIDE, max_position_embeddings=512)
+    with pytest.raises(NoPrediction):
+        ModelSize.of(config, fused_layers=False)
+    mean, largest = layer_bytes(measured_size(config), ModelConfig(dtype="fp32"))
+    kept = (kept_of_a_row(config, 512) - kept_of_a_row(config, 256)) / 256
+    of_the_last_norm = 2 * 512 * 4  # LayerNorm keeps less, RMSNorm more
+    assert config.num_hidden_layers * mean == pytest.approx(kept - of_the_last_norm, rel=0.07)
+    assert largest >= mean
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_mixtures_with_other_attention_or_experts_are_measured(name, lora):
+    size = replace(measured_size(tiny_config(name, **WIDE)), adapt=adapt)
+    mean, largest = layer_bytes(size, ModelConfig(dtype="bf16", lora=lora))
+    assert 10_000 < mean <= largest < 100_000
+    wide, _ = layer_bytes(size, ModelConfig(dtype="fp32"))
+    assert wide == pytest.approx(2 * layer_bytes(size, ModelConfig(dtype="bf16"))[0], abs=2)
+
+
+def test_the_layer_that_keeps_most_counts_where_layers_are_computed_again():
+    """LFM2: one layer of attention and one of convolutions."""
+    given = load_config(None, ["model.dtype=fp32", "model.gradient_checkpointing=true"])
+    size = measured_size(tiny_config("lfm2", **WIDE))
+    mean, largest = layer_bytes(size, ModelConfig(dtype="fp32"))
+    (planned,) = (p.bytes for p in training_parts(size, given, 100) if p.name == "activations")
+    assert largest > 1.02 * mean and planned == 100 * (2 * 512 * 4 + largest)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bloom", "grows faster than the tokens of a row"),
+        ("hrm_text", "layers or head are not found"),
+        ("gemma4_text", "'head_dim' is a per-layer attribute"),
+        ("dory", "a loop of layers"),
+        ("falcon_mamba", "it names no num_attention_heads"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_the_reason(name, reason):
+    if name not in FAMILIES:
+        pytest.skip("this transformers does not have it")
+    with pytest.raises(NoPrediction, match=reason):
+        layer_bytes(measured_size(tiny_config(name)), ModelConfig(dtype="fp32"))
+
+
+def test_adapters_on_layers_behind_the_first_keep_their_input():
+    """Embeddings have no gradient there, so the first layer alone does not keep the input of its norm."""
+    config = tiny_config("llama", **WIDE, num_hidden_layers=4)
+    given = ModelConfig(dtype="fp32", lora={"r": 4})  # type: ignore[arg-type]
+    mean, _ = layer_bytes(replace(measured_size(config), adapt=adapt), given)
+    kept = (kept_of_a_row(config, 128, given) - kept_of_a_row(config, 64, given)) / 64
+    assert 0.99 <= 4 * mean / (kept - 512 * 4) <= 1.03  # the last norm keeps its input
+
+
+def test_convolutions_are_not_experts():
+    """Of 4 experts a token takes 2. A convolution has as many channels as keys, queries and values."""
+    size = measured_size(config := tiny_config("qwen3_next", **WIDE))
+    assert size.experts is not None and (size.experts.number, size.experts.top_k) == (4, 2)
+    of_a_layer = 4 * (2 * 16 * 512 + 16 * 512)
+    assert size.experts.weights == config.num_hidden_layers * of_a_layer
+
+
+def test_a_measured_config_is_left_as_it_was():
+    config = tiny_config("phi")
+    config._attn_implementation = "sdpa"
+    layer_bytes(measured_size(config), ModelConfig(dtype="fp32"))
+    assert config._attn_implementation == "sdpa"
+
+
+def test_adapters_are_no_remedy_for_a_family_that_cannot_have_them():
+    """PEFT refuses adapters of Falcon H1; CUDA's context alone does not fit 1 GiB."""
+    config = load_config(None, ["model.dtype=bf16", "engine.name=transformers", *lengths(64, 512)])
+    size = measured_size(tiny_config("falcon_h1"))
+    assert remedy(size, config, Card("a GPU", GIB), 576) is None

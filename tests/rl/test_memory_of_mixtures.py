@@ -21,7 +21,7 @@ from transformers import (
 
 from recipes.kinds import adapt
 from rl.config.read import load_config
-from rl.model.loading import _narrow_under_autocast, storage_dtype
+from rl.model.loading import narrow_under_autocast, storage_dtype
 from rl.moe.adapters import split_experts
 from rl.plan.memory import Card, training_parts
 from rl.plan.search import fit, replaced
@@ -156,7 +156,7 @@ def trained_and_kept(shape, config, num_tokens: int) -> tuple[int, int]:
     if config.lora:
         adapt(model, config)
     split_experts(model)
-    model.get_input_embeddings().register_forward_hook(_narrow_under_autocast)
+    model.get_input_embeddings().register_forward_hook(narrow_under_autocast)
     total = bytes_kept(model, config.dtype, num_tokens)
     return sum(p.nbytes for p in model.parameters() if p.requires_grad), total
 
