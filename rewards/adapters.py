@@ -89,7 +89,7 @@ def as_openrlhf(
     ) -> dict[str, Any]:
         import torch
 
-        texts = [query.removeprefix(prompt) for query, prompt in zip(queries, prompts, strict=True)]
+        texts = [_after(prompt, query) for query, prompt in zip(queries, prompts, strict=True)]
         found = _scores(loaded, prompts, completions=texts, ids=None, columns={answer: list(labels)})
         rewards = torch.tensor([abstain if score is None else score for score in found])
         abstained = torch.tensor([float(score is None) for score in found])
@@ -171,6 +171,18 @@ class from_areal:
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
         samples = zip(prompts, map(completion_text, completions), completion_ids, rows, strict=True)
         return [self.reward_fn(prompt, said, [], ids, **row) for prompt, said, ids, row in samples]
+
+
+def _after(prompt: str, query: str) -> str:
+    """The completion of a query. A token that begins a text may stand before the prompt.
+
+    Raises:
+        ValueError: the query does not hold the prompt, so that the prompt would be graded as an answer.
+    """
+    _, found, completion = query.partition(prompt) if prompt else ("", "", query)
+    if prompt and not found:
+        raise ValueError(f"as_openrlhf: the query {query!r:.60} does not hold its prompt {prompt!r:.60}")
+    return completion
 
 
 def _grade_one(

@@ -15,10 +15,13 @@ def completion_text(completion: str | Sequence[Any]) -> str:
 
 
 def last_message_text(completion: str | Sequence[Any]) -> str:
-    """The string itself, or the text of the last message, where graders look for the answer."""
+    """The string itself, or the text of the assistant's last message, where graders look for the answer.
+
+    What a tool or a user says after it, such as a page that holds the answer, is not the assistant's.
+    """
     if isinstance(completion, str):
         return completion
-    return _content(completion[-1]) if completion else ""
+    return next((_content(message) for message in reversed(completion) if _role(message) == "assistant"), "")
 
 
 def _role(message: Any) -> str:

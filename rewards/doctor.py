@@ -84,6 +84,7 @@ def examine_all(
     """
     if not rows:
         raise ValueError("the dataset has no rows, so nothing can be checked")
+    print(f"{len(rows)} rows; the first one is row 0, as in the ids of prompts")
     well = True
     for spec in specs:
         alone = RewardSpec(spec.name, options=spec.options)

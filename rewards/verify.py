@@ -34,8 +34,9 @@ class MathVerify:
 
     def _grade(self, text: str, gold: Any) -> Reward:
         parse, verify = self.library.parse, self.library.verify
+        given = gold if isinstance(gold, list) else [gold]
         golds = [
-            one for each in (gold if isinstance(gold, list) else [gold]) for one in gold_texts(str(each))
+            one for each in given if isinstance(each, str | int | float) for one in gold_texts(str(each))
         ]
         parsed = [parse(f"\\boxed{{{one}}}", parsing_timeout=TIMEOUT_S) for one in golds]
         if not any(parsed):

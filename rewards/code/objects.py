@@ -5,11 +5,16 @@ decided here, because that may be an expected value. It uses the plain value und
 is one. For the same reason the two are never subtracted from each other. Other arithmetic with a number of
 the tests may only give an object, and its size and value are not asked for. `in` goes by the items that an
 object yields, if it yields any.
+
+A method that judges its argument (`endswith`, `equals`; also `in` without items) could agree to anything.
+Only a built-in class, an object that the tests name, or an object of a class that they name may answer it
+about a value of the tests. A name such as `Trie` is a class's; others, such as `add`, may be a function's.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import decimal
 import enum
 import fractions
@@ -40,7 +45,9 @@ FIXED = (*NUMBERS, bool, complex, str, bytes)  # a value of these never changes,
 OF_PLAIN: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "index": operator.index}
 # Questions whose argument is an expected value: the built-in class underneath answers them.
 JUDGING = """startswith endswith find rfind index rindex count partition rpartition isdisjoint issubset
-    issuperset intersection union difference symmetric_difference""".split()  # noqa: SIM905
+    issuperset intersection union difference symmetric_difference removeprefix removesuffix
+    equals equal is_equal isequal compare""".split()  # noqa: SIM905
+UNKNOWN = "{!r} is asked of an object whose name and class the tests do not mention"
 
 
 def _asked(operation: str) -> Callable[..., Any]:
@@ -49,6 +56,12 @@ def _asked(operation: str) -> Callable[..., Any]:
             raise TypeError(f"{operation} of an object that was computed with a number of the tests")
         if operation in OF_PLAIN and type(plain := self._plain()) in NUMBERS:
             return OF_PLAIN[operation](plain)
+        if (
+            operation == "call"
+            and self._guard
+            and any(type(v) is not Remote for v in (*args, *kwargs.values()))
+        ):
+            raise TypeError(UNKNOWN.format(self._guard))
         return self._link.ask(operation, self._number, args, kwargs)
 
     return ask
@@ -82,20 +95,36 @@ def _computed(operation: str, *, swapped: bool = False) -> Callable[[Remote, Any
     return compute
 
 
+def note_name(value: Remote, name: str) -> None:
+    """Remembers that the tests name an object, which is a class if its name begins with a capital."""
+    object.__setattr__(value, "_is_named", True)
+    if name[:1].isupper():
+        value._link.named_classes.add(value._number)
+
+
 class Remote:
     # An object of the solution that stays there. `_number`: its handle, or the path of an entry point.
-    __slots__ = ("_fixed", "_kind", "_link", "_mixed", "_number")
+    # `_guard`: the name of a judging method that must not see values of the tests.
+    __slots__ = ("_fixed", "_guard", "_is_named", "_kind", "_link", "_mixed", "_number")
 
     def __init__(self, link: Any, number: int | str) -> None:
-        for name, value in zip(Remote.__slots__, (None, None, link, False, number), strict=True):
+        for name, value in zip(Remote.__slots__, (None, "", False, None, link, False, number), strict=True):
             object.__setattr__(self, name, value)
+        if type(number) is str and number.isidentifier():
+            note_name(self, number)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in NAMES:
             raise AttributeError(name)
         if name in JUDGING and type(plain := self._plain()) is not Remote and hasattr(plain, name):
             return getattr(plain, name)
-        return self._link.ask("getattr", self._number, (name,))
+        found = self._link.ask("getattr", self._number, (name,))
+        if type(found) is Remote and not found._is_named:
+            if self._number in self._link.named_classes:
+                note_name(found, name)
+            elif name in JUDGING and not self._may_judge():
+                object.__setattr__(found, "_guard", name)
+        return found
 
     def __iter__(self) -> Any:
         iterator = _asked("iter")(self)
@@ -127,6 +156,8 @@ class Remote:
             return value in mine
         if self._mixed or self._link.ask("yields_items", self._number) is True:
             return any(item is value or item == value for item in self)
+        if type(value) is not Remote and not self._may_judge():
+            raise TypeError(UNKNOWN.format("in"))
         return self._link.ask("contains", self._number, (value,)) is True
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -134,6 +165,16 @@ class Remote:
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self._link.ask("deepcopy", self._number)
+
+    def _may_judge(self) -> bool:
+        """Whether the tests name the object or its class."""
+        if self._is_named:
+            return True
+        for named in self._link.named_classes:
+            with contextlib.suppress(TypeError):  # it is not a class after all
+                if self._link.ask("isinstance", named, (self,)) is True:
+                    return True
+        return False
 
     def _plain(self) -> Any:
         if self._fixed is None:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from rewards.code.objects import KINDS, Remote
+from rewards.code.objects import KINDS, Remote, note_name
 from rewards.code.protocol import BadValue, Channel, Closed, Decoder, Encoder, NoPlainForm, names_of, parts_of
 
 # These could end a loop of the tests early, or the tests themselves; so they arrive as RuntimeError, as does
@@ -51,6 +51,7 @@ class Link:
         self._exceptions: dict[str, type[Exception]] = {}
         self._callbacks: list[Callable[..., Any]] = []
         self._named: set[int] = set()
+        self.named_classes: set[int | str] = set()
         self._is_seeded = False
         self._world = self._around()
 
@@ -199,6 +200,7 @@ class Link:
             found = self.ask("get", name)
             if type(found) is Remote:
                 self._named.add(found._number)
+                note_name(found, name)
             return found
         except SolutionFault as fault:
             if fault.kind != "missing":

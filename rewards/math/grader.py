@@ -113,7 +113,8 @@ def math_reward(
 
 def _grade_any(completion: str, answer: Any, options: MathOptions) -> Reward:
     if not isinstance(answer, (list, tuple)):
-        return grade(completion, "" if answer is None else str(answer), options=options)
+        is_none = answer is None or isinstance(answer, Mapping)
+        return grade(completion, "" if is_none else str(answer), options=options)
     rewards = [_grade_any(completion, each, options) for each in answer]
     if not rewards:
         return grade(completion, "", options=options)

@@ -54,7 +54,8 @@ _CHOICE = re.compile(
 )
 _MARK = "[A-J①-⑳]"
 _MARKS = re.compile(rf"I{{2,}}|{_MARK}")  # II is one mark
-_CHOICES = re.compile(rf"{_MARK}(?:[\s,;&]*(?:and)?[\s,;&]*{_MARK})+|[①-⑳]")
+_CHOSEN = rf"(?:\({_MARK}\)|{_MARK}\)?)"
+_CHOICES = re.compile(rf"{_CHOSEN}(?:[\s,;&和]*(?:and)?[\s,;&]*{_CHOSEN})+|[①-⑳]")
 _OTHER_CHOICE = re.compile(r"(?:^|[^A-Za-z])[A-J][).\]:]|\bor\b|\band\b|或")
 # A lone letter: not part of a word, product or name, nor the constant of an integral or a degree.
 _LONE = re.compile(r"(?<![A-Za-z\\0-9_^'])([A-J])(?![A-Za-z0-9'\\]|\s*[\^_(/*+\\-])")
@@ -299,10 +300,10 @@ def choice_letters(gold: str, text: str) -> bool | None:
     expected, given = (
         _STYLE.sub(lambda match: match.group(1) or " ", clean(each)).strip(" .") for each in (gold, text)
     )
+    if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
+        return sorted(_MARKS.findall(expected)) == sorted(_MARKS.findall(given)) or None
     choice = _CHOICE.fullmatch(expected)
     if choice is None or not choice.group(2).isupper():
-        if _CHOICES.fullmatch(expected) and _CHOICES.fullmatch(given):
-            return sorted(_MARKS.findall(expected)) == sorted(_MARKS.findall(given)) or None
         return None
     wanted = choice.group(4)
     if wanted and (choice.group(3)[0] not in ").]" or _OTHER_CHOICE.search(wanted)):

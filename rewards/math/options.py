@@ -29,7 +29,7 @@ class MathOptions:
         chains: of a = b = c, "consistent" takes c if the numbers in the chain agree, "last" takes c.
         evaluated: the answer must be worked out: for 84, 58 + 26 is wrong, and 58 + 26 = 84 is right. This
             does not apply to a gold that contains an operation.
-        symbolic_timeout_s: seconds that sympy may take for what the grammar does not cover; 0: never.
+        symbolic_timeout_s: seconds that sympy may work on what the grammar does not cover; 0: never.
         max_chars: a longer prediction is too complex, unless it repeats the gold.
     """
 

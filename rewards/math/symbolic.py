@@ -23,6 +23,7 @@ from rewards.math.tree import MathError
 
 START_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 60.0
+PATIENCE = 5  # times the limit by the clock, while the process has worked for less
 MAX_CHARS = 300
 MAX_TRIES_OF_A_GOLD, MAX_SLOW_GOLDS = 2, 10_000  # a gold that is too slow twice is not asked about again
 _WORKER = Path(__file__).with_name("symbolic_worker.py")
@@ -63,7 +64,7 @@ class SymbolicWorker:
         """Whether sympy finds two LaTeX texts equal; None if it cannot read one of them.
 
         Raises:
-            SymbolicTimeout: no verdict within `timeout_s`; the process is killed and later replaced.
+            SymbolicTimeout: no verdict within `timeout_s` of its work; it is killed and later replaced.
             SymbolicFault: see its docstring.
         """
         if self._slow_golds[gold] >= MAX_TRIES_OF_A_GOLD:
@@ -114,16 +115,20 @@ class SymbolicWorker:
         except OSError:
             return {}
         deadline, read_gold = time.monotonic() + timeout_s, False
+        last, enough_s = time.monotonic() + PATIENCE * timeout_s, _work_s(process.pid) + timeout_s
         while True:
-            message = self._receive(deadline)
-            if message is None:
+            message, now = self._receive(deadline), time.monotonic()
+            if message is None and now < last and (left_s := enough_s - _work_s(process.pid)) > 0:
+                deadline = min(now + left_s, last)  # it waits for a processor
+            elif message is None:
                 self._spawn()  # so that the next question waits for less of the start
                 if not read_gold and len(self._slow_golds) < MAX_SLOW_GOLDS:
                     self._slow_golds[gold] += 1
                 raise SymbolicTimeout(timeout_s, on_gold=not read_gold)
-            if "read" not in message:
+            elif "read" not in message:
                 return message
-            read_gold = True
+            else:
+                read_gold = True
 
     def _spawn(self) -> None:
         self.close()
@@ -153,6 +158,14 @@ class SymbolicWorker:
                 self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
+
+
+def _work_s(pid: int) -> float:
+    """CPU seconds of a process so far; infinity where only the clock can tell, as outside Linux."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) counts them
+    except OSError:
+        return float("inf")
 
 
 worker = SymbolicWorker()

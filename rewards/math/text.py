@@ -170,9 +170,11 @@ angle :: (?<=\d)\s*\\angle\s*(?=-?(?:\d|\\[dt]?frac|\\pi)) => \\operatorname{cis
 underbrace :: \\underbrace\s*(\{.*\})_\s*\{(?:[^{}]|\{[^{}]*\})*\} => \1
 overset :: \\overset\s*\{\s*(?:\\[a-z]+|[^{}\w\\]+)\s*\} => 
 \math :: \\math(?:bf|rm)\{(\d)\}(?=\d) => \1
+bb :: \\(?:mathbb|Bbb)\s*\{?\s*([RZNQC])(?![A-Za-z])\s*\}? => \\mathbb{\1}
+m/s :: (?<=\d)(?:[\s~]|\\[,;:! ])+m/s(\^)?\{?(2)?\}?$ => \\text{ m/s\1\2}
 /_ :: ^\^\{?(\w)\}?/_\{?(\w)\}?$ => \\frac{\1}{\2}
-out of :: ^(\d+) out of (\d+)$ => \\frac{\1}{\2}
-in :: ^(\d+) in (\d+)$ => \\frac{\1}{\2}
+out of :: ^(\d+)\s+out of\s+(\d+)$ => \\frac{\1}{\2}
+in :: ^(\d+)\s+in\s+(\d+)$ => \\frac{\1}{\2}
 the year :: ^the year (\d{1,4})$ => \1
 D :: ^(\d{1,4}) ?A\.? ?D\.?$ => \1
 # :: ^\\?#\s*(\w+)\s*= => |\1|=

@@ -48,11 +48,18 @@ def length(completions, **columns):
 
 @per_completion
 def nap(completions):
-    """Sleeps as many seconds as "nap 0.2" says, or has a fault; counts its calls."""
+    """Sleeps as many seconds as "nap 0.2" says, or until two calls of its pair have begun, as "pair 3 FOLDER"
+    says, or has a fault; counts its calls.
+    """
     text = completions[0]
     NAPS.append(text)
     if text.startswith("nap"):
         time.sleep(float(text.split()[1]))
+    if text.startswith("pair"):
+        _, number, folder = text.split()
+        open(f"{folder}/{number}", "w").close()
+        while len(os.listdir(folder)) < 2 * (int(number) // 2 + 1):
+            time.sleep(0.01)
     return FAULTS[text]() if text in FAULTS else [float(len(NAPS))]
 
 

@@ -99,6 +99,14 @@ def test_verls_functions_are_rewards_here():
     assert scores("verl", ["a", "a"], options=options, **columns) == [1.0, 0.0]
 
 
+def test_as_openrlhf_grades_no_prompt_as_an_answer():
+    """Queries are decoded with special tokens, so a beginning of text may stand before the prompt."""
+    found = as_openrlhf(HERE + "exact")(["<s>What is 3?", "<s>What is 3?3"], ["What is 3?"] * 2, ["3", "3"])
+    assert found["rewards"].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"the query 'What is 4.*does not hold its prompt 'What is 3"):
+        as_openrlhf(HERE + "exact")(["What is 4?3"], ["What is 3?"], ["3"])
+
+
 def test_openrlhfs_functions_are_rewards_here():
     options = {"function": HERE + "reward_func"}
     assert scores("openrlhf", ["a", "b"], options=options, prompts=["q", "q"], answer=["a", "a"]) == [

@@ -254,8 +254,9 @@ def test_a_fault_of_the_tests_abstains(sandbox: Sandbox) -> None:
 
 def test_tests_that_hang_by_themselves_abstain_and_a_solution_that_hangs_gets_zero(sandbox: Sandbox) -> None:
     quick = CodeOptions(timeout_s=1.0)
+    patient = CodeOptions(timeout_s=4.0)  # it answers, and only then are the tests to blame
     hanging = asserts("add", "import time\ntime.sleep(60)\nassert add(1, 1) == 2")
-    assert run(sandbox, "def add(a, b): return a + b", hanging, quick).reason is Reason.BAD_GOLD
+    assert run(sandbox, "def add(a, b): return a + b", hanging, patient).reason is Reason.BAD_GOLD
     for code in ("def add(a, b):\n    while True: pass", "import time\ntime.sleep(60)"):
         reward = run(sandbox, code, ADD_TESTS, quick)
         assert (reward.score, reward.reason) == (0.0, Reason.TIMEOUT)

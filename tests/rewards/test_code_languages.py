@@ -11,8 +11,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rewards.code import languages as code_languages
@@ -21,6 +23,7 @@ from rewards.code.languages import LANGUAGES, sweep_folders
 from rewards.sandbox.confine import landlock_abi
 from rewards.sandbox.sandbox import Sandbox, SandboxError
 from rl.types import Reason, Reward
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [{"input": "2 3\n", "output": "5\n"}, {"input": "10 -4\n", "output": "6\n"}]
@@ -113,13 +116,35 @@ def test_a_program_that_holds_all_threads_leaves_other_workers_alone() -> None:
     hold += " pthread_attr_t a; pthread_attr_init(&a); pthread_attr_setstacksize(&a, 65536);"
     hold += " for (;;) if (pthread_create(&t, &a, wait, 0)) usleep(1000); }"
     with ThreadPoolExecutor(1) as pool:
-        holding = pool.submit(run, C + hold, "c", timeout_s=3.0)
-        time.sleep(1.5)
-        for language in ("c", "javascript"):
-            reward = run(HONEST[language], language)
-            assert reward.score == 1.0, reward
-        assert not holding.done(), "the holding ended too early to prove anything"
-        assert holding.result().reason is Reason.TIMEOUT
+        holding = pool.submit(run, C + hold, "c", timeout_s=250.0)
+        try:
+            wait_until(holds_all, "it starts no more threads", 120)
+            for language in ("c", "javascript"):
+                reward = run(HONEST[language], language)
+                assert reward.score == 1.0, reward
+            assert not holding.done(), "the holding ended too early to prove anything"
+        finally:
+            while not holding.done():  # at each of the cases
+                for found in holders():
+                    found.kill()
+                time.sleep(0.05)
+        assert holding.result().score == 0.0
+
+
+def holders() -> dict[psutil.Process, int]:
+    """Programs below this process that have more than 16 threads, and their number."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "main" and (number := process.num_threads()) > 16:
+                found[process] = number
+    return found
+
+
+def holds_all() -> bool:
+    before = holders()
+    time.sleep(0.3)
+    return bool(before) and holders() == before
 
 
 def test_a_compiler_that_is_ended_leaves_no_process(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

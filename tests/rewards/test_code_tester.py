@@ -214,21 +214,22 @@ def test_an_error_larger_than_the_output_does_not_cut_the_verdict(sandbox, scori
 def test_a_long_line_costs_its_length_and_not_the_square(sandbox, text):
     asserts = {"type": "asserts", "entry_point": "add", "code": "assert add(2, 3) == 5"}
     asserts["prompt"] = "def add(a, b):\n"
-    started = time.monotonic()
+    started = time.thread_time()
     assert grade(text, asserts, options=PATIENT, sandbox=sandbox).score == 0.0
-    assert time.monotonic() - started < 3
+    assert time.thread_time() - started < 3
 
 
 def test_a_judge_that_has_used_half_of_its_cpu_time_is_replaced_before_it_runs_out():
     code = (
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (4, 4))\n"
-        "from rewards.code import code_sandbox, grade\n"
+        "from rewards.code import CodeOptions, code_sandbox, grade\n"
+        "own = {'options': CodeOptions(timeout_s=60.0)}\n"
         "burn = 'import time\\nend = time.process_time() + 0.7\\nwhile time.process_time() < end: pass\\n'\n"
         "tests = {'type': 'asserts', 'entry_point': 'f', 'code': burn + 'assert f(1) == 1'}\n"
         "with code_sandbox(num_workers=1) as sandbox:\n"
-        "    print([grade('def f(x): return x', tests, sandbox=sandbox).score for _ in range(8)])\n"
+        "    print([grade('def f(x): return x', tests, sandbox=sandbox, **own).score for _ in range(8)])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.stdout == f"{[1.0] * 8}\n", done.stderr
 
 

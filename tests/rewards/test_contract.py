@@ -65,7 +65,7 @@ def test_built_in_rewards_and_marked_functions_get_one_completion_a_call(grade):
 
 @pytest.mark.parametrize(("fault", "kind"), [("hang", "timeout"), ("raise", "raised")])
 def test_a_fault_in_a_group_call_costs_its_completion_and_the_rest_is_compared_without_it(grade, fault, kind):
-    found, faults = grade(HERE + "longest", group(["a", fault, "abc", "ab"]), deadline_s=0.5, workers=2)
+    found, faults = grade(HERE + "longest", group(["a", fault, "abc", "ab"]), deadline_s=1.5, workers=2)
     assert scores(found) == [[0.0, None, 1.0, 0.0]]
     assert found[0][1].detail.startswith(kind)
     assert faults.counts == {kind: 1} and (faults.num_faulty, faults.num_graded) == (1, 4)

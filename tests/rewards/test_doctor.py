@@ -119,6 +119,7 @@ def test_the_command_examines_every_reward_of_a_config_and_exits_1_if_one_is_not
     specs = [RewardSpec(HERE + "exact"), RewardSpec(HERE + "generous")]
     assert doctor.examine_all(specs, ROWS[: args.rows]) == 1
     said = capsys.readouterr().out
+    assert said.startswith("4 rows; the first one is row 0, as in the ids of prompts\n")
     assert f"{HERE}exact: ok" in said and f"{HERE}generous: NOT OK" in said and "4 of 4 score 1" in said
 
 

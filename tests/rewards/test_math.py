@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -158,21 +159,26 @@ HOSTILE = {
 
 
 def grade_all_hostile() -> list[str]:
-    """Names of completions that were paid, or took a second."""
+    """Names of completions that were paid, or took a second of this thread's work, or ten by the clock."""
     found = []
     for name, completion in HOSTILE.items():
-        started = time.perf_counter()
-        score = grade(completion, "7").score
-        if score != 0.0 or time.perf_counter() - started > 1:
+        is_slow = clock()
+        if grade(completion, "7").score != 0.0 or is_slow():
             found.append(name)
     if SHARED.exists():
         for row in map(json.loads, SHARED.read_text().splitlines()):
-            started = time.perf_counter()
+            is_slow = clock()
             if row["category"] == "hang/malicious" and grade(row["prediction"], row["gold"]).score == 1.0:
                 found.append(row["id"])
-            if time.perf_counter() - started > 1:
+            if is_slow():
                 found.append(row["id"])
     return found
+
+
+def clock() -> Callable[[], bool]:
+    """Whether more has passed since then than a second of this thread's work, or ten seconds by the clock."""
+    work, wall = time.thread_time(), time.perf_counter()
+    return lambda: time.thread_time() - work > 1 or time.perf_counter() - wall > 10
 
 
 def test_hostile_completions_are_unpaid_within_a_second_in_the_main_thread():
@@ -284,3 +290,10 @@ def test_grading_numbers_and_formulas_imports_neither_sympy_nor_torch():
         "print('sympy' in sys.modules, 'torch' in sys.modules, worker.is_running)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False False False\n"
+
+
+def test_a_gold_that_is_an_object_abstains_as_an_empty_one_does():
+    golds = [None, {"value": 1}, [{"value": 1}], [{"value": 1}, "2"], [1, "2"], 1.0]
+    rewards = math_reward([""] * 6, ["\\boxed{1}"] * 6, golds)
+    assert [reward.score for reward in rewards] == [None, None, None, 0.0, 1.0, 1.0]
+    assert rewards[1].reason is Reason.BAD_GOLD

@@ -57,10 +57,32 @@ def test_a_late_verdict_is_a_timeout_and_the_next_question_is_answered(worker):
     assert worker.equal("x + x", "2x", timeout_s=20.0) is True
     late = worker._process
     with pytest.raises(SymbolicTimeout) as caught:
-        worker.equal("x", SLOW, timeout_s=1.0)
+        worker.equal("x", SLOW, timeout_s=2.0)
     assert not caught.value.on_gold
     assert late.poll() is not None
     assert worker.equal("x + x", "3x", timeout_s=20.0) is False
+
+
+@pytest.mark.parametrize("gold", ["x + x", "\\int_0^1 2x dx \\cdot x + x"])
+def test_a_process_that_gets_no_processor_is_waited_for(worker, gold):
+    """As where graders share few cores: the limit is of its work, and the clock's is five times as long."""
+    assert worker.equal("x", "x", timeout_s=20.0) is True
+    pid = worker._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(3.0, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    assert worker.equal(gold, "2x", timeout_s=2.0) is True
+    assert worker._process.pid == pid and not worker._slow_golds
+    timer.join(10)
+
+
+def test_a_process_that_never_gets_a_processor_is_given_up(worker):
+    assert worker.equal("x", "x", timeout_s=20.0) is True
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(SymbolicTimeout):
+        worker.equal("x + x", "2x", timeout_s=0.2)
+    assert 1.0 <= time.monotonic() - began < 10.0
 
 
 def test_a_gold_that_is_too_slow_is_no_fault_of_the_prediction_and_asked_about_twice_only(worker):
@@ -73,13 +95,13 @@ def test_a_gold_that_is_too_slow_is_no_fault_of_the_prediction_and_asked_about_t
     began = time.monotonic()
     with pytest.raises(SymbolicTimeout):
         worker.equal(SLOW, "x", timeout_s=20.0)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 10.0
 
 
 def test_a_killed_process_is_replaced_within_the_question(worker):
     assert worker.equal("x", "x", timeout_s=20.0) is True
     os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.wait(10)
+    worker._process.wait(60)
     assert worker.equal("x + x", "2x", timeout_s=20.0) is True
 
 

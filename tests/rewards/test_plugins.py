@@ -181,6 +181,8 @@ def test_completion_text_joins_what_the_assistant_said():
     assert completion_text(chat) == "a\nb"
     assert completion_text("a") == "a"
     assert completion_text([{"role": "assistant", "content": None}]) == ""
+    said = [{"role": "tool", "content": "the answer is 5"}, {"role": "user", "content": "no"}]
+    assert last_message_text([*chat, *said]) == "b" and last_message_text(said) == ""
     assert last_message_text(chat) == "b" and last_message_text([]) == last_message_text([{}]) == ""
     parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert completion_text([{"role": "assistant", "content": parts}]) == "ab"

@@ -13,6 +13,7 @@ import pytest
 from rewards.compose import RewardSpec
 from rewards.pool.pool import RewardPool
 from rl.types import Completion, Group, Prompt
+from tests.waiting import wait_until
 
 HERE = "rewards_for_tests:"
 
@@ -27,8 +28,8 @@ def group(text):
 
 
 def gone(pid):
-    """Whether the process has ended (a zombie has), waiting for it at most ten seconds."""
-    for _ in range(200):
+    """Whether the process has ended (a zombie has), waiting for it at most thirty seconds."""
+    for _ in range(600):
         try:
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
                 return True
@@ -62,14 +63,12 @@ def test_close_ends_every_process_and_its_children_and_answers_what_is_in_flight
     pool = RewardPool([HERE + "parent_and_child"], workers=2, deadline_s=100)
     pids = pool.pids()
     future = pool.submit(group(str(tmp_path / "pids")))
-    for _ in range(200):
-        if (tmp_path / "pids").exists() and (tmp_path / "pids").read_text():
-            break
-        time.sleep(0.05)
+    there = tmp_path / "pids"
+    wait_until(lambda: there.exists() and len(there.read_text().split()) == 2, "the call is under way")
     pids += map(int, (tmp_path / "pids").read_text().split())
     pool.close()
     pool.close()
-    (reward,) = future.result(timeout=10).rewards
+    (reward,) = future.result(timeout=60).rewards
     assert (reward.score, reward.detail) == (None, "crash: the reward pool is closed")
     assert all(gone(pid) for pid in pids)
     assert score(pool, "a") is None
@@ -94,7 +93,7 @@ def test_no_grader_outlives_a_trainer_that_is_killed(tmp_path):
     assert trainer.stdout is not None
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
     trainer.kill()
-    trainer.wait(timeout=10)
+    trainer.wait(timeout=60)
     trainer.stdout.close()
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)

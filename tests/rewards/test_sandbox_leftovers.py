@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,11 @@ from settings import ENVIRONMENT, ROOT, SETTINGS, SHARED, in_setting
 from rewards.code.grader import CodeOptions, code_sandbox, grade
 from rewards.sandbox.process import memory_file
 from rewards.sandbox.sandbox import Limits
+from tests.waiting import wait_until
 
 LEAVE = Path(__file__).with_name("leave_behind.py")
-SLOW = "import time\ndef add(a, b):\n    time.sleep(20)\n"
+HELD = 200 << 20
+SLOW = f"import time\ndef add(a, b):\n    held = b'x' * {HELD}\n    time.sleep(60)\n"
 
 
 @pytest.mark.skipif(not (SHARED / "container_like.py").exists(), reason="needs ../shared/cases")
@@ -46,19 +47,22 @@ def test_a_program_changes_nothing_for_the_next_one_or_for_its_judge(setting: st
 def processes():
     """Process ids while a solution is under way: "zygote", "judge", "program"."""
     with code_sandbox(num_workers=1) as sandbox:
-        options = CodeOptions(timeout_s=30)
+        options = CodeOptions(timeout_s=60)
         tests = [f"```python\n{SLOW}```", CALLS]
         thread = threading.Thread(target=grade, args=tests, kwargs={"options": options, "sandbox": sandbox})
         thread.start()
         (zygote,) = sandbox.zygote_pids()
-        deadline = time.monotonic() + 20
-        while len(children := child_pids(zygote)) < 2:
-            assert time.monotonic() < deadline, "the program did not start"
-            time.sleep(0.01)
-        time.sleep(0.2)  # for the program to have closed what it was not given
+        wait_until(lambda: len(child_pids(zygote)) == 2, "the program starts")
+        children = child_pids(zygote)
+        # Where it answers, it has closed what it was not given.
+        wait_until(lambda: resident_bytes(children[1]) > HELD, "it answers")
         yield {"zygote": zygote, "judge": children[0], "program": children[1]}
         os.kill(children[1], 9)
         thread.join(30)
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def child_pids(pid: int) -> list[int]:
@@ -128,13 +132,15 @@ def test_an_input_of_a_program_cannot_be_changed_by_who_holds_it():
 def test_a_solution_cannot_take_the_threads_that_the_tests_need():
     holding = "import _thread, time\n_thread.stack_size(32768)\ntry:\n    while True:\n"
     holding += "        _thread.start_new_thread(time.sleep, (60,))\nexcept RuntimeError: pass\n"
-    threaded = "import threading, time\ntime.sleep(1)\nfound = []\n"
+    threaded = "import threading, time\ntime.sleep(1)\nfound = []\n"  # it holds them all by then, as a rule
     threaded += "thread = threading.Thread(target=lambda: found.append(add(2, 3)))\n"
     threaded += "thread.start()\nthread.join()\nassert found == [5]"
     with code_sandbox(num_workers=1) as sandbox:
         for answer, score in (("a + b", 1.0), ("0", 0.0)):
             code = f"```python\n{holding}def add(a, b):\n    return {answer}\n```"
-            reward = grade(code, {**CALLS, "code": threaded}, sandbox=sandbox)
+            reward = grade(
+                code, {**CALLS, "code": threaded}, options=CodeOptions(timeout_s=60), sandbox=sandbox
+            )
             assert reward.score == score, reward
 
 

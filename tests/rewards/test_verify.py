@@ -31,7 +31,8 @@ def test_verdicts_are_those_of_math_verify():
         if isinstance(gold, str) and "####" not in gold:
             assert score == float(verify(parse(f"\\boxed{{{gold}}}"), parse(said)))
     assert math_verify(["nothing here"], ["18"])[0].reason is Reason.NO_ANSWER
-    assert math_verify(["\\boxed{1}"], [""])[0].score is None
+    for gold in ("", None, {"value": 1}, [None]):
+        assert math_verify(["\\boxed{1}"], [gold])[0].score is None
 
 
 def test_it_grades_in_a_process_that_can_be_killed():
