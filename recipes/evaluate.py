@@ -37,7 +37,7 @@ from recipes.program import make_deterministic
 from recipes.sources import sampling_params
 from recipes.tasks import find_modules_beside, load_rows
 from recipes.tasks.named import TASKS
-from recipes.tasks.prompts import grader_columns, load_sets, make_prompts
+from recipes.tasks.prompts import check_rewards, grader_columns, load_sets, make_prompts
 from rewards.pool.pool import RewardPool
 from rl.config import Config, ModelConfig
 from rl.config.read import load_config
@@ -216,9 +216,10 @@ def _inputs(
     """(prompts, tokenizer, model with its built-in name resolved, fingerprints of these)."""
     held, model = config.heldout_data, config.model
     assert held is not None and config.evaluation.data is not None
-    rows = load_rows(held) if config.evaluation.data.share is None else load_sets(config, note)[1]
+    is_share = config.evaluation.data.share is not None
+    rows = load_sets(config, note)[1] if is_share else load_rows(held)
     rows = with_tools(rows, environment)
-    pool.check_columns(*grader_columns(held, rows))
+    check_rewards(pool, held, rows, note, key=f"{'data' if is_share else 'evaluation.data'}.template")
     kept = grader_columns(held, rows)[1]
     if ask.by is not None and ask.by not in kept:
         left = " for graders (data.columns)" if ask.by in rows[0] else ""

@@ -41,7 +41,7 @@ from recipes.tasks import find_modules_beside
 from recipes.tasks.demonstrations import longest_taught
 from recipes.tasks.many import longest_row, train_prompts
 from recipes.tasks.overlap import settle_overlap
-from recipes.tasks.prompts import check_rewards, load_sets, make_prompts
+from recipes.tasks.prompts import check_braces, check_rewards, load_sets, make_prompts
 from rewards.functions import Origins, name_functions, origin_of, sources_of
 from rewards.plugins import reward_names
 from rewards.pool.pool import RewardPool
@@ -268,7 +268,11 @@ def read_inputs(
     rows, heldout_rows = (with_tools(some, environment) for some in load_sets(config, display.note))
     check_rewards(scorer, config.data, rows, display.warn)
     if held:
-        check_rewards(scorer, held, heldout_rows, display.warn)
+        key = None if held.template == config.data.template else "evaluation.data.template"
+        check_rewards(scorer, held, heldout_rows, display.warn, key=key)
+    if config.teacher is not None:
+        shown = {"key": "teacher.template", "replaced": ("demonstration", "prompt")}
+        check_braces(config.teacher.template, rows, display.warn, **shown)
     named = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     model = open_adapter(named, config.run_dir, world, display.note) if type(config) is Config else named
     tokenizer = kind_of(config).tokenizer(config, model)

@@ -25,6 +25,7 @@ from recipes.program import (
     without_change,
 )
 from recipes.tasks import find_modules_beside, load_rows
+from recipes.tasks.prompts import check_braces
 from rl.config.diffusion import DiffusionConfig, EosConfig, TextConfig
 from rl.config.read import read_config
 from rl.diffusion.likelihood import bound_log
@@ -92,6 +93,7 @@ def build(
     make_deterministic(config.train.seed, kernels=config.train.deterministic)
     display.hold()
     rows, held = load_rows(config.data.rows()), config.evaluation.data
+    check_braces(config.data.template, rows, display.warn)
     heldout_rows = load_rows(held.rows()) if held else None
     share = config.objective.random_length_share
     if share and row_format(rows, config.data) != "text":
@@ -172,7 +174,7 @@ def _examples(
 def write_result(run: DiffusionRun, *, steps: int, seconds: float) -> None:
     """Writes `result.json`: seconds, steps, and the bound on held-out text before and after."""
     result: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1)}
-    result["checkpoint"] = str(run.store.path(steps).resolve())
+    result["checkpoint"] = str(run.store.path(steps).relative_to(run.config.run_dir))
     if run.heldout:
         ends, missing = heldout_ends(run.bounds.read(), steps, "likelihood.jsonl")
         for name, bound in ends.items():

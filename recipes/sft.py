@@ -223,7 +223,7 @@ def is_first() -> bool:
 def write_result(config: SftConfig) -> str:
     """Writes `result.json` for the newest checkpoint, and returns a summary of it."""
     path = checkpoints_of(config.run_dir)[-1]
-    result = {"steps": int(path.name.rpartition("-")[2]), "checkpoint": str(path)}
+    result = {"steps": int(path.name.rpartition("-")[2]), "checkpoint": str(path.relative_to(config.run_dir))}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return f"{result['steps']} steps; {path}"
 

@@ -108,7 +108,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """A column of plain numbers, or of True and False, has such values, others hold text; empty is None."""
+    """A column of plain numbers, or of True and False, has such values; empty is None.
+
+    All others hold text, also those with 007, 1e5, 1.50 or `true`, which a reward must read by itself.
+    """
     csv.field_size_limit(MAX_CELL)
     lines = (line for _, text in _lines(path) for line in io.StringIO(text, newline=""))  # ends in \n or \r
     reader = csv.reader(lines, strict=True)  # else an open quote swallows the rest of the file

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes.tasks import load_rows
@@ -13,6 +15,7 @@ from rl.config import Config, DataConfig
 from rl.types import Prompt
 from rollout.chat import chat_messages, check_column, check_text, kept_columns, render_prompts
 
+BRACES = re.compile(r"\\[A-Za-z]+\s*(?:\[\w*\])?(?:\{\w*\})*|(?<![\\^_])\{(\w+)\}")  # \frac{a}{b} is LaTeX
 RENDERED_BY = ("prompt_column", "columns", "system_prompt", "template", "chat", "chat_template_kwargs")
 RENDERED_BY += ("continue_final_message", "max_prompt_length", "too_long")
 """Keys of `data` by which `rollout.chat.render_prompts` renders rows."""
@@ -77,14 +80,24 @@ def grader_columns(data: DataConfig, rows: Sequence[dict[str, Any]]) -> tuple[se
 
 
 def check_rewards(
-    pool: RewardPool, data: DataConfig, rows: Sequence[dict[str, Any]], warn: Callable[[str], None]
+    pool: RewardPool,
+    data: DataConfig,
+    rows: Sequence[dict[str, Any]],
+    warn: Callable[[str], None],
+    *,
+    key: str | None = "data.template",
 ) -> None:
-    """Warns of rows without what a reward needs, which are sampled and then not graded.
+    """Warns of rows without what a reward needs, which are sampled and then not graded; of a template that
+    leaves something out; and of whole numbers that the hub's one type a column may have turned into floats.
+    `key`: where the user wrote the template; None: it was looked at before.
 
     Raises:
         ValueError: no row has a column that a reward needs (`RewardPool.check_columns`).
     """
+    if key is not None:
+        check_braces(data.template, rows, warn, key=key)
     pool.check_columns(*grader_columns(data, rows))
+    on_hub = ":" not in data.source and not Path(data.source).exists()
     for asks in pool.asks:
         for column in asks.required:
             if empty := sum(row.get(column) in (None, "") for row in rows):
@@ -93,6 +106,37 @@ def check_rewards(
                     f"{asks.name!r} needs: completions without a verdict teach nothing; fill it in, or leave "
                     "such rows out"
                 )
+            whole = [v for row in rows if isinstance(v := row.get(column), float) and v.is_integer()]
+            if whole and on_hub and asks.name not in ("math", "math_verify"):
+                warn(
+                    f"column {column!r} of {data.source} holds floats such as {whole[0]}, perhaps because "
+                    f"the hub's reader gives a column one type: the text {whole[0]:.0f} is not {whole[0]}; "
+                    f"let reward {asks.name!r} compare numbers, or download the file and give its path"
+                )
+
+
+def check_braces(
+    template: str,
+    rows: Sequence[Mapping[str, Any]],
+    warn: Callable[[str], None],
+    *,
+    key: str = "data.template",
+    replaced: Sequence[str] = ("prompt",),
+) -> None:
+    """Warns of braces in a template that look as if they were replaced, which only `replaced` are.
+
+    Other braces are kept: a template may hold JSON or LaTeX.
+    """
+    names = {*BRACES.findall(template)} - {*replaced, ""}
+    if found := [f"{{{name}}}" for name in (rows[0] if rows else ()) if name in names]:
+        only = " and ".join(f"{{{name}}}" for name in replaced)
+        warn(
+            f"{key} has {', '.join(found)}, which the model sees as it stands, though the rows have such a "
+            f"column: it replaces {only}, nothing else; put the column's text into the prompts, as a "
+            "data.source=module:callable can"
+        )
+    if any(f"{{{{{name}}}}}" in template for name in (*replaced, "")):
+        warn(f"{key} has {{{{ and }}}}, which the model sees doubled: write single braces")
 
 
 def unrendered_prompt(data: DataConfig, row: Mapping[str, Any], where: str) -> Prompt:

@@ -6,6 +6,7 @@ import difflib
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from recipes.tasks.files import read_file
@@ -49,31 +50,48 @@ def read_table(config: DataConfig) -> list[dict[str, Any]]:
 
 
 def _exact_files(path: Path, config: DataConfig) -> dict[str, list[Path]] | None:
-    """The files of each split, if all are JSON or CSV. `datasets` tells a folder's splits by the names of its
-    files, and reads the folder itself if its README.md has `configs`.
+    """The files of each split, if all are JSON or CSV. `datasets` tells a folder's splits by the `configs` of
+    its README.md or by the names of its files.
     """
     if path.is_file():
         return {"train": [path]} if path.suffix in EXACT else None
     page = path / "README.md"
-    if (
-        not path.is_dir()
-        or config.options
-        or (page.is_file() and "configs:" in page.read_text("utf-8", "replace"))
-    ):
+    if not path.is_dir():
         return None
-    _quiet_datasets()
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
-    try:
-        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
-    except FileNotFoundError:
-        return None
+    if config.options or (page.is_file() and "configs:" in page.read_text("utf-8", "replace")):
+        found = _named_files(path, config)
+    else:
+        found = _found_files(path)
     files = {
         str(split): [Path(f) for f in some if Path(f).suffix in DATA_SUFFIXES]
         for split, some in found.items()
     }
     suffixes = {file.suffix for some in files.values() for file in some}
     return files if suffixes and suffixes <= set(EXACT) else None
+
+
+def _found_files(path: Path) -> Mapping[Any, Sequence[str]]:
+    _quiet_datasets()
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    try:
+        return DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except FileNotFoundError:
+        return {}
+
+
+def _named_files(path: Path, config: DataConfig) -> Mapping[Any, Sequence[str]]:
+    """Those of the page's `configs`; none if page or options say how to read them (`features`, `sep`)."""
+    try:
+        with TemporaryDirectory() as empty:  # a used cache gives the features that it holds for the page's
+            options = {**config.options, "cache_dir": empty}
+            builder = _quiet_datasets().load_dataset_builder(str(path), **options)
+    except Exception:  # loading them raises it again
+        return {}
+    said, usual = vars(builder.config), vars(type(builder.config)())
+    ways = said.keys() - {"name", "data_dir", "data_files"}  # the others say which rows, not how to read them
+    is_plain = all(said[key] == usual.get(key) for key in ways)
+    return builder.config.data_files if is_plain and not builder.info.features else {}
 
 
 def _of_files(files: Mapping[str, Sequence[Path]], config: DataConfig) -> list[dict[str, Any]]:

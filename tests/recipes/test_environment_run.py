@@ -26,7 +26,7 @@ def path(monkeypatch):
 
 
 def environment(name: str, **options) -> str:
-    return f"environment={json.dumps({'name': name, 'options': options, 'max_turns': 4, 'deadline_s': 5})}"
+    return f"environment={json.dumps({'name': name, 'options': options, 'max_turns': 4, 'deadline_s': 60})}"
 
 
 def test_a_run_plays_episodes_evaluates_them_and_records_their_turns(config_file, heldout, tmp_path, capsys):

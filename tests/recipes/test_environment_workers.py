@@ -13,6 +13,7 @@ import pytest
 
 from recipes.environments.workers import Workers
 from rollout.environment import EnvironmentFault, Turn
+from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 NAME = "played_environments:Misbehaves"
@@ -28,7 +29,7 @@ def path():
 @pytest.fixture(scope="module")
 def workers(path, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "environment.log"
-    made = Workers(NAME, deadline_s=2.0, memory_bytes=1 << 30, log=log)
+    made = Workers(NAME, deadline_s=60.0, memory_bytes=1 << 30, log=log)
     yield made
     made.close()
     assert made.pids() == []
@@ -42,7 +43,7 @@ def said(reply) -> str:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("hang", "did not answer within 2 s"),
+        ("hang", "did not answer within 1 s"),
         ("die", "died (SIGKILL)"),
         ("exit", "died (exit 7)"),
         ("last words", "died (exit 7: the last words)"),
@@ -50,16 +51,19 @@ def said(reply) -> str:
         ("raise", "KeyError: 'lost'"),
     ],
 )
-def test_a_call_that_fails_abstains_and_its_neighbour_goes_on_from_its_state(workers, text, fault):
+def test_a_call_that_fails_abstains_and_its_neighbour_goes_on_from_its_state(
+    workers, text, fault, monkeypatch
+):
     neighbour, episode = workers.open({}, 1), workers.open({}, 2)
     assert said(neighbour.step(Turn(0, "go"))).startswith("turn 1 in ")
     episode.step(Turn(0, "go"))
     before = workers.pids()
     began = time.monotonic()
-    with pytest.raises(EnvironmentFault) as error:
+    with pytest.raises(EnvironmentFault) as error, monkeypatch.context() as patch:
+        patch.setattr(workers, "deadline_s", 1.0 if text == "hang" else 60.0)
         episode.step(Turn(1, text))
     assert fault in str(error.value)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
     assert said(neighbour.step(Turn(1, "go"))).startswith("turn 2 in ")
     if text != "raise":
         assert workers.pids() != before and not psutil.pid_exists(before[0])
@@ -67,7 +71,7 @@ def test_a_call_that_fails_abstains_and_its_neighbour_goes_on_from_its_state(wor
 
 
 def test_a_neighbour_without_state_abstains_with_the_reason(path):
-    workers = Workers(NAME, {"keeps_state": False}, deadline_s=5.0)
+    workers = Workers(NAME, {"keeps_state": False}, deadline_s=60.0)
     neighbour, episode = workers.open({}, 1), workers.open({}, 2)
     neighbour.step(Turn(0, "go"))
     with pytest.raises(EnvironmentFault):
@@ -85,7 +89,7 @@ def test_what_an_environment_draws_is_its_episodes_and_not_its_processes(path):
     """So that it is the same after a kill, and whatever other episodes do."""
     found = []
     for seeds in ((1,), (2, 1), (3, 2, 1)):
-        workers = Workers("played_environments:Draws", deadline_s=20.0)
+        workers = Workers("played_environments:Draws", deadline_s=60.0)
         episodes = [workers.open({}, seed) for seed in seeds]
         found.append([[said(e.step(Turn(n, "go"))) for e in episodes][-1] for n in range(2)])
         workers.close()
@@ -134,16 +138,13 @@ def test_a_killed_owner_leaves_no_process(path):
     pid = int(owner.stdout.readline())
     assert psutil.pid_exists(pid)
     owner.kill()
-    owner.wait(10)
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+    owner.wait(60)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", "it is gone")
 
 
 def test_a_python_session_in_a_process_ends_with_it():
     """The sandbox's own processes too, also when the process is killed under a call."""
-    workers = Workers("python", {"timeout_s": 30.0}, deadline_s=8.0)
+    workers = Workers("python", {"timeout_s": 120.0}, deadline_s=60.0)
     call = '<tool_call>{"name": "python", "arguments": {"code": "%s"}}</tool_call>'
     episode = workers.open({}, 1)
     assert said(episode.step(Turn(0, call % "x = 41"))) == "(no output)"
@@ -151,11 +152,13 @@ def test_a_python_session_in_a_process_ends_with_it():
     first = psutil.Process(workers.pids()[0])
     family = [first, *first.children(recursive=True)]
     assert len(family) > 1
-    with pytest.raises(EnvironmentFault, match="did not answer within 8 s"):
+    workers.deadline_s = 2.0
+    with pytest.raises(EnvironmentFault, match="did not answer within 2 s"):
         episode.step(Turn(2, call % "while True: pass"))
+    workers.deadline_s = 60.0
     other = workers.open({}, 1, {"cells": ["x = 1"]})
     assert said(other.step(Turn(1, call % "print(x)"))) == "1\n"
     second = psutil.Process(workers.pids()[0])
     family += [second, *second.children(recursive=True)]
     workers.close()
-    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert psutil.wait_procs(family, timeout=60)[1] == []

@@ -184,9 +184,9 @@ def test_text_that_a_reader_takes_long_for_is_not_read(tag):
     tokenizer = tokenizer_of("qwen3_5_think")
     read = reader_of("qwen3_coder", tokenizer, ())
     ids = ids_of(tokenizer, "<tool_call><function=f>" + tag * 5_000 + "</tool_call>")
-    began = time.monotonic()
+    began = time.thread_time()
     assert "more than 100 functions" in read((), ids, ())[0].fault
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
 
 
 def test_values_have_the_types_of_the_schema():

@@ -79,7 +79,7 @@ def test_a_cell_of_a_csv_file_is_a_number_only_if_that_loses_nothing(tmp_path):
 
 
 def test_files_of_a_folder_are_read_as_they_are(tmp_path):
-    """`datasets` takes one format alone, and reads 7, None and 1.0. A page with `configs` is for it."""
+    """`datasets` takes one format alone, and reads 7, None and 1.0."""
     (tmp_path / "train-0.csv").write_text("prompt,answer\na,007\n")
     (tmp_path / "train-1.csv").write_text("prompt,answer\nb,NA\n")
     (tmp_path / "test.jsonl").write_text('{"prompt": "c", "answer": 1}\n{"prompt": "d", "answer": 2.5}\n')
@@ -92,7 +92,50 @@ def test_files_of_a_folder_are_read_as_they_are(tmp_path):
     assert load_rows(DataConfig(source=source, split="test[:1]+train")) == test + train
     assert str(load_rows(DataConfig(source=source, split="test"))[0]["answer"]) == "1"
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: train-0.csv\n---\n")
-    assert len(load_rows(DataConfig(source=source))) == 1
+    assert load_rows(DataConfig(source=source)) == train[:1]
+
+
+CONFIGS = """---
+configs:
+- config_name: whole
+  data_files:
+  - {split: train, path: rows.csv}
+  - {split: test, path: [more.csv]}
+- config_name: tabs
+  sep: "\\t"
+  data_files: tabs.csv
+- config_name: folder
+  data_dir: sub
+dataset_info:
+- config_name: typed
+  features:
+  - {name: prompt, dtype: string}
+  - {name: answer, dtype: float64}
+"""
+
+
+def test_files_that_a_page_names_are_read_as_they_are(tmp_path):
+    """`datasets` reads 7 and None; what the page says of separators and types stays its business."""
+    (tmp_path / "rows.csv").write_text("prompt,answer\na,007\nb,NA\n")
+    (tmp_path / "more.csv").write_text("prompt,answer\nc,1\nd,2.5\n")
+    (tmp_path / "tabs.csv").write_text("prompt\tanswer\na\t007\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "train.csv").write_text("prompt,answer\na,008\n")
+    (tmp_path / "README.md").write_text(f"{CONFIGS}---\n")
+
+    def answers(name: str, **keys):
+        config = DataConfig(source=str(tmp_path), options={"name": name}, **keys)
+        return [str(row["answer"]) for row in load_rows(config)]
+
+    assert answers("whole") == ["007", "NA"]
+    assert answers("whole", split="test+train[:1]") == ["1", "2.5", "007"]
+    assert answers("tabs") == ["7"]
+    assert answers("folder") == ["008"]
+    typed = CONFIGS.replace("dataset_info:", "- config_name: typed\n  data_files: more.csv\ndataset_info:")
+    (tmp_path / "README.md").write_text(f"{typed}---\n")
+    assert answers("typed") == ["1.0", "2.5"]
+    with pytest.raises(ValueError, match="BuilderConfig 'absent' not found"):
+        answers("absent")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,9 @@ def kill_in(stage: str, child: subprocess.Popen, folder: Path) -> None:
 @pytest.mark.rotation
 @pytest.mark.timeout(900)
 def test_killed_in_every_stage_a_pipeline_neither_repeats_nor_loses_a_trace(tiny_model_dir, tmp_path):
-    whole, cut = (folder_for(tmp_path / n, tiny_model_dir, stages(str(tiny_model_dir))) for n in ("w", "c"))
+    steps = stages(str(tiny_model_dir))
+    cut = folder_for(tmp_path / "c", tiny_model_dir, steps)
+    whole = folder_for(tmp_path / "w", tiny_model_dir, steps[:5])  # what is compared below
     undisturbed = start(whole)  # meanwhile
     for stage in STRUCK:
         kill_in(stage, start(cut), cut)

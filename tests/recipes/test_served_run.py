@@ -240,7 +240,7 @@ def test_a_run_waits_for_a_server_that_starts_beside_it(waiting: Any, folder: Pa
 def test_a_run_that_waits_for_a_server_ends_at_the_first_signal(waiting: Any, number: int):
     process, _, log = waiting
     process.send_signal(number)
-    assert process.wait(20) in (130, -signal.SIGTERM)
+    assert process.wait(100) in (130, -signal.SIGTERM)
     assert "stopping after this step" not in log.read_text() and "Traceback" not in log.read_text()
 
 

@@ -117,7 +117,7 @@ def test_two_processes_save_and_stop_together_at_a_signal(config_file, number, t
     assert "Traceback" not in err and "failed first" not in err
     steps = len((run / "metrics.jsonl").read_text().splitlines())
     assert 0 < steps < 200 and checkpoints(run) == [f"step-{steps:06d}"]
-    assert len(children) >= 4 and not psutil.wait_procs(children, timeout=10)[1]
+    assert len(children) >= 4 and not psutil.wait_procs(children, timeout=60)[1]
 
 
 ENDS_WHEN_ASKED = """
@@ -128,7 +128,8 @@ def main(words):
     if rank == "0":
         signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(143)))
     open(os.environ["READY"] + rank, "w").close()
-    time.sleep(8)
+    while not os.path.exists(os.path.dirname(os.environ["READY"]) + "/end"):
+        time.sleep(0.05)
     return 0
 """
 
@@ -149,6 +150,8 @@ def test_a_process_that_ends_at_a_signal_to_all_is_not_blamed(tmp_path, to_one):
     """The second process ends first, as where the first signal ends a wait. Alone it is blamed."""
     launcher, (_, second) = launch_two(tmp_path, ENDS_WHEN_ASKED)
     (second if to_one else launcher).send_signal(signal.SIGTERM)
+    if to_one:
+        (tmp_path / "end").touch()  # for the first one, which no signal has asked
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGTERM
     assert ("process 1 failed first" in err) == to_one, err
@@ -157,8 +160,9 @@ def test_a_process_that_ends_at_a_signal_to_all_is_not_blamed(tmp_path, to_one):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_named_with_what_ended_it(tmp_path, rank):
     """As the kernel does where memory runs out: it leaves no words."""
-    launcher, children = launch_two(tmp_path, ENDS_WHEN_ASKED.replace("sleep(8)", "sleep(3)"))
+    launcher, children = launch_two(tmp_path, ENDS_WHEN_ASKED)
     children[rank].kill()
+    (tmp_path / "end").touch()
     _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert f"process {rank} failed first (Killed; the host's memory may have run out)\n" in err
@@ -208,19 +212,22 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_later(config_file):
     run = config_file.parent / "run"
     slow = ["rewards.functions=[{name: 'toy_rewards:stuck'}]", "rewards.deadline_s=60"]
     command = [sys.executable, "-m", "recipes.cli", "train", str(config_file), *slow]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), preexec_fn=default_sigint, **pipes)
+    log = config_file.parent / "said"
+    with log.open("w") as said:
+        own = {"stdout": said, "stderr": said, "text": True, "env": {**os.environ, "PYTHONUNBUFFERED": "1"}}
+        process = subprocess.Popen(command, cwd=ROOT, preexec_fn=default_sigint, **own)
     wait_until(lambda: (run / "graders.log").is_file(), process)
     graders = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    asked = "stopping after this step; Ctrl-C again stops at once"
+    wait_until(lambda: asked in log.read_text(), process)
+    time.sleep(1.5)  # a second one of the same moment would be the same wish
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - began < 40
-    assert "stopping after this step; Ctrl-C again stops at once" in out
-    assert "stopped at once; the same command goes on" in out + err and "Traceback" not in err
-    assert graders and not psutil.wait_procs(graders, timeout=10)[1]
+    assert process.wait(60) == 130 and time.monotonic() - began < 40
+    said = log.read_text()
+    assert "stopped at once; the same command goes on" in said and "Traceback" not in said
+    assert graders and not psutil.wait_procs(graders, timeout=60)[1]
     ready = "rewards.functions=[{name: 'toy_rewards:stuck', options: {stuck_s: 0}}]"
     assert main([str(config_file), ready]) == 0
 

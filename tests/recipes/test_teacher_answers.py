@@ -86,11 +86,8 @@ def each(answer, change):
 def test_a_teacher_that_starts_late_is_waited_for(serve):
     port, said = free_port(), []
     url = f"http://127.0.0.1:{port}"
-    starting = threading.Timer(1.5, serve, kwargs={"port": port})
-    starting.start()
     at = ScoringServer(url, "", timeout_s=30)
-    at.wait(said.append)
-    starting.join()
+    at.wait(lambda text: said.append(text) or serve(port=port))
     assert at.model() == ("m", 64)
     assert said == [
         f"the teacher does not answer yet (server {url}: its model: ConnectError [Errno 111] Connection "

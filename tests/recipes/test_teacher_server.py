@@ -248,7 +248,7 @@ def test_a_run_that_waits_for_its_teacher_ends_at_the_first_signal(tiny_model_di
     try:
         wait_until(lambda: "the teacher does not answer yet" in log.read_text(), "it waits", 100)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(100) == 130
     finally:
         process.kill()
         process.wait(30)
