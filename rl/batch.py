@@ -122,13 +122,11 @@ class Batch:
     Attributes:
         num_sequences: completions in the denominators, rows without signal included.
         num_loss_tokens: loss tokens of these completions.
-        num_skipped_rows: rows of this process without a forward pass, as they cannot change the weights.
     """
 
     micro_batches: list[MicroBatch]
     num_sequences: float
     num_loss_tokens: float
-    num_skipped_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,7 @@ def _batch(
         for row in rows
         if row.num_loss_tokens and row.episode in teaching
     ]
-    micro_batches = [*map(micro_batch_of, _bins(_parcels(kept, rules), rules))]
-    return Batch(micro_batches, num_sequences, num_tokens, num_skipped_rows=len(rows) - len(kept))
+    return Batch([*map(micro_batch_of, _bins(_parcels(kept, rules), rules))], num_sequences, num_tokens)
 
 
 def _parcels(rows: list[Row], rules: PackRules) -> list[list[list[Row]]]:

@@ -116,6 +116,31 @@ class CausalScorer(nn.Module):
         return torch.cat(pieces)
 
 
+def autocast(policy: Any) -> contextlib.AbstractContextManager[Any]:
+    """The block in which a policy computes, narrowed under bf16-mixed."""
+    if policy.config.dtype == "bf16-mixed":
+        return torch.autocast(policy.device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def snapshot(policy: Any, optimizer: torch.optim.Optimizer) -> Writer:
+    """A writer for a policy of which each process holds a full copy: the main one writes the model."""
+    write_optimizer = optimizer_writer(optimizer, policy.trainable())
+
+    def write(folder: Path) -> None:
+        if policy.accelerator.is_main_process:
+            policy.write_model(folder)
+        write_optimizer(folder)
+
+    return write
+
+
+def load(policy: Any, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restores what the writer of `snapshot` wrote."""
+    policy.load_weights(folder)
+    load_optimizer(folder, optimizer, policy.trainable())
+
+
 class CausalPolicy:
     """The model being trained and its tokenizer. Its log-probs are exact and equal in every pass.
 
@@ -124,6 +149,7 @@ class CausalPolicy:
 
     redraws = in_step = False
     settle_attention = settle_attention  # of `rl.packed_check`, which measures log-probs in both ways
+    autocast, snapshot, load = autocast, snapshot, load
 
     def __init__(
         self,
@@ -195,11 +221,6 @@ class CausalPolicy:
         finally:
             self.set_packed(packed)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.dtype == "bf16-mixed":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
     def prepare(self, batch: Batch, *, draw: int) -> list[Prepared]:
         return [Prepared(micro_batch.to(self.device)) for micro_batch in batch.micro_batches]
 
@@ -219,20 +240,6 @@ class CausalPolicy:
 
     def finish_gradients(self, max_norm: float) -> float:
         return self.sums.finish(max_norm)
-
-    def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
-        write_optimizer = optimizer_writer(optimizer, self.trainable())
-
-        def write(folder: Path) -> None:
-            if self.accelerator.is_main_process:
-                self.write_model(folder)
-            write_optimizer(folder)
-
-        return write
-
-    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        self.load_weights(folder)
-        load_optimizer(folder, optimizer, self.trainable())
 
     def load_weights(self, folder: Path) -> None:
         """Loads the weights (or the adapter) that `write_model` wrote, bit for bit."""

@@ -13,7 +13,7 @@ from rl.types import Completion, Reason, Reward, ScoredGroup
 from rl.world import World
 
 NO_FAULT = {Reason.NOT_APPLICABLE, Reason.BAD_GOLD}
-COUNTS = {"replaced": "rollout/replaced", "in_flight": "rollout/in_flight", "over_age": "staleness/over_age"}
+COUNTS = {"replaced": "rollout/replaced", "in_flight": "rollout/in_flight"}
 
 
 def grader_faults(groups: Sequence[ScoredGroup]) -> tuple[list[Reward], int]:

@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 NUM_SAMPLED_COLUMNS = 8
+GOLDEN = -0x61C8864680B583EB  # SplitMix64's increment
 _ROW_WORDS = 1024
 _BATCH_ROWS = 8192  # 64 MiB, hashed by four kernels
 
@@ -81,17 +82,8 @@ def sampled_columns(num_columns: int, version: int) -> list[int]:
 
     Column c is covered once in any ceil(num_columns / 8) consecutive versions.
     """
-    stride = _stride(num_columns)
+    stride = -(-num_columns // NUM_SAMPLED_COLUMNS)
     return list(range(version % stride, num_columns, stride))
-
-
-def covered_share(held: HeldTensor) -> float:
-    """Share of a tensor's bytes that a fingerprint compares, on average over versions; in (0, 1]."""
-    return 1.0 / _stride(held.own_shape[-1]) if held.sampled else 1.0
-
-
-def _stride(num_columns: int) -> int:
-    return -(-num_columns // NUM_SAMPLED_COLUMNS)
 
 
 def compared_part(tensor: Tensor, held: HeldTensor, version: int) -> Tensor:
@@ -220,8 +212,13 @@ def _column_weights(device: torch.device) -> Tensor:
 
 
 def _odd(numbers: Tensor) -> Tensor:
-    """SplitMix64 of the numbers, made odd (Steele et al. 2014, section 5), in two's complement; int64."""
-    z = numbers * -0x61C8864680B583EB
+    return mixed(numbers * GOLDEN) | 1
+
+
+def mixed(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014), a bijection that mixes well. The constants are in
+    two's complement: int64 wraps around as 64 unsigned bits do, and only the shifts need masks.
+    """
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return (z ^ ((z >> 31) & 0x1FFFFFFFF)) | 1
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)

@@ -38,25 +38,19 @@ class Request:
     """A prompt from the moment it is dealt to this process until it is trained on.
 
     Attributes:
-        attempt: 0; higher if it was sampled again because it was over-age. Part of its sampling seed.
         submitted: the engine has been asked for it.
         scored: not None once it is sampled; done once it is graded.
     """
 
     ordinal: int
     prompt: Prompt
-    attempt: int = 0
     submitted: bool = False
     scored: Future[ScoredGroup] | None = None
 
     @property
     def id(self) -> str:
         """Unique, unlike the prompt's own id: a small dataset may come round while a prompt is in flight."""
-        return f"{self.prompt.id} (number {self.ordinal}, attempt {self.attempt})"
-
-    def seed(self, run_seed: int) -> int:
-        purpose = f"again-{self.attempt}" if self.attempt else "train"
-        return sampling_seed(run_seed, self.ordinal, purpose)
+        return f"{self.prompt.id} (number {self.ordinal}, attempt 0)"  # as journals on disk have it
 
 
 class InFlight:
@@ -97,7 +91,7 @@ class InFlight:
             tuple(replace(request.prompt, id=request.id) for request in requests),
             asked.group_size,
             asked.params,
-            tuple(request.seed(asked.seed) for request in requests),
+            tuple(sampling_seed(asked.seed, request.ordinal) for request in requests),
             asked.with_logprobs,
         )
 
@@ -227,8 +221,3 @@ class InFlight:
 
     def _num_graded(self) -> int:
         return sum(request.scored is not None and request.scored.done() for request in self.queue)
-
-    def sample_again(self, request: Request) -> None:
-        """Samples it with other random numbers in its old place, so that the order of prompts stays."""
-        request.attempt += 1
-        request.submitted, request.scored = False, None

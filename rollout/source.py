@@ -10,8 +10,8 @@ finishes first would prefer short completions.
 Age is bounded by admission, not by throwing work away. With version v in the engine, step v comes next, and
 at most (1 + max_staleness) steps' worth of prompts are started and not consumed. A step consumes at least its
 own size from the head of the queue. So what is started at version v is trained at step v + max_staleness at
-the latest. None of its tokens is older than v. An over-age group can only mean that the engine sampled
-with weights it should have replaced. It is counted, and sampled again in its place.
+the latest. None of its tokens is older than v. An older token can only mean that the engine sampled with
+weights it should have replaced, which ends the run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from rollout.engine import Engine, EngineError
 from rollout.in_flight import GroupSampling, InFlight, Request
 from rollout.prompts import PromptStream, deal, sampling_seed, shortest_cursor
 from rollout.weight_sync import SyncReport, publish
-
-MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,6 @@ class RolloutSource:
         self._share = 0
         self._verdict: Callable[[], SyncReport] | None = None
         self._canary: Mapping[str, float] = {}
-        self._over_age: list[ScoredGroup] = []
         self._next = 0
         self._cursor: Any = 0
 
@@ -132,7 +129,6 @@ class RolloutSource:
         """
         self._in_flight.end_overlap()
         self._share = num_groups // self.team.size
-        self._over_age = []
         kept: list[ScoredGroup] = []
         rejected: list[ScoredGroup] = []
         rounds = 0
@@ -149,7 +145,7 @@ class RolloutSource:
             for scored in self._take(lacking):
                 (kept if self.dynamic.keep_fn(scored) else rejected).append(scored)
         missing = self._share - len(kept)
-        self.last_rejected = rejected[missing:] + self._over_age
+        self.last_rejected = rejected[missing:]
         self.last_counts = self._counts(kept + rejected, rounds=rounds, replaced=len(rejected) - missing)
         pending = self.team.gather([request.ordinal for request in self._in_flight.queue])
         self._cursor = shortest_cursor(self._next, sorted(n for ordinals in pending for n in ordinals))
@@ -208,21 +204,20 @@ class RolloutSource:
         self._in_flight.queue += (Request(n, self.stream.at(n)) for n in ordinals)
 
     def _take(self, count: int) -> list[ScoredGroup]:
-        """The first `count` groups of the queue, sampled and graded, none of them over-age."""
+        """The first `count` groups of the queue, sampled and graded, none of them too old."""
         heads = self._in_flight.queue[:count]
         if not heads:
             return []
-        while True:
-            with self.phase("sample"):
-                self._in_flight.wait_for_engine(heads)
-            with self.phase("score"):
-                groups = self._in_flight.wait_for_graders(heads)
-            pairs = zip(heads, groups, strict=True)
-            late = [pair for pair in pairs if self._age(pair[1]) > self.admission.max_staleness]
-            if not late:
-                break
-            for request, group in late:
-                self._sample_again(request, group)
+        with self.phase("sample"):
+            self._in_flight.wait_for_engine(heads)
+        with self.phase("score"):
+            groups = self._in_flight.wait_for_graders(heads)
+        if (age := max(map(self._age, groups))) > self.admission.max_staleness:
+            raise EngineError(
+                f"engine {self.engine.name} sampled with weights {age} versions behind version "
+                f"{self.policy_version}, which it was given: more than train.max_staleness="
+                f"{self.admission.max_staleness}; read the engine's log"
+            )
         if all(is_engine_fault(c) for group in groups for c in group.completions):
             # `collect` returns failures as data; `generate` makes the engine say what is wrong.
             self.engine.generate(self._in_flight.call(heads))
@@ -230,27 +225,16 @@ class RolloutSource:
         del self._in_flight.queue[:count]
         return groups
 
-    def _sample_again(self, request: Request, group: ScoredGroup) -> None:
-        self._over_age.append(group)
-        if request.attempt + 1 == MAX_ATTEMPTS:
-            raise EngineError(
-                f"engine {self.engine.name} answered prompt {request.prompt.id} {MAX_ATTEMPTS} times, "
-                f"at last {self._age(group)} versions behind version {self.policy_version}, which it was "
-                f"given: more than train.max_staleness={self.admission.max_staleness}"
-            )
-        self._in_flight.sample_again(request)
-
     def _age(self, group: ScoredGroup) -> int:
         """Versions between the oldest token of a group and the step to come; 0 for a group without tokens."""
         versions = [c.policy_version for c in group.completions if c.token_ids]
         return self.policy_version - min(versions, default=self.policy_version)
 
     def _counts(self, consumed: Sequence[ScoredGroup], *, rounds: int, replaced: int) -> dict[str, float]:
-        sampled = [*consumed, *self._over_age]
-        num_tokens = sum(c.num_sampled for g in sampled for c in g.completions)
+        num_tokens = sum(c.num_sampled for g in consumed for c in g.completions)
         counts = {"rounds": rounds, "replaced": replaced, "sampled_tokens": num_tokens}
         if self.admission.max_staleness:
-            counts |= {"over_age": len(self._over_age), "in_flight": self.engine.in_flight}
+            counts["in_flight"] = self.engine.in_flight
         return {name: float(number) for name, number in counts.items()}
 
 

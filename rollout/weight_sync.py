@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from rl.types import ALONE, Team, WeightStream
 from rollout.engine import Engine
-from rollout.fingerprint import compared_part, covered_share, fingerprints, listed, mismatches
+from rollout.fingerprint import compared_part, fingerprints, listed, mismatches
 
 MAX_NAMED = 8
-NO_GAPS = (float("nan"),)
 Canary = tuple[list[int], list[float]]
 WORST_TOKEN = 8  # a canary token may be off by this many times the allowed mean
 
@@ -36,19 +35,12 @@ class SyncReport:
     Attributes:
         parts: seconds to "inspect" what is sent, to "send" it (until the engine has loaded it), to compare
             "fingerprints" while the policy computes its canary, and to compare the "canary".
-        num_bytes: as the engine stores them.
-        compared_share: share of these bytes that the fingerprints compared. It is below 1 where a kernel
-            packed the weights and only sampled columns can be read back (vLLM on a CPU). The columns move
-            with every version.
         verdict: for a sync whose canary waits: computes and compares it, on all processes, and returns the
             whole report. Until then the policy must not change, and nothing may be trained.
     """
 
-    num_tensors: int
-    num_bytes: int
     canary_max_gap: float
     canary_mean_gap: float
-    compared_share: float
     parts: Mapping[str, float]
     verdict: Callable[[], SyncReport] | None = None
 
@@ -120,30 +112,13 @@ def publish(
     def verdict() -> SyncReport:
         with _part("canary", parts, team):
             gaps = _canary_gaps(engine, canary or weights.canary(), version=version, tolerance=tolerance)
-        return _report(engine, gaps, parts, is_proved=sends)
+        return SyncReport(max(gaps), sum(gaps) / len(gaps), dict(parts))
 
     if not (sends or verify):
         engine.adopt(version)
     if verify and not canary_waits:
         return verdict()
-    report = _report(engine, NO_GAPS, parts, is_proved=verify and sends)
-    return replace(report, verdict=verdict) if verify else report
-
-
-def _report(
-    engine: Engine, gaps: Sequence[float], parts: Mapping[str, float], *, is_proved: bool
-) -> SyncReport:
-    held = engine.tensors.values()
-    sizes = [math.prod(h.own_shape) * h.dtype.itemsize for h in held]
-    compared = sum(covered_share(h) * n for h, n in zip(held, sizes, strict=True)) / sum(sizes)
-    return SyncReport(
-        num_tensors=len(held),
-        num_bytes=sum(sizes),
-        canary_max_gap=max(gaps),
-        canary_mean_gap=sum(gaps) / len(gaps),
-        compared_share=compared if is_proved else 0.0,
-        parts=dict(parts),
-    )
+    return SyncReport(math.nan, math.nan, dict(parts), verdict if verify else None)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -139,11 +140,10 @@ def score(
 def one_step_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
     """Copies with the whole completion masked, and each prompt token with probability `prompt_mask`."""
     ids, scored = _canvas(row, mask), _scored_columns(row)
+    masked = partial(_masked_prompt, row=row, config=config, mask=mask, generator=generator)
     copies = []
     for _ in range(config.num_draws):
-        noisy = _masked_prompt(ids, row, config=config, mask=mask, generator=generator).index_fill(
-            0, scored, mask
-        )
+        noisy = masked(ids).index_fill(0, scored, mask)
         weights = torch.full((len(scored),), 1.0 / config.num_draws)
         copies.append(Noised(0, noisy, scored, ids[scored], weights))
     return copies
@@ -155,15 +155,8 @@ def bound_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.
     maskable = torch.zeros(length, dtype=torch.bool).index_fill(0, _scored_columns(row), True)
     example = Example(ids[:length], maskable)
     plan = make_plan([example], generator, mask_token_id=mask, num_draws=config.num_draws)
-    copies = []
-    for copy in plan:
-        whole = torch.cat([copy.token_ids_T, ids[length:]])
-        copies.append(
-            replace(
-                copy, token_ids_T=_masked_prompt(whole, row, config=config, mask=mask, generator=generator)
-            )
-        )
-    return copies
+    masked = partial(_masked_prompt, row=row, config=config, mask=mask, generator=generator)
+    return [replace(copy, token_ids_T=masked(torch.cat([copy.token_ids_T, ids[length:]]))) for copy in plan]
 
 
 def trace_copies(row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator) -> list[Noised]:
@@ -281,7 +274,7 @@ def _scored_columns(row: Row) -> Int[Tensor, " n"]:
 
 
 def _masked_prompt(
-    ids_T: Tensor, row: Row, *, config: EstimatorConfig, mask: int, generator: torch.Generator
+    ids_T: Tensor, *, row: Row, config: EstimatorConfig, mask: int, generator: torch.Generator
 ) -> Int[Tensor, " T"]:
     if not config.prompt_mask:
         return ids_T

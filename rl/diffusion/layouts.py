@@ -48,10 +48,10 @@ _LLADA_RULES: dict[str, tuple[Any, ...]] = {
     "multi_query_attention": (False, None),
 }
 _REFUSED = {
-    "LLaDAMoEModelLM": "LLaDA-MoE (64 experts) is a mixture of experts with query and key norms",
-    "LLaDA2MoeModelLM": "LLaDA 2 is a mixture of experts with block-causal attention",
-    "LLaDA2MoeForCausalLM": "LLaDA 2 is a mixture of experts with block-causal attention",
+    "LLaDAMoE": "LLaDA-MoE (64 experts) is a mixture of experts with query and key norms",
+    "LLaDA2": "LLaDA 2 is a mixture of experts with block-causal attention",
 }
+"""Beginning of an architecture's name -> why it is refused."""
 
 
 def llama_key(llada_key: str) -> str:
@@ -85,11 +85,10 @@ def native_config(raw: Mapping[str, Any], name: str) -> tuple[PreTrainedConfig, 
         ValueError: the layout is known but not supported, or a LLaDA has blocks other than Llama's.
     """
     architecture = (raw.get("architectures") or [""])[0]
-    if architecture in _REFUSED or (raw.get("model_type") == "llada" and raw.get("num_experts")):
-        what = _REFUSED.get(architecture, _REFUSED["LLaDAMoEModelLM"])
+    refused = [why for begin, why in _REFUSED.items() if architecture.startswith(begin)]
+    if refused or (raw.get("model_type") == "llada" and raw.get("num_experts")):
+        what = refused[0] if refused else _REFUSED["LLaDAMoE"]
         raise ValueError(f"{name}: {what}; not supported: use a dense LLaDA-8B, iLLaDA or Dream checkpoint")
-    if architecture.startswith("LLaDA2"):
-        raise ValueError(f"{name}: {_REFUSED['LLaDA2MoeModelLM']}; not supported: use a dense LLaDA-8B")
     if architecture == "LLaDAModelLM":
         return _llada_config(raw, name), bool(raw.get("diffusion_shift", False))
     if architecture == "ILLaDAForCausalLM":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rl.causal import autocast, load, snapshot
 from rl.config.diffusion import DiffusionModelConfig
 from rl.diffusion.adapters import write_record
 from rl.diffusion.model import (
@@ -29,8 +29,6 @@ from rl.model.adapters import add_lora, load_adapter
 from rl.model.bidirectional import Documents
 from rl.model.loading import check_vocabulary, context_length, storage_dtype
 from rl.model.saving import save_model
-from rl.policy import Writer
-from rl.store.optimizer_state import load_optimizer, optimizer_writer
 from rl.together import SummedGradients
 
 ARCHITECTURE = "MaskedDiffusionLM"
@@ -48,6 +46,7 @@ class DiffusionPolicy:
     """
 
     in_step, unread = False, ()
+    autocast, snapshot, load = autocast, snapshot, load
 
     def __init__(self, config: DiffusionModelConfig, accelerator: Accelerator, *, name: str) -> None:
         self.config, self.accelerator = config, accelerator
@@ -57,10 +56,10 @@ class DiffusionPolicy:
         self.mask_token_id = find_mask_token(
             self.tokenizer, model_config(name, config.revision), config.mask_token
         )
-        load = load_diffusion_model
+        make = load_diffusion_model
         if config.from_scratch is not None:
-            load = partial(random_diffusion_model, changes=config.from_scratch)
-        model = load(
+            make = partial(random_diffusion_model, changes=config.from_scratch)
+        model = make(
             name,
             revision=config.revision,
             dtype=self.dtype,
@@ -95,30 +94,11 @@ class DiffusionPolicy:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.dtype == "bf16-mixed":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def finish_gradients(self, max_norm: float) -> float:
         return SummedGradients(self.trainable, self.accelerator.num_processes).finish(max_norm)
-
-    def snapshot(self, optimizer: torch.optim.Optimizer) -> Writer:
-        write_optimizer = optimizer_writer(optimizer, self.trainable())
-
-        def write(folder: Path) -> None:
-            if self.accelerator.is_main_process:
-                self.write_model(folder)
-            write_optimizer(folder)
-
-        return write
-
-    def load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        self.load_weights(folder)
-        load_optimizer(folder, optimizer, self.trainable())
 
     def load_weights(self, folder: Path) -> None:
         """Loads the weights (or the adapter) that `write_model` wrote, bit for bit."""

@@ -278,8 +278,3 @@ def expert_factors(adapter: Any, active: str) -> tuple[Float[Tensor, "E r I"], F
     a, b = adapter.lora_A[active].weight, adapter.lora_B[active].weight
     number = adapter.num_experts
     return a.view(number, -1, a.shape[1]), b.view(b.shape[0], -1, number).permute(2, 0, 1).contiguous()
-
-
-def peft_weights(a_ErI: Tensor, b_EOr: Tensor) -> tuple[Float[Tensor, "Er I"], Float[Tensor, "O rE"]]:
-    """The weights of peft's lora_A and lora_B for these factors: the inverse of `expert_factors`."""
-    return a_ErI.reshape(-1, a_ErI.shape[2]), b_EOr.permute(1, 2, 0).reshape(b_EOr.shape[1], -1)

@@ -1,16 +1,16 @@
-"""How experts are computed: the fastest way on this machine, by a short measurement, and FLOPs of a token."""
+"""How experts are computed: the fastest way on this machine, by a short measurement."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from rl.moe.adapters import expert_stacks, part_of
+from rl.moe.adapters import expert_stacks
 from rl.moe.routers import UnknownRouter, find_routers
 
 WAYS = ("grouped_mm", "batched_mm", "eager")
@@ -83,36 +83,3 @@ def _seconds(experts: Any, top_k: int, num_tokens: int, way: str) -> float:
 def _wait(tensor: torch.Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize()
-
-
-def active_matrix_values(model: nn.Module) -> float:
-    """The number of matrix values that a token is multiplied with in a forward pass. Of routed experts the
-    share K / E counts. The head counts, the embedding and adapters do not.
-    """
-    sites = find_routers(model)
-    shares = {site.layer: site.top_k / site.num_experts for site in sites}
-    share = sum(shares.values()) / max(len(shares), 1)
-    embedding, total = cast(Any, model).get_input_embeddings(), 0.0
-    head = cast(Any, model).get_output_embeddings()
-    for name, p in model.named_parameters():
-        if (
-            p.ndim < 2
-            or ".lora_" in name
-            or (p is embedding.weight and head is not None and head.weight is not p)
-        ):
-            continue
-        total += p.numel() * (share if part_of(model, name) == "routed experts" and p.ndim == 3 else 1.0)
-    return total
-
-
-def forward_flops(model: Any, length: int, *, causal: bool = True) -> float:
-    """FLOPs of a sequence: 2 x active values per token, and 4 x heads x head size per pair of tokens.
-
-    Args:
-        causal: counts only pairs that see each other under causal attention.
-    """
-    config = model.config
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = length * (length + 1) / 2 if causal else length**2
-    return 2 * length * active_matrix_values(model) + 4 * heads * size * pairs * config.num_hidden_layers

@@ -7,6 +7,7 @@ is hostile: it is escaped, and its control characters are removed or made visibl
 from __future__ import annotations
 
 from html import escape
+from itertools import islice
 from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -68,14 +69,13 @@ def sampled_traces(ledger: Ledger) -> list[tuple[int, ScoredGroup, int]]:
     """(step, group, index in it) of completions with traces: the best and the worst of one group, in the
     first and the last recorded step. Steps are counted as in curves, by how many are done.
     """
-    found = []
-    for record in ledger.sample(2, _NUM_CANDIDATES):
-        for scored in record.groups:
-            pairs = enumerate(zip(scored.completions, scored.rewards, strict=True))
-            ranked = sorted(((r.score or 0.0, -i) for i, (c, r) in pairs if _has_trace(c)), reverse=True)
-            if ranked:
-                chosen = dict.fromkeys([-ranked[0][1], -ranked[-1][1]])
-                found += [(record.step + 1, scored, i) for i in chosen]
+    found, recorded = [], ledger.recorded()
+    for step in dict.fromkeys([*recorded][:1] + [*recorded][-1:]):
+        groups = (scored for rank in recorded[step][:_NUM_CANDIDATES] for scored in ledger.glance(step, rank))
+        for scored in [*islice(groups, _NUM_CANDIDATES)]:  # all, so that damage among them is told
+            if traced := [i for i, completion in enumerate(scored.completions) if _has_trace(completion)]:
+                traced.sort(key=lambda i: -(scored.rewards[i].score or 0.0))
+                found += [(step + 1, scored, i) for i in dict.fromkeys([traced[0], traced[-1]])]
                 break
     return found
 

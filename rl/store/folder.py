@@ -216,7 +216,7 @@ def write_result(
     checkpoint: Path,
 ) -> dict[str, Any]:
     """`result.json`: held-out accuracy before and after with intervals, n, seconds, steps, the verdict in one
-    line, and the newest checkpoint.
+    line, and the newest checkpoint, relative to the run folder, which may be moved.
 
     `seconds` counts the whole run, restarts included. Before is step 0 and after is step `steps`. A missing
     accuracy is null, never that of another step, and `heldout_before_missing` says why.
@@ -232,7 +232,7 @@ def write_result(
         result |= missing | {"n": next((found.n for found in ends.values() if found), None)}
     if config.rewards.control != "none":
         result["control"] = config.rewards.control
-    result |= {"verdict": verdict, "checkpoint": str(checkpoint.resolve())}
+    result |= {"verdict": verdict, "checkpoint": str(checkpoint.relative_to(config.run_dir))}
     write_atomically(config.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -249,8 +249,11 @@ def heldout_ends(found: Mapping[int, E], steps: int, file: str) -> tuple[dict[st
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """What `write_result` wrote; empty if that is missing or damaged."""
-    return _read_object(run_dir / "result.json") or {}
+    """What `write_result` wrote, with the whole path of the checkpoint; empty if it is missing or damaged."""
+    result = _read_object(run_dir / "result.json") or {}
+    if isinstance(checkpoint := result.get("checkpoint"), str):  # an older file holds the path of its time
+        result["checkpoint"] = str((run_dir / "checkpoints" / Path(checkpoint).name).resolve())
+    return result
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

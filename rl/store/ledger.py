@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from gzip import BadGzipFile, GzipFile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ MAX_GLANCE_BYTES = 16 << 20  # of a decompressed record, if only some of its gro
 MAX_GROUP_BYTES = 16 << 20  # of a group that is shown: a million tokens
 MAX_PARTS = 1_000_000  # lists and dicts of a group that is shown: the smallest takes 72 bytes, 2 in JSON
 MAX_BAD = 24  # damaged groups of a file, after which the rest is left out
-MAX_RANKS = 16
 DAMAGE = (BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _NAME = re.compile(r"step-(\d+)-rank(\d+)\.jsonl\.gz")
 _HEADER = dict.fromkeys(("step", "rank", "world_size", "policy_version"), int) | {"counts": dict}
@@ -130,7 +128,8 @@ class Ledger:
         owners = [{} if trained_by is None else {"trained_by": rank} for rank in trained_by or groups]
         path = self._path(step, self.rank)
         if self._ranks_gone is None:
-            self._ranks_gone = {rank for _, rank in self._present() if rank >= self.world_size}
+            known = {rank for ranks in self.recorded().values() for rank in ranks}
+            self._ranks_gone = {rank for rank in known if rank >= self.world_size}
         elif not self.folder.is_dir():
             raise gone(self.folder)
         with written_whole(path) as file, GzipFile("", "wb", 1, file, mtime=0) as lines:
@@ -169,52 +168,59 @@ class Ledger:
 
     def steps(self) -> list[int]:
         """Steps that this process has a record of, ascending; the files are not opened."""
-        return sorted(step for step, rank in self._present() if rank == self.rank)
+        return [step for step, ranks in self.recorded().items() if self.rank in ranks]
 
-    def sample(self, max_steps: int, max_groups: int | None = None) -> Iterator[LedgerStep]:
-        """Yields records of all processes, one at a time, for up to `max_steps` recorded steps: the first,
-        the last, and others evenly between.
-
-        Args:
-            max_groups: most groups of each step, from at most `MAX_RANKS` processes, for readers of a run
-                that may be somebody else's. A group that is damaged or too large is left out by itself.
-                Default: whole records only.
+    def sample(self, max_steps: int) -> Iterator[LedgerStep]:
+        """Yields whole records of all processes, one at a time, for up to `max_steps` recorded steps: the
+        first, the last, and others evenly between.
         """
-        present = self._present()
-        steps, gaps = sorted({step for step, _ in present}), max(max_steps - 1, 1)
+        recorded = self.recorded()
+        steps, gaps = [*recorded], max(max_steps - 1, 1)
         if len(steps) > max_steps:
             steps = [steps[-1 - (len(steps) - 1) * i // gaps] for i in reversed(range(max_steps))]
-        for step in steps:
-            ranks = sorted(rank for s, rank in present if s == step)
-            some = ranks if max_groups is None else ranks[:MAX_RANKS]
-            each = None if max_groups is None else -(-max_groups // len(some))
-            for rank in some:
-                if (record := self._read(step, rank, each)) is not None:
-                    yield record
+        records = (self._read(step, rank) for step in steps for rank in recorded[step])
+        yield from (record for record in records if record is not None)
+
+    def glance(self, step: int, rank: int) -> Iterator[ScoredGroup]:
+        """The groups of a record that were trained on, without expert routes, one at a time, for a reader of
+        a run that may be somebody else's. A group that is damaged or too large is left out by itself.
+        """
+        path, faults = self._path(step, rank), list[str]()
+        try:
+            for part in each_group(path, faults, max_bytes=MAX_GLANCE_BYTES):
+                if (part.step, part.rank) != (step, rank):
+                    raise ValueError(f"it says step {part.step!r} and rank {part.rank!r}")
+                yield from part.groups
+        except FileNotFoundError:
+            return
+        except (*DAMAGE, OSError) as error:
+            faults.append(f"damaged ({brief(error)})")
+        for fault in faults:
+            self._report(f"{path.name}: {fault}")
+
+    def recorded(self) -> dict[int, list[int]]:
+        """Step -> the processes that have a record of it, both ascending; the files are not opened."""
+        found: dict[int, list[int]] = {}
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        for step, rank in sorted((int(match[1]), int(match[2])) for match in matches if match):
+            found.setdefault(step, []).append(rank)
+        return found
 
     def _path(self, step: int, rank: int) -> Path:
         return self.folder / f"step-{step:06d}-rank{rank}.jsonl.gz"
 
-    def _present(self) -> list[tuple[int, int]]:
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
-        return [(int(match[1]), int(match[2])) for match in matches if match]
-
-    def _read(self, step: int, rank: int, max_groups: int | None = None) -> LedgerStep | None:
+    def _read(self, step: int, rank: int) -> LedgerStep | None:
         path = self._path(step, rank)
         try:
-            record, faults = (_whole(path), []) if max_groups is None else _glance(path, max_groups)
+            record = _whole(path)
             if record.step != step or record.rank != rank:
                 raise ValueError(f"it says step {record.step!r} and rank {record.rank!r}")
+            return record
         except FileNotFoundError:
             return None
-        except (*DAMAGE, OSError) as error:
-            if max_groups is None and not isinstance(error, DAMAGE):
-                raise
+        except DAMAGE as error:
             self._report(f"{path.name}: damaged ({brief(error)})")
             return None
-        for fault in faults:
-            self._report(f"{path.name}: {fault}")
-        return record
 
     def _report(self, sentence: str) -> None:
         if sentence not in self.damaged:
@@ -241,21 +247,6 @@ def _whole(path: Path) -> LedgerStep:
         else:
             record.rejected.append(decode_group(row))
     return record
-
-
-def _glance(path: Path, max_groups: int) -> tuple[LedgerStep, list[str]]:
-    """The first groups that were trained on, without their expert routes, and what was left out.
-
-    Raises:
-        one of DAMAGE: not even the header can be read.
-    """
-    faults: list[str] = []
-    record, *parts = islice(each_group(path, faults, max_bytes=MAX_GLANCE_BYTES), max_groups + 1)
-    for part in parts:
-        record.groups.extend(part.groups)
-        if record.advantages is not None:
-            record.advantages.extend(part.advantages or [])
-    return record, faults
 
 
 def each_group(path: Path, faults: list[str], *, max_bytes: int) -> Iterator[LedgerStep]:

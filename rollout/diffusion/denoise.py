@@ -93,27 +93,15 @@ def denoise(
             break
         if finished := batch.step():
             read = batch.state.read([row.slot for row in finished])
-            for row, (ids, steps, logprobs, finite) in zip(finished, read, strict=True):
-                done[row.index] = _result(
-                    row,
-                    ids,
-                    steps=steps,
-                    logprobs=logprobs,
-                    finite=finite,
-                    stop_token_ids=params.stop_token_ids,
-                )
+            for row, found in zip(finished, read, strict=True):
+                done[row.index] = _result(row, found, params.stop_token_ids)
     return done
 
 
 def _result(
-    row: Row,
-    token_ids: list[int],
-    *,
-    steps: list[int],
-    logprobs: list[float],
-    finite: bool,
-    stop_token_ids: Sequence[int],
+    row: Row, found: tuple[list[int], list[int], list[float], bool], stop_token_ids: Sequence[int]
 ) -> Denoised:
+    token_ids, steps, logprobs, finite = found
     end = next((c + 1 for c in range(row.tail, row.length) if token_ids[c] in stop_token_ids), None)
     return Denoised(
         token_ids=token_ids[: row.length],

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rollout.fingerprint import GOLDEN, mixed
 from rollout.sampler import draw
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
@@ -195,32 +196,12 @@ def counter_uniforms(seeds_L: Tensor, steps_L: Tensor, columns_L: Tensor, stream
     """Uniform numbers in [0, 1) as a function of (seed, step, column, stream) alone, in float64.
 
     A row draws the same whatever else is in its batch, on a CPU and a GPU alike, and nothing is stored or
-    waited for. Each argument passes through the finaliser of SplitMix64 (Steele, Lea and Flood 2014), a
-    bijection that mixes well.
+    waited for. Each argument passes through the finaliser of SplitMix64.
     """
-    state = _mix(seeds_L + _signed((stream + 1) * _GOLDEN % 2**64))
-    state = _mix(state + (steps_L + 1) * _GOLDEN)
-    state = _mix(state + (columns_L + 1) * _GOLDEN)
+    state = seeds_L
+    for number in (torch.tensor(stream), steps_L, columns_L):
+        state = mixed(state + (number + 1) * GOLDEN)
     return (state & (2**53 - 1)).double() * 2.0**-53
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser. int64 wraps around as 64 unsigned bits do; only the shifts need care."""
-    x = (x ^ _shifted(x, 30)) * _FIRST
-    x = (x ^ _shifted(x, 27)) * _SECOND
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _divisors(n: int) -> list[int]:

@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from rl.config.sections import LoraConfig
 from rl.moe.adapters import audit, lora_plan, split_experts
 from rl.moe.esft import TrainedExperts, train_only
-from rl.moe.kernels import forward_flops
-from tests.bench.flops import peak_flops
+from tests.bench.flops import forward_flops, peak_flops
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,8 @@ def syncs(load: Load, weights: TrainerWeights) -> None:
         report = publish(engine, weights, version=number + 1, tolerance=None)
         parts = "  ".join(f"{name} {seconds:.3f}" for name, seconds in report.parts.items())
         inside = "  ".join(f"{name} {seconds:.3f}" for name, seconds in calls.items())
-        what = f"{report.seconds:.3f} s for {report.num_tensors} tensors, {report.num_bytes / 1e9:.2f} GB"
+        num_bytes = sum(held.num_bytes for held in engine.tensors.values())
+        what = f"{report.seconds:.3f} s for {len(engine.tensors)} tensors, {num_bytes / 1e9:.2f} GB"
         say(f"sync {number}", what, "under running completions" if running else "idle")
         say("", parts, f"gap {report.canary_max_gap:.2g} nats")
         say("", f"of send: {inside}  the rest {report.parts['send'] - sum(calls.values()):.3f}")

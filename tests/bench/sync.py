@@ -96,7 +96,8 @@ def syncs(policy: CausalPolicy, engine: VllmEngine, asked: argparse.Namespace) -
         elif version > WARM_UP:
             rows.append(dict(report.parts) | {"sync": before} | {f"  {k}": v for k, v in inside.items()})
             gaps.append(report.canary_mean_gap)
-    size = f"{report.num_tensors} tensors, {report.num_bytes / 1e9:.2f} GB"
+    num_bytes = sum(held.num_bytes for held in engine.tensors.values())
+    size = f"{len(engine.tensors)} tensors, {num_bytes / 1e9:.2f} GB"
     print(f"{size}, median of {len(rows)} syncs; canary {max(gaps):.2g} nats at most, on average")
     for name in dict.fromkeys(name for row in rows for name in row):
         print(f"{name:30s}{spread([row.get(name, 0.0) for row in rows])}", flush=True)

@@ -17,7 +17,7 @@ from rl.config.diffusion import DiffusionConfig
 from rl.config.read import replaced
 from rl.diffusion.train import train_step
 from rl.model.head import CHUNK_BYTES
-from rl.model.loading import _narrow_under_autocast
+from rl.model.loading import narrow_under_autocast
 from rl.plan.memory import GIB, Card, training_parts
 from tests.diffusion.training import make_run
 
@@ -102,7 +102,7 @@ def test_a_real_step_holds_what_is_predicted_within_a_tenth(folder, monkeypatch,
     monkeypatch.setitem(CHUNK_BYTES, "cuda", chunk)
     words = ["model.fused_layers=false", "train.examples_per_step=10", "train.token_budget=400", *overrides]
     run = make_run(str(folder), str(folder / "rows.jsonl"), str(folder / "run"), *words)
-    run.policy.model.get_input_embeddings().register_forward_hook(_narrow_under_autocast)  # as on a GPU
+    run.policy.model.get_input_embeddings().register_forward_hook(narrow_under_autocast)  # as on a GPU
     optimizer, parameters = run.optimizer, list(run.policy.model.parameters())
     held: dict[str, int] = {}
 

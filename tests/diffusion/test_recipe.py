@@ -67,7 +67,7 @@ def same(a: dict, b: dict) -> bool:
 def test_a_run_leaves_everything_a_user_looks_for(config_file, capsys):
     folder = run(config_file, "run", "trackers=[tensorboard]")
     result = json.loads((folder / "result.json").read_text())
-    assert result["steps"] == STEPS
+    assert (result["steps"], result["checkpoint"]) == (STEPS, f"checkpoints/step-{STEPS:06d}")
     assert result["heldout_after"]["num_tokens"] == 9
     assert result["heldout_after"]["nats_per_token"] != result["heldout_before"]["nats_per_token"]
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]

@@ -146,10 +146,10 @@ def syncs(policy: Policy, tokenizer: Any, url: str, out: Path, *, kinds: str, ti
                 said = (
                     f"{kind} version {version} {'delta' if push.base else 'whole'}: {push.num_bytes:,} bytes"
                 )
-                said += f" of {report.num_bytes:,} ({push.changed:.2%} of the values), {waited:.3f} s"
+                size = sum(held.num_bytes for held in engine.tensors.values())
+                said += f" of {size:,} ({push.changed:.2%} of the values), {waited:.3f} s"
                 said += f" ({parts}; of send, writing {written[-1]:.3f}), "
-                said += f"canary {report.canary_mean_gap:.4f} nats, "
-                print(f"{said}compared {report.compared_share:.0%}", flush=True)
+                print(f"{said}canary {report.canary_mean_gap:.4f} nats", flush=True)
                 policy.step() if full else policy.shift()
         finally:
             engine.close()

@@ -71,7 +71,7 @@ def fork(work: Callable[[], int], rank: int, size: int, port: int) -> int:
         os._exit(code)
 
 
-def survivors(patience_s: float = 10.0) -> list[str]:
+def survivors(patience_s: float = 60.0) -> list[str]:
     """Command lines of what the forks left behind: orphans come to this process, a subreaper."""
     deadline = time.monotonic() + patience_s
     while True:

@@ -139,7 +139,7 @@ def test_advantages_may_stand_per_token_and_reach_the_loss_tokens():
     (batch,) = pack([group], [[[0.5, 9.0, -1.5], 2.0]], rules())
     assert batch.micro_batches[0].advantages_L.tolist() == [0.5, -1.5, 2.0]
     (batch,) = pack([group], [[[0.0, 9.0, 0.0], 2.0]], rules())  # no signal where the policy chose
-    assert batch.num_skipped_rows == 1
+    assert [row.index for m in batch.micro_batches for row in m.rows] == [1]
     with pytest.raises(AssertionError, match="2 advantages of 3 tokens"):
         pack([group], [[[0.5, 1.0], 2.0]], rules())
 

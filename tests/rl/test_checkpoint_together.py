@@ -23,13 +23,13 @@ from rl.types import ALONE
 
 @dataclass
 class Meeting:
-    """Where threads, in the place of processes, tell each other; none waits longer than 5 s."""
+    """Where threads, in the place of processes, tell each other; none waits longer than a minute."""
 
     size: int
     given: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=5)
+        self.barrier = threading.Barrier(self.size, timeout=60)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def save_together(root: Path, step: int, errors: dict[int, BaseException]) -> li
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=100)
     return ended
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -269,9 +270,13 @@ def test_bars_of_seconds_add_up_to_those_of_a_step_where_a_phase_is_rare(tmp_pat
 
 def test_of_a_step_only_the_groups_that_are_asked_for_are_read(tmp_path):
     write_run(tmp_path, *[scored(f"p{i}") for i in range(500)])
-    (record,) = Ledger(tmp_path).sample(20, 24)
-    assert [group.prompt.id for group in record.groups] == [f"p{i}" for i in range(24)]
     assert len(shelved(tmp_path)[0]) == 500
+    path = tmp_path / LEDGER
+    path.write_bytes(path.read_bytes()[:-100])  # damage that only a reader of the last groups meets
+    ledger = Ledger(tmp_path)
+    some = islice(ledger.glance(0, 0), 24)
+    assert [group.prompt.id for group in some] == [f"p{i}" for i in range(24)] and not ledger.damaged
+    assert 24 < len(list(ledger.glance(0, 0))) < 500 and "damaged after" in ledger.damaged[0]
 
 
 def test_a_reader_may_be_told_of_damage_by_denoising_too(tmp_path, capsys):
@@ -279,3 +284,32 @@ def test_a_reader_may_be_told_of_damage_by_denoising_too(tmp_path, capsys):
     (tmp_path / LEDGER).write_bytes(b"\x1f\x8b\x08half")
     assert main(["denoising", str(tmp_path)]) == 0
     assert "step-000000-rank0.jsonl.gz: damaged" in capsys.readouterr().err
+
+
+def test_denoising_tells_of_records_under_another_name_and_of_damage_beside_what_it_shows(tmp_path, capsys):
+    write_run(tmp_path, scored("good"), scored("bad"))
+    path = tmp_path / LEDGER
+    header, first, _ = gzip.decompress(path.read_bytes()).splitlines()
+    path.write_bytes(gzip.compress(b"\n".join([header, first, b'{"kept":true}'])))
+    write_run(tmp_path, scored("late"), step=5)
+    (tmp_path / "ledger/step-000005-rank0.jsonl.gz").rename(tmp_path / "ledger/step-000007-rank0.jsonl.gz")
+    assert main(["denoising", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "'good'" in shown.out and "late" not in shown.out
+    assert "step-000007-rank0.jsonl.gz: damaged (ValueError: it says step 5 and rank 0)" in shown.err
+    assert "step-000000-rank0.jsonl.gz: 1 of its groups left out (" in shown.err
+
+
+def test_of_a_step_with_many_damaged_records_some_are_opened_for_denoising(tmp_path):
+    write_run(tmp_path, scored("good"))
+    for rank in range(100):
+        (tmp_path / f"ledger/step-000001-rank{rank}.jsonl.gz").write_bytes(b"\x1f\x8b\x08half")
+    ledger = Ledger(tmp_path)
+    assert {group.prompt.id for _, group, _ in sampled_traces(ledger)} == {"good"}
+    assert len(ledger.damaged) == 24
+
+
+def test_a_record_that_a_running_run_removes_meanwhile_is_not_damaged(tmp_path):
+    ledger = Ledger(write_run(tmp_path, scored("good")))
+    (tmp_path / LEDGER).unlink()
+    assert (list(ledger.glance(0, 0)), ledger.damaged) == ([], [])

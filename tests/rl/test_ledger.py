@@ -396,7 +396,7 @@ def test_a_step_that_is_sampled_again_by_fewer_processes_has_no_share_of_the_oth
         for step in (0, 1):
             write(Ledger(tmp_path, rank, 2), step)
     write(Ledger(tmp_path, 0, 1), 1)
-    assert sorted(Ledger(tmp_path)._present()) == [(0, 0), (0, 1), (1, 0)]
+    assert Ledger(tmp_path).recorded() == {0: [0, 1], 1: [0]}
 
 
 def test_a_step_lists_no_folder_however_many_there_were(tmp_path):

@@ -18,7 +18,6 @@ from rl.moe.adapters import (
     innermost,
     lora_plan,
     part_of,
-    peft_weights,
     split_experts,
 )
 from rl.moe.routers import UnknownRouter, find_routers
@@ -218,15 +217,13 @@ def test_under_autocast_experts_of_fp32_weights_are_computed_in_bf16(with_adapte
     torch.testing.assert_close(experts(x, idx, weights), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_factors_by_expert_go_to_pefts_form_and_back():
+def test_factors_by_expert_are_those_that_peft_multiplies():
     model = tiny("qwen3_moe")
     adapted(model)
     wrapper = next(m for n, m in model.named_modules() if type(innermost(m)).__name__ == "Qwen3MoeExperts")
     a, b = expert_factors(wrapper, "default")
     delta = wrapper.get_delta_weight("default")  # peft's own einsum
     torch.testing.assert_close(wrapper.scaling["default"] * b @ a, delta)
-    for ours, theirs in zip(peft_weights(a, b), (wrapper.lora_A, wrapper.lora_B), strict=True):
-        assert torch.equal(ours, theirs["default"].weight)
 
 
 def test_parts_add_up_to_the_model():

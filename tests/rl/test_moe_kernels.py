@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rl.moe.kernels import active_matrix_values, choose_experts, forward_flops
+from rl.moe.kernels import choose_experts
+from tests.bench.flops import active_matrix_values, forward_flops
 from tests.rl.families import tiny_config
 
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe"]

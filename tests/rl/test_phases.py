@@ -42,20 +42,35 @@ def test_the_same_signal_twice_in_a_moment_is_one_wish(stop):
     assert stop.requested() and stop.exit_code() == 143
 
 
+LONG_CALL = """
+import hashlib, time
+
+def hashed(number):
+    began = time.thread_time()
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", number)  # lets other threads run, and no handler
+    return time.thread_time() - began
+
+def long_call(seconds=2.5, took=hashed(300_000)):
+    hashed(int(300_000 * seconds / took))
+"""
+
+
 def test_the_same_signal_twice_in_a_moment_is_one_wish_when_it_is_handled_late():
     """The main thread is in one long call, as in a backward pass, when the second one arrives."""
     code = """
-import hashlib, os, signal, threading
+import os, signal, threading
 from rl import phases
-phases.REPEAT_S = 0.5
+phases.REPEAT_S = 1.0
 stop = phases.StopSignal().install()
 os.kill(os.getpid(), signal.SIGTERM)
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-hashlib.pbkdf2_hmac("sha256", b"a", b"b", 4_000_000)  # lets other threads run, and no handler
+long_call()
 assert stop.requested()
 print("saved")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-c", LONG_CALL + code], capture_output=True, text=True, timeout=120
+    )
     assert (found.returncode, found.stdout) == (0, "saved\n"), found.stderr
 
 
@@ -75,7 +90,7 @@ from rl import phases
 phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.3
 stop = phases.StopSignal(may_exit=True).install()
 stop.say = lambda text: print(text, flush=True)
-for after in (0.1, 0.2, 0.6):
+for after in (0.1, 0.2, 0.6, 5.0):  # the last one, should the others come as one
     threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
 hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000_000)
 """
@@ -89,7 +104,7 @@ hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000_000)
 
 def test_in_a_notebook_a_second_signal_does_not_end_the_process():
     code = """
-import hashlib, os, signal, threading
+import os, signal, threading
 from rl import phases
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 phases.REPEAT_S, phases.PATIENCE_S = 0.2, 0.1
@@ -97,11 +112,13 @@ stop = phases.StopSignal().install()
 for after in (0.1, 1.6):  # far enough apart for a thread that starves
     threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 9_000_000)
+    long_call()
 except KeyboardInterrupt:
     print("caught")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", LONG_CALL + code], capture_output=True, text=True, timeout=60
+    )
     assert (found.returncode, found.stdout) == (0, "caught\n"), found.stderr
 
 

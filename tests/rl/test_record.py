@@ -137,11 +137,10 @@ def test_ages_are_those_of_tokens_and_the_counts_of_the_source_are_metrics():
         config=AdvantageConfig(),
         weights={},
         world=World(Accelerator(cpu=True)),
-        counts={"rounds": 2.0, "replaced": 3.0, "over_age": 1.0, "in_flight": 24.0},
+        counts={"rounds": 2.0, "replaced": 3.0, "in_flight": 24.0},
     )
     assert values["staleness/mean"] == 1.2 and values["staleness/max"] == 2.0
     assert values["rollout/replaced"] == 3.0 and values["rollout/in_flight"] == 24.0
-    assert values["staleness/over_age"] == 1.0
 
 
 def test_metrics_of_episodes_count_each_episode_once_and_sum_the_seconds_of_a_tool():

@@ -138,7 +138,8 @@ def test_the_page_of_a_running_run_comes_again_in_its_place_and_stops_at_the_end
     title = browser.run("document.getElementById('title').textContent")
     write_step(run, 2, [scored_group(["new", "b"], [0.0, 1.0], prompt_id="train/new")])
     write_report(shelf, path)
-    browser.wait("window.isOld === undefined && document.readyState === 'complete'")
+    there = "document.querySelector('#rows tr').cells[0].textContent === '3'"  # it may have come before that
+    browser.wait(f"window.isOld === undefined && document.readyState === 'complete' && {there}")
     assert browser.run("document.getElementById('title').textContent") == title
     assert abs(browser.run("scrollY") - 700) < 2
     browser.run("window.isOld = true")

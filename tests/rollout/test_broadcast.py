@@ -35,18 +35,18 @@ def both_ends(url: str, timeout_s: float) -> list[Group]:
             pool.submit(partial(joined, url, "k", rank=k, size=2, bytes_B=bits[k], timeout_s=timeout_s))
             for k in range(2)
         ]
-        return [end.result(20) for end in ends]
+        return [end.result(90) for end in ends]
 
 
 def test_bytes_arrive():
     url = f"nccl://127.0.0.1:{free_port()}"
-    store = _listening(url, 10.0)
-    trainer, server = both_ends(url, 10.0)
+    store = _listening(url, 60.0)
+    trainer, server = both_ends(url, 60.0)
     sent = torch.randint(256, (3_000_001,), dtype=torch.uint8)
     got = torch.zeros_like(sent)
     with ThreadPoolExecutor(2) as pool:
         for move in [pool.submit(trainer.move, sent), pool.submit(server.move, got)]:
-            move.result(10)
+            move.result(60)
     assert torch.equal(sent, got) and int(sent.sum()) > 0
     for end in (trainer, server):
         end.close()
@@ -56,11 +56,10 @@ def test_bytes_arrive():
 
 def test_an_end_that_takes_no_part_is_given_up():
     url = f"nccl://127.0.0.1:{free_port()}"
-    store = _listening(url, 10.0)
-    trainer, server = both_ends(url, 1.0)
-    with pytest.raises(
-        RuntimeError, match=r"no broadcast of 64000000 bytes within 1 s|Timed out waiting 1000"
-    ):
+    store = _listening(url, 20.0)
+    trainer, server = both_ends(url, 20.0)
+    trainer._wait_s = 1.0  # both ends are there: only the move has to be quick
+    with pytest.raises(RuntimeError, match=r"no broadcast of 64000000 bytes within 1 s"):
         trainer.move(torch.zeros(64_000_000, dtype=torch.uint8))
     server.close()
     del store
@@ -93,14 +92,14 @@ def test_groups_that_are_made_at_once_all_do_without_the_watchdog(monkeypatch: p
         first_is_out.set()
 
     def second() -> None:
-        first_is_in.wait(5)
+        first_is_in.wait(60)
         with _without_watchdog():
-            first_is_out.wait(5)
+            first_is_out.wait(60)
             found.append(os.environ.get(_ERRORS, "unset"))
 
     with ThreadPoolExecutor(2) as pool:
         for end in [pool.submit(first), pool.submit(second)]:
-            end.result(10)
+            end.result(90)
     assert found == ["0", "0"] and os.environ[_ERRORS] == "3"
 
 

@@ -122,7 +122,7 @@ def test_no_token_is_older_than_max_staleness_and_no_work_is_thrown_away(max_sta
         ]
         oldest = max(oldest, *ages)
         assert min(ages) >= 0 and max(ages) <= max_staleness
-        assert source.last_counts.get("over_age", 0) == 0 and source.last_rejected == []
+        assert source.last_rejected == []
         assert source.cursor == (step + 1) * B
         engine.run(draw.choice([0, 0, 10, 500]))
         source.publish(OneWeight(), version=step + 1)
@@ -197,8 +197,8 @@ def test_dynamic_sampling_takes_replacements_from_the_queue(max_staleness):
     assert Counter(consumed) == Counter(source.stream.at(n).id for n in range(len(consumed)))
 
 
-def test_an_over_age_group_is_counted_recorded_and_sampled_again_in_its_place():
-    """An engine that goes on with version 0 until it is asked again: its groups of step 2 are too old."""
+def test_an_engine_that_samples_ahead_with_old_weights_stops_the_run():
+    """It goes on with version 0, so its groups of step 2 are too old."""
     engine = TickEngine()
     source = make(engine=engine, max_staleness=1)
     source.publish(OneWeight(), version=0)
@@ -208,19 +208,15 @@ def test_an_over_age_group_is_counted_recorded_and_sampled_again_in_its_place():
         source.publish(OneWeight(), version=step)
         engine.run(500)
     engine.lag = 0
-    groups = list(source.groups(B))
-    assert [g.prompt.id for g in groups] == [source.stream.at(n).id for n in range(2 * B, 3 * B)]
-    assert source.last_counts["over_age"] == B == len(source.last_rejected)
-    assert {c.policy_version for g in source.last_rejected for c in g.completions} == {0}
-    assert {c.policy_version for g in groups for c in g.completions} == {2}
-    assert lengths(groups) != sampled_lengths(3 * B)[2 * B :]  # other random numbers
-    assert source.cursor == 3 * B
+    with pytest.raises(EngineError, match="sampled with weights 2 versions behind version 2, which it was"):
+        list(source.groups(B))
+    assert source.cursor == 2 * B
 
 
 def test_an_engine_that_keeps_old_weights_stops_the_run():
     source = make(engine=TickEngine(lag=2), max_staleness=1)
     source.publish(OneWeight(), version=2)
-    with pytest.raises(EngineError, match="3 times, at last 2 versions behind version 2") as caught:
+    with pytest.raises(EngineError, match="2 versions behind version 2") as caught:
         list(source.groups(B))
     assert "train.max_staleness=1" in str(caught.value)
 
@@ -248,7 +244,7 @@ class Exchange:
     """`gather` of two sources in two threads."""
 
     def __init__(self) -> None:
-        self.barrier, self.values = threading.Barrier(2, timeout=20), [None, None]
+        self.barrier, self.values = threading.Barrier(2, timeout=60), [None, None]
 
     def of(self, rank: int):
         def gather(mine):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import wait
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from script_engine import NoJournal, ScriptEngine, byte_tokenizer
 
+import rollout.episodes
 from rl.types import Completion, Prompt, SamplingParams, VersionSpan
 from rollout.engine import EngineError
 from rollout.environment import EnvironmentFault, Reply, ToolCall, checked_reply
@@ -19,6 +22,7 @@ from rollout.play import Row
 from rollout.sampler import completion_seed
 from rollout.turns import TurnRenderer
 from tests.calling import call
+from tests.waiting import wait_until
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -81,6 +85,31 @@ class Notes:
         self.versions.append(version)
 
 
+class Clock:
+    """What the engine reads for the time. It moves only by what answers and turns say that they took."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.engine_waits = 0.0, threading.Event()
+        monkeypatch.setattr(rollout.episodes, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(rollout.episodes, "wait", self.wait)
+
+    def wait(self, *given):
+        """As `concurrent.futures.wait`, and answers know of it."""
+        self.engine_waits.set()
+        try:
+            return wait(*given)
+        finally:
+            self.engine_waits.clear()
+
+    def turn(self, seconds: float) -> None:
+        self.now += seconds
+
+    def answer(self, seconds: float) -> None:
+        """Takes the seconds when the engine has nothing else to do."""
+        assert self.engine_waits.wait(60)
+        self.now += seconds
+
+
 def make(environment, say=lambda seed: f"t{seed % 1000}", *, journal=None, fails=(), **rules):
     engine = ScriptEngine(TOKENIZER, say, fails=fails)
     journal = NoJournal() if journal is None else journal
@@ -98,7 +127,7 @@ def asked(num_prompts: int = 2, *, num_completions: int = 2, most: int = 500):
     )
 
 
-def collected(episodes, number: int, patience_s: float = 20.0):
+def collected(episodes, number: int, patience_s: float = 60.0):
     groups, deadline = [], time.monotonic() + patience_s
     while len(groups) < number and time.monotonic() < deadline:
         groups += episodes.collect(timeout_s=0.5)
@@ -247,7 +276,7 @@ def test_what_is_aborted_is_handed_out_never_and_its_late_answer_is_thrown_away(
 
     def answer(turn):
         begun.set()
-        assert released.wait(10)
+        assert released.wait(60)
         return "late"
 
     environment = Counting(answer=answer)
@@ -256,7 +285,7 @@ def test_what_is_aborted_is_handed_out_never_and_its_late_answer_is_thrown_away(
     whole = asked(2, num_completions=1)
     episodes.submit(whole)
     assert episodes.collect(timeout_s=0.1) == [] and episodes.in_flight == 2
-    assert begun.wait(10)
+    assert begun.wait(60)
     episodes.abort([whole.prompts[0]])
     assert episodes.in_flight == 1
     released.set()
@@ -313,46 +342,50 @@ def test_an_engine_that_is_only_called_gets_all_turns_of_a_round_together():
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_only_time_without_any_turn_to_sample_counts_as_waiting_for_the_environment(others):
-    """The first answer takes 0.6 s. Another episode fills that time with six turns of 0.1 s each."""
-    slow = iter([0.6])
-    environment = Counting(last=6, answer=lambda turn: time.sleep(next(slow, 0.0)) or "go on")
-    engine, episodes = make(environment, max_turns=9)
+def test_only_time_without_any_turn_to_sample_counts_as_waiting_for_the_environment(others, monkeypatch):
+    """The first answer takes 6 s. Another episode fills that time with six turns of 1 s each."""
+    clock, slow = Clock(monkeypatch), iter([6.0])
+
+    def answer(turn):
+        if seconds := next(slow, 0.0):
+            if others:
+                wait_until(lambda: clock.now >= 1.0 + seconds, "the other episode has had its turns", 60)
+            else:
+                clock.answer(seconds)
+        return "go on"
+
+    engine, episodes = make(Counting(last=7, answer=answer), max_turns=9)
     engine.runs_alone, collect = True, engine.collect
-    engine.collect = lambda timeout_s: time.sleep(0.1) or collect(timeout_s=timeout_s)
-    began = time.monotonic()
+    engine.collect = lambda timeout_s: clock.turn(1.0) or collect(timeout_s=timeout_s)
     (group,) = episodes.generate(asked(1, num_completions=1 + others))
-    took = time.monotonic() - began
     sampling, idle = (sum(c.facts["seconds"][i] for c in group.completions) for i in (0, 1))
-    assert 0.9 * took < sampling <= took
-    assert idle < 0.4 if others else idle > 0.5
+    # One alone: seven turns and the answer. Two share the first turn; one takes its other six while the
+    # answer is waited for, and the other takes its own six after that.
+    assert (sampling, idle, clock.now) == (13.0, 0.0 if others else 6.0, 13.0)
 
 
 @pytest.mark.parametrize("end", ["answer", "cut"])
-def test_what_ends_an_episode_counts_in_its_seconds(end):
-    """The last answer takes 0.3 s, or the turn that is cut: waiting is a part of all, and nothing is left."""
-    environment = Counting(last=1, answer=lambda turn: time.sleep(0.3) or "over")
+def test_what_ends_an_episode_counts_in_its_seconds(end, monkeypatch):
+    """The last answer takes 3 s, or the turn that is cut: waiting is a part of all, and nothing is left."""
+    clock = Clock(monkeypatch)
+    environment = Counting(last=1, answer=lambda turn: clock.answer(3.0) or "over")
     engine, episodes = make(
         environment, lambda seed: "0123456789", max_turn_length=10 if end == "cut" else 99
     )
-    collect, slow = engine.collect, 0.3 if end == "cut" else 0.0
-    engine.collect = lambda timeout_s: time.sleep(slow) or collect(timeout_s=timeout_s)
+    collect, slow = engine.collect, 3.0 if end == "cut" else 0.0
+    engine.collect = lambda timeout_s: clock.turn(slow) or collect(timeout_s=timeout_s)
     for _ in range(2):
-        began = time.monotonic()
         (group,) = episodes.generate(asked(1, num_completions=1))
-        took = time.monotonic() - began
-        sampling, idle = group.completions[0].facts["seconds"]
-        assert 0.3 <= sampling <= took + 0.01 and sampling > 0.9 * took
-        assert 0.28 < idle <= sampling if end == "answer" else idle < 0.02
+        assert group.completions[0].facts["seconds"] == [3.0, 3.0 if end == "answer" else 0.0]
 
 
 def test_waits_are_bounded():
     released = threading.Event()
-    _, episodes = make(Counting(answer=lambda turn: released.wait(30)), timeout_s=0.3)
+    _, episodes = make(Counting(answer=lambda turn: released.wait(60)), timeout_s=0.3)
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"no turn and no answer for 0.3 s.*episodes of prompt p0"):
         episodes.generate(asked(1))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert episodes.in_flight == 0
     released.set()
 

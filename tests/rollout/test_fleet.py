@@ -143,7 +143,7 @@ def test_the_ids_are_those_of_the_engine_in_process(both: Served, numbers: tuple
         local.close()
     engine = both.engine(*numbers)
     report = publish(engine, Stream(model), version=1)
-    assert report.compared_share > 0.2
+    assert list(report.parts) == ["inspect", "send", "fingerprints", "canary"]
     groups = engine.generate(asked)
     assert [c.token_ids for g in groups for c in g.completions] == [
         c.token_ids for g in expected for c in g.completions
@@ -193,7 +193,7 @@ def hold_in_the_middle(engine: VllmEngine, asked: VllmEngine, number: int = 30) 
         said = member.control.sampled(member.server.label)
         return any(0 < said.get(stream.asked_as, 0) < 90 for stream in list(member.streams.values()))
 
-    for turn in range(4):
+    for turn in range(12):
         submit(asked, [replace(p, id=f"{p.id}/{turn}") for p in make_prompts(*range(5, 5 + number))])
         members = asked._core.members  # type: ignore[attr-defined]
         begun = lambda m: any(2 < len(s.token_ids) < 60 for s in list(m.streams.values()))  # noqa: E731
@@ -554,7 +554,7 @@ def test_a_run_keeps_its_server_from_others_until_it_asks_no_more(
     publish(engine, Stream(make_model(4)), version=1)
     time.sleep(5)  # longer than a lease, which it renews meanwhile
     with pytest.raises(
-        ValueError, match=r"serves the run in /a, which has it for [34] s more if it does not"
+        ValueError, match=r"serves the run in /a, which has it for [1-4] s more if it does not"
     ):
         both.engine(1, 0, run="the run in /b")
     other = Control(both.processes[1].url, both.token)
@@ -587,7 +587,7 @@ def test_a_broadcast_reaches_every_server_at_once(both: Served, in_parts: None):
     links = []
     for version, model in models.items():
         report = publish(engine, Stream(model), version=version)
-        assert report.compared_share > 0.2 and report.canary_mean_gap < 1e-5
+        assert "fingerprints" in report.parts and report.canary_mean_gap < 1e-5
         assert states(engine) == ["up", "up"] and len(sender._kept) >= 3
         links.append(list(sender._links.values()))
         submit(engine, make_prompts(5, 9, 33, 20))
@@ -767,8 +767,16 @@ def make_sure(engine: VllmEngine, number: int, monkeypatch: pytest.MonkeyPatch) 
     """Pauses a server in the middle of completions, and lets it be asked what it holds, for the last time."""
     member = engine._core.members[number]  # type: ignore[attr-defined]
     streams = list(member.streams.values())
-    wait_until(lambda: any(4 < len(s.token_ids) < 45 for s in streams), "it samples")
-    member.hold()
+    for _ in range(20):
+        wait_until(lambda: any(4 < len(s.token_ids) < 45 for s in streams), "it samples")
+        member.hold()
+        counts = member.control.sampled(member.server.label)
+        begun = [n for stream in streams if stream.reason is None and (n := counts.get(stream.asked_as, 0))]
+        if begun and max(begun) < 60:
+            break
+        member.control.resume()  # they were almost over when the pause came
+    else:
+        pytest.fail("no pause met completions in their middle")
     member.server._renewed = 0.0
     member.server._soon(member.server._renew()).result(30)
     monkeypatch.setattr(served, "RENEW_S", 1e9)
@@ -818,19 +826,35 @@ def test_an_odd_answer_to_the_canary_is_a_fault_of_its_server(both: Served, monk
 def test_tokens_of_others_weights_do_not_outlive_the_server_that_sampled_them(
     both: Served, monkeypatch: pytest.MonkeyPatch
 ):
-    """It dies before any stream says what sampled its tokens: some are sure by then, and stay."""
+    """It dies when few streams have said what sampled their tokens, or none: those that are sure stay."""
     engine, model = both.engine(0, 1, run="the run in /a"), make_model(8)
     publish(engine, Stream(model), version=1)
     with others(both, engine, 1) as give:
         submit(engine, make_prompts(*[5, 9, 33, 20, 12, 8] * 3), 12)  # in three waves
         lost = make_sure(engine, 1, monkeypatch)
-        sure = [stream.sure for stream in lost]
-        give()
-        on = lambda: any(0 < s.sure < len(s.token_ids) - 2 and s.reason is None for s in lost)  # noqa: E731
-        wait_until(on, "it goes on")
-        both.processes[1].kill()
+        member = engine._core.members[1]  # type: ignore[attr-defined]
+        ours = member.control.sampled(member.server.label)
+        sampled = [ours.get(stream.asked_as, 0) for stream in lost]
+        take, goes_on = served.Stream.take, threading.Event()
+
+        def stop(stream: served.Stream, message: dict[str, Any], version: int) -> None:
+            """Stops the server when it goes on, before a stream ends and says what sampled its tokens."""
+            take(stream, message, version)
+            is_new = 0 < stream.sure < len(stream.token_ids) - 2 and stream.reason is None
+            if stream in lost and is_new and not goes_on.is_set():
+                both.processes[1].signal(signal.SIGSTOP)
+                goes_on.set()
+
+        monkeypatch.setattr(served.Stream, "take", stop)
+        with ThreadPoolExecutor(1) as thread:
+            giving = thread.submit(give)
+            try:
+                assert goes_on.wait(60), both.said[-4:]
+            finally:
+                both.processes[1].kill()
+            giving.exception(60)  # the answer to its last call may be lost
     groups = collect_all(engine)
-    again = [(stream.first, n) for stream, n in zip(lost, sure, strict=True) if stream.tries == 2]
+    again = [(stream.first, n) for stream, n in zip(lost, sampled, strict=True) if stream.tries == 2]
     assert any(first > 0 for first, _ in again) and all(first <= n for first, n in again)
     assert [len(c.token_ids) for g in groups for c in g.completions] == [90] * 216
     assert max(largest_gap_to({1: model}, g) for g in groups) < 1e-4

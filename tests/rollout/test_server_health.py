@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -105,13 +105,19 @@ def test_a_port_that_says_nothing_is_called_once_until_it_answers(monkeypatch: p
     http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)  # its port accepts from now on
     url = f"http://127.0.0.1:{http.server_port}"
     server, calls, met, said = Server(url, None, salt="s", sink=SimpleQueue()), [], [], []
-    threading.Timer(2.0, http.serve_forever).start()
-    own = {"lose": lambda *lost: said.append(lost), "timeout_s": 30.0, "note": said.append}
+
+    def note(text: str) -> None:
+        """The port answers a second later, and from then on as late as it may."""
+        said.append(text)
+        monkeypatch.setattr(served, "POLL_TIMEOUT_S", 20.0)
+        threading.Timer(1.0, http.serve_forever).start()
+
+    own = {"lose": lambda *lost: said.append(lost), "timeout_s": 60.0, "note": note}
     meet([Member(server)], reach, lambda member, control: met.append(member.server.url), **own)
     assert met == [url] and len(calls) == 2
     assert said == [
         f"nobody answers yet at {url} (its first answer: its health check: ReadTimeout); waiting for a "
-        "server for timeout_s=30 at most"
+        "server for timeout_s=60 at most"
     ]
     server.close()
     http.shutdown()
@@ -135,20 +141,28 @@ def test_many_streams_cost_no_more_than_few(say: Say, monkeypatch: pytest.Monkey
     server.close()
 
 
-def test_a_call_is_waited_for_as_long_as_completions_go_on(say: Say):
+def test_a_call_is_waited_for_as_long_as_completions_go_on(say: Say, monkeypatch: pytest.MonkeyPatch):
+    """A token each 0.6 s by a clock that waits until the caller has seen the token before."""
     http, answer = say({"/metrics": ""}), Future()
     server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=SimpleQueue())
     stream, member = Stream("0", [5], SamplingParams(99), None, with_logprobs=False), Member(server)
     member.streams["0"] = stream
+    now, looks, wait = [0.0], [], member_module.wait_for
 
     def go_on() -> None:
         for token in range(20):
-            time.sleep(0.1)
+            now[0] += 0.6
             stream.token_ids.append(token)
+            before = len(looks)
+            wait_until(lambda: len(looks) >= before + 2, "the caller has seen it")  # noqa: B023
         answer.set_result("done")
 
-    threading.Thread(target=go_on).start()
-    assert member.wait(answer, "a load", timeout_s=1.0) == "done" and len(stream.token_ids) == 20
+    with monkeypatch.context() as patch:
+        patch.setattr(member_module, "TICK_S", 0.01)
+        patch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        patch.setattr(member_module, "wait_for", lambda *given: looks.append(1) or wait(*given))
+        threading.Thread(target=go_on).start()
+        assert member.wait(answer, "a load", timeout_s=1.0) == "done" and len(stream.token_ids) == 20
     with pytest.raises(ServerDead, match=r"^a load: no answer within timeout_s=0\.3"):
         member.wait(Future(), "a load", timeout_s=0.3)
     server.close()
@@ -161,7 +175,7 @@ def test_a_stream_whose_answer_cannot_be_read_ends_as_broken_off(say: Say):
     sink: SimpleQueue[tuple[Server, Stream]] = SimpleQueue()
     server = Server(f"http://127.0.0.1:{http.server_port}", None, salt="s", sink=sink)
     server.start([Stream("0", [5], SamplingParams(9), None, with_logprobs=False)])
-    _, stream = sink.get(timeout=20)
+    _, stream = sink.get(timeout=60)
     assert stream.reason is None and stream.answer().finish_reason == "abort"
     server.close()
 
@@ -175,7 +189,7 @@ def test_a_stream_that_breaks_off_keeps_what_is_sure_of_this_server_alone(say: S
     stream = Stream("0", [5], SamplingParams(9), None, with_logprobs=False, token_ids=[6], versions=[1])
     stream.sure = 3  # of another server, whose tokens were dropped
     server.start([stream])
-    sink.get(timeout=20)
+    sink.get(timeout=60)
     assert (stream.token_ids, stream.versions) == ([6], [1])
     server.close()
 
@@ -188,7 +202,7 @@ def test_a_stream_that_ends_without_a_reason_is_one_that_breaks_off(say: Say):
     server.holds(1, "1.a")
     stream = Stream("0", [5], SamplingParams(9), None, with_logprobs=False)
     server.start([stream])
-    sink.get(timeout=20)
+    sink.get(timeout=60)
     assert (stream.token_ids, stream.versions, stream.answer().finish_reason) == ([], [], "abort")
     assert server.fault == "RuntimeError: it ended a completion without a reason"
     server.close()
@@ -205,7 +219,7 @@ def test_a_running_stream_that_was_dropped_takes_nothing_more(say: Say):
         handler.send_response(200)
         handler.end_headers()
         handler.wfile.write(f"data: {json.dumps(message)}\n\n".encode())
-        goes_on.wait(20)
+        goes_on.wait(60)
         handler.wfile.write(f"data: {json.dumps({'choices': [last]})}\n\n".encode())
 
     http.RequestHandlerClass.do_POST = say_in_parts  # type: ignore[attr-defined]
@@ -216,7 +230,7 @@ def test_a_running_stream_that_was_dropped_takes_nothing_more(say: Say):
     wait_until(lambda: len(stream.token_ids) == 3, "it begins")
     server.settle("1.b", {stream: 3})  # as the health checks do
     goes_on.set()
-    sink.get(timeout=20)
+    sink.get(timeout=60)
     assert (stream.token_ids, stream.versions, stream.answer().finish_reason) == ([], [], "abort")
     server.close()
 
@@ -234,7 +248,7 @@ def test_a_completion_that_was_handed_out_is_not_dropped_by_a_late_answer(
     def say_late(handler: BaseHTTPRequestHandler) -> None:
         is_lease = handler.path == "/collective_rpc"
         (asked if is_lease else begun).set()
-        (is_loaded if is_lease else ends).wait(20)
+        (is_loaded if is_lease else ends).wait(60)
         told = {"results": [{"holder": "a run", "holds": "1.b"}]}
         body = json.dumps(told) if is_lease else f"data: {json.dumps({'choices': [last]})}\n\n"
         handler.send_response(200)
@@ -245,11 +259,11 @@ def test_a_completion_that_was_handed_out_is_not_dropped_by_a_late_answer(
     url = f"http://127.0.0.1:{http.server_port}"
     server = Server(url, None, salt="s", sink=sink, run="a run")
     server.start([Stream("0", [5], SamplingParams(3), None, with_logprobs=False)])
-    assert begun.wait(20)
+    assert begun.wait(60)
     server.holds(1, "1.a")
-    assert asked.wait(20)
+    assert asked.wait(60)
     ends.set()
-    _, stream = sink.get(timeout=20)
+    _, stream = sink.get(timeout=60)
     answer = stream.answer()
     is_loaded.set()
     wait_until(lambda: server.doubt, "it is known that others' weights are there")
@@ -327,7 +341,7 @@ def test_a_thread_of_streams_that_is_stuck_is_named_with_its_server(
     monkeypatch.setattr(served, "LOOP_S", 0.1)
     url, free = f"http://127.0.0.1:{say({}).server_port}", threading.Event()
     server = Server(url, None, salt="s", sink=SimpleQueue())
-    assert server.asked.wait(20)
+    assert server.asked.wait(60)
     server._loop.call_soon_threadsafe(free.wait, 20)
     said = f"server {url}: the thread of its streams did not take version 1 within 0.1 s"
     with pytest.raises(EngineError, match=said):

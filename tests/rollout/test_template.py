@@ -46,7 +46,7 @@ def test_a_template_that_takes_too_much_is_ended_and_its_file_named(tokenizer, m
     began = time.monotonic()
     with pytest.raises(ValueError) as caught:
         render(tokenizer, [{"prompt": "w1"}, {"prompt": "w9"}], template_file="bomb.jinja")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     row = 1 if name == "late" else 0
     assert str(caught.value).startswith(f"train row {row}: the chat template, read from bomb.jinja, ")
     assert "model.chat_template" in str(caught.value)

@@ -77,8 +77,8 @@ def engine(request, started, worker, monkeypatch):
 
 def test_the_engine_computes_as_the_policy_does(engine):
     for version in (1, 2, 3):
-        report = publish(engine, Stream(policy(version)), version=version, tolerance=1e-4)
-        assert report.num_tensors == len(engine.tensors) and report.compared_share == 1.0
+        publish(engine, Stream(policy(version)), version=version, tolerance=1e-4)
+        assert not any(held.sampled for held in engine.tensors.values())  # all bytes are compared
         assert largest_gap(engine.prompt_logprobs(CANARY), token_logprobs(policy(version), CANARY)) < 2e-5
         prompt = make_prompts(11)[0]
         group = engine.generate(
