@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 
 import torch
 from jaxtyping import Int
@@ -90,14 +90,14 @@ class Pass:
             for i in range(bisect_left(ends, mine.start), bisect_left(ends, mine.stop)):
                 seen[i] += [there] if lengths[i] else []
         seen = [[*others, range(*own)] for others, own in zip(seen, pairwise(ends), strict=True)]
-        columns = [[*chain(*parts)] for parts in seen]
+        totals = [sum(map(len, parts)) for parts in seen]
+        counts = totals
         if window is not None:
-            columns = [
-                seen[-(n + window - 1) :] if n else [] for n, seen in zip(lengths, columns, strict=True)
-            ]
-        counts = [*map(len, columns)]
+            counts = [min(total, n + window - 1) for n, total in zip(lengths, totals, strict=True)]
         if not pairs or sum(counts) > MOST_KEYS * sum(lengths):
             return None
+        each = zip(seen, totals, counts, strict=True)
+        columns = (islice(chain(*parts), total - count, None) for parts, total, count in each)
         queries, keys = (Segments.of(each, device) for each in (lengths, counts))
         return Pass(queries, keys, window=window, seen_S=placed([*chain(*columns)], device))
 

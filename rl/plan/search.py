@@ -146,7 +146,7 @@ def remedy(
     size: ModelSize, config: Planned, card: Card, max_length: int
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The least change that fits: overrides of the config, and values of keys that are auto then."""
-    for overrides in _changes(config, adapts=_takes_adapters(size, config)):
+    for overrides in _changes(size, config):
         changed = replaced(config, overrides)
         cut = config.longest_row - changed.longest_row
         if (values := fit(size, changed, card, max_length - cut)) is not None:
@@ -231,12 +231,12 @@ def _takes_adapters(size: ModelSize, config: Planned) -> bool:
     return True
 
 
-def _changes(config: Planned, *, adapts: bool) -> Iterator[dict[str, Any]]:
+def _changes(size: ModelSize, config: Planned) -> Iterator[dict[str, Any]]:
     """Overrides to try, from what a user notices least to what changes the task."""
     left_open = (key for key in PLANNED if key.startswith(("train.t", "engine.", "memory.")))
     planned: dict[str, Any] = {key: "auto" for key in left_open if not is_auto(config, key)}
     steps = [planned, planned | {"model.gradient_checkpointing": True}]
-    if config.model.lora is None and adapts:
+    if config.model.lora is None and _takes_adapters(size, config):
         steps += [step | {"model.lora": {"r": 16}} for step in steps]
     yield from steps
     samples = isinstance(config, Config)

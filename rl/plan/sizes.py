@@ -185,6 +185,7 @@ def _added_norms(model: PreTrainedModel, hidden: int) -> int:
 
 
 def head_size(text: Any) -> int:
+    """Numbers of an attention head; raises NoPrediction where layers differ in it."""
     try:
         return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     except Exception as error:  # Gemma 4's, whose layers have heads of different sizes
