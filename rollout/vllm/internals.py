@@ -11,6 +11,8 @@ import dis
 import importlib
 import importlib.metadata
 import inspect
+import logging
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any
 
@@ -88,6 +90,11 @@ PATHS: dict[str, dict[str, str]] = {
 }
 # The attribute in which a request counts void tokens that are still under way, in 0.32 and in 0.25.
 NUM_VOID = ("num_stale_output_tokens", "async_tokens_to_discard")
+# What the sampler on a GPU calls for log-probs, in 0.32 and in 0.25, and what else a call may ask for.
+OF_SAMPLED = ("compute_topk_scores", "compute_topk_logprobs")
+MORE_ASKED = ("max_per_req_token_ids", "logits_mode")
+
+logger = logging.getLogger(__name__)  # vLLM's own loggers show errors only (`rollout.vllm.start`)
 
 
 def reach(kind: str, name: str, owner: Any) -> Any:
@@ -150,6 +157,43 @@ def returns_routes(vllm_config: Any) -> bool:
     """Whether finished requests come with their experts; 0.32 and 0.25 say so in different places."""
     given = getattr(vllm_config, "aux_output_config", None) or vllm_config.model_config
     return given.enable_return_routed_experts
+
+
+def quicken_logprobs() -> None:
+    """From here on vLLM's sampler on a GPU takes log-probs of sampled tokens, where nothing else is asked
+    for, from `rollout.sampled_logprobs`. Its first ones are compared with vLLM's own.
+    """
+    try:
+        from vllm.v1.outputs import LogprobsTensors
+        from vllm.v1.worker.gpu.sample import sampler
+
+        from rollout.sampled_logprobs import sampled_logprobs
+    except ImportError as missing:  # slower, and as right
+        logger.warning("vLLM's own kernels take log-probs of sampled tokens: %s", missing)
+        return
+
+    name = next((name for name in OF_SAMPLED if hasattr(sampler, name)), None)
+    if name is None or hasattr(getattr(sampler, name), "__wrapped__"):
+        return
+    plain, agreed = getattr(sampler, name), list[bool]()
+
+    @wraps(plain)
+    def quick(logits: Any, num_logprobs: int, sampled: Any, cu_num_logits: Any = None, **more: Any) -> Any:
+        own = partial(plain, logits, num_logprobs, sampled, cu_num_logits, **more)
+        asks_more = num_logprobs or cu_num_logits is not None or any(more.get(key) for key in MORE_ASKED)
+        if asks_more or agreed == [False] or logits.stride(1) != 1:
+            return own()
+        logprobs_N, ranks_N = sampled_logprobs(logits, sampled)
+        if not agreed:
+            wanted = own()
+            same = logprobs_N.allclose(wanted.logprobs[:, 0], rtol=0, atol=1e-4, equal_nan=True)
+            agreed.append(same and ranks_N.equal(wanted.selected_token_ranks))
+            if agreed == [False]:
+                logger.warning("log-probs of sampled tokens are not vLLM's own; vLLM's are used, more slowly")
+                return wanted
+        return LogprobsTensors(sampled[:, None], logprobs_N[:, None], ranks_N)
+
+    setattr(sampler, name, quick)
 
 
 def version_conflict(name: str, version: str, requires: list[str], *, torch_version: str) -> str | None:

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rollout.fingerprint import compared_part, fingerprints, listed
 from rollout.vllm.broadcast import SCHEME, Group, joined
 from rollout.vllm.bucket import Layout, open_bucket, received
-from rollout.vllm.internals import require
+from rollout.vllm.internals import quicken_logprobs, require
 from rollout.vllm.names import Names
 from rollout.vllm.start import TRAINER_PID
 from rollout.vllm.weight_files import ReadFiles, opened, overwritten
@@ -121,6 +121,8 @@ class WeightReceiver:
             torch.compiler.set_stance("force_eager")
         if not hasattr(self, "cohort_slots"):  # asking again changes nothing
             require("worker", self)
+            if torch.cuda.is_available():
+                quicken_logprobs()
             model = self.get_model()
             self.cohort_names = Names(self.model_config.hf_config, model)
             self.cohort_slots = find_slots(model, self.cohort_names)

@@ -5,8 +5,9 @@
 A batch of `--sizes` completions runs steadily: nothing ends, nothing is added. A step is the median of 100,
 with the engine in this process; then 20 more are traced and summed by class (`tests.bench.kernels`). Every
 set of options has a process of its own; one that fails, or for which no time is left, is one line.
-`default` measures, from one start, no log-probs (the trace's), log-probs, and logits that are not copied to
-fp32 before the draw. vLLM's fusion passes need quantised weights, several GPUs or ROCm: none applies here.
+`default` measures, from one start, no log-probs (the trace's), log-probs by our kernels and by vLLM's, and
+logits that are not copied to fp32 before the draw. vLLM's fusion passes need quantised weights, several GPUs
+or ROCm: none applies here.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def measure(arguments: argparse.Namespace) -> None:
         write_model(arguments.folder, workload)
     written = time.perf_counter() - began
     engine = start(arguments)
+    engine._core.describe()  # as before every run: with it come our log-probs of sampled tokens
     of = engine._core.engine.vllm_config
     print(
         f"== {arguments.measure}: started in {time.perf_counter() - began - written:.0f} s, "
@@ -122,7 +124,9 @@ def measure(arguments: argparse.Namespace) -> None:
         for size in sizes:
             steady(engine, workload, arguments, size, logprobs=False)
         if arguments.measure == "default":
-            steady(engine, workload, arguments, sizes[0], logprobs=True)
+            for size in sizes:
+                steady(engine, workload, arguments, size, logprobs=True)
+            with_own_logprobs(engine, workload, arguments, sizes)
             with_narrow_logits(engine, workload, arguments, sizes)
     finally:
         engine.close()
@@ -211,6 +215,24 @@ def steady(
 
 def tokens_of(requests: Any) -> int:
     return sum(len(request._output_token_ids) for request in requests.values())
+
+
+def with_own_logprobs(engine: Any, workload: Any, arguments: argparse.Namespace, sizes: list[int]) -> None:
+    """The same with vLLM's own kernels for log-probs (`internals.quicken_logprobs` replaces them)."""
+    from rollout.vllm.internals import OF_SAMPLED
+
+    try:
+        from vllm.v1.worker.gpu.sample import sampler
+    except ImportError as error:
+        print(f"vLLM's log-probs: not measured, {error}")
+        return
+    quick = {name: getattr(sampler, name) for name in OF_SAMPLED if hasattr(sampler, name)}
+    for name, ours in quick.items():
+        setattr(sampler, name, getattr(ours, "__wrapped__", ours))
+    for size in sizes:
+        steady(engine, workload, arguments, size, logprobs=True, what="vLLM's log-probs")
+    for name, ours in quick.items():
+        setattr(sampler, name, ours)
 
 
 def with_narrow_logits(engine: Any, workload: Any, arguments: argparse.Namespace, sizes: list[int]) -> None:

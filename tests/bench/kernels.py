@@ -130,3 +130,20 @@ def largest(kernels: Sequence[Kernel], steps: int, count: int = 12, **how: Any) 
         row[0], row[1] = row[0] + kernel.us / 1e3 / steps, row[1] + 1 / steps
     rows = sorted(sums.items(), key=lambda item: -item[1][0])[:count]
     return [f"  {ms:9.3f} ms {n:7.1f} x  [{c}] {op} {name[:90]}" for (c, op, name), (ms, n) in rows]
+
+
+def gaps(kernels: Sequence[Kernel], count: int = 12) -> list[str]:
+    """The longest times without a kernel: when, between which two, and after which operator."""
+    found, last = [], None
+    begin = min((k.start_us for k in kernels), default=0.0)
+    for kernel in sorted(kernels, key=lambda k: k.start_us):
+        if last is not None:
+            found.append((kernel.start_us - last.start_us - last.us, last, kernel))
+        if last is None or kernel.start_us + kernel.us > last.start_us + last.us:
+            last = kernel
+    found.sort(key=lambda gap: -gap[0])
+    return [f"  {len(found)} gaps, of {sum(max(0.0, us) for us, *_ in found) / 1e3:.1f} ms in all"] + [
+        f"  {us / 1e3:7.3f} ms at {(a.start_us + a.us - begin) / 1e3:8.1f}: "
+        f"{a.op} {a.name[:44]} .. {b.op} {b.name[:44]}"
+        for us, a, b in found[:count]
+    ]

@@ -8,7 +8,7 @@ only; the rate of the matrix products counts all that they computed, the head's 
 `--compare` measures the same step with other settings of the config afterwards, `--compare-attention` with
 a call per crossing in place of copied keys (`rl.model.varlen_plan`), `--compare-sums` with gradients that
 autograd adds up (`rl.model.linear`), in this process. `waits` are the places where a step's host waits for
-the GPU.
+the GPU; the last lines are the longest times without a kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from rl.model import linear, loading, varlen_plan
 from rl.types import ScoredGroup
 from tests.bench.flops import peak_flops, training_flops
-from tests.bench.kernels import PRODUCTS, largest, table, trace
+from tests.bench.kernels import PRODUCTS, gaps, largest, table, trace
 from tests.bench.train_phase import MEASURED, WARM_UP, draw_groups, training_config, training_step
 from tests.bench.workload import Workload, write_model
 
@@ -94,7 +94,8 @@ def profiled(model: Path, groups: list[ScoredGroup], overrides: list[str], count
         print(
             f"products: {flop / 1e12:.3g} TFLOP in {of_products:.3f} s, {rate / peak_flops():.3f} of the peak"
         )
-    print("\n".join(largest(kernels, 1, count, **how)), flush=True)
+    print("\n".join(largest(kernels, 1, count, **how)))
+    print("\n".join(gaps(kernels)), flush=True)
     del policy, step
     gc.collect()
     if on_gpu:
