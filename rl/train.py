@@ -40,6 +40,7 @@ def train(run: Run) -> int:
             )
             batches = pack(mine, weighed, rules, sum_over_processes=run.world.sum, minibatch_of=minibatch_of)
         with phases("train"):
+            source.yield_device()
             set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
             update = update_policy(
                 policy,

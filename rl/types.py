@@ -295,8 +295,7 @@ class Source(Protocol):
         cursor: prompts consumed so far over all processes, a JSON value; saved in checkpoints. Setting it
             makes the source continue from there and forget what it had started.
         policy_version: version of the weights that the engine samples from.
-        last_counts: counts of what the latest `groups` sampled and threw away, for the metrics.
-        last_rejected: the groups that it threw away, for the ledger.
+        last_counts, last_rejected: counts of what the latest `groups` sampled, and what it threw away.
     """
 
     cursor: Any
@@ -312,6 +311,10 @@ class Source(Protocol):
         Raises:
             RuntimeError: engine or graders failed for all of them, or did not answer in time.
         """
+        ...
+
+    def yield_device(self) -> None:
+        """Stops an engine that shares the trainer's device until `publish`; called once groups are packed."""
         ...
 
     def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:

@@ -75,11 +75,12 @@ class InFlight:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._fault: Exception | None = None
+        self._yields = False  # between a batch and its training
 
     def clear(self) -> None:
         """Forgets all requests, and aborts those that the engine still samples."""
         self._abort(self.queue)
-        self.queue = []
+        self.queue, self._yields = [], False
 
     def _abort(self, requests: Iterable[Request]) -> None:
         if sampled := [r for r in requests if r.submitted and r.scored is None]:
@@ -124,23 +125,25 @@ class InFlight:
     def begin_overlap(self) -> None:
         """Pumps in a thread until `end_overlap`, if the engine runs alone; the caller must not touch it.
 
-        An engine that would only take turns with the trainer is held instead. One that sleeps meanwhile drops
-        its weights and cache. Graders go on in any case.
+        An engine that would only take turns with the trainer goes on until `yield_device`, as do graders.
         """
-        if self.engine.sleeps_while_training:
-            self.engine.hold()
-            self.pump()
-            self.engine.hold(release=True)
-            return
-        if not (self.engine.runs_alone and self._has_work()):
-            return
-        if self.engine.held_while_training:
-            self.engine.hold()
-            self.pump()
-        else:
+        self._yields = self.engine.sleeps_while_training or self.engine.held_while_training
+        if self.engine.runs_alone and self._has_work() and not self._yields:
             self._stop.clear()
             self._thread = threading.Thread(target=self._overlap, name="in flight", daemon=True)
             self._thread.start()
+
+    def yield_device(self) -> None:
+        """Holds an engine that shares the trainer's device until it gets weights; one that sleeps meanwhile
+        drops its weights and cache. What it has finished by then goes to the graders.
+        """
+        yields, self._yields = self._yields, False
+        sleeps = self.engine.sleeps_while_training
+        if yields and (sleeps or (self.engine.runs_alone and self._has_work())):
+            self.engine.hold()
+            self.pump()
+            if sleeps:
+                self.engine.hold(release=True)
 
     def end_overlap(self) -> None:
         """Ends the thread, so that the caller may use the engine again; safe to call at any time.

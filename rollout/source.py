@@ -152,6 +152,9 @@ class RolloutSource:
         self._in_flight.begin_overlap()
         yield from kept + rejected[:missing]
 
+    def yield_device(self) -> None:
+        self._in_flight.yield_device()
+
     def publish(self, weights: WeightStream, *, version: int) -> Mapping[str, float]:
         """Sends the engine the policy's weights, with requests in flight, and starts what they admit.
 

@@ -51,6 +51,9 @@ class OnPolicySource:
         call = Call(prompts, asked.group_size, asked.params, seeds, asked.with_logprobs)
         return self.scorer.score(self.engine.generate(call))
 
+    def yield_device(self):
+        return
+
     def publish(self, weights, *, version):
         report = publish(self.engine, weights, version=version, team=self.team, **self.sync)
         self.policy_version = version

@@ -133,7 +133,7 @@ def test_asleep_it_takes_weights_alone(awake, models):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_source_lets_it_sleep_from_its_groups_to_the_next_weights(awake, models, staleness):
+def test_a_source_lets_it_sleep_from_its_training_to_the_next_weights(awake, models, staleness):
     """The same groups, tokens and spans as of an engine that is only held."""
 
     def steps() -> list:
@@ -148,6 +148,8 @@ def test_a_source_lets_it_sleep_from_its_groups_to_the_next_weights(awake, model
             source.publish(Stream(models[step % 2]), version=step)
             assert not awake._is_asleep
             batches.append(list(source.groups(3)))
+            assert not awake._is_asleep and not awake._is_held  # until the trainer wants the device
+            source.yield_device()
             if awake._is_asleep:
                 drop_memory(awake)
         return batches

@@ -125,6 +125,9 @@ def test_an_engine_on_the_trainers_device_is_held_while_that_computes(folder, mo
         for step in range(6):
             source.publish(Stream(models[step % 2]), version=step)
             batches.append(list(source.groups(B)))
+            assert not engine._is_held  # while groups are packed, nothing else needs the device
+            source.yield_device()
+            assert engine._is_held or not engine.in_flight
             time.sleep(0.3)  # the trainer computes; what is left would be sampled three times over
             waiting.append(engine.in_flight)
             assert engine._core.answers(timeout_s=0.2, waiting_for="anything") == []

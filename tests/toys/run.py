@@ -70,6 +70,9 @@ class TableSource:
             ids, logprobs, [True] * len(ids), "stop", [VersionSpan(self.policy_version, len(ids))]
         )
 
+    def yield_device(self) -> None:
+        return
+
     def publish(self, weights: Any, *, version: int) -> dict[str, float]:
         self.table, self.policy_version = dict(weights)["table"].clone(), version
         return {"sync/seconds": 0.0}
