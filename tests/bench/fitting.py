@@ -1,12 +1,13 @@
 """Runs with nothing set but the model: does the plan fit, and is what it predicts what a run takes?
 
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora [--card-gib 80] [--set KEY=VALUE]
-    python -m tests.bench.fitting 1.5b@80 7b:lora@80 3b@80 7b    # all weights, with the KL's reference
+    TMPDIR=/dev/shm python -m tests.bench.fitting 1.5b@80 7b:lora@80 3b@80 7b    # all weights, with KL
     python -m tests.bench.fitting 0.5b 1.5b 7b:lora --llada    # diffusion models, trained without rewards
 
 `--card-gib`, or `@GIB` after a shape, plays a smaller card: this process holds the rest of the GPU. For each
 shape: what was chosen and what it costs, the training process's peak and the whole card's against the plan,
-seconds until step 1 and of each step, tokens a second, and the exit code.
+seconds until step 1 and of each step, tokens a second, and the exit code. A run is killed after its last
+step, before it writes a checkpoint; TMPDIR must have room for one all the same, or the run ends at once.
 """
 
 from __future__ import annotations
@@ -98,11 +99,13 @@ def one_run(folder: Path, model: Path, workload: Workload, lora: bool, a: Any) -
     log, began, held = a.logs / f"{folder.name}.log", time.monotonic(), used_bytes()
     most, first = 0, None
 
-    def watch() -> None:
+    def watch() -> bool:
         nonlocal most, first
         most = max(most, used_bytes() - held)
-        if first is None and (folder / "metrics.jsonl").exists():
+        done = len(read_rows(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").exists() else 0
+        if first is None and done:
             first = time.monotonic() - began
+        return done >= a.steps
 
     code = run_within(a.timeout_s, command, log, watch)
     if code:

@@ -36,7 +36,7 @@ def run_within(timeout_s: float, command: Sequence[str], log: Path, watch: Calla
     processes were killed: one that hangs would hold the GPU of what is measured next.
 
     Args:
-        watch: is called five times a second.
+        watch: is called five times a second; once it returns something true, all is killed and 0 returned.
     """
     end = time.monotonic() + timeout_s
     with log.open("w") as sink:
@@ -44,14 +44,14 @@ def run_within(timeout_s: float, command: Sequence[str], log: Path, watch: Calla
             command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
         while process.poll() is None:
-            watch()
+            done = watch()
             time.sleep(0.2)
-            if time.monotonic() > end:
+            if done or time.monotonic() > end:
                 for one in [process, *process.children(recursive=True)]:
                     with suppress(psutil.NoSuchProcess):
                         one.kill()
                 process.wait()
-                return 124
+                return 0 if done else 124
         return process.wait()
 
 
