@@ -39,8 +39,8 @@ def train(run: Run) -> int:
                 groups, advantages, owners=owners, num_minibatches=parts, team=run.world
             )
             batches = pack(mine, weighed, rules, sum_over_processes=run.world.sum, minibatch_of=minibatch_of)
+        source.yield_device()
         with phases("train"):
-            source.yield_device()
             set_learning_rate(run.optimizer, config.optimizer, step, config.train.steps)
             update = update_policy(
                 policy,

@@ -125,7 +125,7 @@ class InFlight:
     def begin_overlap(self) -> None:
         """Pumps in a thread until `end_overlap`, if the engine runs alone; the caller must not touch it.
 
-        An engine that would only take turns with the trainer goes on until `yield_device`, as do graders.
+        An engine that would only take turns with the trainer goes on until `yield_device`; graders do beyond.
         """
         self._yields = self.engine.sleeps_while_training or self.engine.held_while_training
         if self.engine.runs_alone and self._has_work() and not self._yields:

@@ -1,7 +1,7 @@
 """Triton kernels for log-probs and ranks of sampled tokens, in which many programs share a row of logits.
 
-vLLM's own read a row in one program, 1,024 logits at a time and three times over, which takes as long for 8
-completions as for 240. The module is imported only on a GPU, where Triton is installed.
+vLLM's own read a row three times over, in one program each, which takes as long for 8 completions as for
+240. The module is imported only on a GPU, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def sampled_logprobs(
     parts = torch.empty((3, num_rows, num_parts), device=device)
     logprobs_N = torch.empty(num_rows, device=device)
     ranks_N = torch.empty(num_rows, dtype=torch.int64, device=device)
-    given: Any = (logits_NV, ids_N, parts)
+    given: Any = (logits_NV, ids_N.contiguous(), parts)
     sizes: Any = (logits_NV.stride(0), num_columns, num_rows)
     _part_of_row_kernel[(num_rows, num_parts)](*given, *sizes, BLOCK=BLOCK)  # pyright: ignore
     sizes = (logits_NV.stride(0), num_parts, num_rows)

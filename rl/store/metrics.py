@@ -149,7 +149,7 @@ _ALL = (
     Metric("sync/seconds_canary", "s", "for log-probs of fixed tokens on both sides, or beside sampling"),
     Metric("staleness/mean", "steps", "mean age of the weights that sampled a token of the batch"),
     Metric("staleness/max", "steps", "greatest age of the weights that sampled a token of the batch"),
-    Metric("rollout/in_flight", "completions", "completions in flight when training on the batch began"),
+    Metric("rollout/in_flight", "completions", "completions in flight when the batch was complete"),
     Metric("rollout/replaced", "groups", "groups without spread that dynamic sampling replaced"),
     Metric("time/sample", "s", "time in which the trainer sampled, or waited for samples"),
     Metric("time/score", "s", "time spent waiting for graders"),

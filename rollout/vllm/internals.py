@@ -173,6 +173,8 @@ def quicken_logprobs() -> None:
         return
 
     name = next((name for name in OF_SAMPLED if hasattr(sampler, name)), None)
+    if name is None:
+        logger.warning("vLLM's own kernels take log-probs of sampled tokens: none of %s", OF_SAMPLED)
     if name is None or hasattr(getattr(sampler, name), "__wrapped__"):
         return
     plain, agreed = getattr(sampler, name), list[bool]()
@@ -187,7 +189,8 @@ def quicken_logprobs() -> None:
         if not agreed:
             wanted = own()
             same = logprobs_N.allclose(wanted.logprobs[:, 0], rtol=0, atol=1e-4, equal_nan=True)
-            agreed.append(same and ranks_N.equal(wanted.selected_token_ranks))
+            finite = logprobs_N.isfinite()  # vLLM's rank of an id that cannot be drawn counts its padding
+            agreed.append(same and ranks_N[finite].equal(wanted.selected_token_ranks[finite]))
             if agreed == [False]:
                 logger.warning("log-probs of sampled tokens are not vLLM's own; vLLM's are used, more slowly")
                 return wanted

@@ -111,7 +111,6 @@ def measure(arguments: argparse.Namespace) -> None:
         write_model(arguments.folder, workload)
     written = time.perf_counter() - began
     engine = start(arguments)
-    engine._core.describe()  # as before every run: with it come our log-probs of sampled tokens
     of = engine._core.engine.vllm_config
     print(
         f"== {arguments.measure}: started in {time.perf_counter() - began - written:.0f} s, "

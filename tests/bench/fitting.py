@@ -7,7 +7,7 @@
 `--card-gib`, or `@GIB` after a shape, plays a smaller card: this process holds the rest of the GPU. For each
 shape: what was chosen and what it costs, the training process's peak and the whole card's against the plan,
 seconds until step 1 and of each step, tokens a second, and the exit code. A run is killed after its last
-step, before it writes a checkpoint; TMPDIR must have room for one all the same, or the run ends at once.
+step (exit code 0) and need not write its checkpoint; TMPDIR must have room for it, or the run ends at once.
 """
 
 from __future__ import annotations

@@ -47,10 +47,12 @@ def run_within(timeout_s: float, command: Sequence[str], log: Path, watch: Calla
             done = watch()
             time.sleep(0.2)
             if done or time.monotonic() > end:
-                for one in [process, *process.children(recursive=True)]:
+                killed = [process, *process.children(recursive=True)]
+                for one in killed:
                     with suppress(psutil.NoSuchProcess):
                         one.kill()
                 process.wait()
+                psutil.wait_procs(killed, timeout=30)  # each holds its memory on the GPU until it is gone
                 return 0 if done else 124
         return process.wait()
 
