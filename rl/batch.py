@@ -10,6 +10,7 @@ So sums over micro-batches and processes are exact, however the work is cut.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rl.model.packed import Block, Layout, branches_of, even_bins, padded_bins
+from rl.model.varlen_plan import whole_numbers
 from rl.types import Advantage, Completion, Prompt, ScoredGroup
 
 SumOverProcesses = Callable[[list[float]], list[float]]
@@ -308,15 +310,20 @@ def micro_batch_of(bin_: list[list[Row]]) -> MicroBatch:
             "some completions of a batch lack behavior log-probs; ask the engine for all of them or for none"
         )
     return MicroBatch(
-        token_ids_N=torch.tensor(token_ids),
-        positions_N=torch.tensor(positions),
+        token_ids_N=whole_numbers(token_ids),
+        positions_N=whole_numbers(positions),
         blocks=tuple(blocks),
-        columns_L=torch.tensor(columns),
-        predecessors_L=torch.tensor(predecessors),
-        sequence_ids_L=torch.tensor(sequence_ids),
-        advantages_L=torch.tensor(advantages),
-        weights_L=torch.tensor(weights),
-        behavior_logprobs_L=torch.tensor(behavior) if behavior else None,
+        columns_L=whole_numbers(columns),
+        predecessors_L=whole_numbers(predecessors),
+        sequence_ids_L=whole_numbers(sequence_ids),
+        advantages_L=_numbers(advantages),
+        weights_L=_numbers(weights),
+        behavior_logprobs_L=_numbers(behavior) if behavior else None,
         num_sequences=len(numbers),
         rows=tuple(row for rows in bin_ for row in rows),
     )
+
+
+def _numbers(values: list[float]) -> Float[Tensor, " N"]:
+    exact = torch.frombuffer(array("d", values), dtype=torch.float64) if values else torch.empty(0)
+    return exact.to(torch.get_default_dtype())

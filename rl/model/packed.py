@@ -32,7 +32,7 @@ from rl.model.varlen import (
     shared_prompt_attention,
     windowed_flash_works,
 )
-from rl.model.varlen_plan import VarlenPlan
+from rl.model.varlen_plan import VarlenPlan, placed
 
 PACKED = "cohort_packed"
 
@@ -113,14 +113,14 @@ class Layout:
         for block in self.blocks:
             width = max(block.completion_lengths, default=0)
             runs = (range(g * width, g * width + n) for g, n in enumerate(block.completion_lengths))
-            slots.append(torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device))
+            slots.append(placed([*chain(*runs)], self.device))
         return tuple(slots)
 
     @cached_property
     def places(self) -> Int[Tensor, " N"]:
         """Where each column lies in the flattened rectangle of blocks, padded on the right to the longest."""
         runs = (range(i * self.longest, i * self.longest + sum(b.lengths)) for i, b in enumerate(self.blocks))
-        return torch.tensor([*chain(*runs)], dtype=torch.long, device=self.device)
+        return placed([*chain(*runs)], self.device)
 
     def kernels_for(self, query: Tensor, value: Tensor, window: int | None) -> Kernels | None:
         """Varlen attention that takes such tensors; None: there is none."""

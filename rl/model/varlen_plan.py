@@ -11,6 +11,7 @@ run are copied. If they are too many all the same, no calls compute it.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,14 @@ class Segments:
         return Segments(ends, max(lengths, default=0))
 
 
+def whole_numbers(values: Sequence[int]) -> Int[Tensor, " N"]:
+    """As `torch.tensor`, which takes five times as long."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0).long()
+
+
 def placed(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Numbers on a device. From pageable memory the copy would wait for all passes before it."""
-    here = torch.tensor(numbers, dtype=dtype)
+    here = whole_numbers(numbers).to(dtype)
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
