@@ -73,6 +73,8 @@ class LocalCore:
 
     def __init__(self, settings: CoreSettings, *, own: bool) -> None:
         self.is_on_cpu, arguments = runs_on_cpu(), engine_arguments(settings)
+        if own and settings.apart:
+            arguments["distributed_executor_backend"] = "mp"
         engine, self._owns_group = start_engine(arguments, own=own, timeout_s=settings.timeout_s)
         self.engine: Any = engine
         self.own = self.runs_alone = own

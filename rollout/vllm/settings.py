@@ -50,6 +50,7 @@ class CoreSettings:
             default: they stay those of the weights that sampled them.
         timeout_s: longest wait for the start, and for one answer of the core.
         routes: answers say which experts each token was computed with.
+        apart: beside a core of its own process vLLM's worker, which starts the kernels, has another one.
         sleeps: weights and cache lie where `sleep` can drop them. On a CPU nothing is dropped.
     """
 
@@ -66,6 +67,7 @@ class CoreSettings:
     revision: str | None = None
     routes: bool = False
     sleeps: bool = False
+    apart: bool = False
 
 
 def runs_on_cpu() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -27,6 +28,7 @@ from rollout.vllm.internals import distribution, installed, reach, require_class
 from rollout.vllm.settings import process_state_kept
 
 KILL_EVERY_S = 0.2
+PARENT_CHECK_S = 1.0
 STOP_S = 1.0  # then the core's process is killed: it has nothing to save, and Python's own end takes 5 s
 MAX_FOLDER = 107 - len("/cohort-12345678/") - 36  # the kernel's limit for a socket's path; vLLM adds a UUID
 CORE_LOG_LEVEL = "COHORT_CORE_LOG_LEVEL"  # log level of the core's own process, set where its log is kept
@@ -95,6 +97,8 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
     with process_state_kept():
         require_classes()
         if own:
+            if not (_early and _early[-1].is_alive()):
+                begin_early()
             with _surroundings(), _sockets_of_one_start():
                 return _start_core(arguments, timeout_s), False
         if grouped and dist.get_world_size() > 1:
@@ -104,8 +108,8 @@ def start_engine(arguments: dict[str, Any], *, own: bool, timeout_s: float) -> t
 
 
 def _settle_llvmlite() -> None:
-    """On a CPU vLLM asks every object of every module for its `__dict__`. llvmlite's library, which numba and
-    so bm25s load, answers any name with a function, which would make the start fail.
+    """On a CPU vLLM asks each object of each module for its `__dict__`; llvmlite's library answers any name
+    with a function, which would make the start fail.
     """
     if (ffi := cast(Any, sys.modules.get("llvmlite.binding.ffi"))) is not None:
         ffi.lib._fntab["__dict__"] = {}
@@ -125,7 +129,7 @@ def _llm_engine(arguments: dict[str, Any], *, own: bool) -> Any:
 
 
 class EarlyCore:
-    """A process that imports vLLM before its engine core is to run there: 20 s while a policy is loaded.
+    """A process that imports vLLM before an engine core runs there: 20 s, while a policy may be loaded.
 
     To vLLM it is multiprocessing's context, and the process that this makes. Until then it uses no GPU. It
     waits for its work until `end`, or until the trainer's process is gone.
@@ -172,21 +176,36 @@ def end_early() -> None:
 
 def _run_early(link: Connection) -> None:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the trainer
+    end_with(int(os.environ[TRAINER_PID]))
     from vllm.platforms import current_platform
 
     device = "cpu" if current_platform.is_cpu() else "gpu"
-    names = ("vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", f"vllm.v1.worker.{device}_worker")
-    for name in (*names, "rollout.vllm.worker", "rollout.vllm.scheduler"):
+    names = (*map("vllm.v1.executor.{}_executor".format, ("uniproc", "multiproc")), "vllm.v1.engine.core")
+    for name in (*names, f"vllm.v1.worker.{device}_worker", "rollout.vllm.worker", "rollout.vllm.scheduler"):
         importlib.import_module(name)
     done = time.monotonic()
     environment, asked = link.recv()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    # A worker apart is forked: CUDA has not begun here. The kernel ends it with the core (PR_SET_PDEATHSIG).
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
     print(f"Imports of the core were waited for {max(0.0, done - asked):.2f} seconds", flush=True)
     target, kwargs = link.recv()  # after the environment, since this imports modules
     signal.signal(signal.SIGINT, interrupt)
     target(**kwargs)
+
+
+def end_with(pid: int) -> None:
+    """Kills this process when `pid` is no longer its parent: a trainer killed by -9 tells nobody."""
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(PARENT_CHECK_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
 
 
 @contextmanager
@@ -212,11 +231,8 @@ def _surroundings() -> Iterator[None]:
 
 
 @contextmanager
-def _core_in(early: EarlyCore | None) -> Iterator[None]:
+def _core_in(early: EarlyCore) -> Iterator[None]:
     """Within the block vLLM starts its core in the process that is there already; then that is used up."""
-    if early is None:
-        yield
-        return
     module: Any = importlib.import_module("vllm.v1.engine.utils")
     plain, module.get_mp_context = module.get_mp_context, lambda: early
     try:
@@ -247,14 +263,14 @@ def _sockets_of_one_start() -> Iterator[None]:
 
 def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
     """An engine whose core is a child process on this process's GPU; it is killed after `timeout_s`."""
-    early = _early.pop() if _early and _early[-1].is_alive() else None
+    early = _early.pop()
     engine, fault = None, None
     with _children_killed_after(timeout_s, early) as is_late, _core_in(early):
         try:
             engine = _llm_engine(arguments, own=True)
         except Exception as error:
             fault = error
-    if engine is None and early is not None:
+    if engine is None:
         early.end()
     if is_late.is_set():
         if engine is not None:
@@ -270,20 +286,21 @@ def _start_core(arguments: dict[str, Any], timeout_s: float) -> Any:
 
 
 @contextmanager
-def _children_killed_after(timeout_s: float, early: EarlyCore | None) -> Iterator[threading.Event]:
+def _children_killed_after(timeout_s: float, early: EarlyCore) -> Iterator[threading.Event]:
     """Once the block has taken `timeout_s`, kills `early` and each child process that it starts.
 
     vLLM waits without end for a core that neither answers nor dies. The event says whether it came to that.
     """
-    before = {child for child in multiprocessing.active_children() if early is None or child.pid != early.pid}
+    before = {child.pid for child in multiprocessing.active_children()} - {early.pid}
     is_over, is_late = threading.Event(), threading.Event()
 
     def kill_when_late() -> None:
         wait_s = timeout_s
         while not is_over.wait(wait_s):
             is_late.set()
-            for child in set(multiprocessing.active_children()) - before:
-                child.kill()
+            for child in multiprocessing.active_children():
+                if child.pid not in before:
+                    child.kill()
             wait_s = KILL_EVERY_S
 
     thread = threading.Thread(target=kill_when_late, name="engine start", daemon=True)

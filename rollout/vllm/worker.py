@@ -8,10 +8,6 @@ expected rows of a parameter, and vLLM makes nothing else of its parameters (`ca
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
@@ -26,7 +22,6 @@ from rollout.vllm.broadcast import SCHEME, Group, joined
 from rollout.vllm.bucket import Layout, open_bucket, received
 from rollout.vllm.internals import quicken_logprobs, require
 from rollout.vllm.names import Names
-from rollout.vllm.start import TRAINER_PID
 from rollout.vllm.weight_files import ReadFiles, opened, overwritten
 from rollout.vllm.weights import (
     Slot,
@@ -39,28 +34,11 @@ from rollout.vllm.weights import (
     write_slot,
 )
 
-_PARENT_CHECK_S = 1.0
 _OF_NO_CODE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "use_cache")
 _ALIKE = {
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2"),
     *("gemma3_text", "phi3", "granite", "granitemoe", "granitemoeshared", "olmoe", "glm4", "glm4_moe"),
 }
-
-
-def end_with(pid: int) -> None:
-    """Kills this process when `pid` is no longer its parent: a trainer killed by -9 tells nobody."""
-
-    def watch() -> None:
-        while os.getppid() == pid:
-            time.sleep(_PARENT_CHECK_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="trainer watch", daemon=True).start()
-
-
-# At import, since vLLM calls nothing else of ours before the model is loaded, which may take minutes.
-if TRAINER_PID in os.environ and multiprocessing.parent_process() is not None:
-    end_with(int(os.environ[TRAINER_PID]))
 
 
 def hash_of_architecture(config: ModelConfig, plain: Any = ModelConfig.compute_hash) -> str:

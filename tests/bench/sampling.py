@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help=f"folder, or random weights of a shape: {', '.join(SHAPES)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--process", choices=["auto", "own", "inside"], default="auto")
+    parser.add_argument("--apart", action="store_true", help="with --process own: the worker has one, too")
     parser.add_argument("--logprobs", type=int, choices=[0, 1], default=0)
     parser.add_argument("--seeds", type=int, choices=[0, 1], help="per completion; default: the engine's own")
     parser.add_argument("--prompts", type=int, default=32)
@@ -109,6 +110,7 @@ def start(arguments: argparse.Namespace) -> VllmEngine:
         dtype=torch.bfloat16 if arguments.device == "cuda" else torch.float32,
         max_model_len=arguments.prompt_length + arguments.max_new,
         process=arguments.process,
+        apart=arguments.apart,
         max_num_seqs=arguments.prompts * arguments.group,
         gpu_memory_utilization=arguments.memory,
         kv_cache_gib=arguments.kv_gib,
@@ -121,7 +123,7 @@ def start(arguments: argparse.Namespace) -> VllmEngine:
     say(
         "start",
         f"{time.perf_counter() - began:.1f} s",
-        f"process {'own' if engine.runs_alone else 'inside'}",
+        f"process {'own' if engine.runs_alone else 'inside'}{', worker apart' * arguments.apart}",
         f"asynchronous {settings.scheduler_config.async_scheduling}",
         f"runner v{2 if getattr(settings, 'use_v2_model_runner', False) else 1}",
         f"seeds {engine.seed_requests}",
