@@ -99,7 +99,7 @@ def make_models(
     with display.phase("the model to load"):
         policy = kind_of(config).policy(config, model, world.accelerator, tokenizer, longest[0], display.note)
     world.share(parameter.data for _, parameter in policy.trainable() if not is_hollow(parameter))
-    reference, teacher = _frozen(config, policy, max(longest), display)
+    reference, teacher = _frozen(config, policy, max(longest), display, is_split=is_split)
     if sharding in ("full", "hybrid") and world.size == 1:
         display.note(f"train.sharding={sharding}: one process holds all weights")
     elif is_split:
@@ -109,12 +109,13 @@ def make_models(
 
 
 def _frozen(
-    config: Config, policy: Any, longest: int, display: Display
+    config: Config, policy: Any, longest: int, display: Display, *, is_split: bool
 ) -> tuple[Reference | None, Teacher | None]:
     """(reference of the KL term, None if loss.kl_coef is 0; teacher, None if the config has none)."""
     moves = config.model.reference.update_every > 0
     hosted = config.memory.reference_on_host is True
-    reference = make_reference(policy, moves=moves, hosted=hosted) if config.loss.kl_coef > 0 else None
+    how: dict[str, bool] = {"moves": moves, "hosted": hosted, "is_split": is_split}
+    reference = make_reference(policy, **how) if config.loss.kl_coef > 0 else None
     if config.teacher is None:
         return reference, None
     with display.phase("the teacher to load"):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rl.model.hollow import is_hollow
-from rl.model.on_host import layers_to_host
+from rl.model.on_host import layers_to_host, narrow_matrices
 from rl.model.streamed import streamed
 from rl.policy import Prepared, Reference, Scores, Writer
 from rl.store.tensors import read_tensors, write_tensors
@@ -45,28 +45,34 @@ class Scoring(Protocol):
         ...
 
 
-def make_reference(policy: Scoring, *, moves: bool, hosted: bool = False) -> Reference:
+def make_reference(
+    policy: Scoring, *, moves: bool, hosted: bool = False, is_split: bool = False
+) -> Reference:
     """A reference equal to the policy as it is now; with `moves` it will `follow`, so checkpoints save it.
 
     Args:
-        hosted: the layers of a copy stay in host memory and come to the device one at a time. Those of a
-            copy that does not move are kept in the dtype to which autocast casts them.
+        hosted: the layers of a copy stay in host memory and come to the device one at a time.
+        is_split: it will be split over processes, which needs weights of one dtype. Else a copy that does
+            not move keeps matrices in the dtype to which autocast casts them.
     """
-    return Copy(policy, moves=moves, hosted=hosted) if policy.peft_model is None else BaseModel(policy)
+    if policy.peft_model is not None:
+        return BaseModel(policy)
+    return Copy(policy, moves=moves, hosted=hosted, narrow=not (moves or is_split))
 
 
 class Copy:
     """A copy of the policy's model."""
 
-    def __init__(self, policy: Scoring, *, moves: bool, hosted: bool = False) -> None:
+    def __init__(self, policy: Scoring, *, moves: bool, hosted: bool = False, narrow: bool = False) -> None:
         self.policy, self.moves = policy, moves
         hollow = {id(p): nn.Parameter(p.detach(), False) for p in policy.scorer.parameters() if is_hollow(p)}
         self.scorer = copy.deepcopy(policy.scorer, hollow).requires_grad_(False).eval()
+        model, kind = cast(Any, self.scorer).model, policy.device.type
+        with policy.autocast():
+            if narrow and torch.is_autocast_enabled(kind):
+                narrow_matrices(model, torch.get_autocast_dtype(kind))
         if hosted:
-            with policy.autocast():
-                kind = policy.device.type
-                narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            layers_to_host(cast(Any, self.scorer).model, narrow=None if moves else narrow)
+            layers_to_host(model)
 
     @torch.no_grad()
     def logprobs(self, prepared: Prepared) -> Float[Tensor, " L"]:

@@ -1,10 +1,10 @@
-"""Tensors that stay in host memory and come to the GPU only while they are used."""
+"""Weights and moments that take less of the GPU: in host memory while they are not used, or in 16 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,17 +47,22 @@ def host_like(tensors: Iterable[Tensor], *, pinned: bool) -> list[Tensor]:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The model's decoder layers; empty if it does not keep them in a list."""
-    number = model.config.get_text_config().num_hidden_layers
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     return list(lists[0]) if lists else []
 
 
-def layers_to_host(model: PreTrainedModel, *, narrow: torch.dtype | None) -> None:
-    """Keeps each decoder layer in host memory, and moves it to the device only for its own forward pass.
+def narrow_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keeps matrices of linear layers, the head's left out, in autocast's dtype, which makes them so in each
+    pass: results do not change.
+    """
+    head = cast(Any, model.get_output_embeddings())
+    for parameter in {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}:
+        parameter.data = parameter.data.to(dtype)
 
-    Args:
-        narrow: dtype in which matrices of linear layers are kept. It must be autocast's, which makes them
-            so anyway: then results do not change. None: all keep their own.
+
+def layers_to_host(model: PreTrainedModel) -> None:
+    """Keeps each decoder layer in host memory, and moves it to the device only for its own forward pass.
 
     Raises:
         ValueError: the model has no list of decoder layers.
@@ -69,10 +74,6 @@ def layers_to_host(model: PreTrainedModel, *, narrow: torch.dtype | None) -> Non
         )
     device = model.device
     for layer in layers:
-        linear = {id(m.weight) for m in layer.modules() if isinstance(m, nn.Linear)}
-        for parameter in layer.parameters() if narrow is not None else ():
-            if id(parameter) in linear:
-                parameter.data = parameter.data.to(narrow)
         parameters = list(layer.parameters())
         homes = host_like(parameters, pinned=device.type == "cuda")
         pairs = [(p, home.copy_(p.data)) for p, home in zip(parameters, homes, strict=True)]

@@ -8,7 +8,7 @@ import psutil
 
 from rl.config import Config
 from rl.model.loading import storage_dtype
-from rl.plan.memory import GIB, Planned, reference_on_host
+from rl.plan.memory import GIB, Planned, layers_of_reference
 from rl.plan.sizes import ModelSize, adapters_of
 
 HOST_FILLED = 0.9
@@ -28,9 +28,8 @@ def moments_on_host(size: ModelSize, config: Config) -> int:
 
 
 def layers_on_host(size: ModelSize, config: Config) -> int:
-    """Bytes of the reference's layers as the host keeps them: in bf16 where autocast narrows them."""
-    narrows = config.model.dtype == "bf16-mixed" and not config.model.reference.update_every
-    return reference_on_host(size, config) // (2 if narrows else 1)
+    """Bytes of the reference's layers."""
+    return layers_of_reference(size, config)[0]
 
 
 def pinned(size: ModelSize, config: Planned) -> int:

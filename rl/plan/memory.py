@@ -178,8 +178,10 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
     narrow = narrowed * compute if is_mixed else 0
     if config.model.gradient_checkpointing is True:
         saved, copies = size.layers * size.hidden * compute + largest, added.copied // size.layers
-        # Narrowed copies of all layers live until the forward pass ends, then of one recomputed layer.
-        narrow = max(narrow - token_budget * layer, narrow // size.layers)
+        # Autocast's copies of all layers live until the forward pass ends, then of one recomputed layer.
+        makes_own = is_mixed and lora is None and config.model.fused_layers and not size.is_measured
+        live = narrow - makes_own * size.linear * compute  # `AddingLinear` makes its own each time
+        narrow = max(live - token_budget * layer, narrow // size.layers)
     else:
         saved, copies = size.layers * layer, added.copied
     kept = getattr(config.model, "keep_logits", False) is True
@@ -192,15 +194,12 @@ def training_parts(size: ModelSize, config: Planned, token_budget: int, shares: 
         narrow = (2 * of_layers // size.layers + size.head) * compute + trained // size.layers * (compute + 4)
     split = lambda number: -(-number // shares)  # noqa: E731
     optimizer, when = split(2 * trained * master), "always"
-    reference = split(size.parameters * stored * config.copies_weights)
     if isinstance(config, Config) and config.memory.optimizer_on_host is True:
         optimizer, when = min(optimizer, max(PIECE_BYTES, 2 * size.head * master)), "update"
-    if isinstance(config, Config) and config.memory.reference_on_host is True:
-        reference -= reference_on_host(size, config) * (size.layers - 1) // size.layers
     parts = [
         Part("weights", split(size.parameters * stored + added.weights * master), "always"),
         Part("optimizer", optimizer, when),
-        Part("reference", reference, "always"),
+        Part("reference", reference_bytes(size, config, shares), "always"),
         Part("teacher", teacher_bytes(size, config), "always"),
         Part("overhead", OVERHEAD_BYTES, "always"),
         Part("gradients", split(trained * master), "learn"),
@@ -220,10 +219,24 @@ def score_bytes(size: ModelSize, config: Planned) -> int:
     return size.capped_heads * config.longest_row * (SCORE_BYTES[0] * layers + SCORE_BYTES[1])
 
 
-def reference_on_host(size: ModelSize, config: Config) -> int:
-    """Bytes of a reference's layers in their loaded dtype; embedding and head stay on the GPU."""
-    experts = size.experts.weights if size.experts else 0
-    return (size.linear + experts) * storage_dtype(config.model).itemsize
+def reference_bytes(size: ModelSize, config: Planned, shares: int = 1) -> int:
+    """Bytes on one GPU; of a reference on the host only embedding, head and one layer at a time."""
+    if not isinstance(config, Config) or not config.copies_weights:
+        return 0
+    if shares > 1:
+        return -(-size.parameters * storage_dtype(config.model).itemsize // shares)
+    of_layers, rest = layers_of_reference(size, config)
+    return rest + (of_layers // size.layers if config.memory.reference_on_host is True else of_layers)
+
+
+def layers_of_reference(size: ModelSize, config: Config) -> tuple[int, int]:
+    """Bytes of a whole reference's layers, and of the rest. Matrices of one that does not move are kept as
+    autocast makes them (`rl.model.on_host.narrow_matrices`).
+    """
+    stored, experts = storage_dtype(config.model).itemsize, size.experts.weights if size.experts else 0
+    is_narrow = config.model.dtype == "bf16-mixed" and not config.model.reference.update_every
+    of_layers = size.linear * (2 if is_narrow else stored) + experts * stored
+    return of_layers, (size.parameters - size.linear - experts) * stored
 
 
 def teacher_bytes(size: ModelSize, config: Planned) -> int:

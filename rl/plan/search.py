@@ -47,6 +47,8 @@ STEP = 1024
 CACHES = (1.0, 0.5, 0.25)
 """Shares of the completions in flight for which the cache has room at full length; most end sooner."""
 SMALL_CACHES = (0.125, 0.0625, 0.03125, 0.015625, 0.0)
+RULES = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
+"""Least tokens of a micro-batch, and shares to try; the second rule only if nothing fits by the first."""
 HOST_RATE = 40e9
 """Bytes a second between pinned host memory and a GPU, one way: PCIe 5 x16 (an H100 or H200)."""
 SLEEP_S = 0.3
@@ -61,29 +63,47 @@ def fit(size: ModelSize, config: Planned, card: Card, max_length: int) -> dict[s
     """The fastest values that fit for keys of `PLANNED` that are auto; None if none fit.
 
     It prefers no recomputation of layers, then a cache for more completions, then more tokens in a
-    micro-batch, some of which it trades for kept logits. It lets the engine sleep before it recomputes
-    layers. Only if nothing fits, it shrinks micro-batches below the fast size, then splits weights over
-    processes. The last resort is to keep moments and reference in host memory.
+    micro-batch, some of which it trades for kept logits. It splits weights over processes, and else lets the
+    engine sleep, before it recomputes layers. Only if nothing fits, it shrinks micro-batches below the fast
+    size. The last resort is to keep moments, the reference or both in host memory, whatever costs least.
     """
+    how: Any = {"size": size, "config": config, "card": card, "max_length": max_length}
     splits: list[dict[str, Any]] = [{}]
     if kept_whole(size, config, card.processes) is None:
         splits.append({"train.sharding": "full"})
-    rules = ((ENOUGH_TOKENS, CACHES), (0, CACHES + SMALL_CACHES))
-    asleep, hosted = _asleep(size, config), _hosted(size, config, card)
-    # Split weights with an engine awake come first: if they suffice, the engine need not sleep.
-    ways = [(split, [{}], rule) for split in splits for rule in rules] if splits[1:] else []
-    ways += [(split, asleep, rule) for split in splits for rule in rules]
-    ways += [(some, asleep, rule) for some in hosted for rule in rules]
-    given = config.model.gradient_checkpointing
+    for rule in RULES:
+        if (values := next(_fitting(splits, rule, **how), None)) is not None:
+            return values
+
+    def seconds(values: dict[str, Any]) -> float:
+        return sum(seconds_of(size, replaced(config, values), card.processes).values())
+
+    for rule in RULES:
+        firsts = (next(_fitting([way], rule, **how), None) for way in _hosted(size, config, card))
+        if found := [values for values in firsts if values is not None]:
+            return min(found, key=seconds)
+    return None
+
+
+def _fitting(
+    places: list[dict[str, Any]],
+    rule: tuple[int, tuple[float, ...]],
+    *,
+    size: ModelSize,
+    config: Planned,
+    card: Card,
+    max_length: int,
+) -> Iterator[dict[str, Any]]:
+    """Values that fit, the best first: by recomputation, whether the engine sleeps, and where weights are."""
+    (floor, caches), given = rule, config.model.gradient_checkpointing
     how: Any = {"card": card, "max_length": max_length}
-    found = (
-        _with_logits(size, config, values=values | engine | more, floor=floor, **how)
-        for more, engines, (floor, caches) in ways
-        for recompute in ((False, True) if given == "auto" else (given,))
-        for engine in engines
-        for values in _candidates(size, replaced(config, engine), caches=caches, recompute=recompute, **how)
-    )
-    return next((values for values in found if values is not None), None)
+    for recompute in (False, True) if given == "auto" else (given,):
+        for more in (engine | place for engine in _asleep(size, config) for place in places):
+            settled = replaced(config, more)
+            for values in _candidates(size, settled, caches=caches, recompute=recompute, **how):
+                found = _with_logits(size, config, values=values | more, floor=floor, **how)
+                if found is not None:
+                    yield found
 
 
 def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
@@ -94,15 +114,14 @@ def _asleep(size: ModelSize, config: Planned) -> list[dict[str, Any]]:
 
 
 def _hosted(size: ModelSize, config: Planned, card: Card) -> list[dict[str, Any]]:
-    """Settings that keep moments, the reference or both in free host memory, the cheapest first."""
+    """Settings that keep moments, the reference or both in free host memory."""
     if not isinstance(config, Config) or config.train.sharding in ("full", "hybrid"):
         return []
     keys = [key for key in HOSTED if is_auto(config, key)]
     if not config.copies_weights or size.has_own_sampler:
         keys = [key for key in keys if key != "memory.reference_on_host"]
     ways = [dict.fromkeys(some, True) for n in range(1, len(keys) + 1) for some in combinations(keys, n)]
-    ways = [w for w in ways if card.host is None or pinned(size, replaced(config, w)) <= card.host]
-    return sorted(ways, key=lambda way: sum(seconds_of(size, replaced(config, way), card.processes).values()))
+    return [w for w in ways if card.host is None or pinned(size, replaced(config, w)) <= card.host]
 
 
 def seconds_of(size: ModelSize, config: Planned, processes: int) -> dict[str, float]:

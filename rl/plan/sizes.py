@@ -193,12 +193,9 @@ def head_size(text: Any) -> int:
 
 
 def of_layers(model: nn.Module, head: nn.Module) -> tuple[tuple[str, int, int], ...]:
-    """`ModelSize.matrices`."""
-    return tuple(
-        (name, m.in_features, m.out_features)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head
-    )
+    """`ModelSize.matrices`; layers that share one have it once."""
+    linear = {m.weight: (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return tuple((name, m.in_features, m.out_features) for name, m in linear.values() if m is not head)
 
 
 def without_loops(config: PreTrainedConfig) -> PreTrainedModel:

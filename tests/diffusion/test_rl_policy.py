@@ -299,6 +299,16 @@ def test_settings_that_do_not_go_together_are_refused(tiny_model_dir, overrides,
     assert message in str(error.value)
 
 
+def test_a_narrow_reference_has_the_log_probs_of_a_wide_one(tiny_model_dir, traced_groups):
+    config = settings(tiny_model_dir, "ESPO", "model.dtype=bf16-mixed")
+    policy = make_policy(config)
+    batch = pack(*traced_groups, pack_rules(config))[0].micro_batches[0]
+    wide, narrow = (Copy(policy, moves=False, narrow=narrow) for narrow in (False, True))
+    assert any(p.dtype == torch.bfloat16 for p in narrow.scorer.parameters())
+    drawn = prepared(policy, batch)
+    assert torch.equal(wide.logprobs(drawn), narrow.logprobs(drawn))
+
+
 def test_dropout_of_the_checkpoint_is_off_where_log_probs_are_compared(
     tiny_model_dir, ragged_groups, tmp_path
 ):

@@ -42,17 +42,17 @@ def test_pinned_bytes_are_those_by_hand():
 
 
 def test_a_plan_pins_no_more_than_the_host_has():
-    """7.6e9 weights with KL on a GPU of 140 GiB fit only if their moments, 8 bytes each, leave it."""
+    """7.6e9 weights with KL on a GPU of 100 GiB fit only if their moments, 8 bytes each, leave it."""
     config = load_config(None, NOTHING_SET)
     for host in (None, 57 * GIB, 56 * GIB):
-        values = fit(LARGE, config, Card("a GPU", 140 * GIB, host=host), 2048)
+        values = fit(LARGE, config, Card("a GPU", 100 * GIB, host=host), 2048)
         assert (values is None) == (host == 56 * GIB)
         if values is not None:
             assert values[MOMENTS] is True and REFERENCE not in values
             assert 56.7 < pinned(LARGE, replaced(config, values)) / GIB < 56.8
-    said = refusal(LARGE, config, Card("a GPU", 140 * GIB, host=56 * GIB))
+    said = refusal(LARGE, config, Card("a GPU", 100 * GIB, host=56 * GIB))
     assert (
-        "140 GiB with 56.0 GiB of host memory for each process; with 56.7 it would (memory.host_gib)" in said
+        "100 GiB with 56.0 GiB of host memory for each process; with 56.7 it would (memory.host_gib)" in said
     )
     assert said.endswith("it does with: model.lora='{r: 16}'")
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from rl.config import OptimizerConfig
 from rl.config.read import load_config
-from rl.model.on_host import decoder_layers, host_like
+from rl.model.on_host import decoder_layers, host_like, narrow_matrices
 from rl.optimizer import HostedAdamW, make_optimizer
+from rl.plan.measured import measured_size
+from rl.plan.memory import reference_bytes
+from rl.plan.sizes import ModelSize, NoPrediction
 from rl.policy import Scores
 from rl.references import Copy, make_reference
 from rl.store.optimizer_state import load_optimizer, optimizer_writer
+from tests.rl.families import FAMILIES, tiny_config
 
 RATES = OptimizerConfig(lr=0.01, weight_decay=0.1)
 
@@ -129,7 +135,7 @@ class Policy:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_reference_whose_layers_stay_on_the_host_has_the_same_log_probs(dtype, moves, tmp_path):
     policy = Policy(dtype)
-    plain, hosted = (make_reference(policy, moves=moves, hosted=on_host) for on_host in (False, True))
+    plain, hosted = Copy(policy, moves=moves), make_reference(policy, moves=moves, hosted=True)
     assert isinstance(hosted, Copy)
     layers = decoder_layers(hosted.scorer["model"])
     homes = [p.data_ptr() for layer in layers for p in layer.parameters()]
@@ -159,6 +165,29 @@ def test_a_reference_whose_layers_stay_on_the_host_has_the_same_log_probs(dtype,
         fresh = make_reference(policy, moves=True, hosted=True)
         fresh.load(tmp_path)
         assert torch.equal(plain.logprobs(prepared), fresh.logprobs(prepared))
+
+
+def planned_reference(config: PreTrainedConfig) -> int | None:
+    """Bytes of a reference of the KL term; None: nothing is planned for such a model."""
+    for count in (partial(ModelSize.of, fused_layers=True), measured_size):
+        with contextlib.suppress(NoPrediction):
+            return reference_bytes(count(config), load_config(None, ["loss.kl_coef=0.1"]))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dbrx"])  # it fails under autocast
+def test_matrices_as_autocast_makes_them_change_no_result_and_are_planned(name):
+    config = tiny_config(name)
+    planned = planned_reference(config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(24).reshape(2, 12) % config.get_text_config().vocab_size
+    found = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            found.append(model(input_ids=ids, use_cache=False).logits)
+            narrow_matrices(model, torch.bfloat16)
+    assert torch.equal(*found)
+    assert planned in (None, sum(p.nbytes for p in model.parameters()))
 
 
 def test_tensors_on_the_host_have_shapes_and_dtypes_of_their_own_and_share_no_byte():
