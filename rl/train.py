@@ -53,6 +53,7 @@ def train(run: Run) -> int:
                 num_epochs=config.train.num_epochs,
                 max_grad_norm=config.optimizer.max_grad_norm,
             )
+        run.ledger.settle()
         record = f"{run.ledger.folder}/step-{step:06d}-rank*.jsonl.gz"
         count_bad_steps(run, update.bad_steps, where=f"; the batch is in {record}")
         if run.reference is not None and every(step + 1, config.model.reference.update_every):
@@ -81,7 +82,7 @@ def collect(run: Run, step: int, rules: PackRules) -> tuple[list[ScoredGroup], A
     costs = [predicted_cost(group, row, rules) for group, row in zip(groups, advantages, strict=True)]
     owners = divide(costs, rules.num_minibatches, run.world)
     if recorded is None:
-        run.ledger.write(
+        run.ledger.begin(
             step,
             groups,
             cursor_before=cursor,

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path
@@ -76,6 +77,7 @@ class Ledger:
         self.damaged: list[str] = []
         self.num_expected = 0
         self._ranks_gone: set[int] | None = None
+        self._thread, self._begun = ThreadPoolExecutor(1, "ledger"), list[Future[Path]]()
 
     def expect(self, num_done: int = 0) -> int:
         """Sets and returns `num_expected`: steps recorded by the files, and at least `num_done`."""
@@ -88,6 +90,15 @@ class Ledger:
             return ""
         name = self._path(step, self.rank).name
         return next((text for text in self.damaged if text.startswith(name)), f"{name}: missing")
+
+    def begin(self, step: int, groups: Sequence[ScoredGroup], **more: Any) -> None:
+        """Does as `write`, beside the caller, who changes no group until `settle`."""
+        self._begun.append(self._thread.submit(self.write, step, groups, **more))
+
+    def settle(self) -> None:
+        """Waits until what was begun is on disk; raises what `write` raised."""
+        while self._begun:
+            self._begun.pop(0).result()
 
     def write(
         self,
@@ -171,9 +182,7 @@ class Ledger:
         return [step for step, ranks in self.recorded().items() if self.rank in ranks]
 
     def sample(self, max_steps: int) -> Iterator[LedgerStep]:
-        """Yields whole records of all processes, one at a time, for up to `max_steps` recorded steps: the
-        first, the last, and others evenly between.
-        """
+        """Yields whole records of all processes for `max_steps` recorded steps: first, last, and between."""
         recorded = self.recorded()
         steps, gaps = [*recorded], max(max_steps - 1, 1)
         if len(steps) > max_steps:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import math
 import os
 import random
 import resource
@@ -98,6 +99,22 @@ def test_a_step_comes_back_exactly(tmp_path):
         for a, b in zip(g.rewards, h.rewards, strict=True)
     ]
     assert all(repr(a) == repr(b) for a, b in scores) and "-0.0" in {repr(a) for a, _ in scores}
+
+
+def test_a_record_that_is_written_beside_the_caller_is_whole_once_it_is_settled(tmp_path):
+    ledger = Ledger(tmp_path)
+    given = {"cursor_before": 0, "cursor_after": 8, "policy_version": 0}
+    ledger.settle()  # nothing was begun
+    for step in range(3):
+        ledger.begin(step, [scored_group(step)], **given)
+    ledger.settle()
+    records = [Ledger(tmp_path).read(step) for step in range(3)]
+    assert [r and r.groups for r in records] == [[scored_group(step)] for step in range(3)]
+    ledger.begin(3, [scored_group(3)], advantages=[[math.nan] * 3], **given)
+    with pytest.raises(ValueError, match=r"step 3, prompt .*advantages"):
+        ledger.settle()
+    ledger.settle()  # it was said once
+    assert ledger.steps() == [0, 1, 2]
 
 
 def test_without_advantages_and_without_groups_nothing_is_invented(tmp_path):
