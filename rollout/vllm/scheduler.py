@@ -122,11 +122,9 @@ def final_only(stock: Any, *, short_cuts: bool = True) -> Any:
             if not self._counts(request):
                 return super().add_request(request)
             parameters = request.sampling_params
-            # vLLM searches this list for every token: 5 us for 512 ids, a fifth of all it does for a token.
-            parameters.stop_token_ids = frozenset(parameters.stop_token_ids)
             self.tallies[request.request_id] = Tally(
                 parameters.logprobs is not None,
-                parameters.stop_token_ids | {parameters.eos_token_id},
+                frozenset(parameters.stop_token_ids) | {parameters.eos_token_id},
                 is_plain=not (
                     parameters.min_tokens
                     or parameters.repetition_detection

@@ -323,6 +323,13 @@ def alone(folder):
     return make
 
 
+def test_parameters_go_to_a_worker_as_vllm_checks_them(alone):
+    """A worker in a process of its own gets them by pickle, and vLLM before 0.32 checks them there again."""
+    parameters = alone(stop_token_ids=[END, 5]).requests["alone"].sampling_params
+    parameters._verify_args()
+    assert parameters.stop_token_ids == [END, 5]
+
+
 def test_a_part_is_so_many_tokens_after_a_first(alone):
     go_on(alone(), 200, found := [])
     assert [len(output.new_token_ids) for output in found] == [1, PART, 120 - 1 - PART]
