@@ -13,6 +13,7 @@ or ROCm: none applies here.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import statistics
@@ -34,6 +35,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "default": ({}, {}),
     "one-split": ({"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 1}}, {}),
     "triton": ({"attention_backend": "TRITON_ATTN"}, {}),
+    "triton-split": ({"attention_backend": "TRITON_ATTN"}, {}),  # each completion's, however many there are
     "compile-sizes": (graphs(compile_sizes=[16, 64, 240]), {}),
     "flash-2": ({"attention_config": {"flash_attn_version": 2}}, {}),
     "flashinfer": ({"attention_backend": "FLASHINFER"}, {}),
@@ -52,7 +54,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "runner-1": ({}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     "no-compile": (graphs(mode=0), {}),
 }
-BY_DEFAULT = "default,one-split,triton,compile-sizes"
+BY_DEFAULT = "default,one-split,triton,triton-split"
 
 
 def main() -> None:
@@ -140,6 +142,9 @@ def start(arguments: argparse.Namespace) -> Any:
     from tests.vllm_engines import start_vllm
 
     plain, more = local.engine_arguments, OPTIONS[arguments.measure][0]
+    if arguments.measure == "triton-split":
+        backend: Any = importlib.import_module("vllm.v1.attention.backends.triton_attn")
+        backend.MIN_LAUNCH_GRID_SIZE_2D = 1 << 20
 
     def with_options(settings: Any) -> dict[str, Any]:
         return {name: value for name, value in (plain(settings) | more).items() if value is not None}
