@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes.environments.calls import ToolError, answer_calls
 from recipes.environments.tools import schemas
-from rewards.sandbox import Limits, Sandbox, SandboxError
+from rewards.sandbox import Limits, Sandbox, SandboxError, own_seconds
 from rollout.environment import Environment, EnvironmentFault, Episode, Reply, Turn
 
 LEAST_S = 0.05  # less time is left for no call
@@ -23,7 +23,7 @@ class PythonSession(Environment):
 
     Args:
         timeout_s: of all cells of a session together, for all calls of a turn; less than
-            environment.deadline_s.
+            environment.deadline_s. Waiting for a processor that others keep busy does not count.
         memory_mib: address space of a session.
     """
 
@@ -43,11 +43,11 @@ class PythonSession(Environment):
 
 class Session(Episode):
     def __init__(self, owner: PythonSession, cells: list[str], seed: int) -> None:
-        self.owner, self.cells, self.until = owner, cells, 0.0
+        self.owner, self.cells, self.left_s = owner, cells, 0.0
         self.seeded = f"__import__('random').seed({seed})"  # earlier cells draw what they drew
 
     def step(self, turn: Turn) -> Reply:
-        self.until = time.monotonic() + self.owner.sandbox.limits.timeout_s
+        self.left_s = self.owner.sandbox.limits.timeout_s
         messages, counts = answer_calls(turn, {"python": self.python})
         return Reply(tuple(messages), None, not messages, counts, {"cells": self.cells})
 
@@ -58,15 +58,16 @@ class Session(Episode):
         Args:
             code: the program.
         """
-        limits, left = self.owner.sandbox.limits, self.until - time.monotonic()
-        if left < LEAST_S:
+        limits, began = self.owner.sandbox.limits, time.monotonic()
+        if self.left_s < LEAST_S:
             raise _failed("", f"no end within {limits.timeout_s:g} s of the calls of a turn")
         mark = f"\x1e{secrets.token_hex(8)}\x1e"  # on a line before the output of the newest cell, and after
         source = "\n".join([self.seeded, *self.cells, f"print({mark!r})", code, "", f"print({mark!r})"])
         try:
-            result = self.owner.sandbox.run(source, limits=replace(limits, timeout_s=left))
+            result = self.owner.sandbox.run(source, limits=replace(limits, timeout_s=self.left_s))
         except SandboxError as error:
             raise EnvironmentFault(f"the sandbox failed: {error}") from error
+        self.left_s -= own_seconds(result.cpu_s, time.monotonic() - began)
         parts = result.stdout.decode("utf-8", "replace").split(f"{mark}\n")
         out = parts[1] if len(parts) > 1 else ""
         if result.timed_out:

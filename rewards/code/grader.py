@@ -23,6 +23,7 @@ from rewards.code.judge import JUDGES, SOLUTION, CodeOptions, Verdict, judge_cal
 from rewards.code.languages import COMPILE_TIMEOUT_S, prepared
 from rewards.code.tests import STDIO, CodeTests, parse_tests
 from rewards.completion import last_message_text
+from rewards.sandbox.reaper import SHARE
 from rewards.sandbox.sandbox import Program, RunResult, Sandbox, SandboxError
 from rl.types import Reason, Reward
 
@@ -43,7 +44,8 @@ def code_reward(
 def _time_limit_s(options: Mapping[str, Any]) -> float:
     """Seconds that one completion may take under these options of `code_reward`, compilation included."""
     limits = CodeOptions(**options)
-    return max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S + LONGEST_START_S
+    longest_s = max(limits.timeout_s, limits.total_timeout_s) + COMPILE_TIMEOUT_S
+    return longest_s / SHARE + LONGEST_START_S
 
 
 OPTIONS = inspect.signature(CodeOptions).parameters

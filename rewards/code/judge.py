@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rewards.code.compare import same_output
 from rewards.code.extract import TAGS
 from rewards.code.tests import CodeTests
+from rewards.sandbox.reaper import own_seconds
 from rewards.sandbox.sandbox import Command, Limits, Program, RunResult, Sandbox
 from rl.types import Reason
 
@@ -28,7 +29,8 @@ class CodeOptions:
     Attributes:
         scoring: "all": 1 if every test passes, else 0; "fraction": share of tests passed, by weight where
             tests have weights.
-        timeout_s: for each stdin/stdout case; for all asserts or calls together.
+        timeout_s: for each stdin/stdout case; for all asserts or calls together. Waiting for a processor that
+            others keep busy does not count, up to five times as long by the clock.
         total_timeout_s: for all stdin/stdout cases of one completion.
         memory_mib: address space beyond the interpreter's own.
         output_mib: each of stdout and stderr.
@@ -78,17 +80,18 @@ def judge_outputs(
 ) -> Verdict:
     """Runs `program` on each case's input and compares its output; stops at a failure if all must pass."""
     limits, total_timeout_s = options.limits(), options.total_timeout_s
-    deadline = time.monotonic() + total_timeout_s
+    remaining = total_timeout_s
     passed: list[bool] = []
     first = Verdict(Reason.CORRECT)
     for index, case in enumerate(tests.cases):
-        remaining = deadline - time.monotonic()
         if remaining <= 0.01:
             found = Verdict(Reason.TIMEOUT, f"all cases together exceed {total_timeout_s} s")
         else:
             stdin = case["input"].encode("utf-8", "surrogatepass")
             left = replace(limits, timeout_s=min(limits.timeout_s, remaining))
+            began = time.monotonic()
             result = sandbox.run_programs([program(stdin)], limits=left)[0]
+            remaining -= own_seconds(result.cpu_s, time.monotonic() - began)
             found, actual = fault_of(result), result.stdout.decode("utf-8", "surrogateescape")
             if found is None and not same_output(actual, case["output"], options.float_tolerance):
                 found = Verdict(Reason.WRONG_ANSWER, f"wrong output {actual[:100]!r}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.sandbox.pack import build_archive
+from rewards.sandbox.reaper import SHARE
 
 START_TIMEOUT_S = 60.0
 LEAVE_S = 2.0  # given to an idle zygote to exit by itself
@@ -34,7 +35,8 @@ class Limits:
     """What one program may use.
 
     Attributes:
-        timeout_s: wall clock, measured outside the program. CPU time is limited to one second more.
+        timeout_s: measured outside the program, without what it waits for a processor that others keep busy
+            (`reaper.own_seconds`). CPU time is limited to one second more.
         memory_mib: address space.
         output_mib: each of stdout and stderr.
     """
@@ -171,7 +173,7 @@ class Zygote:
                 socket.send_fds(self.socket, [json.dumps(job).encode()], files)
             except OSError as error:
                 raise ZygoteDied(f"sending to it: {error}") from error
-            answer = self._receive(limits.timeout_s + GRACE_S)
+            answer = self._receive(limits.timeout_s / SHARE + GRACE_S)
             pairs = zip(described, answer["programs"], strict=True)
             return [
                 _result(given, done, files=files, timed_out=answer["timed_out"], limits=limits)

@@ -10,6 +10,37 @@ import time
 from typing import Any
 
 AGAIN, LAST = b"+", b"-"  # a judge is done and serves on, or ends
+SHARE = 0.2  # of a processor; a program that takes less of one sleeps
+
+
+def own_seconds(cpu_s: float, elapsed_s: float) -> float:
+    """What a program has used of its time: it is not to blame where it waits for a processor that others
+    keep busy. So it is processor time, or, of a program that sleeps, the clock's.
+    """
+    return min(cpu_s, elapsed_s) if cpu_s >= SHARE * elapsed_s else elapsed_s
+
+
+class Meter:
+    """The own seconds of some processes together, of `limit_s`. At most `limit_s / SHARE` by the clock."""
+
+    def __init__(self, limit_s: float, *pids: int) -> None:
+        self.limit_s = limit_s
+        self.cpu_s = {pid: (found := _cpu_s(pid), found) for pid in pids}  # at the start, and now
+        self.began = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds that are left for sure; none for processes that are late."""
+        self.cpu_s = {pid: (first, max(last, _cpu_s(pid))) for pid, (first, last) in self.cpu_s.items()}
+        used = sum(last - first for first, last in self.cpu_s.values())
+        return self.limit_s - own_seconds(used, time.monotonic() - self.began)
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor time of all threads of a process; 0 if it is gone (its clock's number is the kernel's)."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0
 
 
 class Servant:
@@ -20,31 +51,34 @@ class Servant:
         self.socket = control
         self.alive = True
 
-    def wait(self, deadline: float) -> dict[str, Any]:
-        """Waits for its verdict, its death or the deadline, whichever is first."""
-        self.socket.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            message = self.socket.recv(1)
-        except TimeoutError:
-            message = b""
+    def wait(self, meter: Meter) -> dict[str, Any]:
+        """Waits for its verdict, its death or until time is up, whichever is first."""
+        message, late = b"", False
+        while not late:
+            self.socket.settimeout(max(0.001, meter.left()))
+            try:
+                message = self.socket.recv(1)
+                break
+            except TimeoutError:
+                late = meter.left() <= 0
         if message == AGAIN:
             return {"status": 0, "killed": False, "cpu_s": 0.0, "max_rss_kib": 0}
         self.alive = False
         self.socket.close()
-        late = not message and time.monotonic() >= deadline
-        ended = kill(self.pid) if late else wait_for(self.pid, deadline)
+        ended = kill(self.pid) if late else wait_for(self.pid, meter)
         return {**ended, "killed": False} if message else ended
 
 
-def wait_for(pid: int, deadline: float) -> dict[str, Any]:
-    """Waits until a process ends, or kills it at the deadline; returns how it ended."""
+def wait_for(pid: int, meter: Meter) -> dict[str, Any]:
+    """Waits until a process ends, or kills it when time is up; returns how it ended."""
     while True:
-        remaining = deadline - time.monotonic()
-        late = remaining <= 0 or _signal.sigtimedwait((signal.SIGCHLD,), remaining) is None
+        remaining = meter.left()
+        if remaining > 0:
+            _signal.sigtimedwait((signal.SIGCHLD,), max(0.001, remaining))
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             return _ended(status, usage, killed=False)
-        if late:
+        if remaining <= 0:
             return kill(pid)
 
 

@@ -2,8 +2,8 @@
 
 `rewards.sandbox` starts one per core as `python -I -S -B -X utf8 zygote.py OPTIONS`. The zygote never reads a
 program, an input or a test: it passes file descriptors on, and each child reads its own source. It runs one
-job at a time. A job names its programs, which all end with the first one, or at the deadline of the zygote's
-monotonic clock.
+job at a time. A job names its programs, which all end with the first one, or when their time is up
+(`rewards.sandbox.reaper.Meter`).
 
 A program controls all of its process, including memory that the process shares with others. A child therefore
 shares nothing that it could write: memory is copied on write, inputs are sealed, descriptors are its own, and
@@ -31,7 +31,6 @@ import signal
 import site
 import socket
 import sys
-import time
 import types
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -218,13 +217,12 @@ class Zygote:
             control.send(json.dumps(answer).encode())
 
     def _run(self, job: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        deadline = time.monotonic() + job["timeout_s"]
         *judges, program = job["programs"]
         if not judges:
             pid = confine.fork()
             if pid == 0:
                 self._become(program, job, fds, (-1, -1))
-            ended = reaper.wait_for(pid, deadline)
+            ended = reaper.wait_for(pid, reaper.Meter(job["timeout_s"], pid))
             if "command" in program:
                 reaper.end_group(pid)  # processes that a compiler left behind
             return {"timed_out": ended["killed"], "programs": [ended]}
@@ -233,11 +231,12 @@ class Zygote:
         pid = confine.fork()
         if pid == 0:
             self._become(program, job, fds, (pipes[2], pipes[1]))
+        meter = reaper.Meter(job["timeout_s"], pid, servant.pid)
         *_, source, extra = judges[0]["fds"]
         socket.send_fds(servant.socket, [b"job"], [fds[source], fds[extra], pipes[0], pipes[3]])
         for descriptor in pipes:
             os.close(descriptor)
-        judged = servant.wait(deadline)
+        judged = servant.wait(meter)
         if not servant.alive:
             del self.servants[judges[0]["module"]]
         return {"timed_out": judged["killed"], "programs": [judged, reaper.kill(pid)]}

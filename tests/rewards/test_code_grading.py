@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -260,6 +263,32 @@ def test_tests_that_hang_by_themselves_abstain_and_a_solution_that_hangs_gets_ze
     for code in ("def add(a, b):\n    while True: pass", "import time\ntime.sleep(60)"):
         reward = run(sandbox, code, ADD_TESTS, quick)
         assert (reward.score, reward.reason) == (0.0, Reason.TIMEOUT)
+
+
+@pytest.fixture
+def starved() -> Iterator[Sandbox]:
+    """A sandbox on one processor, which another program keeps busy."""
+    before, busy = os.sched_getaffinity(0), [sys.executable, "-c", "while True: pass"]
+    os.sched_setaffinity(0, {min(before)})
+    with subprocess.Popen(busy, start_new_session=True) as other:
+        try:
+            with code_sandbox(num_workers=1) as made:
+                yield made
+        finally:
+            other.kill()
+            os.sched_setaffinity(0, before)
+
+
+def test_a_program_is_not_to_blame_for_a_busy_processor(starved: Sandbox) -> None:
+    """It needs 1.2 s of its own, twice as long by the clock, and has 1.9."""
+    burn = "import time\nwhile time.process_time() < {}: pass"
+    options = CodeOptions(timeout_s=1.9, total_timeout_s=3.2)
+    stdio = {"type": "stdio", "cases": [{"input": "1", "output": "1"}] * 2}
+    assert run(starved, burn.format(1.2) + "\nprint(input())", stdio, options).score == 1.0
+    code = "def add(a, b):\n    " + burn.format(0.6).replace("\n", "\n    ") + "\n    return a + b"
+    assert run(starved, code, ADD_TESTS, CodeOptions(timeout_s=1.0)).score == 1.0
+    late = run(starved, burn.format(60), stdio, options)
+    assert late.reason is Reason.TIMEOUT and "after 1.9" in late.detail
 
 
 def test_the_reason_names_what_went_wrong(sandbox: Sandbox) -> None:
