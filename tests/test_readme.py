@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 import rewards
 from recipes.cli import COMMANDS
@@ -132,6 +133,34 @@ def test_the_readme_can_be_read_in_one_go():
     assert len(text.splitlines()) <= 200
     first = text.splitlines()[:24]
     assert "make train" in "".join(first) and "| card |" in "".join(first)
+
+
+# Qwen2.5: width, layers, heads, heads of keys, width of the MLP; the larger ones have a head of their own.
+QWEN = {
+    "0.5B": (896, 24, 14, 2, 4864),
+    "1.5B": (1536, 28, 12, 2, 8960),
+    "3B": (2048, 36, 16, 2, 11008),
+    "7B": (3584, 28, 28, 4, 18944),
+    "14B": (5120, 48, 40, 8, 13824),
+    "32B": (5120, 64, 40, 8, 27648),
+}
+USABLE = {"24 GB": 23.5, "48 GB": 44.4, "80 GB": 79.1, "141 GB": 139.8}  # GiB that CUDA shows
+
+
+def test_the_largest_models_that_fit_are_those_of_the_plan(tmp_path, capsys):
+    rows = re.findall(r"^\| (\d+ GB) \| (\S+) \| (\S+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [card for card, *_ in rows] == list(USABLE)
+    names = list(QWEN)
+    for name, (width, layers, heads, key_heads, inner) in QWEN.items():
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
+        more = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": 151936}
+        tied = names.index(name) < names.index("7B")
+        Qwen2Config(**sizes, **more, tie_word_embeddings=tied).save_pretrained(tmp_path / name)
+    for card, *largest in rows:
+        for name, more in zip(largest, ([], ["model.lora.r=16"]), strict=True):
+            for size, code in ((name, 0), (names[names.index(name) + 1], 1)):
+                words = ["recipes/configs/gsm8k_r1.yaml", f"model.name={tmp_path / size}", *more]
+                assert cohort(["plan", *words, "--gpu-gib", str(USABLE[card])]) == code, (card, size, more)
 
 
 def anchors(page: Path) -> set[str]:
